@@ -1,0 +1,75 @@
+"""Checking settings against the signature of what they are for, before anything is built."""
+
+import difflib
+import functools
+import importlib
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
+
+
+def locate(target: str) -> Callable[..., Any]:
+    """Return the class or function that a dotted name such as `ddt.model.DDT` means; ImportError where there is none."""
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (AttributeError, ValueError) as error:
+        raise ImportError(f"{target} does not exist") from error
+
+
+def build(node: dict[str, Any], **arguments: Any) -> Any:
+    """Call what a node's `_target_` names with the node's values and `arguments`; None where `_target_` is null.
+
+    With `_partial_: true` the call is left to be made, when the missing arguments are known.
+    """
+    if node["_target_"] is None:
+        return None
+    values = {name: value for name, value in node.items() if not name.startswith("_")} | arguments
+    function = locate(node["_target_"])
+    return functools.partial(function, **values) if node.get("_partial_") else function(**values)
+
+
+def check_arguments(function: Callable[..., Any], arguments: dict[str, Any], prefix: str) -> tuple[dict[str, Any], list[str]]:
+    """Compare arguments with the names and annotations of a function or class.
+
+    Returns the arguments converted to the annotated types ("400000" and 4e5 become the integer 400000), and one line for each
+    problem, which names the key as `prefix.name`. Arguments that are missing are not a problem here: some are known
+    only at run time.
+    """
+    parameters = inspect.signature(function).parameters
+    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    converted: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, value in arguments.items():
+        key = f"{prefix}.{name}" if prefix else name
+        if name not in parameters:
+            if not takes_any:
+                problems.append(f"{key}: no such setting{did_you_mean(name, parameters)}")
+            continue
+        converted[name] = value
+        if name not in hints:
+            continue
+        try:
+            adapter: TypeAdapter[Any] = TypeAdapter(hints[name])
+        except PydanticSchemaGenerationError:  # a run-time object, which no config holds
+            continue
+        try:
+            converted[name] = adapter.validate_python(value)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            problems.append(f"{key}={value}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+    return converted, problems
+
+
+def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
+    """Return "; did you mean …?" with the closest known name, or the list of all where none is close."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; choose from {', '.join(sorted(known))}" if known else ""

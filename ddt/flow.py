@@ -1,0 +1,67 @@
+"""The path between noise and data: interpolation, velocity, score, training times, sampling grids.
+
+Shapes: B batch, C channels, H W latent size. t = 0 is noise, t = 1 is data. Source: method.md 1 and 4.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ddt.errors import require
+
+TimeDistribution = Literal["lognorm", "uniform"]
+
+
+def per_sample(t: Tensor, like: Tensor) -> Tensor:
+    """Reshape times (B,) so that they broadcast against `like` (B, ...)."""
+    return t.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Return `x_t = t·x + (1 − t)·noise` for x, noise (B, ...) and t (B,). Source: method.md 1."""
+    t = per_sample(t, x)
+    return t * x + (1 - t) * noise
+
+
+def velocity(x: Tensor, noise: Tensor) -> Tensor:
+    """Return the target velocity `v_t = x − noise`, d/dt of `interpolate`. Source: method.md 1."""
+    return x - noise
+
+
+def score(v: Tensor, x_t: Tensor, t: float) -> Tensor:
+    """Return the score `s = (t·v − x_t)/(1 − t)` that belongs to a velocity v on this path, t < 1. Source: method.md 1."""
+    return (t * v - x_t) / (1 - t)
+
+
+def training_times(normal: Tensor, distribution: TimeDistribution) -> Tensor:
+    """Map standard normal draws (B,) to training times (B,) in (0, 1).
+
+    "lognorm": sigmoid(n), the published choice; "uniform": Φ(n), the ablation's baseline. One draw serves both, so that
+    runs with either distribution see the same noise. Source: method.md 1.
+    """
+    return torch.sigmoid(normal) if distribution == "lognorm" else torch.special.ndtr(normal)
+
+
+def time_grid(num_steps: int, last_step: float | None = None, timeshift: float = 1.0) -> list[float]:
+    """Return the num_steps + 1 times that a solver walks: `linspace(0, 1 − last_step, num_steps)`, then 1.
+
+    Args:
+        num_steps: at least 1.
+        last_step: length of the last step before the shift; None means 1/num_steps.
+        timeshift: `t ← t / (t + (1 − t)·timeshift)`; above 1 the steps crowd near the noise.
+
+    The grid is computed in float32 on the CPU and returned as Python floats that hold exactly those float32 values.
+    Raises UserError. Source: method.md 4.
+    """
+    require(num_steps >= 1, f"num_steps={num_steps}: must be at least 1")
+    last_step = 1 / num_steps if last_step is None else last_step
+    require(
+        0 < last_step < 1 or (num_steps == 1 and last_step == 1),
+        f"last_step={last_step}: must lie between 0 and 1 (published: 0.04), or be null for 1/num_steps",
+    )
+    require(timeshift > 0, f"timeshift={timeshift}: must be above 0 (published: 1.0)")
+    t = torch.linspace(0.0, 1.0 - last_step, num_steps, dtype=torch.float32, device="cpu")
+    t = torch.cat([t, torch.ones(1)])
+    t = t / (t + (1 - t) * timeshift)
+    return t.tolist()

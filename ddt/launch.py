@@ -1,0 +1,65 @@
+"""Start a function on several processes of this machine, one for each GPU."""
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ddt.errors import UserError
+
+
+def default_processes() -> int:
+    """Return one process for each visible GPU, or one on the CPU."""
+    return max(1, torch.cuda.device_count())
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def _worker(rank: int, function: Callable[..., None], num_processes: int, port: int, args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(num_processes),
+        LOCAL_WORLD_SIZE=str(num_processes),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    try:
+        function(*args)
+    except UserError as error:
+        if rank == 0:
+            sys.stderr.write(f"{error}\n")
+        sys.exit(1)
+
+
+def launch(function: Callable[..., None], num_processes: int | None, *args: Any) -> None:
+    """Call `function(*args)` on `num_processes` processes (None: every visible GPU) and wait for them.
+
+    One process is this one. Under `torchrun` or `accelerate launch` this process is one of theirs already, and nothing is started.
+    The function and its arguments must be picklable. Exits with status 1 where a process ends with a UserError.
+    """
+    if "RANK" in os.environ:
+        function(*args)
+        return
+    num_processes = num_processes or default_processes()
+    if num_processes == 1:
+        function(*args)
+        return
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < num_processes:
+        raise UserError(f"trainer.num_processes={num_processes}, but {gpus} GPUs are visible: choose at most {gpus}")
+    try:
+        torch.multiprocessing.spawn(_worker, (function, num_processes, _free_port(), args), nprocs=num_processes)
+    except torch.multiprocessing.ProcessExitedException as error:
+        sys.exit(error.exit_code or 1)

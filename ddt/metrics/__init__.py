@@ -1,0 +1,1 @@
+"""Evaluation in three layers: images → features, features → statistics, statistics → metrics."""

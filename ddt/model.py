@@ -1,0 +1,266 @@
+"""The Decoupled Diffusion Transformer, and the undivided transformer it is compared with.
+
+Shapes: B batch, C latent channels, H W latent size, p patch size, N = H·W/p² tokens, D width, K classes.
+The network knows nothing of paths, guidance or losses, and `model.train()` changes nothing in what it computes.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ddt.errors import UserError, require
+from ddt.layers import (
+    AdaLNInit,
+    Block,
+    LabelEmbedder,
+    MixerName,
+    OutputLayer,
+    PatchProjection,
+    Positions,
+    TimestepEmbedder,
+    positions,
+)
+
+
+class BlockStack(nn.Module):
+    """Input projection and transformer blocks: what the encoder, the decoder and the baseline have in common."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        hidden_size: int,
+        num_heads: int,
+        depth: int,
+        mixer: MixerName = "attention",
+        adaln_init: AdaLNInit = "release",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.head_dim = hidden_size // num_heads
+        self.activation_checkpointing = activation_checkpointing
+        self.input = PatchProjection(in_channels, patch_size, hidden_size)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mixer, adaln_init) for _ in range(depth))
+
+    def positions(self, x_t: Tensor) -> Positions:
+        """Return the token grid of latents x_t (B, C, H, W), with its rotation tables.
+
+        Raises UserError where the patch size does not divide H and W.
+        """
+        height, width = x_t.shape[-2:]
+        p = self.patch_size
+        if height % p or width % p:  # no call that builds the message on the good path
+            raise UserError(f"model.patch_size={p} does not divide the latent size {height}×{width}")
+        return positions(self.head_dim, height // p, width // p, x_t.device)
+
+    def run(self, x_t: Tensor, c: Tensor, at: Positions) -> Tensor:
+        """Return the tokens (B, N, D) after all blocks for x_t (B, C, H, W) and conditioning c (B, 1 or N, D)."""
+        h = self.input(x_t)  # (B, N, D)
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, c, at, use_reentrant=False)
+            else:
+                h = block(h, c, at)
+        return h
+
+
+class Encoder(BlockStack):
+    """The condition encoder: noisy latent, time and class → self-condition z_t (method.md 2)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        hidden_size: int,
+        num_heads: int,
+        depth: int,
+        num_classes: int,
+        adaln_init: AdaLNInit = "release",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            patch_size,
+            hidden_size,
+            num_heads,
+            depth,
+            adaln_init=adaln_init,
+            activation_checkpointing=activation_checkpointing,
+        )
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Return z_t = SiLU(t_emb + s), (B, N, D), for x_t (B, C, H, W), t (B,), y (B,)."""
+        t_emb = self.t_embedder(t)[:, None]  # (B, 1, D)
+        c = nn.functional.silu(t_emb + self.y_embedder(y)[:, None])  # (B, 1, D)
+        s = self.run(x_t, c, self.positions(x_t))  # (B, N, D)
+        return nn.functional.silu(t_emb + s)  # (B, N, D)
+
+
+class Decoder(BlockStack):
+    """The velocity decoder: noisy latent and z_t → velocity. It sees the time only through z_t (method.md 2)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        hidden_size: int,
+        num_heads: int,
+        depth: int,
+        mixer: MixerName = "attention",
+        adaln_init: AdaLNInit = "release",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            patch_size,
+            hidden_size,
+            num_heads,
+            depth,
+            mixer,
+            adaln_init,
+            activation_checkpointing,
+        )
+        self.output = OutputLayer(hidden_size, patch_size, in_channels)
+
+    def forward(self, x_t: Tensor, z_t: Tensor) -> Tensor:
+        """Return the velocity (B, C, H, W) for x_t (B, C, H, W) and z_t (B, N, D)."""
+        at = self.positions(x_t)
+        return self.output(self.run(x_t, z_t, at), z_t, at)
+
+
+def check_sizes(in_channels: int, patch_size: int, hidden_size: int, num_heads: int, depth: int, num_classes: int) -> None:
+    """Raise UserError for sizes that make no network, naming the key and the fix."""
+    for key, value in {
+        "in_channels": in_channels,
+        "patch_size": patch_size,
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "depth": depth,
+        "num_classes": num_classes,
+    }.items():
+        require(value >= 1, f"model.{key}={value}: must be at least 1")
+    require(
+        hidden_size % num_heads == 0,
+        f"model.num_heads={num_heads} does not divide model.hidden_size={hidden_size}: choose a divisor",
+    )
+    require(
+        (hidden_size // num_heads) % 4 == 0,
+        f"model.num_heads={num_heads} gives heads of width {hidden_size // num_heads}: 2-D RoPE needs a multiple of 4",
+    )
+
+
+class DDT(nn.Module):
+    """Decoupled Diffusion Transformer: an encoder of `encoder_depth` blocks and a decoder of the remaining ones.
+
+    Args:
+        in_channels: C, channels of the latent (of the pixels, with the identity autoencoder).
+        patch_size: p; H and W must be multiples of it.
+        hidden_size: D. num_heads: heads, dividing D into widths that are multiples of 4.
+        depth: blocks of both halves together. encoder_depth: blocks of the encoder, 1..depth−1; the decoder has the
+            rest, so that a sweep over encoder_depth keeps the total.
+        num_classes: K; label K is the null label.
+        decoder_block: token mixer of the decoder's blocks: attention (the published model), conv or mlp (the
+            paper's ablation).
+        adaln_init: "release" (torch's default, as the published weights were trained) or "zero" (AdaLN-Zero).
+        activation_checkpointing: recompute each block in the backward pass to save memory; same numbers.
+
+    Raises UserError for impossible sizes. Source: method.md 2; arXiv 2504.05741, section 3.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        hidden_size: int,
+        num_heads: int,
+        depth: int,
+        encoder_depth: int,
+        num_classes: int,
+        decoder_block: MixerName = "attention",
+        adaln_init: AdaLNInit = "release",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        check_sizes(in_channels, patch_size, hidden_size, num_heads, depth, num_classes)
+        require(
+            1 <= encoder_depth <= depth - 1,
+            f"model.encoder_depth={encoder_depth} leaves no encoder or no decoder: "
+            f"with model.depth={depth} choose 1..{depth - 1}",
+        )
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        sizes = (in_channels, patch_size, hidden_size, num_heads)
+        self.encoder = Encoder(*sizes, encoder_depth, num_classes, adaln_init, activation_checkpointing)
+        self.decoder = Decoder(*sizes, depth - encoder_depth, decoder_block, adaln_init, activation_checkpointing)
+
+    def encode(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Return the self-condition z_t (B, N, D).
+
+        x_t: noisy latents (B, C, H, W); t: times (B,) in [0, 1], 0 is noise; y: classes (B,) int64, `num_classes`
+        is the null label. Source: paper eq. 7; method.md 2.
+        """
+        return self.encoder(x_t, t, y)
+
+    def decode(self, x_t: Tensor, z_t: Tensor) -> Tensor:
+        """Return the velocity (B, C, H, W) from x_t (B, C, H, W) and z_t (B, N, D), which may come from an earlier step.
+
+        Source: paper eq. 10; method.md 2 and 4.
+        """
+        return self.decoder(x_t, z_t)
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Return the velocity (B, C, H, W): `decode(x_t, encode(x_t, t, y))`."""
+        return self.decode(x_t, self.encode(x_t, t, y))
+
+
+class DiT(BlockStack):
+    """The undivided baseline of the paper ("Improved-SiT", and with alignment "Improved-REPA").
+
+    The same blocks in one stack with one input projection; every block and the output layer are conditioned on
+    c = SiLU(t_emb + y_emb), one vector a sample. It answers "is it the split or the alignment?". It has no z_t to
+    share: `encode` and `decode` raise UserError. Arguments as in `DDT`. Source: method.md 2, baseline.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        hidden_size: int,
+        num_heads: int,
+        depth: int,
+        num_classes: int,
+        adaln_init: AdaLNInit = "release",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        check_sizes(in_channels, patch_size, hidden_size, num_heads, depth, num_classes)
+        super().__init__(
+            in_channels,
+            patch_size,
+            hidden_size,
+            num_heads,
+            depth,
+            adaln_init=adaln_init,
+            activation_checkpointing=activation_checkpointing,
+        )
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.output = OutputLayer(hidden_size, patch_size, in_channels)
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Return the velocity (B, C, H, W) for x_t (B, C, H, W), t (B,), y (B,)."""
+        at = self.positions(x_t)
+        c = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))[:, None]  # (B, 1, D)
+        return self.output(self.run(x_t, c, at), c, at)
+
+    def encode(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Refuse: there is no encoder to share."""
+        raise UserError("DiT is the undivided baseline and has no encoder to share: use recompute=null, or a DDT model")
+
+    def decode(self, x_t: Tensor, z_t: Tensor) -> Tensor:
+        """Refuse: there is no decoder apart."""
+        raise UserError("DiT is the undivided baseline and has no separate decoder: call the model itself")

@@ -1,0 +1,164 @@
+"""Published checkpoints: their key names, and nothing else, live here (method.md 6).
+
+A release is a Lightning `.ckpt` (`state_dict` with the prefixes below) or a `.safetensors` file with the same key
+names, with or without prefix. `encoder_depth` and the patch size are not in the file.
+"""
+
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ddt.errors import UserError, require
+from ddt.model import DDT, DiT
+
+EMA_PREFIX = "ema_denoiser."
+OTHER_PREFIXES = ("denoiser.", "diffusion_trainer.")  # raw weights and the projector: not needed to sample
+
+# (hidden_size, depth) -> encoder depths that the paper trained (method.md 5)
+PUBLISHED_ENCODER_DEPTHS = {(768, 12): (4, 6, 8, 10), (1024, 24): (10, 12, 16, 20), (1152, 28): (22,)}
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Return the EMA weights of a release file under the release's names, without prefix.
+
+    Raises UserError for a missing or unreadable file, one without `state_dict`, and a key of unknown prefix.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a published .ckpt or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            require(
+                isinstance(content, dict) and "state_dict" in content,
+                f"{path}: has no entry `state_dict`, so it is no Lightning checkpoint",
+            )
+            state = content["state_dict"]
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: cannot be read, download it again ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # pickle's own errors have no common base; weights_only refuses code here
+        if type(error).__module__ not in ("_pickle", "pickle"):
+            raise
+        raise UserError(f"{path}: holds more than weights and is not loaded ({str(error).splitlines()[0]})") from error
+    if not any(key.startswith((EMA_PREFIX, *OTHER_PREFIXES)) for key in state):
+        return state
+    unknown = [key for key in state if not key.startswith((EMA_PREFIX, *OTHER_PREFIXES))]
+    require(not unknown, f"{path}: unknown key {unknown[:1]}: every key must begin with {EMA_PREFIX} or {OTHER_PREFIXES}")
+    ema = {key.removeprefix(EMA_PREFIX): value for key, value in state.items() if key.startswith(EMA_PREFIX)}
+    require(bool(ema), f"{path}: holds no {EMA_PREFIX}* keys, so no EMA weights")
+    return ema
+
+
+def our_name(key: str, encoder_depth: int | None) -> str | None:
+    """Translate a release key; None where it is unknown. `encoder_depth=None` is the undivided baseline."""
+    head, _, rest = key.partition(".")
+    encoder = "" if encoder_depth is None else "encoder."
+    decoder = "" if encoder_depth is None else "decoder."
+    if head in ("t_embedder", "y_embedder"):
+        return f"{encoder}{key}"
+    if head == "x_embedder":
+        return f"{decoder}input.{rest}"
+    if head == "s_embedder" and encoder_depth is not None:
+        return f"encoder.input.{rest}"
+    if head == "final_layer":
+        return f"{decoder}output.{rest.replace('adaLN_modulation.0', 'adaln')}"
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
+    if match is None:
+        return None
+    index, rest = int(match[1]), match[2].replace("adaLN_modulation.0", "adaln")
+    rest = re.sub(r"^attn\.", "mixer.", rest)
+    if encoder_depth is None or index < encoder_depth:
+        return f"{encoder}blocks.{index}.{rest}"
+    return f"decoder.blocks.{index - encoder_depth}.{rest}"
+
+
+def shape_of(state: dict[str, Tensor], key: str, source: str) -> torch.Size:
+    """Return the shape of a weight, or raise UserError naming the missing key."""
+    if key not in state:
+        raise UserError(f"{source}: key {key} is missing")
+    return state[key].shape
+
+
+def architecture(state: dict[str, Tensor], encoder_depth: int | None, patch_size: int, source: str) -> dict:
+    """Read the constructor's arguments from the shapes of a release's weights.
+
+    Raises UserError where a key is missing or encoder_depth or patch_size cannot be. Source: method.md 6.
+    """
+    undivided = "s_embedder.proj.weight" not in state
+    if undivided and encoder_depth is not None:
+        raise UserError(f"{source}: has no s_embedder, so it is the undivided baseline: give encoder_depth=null")
+    if not undivided and encoder_depth is None:
+        raise UserError(f"{source}: is a DDT: give encoder_depth, which the file does not hold")
+    rows, hidden_size = shape_of(state, "final_layer.linear.weight", source)
+    require(patch_size >= 1 and rows % patch_size**2 == 0, f"patch_size={patch_size}: its square does not divide the {rows} output rows of {source}")
+    indices = {int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)}
+    depth = len(indices)
+    require(indices == set(range(depth)) and depth > 0, f"{source}: blocks {sorted(set(range(max(indices, default=0))) - indices)} are missing")
+    sizes = {
+        "in_channels": rows // patch_size**2,
+        "patch_size": patch_size,
+        "hidden_size": hidden_size,
+        "num_heads": hidden_size // shape_of(state, "blocks.0.attn.q_norm.weight", source)[0],
+        "depth": depth,
+        "num_classes": shape_of(state, "y_embedder.embedding_table.weight", source)[0] - 1,
+    }
+    if encoder_depth is None:
+        return sizes
+    require(1 <= encoder_depth < depth, f"encoder_depth={encoder_depth}: {source} has {depth} blocks, choose 1..{depth - 1}")
+    usual = PUBLISHED_ENCODER_DEPTHS.get((hidden_size, depth))
+    if usual and encoder_depth not in usual:
+        warnings.warn(
+            f"encoder_depth={encoder_depth} is unusual for width {hidden_size} and {depth} blocks (published: "
+            f"{', '.join(map(str, usual))}); a wrong one cannot be seen in the weights and gives wrong pictures",
+            stacklevel=3,
+        )
+    return {**sizes, "encoder_depth": encoder_depth}
+
+
+def build_from_state(state: dict[str, Tensor], encoder_depth: int | None, patch_size: int, source: str) -> nn.Module:
+    """Build a DDT (or, with `encoder_depth=None`, a DiT) and fill it strictly from a release's weights.
+
+    Raises UserError naming any unknown key, missing key or wrong shape.
+    """
+    sizes = architecture(state, encoder_depth, patch_size, source)
+    with torch.device("meta"):
+        model: nn.Module = DiT(**sizes) if encoder_depth is None else DDT(**sizes)
+    wanted = {key: value.shape for key, value in model.state_dict().items()}
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = our_name(key, encoder_depth)
+        require(name is not None and name in wanted, f"{source}: unknown key {key}")
+        assert name is not None
+        require(
+            value.shape == wanted[name],
+            f"{source}: {key} has shape {tuple(value.shape)}, expected {tuple(wanted[name])}",
+        )
+        found[name] = value.float()
+    missing = sorted(set(wanted) - set(found))
+    require(not missing, f"{source}: the weights for {', '.join(missing[:3])} are missing ({len(missing)} in all)")
+    model.load_state_dict(found, strict=True, assign=True)
+    return model.eval().requires_grad_(True)
+
+
+def load_released(path: str | Path, encoder_depth: int | None, patch_size: int = 2) -> nn.Module:
+    """Load a published checkpoint into this project's network: EMA weights, float32, on the CPU.
+
+    Args:
+        path: a Lightning `.ckpt`, or a `.safetensors` file with the release's key names.
+        encoder_depth: blocks of the encoder, 1..depth−1 (22 for the published XL); None for the undivided baseline.
+        patch_size: p, 2 for all published models. The rest of the architecture is read from the shapes.
+
+    Returns a `DDT`, or a `DiT` for the baseline. Raises UserError, a ValueError, naming any unknown or missing key, an
+    impossible encoder_depth or patch_size, or an unreadable file; warns of an encoder_depth that the paper does not use
+    for this width and depth. Source: method.md 6.
+    """
+    path = Path(path)
+    return build_from_state(read_state_dict(path), encoder_depth, patch_size, path.name)

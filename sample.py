@@ -1,0 +1,75 @@
+"""Sample from a run or checkpoint: `python sample.py ckpt=RUN_OR_CHECKPOINT [key=value …]`."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig
+
+from ddt import checkpoint as ckpt
+from ddt.autoencoder import build_autoencoder
+from ddt.config import check_arguments
+from ddt.errors import UserError
+from ddt.generation import image_set, sample_set
+from ddt.launch import launch
+from ddt.sampling import SamplerSettings
+from ddt.training import make_accelerator
+from scripts.entry import checked, entry_point
+
+SAMPLER_KEYS = ("num_steps", "cfg_scale", "cfg_interval", "last_step", "timeshift", "recompute")
+
+
+def settings_of(
+    ckpt: str, out: str | None, dtype: Literal["bf16", "fp32"] | None, batch_size: int, num_processes: int | None
+) -> None:
+    """Hold the types of the settings that belong to neither the set nor the sampler."""
+
+
+def check(config: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `run` from the command line and the checkpoint's config; one line for each problem."""
+    chosen = {key: config[key] for key in SAMPLER_KEYS} | {"solver": config["sampler"]}
+    chosen = {key: value for key, value in chosen.items() if value != "checkpoint"}
+    sampler, problems = check_arguments(SamplerSettings, stored["sampler"] | chosen, "")
+    given = {key: config[key] for key in ("num_samples", "classes", "seeds", "seed")}
+    which, found = check_arguments(image_set, given, "")
+    problems += found
+    others, found = check_arguments(settings_of, {k: config[k] for k in ("out", "dtype", "batch_size", "num_processes")}, "")
+    problems += found
+    if problems:
+        raise UserError("\n".join(line.replace("solver=", "sampler=") for line in problems))
+    images = image_set(stored["network"]["num_classes"], **which)
+    return {"sampler": SamplerSettings(**sampler), "images": images, **others}
+
+
+def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Load the checkpoint and draw the set, on each process."""
+    accelerator = make_accelerator("no")
+    sample_set(
+        model=ckpt.load_model(folder).to(accelerator.device),
+        autoencoder=build_autoencoder(stored["autoencoder"]),
+        shape=tuple(stored["latent_shape"]),
+        images=arguments["images"],
+        settings=arguments["sampler"],
+        dtype=arguments["dtype"],
+        batch_size=arguments["batch_size"],
+        out=Path(arguments["out"] or folder / "samples"),
+        checkpoint={
+            "ema_sha256": ckpt.sha256(folder / "ema.safetensors"),
+            "step": stored["step"],
+            "class_names": stored["class_names"],
+        },
+        accelerator=accelerator,
+    )
+
+
+@entry_point("sample")
+def main(cfg: DictConfig) -> None:
+    """Compose, check, sample."""
+    config = checked(cfg)
+    folder = ckpt.find_checkpoint(config["ckpt"])
+    stored = ckpt.read_config(folder)
+    arguments = check(config, stored)
+    launch(run, arguments["num_processes"], folder, stored, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What the Hydra entry points share: one-line errors, checked settings, a clean process after each job."""
+
+import gc
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from accelerate.state import AcceleratorState
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ddt.config import check_arguments, did_you_mean, locate
+from ddt.errors import UserError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def known_keys(config_name: str, dotted: str) -> list[str]:
+    """Return the settings beside the unknown one `dotted`, by composing the configuration without overrides of values."""
+    choices = [arg for arg in sys.argv[1:] if "=" in arg and (CONF / arg.split("=")[0]).is_dir() and "," not in arg]
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        node: Any = hydra.compose(config_name, overrides=choices)
+    *parents, _ = dotted.split(".")
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, DictConfig) else None
+    return [f"{'.'.join([*parents, str(key)])}" for key in node if not str(key).startswith("_")] if isinstance(node, DictConfig) else []
+
+
+def one_line(error: Exception, config_name: str) -> str:
+    """Return what Hydra says of a mistake on the command line as one line that names the key and the fix."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    text = lines[0].rstrip(".")
+    if text.startswith("Could not override '"):
+        key = text.split("'")[1]
+        return f"{key}: no such setting{did_you_mean(key, known_keys(config_name, key))}"
+    if "Could not find '" in text:
+        group, _, choice = text.split("'")[-2].rpartition("/")
+        options = sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
+        return f"{group}={choice}: no such choice{did_you_mean(choice, options)}" if group else f"{choice}: no such group"
+    return " ".join(lines)
+
+
+def checked(cfg: DictConfig) -> dict[str, Any]:
+    """Return the configuration as plain values of the right types.
+
+    Every node with a `_target_` is compared with the target's signature. Raises one UserError with a line for each
+    problem found.
+    """
+    problems = [f"{key}: not set; give {key}=…" for key in sorted(OmegaConf.missing_keys(cfg))]
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    for key, node in config.items():
+        if not isinstance(node, dict) or node.get("_target_") is None:
+            continue
+        special = {name: value for name, value in node.items() if name.startswith("_")}
+        given = {name: value for name, value in node.items() if name not in special and value != "???"}
+        arguments, found = check_arguments(locate(node["_target_"]), given, key)
+        config[key] = {**special, **arguments}
+        problems += found
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def logging_setup() -> None:
+    """Show the program's own messages as they are, and warnings on one line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for chatty in ("httpx", "filelock", "torch", "accelerate"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+
+
+def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Make a Hydra main of a function; a user's mistake ends it with status 1 and one line, without a traceback.
+
+    Set HYDRA_FULL_ERROR=1 for the traceback.
+    """
+
+    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+        def job(cfg: DictConfig) -> None:
+            try:
+                task(cfg)
+            except UserError as error:
+                sys.exit(str(error))
+            finally:  # jobs of a sweep share this process
+                AcceleratorState._reset_state(reset_partial_state=True)
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+        run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)
+
+        def main() -> None:
+            logging_setup()
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":  # the user wants Hydra's own errors
+                run()
+                return
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of printing them
+            try:
+                run()
+            except (HydraException, OmegaConfBaseException) as error:
+                sys.exit(one_line(error, config_name))
+
+        return main
+
+    return decorate
