@@ -29,7 +29,10 @@ def main(cfg: DictConfig) -> None:
     known = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
     if kind != "data" or data not in known:
         raise UserError(f"reference={config['reference']}: give data:NAME, one of data:{', data:'.join(known)}")
-    require(features == data, f"features={features} reference=data:{data}: the classifier and the reference must be of one data set")
+    require(
+        features == data,
+        f"features={features} reference=data:{data}: the classifier and the reference must be of one data set",
+    )
     node = checked(compose("train", overrides=[f"data={data}"]))["data"]
     samples = Path(config["samples"])
     metrics = evaluate_with_classifier(

@@ -13,13 +13,17 @@ from ddt.generation import image_set, sample_set
 from ddt.launch import launch
 from ddt.sampling import SamplerSettings
 from ddt.training import make_accelerator
-from scripts.entry import checked, entry_point
+from scripts.entry import CONF, checked, entry_point
 
 SAMPLER_KEYS = ("num_steps", "cfg_scale", "cfg_interval", "last_step", "timeshift", "recompute")
 
 
 def settings_of(
-    ckpt: str, out: str | None, dtype: Literal["bf16", "fp32"] | None, batch_size: int, num_processes: int | None
+    ckpt: str,
+    out: str | None,
+    dtype: Literal["bf16", "fp32"] | None,
+    batch_size: int,
+    num_processes: int | None,
 ) -> None:
     """Hold the types of the settings that belong to neither the set nor the sampler."""
 
@@ -32,7 +36,9 @@ def check(config: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     given = {key: config[key] for key in ("num_samples", "classes", "seeds", "seed")}
     which, found = check_arguments(image_set, given, "")
     problems += found
-    others, found = check_arguments(settings_of, {k: config[k] for k in ("out", "dtype", "batch_size", "num_processes")}, "")
+    others, found = check_arguments(
+        settings_of, {k: config[k] for k in ("out", "dtype", "batch_size", "num_processes")}, ""
+    )
     problems += found
     if problems:
         raise UserError("\n".join(line.replace("solver=", "sampler=") for line in problems))
@@ -61,7 +67,7 @@ def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None
     )
 
 
-@entry_point("sample")
+@entry_point("sample", CONF / "sample")
 def main(cfg: DictConfig) -> None:
     """Compose, check, sample."""
     config = checked(cfg)

@@ -1,10 +1,13 @@
-"""Alignment of a hidden layer to a frozen feature extractor (REPA). The settings are named, the loss is not built yet."""
+"""Alignment of a hidden layer to a frozen feature extractor (REPA). The settings are named, the loss is not built
+yet.
+"""
 
 from ddt.errors import UserError
 
 
 class REPA:
-    """Alignment to DINOv2 features as the published models were trained (method.md 1 and 3). Not available yet: raises UserError.
+    """Alignment to DINOv2 features as the published models were trained (method.md 1 and 3). Not available yet:
+    raises UserError.
 
     Args:
         target: the timm model whose patch tokens are aligned to.

@@ -86,7 +86,8 @@ class KLAutoencoder:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"autoencoder.source={source}: cannot be loaded ({reason}); on a machine without a hub give a local folder"
+                f"autoencoder.source={source}: cannot be loaded ({reason}); on a machine without a hub give a "
+                f"local folder"
             ) from error
         self.vae = vae.eval().requires_grad_(False)
         self.scale = float(vae.config.scaling_factor)
@@ -105,7 +106,9 @@ class KLAutoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
-        """Return float32 latents (B, C, H/f, W/f) of uint8 images (B, 3, H, W), drawn with the given noise of that shape."""
+        """Return float32 latents (B, C, H/f, W/f) of uint8 images (B, 3, H, W), drawn with the given noise of that
+        shape.
+        """
         assert posterior_noise is not None, "the posterior needs noise"
         mean, logvar = self.vae.encode(from_uint8(images)).latent_dist.parameters.float().chunk(2, dim=1)
         sample = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior_noise
@@ -127,7 +130,9 @@ AUTOENCODERS = {"ddt.autoencoder.Identity": Identity, "ddt.autoencoder.KLAutoenc
 
 
 def build_autoencoder(settings: dict[str, Any]) -> Autoencoder:
-    """Build the autoencoder that a checkpoint's settings describe: `_target_`, one of `AUTOENCODERS`, and its arguments."""
+    """Build the autoencoder that a checkpoint's settings describe: `_target_`, one of `AUTOENCODERS`, and its
+    arguments.
+    """
     arguments = dict(settings)
     target = arguments.pop("_target_", None)
     if target not in AUTOENCODERS:

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddt.errors import UserError, require
-from ddt.model import DDT, DiT
+from ddt.model import DDT, Denoiser, DiT
 from ddt.version import __version__
 
 FORMAT_VERSION = 1
-NETWORKS: dict[str, type[nn.Module]] = {"ddt.model.DDT": DDT, "ddt.model.DiT": DiT}
+NETWORKS: dict[str, type[DDT] | type[DiT]] = {"ddt.model.DDT": DDT, "ddt.model.DiT": DiT}
 
 
 def sha256(path: Path) -> str:
@@ -63,8 +63,8 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint folder atomically; it must not exist yet (UserError).
 
-    config holds plain values only; ema and model are state dicts with clean names; train_state is anything that loads with
-    `weights_only=True`.
+    config holds plain values only; ema and model are state dicts with clean names; train_state is anything that
+    loads with `weights_only=True`.
     """
     require(not folder.exists(), f"{folder}: exists already and is not written over; choose another folder")
     for name in (*ema, *(model or {})):
@@ -75,7 +75,10 @@ def write_checkpoint(
     write_json(temporary / "config.json", config)
     for name, weights in (("ema", ema), ("model", model)):
         if weights is not None:
-            save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary / f"{name}.safetensors")
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in weights.items()},
+                temporary / f"{name}.safetensors",
+            )
     if train_state is not None:
         torch.save(train_state, temporary / "train_state.pt")
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(temporary.iterdir())}
@@ -95,7 +98,9 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """Return the run's complete checkpoint of the highest step, or None."""
     folders = (run_dir / "checkpoints").glob("step_*")
-    steps = {int(m[1]): f for f in folders if (m := re.fullmatch(r"step_(\d+)", f.name)) and (f / "manifest.json").is_file()}
+    steps = {
+        int(m[1]): f for f in folders if (m := re.fullmatch(r"step_(\d+)", f.name)) and (f / "manifest.json").is_file()
+    }
     return steps[max(steps)] if steps else None
 
 
@@ -107,21 +112,31 @@ def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
     newest = newest_checkpoint(path)
     if newest is None:
         state = "holds no complete checkpoint" if path.is_dir() else "no such folder"
-        raise UserError(f"{path}: {state}; give a run folder such as runs/digits_nano, or one of its checkpoints/step_*")
+        raise UserError(
+            f"{path}: {state}; give a run folder such as runs/digits_nano, or one of its checkpoints/step_*"
+        )
     return newest
 
 
 def verified(folder: Path, name: str) -> Path:
-    """Return the path of a checkpoint's file after comparing it with the manifest; raise UserError naming a damaged one."""
+    """Return the path of a checkpoint's file after comparing it with the manifest; raise UserError naming a damaged
+    one.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         expected = manifest["files"].get(name)
         version = manifest["format_version"]
     except (json.JSONDecodeError, KeyError, OSError) as error:
         raise UserError(f"{folder / 'manifest.json'}: damaged; use another checkpoint of the run") from error
-    require(version == FORMAT_VERSION, f"{folder}: format version {version}, this code reads {FORMAT_VERSION}; see CHANGELOG.md")
+    require(
+        version == FORMAT_VERSION,
+        f"{folder}: format version {version}, this code reads {FORMAT_VERSION}; see CHANGELOG.md",
+    )
     path = folder / name
-    require(expected is not None, f"{folder}: has no {name}; training can go on only from a checkpoint that training wrote")
+    require(
+        expected is not None,
+        f"{folder}: has no {name}; training can go on only from a checkpoint that training wrote",
+    )
     require(path.is_file(), f"{path}: is missing; use another checkpoint of the run")
     require(
         path.stat().st_size == expected["size"] and sha256(path) == expected["sha256"],
@@ -149,7 +164,7 @@ def read_train_state(folder: Path) -> dict[str, Any]:
     return torch.load(verified(folder, "train_state.pt"), map_location="cpu", weights_only=True)
 
 
-def build_network(settings: dict[str, Any]) -> nn.Module:
+def build_network(settings: dict[str, Any]) -> Denoiser:
     """Build the network that `settings` describe: `_target_`, one of `NETWORKS`, and its constructor's arguments."""
     arguments = dict(settings)
     target = arguments.pop("_target_", None)
@@ -157,7 +172,7 @@ def build_network(settings: dict[str, Any]) -> nn.Module:
     return NETWORKS[target](**arguments)
 
 
-def load_model(run_or_checkpoint: str | Path) -> nn.Module:
+def load_model(run_or_checkpoint: str | Path) -> Denoiser:
     """Load one of this project's networks from a run or checkpoint: EMA weights, float32, on the CPU, in eval mode.
 
     Settings come from inside the checkpoint. Raises UserError for a path that is neither, and for damaged files.
@@ -180,7 +195,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 
     def flat(node: Any, prefix: str) -> dict[str, Any]:
         if isinstance(node, dict) and node:
-            return {k: v for key, value in node.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}
+            return {
+                k: v
+                for key, value in node.items()
+                for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()
+            }
         return {prefix: node}
 
     a, b = flat(old, ""), flat(new, "")
@@ -192,8 +211,4 @@ def frozen_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tu
     trainer = [f"trainer.{key}" for key in FROZEN_TRAINER]
     if new["trainer"]["lr_schedule"] != "constant":
         trainer.append("trainer.max_steps")  # the learning rate depends on it
-    return {
-        key: pair
-        for key, pair in differences(old, new).items()
-        if key.split(".")[0] in FROZEN or key in trainer
-    }
+    return {key: pair for key, pair in differences(old, new).items() if key.split(".")[0] in FROZEN or key in trainer}

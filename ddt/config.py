@@ -13,7 +13,9 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 
 def locate(target: str) -> Callable[..., Any]:
-    """Return the class or function that a dotted name such as `ddt.model.DDT` means; ImportError where there is none."""
+    """Return the class or function that a dotted name such as `ddt.model.DDT` means; ImportError where there is
+    none.
+    """
     module, _, name = target.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
@@ -33,10 +35,13 @@ def build(node: dict[str, Any], **arguments: Any) -> Any:
     return functools.partial(function, **values) if node.get("_partial_") else function(**values)
 
 
-def check_arguments(function: Callable[..., Any], arguments: dict[str, Any], prefix: str) -> tuple[dict[str, Any], list[str]]:
+def check_arguments(
+    function: Callable[..., Any], arguments: dict[str, Any], prefix: str
+) -> tuple[dict[str, Any], list[str]]:
     """Compare arguments with the names and annotations of a function or class.
 
-    Returns the arguments converted to the annotated types ("400000" and 4e5 become the integer 400000), and one line for each
+    Returns the arguments converted to the annotated types ("400000" and 4e5 become the integer 400000), and one line
+    for each
     problem, which names the key as `prefix.name`. Arguments that are missing are not a problem here: some are known
     only at run time.
     """

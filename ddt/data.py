@@ -1,8 +1,8 @@
 """Images, their fixed split, and the training stream: everything a step sees is a function of (seed, position).
 
 Position p counts images since the start of training; step s of a run with global batch G holds the positions
-s·G … s·G + G − 1. Which image stands at p, its noise, its time and its label dropout are drawn from counters, never from a
-state, so a run resumes anywhere and on any number of processes with the same data and the same noise.
+s·G … s·G + G − 1. Which image stands at p, its noise, its time and its label dropout are drawn from counters, never
+from a state, so a run resumes anywhere and on any number of processes with the same data and the same noise.
 """
 
 import gzip
@@ -104,7 +104,8 @@ class FashionMNIST(ArrayImages):
                 return
         raise UserError(
             f"data=fashion_mnist: no {names[0]}[.gz] in {' or '.join(map(str, roots))}; run `apt-get install "
-            "dataset-fashion-mnist`, or torchvision.datasets.FashionMNIST('data', download=True), or give data.root=FOLDER"
+            "dataset-fashion-mnist`, or torchvision.datasets.FashionMNIST('data', download=True), or give "
+            "data.root=FOLDER"
         )
 
 
@@ -137,11 +138,20 @@ class ImageFolder:
 
     def __init__(self, root: str, image_size: int, split: Split = "train", holdout_every: int = 20) -> None:
         require(image_size >= 1, f"data.image_size={image_size}: must be at least 1")
-        require(holdout_every == 0 or holdout_every >= 2, f"data.holdout_every={holdout_every}: must be 0 or at least 2")
+        require(
+            holdout_every == 0 or holdout_every >= 2,
+            f"data.holdout_every={holdout_every}: must be 0 or at least 2",
+        )
         folder = Path(root)
-        require(folder.is_dir(), f"data.root={root}: no such folder; give the one with a sub-folder of images for each class")
+        require(
+            folder.is_dir(),
+            f"data.root={root}: no such folder; give the one with a sub-folder of images for each class",
+        )
         classes = sorted(path for path in folder.iterdir() if path.is_dir())
-        require(bool(classes), f"data.root={root}: has no sub-folders; put the images of each class into one of its own")
+        require(
+            bool(classes),
+            f"data.root={root}: has no sub-folders; put the images of each class into one of its own",
+        )
         self.image_size = image_size
         self.class_names = [path.name for path in classes]
         self.paths: list[Path] = []
@@ -188,7 +198,7 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 class TrainingStream(Dataset):
     """The endless training stream, addressed by position.
 
-    `__getitems__(positions)` returns a batch, a dict of
+    `stream[positions]` returns a batch, a dict of
 
         images          uint8 (B, C, H, W)
         y               int64 (B,)
@@ -210,7 +220,7 @@ class TrainingStream(Dataset):
             self._epoch, self._order = epoch, permutation(self.seed, epoch, len(self.images.labels))
         return int(self._order[offset])
 
-    def __getitems__(self, positions: list[int]) -> dict[str, Tensor]:
+    def __getitem__(self, positions: list[int]) -> dict[str, Tensor]:
         """Return the batch at `positions`, in that order."""
         indices = np.array([self.index(p) for p in positions])
         shape = (len(positions), *self.latent_shape)
@@ -240,7 +250,9 @@ class TrainingStream(Dataset):
 def micro_batch_positions(
     step: int, global_batch_size: int, micro_batch_size: int, rank: int, num_processes: int
 ) -> list[list[int]]:
-    """Return the positions of each micro-batch of a process in a step; over all processes they are the step's positions, once."""
+    """Return the positions of each micro-batch of a process in a step; over all processes they are the step's
+    positions, once.
+    """
     start = step * global_batch_size
     across = micro_batch_size * num_processes
     return [
@@ -253,7 +265,13 @@ class PositionSampler(Sampler[list[int]]):
     """Yields the micro-batches of one process from step `start` to `end`, as lists of positions."""
 
     def __init__(
-        self, start: int, end: int, global_batch_size: int, micro_batch_size: int, rank: int = 0, num_processes: int = 1
+        self,
+        start: int,
+        end: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        num_processes: int = 1,
     ) -> None:
         self.steps = range(start, end)
         self.sizes = (global_batch_size, micro_batch_size, rank, num_processes)
@@ -263,17 +281,14 @@ class PositionSampler(Sampler[list[int]]):
             yield from micro_batch_positions(step, *self.sizes)
 
 
-def whole(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Collate nothing: the stream hands out whole batches."""
-    return batch
-
-
-def training_batches(stream: TrainingStream, sampler: PositionSampler, num_workers: int, pin_memory: bool) -> Iterator[dict[str, Tensor]]:
+def training_batches(
+    stream: TrainingStream, sampler: PositionSampler, num_workers: int, pin_memory: bool
+) -> Iterator[dict[str, Tensor]]:
     """Iterate over the stream's batches with `num_workers` loading processes; the global random state is left alone."""
     loader = DataLoader(
         stream,
-        batch_sampler=sampler,
-        collate_fn=whole,
+        sampler=sampler,
+        batch_size=None,  # the stream is indexed with a whole micro-batch of positions
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(0),
@@ -284,8 +299,8 @@ def training_batches(stream: TrainingStream, sampler: PositionSampler, num_worke
 def validation_batch(images: Images, latent_shape: tuple[int, int, int], indices: np.ndarray) -> dict[str, Tensor]:
     """Return held-out images with fixed times and noise, whatever the run's seed, in the form of a training batch.
 
-    Time i lies at the quantile frac((i + ½)·0.618…) of the training distribution, a golden-ratio sequence, so that any number
-    of images covers all times evenly; labels are kept (dropout_uniform is 1).
+    Time i lies at the quantile frac((i + ½)·0.618…) of the training distribution, a golden-ratio sequence, so that
+    any number of images covers all times evenly; labels are kept (dropout_uniform is 1).
     """
     quantiles = (indices + 0.5) * 0.6180339887498949 % 1
     generators = [draws(0, VALIDATION, int(i)) for i in indices]

@@ -1,12 +1,15 @@
 """Exponential moving average of the weights."""
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
-class EMA:
+class EMA(Generic[Network]):
     """A float32 copy of a network that follows it: `ema ← decay·ema + (1 − decay)·weights` after each optimizer step.
 
     Args:
@@ -17,12 +20,13 @@ class EMA:
     so the next step waits for it.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: Network, decay: float) -> None:
         self.decay = decay
-        self.model = copy.deepcopy(model).float().requires_grad_(False).eval()
+        self.model: Network = copy.deepcopy(model).float().requires_grad_(False).eval()
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average one step towards the weights of `model`."""
-        averages, weights = list(self.model.parameters()), [p.detach() for p in model.parameters()]
+        averages: list[Tensor] = list(self.model.parameters())
+        weights: list[Tensor] = [parameter.detach() for parameter in model.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)

@@ -27,23 +27,29 @@ log = logging.getLogger(__name__)
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the images, uint8 (n, C, H, W), and the classes, int64 (n,) or None, of a samples.npz or the folder that holds one.
+    """Return the images, uint8 (n, C, H, W), and the classes, int64 (n,) or None, of a samples.npz or the folder
+    that holds one.
 
     Raises UserError naming a missing, damaged or foreign file.
     """
     path = path / "samples.npz" if path.is_dir() else path
-    require(path.is_file(), f"samples={path}: no such file; give the samples.npz, or the folder, that sample.py wrote")
+    require(
+        path.is_file(),
+        f"samples={path}: no such file; give the samples.npz, or the folder, that sample.py wrote",
+    )
     try:
         with np.load(path, allow_pickle=False) as file:
-            images = file["arr_0"] if "arr_0" in file else None
-            classes = file["arr_1"] if "arr_1" in file else None
+            images = file.get("arr_0")
+            classes = file.get("arr_1")
     except (zipfile.BadZipFile, ValueError, OSError, EOFError, TypeError, AttributeError) as error:
         raise UserError(f"samples={path}: damaged or no npz file ({error}); sample again") from error
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or len(images) == 0:
         found = "nothing" if images is None else f"{images.dtype} {images.shape}"
         raise UserError(f"samples={path}: arr_0 must be uint8 images (n, H, W, C), found {found}")
     if classes is not None and classes.shape != (len(images),):
-        raise UserError(f"samples={path}: arr_1 has shape {classes.shape}, expected one class for each of {len(images)} images")
+        raise UserError(
+            f"samples={path}: arr_1 has shape {classes.shape}, expected one class for each of {len(images)} images"
+        )
     return images.transpose(0, 3, 1, 2), classes
 
 
@@ -88,8 +94,8 @@ def evaluate_with_classifier(
         nearest_train_distance      median distance of a sample to its nearest training image (rms, pixels in [0, 1])
         nearest_train_distance_real the same of the real test images: samples far below it are memorised
 
-    A metric that the input does not allow is null and `reasons` says why. Raises UserError for samples of another shape and
-    an `out` that holds another evaluation.
+    A metric that the input does not allow is null and `reasons` says why. Raises UserError for samples of another
+    shape and an `out` that holds another evaluation.
     """
     images, classes = read_samples(samples)
     expected = (train.channels, train.image_size, train.image_size)

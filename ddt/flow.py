@@ -30,7 +30,9 @@ def velocity(x: Tensor, noise: Tensor) -> Tensor:
 
 
 def score(v: Tensor, x_t: Tensor, t: float) -> Tensor:
-    """Return the score `s = (t·v − x_t)/(1 − t)` that belongs to a velocity v on this path, t < 1. Source: method.md 1."""
+    """Return the score `s = (t·v − x_t)/(1 − t)` that belongs to a velocity v on this path, t < 1. Source: method.md
+    1.
+    """
     return (t * v - x_t) / (1 - t)
 
 

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from ddt.autoencoder import Autoencoder
 from ddt.checkpoint import write_json
 from ddt.errors import UserError, require
+from ddt.model import Denoiser
 from ddt.sampling import SamplerSettings, sample
 from ddt.version import __version__
 
@@ -35,7 +36,9 @@ DEFAULT_SEEDS = range(8)
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """Which images to draw: class and seed of each, in the order of the file. Classes are interleaved, never grouped."""
+    """Which images to draw: class and seed of each, in the order of the file. Classes are interleaved, never
+    grouped.
+    """
 
     classes: list[int]  # (n,)
     seeds: list[int]  # (n,)
@@ -50,8 +53,8 @@ def image_set(
 ) -> ImageSet:
     """Return the set that the arguments describe (docs: contract of sample.py).
 
-    With `seeds`, every seed with every class, seed by seed. With `num_samples` alone, image k has class `classes[k % K]` and
-    seed `seed·1,000,000 + k`. With neither, seeds 0..7. `classes` defaults to all.
+    With `seeds`, every seed with every class, seed by seed. With `num_samples` alone, image k has class `classes[k %
+    K]` and seed `seed·1,000,000 + k`. With neither, seeds 0..7. `classes` defaults to all.
 
     Raises UserError for an unknown class, a seed out of 0..2³²−1, and counts that disagree.
     """
@@ -98,7 +101,7 @@ def write_png(path: Path, picture: np.ndarray) -> None:
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: Denoiser,
     autoencoder: Autoencoder,
     shape: tuple[int, int, int],
     images: ImageSet,
@@ -112,8 +115,8 @@ def generate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw this process's share of a set: images rank, rank + num_processes, …
 
-    Returns their indices (m,) and the images, uint8 (m, H, W, C). `shape` is that of a latent; `dtype` "bf16" runs network and
-    autoencoder under autocast; `calls` receives the network calls an image.
+    Returns their indices (m,) and the images, uint8 (m, H, W, C). `shape` is that of a latent; `dtype` "bf16" runs
+    network and autoencoder under autocast; `calls` receives the network calls an image.
     """
     mine = np.arange(rank, len(images.seeds), num_processes)
     parts: list[np.ndarray] = []
@@ -149,7 +152,7 @@ def settled(out: Path, request: dict[str, Any]) -> bool:
 
 
 def sample_set(
-    model: nn.Module,
+    model: Denoiser,
     autoencoder: Autoencoder,
     shape: tuple[int, int, int],
     images: ImageSet,
@@ -162,7 +165,8 @@ def sample_set(
 ) -> None:
     """Draw a set on all processes and write `samples.npz`, `grid.png` and `receipt.json` into `out`.
 
-    `arr_0` is uint8 (n, H, W, C) and `arr_1` int64 (n,), the class of each image, both in the set's order. A folder that holds the very
+    `arr_0` is uint8 (n, H, W, C) and `arr_1` int64 (n,), the class of each image, both in the set's order. A folder
+    that holds the very
     same set is left as it is; any other one is refused (UserError). dtype None means bf16 on CUDA, fp32 elsewhere.
     `checkpoint` goes into the receipt.
     """
@@ -181,9 +185,20 @@ def sample_set(
         log.info("%s: complete, nothing to do", out / "samples.npz")
         return
     accelerator.wait_for_everyone()
-    started, calls = time.perf_counter(), {}
+    started = time.perf_counter()
+    calls: dict[str, int] = {}
     indices, drawn = generate(
-        model, autoencoder.to(device), shape, images, settings, dtype, batch_size, device, rank, num_processes, calls
+        model,
+        autoencoder.to(device),
+        shape,
+        images,
+        settings,
+        dtype,
+        batch_size,
+        device,
+        rank,
+        num_processes,
+        calls,
     )
     parts = out / ".parts"
     parts.mkdir(parents=True, exist_ok=True)
@@ -228,7 +243,8 @@ def merge_parts(parts: Path, total: int, num_processes: int) -> np.ndarray:
             merged = np.empty((total, *drawn.shape[1:]), dtype=np.uint8)
         merged[indices] = drawn
         seen[indices] = True
-    assert merged is not None and seen.all(), "every image of the set is drawn exactly once"
+    assert merged is not None, "a set holds at least one image"
+    assert seen.all(), "every image of the set is drawn"
     for path in parts.iterdir():
         path.unlink()
     parts.rmdir()

@@ -46,7 +46,8 @@ def _worker(rank: int, function: Callable[..., None], num_processes: int, port: 
 def launch(function: Callable[..., None], num_processes: int | None, *args: Any) -> None:
     """Call `function(*args)` on `num_processes` processes (None: every visible GPU) and wait for them.
 
-    One process is this one. Under `torchrun` or `accelerate launch` this process is one of theirs already, and nothing is started.
+    One process is this one. Under `torchrun` or `accelerate launch` this process is one of theirs already, and
+    nothing is started.
     The function and its arguments must be picklable. Exits with status 1 where a process ends with a UserError.
     """
     if "RANK" in os.environ:

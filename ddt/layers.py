@@ -1,6 +1,7 @@
 """Building blocks of the network (method: docs/method.md, section "Network").
 
-Shapes: B batch, C channels, H W height and width of the latent, p patch size, N = H·W/p² tokens, D width, d width of a head.
+Shapes: B batch, C channels, H W height and width of the latent, p patch size, N = H·W/p² tokens, D width, d width of
+a head.
 """
 
 import functools
@@ -44,17 +45,25 @@ def rope_table(head_dim: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-@torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=64)
-def positions(head_dim: int, height: int, width: int, device: torch.device) -> Positions:
-    """Return the `Positions` of a grid on `device`, made once and kept.
-
-    Made on the CPU, so that every device turns by the same angles, and outside of inference mode, so that a table
-    first met while sampling can be saved for a backward pass later.
-    """
+def _tables(head_dim: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    # On the CPU, so that every device turns by the same angles, and outside of inference mode, so that a table
+    # first met while sampling can be saved for a backward pass later.
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         cos, sin = rope_table(head_dim, height, width)
-    return Positions(cos.to(device), sin.to(device), height, width)
+    return cos.to(device), sin.to(device)
+
+
+@torch.compiler.assume_constant_result
+def rope_tables_on(head_dim: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return `rope_table` on `device`, made once and kept; a compiled graph holds it as a constant."""
+    return _tables(head_dim, height, width, device)
+
+
+def positions(head_dim: int, height: int, width: int, device: torch.device) -> Positions:
+    """Return the `Positions` of a token grid on `device`."""
+    cos, sin = rope_tables_on(head_dim, height, width, device)
+    return Positions(cos, sin, height, width)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -81,15 +90,14 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, frequency_dim: int = 256) -> None:
         super().__init__()
         self.frequency_dim = frequency_dim
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-        for i in (0, 2):
-            nn.init.normal_(self.mlp[i].weight, std=0.02)
+        first, second = nn.Linear(frequency_dim, hidden_size), nn.Linear(hidden_size, hidden_size)
+        nn.init.normal_(first.weight, std=0.02)
+        nn.init.normal_(second.weight, std=0.02)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     def forward(self, t: Tensor) -> Tensor:
         """Return (B, D) for t (B,)."""
-        return self.mlp(timestep_embedding(t, self.frequency_dim).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(t, self.frequency_dim))
 
 
 class LabelEmbedder(nn.Module):
@@ -220,7 +228,11 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, mixer: MixerName = "attention", adaln_init: AdaLNInit = "release"
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mixer: MixerName = "attention",
+        adaln_init: AdaLNInit = "release",
     ) -> None:
         super().__init__()
         self.norm1 = RMSNorm(hidden_size)

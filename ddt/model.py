@@ -131,7 +131,9 @@ class Decoder(BlockStack):
         return self.output(self.run(x_t, z_t, at), z_t, at)
 
 
-def check_sizes(in_channels: int, patch_size: int, hidden_size: int, num_heads: int, depth: int, num_classes: int) -> None:
+def check_sizes(
+    in_channels: int, patch_size: int, hidden_size: int, num_heads: int, depth: int, num_classes: int
+) -> None:
     """Raise UserError for sizes that make no network, naming the key and the fix."""
     for key, value in {
         "in_channels": in_channels,
@@ -205,7 +207,8 @@ class DDT(nn.Module):
         return self.encoder(x_t, t, y)
 
     def decode(self, x_t: Tensor, z_t: Tensor) -> Tensor:
-        """Return the velocity (B, C, H, W) from x_t (B, C, H, W) and z_t (B, N, D), which may come from an earlier step.
+        """Return the velocity (B, C, H, W) from x_t (B, C, H, W) and z_t (B, N, D), which may come from an earlier
+        step.
 
         Source: paper eq. 10; method.md 2 and 4.
         """
@@ -264,3 +267,6 @@ class DiT(BlockStack):
     def decode(self, x_t: Tensor, z_t: Tensor) -> Tensor:
         """Refuse: there is no decoder apart."""
         raise UserError("DiT is the undivided baseline and has no separate decoder: call the model itself")
+
+
+Denoiser = DDT | DiT  # what can be trained and, without sharing, sampled

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ddt.errors import require
 from ddt.flow import TimeDistribution, interpolate, training_times, velocity
+from ddt.model import Denoiser
 
 
-def flow_matching_loss(denoiser: nn.Module, latents: Tensor, y: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def flow_matching_loss(denoiser: Denoiser, latents: Tensor, y: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """Return `mean((v_pred − v_t)²)`, a float32 scalar, for latents, noise (B, C, H, W), labels y (B,), times t (B,).
 
     Source: paper eq. 3; method.md 1.
@@ -31,10 +32,13 @@ class FlowMatching(nn.Module):
     """
 
     def __init__(
-        self, denoiser: nn.Module, time_distribution: TimeDistribution = "lognorm", label_dropout: float = 0.1
+        self, denoiser: Denoiser, time_distribution: TimeDistribution = "lognorm", label_dropout: float = 0.1
     ) -> None:
         super().__init__()
-        require(0 <= label_dropout <= 1, f"objective.label_dropout={label_dropout}: must lie in 0..1 (published: 0.1)")
+        require(
+            0 <= label_dropout <= 1,
+            f"objective.label_dropout={label_dropout}: must lie in 0..1 (published: 0.1)",
+        )
         self.denoiser = denoiser
         self.time_distribution: TimeDistribution = time_distribution
         self.label_dropout = label_dropout
@@ -49,6 +53,6 @@ class FlowMatching(nn.Module):
         Source: method.md 1.
         """
         t = training_times(time_normal, self.time_distribution)
-        y = torch.where(dropout_uniform < self.label_dropout, self.denoiser.num_classes, y)  # type: ignore[arg-type]
+        y = torch.where(dropout_uniform < self.label_dropout, self.denoiser.num_classes, y)
         fm_loss = flow_matching_loss(self.denoiser, latents, y, noise, t)
         return {"loss": fm_loss, "fm_loss": fm_loss.detach()}

@@ -7,20 +7,61 @@ names, with or without prefix. `encoder_depth` and the patch size are not in the
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddt.errors import UserError, require
-from ddt.model import DDT, DiT
+from ddt.model import DDT, Denoiser, DiT
 
 EMA_PREFIX = "ema_denoiser."
+SUFFIXES = (".ckpt", ".safetensors")
 OTHER_PREFIXES = ("denoiser.", "diffusion_trainer.")  # raw weights and the projector: not needed to sample
 
 # (hidden_size, depth) -> encoder depths that the paper trained (method.md 5)
 PUBLISHED_ENCODER_DEPTHS = {(768, 12): (4, 6, 8, 10), (1024, 24): (10, 12, 16, 20), (1152, 28): (22,)}
+
+
+def find_released(source: str) -> Path:
+    """Return the weights file that `source` means: a file, a folder that holds just one, or a hub id, which is
+    downloaded.
+
+    Raises UserError where there is none, more than one, or no way to the hub.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+        require(
+            len(found) == 1,
+            f"released={source}: holds {len(found)} .ckpt or .safetensors files; name the file",
+        )
+        return found[0]
+    require(
+        re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None,
+        f"released={source}: no such file or folder, and no hub id such as MCG-NJU/DDT-XL-22en6de-R256",
+    )
+    from huggingface_hub import hf_hub_download, list_repo_files
+
+    try:
+        names = [name for name in list_repo_files(source) if Path(name).suffix in SUFFIXES]
+        require(
+            len(names) == 1,
+            f"released={source}: holds {len(names)} .ckpt or .safetensors files; download one and name it",
+        )
+        return Path(hf_hub_download(source, names[0]))
+    except UserError:
+        raise
+    except Exception as error:  # the hub client's network errors have no common base across its versions
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"released={source}: no such file or folder here, and the hub did not give it ({reason}); download the "
+            "checkpoint and name the file"
+        ) from error
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -51,7 +92,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not any(key.startswith((EMA_PREFIX, *OTHER_PREFIXES)) for key in state):
         return state
     unknown = [key for key in state if not key.startswith((EMA_PREFIX, *OTHER_PREFIXES))]
-    require(not unknown, f"{path}: unknown key {unknown[:1]}: every key must begin with {EMA_PREFIX} or {OTHER_PREFIXES}")
+    require(
+        not unknown,
+        f"{path}: unknown key {unknown[:1]}: every key must begin with {EMA_PREFIX} or {OTHER_PREFIXES}",
+    )
     ema = {key.removeprefix(EMA_PREFIX): value for key, value in state.items() if key.startswith(EMA_PREFIX)}
     require(bool(ema), f"{path}: holds no {EMA_PREFIX}* keys, so no EMA weights")
     return ema
@@ -87,7 +131,7 @@ def shape_of(state: dict[str, Tensor], key: str, source: str) -> torch.Size:
     return state[key].shape
 
 
-def architecture(state: dict[str, Tensor], encoder_depth: int | None, patch_size: int, source: str) -> dict:
+def architecture(state: dict[str, Tensor], encoder_depth: int | None, patch_size: int, source: str) -> dict[str, int]:
     """Read the constructor's arguments from the shapes of a release's weights.
 
     Raises UserError where a key is missing or encoder_depth or patch_size cannot be. Source: method.md 6.
@@ -98,10 +142,16 @@ def architecture(state: dict[str, Tensor], encoder_depth: int | None, patch_size
     if not undivided and encoder_depth is None:
         raise UserError(f"{source}: is a DDT: give encoder_depth, which the file does not hold")
     rows, hidden_size = shape_of(state, "final_layer.linear.weight", source)
-    require(patch_size >= 1 and rows % patch_size**2 == 0, f"patch_size={patch_size}: its square does not divide the {rows} output rows of {source}")
+    require(
+        patch_size >= 1 and rows % patch_size**2 == 0,
+        f"patch_size={patch_size}: its square does not divide the {rows} output rows of {source}",
+    )
     indices = {int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)}
     depth = len(indices)
-    require(indices == set(range(depth)) and depth > 0, f"{source}: blocks {sorted(set(range(max(indices, default=0))) - indices)} are missing")
+    require(
+        indices == set(range(depth)) and depth > 0,
+        f"{source}: blocks {sorted(set(range(max(indices, default=0))) - indices)} are missing",
+    )
     sizes = {
         "in_channels": rows // patch_size**2,
         "patch_size": patch_size,
@@ -112,25 +162,28 @@ def architecture(state: dict[str, Tensor], encoder_depth: int | None, patch_size
     }
     if encoder_depth is None:
         return sizes
-    require(1 <= encoder_depth < depth, f"encoder_depth={encoder_depth}: {source} has {depth} blocks, choose 1..{depth - 1}")
+    require(
+        1 <= encoder_depth < depth,
+        f"encoder_depth={encoder_depth}: {source} has {depth} blocks, choose 1..{depth - 1}",
+    )
     usual = PUBLISHED_ENCODER_DEPTHS.get((hidden_size, depth))
     if usual and encoder_depth not in usual:
         warnings.warn(
             f"encoder_depth={encoder_depth} is unusual for width {hidden_size} and {depth} blocks (published: "
             f"{', '.join(map(str, usual))}); a wrong one cannot be seen in the weights and gives wrong pictures",
-            stacklevel=3,
+            stacklevel=3,  # the caller of load_released
         )
     return {**sizes, "encoder_depth": encoder_depth}
 
 
-def build_from_state(state: dict[str, Tensor], encoder_depth: int | None, patch_size: int, source: str) -> nn.Module:
-    """Build a DDT (or, with `encoder_depth=None`, a DiT) and fill it strictly from a release's weights.
+def build_from_state(state: dict[str, Tensor], sizes: dict[str, Any], source: str) -> Denoiser:
+    """Build the network of `architecture` and fill it strictly from a release's weights.
 
     Raises UserError naming any unknown key, missing key or wrong shape.
     """
-    sizes = architecture(state, encoder_depth, patch_size, source)
+    encoder_depth = sizes.get("encoder_depth")
     with torch.device("meta"):
-        model: nn.Module = DiT(**sizes) if encoder_depth is None else DDT(**sizes)
+        model: Denoiser = DiT(**sizes) if encoder_depth is None else DDT(**sizes)
     wanted = {key: value.shape for key, value in model.state_dict().items()}
     found: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -148,7 +201,7 @@ def build_from_state(state: dict[str, Tensor], encoder_depth: int | None, patch_
     return model.eval().requires_grad_(True)
 
 
-def load_released(path: str | Path, encoder_depth: int | None, patch_size: int = 2) -> nn.Module:
+def load_released(path: str | Path, encoder_depth: int | None, patch_size: int = 2) -> Denoiser:
     """Load a published checkpoint into this project's network: EMA weights, float32, on the CPU.
 
     Args:
@@ -161,4 +214,5 @@ def load_released(path: str | Path, encoder_depth: int | None, patch_size: int =
     for this width and depth. Source: method.md 6.
     """
     path = Path(path)
-    return build_from_state(read_state_dict(path), encoder_depth, patch_size, path.name)
+    state = read_state_dict(path)
+    return build_from_state(state, architecture(state, encoder_depth, patch_size, path.name), path.name)

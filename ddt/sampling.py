@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddt.errors import UserError, require
 from ddt.flow import time_grid
 from ddt.guidance import Guidance
+from ddt.model import Denoiser
 from ddt.sharing import GuidedVelocity, check_schedule, uniform_schedule
 from ddt.solvers import SOLVERS
 
@@ -61,7 +62,7 @@ class SamplerSettings:
 
 @torch.no_grad()
 def sample(
-    model: nn.Module,
+    model: Denoiser,
     noise: Tensor,
     y: Tensor,
     solver: SolverName = "euler",

@@ -6,10 +6,11 @@ Shapes: B batch, C H W latent, N tokens, D width. Source: method.md 4, "Sharing 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddt.errors import UserError, require
 from ddt.guidance import Guidance
+from ddt.model import Denoiser
 
 
 def uniform_schedule(num_steps: int, every: int) -> list[int]:
@@ -26,8 +27,14 @@ def check_schedule(recompute: Sequence[int], num_steps: int) -> list[int]:
     """Return the schedule as a sorted list; raise UserError unless it is a set of steps in range that holds step 0."""
     steps = sorted(set(recompute))
     require(len(steps) == len(recompute), f"recompute={list(recompute)}: a step is named twice")
-    require(bool(steps) and steps[0] == 0, f"recompute={list(recompute)}: step 0 must be among them, there is no z yet")
-    require(steps[-1] < num_steps, f"recompute={list(recompute)}: step {steps[-1]} does not exist, num_steps={num_steps}")
+    require(
+        bool(steps) and steps[0] == 0,
+        f"recompute={list(recompute)}: step 0 must be among them, there is no z yet",
+    )
+    require(
+        steps[-1] < num_steps,
+        f"recompute={list(recompute)}: step {steps[-1]} does not exist, num_steps={num_steps}",
+    )
     return steps
 
 
@@ -39,7 +46,8 @@ class GuidedVelocity:
         y: classes (B,) int64.
         grid: the solver's times, num_steps + 1 of them.
         guidance: strength and interval.
-        recompute: steps at which the encoder runs; None runs the whole network at every step. At the others the last z is used
+        recompute: steps at which the encoder runs; None runs the whole network at every step. At the others the last
+        z is used
             as it is, including the time embedding it was made with.
 
     Conditional and unconditional half run as one batch of 2B where a step is guided, and as B where not. At a recompute
@@ -51,7 +59,7 @@ class GuidedVelocity:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Denoiser,
         y: Tensor,
         grid: Sequence[float],
         guidance: Guidance,
@@ -60,7 +68,7 @@ class GuidedVelocity:
         num_steps = len(grid) - 1
         self.model = model
         self.guidance = guidance
-        null_label = torch.full_like(y, model.num_classes)  # type: ignore[arg-type]
+        null_label = torch.full_like(y, model.num_classes)
         self.labels = torch.cat([y, null_label])  # (2B,)
         self.batch = len(y)
         self.encoder_calls = self.decoder_calls = 0
@@ -69,7 +77,9 @@ class GuidedVelocity:
         self.encodes: dict[int, int] = {}  # step -> halves that the encoder runs for
         if recompute is not None:
             if not hasattr(model, "encoder"):
-                raise UserError(f"recompute: {type(model).__name__} has no encoder to share: use recompute=null, or a DDT model")
+                raise UserError(
+                    f"recompute: {type(model).__name__} has no encoder to share: use recompute=null, or a DDT model"
+                )
             starts = check_schedule(recompute, num_steps)
             for start, end in zip(starts, [*starts[1:], num_steps], strict=True):
                 self.encodes[start] = 2 if any(guided[start:end]) else 1
@@ -81,10 +91,10 @@ class GuidedVelocity:
             self.encoder_calls += halves
             return self.model(*self._inputs(x_t, t, halves))
         if step in self.encodes:
-            self.z = self.model.encode(*self._inputs(x_t, t, self.encodes[step]))  # type: ignore[operator]
+            self.z = self.model.encode(*self._inputs(x_t, t, self.encodes[step]))
             self.encoder_calls += self.encodes[step]
         assert self.z is not None, "a solver starts at step 0, where the encoder runs"
-        return self.model.decode(x_t.repeat(halves, 1, 1, 1), self.z[: halves * self.batch])  # type: ignore[operator]
+        return self.model.decode(x_t.repeat(halves, 1, 1, 1), self.z[: halves * self.batch])
 
     def _inputs(self, x_t: Tensor, t: float, halves: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return x_t, t and y for a batch of `halves` halves; t is filled on the device, nothing waits for it."""

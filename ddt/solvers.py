@@ -4,6 +4,7 @@ A velocity function is called as `velocity_fn(x_t, t, step)` with x_t (B, ...), 
 index of the step, which tells a shared encoder whether to run; it returns a float32 velocity (B, ...).
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -16,7 +17,7 @@ def euler(velocity_fn: VelocityFn, x: Tensor, grid: Sequence[float]) -> Tensor:
 
     One call of velocity_fn a step, order 1. Source: method.md 4.
     """
-    for step, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+    for step, (t, t_next) in enumerate(itertools.pairwise(grid)):
         x = x + velocity_fn(x, t, step) * (t_next - t)
     return x
 

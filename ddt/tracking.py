@@ -2,6 +2,7 @@
 
 import json
 import logging
+import secrets
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +59,7 @@ class WandbTracker(JsonlTracker):
         self.wandb = wandb
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(4))
         arguments: dict[str, Any] = {
             "project": project,
             "name": config["name"],

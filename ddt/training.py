@@ -16,16 +16,25 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ddt import checkpoint as ckpt
 from ddt.autoencoder import Autoencoder
-from ddt.data import PREVIEW, Images, PositionSampler, TrainingStream, draws, training_batches, validation_batch
+from ddt.data import (
+    PREVIEW,
+    Images,
+    PositionSampler,
+    TrainingStream,
+    draws,
+    training_batches,
+    validation_batch,
+)
 from ddt.ema import EMA
 from ddt.errors import UserError, require
 from ddt.flow import TimeDistribution, training_times
 from ddt.generation import image_grid, write_png
+from ddt.model import Denoiser
 from ddt.objective import FlowMatching, flow_matching_loss
 from ddt.sampling import SamplerSettings, sample
 from ddt.tracking import JsonlTracker
@@ -38,10 +47,12 @@ MAX_VALIDATION_IMAGES = 2048
 class TrainerSettings:
     """How long, how large and how often; see conf/trainer.
 
-    max_steps: optimizer steps. global_batch_size: images a step over all processes. micro_batch_size: images a process takes at
+    max_steps: optimizer steps. global_batch_size: images a step over all processes. micro_batch_size: images a
+    process takes at
     once (None: its whole share); gradients are accumulated over the rest. mixed_precision: "bf16" autocast over float32
     weights, or "fp32" ("no", Accelerate's word, means the same). num_processes: None uses every visible GPU, or one CPU
-    process. ema_decay: of the averaged weights. warmup_steps: linear warm-up of the learning rate; lr_schedule: "constant", or
+    process. ema_decay: of the averaged weights. warmup_steps: linear warm-up of the learning rate; lr_schedule:
+    "constant", or
     "linear" decay to 0 at max_steps. The `_every` periods count steps, 0 is never; the last step is always
     saved, validated and previewed. num_workers: loading processes.
 
@@ -70,7 +81,10 @@ class TrainerSettings:
         for key in ("micro_batch_size", "num_processes"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"trainer.{key}={value}: must be at least 1, or null")
-        require(0 <= self.ema_decay < 1, f"trainer.ema_decay={self.ema_decay}: must lie in 0..1 (published: 0.9999)")
+        require(
+            0 <= self.ema_decay < 1,
+            f"trainer.ema_decay={self.ema_decay}: must lie in 0..1 (published: 0.9999)",
+        )
         if self.lr_schedule == "linear":
             require(
                 self.warmup_steps < self.max_steps,
@@ -79,7 +93,9 @@ class TrainerSettings:
         self.micro_batches(self.num_processes or 1)
 
     def micro_batches(self, num_processes: int) -> tuple[int, int]:
-        """Return (images a micro-batch, micro-batches a step) of each of `num_processes` processes, or raise UserError."""
+        """Return (images a micro-batch, micro-batches a step) of each of `num_processes` processes, or raise
+        UserError.
+        """
         share, rest = divmod(self.global_batch_size, num_processes)
         require(
             rest == 0 and share > 0,
@@ -149,7 +165,7 @@ class Meter:
 
 @torch.no_grad()
 def validation_loss(
-    model: nn.Module,
+    model: Denoiser,
     time_distribution: TimeDistribution,
     images: Images,
     autoencoder: Autoencoder,
@@ -159,7 +175,8 @@ def validation_loss(
 ) -> float:
     """Return the flow-matching loss of a network on held-out images at fixed times and noise.
 
-    The first 2,048 images of the held-out split (`shape`: that of their latents), labels kept, shared among the processes.
+    The first 2,048 images of the held-out split (`shape`: that of their latents), labels kept, shared among the
+    processes.
     """
     count = min(len(images.labels), MAX_VALIDATION_IMAGES)
     mine = np.arange(accelerator.process_index, count, accelerator.num_processes)
@@ -177,14 +194,16 @@ def validation_loss(
 @torch.no_grad()
 def write_preview(
     path: Path,
-    model: nn.Module,
+    model: Denoiser,
     autoencoder: Autoencoder,
     accelerator: Accelerator,
     shape: tuple[int, int, int],
     sampler: SamplerSettings,
 ) -> None:
-    """Draw a grid of a network's samples to `path`: up to ten classes across, four seeds down, always the same noise."""
-    columns = min(model.num_classes, 10)  # type: ignore[call-overload]
+    """Draw a grid of a network's samples to `path`: up to ten classes across, four seeds down, always the same
+    noise.
+    """
+    columns = min(model.num_classes, 10)
     noise = np.stack([draws(0, PREVIEW, k).standard_normal(shape, dtype=np.float32) for k in range(4 * columns)])
     y = torch.arange(columns, device=accelerator.device).repeat(4)
     with accelerator.autocast():
@@ -194,7 +213,9 @@ def write_preview(
 
 
 def check_same_training(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Raise UserError where a checkpoint's configuration and the present one describe different trainings; log other changes."""
+    """Raise UserError where a checkpoint's configuration and the present one describe different trainings; log other
+    changes.
+    """
     frozen = ckpt.frozen_differences(saved, now)
     if frozen:
         changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in frozen.items())
@@ -266,7 +287,12 @@ def train(
     # --- the record and the data, both from this step on
     tracker = None
     if rank == 0:
-        log.info("%s: %s to step %d", run_dir, f"resuming at step {step}" if step else "training", settings.max_steps)
+        log.info(
+            "%s: %s to step %d",
+            run_dir,
+            f"resuming at step {step}" if step else "training",
+            settings.max_steps,
+        )
         run_dir.mkdir(parents=True, exist_ok=True)
         ckpt.write_json(run_dir / "config.json", {**config["run"], "num_processes": num_processes})
         tracker = make_tracker(run_dir=run_dir, step=step, config=config["run"])
@@ -309,7 +335,9 @@ def train(
                 row = meter.flush(accelerator)
                 if not math.isfinite(row["loss"]):
                     good = ckpt.newest_checkpoint(run_dir)
-                    raise FloatingPointError(f"loss is {row['loss']} at step {step}; the last good checkpoint is {good}")
+                    raise FloatingPointError(
+                        f"loss is {row['loss']} at step {step}; the last good checkpoint is {good}"
+                    )
                 row["lr"] = optimizer.param_groups[0]["lr"]
                 seconds = time.perf_counter() - clock
                 row["images_per_second"] = (step - clock_step) * settings.global_batch_size / seconds
@@ -317,7 +345,13 @@ def train(
             # --- validate and preview the averaged weights
             if len(held_out.labels) and settings.due(settings.validate_every, step):
                 row["validation_loss"] = validation_loss(
-                    ema.model, objective.time_distribution, held_out, autoencoder, accelerator, shape, micro_batch_size
+                    ema.model,
+                    objective.time_distribution,
+                    held_out,
+                    autoencoder,
+                    accelerator,
+                    shape,
+                    micro_batch_size,
                 )
             if tracker is not None and row:
                 tracker.log(step, row)

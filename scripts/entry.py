@@ -23,29 +23,37 @@ from ddt.errors import UserError
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
-def known_keys(config_name: str, dotted: str) -> list[str]:
-    """Return the settings beside the unknown one `dotted`, by composing the configuration without overrides of values."""
-    choices = [arg for arg in sys.argv[1:] if "=" in arg and (CONF / arg.split("=")[0]).is_dir() and "," not in arg]
+def known_keys(folder: Path, config_name: str, dotted: str) -> list[str]:
+    """Return the settings beside the unknown one `dotted`, by composing the configuration without overrides of
+    values.
+    """
+    choices = [arg for arg in sys.argv[1:] if "=" in arg and (folder / arg.split("=")[0]).is_dir() and "," not in arg]
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    with hydra.initialize_config_dir(str(folder), version_base="1.3"):
         node: Any = hydra.compose(config_name, overrides=choices)
     *parents, _ = dotted.split(".")
     for parent in parents:
         node = node.get(parent) if isinstance(node, DictConfig) else None
-    return [f"{'.'.join([*parents, str(key)])}" for key in node if not str(key).startswith("_")] if isinstance(node, DictConfig) else []
+    return (
+        [f"{'.'.join([*parents, str(key)])}" for key in node if not str(key).startswith("_")]
+        if isinstance(node, DictConfig)
+        else []
+    )
 
 
-def one_line(error: Exception, config_name: str) -> str:
+def one_line(error: Exception, folder: Path, config_name: str) -> str:
     """Return what Hydra says of a mistake on the command line as one line that names the key and the fix."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     text = lines[0].rstrip(".")
     if text.startswith("Could not override '"):
         key = text.split("'")[1]
-        return f"{key}: no such setting{did_you_mean(key, known_keys(config_name, key))}"
+        return f"{key}: no such setting{did_you_mean(key, known_keys(folder, config_name, key))}"
     if "Could not find '" in text:
         group, _, choice = text.split("'")[-2].rpartition("/")
-        options = sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
-        return f"{group}={choice}: no such choice{did_you_mean(choice, options)}" if group else f"{choice}: no such group"
+        options = sorted(path.stem for path in (folder / group).glob("*.yaml") if not path.stem.startswith("_"))
+        return (
+            f"{group}={choice}: no such choice{did_you_mean(choice, options)}" if group else f"{choice}: no such group"
+        )
     return " ".join(lines)
 
 
@@ -78,10 +86,9 @@ def logging_setup() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
-def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Make a Hydra main of a function; a user's mistake ends it with status 1 and one line, without a traceback.
-
-    Set HYDRA_FULL_ERROR=1 for the traceback.
+def entry_point(config_name: str, folder: Path = CONF) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Make a Hydra main of a function, with the primary config `folder/config_name.yaml`; a user's mistake ends it
+    with status 1 and one line, without a traceback.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -96,7 +103,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], None]], Ca
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
 
-        run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)
+        run = hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(job)
 
         def main() -> None:
             logging_setup()
@@ -107,7 +114,9 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], None]], Ca
             try:
                 run()
             except (HydraException, OmegaConfBaseException) as error:
-                sys.exit(one_line(error, config_name))
+                sys.exit(one_line(error, folder, config_name))
+            finally:
+                os.environ.pop("HYDRA_FULL_ERROR", None)
 
         return main
 

@@ -31,7 +31,7 @@ class SmallClassifier(nn.Module):
 
     def __init__(self, channels: int, image_size: int, num_classes: int, num_features: int = 64) -> None:
         super().__init__()
-        side = -(-(-(-image_size // 2)) // 2)  # two strides of 2, rounded up
+        side = (image_size + 3) // 4  # two strides of 2, each rounded up
         self.trunk = nn.Sequential(
             nn.Conv2d(channels, 32, 3, padding=1),
             nn.GELU(),
@@ -71,7 +71,13 @@ class ClassifierFeatures:
             model = SmallClassifier(images.channels, images.image_size, len(images.class_names))
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.learning_rate)
         steps = self.epochs * -(-len(images.labels) // self.batch_size)
-        progress = tqdm(total=self.epochs * len(images.labels), unit="img", unit_scale=True, desc="classifier", mininterval=1.0)
+        progress = tqdm(
+            total=self.epochs * len(images.labels),
+            unit="img",
+            unit_scale=True,
+            desc="classifier",
+            mininterval=1.0,
+        )
         step = 0
         for epoch in range(self.epochs):
             order = draws(0, CLASSIFIER_STREAM, epoch).permutation(len(images.labels))

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# bash scripts/test.sh [--slow] [pytest arguments]: style, types, tests. --slow adds soak, mutation and documentation tests.
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
+
+select=(-m "not slow")
+if [ "${1:-}" = --slow ]; then
+    select=()
+    shift
+fi
+if [ $# -eq 0 ]; then # a run of chosen tests goes straight to them
+    .venv/bin/ruff format --check .
+    .venv/bin/ruff check .
+    .venv/bin/mypy
+fi
+exec $python -m pytest ${select[@]+"${select[@]}"} "$@"

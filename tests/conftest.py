@@ -1,0 +1,76 @@
+"""Shared fixtures: golden numbers, small networks, and a way to run the entry points as a user does."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ddt
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+torch.set_num_threads(2)
+sys.path.insert(0, str(ROOT))  # the entry points are modules of the repository, not of the package
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return json.loads((GOLDEN / "golden.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def samplers():
+    return load_file(GOLDEN / "samplers.safetensors")
+
+
+@pytest.fixture
+def tiny():
+    return ddt.load_released(GOLDEN / "tiny.weights.safetensors", encoder_depth=3, patch_size=2)
+
+
+def small_ddt(**changes):
+    """A network of a few thousand weights, all of them random, so that no zero hides an error."""
+    sizes = dict(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2, num_classes=5)
+    torch.manual_seed(0)
+    model = ddt.DDT(**(sizes | changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def inputs(batch=3, channels=2, height=8, width=8, classes=5):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, channels, height, width, generator=generator)
+    return x, torch.rand(batch, generator=generator), torch.randint(classes, (batch,), generator=generator)
+
+
+def run(*command, cwd=ROOT, **environment):
+    """Run an entry point as a user does; return the finished process with its output as text."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def refusal(script, *arguments):
+    """Call an entry point in this process with arguments that it must refuse; return what it says on exit."""
+    module = importlib.import_module(script)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            module.main()
+    assert exit_.value.code not in (0, None)
+    return str(exit_.value.code)

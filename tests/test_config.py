@@ -1,0 +1,199 @@
+"""Every configuration composes, resolves and builds; every mistake is one line that names the key and the fix."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import ROOT, refusal, run
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+
+import train
+from ddt.config import build, check_arguments
+from scripts.entry import CONF, checked
+
+MODELS = (
+    "nano b_4en8de b_6en6de b_8en4de b_10en2de l_10en14de l_12en12de l_16en8de l_20en4de xl_22en6de dit_b dit_l dit_xl"
+)
+GROUPS = ("data", "autoencoder", "objective", "optimizer", "sampler", "trainer", "tracker", "experiment")
+CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+
+
+def config(*overrides):
+    """Compose as train.py does and return plain, checked values."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        name = cfg.name  # resolved while Hydra's part is there
+        with open_dict(cfg):
+            del cfg.hydra
+            cfg.name = name
+        return checked(cfg)
+
+
+def root(*overrides):
+    """A data root for those configurations that need one."""
+    needs = any(o in ("data=folder", "data=in256", "data=in512") for o in overrides)
+    return [*overrides, "data.root=somewhere"] if needs else overrides
+
+
+def test_the_models_are_there():
+    assert {p.stem for p in (CONF / "model").glob("*.yaml") if not p.stem.startswith("_")} == set(MODELS.split())
+
+
+@pytest.mark.parametrize("model", MODELS.split())
+def test_every_model_builds(model):
+    with torch.device("meta"):
+        network = build(config(f"model={model}")["model"])(in_channels=4, num_classes=1000)
+    halves = (
+        [len(network.encoder.blocks), len(network.decoder.blocks)]
+        if hasattr(network, "encoder")
+        else [len(network.blocks)]
+    )
+    kind, _, split = model.partition("_")
+    if "en" in split:
+        assert f"{halves[0]}en{halves[1]}de" == split
+    depths = {"nano": 6, "b": 12, "l": 24, "xl": 28}
+    assert sum(halves) == depths[split if kind == "dit" else kind]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes_and_builds(choice):
+    values = config(*root(choice))
+    values["alignment"] = {"_target_": None}  # the one part that is named before it is built
+    train.check(values)
+
+
+def test_default_run_is_the_nano_model_on_digits():
+    values = config()
+    assert values["name"] == "digits_nano"
+    assert (values["model"]["depth"], values["model"]["encoder_depth"]) == (6, 4)
+    assert values["data"]["_target_"] == "ddt.data.Digits"
+
+
+def test_xl_on_imagenet_is_the_published_recipe():
+    """method.md 2, 3 and 4, value by value."""
+    values = config("model=xl_22en6de", "data=in256", "data.root=somewhere")
+    model = {k: v for k, v in values["model"].items() if not k.startswith("_")}
+    assert model == dict(
+        patch_size=2, hidden_size=1152, num_heads=16, depth=28, encoder_depth=22,
+        decoder_block="attention", adaln_init="release", activation_checkpointing=False,
+    )  # fmt: skip
+    assert values["objective"]["time_distribution"] == "lognorm"
+    assert values["objective"]["label_dropout"] == 0.1
+    optimizer = values["optimizer"]
+    assert optimizer["_target_"] == "torch.optim.AdamW"
+    assert (optimizer["lr"], tuple(optimizer["betas"]), optimizer["weight_decay"]) == (1e-4, (0.9, 0.95), 0)
+    trainer = build(values["trainer"])
+    assert (trainer.max_steps, trainer.global_batch_size, trainer.mixed_precision) == (400_000, 256, "bf16")
+    assert (trainer.ema_decay, trainer.warmup_steps, trainer.lr_schedule) == (0.9999, 0, "constant")
+    assert trainer.save_every == 10_000
+    assert values["data"]["image_size"] == 256
+    assert values["data"]["holdout_every"] == 0
+    assert values["autoencoder"]["source"] == "stabilityai/sd-vae-ft-ema"
+    assert values["alignment"] == dict(
+        _target_="ddt.alignment.REPA",
+        target="vit_base_patch14_dinov2.lvd142m",
+        align_depth=8,
+        weight=0.5,
+        projector_depth=3,
+    )
+    published = dict(
+        solver="euler",
+        num_steps=250,
+        cfg_scale=2.0,
+        cfg_interval=(0.3, 1.0),
+        last_step=0.04,
+        timeshift=1.0,
+        recompute=None,
+    )
+    assert dataclasses.asdict(build(values["sampler"])) == published
+    large = config("model=xl_22en6de", "data=in512", "data.root=somewhere")
+    assert dataclasses.asdict(build(large["sampler"])) == published | {"cfg_scale": 3.0}
+    assert large["data"]["image_size"] == 512
+
+
+def test_the_command_line_wins_over_the_data():
+    values = config("data=in256", "data.root=x", "autoencoder=identity", "trainer.max_steps=7", "optimizer.lr=0.5")
+    assert values["autoencoder"]["_target_"] == "ddt.autoencoder.Identity"
+    assert (values["trainer"]["max_steps"], values["optimizer"]["lr"]) == (7, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model=xl_22en6de", "data=in256"], "data.root: not set; give data.root=…"),
+        (["model=xl_22en6de", "data=in256", "data.root=."], "alignment=repa_dinov2_b: this version cannot"),
+        (["model.encoder_dept=3"], "model.encoder_dept: no such setting; did you mean model.encoder_depth?"),
+        (["+model.foo=1"], "model.foo: no such setting"),
+        (["modle=nano"], "modle: no such setting; did you mean model?"),
+        (["model=nanoo"], "model=nanoo: no such choice; did you mean nano?"),
+        (["trainer.max_steps=abc"], "trainer.max_steps=abc: input should be a valid integer"),
+        (["trainer.log_every=2.5"], "trainer.log_every=2.5: input should be a valid integer"),
+        (
+            ["model.encoder_depth=6"],
+            "model.encoder_depth=6 leaves no encoder or no decoder: with model.depth=6 choose 1..5",
+        ),
+        (["model.num_heads=5"], "model.num_heads=5 does not divide model.hidden_size=96"),
+        (["trainer.micro_batch_size=7"], "trainer.micro_batch_size=7 does not divide the 64 images"),
+        (["sampler.cfg_interval=[0.7,0.3]"], "sampler.cfg_interval=[0.7,0.3]: needs 0 <= lo < hi <= 1"),
+        (["data=folder", "data.root=/no/such"], "data.root=/no/such: no such folder"),
+        (["name=../elsewhere"], "name=../elsewhere: give a folder name"),
+        (["seed=-1"], "seed=-1: must be at least 0"),
+        (["objective.label_dropout=2"], "objective.label_dropout=2.0: must lie in 0..1"),
+        (["trainer.mixed_precision=fp8"], "trainer.mixed_precision=fp8: input should be 'bf16'"),
+        (["trainer.max_steps"], "Error parsing override"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (line,) = refusal("train", *arguments).splitlines()
+    assert line.startswith(message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_ends_the_process_with_status_1_and_no_traceback(tmp_path):
+    done = run(ROOT / "train.py", "model=xl_22en6de", "data=in256", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "data.root: not set; give data.root=…\n"
+
+
+def test_all_mistakes_are_told_at_once():
+    assert len(refusal("train", "trainer.max_steps=abc", "objective.label_dropout=x").splitlines()) == 2
+    mistakes = ("model.encoder_depth=6", "trainer.micro_batch_size=7", "sampler.num_steps=0")
+    assert len(refusal("train", *mistakes).splitlines()) == 3
+
+
+def test_values_are_converted_to_the_annotated_types():
+    def function(count: int, rate: float, pair: tuple[float, float] | None, name: str = "x") -> None: ...
+
+    values, problems = check_arguments(function, {"count": 4e5, "rate": 1, "pair": [0, 1]}, "group")
+    assert not problems
+    assert (values["count"], type(values["count"]), values["pair"]) == (400_000, int, (0.0, 1.0))
+    _, problems = check_arguments(function, {"count": "x", "nome": "y"}, "group")
+    assert problems[0].startswith("group.count=x: ")
+    assert problems[1] == "group.nome: no such setting; did you mean name?"
+
+
+def test_a_sweep_keeps_a_folder_for_each_job(tmp_path):
+    small = [
+        "trainer.max_steps=2",
+        "trainer.preview_every=0",
+        "trainer.validate_every=0",
+        "model.hidden_size=32",
+    ]
+    small += ["trainer.lr_schedule=constant", "sampler.num_steps=1"]
+    done = run(
+        ROOT / "train.py",
+        "-m",
+        "name=sweep",
+        "trainer.mixed_precision=fp32,bf16",
+        *small[1:],
+        small[0],
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    folders = [p for p in (tmp_path / "runs" / "sweep").iterdir() if p.is_dir()]
+    assert len(folders) == 2
+    assert all((p / "checkpoints" / "step_0000002" / "manifest.json").is_file() for p in folders)

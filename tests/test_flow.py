@@ -1,0 +1,59 @@
+"""Path, times and grids."""
+
+import pytest
+import torch
+
+from ddt.errors import UserError
+from ddt.flow import interpolate, score, time_grid, training_times, velocity
+
+
+def test_velocity_is_the_time_derivative_of_the_path():
+    x, noise = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
+    t = torch.rand(4, dtype=torch.float64)
+    _, derivative = torch.func.jvp(lambda t: interpolate(x, noise, t), (t,), (torch.ones_like(t),))
+    torch.testing.assert_close(derivative, velocity(x, noise))
+
+
+def test_path_runs_from_noise_to_data():
+    x, noise = torch.randn(2, 2, 1, 2, 2)
+    assert torch.equal(interpolate(x, noise, torch.zeros(2)), noise)
+    assert torch.equal(interpolate(x, noise, torch.ones(2)), x)
+
+
+def test_score_of_a_gaussian():
+    """Data N(0, s²): x_t ~ N(0, t²s² + (1−t)²), whose score is −x/variance, and the velocity is known in closed
+    form.
+    """
+    x_t, t, s = torch.randn(64, dtype=torch.float64), 0.3, 0.7
+    variance = t**2 * s**2 + (1 - t) ** 2
+    v = (t * s**2 - (1 - t)) / variance * x_t
+    torch.testing.assert_close(score(v, x_t, t), -x_t / variance)
+
+
+def test_time_distributions():
+    normal = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    uniform, lognorm = training_times(normal, "uniform"), training_times(normal, "lognorm")
+    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
+    torch.testing.assert_close(uniform.quantile(quantiles), quantiles, rtol=0, atol=0.01)
+    expected = torch.special.ndtri(quantiles).sigmoid()
+    torch.testing.assert_close(lognorm.quantile(quantiles), expected, rtol=0, atol=0.01)
+
+
+def test_grids_are_those_of_the_release(golden):
+    for name, case in golden["samplers"].items():
+        grid = time_grid(case["num_steps"], case.get("last_step"), case.get("timeshift", 1.0))
+        assert grid == case["timesteps"], name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ((0,), "num_steps=0"),
+        ((4, 0.0), "last_step=0"),
+        ((4, 1.5), "last_step=1.5"),
+        ((4, None, 0.0), "timeshift=0"),
+    ],
+)
+def test_impossible_grids_are_named(arguments, key):
+    with pytest.raises(UserError, match=key):
+        time_grid(*arguments)

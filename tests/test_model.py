@@ -1,0 +1,190 @@
+"""The network against the golden numbers of the release, and its properties."""
+
+import pytest
+import torch
+from conftest import GOLDEN, inputs, small_ddt
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+
+import ddt
+from ddt.errors import UserError
+from ddt.objective import flow_matching_loss
+from ddt.released import our_name
+
+CASES = {"tiny": ("tiny.weights.safetensors", 3, 2), "patch1": ("patch1.lightning.ckpt", 1, 1)}
+TOLERANCE = dict(rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "i"), [("tiny", 0), ("tiny", 1), ("patch1", 0)])
+def test_network_matches_the_release(name, i):
+    file, encoder_depth, patch_size = CASES[name]
+    model = ddt.load_released(GOLDEN / file, encoder_depth, patch_size)
+    io = {k[2:]: v for k, v in load_file(GOLDEN / f"{name}.io.safetensors").items() if k.startswith(f"{i}.")}
+    z = model.encode(io["x"], io["t"], io["y"])
+    torch.testing.assert_close(z, io["z"], **TOLERANCE)
+    torch.testing.assert_close(model(io["x"], io["t"], io["y"]), io["v"], **TOLERANCE)
+    torch.testing.assert_close(model.decode(io["x_shared"], z), io["v_shared"], **TOLERANCE)
+
+    loss = (model(io["x"], io["t"], io["y"]) - io["target"]).square().mean()
+    loss.backward()
+    torch.testing.assert_close(loss, io["loss"], **TOLERANCE)
+    parameters = dict(model.named_parameters())
+    norms = {k.removeprefix("gradnorm."): v for k, v in io.items() if k.startswith("gradnorm.")}
+    assert len(norms) == len(parameters)
+    for key, norm in norms.items():
+        gradient = parameters[our_name(key, encoder_depth)].grad
+        torch.testing.assert_close(gradient.norm(), norm, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bf16_autocast_stays_near_the_release(name):
+    file, encoder_depth, patch_size = CASES[name]
+    model = ddt.load_released(GOLDEN / file, encoder_depth, patch_size)
+    io = load_file(GOLDEN / f"{name}.io.safetensors")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        v = model(io["0.x"], io["0.t"], io["0.y"])
+    assert v.dtype == torch.bfloat16
+    for reference in ("0.v", "0.v_bf16"):
+        error = (v.float() - io[reference].float()).square().mean().sqrt()
+        assert 0 < error <= 0.025 * io["0.v"].square().mean().sqrt()
+
+
+def test_undivided_baseline_matches_the_release():
+    model = ddt.load_released(GOLDEN / "baseline.weights.safetensors", encoder_depth=None)
+    io = load_file(GOLDEN / "baseline.io.safetensors")
+    assert isinstance(model, ddt.DiT)
+    torch.testing.assert_close(model(io["x"], io["t"], io["y"]), io["v"], **TOLERANCE)
+
+
+def test_undivided_baseline_has_nothing_to_share():
+    model = ddt.load_released(GOLDEN / "baseline.weights.safetensors", encoder_depth=None)
+    x, t, y = inputs(channels=4)
+    for call in (
+        lambda: model.encode(x, t, y),
+        lambda: model.decode(x, x),
+        lambda: ddt.sample(model, x, y, recompute=[0]),
+    ):
+        with pytest.raises(UserError, match="DiT"):
+            call()
+    assert ddt.sample(model, x, y, num_steps=2).shape == x.shape
+
+
+def test_parameter_counts_are_those_of_the_release(golden):
+    counts = golden["param_counts"] | golden["baseline_param_counts"]
+    assert len(counts) == 6
+    for name, expected in counts.items():
+        with initialize_config_dir(str(GOLDEN.parent.parent / "conf"), version_base="1.3"):
+            settings = dict(compose("train", overrides=[f"model={name}"]).model)
+        network = ddt.DiT if settings.pop("_target_") == "ddt.model.DiT" else ddt.DDT
+        settings.pop("_partial_")
+        with torch.device("meta"):
+            model = network(in_channels=4, num_classes=1000, **settings)
+        assert sum(p.numel() for p in model.parameters()) == expected, name
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (4, 10), (12, 6)])
+def test_any_size_the_patch_divides(height, width):
+    model = small_ddt()
+    x, t, y = inputs(height=height, width=width)
+    assert model(x, t, y).shape == x.shape
+    assert model.encode(x, t, y).shape == (3, height * width // 4, 32)
+
+
+def test_a_size_the_patch_does_not_divide_is_named():
+    x, t, y = inputs(height=5)
+    with pytest.raises(UserError, match=r"model\.patch_size=2 does not divide the latent size 5×8"):
+        small_ddt()(x, t, y)
+
+
+def test_forward_is_decode_of_encode_and_no_sample_sees_another():
+    model = small_ddt()
+    x, t, y = inputs()
+    assert torch.equal(model(x, t, y), model.decode(x, model.encode(x, t, y)))
+    torch.testing.assert_close(model(x[1:2], t[1:2], y[1:2]), model(x, t, y)[1:2])
+
+
+def test_decoder_sees_the_time_only_through_z():
+    model = small_ddt()
+    x, t, y = inputs()
+    assert not [name for name, _ in model.decoder.named_parameters() if "embedder" in name]
+    assert not torch.allclose(model(x, t, y), model(x, 1 - t, y))
+
+
+def test_train_mode_changes_nothing():
+    model = small_ddt()
+    x, t, y = inputs()
+    assert torch.equal(model.train()(x, t, y), model.eval()(x, t, y))
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    x, t, y = inputs()
+    noise = torch.randn_like(x)
+    gradients = []
+    for checkpointing in (False, True):
+        model = small_ddt(activation_checkpointing=checkpointing)
+        flow_matching_loss(model, x, y, noise, t).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize("block", ["attention", "conv", "mlp"])
+def test_compiles_as_one_graph(block):
+    model = small_ddt(decoder_block=block)
+    x, t, y = inputs()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x, t, y), model(x, t, y))
+
+
+def reach(block):
+    """The tokens of the decoder's output that change when one token of x_t does, its z kept, on a 5×5 grid."""
+    model = small_ddt(decoder_block=block, encoder_depth=2, depth=3)
+    x, t, y = inputs(height=10, width=10)
+    z = model.encode(x, t, y)
+    moved = x.clone()
+    moved[:, :, 4:6, 4:6] += 1
+    changed = (model.decode(moved, z) - model.decode(x, z)).abs().amax(dim=(0, 1))
+    return changed.unflatten(0, (5, 2)).unflatten(2, (5, 2)).amax(dim=(1, 3)) > 1e-7
+
+
+def test_decoder_blocks_mix_what_their_names_say():
+    expected = torch.zeros(5, 5, dtype=torch.bool)
+    expected[2, 2] = True
+    assert torch.equal(reach("mlp"), expected)
+    expected[1:4, 1:4] = True
+    assert torch.equal(reach("conv"), expected)
+    assert reach("attention").all()
+
+
+def test_new_network_predicts_zero_and_adaln_can_start_at_zero():
+    x, t, y = inputs()
+    sizes = dict(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2, num_classes=5)
+    release, zero = ddt.DDT(**sizes), ddt.DDT(**sizes, adaln_init="zero")
+    assert not release(x, t, y).any()
+    assert release.encoder.blocks[0].adaln.weight.any()
+    for name, parameter in zero.named_parameters():
+        if ".adaln." in name:
+            assert not parameter.any(), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder_depth": 0}, r"model\.encoder_depth=0 .* choose 1\.\.2"),
+        ({"encoder_depth": 3}, r"model\.encoder_depth=3 .* choose 1\.\.2"),
+        ({"num_heads": 3}, r"model\.num_heads=3 does not divide model\.hidden_size=32"),
+        ({"num_heads": 16}, r"model\.num_heads=16 gives heads of width 2"),
+        ({"patch_size": 0}, r"model\.patch_size=0: must be at least 1"),
+    ],
+)
+def test_impossible_sizes_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        small_ddt(**changes)
+
+
+def test_training_after_sampling_under_inference_mode():
+    model = small_ddt()
+    x, t, y = inputs(height=14, width=6)  # a grid no other test has made a table for
+    with torch.inference_mode():
+        model(x, t, y)
+    model(x, t, y).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -1,0 +1,80 @@
+"""What a fresh machine installs and runs."""
+
+import os
+import re
+import subprocess
+import tomllib
+
+import pytest
+import yaml
+from conftest import ROOT
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_conda_and_pip_install_the_same_packages():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    assert f"python{PYPROJECT['project']['requires-python']}" in conda
+    assert set(pip["pip"]) == {*PYPROJECT["project"]["dependencies"], "--editable ."}
+
+
+def test_every_import_is_a_declared_dependency():
+    """Packages imported anywhere in the code, by the names they are installed under."""
+    aliases = {
+        "PIL": "pillow",
+        "sklearn": "scikit-learn",
+        "hydra": "hydra-core",
+        "torch_fidelity": "torch-fidelity",
+    }
+    aliases |= {"huggingface_hub": "huggingface-hub"}
+    declared = {re.split(r"[<>=\[]", d)[0] for d in PYPROJECT["project"]["dependencies"]}
+    used = set()
+    for path in [*ROOT.glob("*.py"), *(ROOT / "ddt").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        used |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
+    import sys
+
+    used -= set(sys.stdlib_module_names) | {"ddt", "scripts", "a", "train"}
+    assert {aliases.get(name, name) for name in used} <= declared
+
+
+def test_hydra_stops_at_the_entry_points():
+    for path in (ROOT / "ddt").rglob("*.py"):
+        assert not re.search(r"^\s*(import|from) (hydra|omegaconf)", path.read_text(), re.M), path
+
+
+def test_scripts_are_executable_and_sound():
+    for path in [ROOT / ".ci" / "run", *(ROOT / "scripts").glob("*.sh")]:
+        assert os.access(path, os.X_OK), path
+        subprocess.run(["bash", "-n", path], check=True)
+    assert "scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
+    assert "--slow" not in (ROOT / ".ci" / "run").read_text()
+
+
+def test_top_level_is_what_scripts_rely_on():
+    for name in [
+        "train.py",
+        "sample.py",
+        "evaluate.py",
+        "environment.yml",
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        "CITATION.cff",
+    ]:
+        assert (ROOT / name).is_file(), name
+    assert set(PYPROJECT["project"]["optional-dependencies"]) >= {"dev", "app"}
+
+
+def test_citation_parses():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["preferred-citation"]["year"] == 2025
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "scripts/convert_checkpoint.py"])
+def test_help_and_config_are_shown(script):
+    from conftest import run
+
+    done = run(ROOT / script, "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) > 4

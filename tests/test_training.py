@@ -1,0 +1,257 @@
+"""The loop: reproducible, resumable anywhere, the same on any number of processes and micro-batches."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import run
+from safetensors.torch import load_file
+
+from ddt.data import Digits
+from ddt.errors import UserError
+from ddt.training import TrainerSettings, validation_loss
+
+SETTINGS = dict(
+    max_steps=10,
+    global_batch_size=8,
+    micro_batch_size=None,
+    mixed_precision="fp32",
+    num_processes=None,
+    ema_decay=0.9,
+    warmup_steps=0,
+    lr_schedule="constant",
+    save_every=0,
+    log_every=1,
+    validate_every=0,
+    preview_every=0,
+    num_workers=0,
+)
+SMALL = [
+    "model.hidden_size=32",
+    "model.depth=3",
+    "model.encoder_depth=2",
+    "sampler.num_steps=2",
+    "trainer.lr_schedule=constant",
+    "trainer.warmup_steps=5",
+    "trainer.global_batch_size=12",
+    "trainer.log_every=4",
+    "trainer.validate_every=0",
+    "trainer.preview_every=0",
+    "trainer.save_every=0",
+]
+
+
+def train(folder, name, *overrides):
+    small = [argument for argument in SMALL if "model=dit_b" not in overrides or "encoder_depth" not in argument]
+    done = run("-m", "train", *small, f"name={name}", *overrides, cwd=folder)
+    return folder / "runs" / name, done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder from which `python -m train` is the repository's train.py."""
+    return tmp_path_factory.mktemp("training")
+
+
+@pytest.fixture(autouse=True)
+def repository_on_the_path(monkeypatch):
+    from conftest import ROOT
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def straight(folder):
+    """30 steps without a stop."""
+    import os
+
+    from conftest import ROOT
+
+    os.environ["PYTHONPATH"] = str(ROOT)
+    path, done = train(folder, "straight", "trainer.max_steps=30")
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def rows(path):
+    """The logged values that are no timings."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def weights(path, step=30):
+    checkpoint = path / "checkpoints" / f"step_{step:07d}"
+    return {f"{n}.{k}": v for n in ("model", "ema") for k, v in load_file(checkpoint / f"{n}.safetensors").items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def optimizer_state(path, step=30):
+    state = torch.load(path / "checkpoints" / f"step_{step:07d}" / "train_state.pt", weights_only=True)["optimizer"]
+    return {f"{i}.{k}": v for i, entry in state["state"].items() for k, v in entry.items()}
+
+
+def test_same_seed_same_run_other_seed_other_run(folder, straight):
+    again, _ = train(folder, "again", "trainer.max_steps=30")
+    assert rows(again) == rows(straight)
+    assert equal(weights(again), weights(straight))
+    other, _ = train(folder, "other", "trainer.max_steps=30", "seed=1")
+    assert rows(other)[0]["loss"] != rows(straight)[0]["loss"]
+
+
+def test_resume_is_bit_for_bit_the_uninterrupted_run(folder, straight):
+    """17 + 13 steps, stopped between two log rows, with other workers in the second part."""
+    train(folder, "resumed", "trainer.max_steps=17")
+    path, done = train(folder, "resumed", "trainer.max_steps=30", "trainer.num_workers=2")
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 17 to step 30" in done.stderr
+    assert equal(weights(path), weights(straight))
+    assert equal(optimizer_state(path), optimizer_state(straight))
+    logged = [row for row in rows(path) if row["step"] != 17]  # the row at the end of the first part
+    assert [row for row in logged if row["step"] > 20] == [row for row in rows(straight) if row["step"] > 20]
+    assert [row["step"] for row in logged] == [row["step"] for row in rows(straight)]
+
+
+def test_resume_between_log_rows_keeps_the_means(folder):
+    """Stopping by a save alone, the row that spans the stop is the uninterrupted run's."""
+    whole, _ = train(folder, "whole", "trainer.max_steps=12", "trainer.save_every=6", "trainer.log_every=4")
+    import shutil
+
+    part = folder / "runs" / "part"
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoints" / "step_0000012")
+    config = json.loads((part / "checkpoints" / "step_0000006" / "config.json").read_text())
+    assert config["step"] == 6
+    path, done = train(folder, "part", "trainer.max_steps=12", "trainer.save_every=6", "trainer.log_every=4")
+    assert done.returncode == 0, done.stderr
+    assert rows(path) == rows(whole)
+    assert equal(weights(path, 12), weights(whole, 12))
+
+
+def test_a_complete_run_says_so_and_is_left_alone(folder, straight):
+    before = {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
+    _, done = train(folder, "straight", "trainer.max_steps=30")
+    assert done.returncode == 0
+    assert "complete at step 30" in done.stderr
+    assert {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()} == before
+
+
+def test_another_training_is_refused_under_the_same_name(folder, straight):
+    before = (straight / "config.json").read_text()
+    _, done = train(folder, "straight", "trainer.max_steps=40", "optimizer.lr=1.0", "model.encoder_depth=1")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1
+    assert re.search(r"model\.encoder_depth 2 -> 1, optimizer\.lr 0\.002 -> 1\.0.*another name=", lines[0])
+    assert (straight / "config.json").read_text() == before
+
+
+def test_two_processes_train_what_one_does(folder, straight):
+    path, done = train(folder, "two", "trainer.max_steps=30", "trainer.num_processes=2")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((path / "config.json").read_text())["num_processes"] == 2
+    for a, b in zip(rows(path), rows(straight), strict=True):
+        assert a["step"] == b["step"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    found, expected = weights(path), weights(straight)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=0, atol=5e-4)
+
+
+def test_accumulated_micro_batches_train_what_the_big_batch_does(folder, straight):
+    path, done = train(folder, "micro", "trainer.max_steps=30", "trainer.micro_batch_size=3")
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(rows(path), rows(straight), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_two_processes_resume_what_one_began(folder, straight):
+    train(folder, "one_then_two", "trainer.max_steps=17")
+    path, done = train(
+        folder,
+        "one_then_two",
+        "trainer.max_steps=30",
+        "trainer.num_processes=2",
+        "trainer.micro_batch_size=2",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "changed since the checkpoint: trainer.num_processes None -> 2" in done.stderr
+    for a, b in zip(rows(path)[-2:], rows(straight)[-2:], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_a_damaged_checkpoint_is_named_when_resuming(folder):
+    path, _ = train(folder, "damaged", "trainer.max_steps=2")
+    file = path / "checkpoints" / "step_0000002" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    _, done = train(folder, "damaged", "trainer.max_steps=4")
+    assert done.returncode != 0
+    assert "model.safetensors: damaged" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bf16_baseline_previews_validation_and_wandb_offline(folder):
+    """One run through everything else the loop can do."""
+    path, done = train(
+        folder,
+        "everything",
+        "model=dit_b",
+        "model.num_heads=2",
+        "trainer.max_steps=4",
+        "trainer.mixed_precision=bf16",
+        "trainer.validate_every=2",
+        "trainer.preview_every=2",
+        "trainer.log_every=2",
+        "tracker=wandb",
+        "tracker.mode=offline",
+    )
+    assert done.returncode == 0, done.stderr
+    logged = rows(path)
+    assert [row["step"] for row in logged] == [2, 4]
+    assert all(0 < row["validation_loss"] < 10 for row in logged)
+    assert sorted(p.name for p in (path / "previews").iterdir()) == ["step_0000002.png", "step_0000004.png"]
+    assert list((path / "wandb").glob("offline-run-*"))
+    first = next(iter(weights(path, 4).values()))
+    assert first.dtype == torch.float32
+
+
+def test_validation_loss_depends_on_network_and_images_alone():
+    from conftest import small_ddt
+
+    from ddt.autoencoder import Identity
+    from ddt.training import make_accelerator
+
+    model = small_ddt(in_channels=1, num_classes=10)
+    held_out, accelerator = Digits("test"), make_accelerator("no")
+    arguments = (held_out, Identity(), accelerator, (1, 8, 8))
+    first = validation_loss(model, "lognorm", *arguments, batch_size=64)
+    torch.manual_seed(5)
+    assert validation_loss(model, "lognorm", *arguments, batch_size=64) == first
+    assert validation_loss(model, "lognorm", *arguments, batch_size=7) == pytest.approx(first, rel=1e-5)
+
+
+def test_learning_rate_schedules():
+    constant = TrainerSettings(**SETTINGS | {"warmup_steps": 4})
+    assert [constant.lr_factor(s) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    linear = TrainerSettings(**SETTINGS | {"warmup_steps": 2, "lr_schedule": "linear"})
+    assert [linear.lr_factor(s) for s in (0, 1, 2, 6, 9)] == [0.5, 1, 1, 0.5, 0.125]
+    assert TrainerSettings(**SETTINGS).lr_factor(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"micro_batch_size": 3}, r"trainer\.micro_batch_size=3 does not divide the 8 images"),
+        ({"num_processes": 3}, r"trainer\.global_batch_size=8 cannot be divided among 3 processes"),
+        ({"max_steps": 0}, r"trainer\.max_steps=0: must be at least 1"),
+        ({"ema_decay": 1.0}, r"trainer\.ema_decay=1\.0"),
+        ({"save_every": -1}, r"trainer\.save_every=-1"),
+        ({"warmup_steps": 10, "lr_schedule": "linear"}, r"trainer\.warmup_steps=10: must be below"),
+    ],
+)
+def test_impossible_settings_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        TrainerSettings(**SETTINGS | changes)
