@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddt.errors import require
 
+MAX_STEPS = 100_000  # a slip of the keyboard must not fill the memory
 TimeDistribution = Literal["lognorm", "uniform"]
 
 
@@ -56,7 +57,7 @@ def time_grid(num_steps: int, last_step: float | None = None, timeshift: float =
     The grid is computed in float32 on the CPU and returned as Python floats that hold exactly those float32 values.
     Raises UserError. Source: method.md 4.
     """
-    require(num_steps >= 1, f"num_steps={num_steps}: must be at least 1")
+    require(1 <= num_steps <= MAX_STEPS, f"num_steps={num_steps}: must lie in 1..{MAX_STEPS}")
     last_step = 1 / num_steps if last_step is None else last_step
     require(
         0 < last_step < 1 or (num_steps == 1 and last_step == 1),

@@ -80,7 +80,9 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
 
 def logging_setup() -> None:
     """Show the program's own messages as they are, and warnings on one line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(
+        level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING, format="%(message)s"
+    )
     for chatty in ("httpx", "filelock", "torch", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
@@ -95,7 +97,7 @@ def entry_point(config_name: str, folder: Path = CONF) -> Callable[[Callable[[Di
         def job(cfg: DictConfig) -> None:
             try:
                 task(cfg)
-            except UserError as error:
+            except (UserError, FloatingPointError) as error:
                 sys.exit(str(error))
             finally:  # jobs of a sweep share this process
                 AcceleratorState._reset_state(reset_partial_state=True)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import ddt
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the entry points are modules of the repository; a copy of it tests itself
+
+import ddt  # noqa: E402
+
 GOLDEN = ROOT / "tests" / "golden"
 torch.set_num_threads(2)
-sys.path.insert(0, str(ROOT))  # the entry points are modules of the repository, not of the package
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub
 
 

@@ -51,10 +51,10 @@ def test_rms_norm_is_computed_in_float32():
     norm = RMSNorm(64)
     with torch.no_grad():
         norm.weight.uniform_(0.5, 1.5)
-    x = (100 * torch.randn(4, 64)).bfloat16()
+    x = (100 * torch.randn(64, 64)).bfloat16()
     assert norm(x).dtype == torch.bfloat16
     exact = rms_norm(x.double(), (64,), norm.weight.double(), 1e-6)
-    assert torch.equal(norm(x), exact.bfloat16()) or (norm(x) - exact.bfloat16()).abs().max() <= 2**-7
+    assert (norm(x) == exact.bfloat16()).float().mean() > 0.99  # rounded once, at the end
 
 
 def test_swiglu_width():

@@ -57,7 +57,7 @@ def test_labels_are_dropped_once_and_by_the_given_draw():
 
 def test_network_itself_drops_nothing():
     model = small_ddt().train()
-    x, t, y = inputs()
+    x, t, y = inputs(batch=64)
     assert torch.equal(model(x, t, y), model(x, t, y))
 
 
