@@ -7,7 +7,7 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from ddt.config import build
+from ddt.config import build, check_arguments
 from ddt.errors import UserError, require
 from ddt.evaluation import evaluate_with_classifier
 from scripts.entry import CONF, checked, entry_point
@@ -15,16 +15,20 @@ from scripts.entry import CONF, checked, entry_point
 log = logging.getLogger(__name__)
 
 
+def evaluation(samples: str, reference: str, out: str | None) -> None:
+    """Hold the types of the settings that belong to no group."""
+
+
 @entry_point("evaluate")
 def main(cfg: DictConfig) -> None:
     """Compose, check, evaluate."""
-    features = HydraConfig.get().runtime.choices.features
-    require(
-        features != "inception",
-        "features=inception: this version cannot compute FID yet; for the small data sets give "
-        "features=digits reference=data:digits, or fashion_mnist for both",
-    )
     config = checked(cfg)
+    features = HydraConfig.get().runtime.choices.features
+    extractor = build(config["features"])
+    paths, problems = check_arguments(evaluation, {key: config[key] for key in ("samples", "reference", "out")}, "")
+    if problems:
+        raise UserError("\n".join(problems))
+    config.update(paths)
     kind, _, data = str(config["reference"]).partition(":")
     known = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
     if kind != "data" or data not in known:
@@ -40,7 +44,7 @@ def main(cfg: DictConfig) -> None:
         data,
         train=build(node)(split="train"),
         test=build(node)(split="test"),
-        features=build(config["features"]),
+        features=extractor,
         out=Path(config["out"] or (samples if samples.is_dir() else samples.parent)),
     )
     for name, value in metrics.items():

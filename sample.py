@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from ddt import checkpoint as ckpt
 from ddt.autoencoder import build_autoencoder
 from ddt.config import check_arguments
-from ddt.errors import UserError
+from ddt.errors import UserError, require
 from ddt.generation import image_set, sample_set
 from ddt.launch import launch
 from ddt.sampling import SamplerSettings
@@ -42,6 +42,9 @@ def check(config: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     problems += found
     if problems:
         raise UserError("\n".join(line.replace("solver=", "sampler=") for line in problems))
+    for key in ("batch_size", "num_processes"):
+        value = others[key]
+        require(value is None or value >= 1, f"{key}={value}: must be at least 1")
     images = image_set(stored["network"]["num_classes"], **which)
     return {"sampler": SamplerSettings(**sampler), "images": images, **others}
 
@@ -71,7 +74,7 @@ def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None
 def main(cfg: DictConfig) -> None:
     """Compose, check, sample."""
     config = checked(cfg)
-    folder = ckpt.find_checkpoint(config["ckpt"])
+    folder = ckpt.find_checkpoint(str(config["ckpt"]))
     stored = ckpt.read_config(folder)
     arguments = check(config, stored)
     launch(run, arguments["num_processes"], folder, stored, arguments)

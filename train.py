@@ -10,6 +10,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ddt.config import build, check_arguments
+from ddt.data import fingerprint
 from ddt.errors import UserError, require
 from ddt.launch import default_processes, launch
 from ddt.training import train
@@ -33,7 +34,7 @@ def check(config: dict[str, Any]) -> None:
     def attempt(function: Any, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except UserError as error:
+        except (UserError, TypeError) as error:  # TypeError: a file that lacks what its target needs
             problems.append(f"{prefix}{error}")
 
     if not problems:
@@ -42,9 +43,13 @@ def check(config: dict[str, Any]) -> None:
     if settings is not None and settings.num_processes is None:
         attempt(settings.micro_batches, default_processes())
     attempt(build, config["sampler"], prefix="sampler.")
+    sampler_recompute = config["sampler"].get("recompute")
     with torch.device("meta"):
         network = attempt(build(config["model"]), in_channels=1, num_classes=1)
     attempt(build(config["objective"]), denoiser=network)
+    attempt(build(config["optimizer"]), parameters=[torch.nn.Parameter(torch.zeros(1))])
+    if sampler_recompute is not None and network is not None and not hasattr(network, "encoder"):
+        problems.append(f"sampler.recompute={sampler_recompute}: this model has no encoder to share; give null")
     attempt(build, config["alignment"])
     if problems:
         raise UserError("\n".join(problems))
@@ -56,6 +61,12 @@ def run(config: dict[str, Any]) -> None:
     images, held_out = (build(config["data"])(split=split) for split in ("train", "test"))
     autoencoder = build(config["autoencoder"])
     shape = autoencoder.latent_shape(images.channels, images.image_size)
+    patch_size = config["model"]["patch_size"]
+    require(
+        shape[1] % patch_size == 0 and shape[2] % patch_size == 0,
+        f"model.patch_size={patch_size} does not divide the latent size {shape[1]}×{shape[2]}: choose a divisor",
+    )
+    config = {**config, "data": {**config["data"], "fingerprint": fingerprint(images)}}
     sizes = {"in_channels": shape[0], "num_classes": len(images.class_names)}
     network = build(config["model"])(**sizes)
     network_settings = {key: value for key, value in config["model"].items() if key != "_partial_"} | sizes

@@ -86,6 +86,7 @@ def write_checkpoint(
     write_json(temporary / "manifest.json", manifest)
     for path in temporary.iterdir():
         fsync(path)
+    fsync(temporary)
     temporary.rename(folder)
     fsync(folder.parent)
 
@@ -102,6 +103,15 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
         int(m[1]): f for f in folders if (m := re.fullmatch(r"step_(\d+)", f.name)) and (f / "manifest.json").is_file()
     }
     return steps[max(steps)] if steps else None
+
+
+def refuse_incomplete(run_dir: Path) -> None:
+    """Raise UserError where a run holds a checkpoint folder without manifest: training would meet it again."""
+    for folder in sorted((run_dir / "checkpoints").glob("step_*")):
+        require(
+            (folder / "manifest.json").is_file(),
+            f"{folder}: has no manifest.json; remove the folder to go on without it",
+        )
 
 
 def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
@@ -126,7 +136,7 @@ def verified(folder: Path, name: str) -> Path:
         manifest = json.loads((folder / "manifest.json").read_text())
         expected = manifest["files"].get(name)
         version = manifest["format_version"]
-    except (json.JSONDecodeError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{folder / 'manifest.json'}: damaged; use another checkpoint of the run") from error
     require(
         version == FORMAT_VERSION,
@@ -137,7 +147,7 @@ def verified(folder: Path, name: str) -> Path:
         expected is not None,
         f"{folder}: has no {name}; training can go on only from a checkpoint that training wrote",
     )
-    require(path.is_file(), f"{path}: is missing; use another checkpoint of the run")
+    require(path.is_file(), f"{path}: is missing; remove {folder} to use the checkpoint before it")
     require(
         path.stat().st_size == expected["size"] and sha256(path) == expected["sha256"],
         f"{path}: damaged (its checksum differs from the manifest's); remove {folder} to use the checkpoint before it",
@@ -187,6 +197,8 @@ def load_model(run_or_checkpoint: str | Path) -> Denoiser:
 
 # What a resumed run must share with its checkpoint (docs: design of resuming). Everything else may change.
 FROZEN = ("model", "data", "autoencoder", "alignment", "objective", "optimizer", "seed")
+# … but for these, which change no number
+FREE = ("model.activation_checkpointing",)
 FROZEN_TRAINER = ("global_batch_size", "ema_decay", "warmup_steps", "lr_schedule")
 
 
@@ -202,7 +214,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
             }
         return {prefix: node}
 
-    a, b = flat(old, ""), flat(new, "")
+    a, b = (flat(json.loads(json.dumps(config)), "") for config in (old, new))  # as a checkpoint holds them
     return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
 
 
@@ -211,4 +223,8 @@ def frozen_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tu
     trainer = [f"trainer.{key}" for key in FROZEN_TRAINER]
     if new["trainer"]["lr_schedule"] != "constant":
         trainer.append("trainer.max_steps")  # the learning rate depends on it
-    return {key: pair for key, pair in differences(old, new).items() if key.split(".")[0] in FROZEN or key in trainer}
+    return {
+        key: pair
+        for key, pair in differences(old, new).items()
+        if (key.split(".")[0] in FROZEN or key in trainer) and key not in FREE
+    }

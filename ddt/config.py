@@ -8,8 +8,12 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
+
+from ddt.errors import UserError
+
+CONVERSION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
 def locate(target: str) -> Callable[..., Any]:
@@ -28,6 +32,8 @@ def build(node: dict[str, Any], **arguments: Any) -> Any:
 
     With `_partial_: true` the call is left to be made, when the missing arguments are known.
     """
+    if "_target_" not in node:
+        raise UserError(f"{node}: has no _target_; choose a whole file of the group, not a part of one")
     if node["_target_"] is None:
         return None
     values = {name: value for name, value in node.items() if not name.startswith("_")} | arguments
@@ -41,9 +47,8 @@ def check_arguments(
     """Compare arguments with the names and annotations of a function or class.
 
     Returns the arguments converted to the annotated types ("400000" and 4e5 become the integer 400000), and one line
-    for each
-    problem, which names the key as `prefix.name`. Arguments that are missing are not a problem here: some are known
-    only at run time.
+    for each problem, which names the key as `prefix.name`. Arguments that are missing are not a problem here: some
+    are known only at run time.
     """
     parameters = inspect.signature(function).parameters
     hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
@@ -60,7 +65,7 @@ def check_arguments(
         if name not in hints:
             continue
         try:
-            adapter: TypeAdapter[Any] = TypeAdapter(hints[name])
+            adapter: TypeAdapter[Any] = TypeAdapter(hints[name], config=CONVERSION)
         except PydanticSchemaGenerationError:  # a run-time object, which no config holds
             continue
         try:

@@ -6,6 +6,8 @@ from a state, so a run resumes anywhere and on any number of processes with the 
 """
 
 import gzip
+import hashlib
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Protocol
@@ -70,12 +72,16 @@ FASHION_CLASSES = [
 FASHION_ROOTS = (Path("/usr/share/datasets/fashion-mnist"), Path("data/FashionMNIST/raw"))
 
 
-def read_idx(path: Path, header: int) -> np.ndarray:
+def read_idx(path: Path, header: int, magic: int) -> np.ndarray:
     """Return the bytes of an IDX file, plain or gzipped, after its header; raise UserError naming a damaged file."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); install or download it again") from error
+    require(
+        len(content) >= header and int.from_bytes(content[:4], "big") == magic,
+        f"{path}: not the IDX file it should be; install or download it again",
+    )
     return np.frombuffer(content, dtype=np.uint8, offset=header)
 
 
@@ -96,8 +102,8 @@ class FashionMNIST(ArrayImages):
         for folder in roots:
             paths = [next((p for p in (folder / n, folder / f"{n}.gz") if p.is_file()), None) for n in names]
             if paths[0] and paths[1]:
-                labels = read_idx(paths[1], header=8)
-                pixels = read_idx(paths[0], header=16)
+                labels = read_idx(paths[1], header=8, magic=2049)
+                pixels = read_idx(paths[0], header=16, magic=2051)
                 require(len(pixels) == len(labels) * 784, f"{paths[0]}: truncated; install or download it again")
                 images = np.pad(pixels.reshape(-1, 1, 28, 28), ((0, 0), (0, 0), (2, 2), (2, 2)))
                 super().__init__(images, labels, FASHION_CLASSES)
@@ -107,6 +113,13 @@ class FashionMNIST(ArrayImages):
             "dataset-fashion-mnist`, or torchvision.datasets.FashionMNIST('data', download=True), or give "
             "data.root=FOLDER"
         )
+
+
+def fingerprint(images: Images) -> str:
+    """Return a hash of which images these are, in which order and classes: what the order of training depends on."""
+    names = [path.name for path in images.paths] if isinstance(images, ImageFolder) else []
+    content = repr((images.class_names, names)).encode() + images.labels.tobytes()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -147,7 +160,7 @@ class ImageFolder:
             folder.is_dir(),
             f"data.root={root}: no such folder; give the one with a sub-folder of images for each class",
         )
-        classes = sorted(path for path in folder.iterdir() if path.is_dir())
+        classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         require(
             bool(classes),
             f"data.root={root}: has no sub-folders; put the images of each class into one of its own",
@@ -157,7 +170,9 @@ class ImageFolder:
         self.paths: list[Path] = []
         labels: list[int] = []
         for label, path in enumerate(classes):
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            files = sorted(
+                p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+            )
             require(bool(files), f"{path}: holds no images; add some or remove the folder")
             self.paths += files
             labels += [label] * len(files)
@@ -293,7 +308,10 @@ def training_batches(
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(0),
     )
-    return iter(loader)
+    try:
+        yield from loader
+    except UserError as error:  # a loading process hands its error over with the whole traceback as text
+        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
 
 
 def validation_batch(images: Images, latent_shape: tuple[int, int, int], indices: np.ndarray) -> dict[str, Tensor]:

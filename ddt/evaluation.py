@@ -50,6 +50,8 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         raise UserError(
             f"samples={path}: arr_1 has shape {classes.shape}, expected one class for each of {len(images)} images"
         )
+    if classes is not None and not np.issubdtype(classes.dtype, np.integer):
+        raise UserError(f"samples={path}: arr_1 has dtype {classes.dtype}, expected integers")
     return images.transpose(0, 3, 1, 2), classes
 
 
@@ -74,8 +76,9 @@ def refuse_other_evaluation(out: Path, inputs: dict[str, Any]) -> None:
         return
     try:
         receipt = json.loads(path.read_text())["receipt"]
-        same = all(receipt[key] == value for key, value in inputs.items())
-    except (json.JSONDecodeError, KeyError, TypeError):
+        same = receipt["samples"]["sha256"] == inputs["samples"]["sha256"]
+        same = same and all(receipt[key] == inputs[key] for key in ("reference", "features"))
+    except (OSError, ValueError, KeyError, TypeError):
         same = False
     require(same, f"{path}: belongs to another evaluation and is not written over; choose another out=")
 
@@ -103,12 +106,15 @@ def evaluate_with_classifier(
         images.shape[1:] == expected,
         f"samples={samples}: images of shape {images.shape[1:]} (C, H, W), but data:{data} has {expected}",
     )
+    require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
     require(len(images) >= 2, f"samples={samples}: holds one image; statistics need at least 2")
+    if classes is not None and not (classes.min() >= 0 and classes.max() < len(train.class_names)):
+        raise UserError(f"samples={samples}: arr_1 holds classes outside of 0..{len(train.class_names) - 1}")
     path = samples / "samples.npz" if samples.is_dir() else samples
     inputs = {
         "samples": {"path": str(path), "sha256": sha256(path), "count": len(images)},
         "reference": {"data": data, "train": len(train.labels), "test": len(test.labels)},
-        "features": {"name": f"{data} classifier", "epochs": features.epochs},
+        "features": {"name": f"{data} classifier", **features.settings},
     }
     refuse_other_evaluation(out, inputs)
     features.fit(train)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ddt.autoencoder import Autoencoder
 from ddt.checkpoint import write_json
-from ddt.errors import UserError, require
+from ddt.errors import require
 from ddt.model import Denoiser
 from ddt.sampling import SamplerSettings, sample
 from ddt.version import __version__
@@ -147,16 +147,15 @@ def generate(
 
 def settled(out: Path, request: dict[str, Any]) -> bool:
     """Tell whether `out` holds exactly the requested set; raise UserError where it holds anything else."""
-    receipt = out / "receipt.json"
+    require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
     if not out.exists() or not any(p for p in out.iterdir() if not p.name.startswith(".")):
         return False
     try:
-        same = json.loads(receipt.read_text())["request"] == request
-    except (OSError, json.JSONDecodeError, KeyError):
+        same = json.loads((out / "receipt.json").read_text())["request"] == request
+    except (OSError, ValueError, KeyError, TypeError):
         same = False
-    if not same:
-        raise UserError(f"out={out}: holds another set and is not written over; choose another out=")
-    return True
+    require(same, f"out={out}: holds another set and is not written over; choose another out=")
+    return (out / "samples.npz").is_file()  # written last: without it the set was interrupted and is drawn again
 
 
 def sample_set(
@@ -174,9 +173,8 @@ def sample_set(
     """Draw a set on all processes and write `samples.npz`, `grid.png` and `receipt.json` into `out`.
 
     `arr_0` is uint8 (n, H, W, C) and `arr_1` int64 (n,), the class of each image, both in the set's order. A folder
-    that holds the very
-    same set is left as it is; any other one is refused (UserError). dtype None means bf16 on CUDA, fp32 elsewhere.
-    `checkpoint` goes into the receipt.
+    that holds the very same set is left as it is; any other one is refused (UserError). dtype None means bf16 on
+    CUDA, fp32 elsewhere. `checkpoint` goes into the receipt.
     """
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
@@ -219,9 +217,6 @@ def sample_set(
     merged = merge_parts(parts, len(images.seeds), num_processes)
     temporary = out / ".samples.npz"
     np.savez(temporary, arr_0=merged, arr_1=np.array(images.classes, dtype=np.int64))
-    columns = len(set(images.classes)) if len(set(images.classes)) <= 16 else 10
-    shown = torch.from_numpy(merged[: 10 * columns]).permute(0, 3, 1, 2)
-    write_png(out / "grid.png", image_grid(shown, columns))
     receipt = {
         "request": request,
         "samples": len(merged),
@@ -235,8 +230,11 @@ def sample_set(
         "versions": {"ddt": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    temporary.rename(out / "samples.npz")
     write_json(out / "receipt.json", receipt)
+    columns = len(set(images.classes)) if len(set(images.classes)) <= 16 else 10
+    shown = torch.from_numpy(merged[: 10 * columns]).permute(0, 3, 1, 2)
+    write_png(out / "grid.png", image_grid(shown, columns))
+    temporary.rename(out / "samples.npz")
     log.info("%d images: %s, %s", len(merged), out / "samples.npz", out / "grid.png")
 
 

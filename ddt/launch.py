@@ -23,7 +23,9 @@ def _free_port() -> int:
         return sock.getsockname()[1]
 
 
-def _worker(rank: int, function: Callable[..., None], num_processes: int, port: int, args: tuple[Any, ...]) -> None:
+def _worker(
+    rank: int, function: Callable[..., None], num_processes: int, port: int, told: Any, args: tuple[Any, ...]
+) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -37,19 +39,25 @@ def _worker(rank: int, function: Callable[..., None], num_processes: int, port: 
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
     try:
         function(*args)
-    except UserError as error:
-        if rank == 0:
-            sys.stderr.write(f"{error}\n")
+    except (UserError, FloatingPointError) as error:
+        with told.get_lock():  # the first process that fails tells why; the others fail for the same reason or for that
+            if not told.value:
+                sys.stderr.write(f"{error}\n")
+                sys.stderr.flush()
+            told.value = 1
         sys.exit(1)
 
 
 def launch(function: Callable[..., None], num_processes: int | None, *args: Any) -> None:
-    """Call `function(*args)` on `num_processes` processes (None: every visible GPU) and wait for them.
+    """Call `function(*args)` on `num_processes` processes of this machine and wait for them.
 
-    One process is this one. Under `torchrun` or `accelerate launch` this process is one of theirs already, and
-    nothing is started.
-    The function and its arguments must be picklable. Exits with status 1 where a process ends with a UserError.
+    None means every visible GPU, or one CPU process. One process is this one. Under `torchrun` or `accelerate launch`
+    this process is one of theirs already, and nothing is started. The function and its arguments must be picklable.
+
+    Raises UserError for a number that cannot be; exits with status 1 where a process ends with a user's mistake.
     """
+    if num_processes is not None and num_processes < 1:
+        raise UserError(f"num_processes={num_processes}: must be at least 1, or null for every visible GPU")
     if "RANK" in os.environ:
         function(*args)
         return
@@ -59,8 +67,9 @@ def launch(function: Callable[..., None], num_processes: int | None, *args: Any)
         return
     gpus = torch.cuda.device_count()
     if 0 < gpus < num_processes:
-        raise UserError(f"trainer.num_processes={num_processes}, but {gpus} GPUs are visible: choose at most {gpus}")
+        raise UserError(f"num_processes={num_processes}, but {gpus} GPUs are visible: choose at most {gpus}")
+    told = torch.multiprocessing.get_context("spawn").Value("i", 0)
     try:
-        torch.multiprocessing.spawn(_worker, (function, num_processes, _free_port(), args), nprocs=num_processes)
+        torch.multiprocessing.spawn(_worker, (function, num_processes, _free_port(), told, args), nprocs=num_processes)
     except torch.multiprocessing.ProcessExitedException as error:
         sys.exit(error.exit_code or 1)

@@ -54,16 +54,15 @@ def _tables(head_dim: int, height: int, width: int, device: torch.device) -> tup
     return cos.to(device), sin.to(device)
 
 
-@torch.compiler.assume_constant_result
-def rope_tables_on(head_dim: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return `rope_table` on `device`, made once and kept; a compiled graph holds it as a constant."""
-    return _tables(head_dim, height, width, device)
-
-
 def positions(head_dim: int, height: int, width: int, device: torch.device) -> Positions:
-    """Return the `Positions` of a token grid on `device`."""
-    cos, sin = rope_tables_on(head_dim, height, width, device)
-    return Positions(cos, sin, height, width)
+    """Return the `Positions` of a token grid `height`×`width` for heads of width `head_dim` on `device`.
+
+    The tables are made once and kept; a compiled graph, which may serve grids of any size, computes them inside.
+    """
+    if torch.compiler.is_compiling():
+        cos, sin = rope_table(head_dim, height, width)
+        return Positions(cos.to(device), sin.to(device), height, width)
+    return Positions(*_tables(head_dim, height, width, device), height, width)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

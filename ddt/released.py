@@ -149,8 +149,8 @@ def architecture(state: dict[str, Tensor], encoder_depth: int | None, patch_size
     indices = {int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)}
     depth = len(indices)
     require(
-        indices == set(range(depth)) and depth > 0,
-        f"{source}: blocks {sorted(set(range(max(indices, default=0))) - indices)} are missing",
+        depth > 0 and max(indices) == depth - 1,
+        f"{source}: {depth} blocks, numbered up to {max(indices, default=0)}: some are missing",
     )
     sizes = {
         "in_channels": rows // patch_size**2,
@@ -194,6 +194,7 @@ def build_from_state(state: dict[str, Tensor], sizes: dict[str, Any], source: st
             value.shape == wanted[name],
             f"{source}: {key} has shape {tuple(value.shape)}, expected {tuple(wanted[name])}",
         )
+        require(value.is_floating_point() and bool(value.isfinite().all()), f"{source}: {key} holds no finite numbers")
         found[name] = value.float()
     missing = sorted(set(wanted) - set(found))
     require(not missing, f"{source}: the weights for {', '.join(missing[:3])} are missing ({len(missing)} in all)")

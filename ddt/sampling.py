@@ -60,6 +60,22 @@ class SamplerSettings:
         return {**dataclasses.asdict(self), "recompute": self.schedule()}
 
 
+def check_inputs(model: Denoiser, noise: Tensor, y: Tensor) -> None:
+    """Raise UserError unless noise (B, C, H, W) suits the network and y (B,) holds a class for each row.
+
+    The values of y are not looked at: that would make the device wait.
+    """
+    require(
+        noise.ndim == 4 and noise.shape[1] == model.in_channels,
+        f"noise has shape {tuple(noise.shape)}: expected (B, {model.in_channels}, H, W)",
+    )
+    require(
+        y.ndim == 1 and not y.is_floating_point(),
+        f"y has shape {tuple(y.shape)} and dtype {y.dtype}: expected (B,) int64",
+    )
+    require(len(noise) == len(y), f"noise has {len(noise)} rows and y has {len(y)}: give one class for each")
+
+
 @torch.no_grad()
 def sample(
     model: Denoiser,
@@ -72,6 +88,7 @@ def sample(
     last_step: float | None = 0.04,
     timeshift: float = 1.0,
     recompute: Sequence[int] | None = None,
+    step_noise: Tensor | None = None,
     calls: dict[str, int] | None = None,
 ) -> Tensor:
     """Draw latents from noise; return float32 (B, C, H, W).
@@ -83,6 +100,7 @@ def sample(
         solver: "euler". num_steps, last_step (None: 1/num_steps), timeshift: the time grid (`flow.time_grid`).
         cfg_scale: strength of guidance, 1 is none. cfg_interval: times between which it acts, None is always.
         recompute: step indices at which the encoder runs, 0 among them; None is every step.
+        step_noise: draws (steps, B, C, H, W) of a stochastic solver; Euler takes none.
         calls: a dict to which the network calls an image are added, as `encoder` and `decoder`.
 
     Deterministic; draws nothing, so the global random state stays; keeps the model's mode and gradients. Runs under the
@@ -90,7 +108,11 @@ def sample(
     Raises UserError for settings that make no sampler. Source: method.md 4.
     """
     require(solver in SOLVERS, f"sampler={solver}: unknown solver, choose from {', '.join(SOLVERS)}")
-    require(len(noise) == len(y), f"noise has {len(noise)} rows and y has {len(y)}: give one class for each")
+    require(step_noise is None, f"step_noise: the solver {solver} draws no noise; leave it out")
+    require(
+        not isinstance(recompute, str), f"recompute={recompute}: give the list of steps, as ddt.uniform_schedule does"
+    )
+    check_inputs(model, noise, y)
     grid = time_grid(num_steps, last_step, timeshift)
     velocity = GuidedVelocity(model, y, grid, Guidance(cfg_scale, cfg_interval), recompute)
     latents = SOLVERS[solver](velocity, noise.float(), grid)

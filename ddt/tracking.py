@@ -6,21 +6,40 @@ import secrets
 from pathlib import Path
 from typing import Any, Literal
 
+from ddt.errors import require
+
 log = logging.getLogger(__name__)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a `metrics.jsonl`; a last line that a kill cut short is left out with a warning.
+
+    Raises UserError naming any other line that is no JSON.
+    """
+    lines = path.read_text().splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            require(number == len(lines), f"{path}: line {number} is damaged ({error}); remove it")
+            log.warning("%s: the last line was cut short and is left out", path)
+    return rows
 
 
 class JsonlTracker:
     """Appends one line of JSON to `metrics.jsonl` for every logged step, and shows it to no one else.
 
-    Made by the main process alone. On resume the rows after `step` are cut off, so that a step never stands twice.
+    Made by the main process alone. On resume the rows after `step` are cut off, so that a step never stands twice, and
+    so is a `partial` row, which a run writes when it ends between two log rows: the resumed run logs the whole one.
     """
 
     def __init__(self, run_dir: Path, step: int, config: dict[str, Any]) -> None:
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
-            rows = [row for row in self.path.read_text().splitlines() if json.loads(row)["step"] <= step]
+            rows = [row for row in read_rows(self.path) if row["step"] <= step and "partial" not in row]
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{row}\n" for row in rows))
+            temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
             temporary.replace(self.path)
         self.file = self.path.open("a")
 
@@ -71,7 +90,7 @@ class WandbTracker(JsonlTracker):
         settings = wandb.Settings(init_timeout=init_timeout, silent=True)
         try:
             self.run = wandb.init(mode=mode, settings=settings, **arguments)
-        except wandb.Error as error:
+        except Exception as error:  # W&B raises a dozen kinds without a common base; none may stop training
             log.warning("W&B cannot be reached (%s); recording offline under %s", error, run_dir / "wandb")
             self.run = wandb.init(mode="offline", settings=settings, **arguments)
         self.run.define_metric("*", step_metric="step")  # our own step axis survives a resume from an older checkpoint
@@ -81,7 +100,7 @@ class WandbTracker(JsonlTracker):
             return
         try:
             self.run.log(values)
-        except (self.wandb.Error, OSError) as error:
+        except Exception as error:  # as above
             log.warning("W&B refused a row (%s); from here on metrics.jsonl alone records this run", error)
             self.run = None
 
@@ -98,4 +117,7 @@ class WandbTracker(JsonlTracker):
         """Close the record and the W&B run."""
         super().finish()
         if self.run is not None:
-            self.run.finish()
+            try:
+                self.run.finish()
+            except Exception as error:  # as above
+                log.warning("W&B did not finish (%s); metrics.jsonl is complete", error)

@@ -70,7 +70,11 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
             continue
         special = {name: value for name, value in node.items() if name.startswith("_")}
         given = {name: value for name, value in node.items() if name not in special and value != "???"}
-        arguments, found = check_arguments(locate(node["_target_"]), given, key)
+        try:
+            arguments, found = check_arguments(locate(node["_target_"]), given, key)
+        except ImportError as error:
+            problems.append(f"{key}._target_={node['_target_']}: cannot be imported ({error})")
+            continue
         config[key] = {**special, **arguments}
         problems += found
     if problems:
@@ -88,14 +92,30 @@ def logging_setup() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
+def refuse_unknown(cfg: DictConfig, primary: Path) -> None:
+    """Raise UserError for a top-level setting that the primary config does not have, as `+foo=1` makes one."""
+    known = {str(key) for key in OmegaConf.load(primary)} - {"defaults", "hydra"}
+    for entry in OmegaConf.load(primary).defaults:
+        if isinstance(entry, DictConfig):
+            known |= {str(key) for key in entry if not str(key).startswith("override ")}
+    for key in cfg:
+        if key not in known:
+            raise UserError(f"{key}: no such setting{did_you_mean(str(key), known)}")
+
+
 def entry_point(config_name: str, folder: Path = CONF) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make a Hydra main of a function, with the primary config `folder/config_name.yaml`; a user's mistake ends it
     with status 1 and one line, without a traceback.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+        composed = False
+
         def job(cfg: DictConfig) -> None:
+            nonlocal composed
+            composed = True
             try:
+                refuse_unknown(cfg, folder / f"{config_name}.yaml")
                 task(cfg)
             except (UserError, FloatingPointError) as error:
                 sys.exit(str(error))
@@ -115,8 +135,12 @@ def entry_point(config_name: str, folder: Path = CONF) -> Callable[[Callable[[Di
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of printing them
             try:
                 run()
-            except (HydraException, OmegaConfBaseException) as error:
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
+                if composed and not isinstance(error, (HydraException, OmegaConfBaseException)):
+                    raise  # no mistake on the command line
                 sys.exit(one_line(error, folder, config_name))
+            except KeyboardInterrupt:
+                sys.exit("interrupted; the same command goes on from what is complete")
             finally:
                 os.environ.pop("HYDRA_FULL_ERROR", None)
 

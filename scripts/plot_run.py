@@ -3,7 +3,6 @@
 python scripts/plot_run.py runs=[runs/digits_nano,runs/other] out=curves.png
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -17,14 +16,15 @@ from omegaconf import DictConfig
 
 from ddt.config import check_arguments
 from ddt.errors import UserError, require
+from ddt.tracking import read_rows
 from scripts.entry import checked, entry_point
 
 
-def read_rows(run: str) -> list[dict[str, float]]:
+def rows_of(run: str) -> list[dict[str, float]]:
     """Return the logged rows of a run; raise UserError where there are none."""
     path = Path(run) / "metrics.jsonl"
     require(path.is_file(), f"runs={run}: has no metrics.jsonl; give the folder of a run that has begun")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_rows(path)
     require(bool(rows), f"{path}: is empty; wait for the run's first row (trainer.log_every)")
     return rows
 
@@ -34,7 +34,7 @@ def plot(runs: list[str] | str, out: str) -> None:
     require(Path(out).suffix in (".png", ".pdf", ".svg"), f"out={out}: give a .png, .pdf or .svg file")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for number, run in enumerate([runs] if isinstance(runs, str) else runs):
-        rows, colour = read_rows(run), f"C{number}"
+        rows, colour = rows_of(run), f"C{number}"
         for key, style in (("loss", {"alpha": 0.5}), ("validation_loss", {"marker": "o", "markersize": 4})):
             points = [(row["step"], row[key]) for row in rows if key in row]
             if points:

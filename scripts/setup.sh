@@ -11,22 +11,24 @@ if [ ! -e "$stamp" ]; then
     if [ ! -x $python ]; then
         base=${PYTHON:-}
         if [ -z "$base" ]; then
-            for candidate in python3 python3.12 python3.11; do
-                if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+            for candidate in python3 python3.12 python3.11 python3.13; do
+                if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
                     base=$candidate
                     break
                 fi
             done
         fi
         if [ -z "$base" ]; then
-            echo "no Python 3.11 or 3.12 found: install one, or name it with PYTHON=/path/to/python3.12" >&2
+            echo "no Python 3.11 or later found: install one, or name it with PYTHON=/path/to/python3.12" >&2
             exit 1
         fi
         echo "making .venv with $("$base" --version)"
         "$base" -m venv .venv
     fi
     echo "installing the project into .venv (a few minutes, mostly PyTorch)"
-    $python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}" 2>&1 | grep -v '^WARNING: Location' || true
-    $python -c 'import ddt, hydra, torchvision' || { echo "the installation failed: see the lines above" >&2; exit 1; }
+    if ! $python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"; then
+        echo "the installation failed: see the lines above, then run this command again" >&2
+        exit 1
+    fi
     touch "$stamp"
 fi

@@ -83,7 +83,7 @@ def test_xl_on_imagenet_is_the_published_recipe():
     assert values["objective"]["time_distribution"] == "lognorm"
     assert values["objective"]["label_dropout"] == 0.1
     optimizer = values["optimizer"]
-    assert optimizer["_target_"] == "torch.optim.AdamW"
+    assert optimizer["_target_"] == "ddt.optimizer.adamw"
     assert (optimizer["lr"], tuple(optimizer["betas"]), optimizer["weight_decay"]) == (1e-4, (0.9, 0.95), 0)
     trainer = build(values["trainer"])
     assert (trainer.max_steps, trainer.global_batch_size, trainer.mixed_precision) == (400_000, 256, "bf16")
@@ -144,6 +144,18 @@ def test_the_command_line_wins_over_the_data():
         (["objective.label_dropout=2"], "objective.label_dropout=2.0: must lie in 0..1"),
         (["trainer.mixed_precision=fp8"], "trainer.mixed_precision=fp8: input should be 'bf16'"),
         (["trainer.max_steps"], "Error parsing override"),
+        (["optimizer.lr=abc"], "optimizer.lr=abc: input should be a valid number"),
+        (["optimizer.lr=-1"], "optimizer.lr=-1.0: must be above 0"),
+        (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9]: "),
+        (["optimizer._target_=torch.optim.Foo"], "optimizer._target_=torch.optim.Foo: cannot be imported"),
+        (["sampler.cfg_scale=inf"], "sampler.cfg_scale=inf: input should be a finite number"),
+        (["model=dit_b", "sampler.recompute=[0]"], "sampler.recompute=[0]: this model has no encoder to share"),
+        (["model.patch_size=3"], "model.patch_size=3 does not divide the latent size 8×8"),
+        (["model=_ddt"], "DDT.__init__() missing"),
+        (["model=size/b"], "{'hidden_size': 768, 'num_heads': 12, 'depth': 12}: has no _target_"),
+        (["+foo=1"], "foo: no such setting"),
+        (["trainer.num_processes=0"], "trainer.num_processes=0: must be at least 1"),
+        (["data=null"], ""),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch, arguments, message):
@@ -195,5 +207,7 @@ def test_a_sweep_keeps_a_folder_for_each_job(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     folders = [p for p in (tmp_path / "runs" / "sweep").iterdir() if p.is_dir()]
-    assert len(folders) == 2
+    fixed = "model.hidden_size=32,sampler.num_steps=1,trainer.lr_schedule=constant"
+    expected = [f"{fixed},trainer.mixed_precision={p}" for p in ("bf16", "fp32")]
+    assert sorted(p.name for p in folders) == expected
     assert all((p / "checkpoints" / "step_0000002" / "manifest.json").is_file() for p in folders)

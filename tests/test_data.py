@@ -112,8 +112,8 @@ def test_validation_is_fixed_and_covers_all_times():
 
 def write_fashion(folder, compress):
     for prefix, count in (("train", 6), ("t10k", 4)):
-        labels = bytes(8) + bytes(range(count))
-        images = bytes(16) + bytes([200]) * (784 * count)
+        labels = (2049).to_bytes(4) + bytes(4) + bytes(range(count))
+        images = (2051).to_bytes(4) + bytes(12) + bytes([200]) * (784 * count)
         for name, content in (
             (f"{prefix}-labels-idx1-ubyte", labels),
             (f"{prefix}-images-idx3-ubyte", images),
@@ -137,7 +137,15 @@ def test_fashion_mnist_says_how_to_get_it(tmp_path):
         FashionMNIST(root=str(tmp_path))
     write_fashion(tmp_path, compress=False)
     (tmp_path / "train-images-idx3-ubyte").write_bytes(bytes(100))
+    with pytest.raises(UserError, match="train-images-idx3-ubyte: not the IDX file"):
+        FashionMNIST(root=str(tmp_path))
+    (tmp_path / "train-images-idx3-ubyte").write_bytes((2051).to_bytes(4) + bytes(100))
     with pytest.raises(UserError, match="train-images-idx3-ubyte: truncated"):
+        FashionMNIST(root=str(tmp_path))
+    (tmp_path / "train-images-idx3-ubyte").unlink()
+    whole = gzip.compress(np.random.default_rng(0).bytes(6 * 784))
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(whole[:2000] + bytes(50) + whole[2050:])
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz: cannot be read"):
         FashionMNIST(root=str(tmp_path))
 
 
@@ -147,6 +155,7 @@ def write_folder(root, sizes=((20, 30), (9, 8), (64, 40))):
         for k, (width, height) in enumerate(sizes):
             Image.new("RGB", (width, height), (100 * label, 10 * k, 7)).save(root / name / f"{k}.png")
     (root / "cat" / "notes.txt").write_text("not an image")
+    (root / ".ipynb_checkpoints").mkdir()
 
 
 def test_image_folder(tmp_path):

@@ -53,6 +53,12 @@ def test_documented_commands_run_in_order(tmp_path):
         words = shlex.split(command)[1:]
         environment = {**os.environ, "PYTHONPATH": str(copy)}
         done = subprocess.run(
-            [sys.executable, *words], cwd=copy, env=environment, capture_output=True, text=True, timeout=900, check=False
+            [sys.executable, *words],
+            cwd=copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"

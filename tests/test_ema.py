@@ -20,7 +20,7 @@ def test_average_has_its_closed_form():
 
 def test_average_is_float32_apart_and_without_gradients():
     model = torch.nn.Linear(2, 2).bfloat16()
-    ema = EMA(model.float(), 0.5)
+    ema = EMA(model, 0.5)
     before = model.weight.clone()
     ema.model.weight.add_(1.0)
     assert torch.equal(model.weight, before)

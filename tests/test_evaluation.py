@@ -109,6 +109,7 @@ def test_unusable_samples_are_named(tmp_path):
         write(tmp_path / "flat.npz", arr_0=images[0]).name: "must be uint8 images",
         write(tmp_path / "none.npz", other=images).name: "found nothing",
         write(tmp_path / "empty.npz", arr_0=images[:0]).name: "must be uint8 images",
+        write(tmp_path / "bool.npz", arr_0=images, arr_1=np.ones(3, dtype=bool)).name: "expected integers",
         write(tmp_path / "labels.npz", arr_0=images, arr_1=np.zeros(2)).name: "arr_1 has shape",
     }
     whole = write(tmp_path / "cut.npz", arr_0=np.random.default_rng(0).integers(0, 255, (9, 8, 8, 1), dtype=np.uint8))
@@ -122,6 +123,9 @@ def test_unusable_samples_are_named(tmp_path):
 def test_samples_of_another_size_and_another_evaluation_are_refused(evaluated, tmp_path):
     out, _ = evaluated
     arguments = ("digits", Digits("train"), Digits("test"), ClassifierFeatures(epochs=1))
+    write(tmp_path / "class.npz", arr_0=np.zeros((3, 8, 8, 1), dtype=np.uint8), arr_1=np.array([0, 5, 10]))
+    with pytest.raises(UserError, match=r"arr_1 holds classes outside of 0\.\.9"):
+        evaluate_with_classifier(tmp_path / "class.npz", *arguments, tmp_path)
     write(tmp_path / "large.npz", arr_0=np.zeros((3, 16, 16, 1), dtype=np.uint8))
     with pytest.raises(UserError, match=r"images of shape \(1, 16, 16\)"):
         evaluate_with_classifier(tmp_path / "large.npz", *arguments, tmp_path)

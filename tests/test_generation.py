@@ -132,6 +132,23 @@ def test_sample_writes_npz_grid_and_receipt(run_folder, tmp_path):
     assert receipt["request"]["checkpoint"]["ema_sha256"] == ckpt.sha256(ema)
 
 
+def test_an_interrupted_set_is_drawn_again(run_folder, tmp_path):
+    arguments = ["num_samples=3", f"out={tmp_path / 'a'}"]
+    assert sample(run_folder, *arguments).returncode == 0
+    whole = (tmp_path / "a" / "samples.npz").read_bytes()
+    (tmp_path / "a" / "samples.npz").unlink()  # a kill before the last file
+    again = sample(run_folder, *arguments)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "a" / "samples.npz").read_bytes()[-500:] == whole[-500:]
+
+
+def test_bf16_is_not_fp32(run_folder, tmp_path):
+    for dtype in ("fp32", "bf16"):
+        assert sample(run_folder, "num_samples=5", f"dtype={dtype}", f"out={tmp_path / dtype}").returncode == 0
+    images = [np.load(tmp_path / dtype / "samples.npz")["arr_0"].astype(int) for dtype in ("fp32", "bf16")]
+    assert 0 < np.abs(images[0] - images[1]).mean() < 3
+
+
 def test_two_processes_give_the_set_of_one(run_folder, tmp_path):
     for name, arguments in (("one", []), ("two", ["num_processes=2", "batch_size=2"])):
         done = sample(run_folder, "num_samples=7", f"out={tmp_path / name}", *arguments)
@@ -165,6 +182,8 @@ def test_the_same_set_again_is_left_alone_and_another_is_refused(run_folder, tmp
         ("dtype=int8", "dtype=int8: input should be 'bf16' or 'fp32'"),
         ("num_stepz=4", "num_stepz: no such setting; did you mean num_steps?"),
         ("batch_size=0", "batch_size=0: must be at least 1"),
+        ("num_processes=-1", "num_processes=-1: must be at least 1"),
+        ("cfg_scale=inf", "cfg_scale=inf: input should be a finite number"),
     ],
 )
 def test_wrong_input_is_one_line(run_folder, argument, message):

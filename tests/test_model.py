@@ -122,8 +122,11 @@ def test_activation_checkpointing_gives_the_same_gradients():
     gradients = []
     for checkpointing in (False, True):
         model = small_ddt(activation_checkpointing=checkpointing)
+        calls = []
+        model.encoder.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         flow_matching_loss(model, x, y, noise, t).backward()
         gradients.append([p.grad for p in model.parameters()])
+        assert len(calls) == (2 if checkpointing else 1)
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
 
@@ -131,8 +134,11 @@ def test_activation_checkpointing_gives_the_same_gradients():
 @pytest.mark.parametrize("block", ["attention", "conv", "mlp"])
 def test_compiles_as_one_graph(block):
     model = small_ddt(decoder_block=block)
-    x, t, y = inputs()
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x, t, y), model(x, t, y))
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for height, width in ((8, 8), (12, 12), (4, 10)):
+        x, t, y = inputs(height=height, width=width)
+        torch.testing.assert_close(compiled(x, t, y), model(x, t, y))
 
 
 def reach(block):
@@ -161,9 +167,11 @@ def test_new_network_predicts_zero_and_adaln_can_start_at_zero():
     release, zero = ddt.DDT(**sizes), ddt.DDT(**sizes, adaln_init="zero")
     assert not release(x, t, y).any()
     assert release.encoder.blocks[0].adaln.weight.any()
-    for name, parameter in zero.named_parameters():
-        if ".adaln." in name:
-            assert not parameter.any(), name
+    dit = ddt.DiT(**{k: v for k, v in sizes.items() if k != "encoder_depth"}, adaln_init="zero")
+    for network in (zero, dit):
+        for name, parameter in network.named_parameters():
+            if ".adaln." in name:
+                assert not parameter.any(), name
 
 
 @pytest.mark.parametrize(

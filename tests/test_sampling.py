@@ -177,5 +177,13 @@ def test_impossible_samplers_are_named(arguments, message):
 
 def test_noise_and_classes_must_agree():
     x, _, y = inputs()
+    with pytest.raises(UserError, match=r"noise has shape \(3, 1, 8, 8\): expected \(B, 2, H, W\)"):
+        ddt.sample(small_ddt(), x[:, :1], y)
+    with pytest.raises(UserError, match="dtype torch.float32: expected"):
+        ddt.sample(small_ddt(), x, y.float())
+    with pytest.raises(UserError, match="the solver euler draws no noise"):
+        ddt.sample(small_ddt(), x, y, step_noise=x[None])
+    with pytest.raises(UserError, match="recompute=uniform:2: give the list"):
+        ddt.sample(small_ddt(), x, y, recompute="uniform:2")
     with pytest.raises(UserError, match="noise has 3 rows and y has 2"):
         ddt.sample(small_ddt(), x, y[:2])

@@ -2,15 +2,21 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run, small_ddt
+from PIL import Image
 from safetensors.torch import load_file
 
+import ddt
+from ddt.autoencoder import Identity
 from ddt.data import Digits
 from ddt.errors import UserError
-from ddt.training import TrainerSettings, validation_loss
+from ddt.monitoring import validation_loss
+from ddt.settings import TrainerSettings
+from ddt.training import make_accelerator
 
 SETTINGS = dict(
     max_steps=10,
@@ -44,31 +50,19 @@ SMALL = [
 
 def train(folder, name, *overrides):
     small = [argument for argument in SMALL if "model=dit_b" not in overrides or "encoder_depth" not in argument]
-    done = run("-m", "train", *small, f"name={name}", *overrides, cwd=folder)
+    done = run(ROOT / "train.py", *small, f"name={name}", *overrides, cwd=folder)
     return folder / "runs" / name, done
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A working folder from which `python -m train` is the repository's train.py."""
+    """A working folder, where runs/ is made."""
     return tmp_path_factory.mktemp("training")
-
-
-@pytest.fixture(autouse=True)
-def repository_on_the_path(monkeypatch):
-    from conftest import ROOT
-
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 @pytest.fixture(scope="module")
 def straight(folder):
     """30 steps without a stop."""
-    import os
-
-    from conftest import ROOT
-
-    os.environ["PYTHONPATH"] = str(ROOT)
     path, done = train(folder, "straight", "trainer.max_steps=30")
     assert done.returncode == 0, done.stderr
     return path
@@ -104,22 +98,19 @@ def test_same_seed_same_run_other_seed_other_run(folder, straight):
 
 def test_resume_is_bit_for_bit_the_uninterrupted_run(folder, straight):
     """17 + 13 steps, stopped between two log rows, with other workers in the second part."""
-    train(folder, "resumed", "trainer.max_steps=17")
+    first, _ = train(folder, "resumed", "trainer.max_steps=17")
+    assert rows(first)[-1] == {**rows(first)[-1], "step": 17, "partial": True}
     path, done = train(folder, "resumed", "trainer.max_steps=30", "trainer.num_workers=2")
     assert done.returncode == 0, done.stderr
     assert "resuming at step 17 to step 30" in done.stderr
     assert equal(weights(path), weights(straight))
     assert equal(optimizer_state(path), optimizer_state(straight))
-    logged = [row for row in rows(path) if row["step"] != 17]  # the row at the end of the first part
-    assert [row for row in logged if row["step"] > 20] == [row for row in rows(straight) if row["step"] > 20]
-    assert [row["step"] for row in logged] == [row["step"] for row in rows(straight)]
+    assert rows(path) == rows(straight)  # the row 17..20 spans the stop
 
 
 def test_resume_between_log_rows_keeps_the_means(folder):
     """Stopping by a save alone, the row that spans the stop is the uninterrupted run's."""
     whole, _ = train(folder, "whole", "trainer.max_steps=12", "trainer.save_every=6", "trainer.log_every=4")
-    import shutil
-
     part = folder / "runs" / "part"
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoints" / "step_0000012")
@@ -159,6 +150,87 @@ def test_two_processes_train_what_one_does(folder, straight):
     found, expected = weights(path), weights(straight)
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=5e-4)
+
+
+def test_resume_on_three_processes_is_bit_for_bit(folder):
+    """Three summands show in which order gradients are added; two would not."""
+    parts = {"three": [6], "three_resumed": [3, 6]}
+    for name, ends in parts.items():
+        for end in ends:
+            path, done = train(folder, name, f"trainer.max_steps={end}", "trainer.num_processes=3")
+            assert done.returncode == 0, done.stderr
+    assert equal(weights(path, 6), weights(folder / "runs" / "three", 6))
+
+
+def test_validation_is_that_of_the_averaged_weights_on_any_number_of_processes(folder):
+    values = {}
+    for number in (1, 2):
+        options = ["trainer.max_steps=8", "trainer.validate_every=8", "trainer.ema_decay=0.5"]
+        path, done = train(folder, f"validated{number}", *options, f"trainer.num_processes={number}")
+        assert done.returncode == 0, done.stderr
+        values[number] = rows(path)[-1]["validation_loss"]
+    assert values[1] == pytest.approx(values[2], rel=1e-4)
+    arguments = ("lognorm", Digits("test"), Identity(), make_accelerator("no"), (1, 8, 8), 64)
+    averaged = ddt.load_model(path)
+    assert values[2] == pytest.approx(validation_loss(averaged, *arguments), rel=1e-5)
+    averaged.load_state_dict(load_file(path / "checkpoints" / "step_0000008" / "model.safetensors"))
+    assert values[2] != pytest.approx(validation_loss(averaged, *arguments), rel=1e-4)
+    assert validation_loss(averaged, "uniform", *arguments[1:]) != validation_loss(averaged, *arguments)
+
+
+def test_a_diverged_run_ends_before_it_is_saved(folder):
+    path, done = train(
+        folder, "diverged", "optimizer.lr=1e30", "trainer.max_steps=9", "trainer.save_every=1", "trainer.log_every=9"
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "lower optimizer.lr" in done.stderr
+    for checkpoint in (path / "checkpoints").glob("step_*"):
+        assert all(value.isfinite().all() for value in load_file(checkpoint / "ema.safetensors").values())
+
+
+def test_a_row_cut_short_by_a_kill_is_no_obstacle(folder):
+    options = ["trainer.save_every=4", "trainer.lr_schedule=constant"]
+    path, _ = train(folder, "torn", "trainer.max_steps=8", *options)
+    (path / "metrics.jsonl").write_text((path / "metrics.jsonl").read_text()[:-9])
+    _, done = train(folder, "torn", "trainer.max_steps=12", *options)
+    assert done.returncode == 0, done.stderr
+    assert "the last line was cut short" in done.stderr
+    assert [row["step"] for row in rows(path)] == [4, 12]
+
+
+def test_bf16_is_not_fp32(folder, straight):
+    path, _ = train(folder, "bf16", "trainer.max_steps=4", "trainer.mixed_precision=bf16")
+    assert rows(path)[0]["loss"] != rows(straight)[0]["loss"]
+    assert rows(path)[0]["loss"] == pytest.approx(rows(straight)[0]["loss"], rel=0.02)
+
+
+def picture_folder(root, broken=None):
+    for label in range(2):
+        (root / f"class{label}").mkdir(parents=True)
+        for k in range(8):
+            Image.new("RGB", (9, 9), (90 * label, 10 * k, 5)).save(root / f"class{label}" / f"{k}.png")
+    if broken:
+        (root / broken).write_bytes(b"no picture")
+    return ["data=folder", f"data.root={root}", "data.image_size=8", "data.holdout_every=0"]
+
+
+@pytest.mark.parametrize("options", [["trainer.num_workers=1"], ["trainer.num_processes=2"]])
+def test_a_broken_image_is_named_from_any_process(folder, tmp_path, options):
+    data = picture_folder(tmp_path / "pictures", broken="class1/3.png")
+    _, done = train(tmp_path, "broken", *data, "trainer.max_steps=3", *options)
+    assert done.returncode != 0
+    assert done.stderr.count("class1/3.png: not a readable image") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_other_images_are_another_training(tmp_path):
+    data = picture_folder(tmp_path / "pictures")
+    train(tmp_path, "pictures", *data, "trainer.max_steps=1")
+    (tmp_path / "pictures" / "class1" / "7.png").unlink()
+    _, done = train(tmp_path, "pictures", *data, "trainer.max_steps=2")
+    assert done.returncode != 0
+    assert "data.fingerprint" in done.stderr
 
 
 def test_accumulated_micro_batches_train_what_the_big_batch_does(folder, straight):
@@ -203,7 +275,7 @@ def test_bf16_baseline_previews_validation_and_wandb_offline(folder):
         "trainer.max_steps=4",
         "trainer.mixed_precision=bf16",
         "trainer.validate_every=2",
-        "trainer.preview_every=2",
+        "trainer.preview_every=3",
         "trainer.log_every=2",
         "tracker=wandb",
         "tracker.mode=offline",
@@ -212,18 +284,13 @@ def test_bf16_baseline_previews_validation_and_wandb_offline(folder):
     logged = rows(path)
     assert [row["step"] for row in logged] == [2, 4]
     assert all(0 < row["validation_loss"] < 10 for row in logged)
-    assert sorted(p.name for p in (path / "previews").iterdir()) == ["step_0000002.png", "step_0000004.png"]
+    assert sorted(p.name for p in (path / "previews").iterdir()) == ["step_0000003.png", "step_0000004.png"]
     assert list((path / "wandb").glob("offline-run-*"))
     first = next(iter(weights(path, 4).values()))
     assert first.dtype == torch.float32
 
 
 def test_validation_loss_depends_on_network_and_images_alone():
-    from conftest import small_ddt
-
-    from ddt.autoencoder import Identity
-    from ddt.training import make_accelerator
-
     model = small_ddt(in_channels=1, num_classes=10)
     held_out, accelerator = Digits("test"), make_accelerator("no")
     arguments = (held_out, Identity(), accelerator, (1, 8, 8))
@@ -239,6 +306,8 @@ def test_learning_rate_schedules():
     linear = TrainerSettings(**SETTINGS | {"warmup_steps": 2, "lr_schedule": "linear"})
     assert [linear.lr_factor(s) for s in (0, 1, 2, 6, 9)] == [0.5, 1, 1, 0.5, 0.125]
     assert TrainerSettings(**SETTINGS).lr_factor(0) == 1
+    short = TrainerSettings(**SETTINGS | {"max_steps": 2, "warmup_steps": 4, "lr_schedule": "linear"})
+    assert [short.lr_factor(s) for s in range(2)] == [0.25, 0.5]  # a trial run ends within the warm-up
 
 
 @pytest.mark.parametrize(
@@ -249,7 +318,6 @@ def test_learning_rate_schedules():
         ({"max_steps": 0}, r"trainer\.max_steps=0: must be at least 1"),
         ({"ema_decay": 1.0}, r"trainer\.ema_decay=1\.0"),
         ({"save_every": -1}, r"trainer\.save_every=-1"),
-        ({"warmup_steps": 10, "lr_schedule": "linear"}, r"trainer\.warmup_steps=10: must be below"),
     ],
 )
 def test_impossible_settings_are_named(changes, message):

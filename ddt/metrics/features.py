@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ddt.autoencoder import from_uint8
 from ddt.data import Images, draws
-from ddt.errors import require
+from ddt.errors import UserError, require
 
 log = logging.getLogger(__name__)
 CLASSIFIER_STREAM = 16  # beside the streams of ddt.data
@@ -62,7 +62,11 @@ class ClassifierFeatures:
 
     def __init__(self, epochs: int, batch_size: int = 128, learning_rate: float = 2e-3) -> None:
         require(epochs >= 1, f"features.epochs={epochs}: must be at least 1")
+        require(batch_size >= 1, f"features.batch_size={batch_size}: must be at least 1")
+        require(learning_rate > 0, f"features.learning_rate={learning_rate}: must be above 0")
         self.epochs, self.batch_size, self.learning_rate = epochs, batch_size, learning_rate
+        self.settings = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+        self.model: SmallClassifier | None = None
 
     def fit(self, images: Images) -> None:
         """Train the classifier on `images`, leaving the global random state as it was."""
@@ -97,5 +101,16 @@ class ClassifierFeatures:
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return features (B, F) float32 and predicted classes (B,) int64 of uint8 images (B, C, H, W)."""
+        assert self.model is not None, "fit comes first"
         features, logits = self.model(torch.from_numpy(images))
         return features.numpy(), logits.argmax(dim=1).numpy()
+
+
+class Inception:
+    """Inception features for FID and its relatives. Not available yet: raises UserError."""
+
+    def __init__(self) -> None:
+        raise UserError(
+            "features=inception: this version cannot compute FID yet; for the small data sets give "
+            "features=digits reference=data:digits, or fashion_mnist for both"
+        )

@@ -1,0 +1,68 @@
+"""metrics.jsonl is the record; W&B may fail in any way and training goes on."""
+
+import json
+
+import pytest
+
+from ddt.errors import UserError
+from ddt.tracking import JsonlTracker, WandbTracker
+
+CONFIG = {"name": "run"}
+
+
+class Run:
+    """A W&B run whose every call fails."""
+
+    def fail(self, *args, **kwargs):
+        raise ConnectionResetError("no network")
+
+    log = finish = fail
+
+    def define_metric(self, *args, **kwargs):
+        pass
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_after_the_resumed_step_and_partial_rows_are_cut(tmp_path):
+    tracker = JsonlTracker(tmp_path, 0, CONFIG)
+    for step in (2, 4, 6):
+        tracker.log(step, {"loss": step / 2})
+    tracker.log(3, {"loss": 1.0, "partial": True})
+    tracker.finish()
+    tracker = JsonlTracker(tmp_path, 4, CONFIG)
+    tracker.log(6, {"loss": 9.0})
+    tracker.finish()
+    assert rows(tmp_path) == [{"step": 2, "loss": 1.0}, {"step": 4, "loss": 2.0}, {"step": 6, "loss": 9.0}]
+
+
+def test_a_damaged_row_in_the_middle_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
+        JsonlTracker(tmp_path, 3, CONFIG)
+
+
+def test_a_failing_wandb_stops_nothing(tmp_path, monkeypatch):
+    modes = []
+
+    def init(mode, **arguments):
+        modes.append((mode, arguments["id"]))
+        if mode == "online":
+            raise RuntimeError("no network")
+        return Run()
+
+    monkeypatch.setattr("wandb.init", init)
+    for _ in range(2):  # a resumed run goes on under its id
+        tracker = WandbTracker(tmp_path, 5, CONFIG)
+        tracker.log(5, {"loss": 1.0})
+        tracker.finish()
+    assert [mode for mode, _ in modes] == ["online", "offline"] * 2
+    assert len({identity for _, identity in modes}) == 1
+    assert rows(tmp_path)[-1] == {"step": 5, "loss": 1.0}
+
+
+def test_wandb_run_that_cannot_finish(tmp_path, monkeypatch):
+    monkeypatch.setattr("wandb.init", lambda **_: Run())
+    WandbTracker(tmp_path, 0, CONFIG).finish()
