@@ -20,7 +20,7 @@ from scripts.entry import checked, entry_point
 def run_settings(name: str, seed: int) -> None:
     """Hold the types of the settings that stand outside of any group."""
     require(
-        re.fullmatch(r"[\w.=,+\[\]-][\w.=,+\[\]/-]*", name) is not None and ".." not in name,
+        re.fullmatch(r"[\w.=,+\[\]-][\w.=,+\[\]/-]*", name) is not None and ".." not in name and name != ".",
         f"name={name}: give a folder name made of letters, digits and _.=,+-",
     )
     require(0 <= seed < 2**63, f"seed={seed}: must be at least 0")

@@ -63,7 +63,7 @@ class SamplerSettings:
 def check_inputs(model: Denoiser, noise: Tensor, y: Tensor) -> None:
     """Raise UserError unless noise (B, C, H, W) suits the network and y (B,) holds a class for each row.
 
-    The values of y are not looked at: that would make the device wait.
+    On a GPU the values of y are not looked at: that would make the device wait.
     """
     require(
         noise.ndim == 4 and noise.shape[1] == model.in_channels,
@@ -72,6 +72,10 @@ def check_inputs(model: Denoiser, noise: Tensor, y: Tensor) -> None:
     require(
         y.ndim == 1 and not y.is_floating_point(),
         f"y has shape {tuple(y.shape)} and dtype {y.dtype}: expected (B,) int64",
+    )
+    require(
+        y.device.type != "cpu" or len(y) == 0 or bool((y >= 0).all() and (y <= model.num_classes).all()),
+        f"y={y.tolist() if y.device.type == 'cpu' else '…'}: classes must lie in 0..{model.num_classes - 1}",
     )
     require(len(noise) == len(y), f"noise has {len(noise)} rows and y has {len(y)}: give one class for each")
 

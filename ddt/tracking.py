@@ -92,7 +92,14 @@ class WandbTracker(JsonlTracker):
             self.run = wandb.init(mode=mode, settings=settings, **arguments)
         except Exception as error:  # W&B raises a dozen kinds without a common base; none may stop training
             log.warning("W&B cannot be reached (%s); recording offline under %s", error, run_dir / "wandb")
-            self.run = wandb.init(mode="offline", settings=settings, **arguments)
+            arguments["id"] = secrets.token_hex(4)  # the failed attempt may hold the old one
+            id_file.write_text(arguments["id"])
+            try:
+                self.run = wandb.init(mode="offline", settings=settings, **arguments)
+            except Exception as second:  # as above
+                log.warning("W&B does not start offline either (%s); metrics.jsonl alone records this run", second)
+                self.run = None
+                return
         self.run.define_metric("*", step_metric="step")  # our own step axis survives a resume from an older checkpoint
 
     def _send(self, values: dict[str, Any]) -> None:

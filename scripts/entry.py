@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ddt.config import check_arguments, did_you_mean, locate
 from ddt.errors import UserError
 
+PATHS = ("ckpt", "out", "samples", "released", "runs", "data.root", "autoencoder.source")
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -30,7 +32,10 @@ def known_keys(folder: Path, config_name: str, dotted: str) -> list[str]:
     choices = [arg for arg in sys.argv[1:] if "=" in arg and (folder / arg.split("=")[0]).is_dir() and "," not in arg]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):
-        node: Any = hydra.compose(config_name, overrides=choices)
+        try:
+            node: Any = hydra.compose(config_name, overrides=choices)
+        except HydraException:  # a choice is wrong too; the unknown key is named without a suggestion
+            return []
     *parents, _ = dotted.split(".")
     for parent in parents:
         node = node.get(parent) if isinstance(node, DictConfig) else None
@@ -92,6 +97,15 @@ def logging_setup() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
+def quoted(argument: str) -> str:
+    """Return an argument whose value is a path in Hydra's quotes where it needs them, as a sweep's folders do."""
+    key, equals, value = argument.partition("=")
+    if key not in PATHS or re.fullmatch(r"[\w./:+-]*", value, re.ASCII) or value[:1] in "'\"[$":
+        return argument
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}{equals}"{escaped}"'
+
+
 def refuse_unknown(cfg: DictConfig, primary: Path) -> None:
     """Raise UserError for a top-level setting that the primary config does not have, as `+foo=1` makes one."""
     known = {str(key) for key in OmegaConf.load(primary)} - {"defaults", "hydra"}
@@ -119,6 +133,10 @@ def entry_point(config_name: str, folder: Path = CONF) -> Callable[[Callable[[Di
                 task(cfg)
             except (UserError, FloatingPointError) as error:
                 sys.exit(str(error))
+            except OSError as error:  # a folder that cannot be written, a full disk
+                sys.exit(
+                    f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and the disk"
+                )
             finally:  # jobs of a sweep share this process
                 AcceleratorState._reset_state(reset_partial_state=True)
                 gc.collect()
@@ -128,7 +146,10 @@ def entry_point(config_name: str, folder: Path = CONF) -> Callable[[Callable[[Di
         run = hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(job)
 
         def main() -> None:
+            nonlocal composed
+            composed = False
             logging_setup()
+            sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
             if os.environ.get("HYDRA_FULL_ERROR") == "1":  # the user wants Hydra's own errors
                 run()
                 return

@@ -38,6 +38,14 @@ def test_the_newest_complete_checkpoint_is_taken(tmp_path):
     assert ckpt.newest_checkpoint(tmp_path).name == "step_0000010"
 
 
+def test_a_folder_without_manifest_is_named_before_training_goes_on(tmp_path):
+    write(ckpt.checkpoint_folder(tmp_path, 4))
+    ckpt.refuse_incomplete(tmp_path)
+    (tmp_path / "checkpoints" / "step_0000004" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"step_0000004: has no manifest\.json; remove the folder"):
+        ckpt.refuse_incomplete(tmp_path)
+
+
 def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
     def no_space(*args):
         raise OSError("No space left on device")

@@ -142,6 +142,21 @@ def test_an_interrupted_set_is_drawn_again(run_folder, tmp_path):
     assert (tmp_path / "a" / "samples.npz").read_bytes()[-500:] == whole[-500:]
 
 
+def test_paths_with_signs_that_hydra_reads_otherwise(run_folder, tmp_path):
+    strange = run_folder.parent / "model.encoder_depth=2,seed=1 é"
+    run_folder.rename(strange)
+    done = sample(strange, "num_samples=1", "num_steps=1")
+    assert done.returncode == 0, done.stderr
+    assert (strange / "checkpoints" / "step_0000003" / "samples" / "samples.npz").is_file()
+
+
+def test_a_place_that_cannot_be_written_is_named(run_folder, tmp_path):
+    (tmp_path / "file").touch()
+    assert refusal("sample", f"ckpt={run_folder}", "num_samples=1", f"out={tmp_path / 'file' / 'x'}").startswith(
+        str(tmp_path)
+    )
+
+
 def test_bf16_is_not_fp32(run_folder, tmp_path):
     for dtype in ("fp32", "bf16"):
         assert sample(run_folder, "num_samples=5", f"dtype={dtype}", f"out={tmp_path / dtype}").returncode == 0

@@ -52,7 +52,12 @@ def test_architecture_is_read_from_the_shapes():
             lambda s: s.update({"blocks.0.norm1.weight": torch.ones(65)}),
             r"blocks\.0\.norm1\.weight has shape \(65,\)",
         ),
-        (lambda s: [s.pop(k) for k in list(s) if k.startswith("blocks.2.")], r"blocks \[2\] are missing"),
+        (
+            lambda s: [s.pop(k) for k in list(s) if k.startswith("blocks.2.")],
+            "4 blocks, numbered up to 4: some are missing",
+        ),
+        (lambda s: s.update({"blocks.0.norm1.weight": torch.full((64,), torch.nan)}), "no finite numbers"),
+        (lambda s: s.update({"blocks.99999999999.x": torch.zeros(1)}), "some are missing"),
     ],
 )
 def test_every_key_is_used_or_refused_by_name(tmp_path, change, message):

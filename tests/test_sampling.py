@@ -179,8 +179,10 @@ def test_noise_and_classes_must_agree():
     x, _, y = inputs()
     with pytest.raises(UserError, match=r"noise has shape \(3, 1, 8, 8\): expected \(B, 2, H, W\)"):
         ddt.sample(small_ddt(), x[:, :1], y)
-    with pytest.raises(UserError, match="dtype torch.float32: expected"):
+    with pytest.raises(UserError, match=r"dtype torch\.float32: expected"):
         ddt.sample(small_ddt(), x, y.float())
+    with pytest.raises(UserError, match=r"classes must lie in 0\.\.4"):
+        ddt.sample(small_ddt(), x, y + 9)
     with pytest.raises(UserError, match="the solver euler draws no noise"):
         ddt.sample(small_ddt(), x, y, step_noise=x[None])
     with pytest.raises(UserError, match="recompute=uniform:2: give the list"):
