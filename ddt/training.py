@@ -170,9 +170,8 @@ def train(
             progress.update(settings.global_batch_size)
 
             # --- log
-            row: dict[str, Any] = {}
             if step == settings.max_steps or step % settings.log_every == 0:
-                row = meter.means(accelerator)
+                row: dict[str, Any] = meter.means(accelerator)
                 if not math.isfinite(row["loss"]):
                     raise not_finite(f"the loss is {row['loss']}", step, run_dir)
                 if step % settings.log_every == 0:
@@ -183,6 +182,8 @@ def train(
                 row["lr"] = optimizer.param_groups[0]["lr"]
                 row["images_per_second"] = (step - clock_step) * settings.global_batch_size / seconds
                 progress.set_postfix(step=step, loss=f"{row['loss']:.4f}")
+                if tracker is not None:
+                    tracker.log(step, row)
                 clock, clock_step, pauses = time.perf_counter(), step, 0.0
             # --- save, before anything that could fail
             pause = time.perf_counter()
@@ -201,11 +202,11 @@ def train(
                 accelerator.wait_for_everyone()
             # --- validate and preview the averaged weights
             if len(held_out.labels) and settings.due(settings.validate_every, step):
-                row["validation_loss"] = validation_loss(
+                loss = validation_loss(
                     ema.model, objective.time_distribution, held_out, autoencoder, accelerator, shape, micro_batch_size
                 )
-            if tracker is not None and row:
-                tracker.log(step, row)
+                if tracker is not None:
+                    tracker.log(step, {"validation_loss": loss})
             if tracker is not None and settings.due(settings.preview_every, step):
                 picture = run_dir / "previews" / f"step_{step:07d}.png"
                 write_preview(picture, ema.model, autoencoder, accelerator, shape, sampler)
