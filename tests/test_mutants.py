@@ -304,6 +304,41 @@ MUTANTS = [
         "test_config.py -k published",
     ),
     ("packages apart", "environment.yml", "      - tqdm>=4.66\n", "", "test_packaging.py -k conda"),
+    (
+        "validation of the raw weights",
+        "ddt/training.py",
+        "ema.model, objective.time",
+        "denoiser, objective.time",
+        "test_training.py -k validation_is",
+    ),
+    (
+        "EMA on the first process alone",
+        "ddt/training.py",
+        "ema.update(denoiser)",
+        "rank or ema.update(denoiser)",
+        "test_training.py -k validation_is",
+    ),
+    (
+        "no warm-up of the buckets",
+        "ddt/training.py",
+        "if num_processes > 1:",
+        "if num_processes > 9:",
+        "test_training.py -k three_processes",
+    ),
+    (
+        "bf16 ignored",
+        "ddt/training.py",
+        '"bf16" if mixed_precision == "bf16" else "no"',
+        '"no"',
+        "test_training.py -k bf16_is",
+    ),
+    (
+        "weights not looked at",
+        "ddt/training.py",
+        "if not all_finite(ema.model):",
+        "if False:",
+        "test_training.py -k diverged",
+    ),
 ]
 
 
