@@ -19,7 +19,6 @@ SAMPLER_KEYS = ("num_steps", "cfg_scale", "cfg_interval", "last_step", "timeshif
 
 
 def settings_of(
-    ckpt: str,
     out: str | None,
     dtype: Literal["bf16", "fp32"] | None,
     batch_size: int,
@@ -42,9 +41,7 @@ def check(config: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     problems += found
     if problems:
         raise UserError("\n".join(line.replace("solver=", "sampler=") for line in problems))
-    for key in ("batch_size", "num_processes"):
-        value = others[key]
-        require(value is None or value >= 1, f"{key}={value}: must be at least 1")
+    require(others["batch_size"] >= 1, f"batch_size={others['batch_size']}: must be at least 1")
     images = image_set(stored["network"]["num_classes"], **which)
     return {"sampler": SamplerSettings(**sampler), "images": images, **others}
 

@@ -43,13 +43,13 @@ def check(config: dict[str, Any]) -> None:
     if settings is not None and settings.num_processes is None:
         attempt(settings.micro_batches, default_processes())
     attempt(build, config["sampler"], prefix="sampler.")
-    sampler_recompute = config["sampler"].get("recompute")
     with torch.device("meta"):
         network = attempt(build(config["model"]), in_channels=1, num_classes=1)
     attempt(build(config["objective"]), denoiser=network)
     attempt(build(config["optimizer"]), parameters=[torch.nn.Parameter(torch.zeros(1))])
-    if sampler_recompute is not None and network is not None and not hasattr(network, "encoder"):
-        problems.append(f"sampler.recompute={sampler_recompute}: this model has no encoder to share; give null")
+    recompute = config["sampler"].get("recompute")
+    if recompute is not None and network is not None and not hasattr(network, "encoder"):
+        problems.append(f"sampler.recompute={recompute}: this model has no encoder to share; give null")
     attempt(build, config["alignment"])
     if problems:
         raise UserError("\n".join(problems))

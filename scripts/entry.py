@@ -39,11 +39,9 @@ def known_keys(folder: Path, config_name: str, dotted: str) -> list[str]:
     *parents, _ = dotted.split(".")
     for parent in parents:
         node = node.get(parent) if isinstance(node, DictConfig) else None
-    return (
-        [f"{'.'.join([*parents, str(key)])}" for key in node if not str(key).startswith("_")]
-        if isinstance(node, DictConfig)
-        else []
-    )
+    if not isinstance(node, DictConfig):
+        return []
+    return [".".join([*parents, str(key)]) for key in node if not str(key).startswith("_")]
 
 
 def one_line(error: Exception, folder: Path, config_name: str) -> str:
