@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from ddt.checkpoint import sha256, write_json
-from ddt.data import Images
 from ddt.errors import UserError, require
+from ddt.images import Images
 from ddt.metrics.features import ClassifierFeatures, batches
 from ddt.metrics.metrics import accuracy, frechet_distance, nearest_distances
 from ddt.metrics.statistics import Moments

@@ -1,26 +1,18 @@
-"""Images, splits, and a training stream that is a function of (seed, position)."""
-
-import gzip
+"""A training stream that is a function of (seed, position)."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ddt.data import (
-    ArrayImages,
-    Digits,
-    FashionMNIST,
-    ImageFolder,
     PositionSampler,
     TrainingStream,
-    center_crop,
     draws,
     micro_batch_positions,
     training_batches,
     validation_batch,
 )
-from ddt.errors import UserError
+from ddt.images import ArrayImages
 
 
 def numbered(count=10):
@@ -34,17 +26,6 @@ def stream(seed=0, count=10, **options):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_digits_have_a_fixed_split():
-    train, test = Digits("train"), Digits("test")
-    assert (len(train.labels), len(test.labels)) == (1497, 300)
-    assert train.load(np.array([0, 5])).shape == (2, 1, 8, 8)
-    assert train.images.dtype == np.uint8
-    assert train.images.max() == 255
-    assert set(train.labels) == set(test.labels) == set(range(10))
-    together = {image.tobytes() for image in train.images}
-    assert sum(image.tobytes() in together for image in test.images) == 0
 
 
 def test_every_epoch_visits_every_image_once_in_a_new_order():
@@ -108,99 +89,3 @@ def test_validation_is_fixed_and_covers_all_times():
     assert torch.equal(validation_batch(numbered(), (1, 2, 2), indices[4:6])["noise"], batch["noise"][4:6])
     quantiles = torch.special.ndtr(batch["time_normal"]).sort().values
     torch.testing.assert_close(quantiles, (torch.arange(10) + 0.5) / 10, rtol=0, atol=0.06)
-
-
-def write_fashion(folder, compress):
-    for prefix, count in (("train", 6), ("t10k", 4)):
-        labels = (2049).to_bytes(4) + bytes(4) + bytes(range(count))
-        images = (2051).to_bytes(4) + bytes(12) + bytes([200]) * (784 * count)
-        for name, content in (
-            (f"{prefix}-labels-idx1-ubyte", labels),
-            (f"{prefix}-images-idx3-ubyte", images),
-        ):
-            (folder / (f"{name}.gz" if compress else name)).write_bytes(gzip.compress(content) if compress else content)
-
-
-@pytest.mark.parametrize("compress", [True, False])
-def test_fashion_mnist_reads_both_kinds_of_files(tmp_path, compress):
-    write_fashion(tmp_path, compress)
-    train, test = (FashionMNIST(split, root=str(tmp_path)) for split in ("train", "test"))
-    assert train.images.shape == (6, 1, 32, 32)
-    assert len(test.labels) == 4
-    assert train.labels.tolist() == list(range(6))
-    assert (train.images[:, :, 2:30, 2:30] == 200).all()
-    assert train.images.astype(int).sum() == 6 * 784 * 200
-
-
-def test_fashion_mnist_says_how_to_get_it(tmp_path):
-    with pytest.raises(UserError, match=r"apt-get install dataset-fashion-mnist.*data\.root=FOLDER"):
-        FashionMNIST(root=str(tmp_path))
-    write_fashion(tmp_path, compress=False)
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(bytes(100))
-    with pytest.raises(UserError, match="train-images-idx3-ubyte: not the IDX file"):
-        FashionMNIST(root=str(tmp_path))
-    (tmp_path / "train-images-idx3-ubyte").write_bytes((2051).to_bytes(4) + bytes(100))
-    with pytest.raises(UserError, match="train-images-idx3-ubyte: truncated"):
-        FashionMNIST(root=str(tmp_path))
-    (tmp_path / "train-images-idx3-ubyte").unlink()
-    whole = gzip.compress(np.random.default_rng(0).bytes(6 * 784))
-    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(whole[:2000] + bytes(50) + whole[2050:])
-    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz: cannot be read"):
-        FashionMNIST(root=str(tmp_path))
-
-
-def write_folder(root, sizes=((20, 30), (9, 8), (64, 40))):
-    for label, name in enumerate(("cat", "dog")):
-        (root / name).mkdir(parents=True)
-        for k, (width, height) in enumerate(sizes):
-            Image.new("RGB", (width, height), (100 * label, 10 * k, 7)).save(root / name / f"{k}.png")
-    (root / "cat" / "notes.txt").write_text("not an image")
-    (root / ".ipynb_checkpoints").mkdir()
-
-
-def test_image_folder(tmp_path):
-    write_folder(tmp_path)
-    images = ImageFolder(str(tmp_path), image_size=8, holdout_every=0)
-    assert images.class_names == ["cat", "dog"]
-    assert images.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    batch = images.load(np.array([4, 0]))
-    assert batch.shape == (2, 3, 8, 8)
-    assert batch[0, :, 0, 0].tolist() == [100, 10, 7]
-
-
-def test_image_folder_holds_out_every_so_many(tmp_path):
-    write_folder(tmp_path)
-    train, test = (ImageFolder(str(tmp_path), 8, split, holdout_every=3) for split in ("train", "test"))
-    assert (len(train.paths), len(test.paths)) == (4, 2)
-    assert not set(train.paths) & set(test.paths)
-
-
-def test_image_folder_names_what_is_wrong(tmp_path):
-    with pytest.raises(UserError, match=r"data\.root=.*nowhere: no such folder"):
-        ImageFolder(str(tmp_path / "nowhere"), 8)
-    with pytest.raises(UserError, match="has no sub-folders"):
-        ImageFolder(str(tmp_path), 8)
-    write_folder(tmp_path)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: holds no images"):
-        ImageFolder(str(tmp_path), 8)
-    (tmp_path / "empty" / "broken.png").write_bytes(b"\x89PNG but no more")
-    images = ImageFolder(str(tmp_path), 8, holdout_every=0)
-    with pytest.raises(UserError, match=r"broken\.png: not a readable image"):
-        images.load(np.arange(len(images.paths)))
-
-
-@pytest.mark.parametrize("size", [(8, 8), (9, 31), (37, 16), (100, 75), (17, 16)])
-def test_center_crop_follows_adm(size):
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    found = np.asarray(center_crop(image, 8))
-    expected = image
-    while min(*expected.size) >= 2 * 8:
-        expected = expected.resize(tuple(x // 2 for x in expected.size), resample=Image.Resampling.BOX)
-    scale = 8 / min(*expected.size)
-    expected = np.asarray(
-        expected.resize(tuple(round(x * scale) for x in expected.size), resample=Image.Resampling.BICUBIC)
-    )
-    top, left = (expected.shape[0] - 8) // 2, (expected.shape[1] - 8) // 2
-    assert np.array_equal(found, expected[top : top + 8, left : left + 8])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from conftest import refusal
 
-from ddt.data import Digits
 from ddt.errors import UserError
 from ddt.evaluation import evaluate_with_classifier, read_samples
+from ddt.images import Digits
 from ddt.metrics.features import ClassifierFeatures
 from ddt.metrics.metrics import accuracy, frechet_distance, nearest_distances
 from ddt.metrics.statistics import Moments

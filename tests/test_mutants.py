@@ -166,13 +166,13 @@ MUTANTS = [
         "test_data.py",
     ),
     ("processes overlap", "ddt/data.py", "first + rank * micro_batch_size,", "first,", "test_data.py"),
-    ("test images in training", "ddt/data.py", "else ~held_out", "else held_out", "test_data.py"),
+    ("test images in training", "ddt/images.py", "else ~held_out", "else held_out", "test_images.py"),
     (
         "crop rounds down",
-        "ddt/data.py",
+        "ddt/images.py",
         "round(image.width * scale)",
         "int(image.width * scale) + 1",
-        "test_data.py -k crop",
+        "test_images.py -k crop",
     ),
     ("pixels truncated", "ddt/autoencoder.py", "* 127.5 + 0.5)", "* 127.5)", "test_autoencoder.py"),
     (

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import ddt
 from ddt.autoencoder import Identity
-from ddt.data import Digits
 from ddt.errors import UserError
+from ddt.images import Digits
 from ddt.monitoring import validation_loss
 from ddt.settings import TrainerSettings
 from ddt.training import make_accelerator

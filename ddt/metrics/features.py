@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddt.autoencoder import from_uint8
-from ddt.data import Images, draws
+from ddt.data import draws
 from ddt.errors import UserError, require
+from ddt.images import Images
 
 log = logging.getLogger(__name__)
 CLASSIFIER_STREAM = 16  # beside the streams of ddt.data

@@ -1,0 +1,233 @@
+"""Data sets of labelled images: what they hold, how files are read, and their fixed split.
+
+Shapes: n images in all, B batch, C channels, H W pixels.
+"""
+
+import gzip
+import hashlib
+import struct
+import zlib
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from ddt.errors import UserError, require
+
+Split = Literal["train", "test"]
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+class Images(Protocol):
+    """Labelled images of one size."""
+
+    channels: int
+    image_size: int
+    class_names: list[str]
+    labels: np.ndarray  # (n,) int64
+    names: list[str]  # (n,) what tells the images apart: paths, or numbers
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of which images these are, in which order and classes: what the order of training depends on."""
+
+    def load(self, indices: np.ndarray) -> np.ndarray:
+        """Return the images at `indices` as uint8 (B, C, H, W)."""
+
+
+def list_hash(class_names: list[str], names: list[str], labels: np.ndarray) -> str:
+    """Return a hash of a list of images: their classes, names and labels (n,), in order."""
+    return hashlib.sha256(repr((class_names, names)).encode() + labels.tobytes()).hexdigest()[:16]
+
+
+class ArrayImages:
+    """Images that fit in memory: uint8 (n, C, H, W) with labels (n,)."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: list[str]) -> None:
+        self.images = np.ascontiguousarray(images)
+        self.labels = labels.astype(np.int64)
+        self.class_names = class_names
+        self.names = [str(k) for k in range(len(labels))]
+        self.channels, self.image_size = images.shape[1], images.shape[2]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the list of images."""
+        return list_hash(self.class_names, self.names, self.labels)
+
+    def load(self, indices: np.ndarray) -> np.ndarray:
+        """Return the images at `indices` as uint8 (B, C, H, W)."""
+        return self.images[indices]
+
+
+class Digits(ArrayImages):
+    """scikit-learn's handwritten digits: 1,797 grey images of 8×8 px in 10 classes, no download.
+
+    Every 6th image is held out for "test" (300 images), the other 1,497 are "train"; grey 0..16 is scaled to 0..255.
+    """
+
+    def __init__(self, split: Split = "train") -> None:
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        held_out = np.arange(len(bunch.target)) % 6 == 0
+        keep = held_out if split == "test" else ~held_out
+        images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[keep, None]  # (n, 1, 8, 8)
+        super().__init__(images, bunch.target[keep], [str(digit) for digit in range(10)])
+
+
+FASHION_CLASSES = [
+    "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+]  # fmt: skip
+FASHION_ROOTS = (Path("/usr/share/datasets/fashion-mnist"), Path("data/FashionMNIST/raw"))
+
+
+def read_idx(path: Path, header: int, magic: int) -> np.ndarray:
+    """Return the bytes of an IDX file, plain or gzipped, after its header; raise UserError naming a damaged file."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); install or download it again") from error
+    require(
+        len(content) >= header and int.from_bytes(content[:4], "big") == magic,
+        f"{path}: not the IDX file it should be; install or download it again",
+    )
+    return np.frombuffer(content, dtype=np.uint8, offset=header)
+
+
+class FashionMNIST(ArrayImages):
+    """Fashion-MNIST: 60,000 + 10,000 grey images in 10 classes, 28×28 px padded to 32×32 with zeros.
+
+    Args:
+        root: folder with `train-images-idx3-ubyte` and the other three files, plain or .gz, as Debian's package
+            and torchvision lay them; None looks where these two put them.
+
+    Raises UserError where the files are missing.
+    """
+
+    def __init__(self, split: Split = "train", root: str | None = None) -> None:
+        roots = FASHION_ROOTS if root is None else (Path(root),)
+        prefix = "train" if split == "train" else "t10k"
+        names = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
+        for folder in roots:
+            paths = [next((p for p in (folder / n, folder / f"{n}.gz") if p.is_file()), None) for n in names]
+            if paths[0] and paths[1]:
+                labels = read_idx(paths[1], header=8, magic=2049)
+                pixels = read_idx(paths[0], header=16, magic=2051)
+                require(len(pixels) == len(labels) * 784, f"{paths[0]}: truncated; install or download it again")
+                images = np.pad(pixels.reshape(-1, 1, 28, 28), ((0, 0), (0, 0), (2, 2), (2, 2)))
+                super().__init__(images, labels, FASHION_CLASSES)
+                return
+        raise UserError(
+            f"data=fashion_mnist: no {names[0]}[.gz] in {' or '.join(map(str, roots))}; run `apt-get install "
+            "dataset-fashion-mnist`, or torchvision.datasets.FashionMNIST('data', download=True), or give "
+            "data.root=FOLDER"
+        )
+
+
+def read_image(path: Path) -> Image.Image:
+    """Return a picture as RGB, whole; raise UserError naming a file that cannot be read.
+
+    Grey, palette and CMYK pictures are converted, 16-bit ones keep their high byte, transparency is dropped and an
+    EXIF rotation is not applied: what ADM's own reader does, so that the reference statistics are of the same pixels.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()  # all of it: the end of a truncated file is an error, never grey rows
+            if image.mode in ("I", "F"):
+                raise UserError(f"{path}: has 32-bit pixels; convert it to 8 bits")
+            if image.mode.startswith("I;16"):
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            if "transparency" in image.info:
+                return image.convert("RGBA").convert("RGB")
+            return image.convert("RGB")
+    except UserError:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({error}); replace or remove it") from error
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side to `size` and cut the centre square, as ADM does.
+
+    Halve by box filter while the shorter side is at least twice `size`, then one bicubic resize, then crop.
+    Source: method.md 3 (ADM centre crop).
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+class FileImages:
+    """Image files read as RGB, ADM centre crop to `image_size`.
+
+    Args:
+        root: the folder that `names` are relative to.
+        names: relative paths, (n,). labels: (n,). image_size: pixels a side.
+    """
+
+    channels = 3
+
+    def __init__(
+        self, root: Path, names: list[str], labels: np.ndarray, class_names: list[str], image_size: int
+    ) -> None:
+        self.root, self.names, self.class_names, self.image_size = root, names, class_names, image_size
+        self.labels = labels.astype(np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the list of images."""
+        return list_hash(self.class_names, self.names, self.labels)
+
+    def load(self, indices: np.ndarray) -> np.ndarray:
+        """Return the images at `indices` as uint8 (B, 3, H, W); raise UserError naming a file that cannot be read."""
+        pictures = [np.asarray(center_crop(read_image(self.root / self.names[i]), self.image_size)) for i in indices]
+        return np.stack(pictures).transpose(0, 3, 1, 2)
+
+
+class ImageFolder(FileImages):
+    """A folder with one sub-folder of images a class.
+
+    Args:
+        root: the folder; classes are its sub-folders in sorted order, images are sorted by path.
+        image_size: pixels a side.
+        holdout_every: every so-many-th image is held out as "test"; 0 trains on all and has no test set.
+
+    Raises UserError for a missing folder and a class without images.
+    """
+
+    def __init__(self, root: str, image_size: int, split: Split = "train", holdout_every: int = 20) -> None:
+        require(image_size >= 1, f"data.image_size={image_size}: must be at least 1")
+        require(
+            holdout_every == 0 or holdout_every >= 2,
+            f"data.holdout_every={holdout_every}: must be 0 or at least 2",
+        )
+        folder = Path(root)
+        require(
+            folder.is_dir(),
+            f"data.root={root}: no such folder; give the one with a sub-folder of images for each class",
+        )
+        classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        require(
+            bool(classes),
+            f"data.root={root}: has no sub-folders; put the images of each class into one of its own",
+        )
+        names: list[str] = []
+        labels: list[int] = []
+        for label, path in enumerate(classes):
+            files = sorted(
+                p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+            )
+            require(bool(files), f"{path}: holds no images; add some or remove the folder")
+            names += [file.relative_to(folder).as_posix() for file in files]
+            labels += [label] * len(files)
+        held_out = np.zeros(len(labels), dtype=bool)
+        if holdout_every:
+            held_out[::holdout_every] = True
+        keep = np.flatnonzero(held_out if split == "test" else ~held_out)
+        class_names = [path.name for path in classes]
+        super().__init__(folder, [names[i] for i in keep], np.array(labels)[keep], class_names, image_size)
