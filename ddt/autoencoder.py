@@ -1,20 +1,26 @@
 """The only border between pixels and latents.
 
-Pixels are uint8 (B, C, H, W) on the outside and [−1, 1] inside; latents are float32. An autoencoder here has
+Pixels are uint8 (B, C, H, W) on the outside and [−1, 1] inside. Images are encoded into moments, which are what a cache
+stores; latents, what the network sees, are drawn from them and normalised. An autoencoder here has
 
-    latent_shape(channels, image_size)      shape (C, H, W) of the latents of images of that size
-    encode(images, posterior_noise)         uint8 (B, C, H, W) → latents; the noise is used where there is a posterior
-    decode(latents)                         latents → uint8 (B, C, H, W)
-    stochastic                              whether encode needs posterior noise (of latent_shape)
-    to(device)                              moves it there and returns it
+    latent_shape(channels, image_size)   shape (C, H, W) of the latents of images of that size
+    stochastic                           whether moments are (mean, logvar), or the mean alone
+    encode(images)                       uint8 (B, C, H, W) → moments, float32 (B, 2C or C, H, W)
+    sample(moments, posterior_noise)     moments → normalised latents, float32 (B, C, H, W)
+    decode(latents)                      latents → uint8 (B, C, H, W)
+    fingerprint                          SHA-256 of the weights; None where there are none
+    to(device)                           moves it there and returns it
 """
 
-from typing import Any, Protocol
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ddt.errors import UserError
+from ddt.errors import UserError, require
 
 
 class Autoencoder(Protocol):
@@ -22,11 +28,18 @@ class Autoencoder(Protocol):
 
     stochastic: bool
 
+    @property
+    def fingerprint(self) -> str | None:
+        """SHA-256 of the weights; None where there are none."""
+
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         """Return (C, H, W) of the latents of images with `channels` channels and `image_size` pixels a side."""
 
-    def encode(self, images: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
-        """Return latents of uint8 images (B, C, H, W)."""
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the moments of uint8 images (B, C, H, W)."""
+
+    def sample(self, moments: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
+        """Return normalised latents (B, C, H, W) drawn from moments."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return uint8 images (B, C, H, W) of latents."""
@@ -45,18 +58,32 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return ((pixels.float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
 
 
+def weights_hash(network: nn.Module) -> str:
+    """Return the SHA-256 of a network's names, shapes and float32 values, wherever they came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 class Identity:
     """Pixels as latents, so that the same path trains on either."""
 
     stochastic = False
+    fingerprint = None
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         """Return (channels, image_size, image_size)."""
         return channels, image_size, image_size
 
-    def encode(self, images: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
-        """Return float32 pixels in [−1, 1], (B, C, H, W), of uint8 images; there is no posterior to draw from."""
+    def encode(self, images: Tensor) -> Tensor:
+        """Return float32 pixels in [−1, 1], (B, C, H, W), of uint8 images."""
         return from_uint8(images)
+
+    def sample(self, moments: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
+        """Return the pixels as they are: there is no posterior to draw from."""
+        return moments.float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return uint8 images (B, C, H, W)."""
@@ -67,66 +94,163 @@ class Identity:
         return self
 
 
-class KLAutoencoder:
-    """A diffusers `AutoencoderKL`, by hub name or local folder: SD-VAE and its relatives, frozen.
+def load_diffusers(kind: str, source: str, revision: str | None) -> Any:
+    """Load a frozen diffusers autoencoder of class `kind` from the hub or a local folder, every weight accounted for.
 
-    Scale, shift, channels and downsampling are read from its config. Latents are `(sample − shift)·scale`, the
-    sample drawn from the posterior with given noise, logvar clamped to [−30, 20]. Source: method.md 3.
+    Raises UserError naming `source` where it cannot be had, is of another class, or lacks weights.
+    """
+    import diffusers
+
+    network_class = getattr(diffusers, kind)
+    local = Path(source).is_dir()
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
+    require(local or not looks_local, f"autoencoder.source={source}: no such folder, and no hub name (owner/name)")
+    try:
+        stored = network_class.load_config(source, revision=None if local else revision)
+        found = stored.get("_class_name")
+        require(found == kind, f"autoencoder.source={source}: is of class {found}, expected {kind}")
+        network, info = network_class.from_pretrained(
+            source, revision=None if local else revision, use_safetensors=True, output_loading_info=True
+        )
+    except UserError:
+        raise
+    except Exception as error:  # the hub client's errors have no common base across its versions
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"autoencoder.source={source}: cannot be loaded ({reason}); on a machine without a hub give a local folder"
+        ) from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        require(not info[problem], f"autoencoder.source={source}: {problem.replace('_', ' ')} {info[problem][:3]}")
+    return network.eval().requires_grad_(False)
+
+
+class DiffusersAutoencoder:
+    """A frozen diffusers autoencoder: what `KLAutoencoder` and `TinyAutoencoder` have in common.
+
+    Channels, downsampling and normalisation are read from its config: latents are `(sample − shift)·scale`, where
+    shift and scale are numbers or, as `latents_mean` and `latents_std`, one a channel. Source: method.md 3.
+
+    Args:
+        source: hub name (owner/name) or local folder. revision: commit on the hub, pinned so that the weights cannot
+            change; without meaning for a folder.
+        chunk_size: images encoded or decoded at once: what bounds the memory.
+        encode_dtype: "fp32", or "bf16" autocast when encoding. Decoding follows the caller's autocast.
 
     Raises UserError where the weights cannot be had.
     """
 
-    stochastic = True
+    kind: str
+    stochastic: bool
 
-    def __init__(self, source: str, revision: str | None = None, decode_batch_size: int = 16) -> None:
-        from diffusers import AutoencoderKL
+    def __init__(
+        self,
+        source: str,
+        revision: str | None = None,
+        chunk_size: int = 16,
+        encode_dtype: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        require(chunk_size >= 1, f"autoencoder.chunk_size={chunk_size}: must be at least 1")
+        self.network = load_diffusers(self.kind, source, revision)
+        self.chunk_size, self.encode_dtype = chunk_size, encode_dtype
+        config = self.network.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        self.shift = torch.tensor(mean or [config.get("shift_factor") or 0.0]).reshape(-1, 1, 1)  # (C or 1, 1, 1)
+        self.scale = float(config.scaling_factor) / torch.tensor(std or [1.0]).reshape(-1, 1, 1)
 
-        try:
-            vae: Any = AutoencoderKL.from_pretrained(source, revision=revision, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"autoencoder.source={source}: cannot be loaded ({reason}); on a machine without a hub give a "
-                f"local folder"
-            ) from error
-        self.vae = vae.eval().requires_grad_(False)
-        self.scale = float(vae.config.scaling_factor)
-        self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
-        self.decode_batch_size = decode_batch_size
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights."""
+        return weights_hash(self.network)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a side of a latent's cell."""
+        raise NotImplementedError
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         """Return (C, H, W) of the latents; raise UserError where the image size is no multiple of the downsampling."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        if channels != self.vae.config.in_channels or image_size % factor:
+        config, factor = self.network.config, self.downsampling
+        if channels != config.in_channels or image_size % factor:
             raise UserError(
                 f"data: images of {channels} channels and {image_size} px do not fit this autoencoder, which takes "
-                f"{self.vae.config.in_channels} channels and multiples of {factor} px"
+                f"{config.in_channels} channels and multiples of {factor} px"
             )
-        return self.vae.config.latent_channels, image_size // factor, image_size // factor
+        return config.latent_channels, image_size // factor, image_size // factor
+
+    def _moments(self, pixels: Tensor) -> Tensor:
+        raise NotImplementedError
 
     @torch.no_grad()
-    def encode(self, images: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
-        """Return float32 latents (B, C, H/f, W/f) of uint8 images (B, 3, H, W), drawn with the given noise of that
-        shape.
+    def encode(self, images: Tensor) -> Tensor:
+        """Return moments, float32, of uint8 images (B, 3, H, W), `chunk_size` at a time."""
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.encode_dtype == "bf16"):
+            return torch.cat([self._moments(from_uint8(c)).float() for c in images.split(self.chunk_size)])
+
+    def sample(self, moments: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
+        """Return float32 latents (B, C, h, w) of moments (B, 2C or C, h, w).
+
+        With a posterior: `mean + exp(logvar/2)·noise`, logvar clamped to [−30, 20], noise (B, C, h, w). Source:
+        method.md 3.
         """
-        assert posterior_noise is not None, "the posterior needs noise"
-        mean, logvar = self.vae.encode(from_uint8(images)).latent_dist.parameters.float().chunk(2, dim=1)
-        sample = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior_noise
-        return (sample - self.shift) * self.scale
+        moments = moments.float()
+        if self.stochastic:
+            assert posterior_noise is not None, "the posterior needs noise"
+            mean, logvar = moments.chunk(2, dim=1)
+            moments = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior_noise
+        return (moments - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return uint8 images (B, 3, H, W), decoded `decode_batch_size` at a time under the caller's autocast."""
-        chunks = (latents / self.scale + self.shift).split(self.decode_batch_size)
-        return torch.cat([to_uint8(self.vae.decode(chunk).sample) for chunk in chunks])
+        """Return uint8 images (B, 3, H, W), `chunk_size` at a time, under the caller's autocast.
 
-    def to(self, device: torch.device) -> "KLAutoencoder":
+        Raises UserError for latents of another number of channels.
+        """
+        channels = self.network.config.latent_channels
+        require(
+            latents.shape[1] == channels,
+            f"autoencoder: has {channels} latent channels, the model {latents.shape[1]}; choose the model's own",
+        )
+        chunks = (latents / self.scale + self.shift).split(self.chunk_size)
+        return torch.cat([to_uint8(self.network.decode(chunk).sample) for chunk in chunks])
+
+    def to(self, device: torch.device) -> "DiffusersAutoencoder":
         """Move the network to a device and return itself."""
-        self.vae.to(device)
+        self.network.to(device)
+        self.shift, self.scale = self.shift.to(device), self.scale.to(device)
         return self
 
 
-AUTOENCODERS = {"ddt.autoencoder.Identity": Identity, "ddt.autoencoder.KLAutoencoder": KLAutoencoder}
+class KLAutoencoder(DiffusersAutoencoder):
+    """A diffusers `AutoencoderKL`: SD-VAE and its relatives with 4, 16 or 32 channels. See `DiffusersAutoencoder`."""
+
+    kind, stochastic = "AutoencoderKL", True
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a side of a latent's cell: one halving between two levels."""
+        return 2 ** (len(self.network.config.block_out_channels) - 1)
+
+    def _moments(self, pixels: Tensor) -> Tensor:
+        return self.network.encode(pixels).latent_dist.parameters  # (B, 2C, h, w): mean, logvar
+
+
+class TinyAutoencoder(DiffusersAutoencoder):
+    """A diffusers `AutoencoderTiny` (TAESD and its relatives): deterministic. See `DiffusersAutoencoder`."""
+
+    kind, stochastic = "AutoencoderTiny", False
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a side of a latent's cell: one halving between two levels."""
+        return 2 ** (len(self.network.config.encoder_block_out_channels) - 1)
+
+    def _moments(self, pixels: Tensor) -> Tensor:
+        return self.network.encode(pixels).latents  # (B, C, h, w)
+
+
+AUTOENCODERS: dict[str, Any] = {
+    f"ddt.autoencoder.{kind.__name__}": kind for kind in (Identity, KLAutoencoder, TinyAutoencoder)
+}
 
 
 def build_autoencoder(settings: dict[str, Any]) -> Autoencoder:

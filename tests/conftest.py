@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +39,20 @@ def tiny():
     return ddt.load_released(GOLDEN / "tiny.weights.safetensors", encoder_depth=3, patch_size=2)
 
 
+def picture(seed, width=24, height=20):
+    """A picture of coloured noise."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def picture_folder(root, count=11, classes=2):
+    """A folder with `count` pictures in each of some classes."""
+    for label in range(classes):
+        (root / f"class{label}").mkdir(parents=True)
+        for k in range(count):
+            picture(20 * label + k).save(root / f"class{label}" / f"{k:02d}.png")
+    return root
+
+
 def small_ddt(**changes):
     """A network of a few thousand weights, all of them random, so that no zero hides an error."""
     sizes = dict(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2, num_classes=5)
@@ -45,6 +62,21 @@ def small_ddt(**changes):
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
+
+
+def small_vae(folder, channels=4, levels=4, **config):
+    """An AutoencoderKL of the SD-VAE's kind with few, random weights, in a local folder."""
+    torch.manual_seed(0)
+    settings = dict(
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=4,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+    )
+    AutoencoderKL(**{**settings, **config}).save_pretrained(folder)
+    return str(folder)
 
 
 def inputs(batch=3, channels=2, height=8, width=8, classes=5):
@@ -64,6 +96,14 @@ def run(*command, cwd=ROOT, **environment):
         timeout=300,
         check=False,
     )
+
+
+def succeed(script, *arguments):
+    """Call an entry point in this process; it must end without an error."""
+    module = importlib.import_module(script)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        module.main()
 
 
 def refusal(script, *arguments):
