@@ -54,15 +54,21 @@ class BlockStack(nn.Module):
             raise UserError(f"model.patch_size={p} does not divide the latent size {height}×{width}")
         return positions(self.head_dim, height // p, width // p, x_t.device)
 
-    def run(self, x_t: Tensor, c: Tensor, at: Positions) -> Tensor:
-        """Return the tokens (B, N, D) after all blocks for x_t (B, C, H, W) and conditioning c (B, 1 or N, D)."""
+    def run(self, x_t: Tensor, c: Tensor, at: Positions, hidden_depth: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the tokens (B, N, D) after all blocks, and those after `hidden_depth` of them (0: the input's).
+
+        x_t: (B, C, H, W); conditioning c: (B, 1 or N, D).
+        """
         h = self.input(x_t)  # (B, N, D)
-        for block in self.blocks:
+        hidden = h
+        for number, block in enumerate(self.blocks, start=1):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, c, at, use_reentrant=False)
             else:
                 h = block(h, c, at)
-        return h
+            if number == hidden_depth:
+                hidden = h
+        return h, hidden
 
 
 class Encoder(BlockStack):
@@ -91,12 +97,14 @@ class Encoder(BlockStack):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Return z_t = SiLU(t_emb + s), (B, N, D), for x_t (B, C, H, W), t (B,), y (B,)."""
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int = 0) -> tuple[Tensor, Tensor]:
+        """Return z_t = SiLU(t_emb + s), (B, N, D), for x_t (B, C, H, W), t (B,), y (B,), and the tokens (B, N, D)
+        after `hidden_depth` blocks.
+        """
         t_emb = self.t_embedder(t)[:, None]  # (B, 1, D)
         c = nn.functional.silu(t_emb + self.y_embedder(y)[:, None])  # (B, 1, D)
-        s = self.run(x_t, c, self.positions(x_t))  # (B, N, D)
-        return nn.functional.silu(t_emb + s)  # (B, N, D)
+        s, hidden = self.run(x_t, c, self.positions(x_t), hidden_depth)  # (B, N, D)
+        return nn.functional.silu(t_emb + s), hidden
 
 
 class Decoder(BlockStack):
@@ -128,7 +136,7 @@ class Decoder(BlockStack):
     def forward(self, x_t: Tensor, z_t: Tensor) -> Tensor:
         """Return the velocity (B, C, H, W) for x_t (B, C, H, W) and z_t (B, N, D)."""
         at = self.positions(x_t)
-        return self.output(self.run(x_t, z_t, at), z_t, at)
+        return self.output(self.run(x_t, z_t, at)[0], z_t, at)
 
 
 def check_sizes(
@@ -193,6 +201,7 @@ class DDT(nn.Module):
             f"with model.depth={depth} choose 1..{depth - 1}",
         )
         self.in_channels = in_channels
+        self.hidden_size = hidden_size
         self.num_classes = num_classes
         sizes = (in_channels, patch_size, hidden_size, num_heads)
         self.encoder = Encoder(*sizes, encoder_depth, num_classes, adaln_init, activation_checkpointing)
@@ -204,7 +213,7 @@ class DDT(nn.Module):
         x_t: noisy latents (B, C, H, W); t: times (B,) in [0, 1], 0 is noise; y: classes (B,) int64, `num_classes`
         is the null label. Source: paper eq. 7; method.md 2.
         """
-        return self.encoder(x_t, t, y)
+        return self.encoder(x_t, t, y)[0]
 
     def decode(self, x_t: Tensor, z_t: Tensor) -> Tensor:
         """Return the velocity (B, C, H, W) from x_t (B, C, H, W) and z_t (B, N, D), which may come from an earlier
@@ -217,6 +226,13 @@ class DDT(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the velocity (B, C, H, W): `decode(x_t, encode(x_t, t, y))`."""
         return self.decode(x_t, self.encode(x_t, t, y))
+
+    def forward_with_hidden(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int) -> tuple[Tensor, Tensor]:
+        """Return the velocity (B, C, H, W) and the output (B, N, D) of encoder block `hidden_depth` (1-based), which
+        alignment reads.
+        """
+        z_t, hidden = self.encoder(x_t, t, y, hidden_depth)
+        return self.decode(x_t, z_t), hidden
 
 
 class DiT(BlockStack):
@@ -249,6 +265,7 @@ class DiT(BlockStack):
             activation_checkpointing=activation_checkpointing,
         )
         self.in_channels = in_channels
+        self.hidden_size = hidden_size
         self.num_classes = num_classes
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
@@ -256,9 +273,16 @@ class DiT(BlockStack):
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the velocity (B, C, H, W) for x_t (B, C, H, W), t (B,), y (B,)."""
+        return self.forward_with_hidden(x_t, t, y, hidden_depth=0)[0]
+
+    def forward_with_hidden(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int) -> tuple[Tensor, Tensor]:
+        """Return the velocity (B, C, H, W) and the output (B, N, D) of block `hidden_depth` (1-based), which alignment
+        reads.
+        """
         at = self.positions(x_t)
         c = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))[:, None]  # (B, 1, D)
-        return self.output(self.run(x_t, c, at), c, at)
+        h, hidden = self.run(x_t, c, at, hidden_depth)
+        return self.output(h, c, at), hidden
 
     def encode(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Refuse: there is no encoder to share."""

@@ -11,22 +11,40 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ddt.alignment import Target
 from ddt.autoencoder import Autoencoder
-from ddt.data import PREVIEW, Images, draws, validation_batch
-from ddt.flow import TimeDistribution, training_times
+from ddt.data import PREVIEW, draws, validation_batch
+from ddt.flow import TimeDistribution, interpolate, training_times
 from ddt.generation import image_grid, write_png
+from ddt.images import Images
 from ddt.model import Denoiser
-from ddt.objective import flow_matching_loss
+from ddt.objective import velocity_error
 from ddt.sampling import SamplerSettings, sample
 
 MAX_VALIDATION_IMAGES = 2048
 
 
-def to_latents(batch: dict[str, Tensor], autoencoder: Autoencoder, device: torch.device) -> dict[str, Tensor]:
-    """Move a batch to the device and encode its images: the arguments of `FlowMatching.forward`."""
-    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-    posterior_noise = moved.pop("posterior_noise", None)
-    moved["latents"] = autoencoder.encode(moved.pop("images"), posterior_noise)
+def to_latents(
+    batch: dict[str, Tensor],
+    autoencoder: Autoencoder,
+    accelerator: Accelerator,
+    target: Target | None = None,
+) -> dict[str, Tensor]:
+    """Move a batch to the device and turn its images or moments into latents: the arguments of `FlowMatching.forward`.
+
+    With a `target` its features of the images are among them.
+    """
+    moved = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+    images, posterior_noise = moved.pop("images", None), moved.pop("posterior_noise", None)
+    moments = moved.pop("moments", None)
+    if moments is None:
+        assert images is not None, "a batch holds images or moments"
+        moments = autoencoder.encode(images)
+    moved["latents"] = autoencoder.sample(moments, posterior_noise)
+    if target is not None:
+        assert images is not None, "a target needs images"
+        with accelerator.autocast():
+            moved["features"] = target(images)
     return moved
 
 
@@ -34,15 +52,16 @@ class Meter:
     """Sums of losses on the device between two log rows: reading them is the loop's only wait for the device."""
 
     def __init__(self, device: torch.device, state: dict[str, Any] | None = None) -> None:
-        state = state or {"sums": {}, "count": 0}
+        state = state or {"sums": {}, "counts": {}}
         self.sums: dict[str, Tensor] = {key: value.to(device) for key, value in state["sums"].items()}
-        self.count: int = state["count"]
+        self.counts: dict[str, float] = dict(state["counts"])  # steps: a loss may be switched off between two rows
 
     def add(self, losses: dict[str, Tensor], weight: float) -> None:
         """Add a micro-batch's losses, scalars on the device."""
         for key, value in losses.items():
             value = weight * value.detach().float()
             self.sums[key] = self.sums[key] + value if key in self.sums else value
+            self.counts[key] = self.counts.get(key, 0) + weight
 
     def state(self, accelerator: Accelerator) -> dict[str, Any]:
         """Return what a checkpoint keeps, averaged over processes, so that a resumed run logs the same means.
@@ -50,16 +69,16 @@ class Meter:
         All processes call it together.
         """
         sums = {key: accelerator.reduce(value.clone(), reduction="mean").cpu() for key, value in self.sums.items()}
-        return {"sums": sums, "count": self.count}
+        return {"sums": sums, "counts": self.counts}
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the means over steps and processes. All processes call it together."""
-        means = accelerator.reduce(torch.stack(list(self.sums.values())), reduction="mean") / self.count
-        return dict(zip(self.sums, means.tolist(), strict=True))
+        means = accelerator.reduce(torch.stack(list(self.sums.values())), reduction="mean")
+        return {key: mean / self.counts[key] for key, mean in zip(self.sums, means.tolist(), strict=True)}
 
     def reset(self) -> None:
         """Start again."""
-        self.sums, self.count = {}, 0
+        self.sums, self.counts = {}, {}
 
 
 @torch.no_grad()
@@ -83,10 +102,11 @@ def validation_loss(
     total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     for start in range(0, len(mine), batch_size):
         indices = mine[start : start + batch_size]
-        batch = to_latents(validation_batch(images, shape, indices), autoencoder, accelerator.device)
+        batch = to_latents(validation_batch(images, shape, indices), autoencoder, accelerator)
         t = training_times(batch["time_normal"], time_distribution)
         with accelerator.autocast():
-            loss = flow_matching_loss(model, batch["latents"], batch["y"], batch["noise"], t)
+            v_pred = model(interpolate(batch["latents"], batch["noise"], t), t, batch["y"])
+        loss = velocity_error(v_pred, batch["latents"], batch["noise"])
         total += loss.double() * len(indices)
     return accelerator.reduce(total, reduction="sum").item() / count
 

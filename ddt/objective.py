@@ -1,38 +1,44 @@
-"""The loss around the denoiser: flow matching on the linear path, with label dropout in this one place.
+"""The loss around the denoiser: flow matching on the linear path, with label dropout in this one place, and the
+alignment of a hidden layer beside it.
 
-Shapes: B batch, C H W latent. Source: method.md 1.
+Shapes: B batch, C H W latent, N tokens, F features of the alignment target. Source: method.md 1.
 """
 
 import torch
 from torch import Tensor, nn
 
+from ddt.alignment import AlignmentLoss, DispersiveLoss
 from ddt.errors import require
 from ddt.flow import TimeDistribution, interpolate, training_times, velocity
 from ddt.model import Denoiser
 
 
-def flow_matching_loss(denoiser: Denoiser, latents: Tensor, y: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Return `mean((v_pred − v_t)²)`, a float32 scalar, for latents, noise (B, C, H, W), labels y (B,), times t (B,).
+def velocity_error(v_pred: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
+    """Return `mean((v_pred − v_t)²)`, a float32 scalar, for velocities, latents and noise (B, C, H, W).
 
     Source: paper eq. 3; method.md 1.
     """
-    v_pred = denoiser(interpolate(latents, noise, t), t, y)
     return (v_pred.float() - velocity(latents, noise)).square().mean()
 
 
 class FlowMatching(nn.Module):
-    """Denoiser and loss in one module: the one that is prepared for many processes and compiled.
+    """Denoiser and losses in one module: the one that is prepared for many processes and compiled.
 
     Args:
         denoiser: `(x_t, t, y) → v` with `num_classes`; label `num_classes` is the null label.
         time_distribution: of the training times, "lognorm" (published) or "uniform".
         label_dropout: chance, a sample, that its label becomes the null label; published 0.1.
+        alignment: the loss on the output of block `alignment.align_depth`, or None.
 
     Raises UserError for a dropout outside [0, 1].
     """
 
     def __init__(
-        self, denoiser: Denoiser, time_distribution: TimeDistribution = "lognorm", label_dropout: float = 0.1
+        self,
+        denoiser: Denoiser,
+        time_distribution: TimeDistribution = "lognorm",
+        label_dropout: float = 0.1,
+        alignment: AlignmentLoss | DispersiveLoss | None = None,
     ) -> None:
         super().__init__()
         require(
@@ -42,17 +48,37 @@ class FlowMatching(nn.Module):
         self.denoiser = denoiser
         self.time_distribution: TimeDistribution = time_distribution
         self.label_dropout = label_dropout
+        self.alignment = alignment
 
     def forward(
-        self, latents: Tensor, y: Tensor, noise: Tensor, time_normal: Tensor, dropout_uniform: Tensor
+        self,
+        latents: Tensor,
+        y: Tensor,
+        noise: Tensor,
+        time_normal: Tensor,
+        dropout_uniform: Tensor,
+        features: Tensor | None = None,
+        align: bool = True,
     ) -> dict[str, Tensor]:
         """Return the scalar losses of a batch: `loss`, the one to minimise, and its parts.
 
         latents, noise: (B, C, H, W) float32; y: (B,) int64; time_normal: (B,) standard normal; dropout_uniform: (B,)
-        uniform in [0, 1). All draws come from outside, so the result is a function of its arguments.
-        Source: method.md 1.
+        uniform in [0, 1); features: (B, h·w, F) of the alignment target, where there is one. `align=False` leaves the
+        alignment out. All draws come from outside, so the result is a function of its arguments. Source: method.md 1.
         """
         t = training_times(time_normal, self.time_distribution)
         y = torch.where(dropout_uniform < self.label_dropout, self.denoiser.num_classes, y)
-        fm_loss = flow_matching_loss(self.denoiser, latents, y, noise, t)
-        return {"loss": fm_loss, "fm_loss": fm_loss.detach()}
+        x_t = interpolate(latents, noise, t)
+        if self.alignment is None:
+            fm_loss = velocity_error(self.denoiser(x_t, t, y), latents, noise)
+            return {"loss": fm_loss, "fm_loss": fm_loss.detach()}
+        if not align:
+            fm_loss = velocity_error(self.denoiser(x_t, t, y), latents, noise)
+            # the projector stays in the graph, with gradient zero: processes wait for the gradient of every weight
+            unused = sum(parameter.sum() for parameter in self.alignment.parameters())
+            return {"loss": fm_loss + 0 * unused, "fm_loss": fm_loss.detach()}
+        v_pred, hidden = self.denoiser.forward_with_hidden(x_t, t, y, self.alignment.align_depth)
+        fm_loss = velocity_error(v_pred, latents, noise)
+        aligned = self.alignment(hidden, features)
+        loss = fm_loss + self.alignment.weight * aligned
+        return {"loss": loss, "fm_loss": fm_loss.detach(), self.alignment.name: aligned.detach()}
