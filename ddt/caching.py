@@ -1,0 +1,497 @@
+"""Writing a latent cache (`ddt.latent_cache`): list the images, look at every file, encode, shard by shard.
+
+A shard's files are written under a temporary name, renamed, and then vouched for by `shards/00000.json`; a run that was
+stopped goes on with the first shard that is not. Batches never cross shards, so a shard's bytes depend neither on where
+an earlier run stopped nor on how many processes share the work.
+Shapes: B batch, M moments' channels, h w latent, S pixels, N tokens, F features.
+"""
+
+import csv
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ddt.alignment import REPA, Target
+from ddt.autoencoder import Autoencoder
+from ddt.checkpoint import fsync, sha256, write_json
+from ddt.errors import UserError, require
+from ddt.images import FileImages, Images, read_image
+from ddt.latent_cache import CACHE_FORMAT_VERSION, read_index, read_manifest, shard_path
+
+log = logging.getLogger(__name__)
+ORIENTATION = 0x0112  # EXIF tag
+MANIFEST_COLUMNS = ("path", "label", "split", "bytes", "width", "height", "mode", "rotated")
+RESERVE = 64 * 2**20  # bytes that stay free on the disk
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSettings:
+    """What to cache and how; see conf/cache_latents.yaml.
+
+    out: the cache's folder. flip: store the mirror image's moments too. dtype: of the moments. store_images: keep the
+    uint8 images beside them. store_features: keep the alignment target's features. skip_broken: leave files that cannot
+    be read out of the list instead of stopping. shard_size: records a shard. batch_size: images encoded at once.
+    num_workers: processes that read image files.
+
+    Raises UserError for values that cannot be.
+    """
+
+    out: str
+    flip: bool
+    dtype: Literal["float16", "float32"]
+    store_images: bool
+    store_features: bool
+    skip_broken: bool
+    shard_size: int
+    batch_size: int
+    num_workers: int | None
+
+    @property
+    def workers(self) -> int:
+        """Reading processes: as many as were asked for, or one a core, at most 8."""
+        return min(os.cpu_count() or 1, 8) if self.num_workers is None else self.num_workers
+
+    def __post_init__(self) -> None:
+        for key in ("shard_size", "batch_size"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        require(self.workers >= 0, f"num_workers={self.num_workers}: must be at least 0, or null")
+        path = Path(self.out)
+        require(not path.exists() or path.is_dir(), f"out={self.out}: is a file; give a folder")
+
+
+def inspect_image(path: Path) -> dict[str, Any]:
+    """Decode a file and return what the manifest says of it; under `broken` why it cannot be used."""
+    try:
+        size = path.stat().st_size
+        with Image.open(path) as image:
+            mode, rotated = image.mode, image.getexif().get(ORIENTATION, 1) != 1
+            if "transparency" in image.info:
+                mode = f"{mode}+transparency"
+        decoded = read_image(path)
+    except (UserError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return {"broken": str(error).removeprefix(f"{path}: ")}
+    return {"bytes": size, "width": decoded.width, "height": decoded.height, "mode": mode, "rotated": int(rotated)}
+
+
+def inspect_files(images: FileImages, num_workers: int) -> Iterator[dict[str, Any]]:
+    """Yield what `inspect_image` says of each image, in order."""
+    paths = [images.root / name for name in images.names]
+    if num_workers == 0:
+        yield from map(inspect_image, paths)
+        return
+    with ProcessPoolExecutor(num_workers) as pool:
+        yield from pool.map(inspect_image, paths, chunksize=64)
+
+
+def write_csv(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    """Write rows as CSV, whole or not at all."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def make_manifest(settings: CacheSettings, splits: dict[str, Images]) -> None:
+    """Look at every image once and write manifest.csv; one that is there already is kept.
+
+    Raises UserError where files cannot be read, after naming all of them in broken.csv, unless they are to be skipped.
+    """
+    out = Path(settings.out)
+    if (out / "manifest.csv").is_file():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    broken: list[dict[str, Any]] = []
+    total = sum(len(images.labels) for images in splits.values())
+    require(total > 0, "data: there are no images to cache")
+    progress = tqdm(total=total, unit="img", desc="reading every image once", mininterval=1.0)
+    for split, images in splits.items():
+        size = images.channels * images.image_size**2
+        plain = {"bytes": size, "width": images.image_size, "height": images.image_size, "mode": "", "rotated": 0}
+        found: Iterable[dict[str, Any]] = [plain] * len(images.labels)
+        if isinstance(images, FileImages):
+            found = inspect_files(images, settings.workers)
+        for name, label, facts in zip(images.names, images.labels, found, strict=True):
+            progress.update()
+            if "broken" in facts:
+                broken.append({"path": name, "reason": facts["broken"]})
+            else:
+                rows.append({"path": name, "label": int(label), "split": split, **facts})
+    progress.close()
+    if broken:
+        write_csv(out / "broken.csv", ("path", "reason"), broken)
+        require(
+            settings.skip_broken,
+            f"{out / 'broken.csv'}: {len(broken)} of {total} images cannot be read, the first is {broken[0]['path']} "
+            f"({broken[0]['reason']}); replace or remove them, or leave them out with skip_broken=true",
+        )
+        log.warning("%d images that cannot be read are left out: %s", len(broken), out / "broken.csv")
+    require(len(broken) < total, f"{out / 'broken.csv'}: no image can be read")
+    for text in notable(rows):
+        log.info("%s", text)
+    write_csv(out / "manifest.csv", MANIFEST_COLUMNS, rows)
+
+
+def check_manifest(out: Path, manifest: list[dict[str, str]], splits: dict[str, Images]) -> None:
+    """Raise UserError where manifest.csv, written by an earlier call, lists other images than the data now holds."""
+    left_out = 0
+    if (out / "broken.csv").is_file():
+        with (out / "broken.csv").open(newline="") as file:
+            left_out = len(list(csv.DictReader(file)))
+    listed = {(row["split"], row["path"], int(row["label"])) for row in manifest}
+    there = {
+        (split, name, int(label))
+        for split, images in splits.items()
+        for name, label in zip(images.names, images.labels, strict=True)
+    }
+    require(
+        listed <= there and len(listed) + left_out == len(there),
+        f"{out / 'manifest.csv'}: lists other images than the data holds now; choose another out=",
+    )
+
+
+def notable(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each kind of image that is not read as it is."""
+    modes = Counter(str(row["mode"]) for row in rows)
+    rotated = sum(row["rotated"] for row in rows)
+    converted = {mode: count for mode, count in modes.items() if mode not in ("", "RGB")}
+    lines = []
+    if converted:
+        kinds = ", ".join(f"{count} {mode}" for mode, count in sorted(converted.items()))
+        lines.append(f"converted to RGB, transparency dropped: {kinds}")
+    if rotated:
+        lines.append(
+            f"{rotated} images carry an EXIF rotation, which is not applied (nor was it by the published model)"
+        )
+    return lines
+
+
+def flips(images: torch.Tensor, both: bool) -> list[torch.Tensor]:
+    """Return images (B, C, S, S) as they are, and with `both` their mirror images after them."""
+    return [images, images.flip(-1)] if both else [images]
+
+
+class Records(Dataset):
+    """Batches of uint8 images (B, C, S, S) by their place in the manifest: what the loading processes read."""
+
+    def __init__(self, splits: dict[str, Images], manifest: list[dict[str, str]]) -> None:
+        self.splits, self.manifest = splits, manifest
+        self.places = {split: {name: k for k, name in enumerate(images.names)} for split, images in splits.items()}
+
+    def __getitem__(self, places: range) -> np.ndarray:
+        """Return the images at `places`; raise UserError for a file that is not what the manifest says."""
+        loaded = []
+        for place in places:
+            row = self.manifest[place]
+            images = self.splits[row["split"]]
+            index = self.places[row["split"]][row["path"]]
+            if isinstance(images, FileImages):
+                path = images.root / row["path"]
+                require(
+                    path.stat().st_size == int(row["bytes"]),
+                    f"{path}: has changed since manifest.csv was written; cache into another out=",
+                )
+            loaded.append(images.load(np.array([index])))
+        return np.concatenate(loaded)
+
+
+class ShardWriter:
+    """Writes one .npy file record by record, under a temporary name until `close`; knows its size and SHA-256."""
+
+    def __init__(self, path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.dtype = path, np.dtype(dtype)
+        self.temporary = path.with_name(f".tmp-{path.name}")
+        self.file = self.temporary.open("wb")
+        self.digest, self.size = hashlib.sha256(), 0
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
+        try:
+            np.lib.format.write_array_header_1_0(self, header)  # written through `write`, so that the hash covers it
+        except OSError:
+            self.abandon()
+            raise
+
+    def write(self, data: bytes) -> None:
+        """Append bytes."""
+        self.file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+
+    def append(self, values: np.ndarray) -> None:
+        """Append records (B, …), converted to the file's dtype; raise UserError where they do not fit into it."""
+        with np.errstate(over="ignore"):
+            stored = values.astype(self.dtype)
+        if not np.isfinite(stored).all():
+            raise UserError(
+                f"{self.path}: values beyond {self.dtype}; cache with dtype=float32, or look at the encoder"
+            )
+        self.write(stored.tobytes())
+
+    def close(self) -> dict[str, Any]:
+        """Force the file to disk under its final name; return its size and SHA-256."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.temporary.replace(self.path)
+        return {"size": self.size, "sha256": self.digest.hexdigest()}
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+def array_shapes(
+    settings: CacheSettings, autoencoder: Autoencoder, target: Target | None, images: Images
+) -> dict[str, dict[str, Any]]:
+    """Return dtype and shape of a record of each array."""
+    channels, height, width = autoencoder.latent_shape(images.channels, images.image_size)
+    both = 2 if settings.flip else 1
+    moments = [both, channels * (2 if autoencoder.stochastic else 1), height, width]
+    arrays: dict[str, dict[str, Any]] = {"moments": {"dtype": settings.dtype, "shape": moments}}
+    if settings.store_images:
+        arrays["images"] = {"dtype": "uint8", "shape": [images.channels, images.image_size, images.image_size]}
+    if target is not None:
+        tokens = target.grid[0] * target.grid[1]
+        arrays["features"] = {"dtype": "float16", "shape": [both, tokens, target.num_features]}
+    return arrays
+
+
+def record_bytes(array: dict[str, Any]) -> int:
+    """Return the bytes of one record of an array."""
+    return int(np.prod(array["shape"])) * np.dtype(array["dtype"]).itemsize
+
+
+def receipt_path(out: Path, shard: int) -> Path:
+    """Return the path of the file that says that a shard is complete."""
+    return out / "shards" / f"{shard:05d}.json"
+
+
+def finished(out: Path, shard: int) -> bool:
+    """Tell whether a shard is complete: it has its receipt, and its files have their sizes."""
+    receipt = receipt_path(out, shard)
+    if not receipt.is_file():
+        return False
+    files = json.loads(receipt.read_text())
+    return all((out / n).is_file() and (out / n).stat().st_size == f["size"] for n, f in files.items())
+
+
+def check_space(out: Path, arrays: dict[str, dict[str, Any]], missing: int) -> None:
+    """Log what `missing` records will take and raise UserError where the disk has not as much."""
+    needed = {name: missing * record_bytes(array) for name, array in arrays.items()}
+    free = shutil.disk_usage(out).free
+    parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in needed.items())
+    log.info("%s: %d images to encode: %s; %.1f GB are free", out, missing, parts, free / 1e9)
+    require(
+        sum(needed.values()) + RESERVE <= free,
+        f"out={out}: needs {sum(needed.values()) / 1e9:.2f} GB ({parts}), but the disk has {free / 1e9:.2f} GB free; "
+        "choose another out=",
+    )
+
+
+def begin(out: Path, index: dict[str, Any]) -> None:
+    """Write the index of a cache that is not complete yet; raise UserError where the folder holds another cache."""
+    path = out / "index.json"
+    if not path.is_file():
+        write_json(path, index)
+        return
+    there = read_index(out)
+    ignored = ("complete", "shards", "source_root", "versions")
+    differing = [key for key in index if key not in ignored and there.get(key) != json.loads(json.dumps(index[key]))]
+    require(
+        not differing,
+        f"out={out}: holds another cache ({', '.join(differing)} differ); choose another out=",
+    )
+
+
+def encode_shard(
+    out: Path,
+    shard: int,
+    places: range,
+    index: dict[str, Any],
+    batches: Iterator[torch.Tensor],
+    autoencoder: Autoencoder,
+    target: Target | None,
+    accelerator: Accelerator,
+    progress: tqdm,
+) -> None:
+    """Write one shard's files and then its receipt."""
+    writers: dict[str, ShardWriter] = {}
+    both = index["flips"] == 2
+    try:
+        for name, array in index["arrays"].items():
+            shape = (len(places), *array["shape"])
+            writers[name] = ShardWriter(shard_path(out, name, shard), array["dtype"], shape)
+        written = 0
+        while written < len(places):
+            pixels = next(batches)
+            images = pixels.to(accelerator.device)
+            moments = torch.stack([autoencoder.encode(i) for i in flips(images, both)], dim=1)  # (B, flips, M, h, w)
+            writers["moments"].append(moments.cpu().numpy())
+            if "images" in writers:
+                writers["images"].append(pixels.numpy())
+            if target is not None:
+                features = torch.stack([target(i) for i in flips(images, both)], dim=1)  # (B, flips, N, F)
+                writers["features"].append(features.cpu().numpy())
+            written += len(pixels)
+            progress.update(len(pixels))
+        files = {str(writer.path.relative_to(out)): writer.close() for writer in writers.values()}
+        receipt = receipt_path(out, shard)
+        receipt.parent.mkdir(exist_ok=True)
+        write_json(receipt, files)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
+        raise UserError(
+            f"{out}: shard {shard} cannot be written ({reason}); free the disk and run the same command again: "
+            "finished shards stay"
+        ) from error
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+
+
+def complete(out: Path, index: dict[str, Any], manifest: list[dict[str, str]], num_shards: int) -> None:
+    """Wait for all shards of all processes, then write labels.npy and the complete index."""
+    while not all(finished(out, shard) for shard in range(num_shards)):
+        time.sleep(0.5)
+    labels = np.array([int(row["label"]) for row in manifest], dtype=np.int64)
+    temporary = out / ".tmp-labels.npy"
+    np.save(temporary, labels)
+    temporary.replace(out / "labels.npy")
+    shards = [json.loads(receipt_path(out, shard).read_text()) for shard in range(num_shards)]
+    for path in (out, *(out / name for name in index["arrays"])):
+        fsync(path)
+    write_json(out / "index.json", {**index, "complete": True, "shards": shards})
+
+
+def verify(out: Path, index: dict[str, Any]) -> None:
+    """Compare every file of a complete cache with its checksum; raise UserError naming a damaged one, whose shard's
+    receipt is removed so that the same command makes it again.
+    """
+    for shard, files in enumerate(tqdm(index["shards"], unit="shard", desc="verifying", mininterval=1.0)):
+        for name, file in files.items():
+            path = out / name
+            if not path.is_file() or path.stat().st_size != file["size"] or sha256(path) != file["sha256"]:
+                receipt_path(out, shard).unlink(missing_ok=True)
+                write_json(out / "index.json", {**index, "complete": False, "shards": []})
+                raise UserError(f"{path}: damaged; run the same command again to make its shard anew")
+
+
+def cache_latents(
+    settings: CacheSettings,
+    splits: dict[str, Images],
+    source: dict[str, Any],
+    autoencoder: Autoencoder,
+    autoencoder_settings: dict[str, Any],
+    alignment: REPA | None,
+    accelerator: Accelerator,
+) -> None:
+    """Encode the images of all `splits` into the cache `settings.out`, whose manifest.csv is there already.
+
+    Every process takes its own shards; process 0 writes the index. `source` and `autoencoder_settings` are kept in the
+    index. Raises UserError for a folder that holds another cache, a disk too small or full, a file that has changed.
+    """
+    out = Path(settings.out)
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    target = None
+    images = splits["train"]
+    if settings.store_features:
+        require(
+            alignment is not None, "store_features=true: needs an alignment with a target; give alignment=repa_dinov2_b"
+        )
+        assert alignment is not None
+        target = alignment.build_target(images.image_size).to(accelerator.device)
+    manifest = read_manifest(out)
+    check_manifest(out, manifest, splits)
+    index: dict[str, Any] = {
+        "format_version": CACHE_FORMAT_VERSION,
+        "complete": False,
+        "count": len(manifest),
+        "splits": {split: sum(row["split"] == split for row in manifest) for split in splits},
+        "shard_size": settings.shard_size,
+        "batch_size": settings.batch_size,
+        "arrays": array_shapes(settings, autoencoder, target, images),
+        "flips": 2 if settings.flip else 1,
+        "channels": images.channels,
+        "image_size": images.image_size,
+        "class_names": images.class_names,
+        "transform": f"RGB, ADM centre crop to {images.image_size} px" if isinstance(images, FileImages) else None,
+        "autoencoder": {"settings": autoencoder_settings, "fingerprint": autoencoder.fingerprint},
+        "features": None,
+        "source": source,
+        "source_root": str(images.root.resolve()) if isinstance(images, FileImages) else None,
+        "fingerprint": sha256(out / "manifest.csv")[:16],
+        "versions": {"torch": torch.__version__},
+        "shards": [],
+    }
+    if target is not None and alignment is not None:
+        index["features"] = {
+            "target": alignment.target,
+            "fingerprint": target.fingerprint,
+            "grid": list(target.grid),
+            "num_features": target.num_features,
+        }
+    if rank == 0:
+        begin(out, index)
+    stored = read_index(out) if (out / "index.json").is_file() else index
+    if stored["complete"]:
+        if rank == 0:
+            verify(out, stored)
+            log.info("%s: complete, %d images; every checksum is right", out, len(manifest))
+        return
+    starts = range(0, len(manifest), settings.shard_size)
+    places = [range(start, min(start + settings.shard_size, len(manifest))) for start in starts]
+    missing = [shard for shard in range(len(places)) if not finished(out, shard)]
+    mine = missing[rank::num_processes]
+    if rank == 0:
+        check_space(out, index["arrays"], sum(len(places[shard]) for shard in missing))
+    batches_of = [
+        range(first, min(first + settings.batch_size, places[shard].stop))
+        for shard in mine
+        for first in range(places[shard].start, places[shard].stop, settings.batch_size)
+    ]
+    loader = DataLoader(
+        Records(splits, manifest),
+        sampler=batches_of,
+        batch_size=None,
+        num_workers=settings.workers if isinstance(images, FileImages) else 0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    autoencoder = autoencoder.to(accelerator.device)
+    progress = tqdm(
+        total=sum(len(places[shard]) for shard in mine),
+        unit="img",
+        desc=f"encoding (process 1 of {num_processes})" if num_processes > 1 else "encoding",
+        disable=rank != 0,
+        mininterval=1.0,
+    )
+    try:
+        batches = iter(loader)
+        for shard in mine:
+            encode_shard(out, shard, places[shard], index, batches, autoencoder, target, accelerator, progress)
+    except UserError as error:  # a loading process hands its error over with the whole traceback as text
+        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+    finally:
+        progress.close()
+    if rank == 0:
+        complete(out, index, manifest, len(places))
+        log.info("%s: complete, %d images; train with data.root=%s", out, len(manifest), out)

@@ -1,0 +1,90 @@
+"""Encode a data set once: python scripts/cache_latents.py data=NAME [autoencoder=NAME] [out=FOLDER] [key=value …].
+
+The same command again goes on where it stopped; on a complete cache it compares every checksum.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from ddt.caching import CacheSettings, cache_latents, make_manifest
+from ddt.config import build, check_arguments
+from ddt.errors import UserError, require
+from ddt.images import Images
+from ddt.latent_cache import LatentCache
+from ddt.launch import launch
+from ddt.training import make_accelerator
+from scripts.entry import checked, entry_point
+
+OWN = (*CacheSettings.__dataclass_fields__, "num_processes")
+GROUPS = ("data", "autoencoder", "alignment")
+
+
+def processes(num_processes: int | None) -> None:
+    """Hold the type of a setting."""
+
+
+def refuse_training_settings(overrides: list[str]) -> None:
+    """Raise UserError for a setting of train.py that has no meaning here."""
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0].partition(".")[0]
+        require(
+            key in (*OWN, *GROUPS),
+            f"{override}: has no effect here; choose from {', '.join((*GROUPS, *OWN))}",
+        )
+
+
+def check(config: dict[str, Any]) -> tuple[CacheSettings, dict[str, Images]]:
+    """Return the settings and the data's splits; one line for each problem."""
+    values, problems = check_arguments(CacheSettings, {key: config[key] for key in OWN if key != "num_processes"}, "")
+    others, found = check_arguments(processes, {"num_processes": config["num_processes"]}, "")
+    if problems + found:
+        raise UserError("\n".join(problems + found))
+    config.update(others)
+    settings = CacheSettings(**values)
+    alignment = build(config["alignment"])
+    require(
+        not settings.store_features or (alignment is not None and alignment.needs_target),
+        "store_features=true: needs an alignment with a target, such as alignment=repa_dinov2_b",
+    )
+    splits = {split: build(config["data"])(split=split) for split in ("train", "test")}
+    require(not isinstance(splits["train"], LatentCache), "data: is a latent cache already; give the images")
+    return settings, splits
+
+
+def run(config: dict[str, Any], settings: CacheSettings, splits: dict[str, Images]) -> None:
+    """Encode, on each process."""
+    while not (Path(settings.out) / "manifest.csv").is_file():  # under torchrun, process 0 is writing it
+        time.sleep(0.5)
+    cache_latents(
+        settings,
+        splits,
+        source={key: value for key, value in config["data"].items() if key != "_partial_"},
+        autoencoder=build(config["autoencoder"]),
+        autoencoder_settings=config["autoencoder"],
+        alignment=build(config["alignment"]),
+        accelerator=make_accelerator("no"),
+    )
+
+
+@entry_point("cache_latents")
+def main(cfg: DictConfig) -> None:
+    """Compose, check, look at every image, encode."""
+    refuse_training_settings(list(HydraConfig.get().overrides.task))
+    config = checked(cfg)
+    settings, splits = check(config)
+    build(config["autoencoder"]).latent_shape(splits["train"].channels, splits["train"].image_size)
+    if os.environ.get("RANK", "0") == "0":
+        make_manifest(settings, splits)
+    launch(run, config["num_processes"], {key: config[key] for key in GROUPS}, settings, splits)
+
+
+if __name__ == "__main__":
+    main()
