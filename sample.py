@@ -6,7 +6,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig
 
 from ddt import checkpoint as ckpt
-from ddt.autoencoder import build_autoencoder
+from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.config import check_arguments
 from ddt.errors import UserError, require
 from ddt.generation import image_set, sample_set
@@ -23,6 +23,7 @@ def settings_of(
     dtype: Literal["bf16", "fp32"] | None,
     batch_size: int,
     num_processes: int | None,
+    autoencoder: str,
 ) -> None:
     """Hold the types of the settings that belong to neither the set nor the sampler."""
 
@@ -36,7 +37,7 @@ def check(config: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     which, found = check_arguments(image_set, given, "")
     problems += found
     others, found = check_arguments(
-        settings_of, {k: config[k] for k in ("out", "dtype", "batch_size", "num_processes")}, ""
+        settings_of, {k: config[k] for k in ("out", "dtype", "batch_size", "num_processes", "autoencoder")}, ""
     )
     problems += found
     if problems:
@@ -46,12 +47,35 @@ def check(config: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     return {"sampler": SamplerSettings(**sampler), "images": images, **others}
 
 
+def stored_autoencoder(stored: dict[str, Any], chosen: str) -> Autoencoder:
+    """Return the autoencoder of a checkpoint, or the one chosen in its place.
+
+    Raises UserError where the checkpoint's is not there, or has other weights than in training.
+    """
+    settings = stored["autoencoder"]
+    if chosen != "checkpoint":
+        require("source" in settings, f"autoencoder={chosen}: this model draws pixels; leave it out")
+        return build_autoencoder({**settings, "source": chosen, "revision": None})
+    try:
+        autoencoder = build_autoencoder(settings)
+    except UserError as error:
+        raise UserError(f"{error} (or sample with autoencoder=FOLDER)") from error
+    expected = stored.get("autoencoder_fingerprint")
+    require(
+        expected in (None, autoencoder.fingerprint),
+        f"autoencoder.source={settings.get('source')}: holds other weights than the run was trained with; name the "
+        "right ones with autoencoder=, or choose these explicitly by autoencoder=THIS_SOURCE",
+    )
+    return autoencoder
+
+
 def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None:
     """Load the checkpoint and draw the set, on each process."""
     accelerator = make_accelerator("no")
+    autoencoder = stored_autoencoder(stored, arguments["autoencoder"])
     sample_set(
         model=ckpt.load_model(folder).to(accelerator.device),
-        autoencoder=build_autoencoder(stored["autoencoder"]),
+        autoencoder=autoencoder,
         shape=tuple(stored["latent_shape"]),
         images=arguments["images"],
         settings=arguments["sampler"],
@@ -62,6 +86,7 @@ def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None
             "ema_sha256": ckpt.sha256(folder / "ema.safetensors"),
             "step": stored["step"],
             "class_names": stored["class_names"],
+            "autoencoder_sha256": autoencoder.fingerprint,
         },
         accelerator=accelerator,
     )

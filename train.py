@@ -9,26 +9,31 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from ddt.alignment import REPA, AlignmentLoss, Dispersive, DispersiveLoss, Target, check_depth
 from ddt.config import build, check_arguments
-from ddt.data import fingerprint
 from ddt.errors import UserError, require
+from ddt.images import Images
+from ddt.initial import find_source
+from ddt.latent_cache import LatentCache
 from ddt.launch import default_processes, launch
+from ddt.model import DDT, Denoiser
 from ddt.training import train
 from scripts.entry import checked, entry_point
 
 
-def run_settings(name: str, seed: int) -> None:
+def run_settings(name: str, seed: int, init_from: str | None) -> None:
     """Hold the types of the settings that stand outside of any group."""
     require(
         re.fullmatch(r"[\w.=,+\[\]-][\w.=,+\[\]/-]*", name) is not None and ".." not in name and name != ".",
         f"name={name}: give a folder name made of letters, digits and _.=,+-",
     )
+    require(init_from != "", "init_from: not set; give init_from=RUN_OR_CHECKPOINT_OR_PUBLISHED_FILE")
     require(0 <= seed < 2**63, f"seed={seed}: must be at least 0")
 
 
 def check(config: dict[str, Any]) -> None:
     """Build what costs nothing and raise one UserError with a line for each setting that cannot be."""
-    values, problems = check_arguments(run_settings, {"name": config["name"], "seed": config["seed"]}, "")
+    values, problems = check_arguments(run_settings, {key: config[key] for key in ("name", "seed", "init_from")}, "")
     config.update(values)
 
     def attempt(function: Any, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
@@ -47,12 +52,49 @@ def check(config: dict[str, Any]) -> None:
         network = attempt(build(config["model"]), in_channels=1, num_classes=1)
     attempt(build(config["objective"]), denoiser=network)
     attempt(build(config["optimizer"]), parameters=[torch.nn.Parameter(torch.zeros(1))])
+    alignment = attempt(build, config["alignment"])
+    if alignment is not None and network is not None:
+        attempt(check_depth, alignment.align_depth, num_aligned_blocks(network))
+    if config["init_from"]:
+        attempt(find_source, str(config["init_from"]))
     recompute = config["sampler"].get("recompute")
     if recompute is not None and network is not None and not hasattr(network, "encoder"):
         problems.append(f"sampler.recompute={recompute}: this model has no encoder to share; give null")
-    attempt(build, config["alignment"])
     if problems:
         raise UserError("\n".join(problems))
+
+
+def num_aligned_blocks(network: Denoiser) -> int:
+    """Return how many blocks an alignment can choose from: the encoder's, or all of the undivided baseline's."""
+    return len(network.encoder.blocks if isinstance(network, DDT) else network.blocks)
+
+
+def build_alignment(
+    alignment: REPA | Dispersive | None, network: Denoiser, images: Images, grid: tuple[int, int]
+) -> tuple[AlignmentLoss | DispersiveLoss | None, Target | None, str | None]:
+    """Return the alignment's trained half, its frozen target (None where features are cached or there is none) and the
+    hash of the target's weights. `grid` is that of the latent's tokens.
+
+    Raises UserError where the images are not what the target takes, or the cached features are another target's.
+    """
+    if alignment is None:
+        return None, None, None
+    if isinstance(alignment, Dispersive):
+        return alignment.build_loss(), None, None
+    hidden_size = network.hidden_size
+    if isinstance(images, LatentCache) and images.features is not None:
+        cached = images.features
+        require(
+            cached["target"] == alignment.target,
+            f"data.root={images.root}: holds features of {cached['target']}, but alignment.target={alignment.target}: "
+            "choose one, or run the target with data.cached_features=false",
+        )
+        loss = alignment.build_loss(hidden_size, cached["num_features"], tuple(cached["grid"]), grid)
+        return loss, None, cached["fingerprint"]
+    if isinstance(images, LatentCache):
+        images.require_pixels()
+    target = alignment.build_target(images.image_size)
+    return alignment.build_loss(hidden_size, target.num_features, target.grid, grid), target, target.fingerprint
 
 
 def run(config: dict[str, Any]) -> None:
@@ -66,9 +108,20 @@ def run(config: dict[str, Any]) -> None:
         shape[1] % patch_size == 0 and shape[2] % patch_size == 0,
         f"model.patch_size={patch_size} does not divide the latent size {shape[1]}×{shape[2]}: choose a divisor",
     )
-    config = {**config, "data": {**config["data"], "fingerprint": fingerprint(images)}}
+    if isinstance(images, LatentCache):
+        images.check_autoencoder(autoencoder)
     sizes = {"in_channels": shape[0], "num_classes": len(images.class_names)}
     network = build(config["model"])(**sizes)
+    alignment = build(config["alignment"])
+    grid = (shape[1] // patch_size, shape[2] // patch_size)
+    alignment_loss, target, target_hash = build_alignment(alignment, network, images, grid)
+    config = {**config}  # what data and frozen weights are, wherever they lie, stands beside their settings
+    for group, found in (
+        ("data", images.fingerprint),
+        ("autoencoder", autoencoder.fingerprint),
+        ("alignment", target_hash),
+    ):
+        config[group] = {**config[group], "fingerprint": found}
     network_settings = {key: value for key, value in config["model"].items() if key != "_partial_"} | sizes
     train(
         settings=build(config["trainer"]),
@@ -76,18 +129,22 @@ def run(config: dict[str, Any]) -> None:
         config={
             "network": network_settings,
             "latent_shape": list(shape),
-            "autoencoder": config["autoencoder"],
+            "autoencoder": {key: value for key, value in config["autoencoder"].items() if key != "fingerprint"},
+            "autoencoder_fingerprint": autoencoder.fingerprint,
             "sampler": {key: value for key, value in config["sampler"].items() if key != "_target_"},
             "class_names": images.class_names,
             "run": {key: value for key, value in config.items() if key != "run_dir"},
         },
-        objective=build(config["objective"])(denoiser=network),
+        objective=build(config["objective"])(denoiser=network, alignment=alignment_loss),
         autoencoder=autoencoder,
         images=images,
         held_out=held_out,
         make_optimizer=build(config["optimizer"]),
         make_tracker=build(config["tracker"]),
         sampler=build(config["sampler"]),
+        alignment=alignment,
+        target=target,
+        init_from=config["init_from"],
     )
 
 

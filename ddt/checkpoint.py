@@ -196,9 +196,18 @@ def load_model(run_or_checkpoint: str | Path) -> Denoiser:
 
 
 # What a resumed run must share with its checkpoint (docs: design of resuming). Everything else may change.
-FROZEN = ("model", "data", "autoencoder", "alignment", "objective", "optimizer", "seed")
-# … but for these, which change no number
-FREE = ("model.activation_checkpointing",)
+FROZEN = ("model", "data", "autoencoder", "alignment", "objective", "optimizer", "seed", "init_from")
+# … but for these, which change no number: where things lie (fingerprints hold what they are) and how much at once
+FREE = (
+    "model.activation_checkpointing",
+    "data.root",
+    "data.source_root",
+    "autoencoder.source",
+    "autoencoder.revision",
+    "autoencoder.chunk_size",
+    "alignment.weights",
+    "alignment.compile",
+)
 FROZEN_TRAINER = ("global_batch_size", "ema_decay", "warmup_steps", "lr_schedule")
 
 

@@ -4,6 +4,7 @@ A release is a Lightning `.ckpt` (`state_dict` with the prefixes below) or a `.s
 names, with or without prefix. `encoder_depth` and the patch size are not in the file.
 """
 
+import dataclasses
 import re
 import warnings
 from pathlib import Path
@@ -19,7 +20,8 @@ from ddt.model import DDT, Denoiser, DiT
 
 EMA_PREFIX = "ema_denoiser."
 SUFFIXES = (".ckpt", ".safetensors")
-OTHER_PREFIXES = ("denoiser.", "diffusion_trainer.")  # raw weights and the projector: not needed to sample
+RAW_PREFIX = "denoiser."
+TRAINER_PREFIX = "diffusion_trainer."  # the projector
 
 # (hidden_size, depth) -> encoder depths that the paper trained (method.md 5)
 PUBLISHED_ENCODER_DEPTHS = {(768, 12): (4, 6, 8, 10), (1024, 24): (10, 12, 16, 20), (1152, 28): (22,)}
@@ -64,10 +66,20 @@ def find_released(source: str) -> Path:
         ) from error
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Return the EMA weights of a release file under the release's names, without prefix.
+@dataclasses.dataclass
+class Parts:
+    """The weights in a release file under the release's names, without prefix. A part that is not there is empty."""
 
-    Raises UserError for a missing or unreadable file, one without `state_dict`, and a key of unknown prefix.
+    ema: dict[str, Tensor]
+    raw: dict[str, Tensor]
+    projector: dict[str, Tensor]
+
+
+def read_parts(path: Path) -> Parts:
+    """Return the weights of a release file.
+
+    Raises UserError for a missing or unreadable file, one without `state_dict` or EMA weights, and a key of unknown
+    prefix.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a published .ckpt or .safetensors file")
@@ -89,16 +101,23 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if type(error).__module__ not in ("_pickle", "pickle"):
             raise
         raise UserError(f"{path}: holds more than weights and is not loaded ({str(error).splitlines()[0]})") from error
-    if not any(key.startswith((EMA_PREFIX, *OTHER_PREFIXES)) for key in state):
-        return state
-    unknown = [key for key in state if not key.startswith((EMA_PREFIX, *OTHER_PREFIXES))]
-    require(
-        not unknown,
-        f"{path}: unknown key {unknown[:1]}: every key must begin with {EMA_PREFIX} or {OTHER_PREFIXES}",
-    )
-    ema = {key.removeprefix(EMA_PREFIX): value for key, value in state.items() if key.startswith(EMA_PREFIX)}
-    require(bool(ema), f"{path}: holds no {EMA_PREFIX}* keys, so no EMA weights")
-    return ema
+    prefixes = (EMA_PREFIX, RAW_PREFIX, TRAINER_PREFIX)
+    if not any(key.startswith(prefixes) for key in state):
+        return Parts(ema=state, raw={}, projector={})
+    unknown = [key for key in state if not key.startswith(prefixes)]
+    require(not unknown, f"{path}: unknown key {unknown[:1]}: every key must begin with one of {', '.join(prefixes)}")
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+    parts = Parts(ema=part(EMA_PREFIX), raw=part(RAW_PREFIX), projector=part(f"{TRAINER_PREFIX}proj.0."))
+    require(bool(parts.ema), f"{path}: holds no {EMA_PREFIX}* keys, so no EMA weights")
+    return parts
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Return the EMA weights of a release file under the release's names; see `read_parts`."""
+    return read_parts(path).ema
 
 
 def our_name(key: str, encoder_depth: int | None) -> str | None:

@@ -17,10 +17,13 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ddt import checkpoint as ckpt
+from ddt.alignment import REPA, Dispersive, Target
 from ddt.autoencoder import Autoencoder
-from ddt.data import Images, PositionSampler, TrainingStream, training_batches
+from ddt.data import PositionSampler, TrainingStream, training_batches
 from ddt.ema import EMA
 from ddt.errors import UserError, require
+from ddt.images import Images
+from ddt.initial import initialise
 from ddt.monitoring import Meter, all_finite, to_latents, validation_loss, write_preview
 from ddt.objective import FlowMatching
 from ddt.sampling import SamplerSettings
@@ -68,6 +71,9 @@ def train(
     make_optimizer: Callable[..., torch.optim.Optimizer],
     make_tracker: Callable[..., JsonlTracker],
     sampler: SamplerSettings,
+    alignment: REPA | Dispersive | None = None,
+    target: Target | None = None,
+    init_from: str | None = None,
 ) -> None:
     """Train until `settings.max_steps`, going on from the newest checkpoint of `run_dir` where there is one.
 
@@ -80,6 +86,9 @@ def train(
         autoencoder, images, held_out: the border to pixels, the training images, the validation images (may be none).
         make_optimizer: parameters → optimizer. make_tracker: (run_dir, step, config) → tracker, on process 0 alone.
         sampler: for the preview grids.
+        alignment: how a hidden layer is aligned, where the objective does; target: the network whose features it is
+            aligned to, where they do not come from a cache.
+        init_from: run, checkpoint or published file whose weights a new run starts from (`ddt.initial`).
 
     Raises UserError where a setting is impossible or the checkpoint belongs to another training, FloatingPointError
     when the loss is not finite any more.
@@ -96,6 +105,7 @@ def train(
 
     # --- weights, their average, optimizer
     autoencoder = autoencoder.to(device)
+    target = target.to(device) if target is not None else None
     model = accelerator.prepare(objective)  # all processes leave this with the weights of process 0
     denoiser = objective.denoiser
     optimizer = make_optimizer(objective.parameters())
@@ -111,8 +121,12 @@ def train(
         check_same_training(saved["run"], config["run"], newest)
         denoiser.load_state_dict(ckpt.read_weights(newest, "model"), strict=True)
         ema.model.load_state_dict(ckpt.read_weights(newest, "ema"), strict=True)
+        if objective.alignment is not None:
+            objective.alignment.load_state_dict(state["alignment"], strict=True)
         optimizer.load_state_dict(state["optimizer"])
         meter, step = Meter(device, state["meter"]), saved["step"]
+    elif init_from is not None:
+        initialise(init_from, config["network"], config["autoencoder_fingerprint"], objective, ema)
     if step >= settings.max_steps:
         log.info("%s: complete at step %d; raise trainer.max_steps to train longer", run_dir, step)
         return
@@ -130,7 +144,12 @@ def train(
         run_dir.mkdir(parents=True, exist_ok=True)
         ckpt.write_json(run_dir / "config.json", {**config["run"], "num_processes": num_processes})
         tracker = make_tracker(run_dir=run_dir, step=step, config=config["run"])
-    stream = TrainingStream(images, config["run"]["seed"], shape, autoencoder.stochastic)
+    align_until: float = 0  # step from which on the alignment is left out
+    if alignment is not None:
+        align_until = math.inf if alignment.until_step is None else alignment.until_step
+    stream = TrainingStream(
+        images, config["run"]["seed"], shape, autoencoder.stochastic, align_until * settings.global_batch_size
+    )
     positions = PositionSampler(
         step, settings.max_steps, settings.global_batch_size, micro_batch_size, rank, num_processes
     )
@@ -147,8 +166,9 @@ def train(
     if num_processes > 1:
         # DDP sorts its buckets anew after its first backward pass. One discarded pass makes the first step after a
         # resume add gradients in the same order as it did in the uninterrupted run.
-        batch = to_latents(stream[next(iter(positions))], autoencoder, device)
-        accelerator.backward(model(**batch)["loss"])
+        align = step < align_until
+        batch = to_latents(stream[next(iter(positions))], autoencoder, accelerator, target if align else None)
+        accelerator.backward(model(**batch, align=align)["loss"])
         optimizer.zero_grad(set_to_none=True)
     clock, clock_step, pauses = time.perf_counter(), step, 0.0
     try:
@@ -156,17 +176,17 @@ def train(
             # --- one optimizer step: gradients summed over micro-batches, averaged over processes
             for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
                 group["lr"] = base_lr * settings.lr_factor(step)
+            align = step < align_until
             for micro in range(num_micro):
-                batch = to_latents(next(batches), autoencoder, device)
+                batch = to_latents(next(batches), autoencoder, accelerator, target if align else None)
                 with contextlib.nullcontext() if micro == num_micro - 1 else accelerator.no_sync(model):
-                    losses = model(**batch)
+                    losses = model(**batch, align=align)
                     accelerator.backward(losses["loss"] / num_micro)
                 meter.add(losses, 1 / num_micro)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             ema.update(denoiser)
             step += 1
-            meter.count += 1
             progress.update(settings.global_batch_size)
 
             # --- log
@@ -191,6 +211,8 @@ def train(
                 if not all_finite(ema.model):
                     raise not_finite("a weight is no finite number", step, run_dir)
                 train_state = {"optimizer": optimizer.state_dict(), "meter": meter.state(accelerator)}
+                if objective.alignment is not None:
+                    train_state["alignment"] = objective.alignment.state_dict()
                 if rank == 0:
                     ckpt.write_checkpoint(
                         ckpt.checkpoint_folder(run_dir, step),

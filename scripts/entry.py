@@ -14,6 +14,7 @@ import hydra
 import torch
 from accelerate.state import AcceleratorState
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,8 +22,22 @@ from omegaconf.errors import OmegaConfBaseException
 from ddt.config import check_arguments, did_you_mean, locate
 from ddt.errors import UserError
 
-PATHS = ("ckpt", "out", "samples", "released", "runs", "data.root", "autoencoder.source")
+PATHS = (
+    "ckpt", "out", "samples", "released", "runs", "init_from", "autoencoder",
+    "data.root", "data.source_root", "autoencoder.source", "alignment.weights",
+)  # fmt: skip
 CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def default_name(*, _root_: DictConfig) -> str:
+    """Return DATA_MODEL of the chosen files. Hydra keeps the choices in the configuration while it lays out a sweep, and
+    apart from it while a job runs.
+    """
+    choices = (_root_.hydra if "hydra" in _root_ else HydraConfig.get()).runtime.choices
+    return f"{choices.data}_{choices.model}"
+
+
+OmegaConf.register_new_resolver("default_name", default_name, replace=True)
 
 
 def known_keys(folder: Path, config_name: str, dotted: str) -> list[str]:
@@ -104,12 +119,21 @@ def quoted(argument: str) -> str:
     return f'{key}{equals}"{escaped}"'
 
 
-def refuse_unknown(cfg: DictConfig, primary: Path) -> None:
-    """Raise UserError for a top-level setting that the primary config does not have, as `+foo=1` makes one."""
-    known = {str(key) for key in OmegaConf.load(primary)} - {"defaults", "hydra"}
-    for entry in OmegaConf.load(primary).defaults:
+def top_level_keys(primary: Path) -> set[str]:
+    """Return the settings and groups of a primary config and of those it builds on."""
+    content = OmegaConf.load(primary)
+    known = {str(key) for key in content} - {"defaults", "hydra"}
+    for entry in content.defaults:
         if isinstance(entry, DictConfig):
             known |= {str(key) for key in entry if not str(key).startswith("override ")}
+        elif entry != "_self_":
+            known |= top_level_keys(primary.with_name(f"{entry}.yaml"))
+    return known
+
+
+def refuse_unknown(cfg: DictConfig, primary: Path) -> None:
+    """Raise UserError for a top-level setting that the primary config does not have, as `+foo=1` makes one."""
+    known = top_level_keys(primary)
     for key in cfg:
         if key not in known:
             raise UserError(f"{key}: no such setting{did_you_mean(str(key), known)}")

@@ -16,7 +16,7 @@ from scripts.entry import CONF, checked
 MODELS = (
     "nano b_4en8de b_6en6de b_8en4de b_10en2de l_10en14de l_12en12de l_16en8de l_20en4de xl_22en6de dit_b dit_l dit_xl"
 )
-GROUPS = ("data", "autoencoder", "objective", "optimizer", "sampler", "trainer", "tracker", "experiment")
+GROUPS = ("data", "autoencoder", "alignment", "objective", "optimizer", "sampler", "trainer", "tracker", "experiment")
 CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 
 
@@ -34,8 +34,16 @@ def config(*overrides):
 
 def root(*overrides):
     """A data root for those configurations that need one."""
-    needs = any(o in ("data=folder", "data=in256", "data=in512") for o in overrides)
-    return [*overrides, "data.root=somewhere"] if needs else overrides
+    missing = {
+        "data=folder": "data.root", "data=in256": "data.root", "data=in512": "data.root", "data=latents": "data.root",
+        "data=in256_latents": "data.root", "data=in512_latents": "data.root", "autoencoder=kl": "autoencoder.source",
+        "experiment=xl_512": "data.root", "experiment=finetune": "data.root",
+    }  # fmt: skip
+    deep = ("alignment=dispersive", "alignment=repa_dinov2", "data=in")  # these align the 8th block of the encoder
+    extra = [f"{key}=somewhere" for choice, key in missing.items() if choice in overrides]
+    extra += ["model=b_8en4de"] if any(o.startswith(deep) for o in overrides) else []
+    extra += ["alignment.weights=null"] if "alignment=repa_efficientnet_lite0" in overrides else []
+    return [*overrides, *extra]
 
 
 def test_the_models_are_there():
@@ -61,7 +69,7 @@ def test_every_model_builds(model):
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_and_builds(choice):
     values = config(*root(choice))
-    values["alignment"] = {"_target_": None}  # the one part that is named before it is built
+    values["init_from"] = None  # what experiments that need one have not been given
     train.check(values)
 
 
@@ -69,7 +77,7 @@ def test_default_run_is_the_nano_model_on_digits():
     values = config()
     assert values["name"] == "digits_nano"
     assert (values["model"]["depth"], values["model"]["encoder_depth"]) == (6, 4)
-    assert values["data"]["_target_"] == "ddt.data.Digits"
+    assert values["data"]["_target_"] == "ddt.images.Digits"
 
 
 def test_xl_on_imagenet_is_the_published_recipe():
@@ -95,9 +103,12 @@ def test_xl_on_imagenet_is_the_published_recipe():
     assert values["alignment"] == dict(
         _target_="ddt.alignment.REPA",
         target="vit_base_patch14_dinov2.lvd142m",
+        weights=None,
         align_depth=8,
         weight=0.5,
-        projector_depth=3,
+        until_step=None,
+        projector_width=None,
+        compile=False,
     )
     published = dict(
         solver="euler",
@@ -124,7 +135,12 @@ def test_the_command_line_wins_over_the_data():
     ("arguments", "message"),
     [
         (["model=xl_22en6de", "data=in256"], "data.root: not set; give data.root=…"),
-        (["model=xl_22en6de", "data=in256", "data.root=."], "alignment=repa_dinov2_b: this version cannot"),
+        (["data=in256", "data.root=."], "alignment.align_depth=8: the encoder has 4 blocks, choose 1..4"),
+        (["model=b_8en4de", "data=in256", "data.root=/no"], "data.root=/no: no such folder"),
+        (["alignment=repa_dinov2_b", "alignment.target=dinov2"], "alignment.target=dinov2: timm has no model"),
+        (["alignment=repa_dinov2_b", "alignment.align_depth=2", "alignment.weights=no.pth"], "alignment.weights=no.pth: "),
+        (["init_from=runs/none"], "init_from=runs/none: no such file or folder here, and the hub"),
+        (["experiment=xl_512", "data.root=."], "init_from: not set; give init_from="),
         (["model.encoder_dept=3"], "model.encoder_dept: no such setting; did you mean model.encoder_depth?"),
         (["+model.foo=1"], "model.foo: no such setting"),
         (["modle=nano"], "modle: no such setting; did you mean model?"),
@@ -199,14 +215,13 @@ def test_a_sweep_keeps_a_folder_for_each_job(tmp_path):
     done = run(
         ROOT / "train.py",
         "-m",
-        "name=sweep",
         "trainer.mixed_precision=fp32,bf16",
         *small[1:],
         small[0],
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    folders = [p for p in (tmp_path / "runs" / "sweep").iterdir() if p.is_dir()]
+    folders = [p for p in (tmp_path / "runs" / "digits_nano").iterdir() if p.is_dir()]
     fixed = "model.hidden_size=32,sampler.num_steps=1,trainer.lr_schedule=constant"
     expected = [f"{fixed},trainer.mixed_precision={p}" for p in ("bf16", "fp32")]
     assert sorted(p.name for p in folders) == expected
