@@ -11,7 +11,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from ddt.caching import CacheSettings, cache_latents, make_manifest
@@ -21,7 +20,7 @@ from ddt.images import Images
 from ddt.latent_cache import LatentCache
 from ddt.launch import launch
 from ddt.training import make_accelerator
-from scripts.entry import checked, entry_point
+from scripts.entry import checked, entry_point, only_settings
 
 OWN = (*CacheSettings.__dataclass_fields__, "num_processes")
 GROUPS = ("data", "autoencoder", "alignment")
@@ -29,16 +28,6 @@ GROUPS = ("data", "autoencoder", "alignment")
 
 def processes(num_processes: int | None) -> None:
     """Hold the type of a setting."""
-
-
-def refuse_training_settings(overrides: list[str]) -> None:
-    """Raise UserError for a setting of train.py that has no meaning here."""
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0].partition(".")[0]
-        require(
-            key in (*OWN, *GROUPS),
-            f"{override}: has no effect here; choose from {', '.join((*GROUPS, *OWN))}",
-        )
 
 
 def check(config: dict[str, Any]) -> tuple[CacheSettings, dict[str, Images]]:
@@ -77,7 +66,7 @@ def run(config: dict[str, Any], settings: CacheSettings, splits: dict[str, Image
 @entry_point("cache_latents")
 def main(cfg: DictConfig) -> None:
     """Compose, check, look at every image, encode."""
-    refuse_training_settings(list(HydraConfig.get().overrides.task))
+    only_settings(*GROUPS, *OWN)
     config = checked(cfg)
     settings, splits = check(config)
     build(config["autoencoder"]).latent_shape(splits["train"].channels, splits["train"].image_size)

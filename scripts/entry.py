@@ -30,8 +30,9 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 def default_name(*, _root_: DictConfig) -> str:
-    """Return DATA_MODEL of the chosen files. Hydra keeps the choices in the configuration while it lays out a sweep, and
-    apart from it while a job runs.
+    """Return DATA_MODEL of the chosen files.
+
+    Hydra keeps the choices in the configuration while it lays out a sweep, and apart from it while a job runs.
     """
     choices = (_root_.hydra if "hydra" in _root_ else HydraConfig.get()).runtime.choices
     return f"{choices.data}_{choices.model}"
@@ -137,6 +138,16 @@ def refuse_unknown(cfg: DictConfig, primary: Path) -> None:
     for key in cfg:
         if key not in known:
             raise UserError(f"{key}: no such setting{did_you_mean(str(key), known)}")
+
+
+def only_settings(*allowed: str) -> None:
+    """Raise UserError for a setting on the command line that is none of `allowed`: a script that builds on train.py's
+    configuration has its groups, but not a use for all of them.
+    """
+    for override in HydraConfig.get().overrides.task:
+        key = override.lstrip("+~").partition("=")[0].partition(".")[0]
+        if key not in allowed:
+            raise UserError(f"{override}: has no effect here; choose from {', '.join(allowed)}")
 
 
 def entry_point(config_name: str, folder: Path = CONF) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:

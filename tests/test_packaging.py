@@ -19,6 +19,11 @@ def test_conda_and_pip_install_the_same_packages():
     assert set(pip["pip"]) == {*PYPROJECT["project"]["dependencies"], "--editable ."}
 
 
+def test_the_tests_have_what_the_photos_need():
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    assert set(extras["photos"]) <= set(extras["dev"])
+
+
 def test_every_import_is_a_declared_dependency():
     """Packages imported anywhere in the code, by the names they are installed under."""
     aliases = {
