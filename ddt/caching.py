@@ -1,4 +1,4 @@
-"""Writing a latent cache (`ddt.latent_cache`): list the images, look at every file, encode, shard by shard.
+"""Writing a latent cache (`ddt.latent_cache`): images that `ddt.manifest` lists are encoded, shard by shard.
 
 A shard's files are written under a temporary name, renamed, and then vouched for by `shards/00000.json`; a run that was
 stopped goes on with the first shard that is not. Batches never cross shards, so a shard's bytes depend neither on where
@@ -6,7 +6,6 @@ an earlier run stopped nor on how many processes share the work.
 Shapes: B batch, M moments' channels, h w latent, S pixels, N tokens, F features.
 """
 
-import csv
 import dataclasses
 import errno
 import hashlib
@@ -15,16 +14,13 @@ import logging
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -32,12 +28,11 @@ from ddt.alignment import REPA, Target
 from ddt.autoencoder import Autoencoder
 from ddt.checkpoint import fsync, sha256, write_json
 from ddt.errors import UserError, require
-from ddt.images import FileImages, Images, read_image
-from ddt.latent_cache import CACHE_FORMAT_VERSION, read_index, read_manifest, shard_path
+from ddt.images import FileImages, Images
+from ddt.latent_cache import CACHE_FORMAT_VERSION, read_index, shard_path
+from ddt.manifest import Row, check_manifest, read_manifest
 
 log = logging.getLogger(__name__)
-ORIENTATION = 0x0112  # EXIF tag
-MANIFEST_COLUMNS = ("path", "label", "split", "bytes", "width", "height", "mode", "rotated")
 RESERVE = 64 * 2**20  # bytes that stay free on the disk
 
 
@@ -76,115 +71,6 @@ class CacheSettings:
         require(not path.exists() or path.is_dir(), f"out={self.out}: is a file; give a folder")
 
 
-def inspect_image(path: Path) -> dict[str, Any]:
-    """Decode a file and return what the manifest says of it; under `broken` why it cannot be used."""
-    try:
-        size = path.stat().st_size
-        with Image.open(path) as image:
-            mode, rotated = image.mode, image.getexif().get(ORIENTATION, 1) != 1
-            if "transparency" in image.info:
-                mode = f"{mode}+transparency"
-        decoded = read_image(path)
-    except (UserError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return {"broken": str(error).removeprefix(f"{path}: ")}
-    return {"bytes": size, "width": decoded.width, "height": decoded.height, "mode": mode, "rotated": int(rotated)}
-
-
-def inspect_files(images: FileImages, num_workers: int) -> Iterator[dict[str, Any]]:
-    """Yield what `inspect_image` says of each image, in order."""
-    paths = [images.root / name for name in images.names]
-    if num_workers == 0:
-        yield from map(inspect_image, paths)
-        return
-    with ProcessPoolExecutor(num_workers) as pool:
-        yield from pool.map(inspect_image, paths, chunksize=64)
-
-
-def write_csv(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    """Write rows as CSV, whole or not at all."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
-
-
-def make_manifest(settings: CacheSettings, splits: dict[str, Images]) -> None:
-    """Look at every image once and write manifest.csv; one that is there already is kept.
-
-    Raises UserError where files cannot be read, after naming all of them in broken.csv, unless they are to be skipped.
-    """
-    out = Path(settings.out)
-    if (out / "manifest.csv").is_file():
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    broken: list[dict[str, Any]] = []
-    total = sum(len(images.labels) for images in splits.values())
-    require(total > 0, "data: there are no images to cache")
-    progress = tqdm(total=total, unit="img", desc="reading every image once", mininterval=1.0)
-    for split, images in splits.items():
-        size = images.channels * images.image_size**2
-        plain = {"bytes": size, "width": images.image_size, "height": images.image_size, "mode": "", "rotated": 0}
-        found: Iterable[dict[str, Any]] = [plain] * len(images.labels)
-        if isinstance(images, FileImages):
-            found = inspect_files(images, settings.workers)
-        for name, label, facts in zip(images.names, images.labels, found, strict=True):
-            progress.update()
-            if "broken" in facts:
-                broken.append({"path": name, "reason": facts["broken"]})
-            else:
-                rows.append({"path": name, "label": int(label), "split": split, **facts})
-    progress.close()
-    if broken:
-        write_csv(out / "broken.csv", ("path", "reason"), broken)
-        require(
-            settings.skip_broken,
-            f"{out / 'broken.csv'}: {len(broken)} of {total} images cannot be read, the first is {broken[0]['path']} "
-            f"({broken[0]['reason']}); replace or remove them, or leave them out with skip_broken=true",
-        )
-        log.warning("%d images that cannot be read are left out: %s", len(broken), out / "broken.csv")
-    require(len(broken) < total, f"{out / 'broken.csv'}: no image can be read")
-    for text in notable(rows):
-        log.info("%s", text)
-    write_csv(out / "manifest.csv", MANIFEST_COLUMNS, rows)
-
-
-def check_manifest(out: Path, manifest: list[dict[str, str]], splits: dict[str, Images]) -> None:
-    """Raise UserError where manifest.csv, written by an earlier call, lists other images than the data now holds."""
-    left_out = 0
-    if (out / "broken.csv").is_file():
-        with (out / "broken.csv").open(newline="") as file:
-            left_out = len(list(csv.DictReader(file)))
-    listed = {(row["split"], row["path"], int(row["label"])) for row in manifest}
-    there = {
-        (split, name, int(label))
-        for split, images in splits.items()
-        for name, label in zip(images.names, images.labels, strict=True)
-    }
-    require(
-        listed <= there and len(listed) + left_out == len(there),
-        f"{out / 'manifest.csv'}: lists other images than the data holds now; choose another out=",
-    )
-
-
-def notable(rows: list[dict[str, Any]]) -> list[str]:
-    """Return a line for each kind of image that is not read as it is."""
-    modes = Counter(str(row["mode"]) for row in rows)
-    rotated = sum(row["rotated"] for row in rows)
-    converted = {mode: count for mode, count in modes.items() if mode not in ("", "RGB")}
-    lines = []
-    if converted:
-        kinds = ", ".join(f"{count} {mode}" for mode, count in sorted(converted.items()))
-        lines.append(f"converted to RGB, transparency dropped: {kinds}")
-    if rotated:
-        lines.append(
-            f"{rotated} images carry an EXIF rotation, which is not applied (nor was it by the published model)"
-        )
-    return lines
-
-
 def flips(images: torch.Tensor, both: bool) -> list[torch.Tensor]:
     """Return images (B, C, S, S) as they are, and with `both` their mirror images after them."""
     return [images, images.flip(-1)] if both else [images]
@@ -193,7 +79,7 @@ def flips(images: torch.Tensor, both: bool) -> list[torch.Tensor]:
 class Records(Dataset):
     """Batches of uint8 images (B, C, S, S) by their place in the manifest: what the loading processes read."""
 
-    def __init__(self, splits: dict[str, Images], manifest: list[dict[str, str]]) -> None:
+    def __init__(self, splits: dict[str, Images], manifest: list[Row]) -> None:
         self.splits, self.manifest = splits, manifest
         self.places = {split: {name: k for k, name in enumerate(images.names)} for split, images in splits.items()}
 
@@ -202,12 +88,12 @@ class Records(Dataset):
         loaded = []
         for place in places:
             row = self.manifest[place]
-            images = self.splits[row["split"]]
-            index = self.places[row["split"]][row["path"]]
+            images = self.splits[row.split]
+            index = self.places[row.split][row.path]
             if isinstance(images, FileImages):
-                path = images.root / row["path"]
+                path = images.root / row.path
                 require(
-                    path.stat().st_size == int(row["bytes"]),
+                    path.stat().st_size == row.bytes,
                     f"{path}: has changed since manifest.csv was written; cache into another out=",
                 )
             loaded.append(images.load(np.array([index])))
@@ -369,11 +255,11 @@ def encode_shard(
             writer.abandon()
 
 
-def complete(out: Path, index: dict[str, Any], manifest: list[dict[str, str]], num_shards: int) -> None:
+def complete(out: Path, index: dict[str, Any], manifest: list[Row], num_shards: int) -> None:
     """Wait for all shards of all processes, then write labels.npy and the complete index."""
     while not all(finished(out, shard) for shard in range(num_shards)):
         time.sleep(0.5)
-    labels = np.array([int(row["label"]) for row in manifest], dtype=np.int64)
+    labels = np.array([row.label for row in manifest], dtype=np.int64)
     temporary = out / ".tmp-labels.npy"
     np.save(temporary, labels)
     temporary.replace(out / "labels.npy")
@@ -396,6 +282,48 @@ def verify(out: Path, index: dict[str, Any]) -> None:
                 raise UserError(f"{path}: damaged; run the same command again to make its shard anew")
 
 
+def describe(
+    settings: CacheSettings,
+    manifest: list[Row],
+    images: Images,
+    splits: Iterable[str],
+    source: dict[str, Any],
+    autoencoder: Autoencoder,
+    autoencoder_settings: dict[str, Any],
+    target: Target | None,
+) -> dict[str, Any]:
+    """Return the index of a cache none of whose shards is written yet; see `ddt.latent_cache`."""
+    files = isinstance(images, FileImages)
+    return {
+        "format_version": CACHE_FORMAT_VERSION,
+        "complete": False,
+        "count": len(manifest),
+        "splits": {split: sum(row.split == split for row in manifest) for split in splits},
+        "shard_size": settings.shard_size,
+        "batch_size": settings.batch_size,
+        "arrays": array_shapes(settings, autoencoder, target, images),
+        "flips": 2 if settings.flip else 1,
+        "channels": images.channels,
+        "image_size": images.image_size,
+        "class_names": images.class_names,
+        "transform": f"RGB, ADM centre crop to {images.image_size} px" if files else None,
+        "autoencoder": {"settings": autoencoder_settings, "fingerprint": autoencoder.fingerprint},
+        "features": None
+        if target is None
+        else {
+            "target": target.name,
+            "fingerprint": target.fingerprint,
+            "grid": list(target.grid),
+            "num_features": target.num_features,
+        },
+        "source": source,
+        "source_root": str(images.root.resolve()) if isinstance(images, FileImages) else None,
+        "fingerprint": sha256(Path(settings.out) / "manifest.csv")[:16],
+        "versions": {"torch": torch.__version__},
+        "shards": [],
+    }
+
+
 def cache_latents(
     settings: CacheSettings,
     splits: dict[str, Images],
@@ -410,46 +338,17 @@ def cache_latents(
     Every process takes its own shards; process 0 writes the index. `source` and `autoencoder_settings` are kept in the
     index. Raises UserError for a folder that holds another cache, a disk too small or full, a file that has changed.
     """
+    # --- what is to be made, and whether the folder holds a part of the very same
     out = Path(settings.out)
     rank, num_processes = accelerator.process_index, accelerator.num_processes
-    target = None
     images = splits["train"]
+    target = None
     if settings.store_features:
-        require(
-            alignment is not None, "store_features=true: needs an alignment with a target; give alignment=repa_dinov2_b"
-        )
-        assert alignment is not None
+        assert alignment is not None, "the caller has checked it"
         target = alignment.build_target(images.image_size).to(accelerator.device)
     manifest = read_manifest(out)
     check_manifest(out, manifest, splits)
-    index: dict[str, Any] = {
-        "format_version": CACHE_FORMAT_VERSION,
-        "complete": False,
-        "count": len(manifest),
-        "splits": {split: sum(row["split"] == split for row in manifest) for split in splits},
-        "shard_size": settings.shard_size,
-        "batch_size": settings.batch_size,
-        "arrays": array_shapes(settings, autoencoder, target, images),
-        "flips": 2 if settings.flip else 1,
-        "channels": images.channels,
-        "image_size": images.image_size,
-        "class_names": images.class_names,
-        "transform": f"RGB, ADM centre crop to {images.image_size} px" if isinstance(images, FileImages) else None,
-        "autoencoder": {"settings": autoencoder_settings, "fingerprint": autoencoder.fingerprint},
-        "features": None,
-        "source": source,
-        "source_root": str(images.root.resolve()) if isinstance(images, FileImages) else None,
-        "fingerprint": sha256(out / "manifest.csv")[:16],
-        "versions": {"torch": torch.__version__},
-        "shards": [],
-    }
-    if target is not None and alignment is not None:
-        index["features"] = {
-            "target": alignment.target,
-            "fingerprint": target.fingerprint,
-            "grid": list(target.grid),
-            "num_features": target.num_features,
-        }
+    index = describe(settings, manifest, images, splits, source, autoencoder, autoencoder_settings, target)
     if rank == 0:
         begin(out, index)
     stored = read_index(out) if (out / "index.json").is_file() else index
@@ -458,24 +357,25 @@ def cache_latents(
             verify(out, stored)
             log.info("%s: complete, %d images; every checksum is right", out, len(manifest))
         return
+    # --- this process's shards, and their batches, none of which crosses two
     starts = range(0, len(manifest), settings.shard_size)
     places = [range(start, min(start + settings.shard_size, len(manifest))) for start in starts]
     missing = [shard for shard in range(len(places)) if not finished(out, shard)]
     mine = missing[rank::num_processes]
     if rank == 0:
         check_space(out, index["arrays"], sum(len(places[shard]) for shard in missing))
-    batches_of = [
-        range(first, min(first + settings.batch_size, places[shard].stop))
-        for shard in mine
-        for first in range(places[shard].start, places[shard].stop, settings.batch_size)
-    ]
     loader = DataLoader(
         Records(splits, manifest),
-        sampler=batches_of,
+        sampler=[
+            range(first, min(first + settings.batch_size, places[shard].stop))
+            for shard in mine
+            for first in range(places[shard].start, places[shard].stop, settings.batch_size)
+        ],
         batch_size=None,
         num_workers=settings.workers if isinstance(images, FileImages) else 0,
         generator=torch.Generator().manual_seed(0),
     )
+    # --- encode
     autoencoder = autoencoder.to(accelerator.device)
     progress = tqdm(
         total=sum(len(places[shard]) for shard in mine),

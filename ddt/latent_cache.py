@@ -10,7 +10,6 @@ Every shard holds `shard_size` records, the last one the rest; training images c
 `ddt/caching.py` writes it. Shapes: B batch, M moments' channels (2C or C), h w latent, S pixels, N tokens, F features.
 """
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 from ddt.autoencoder import Autoencoder
 from ddt.errors import UserError, require
 from ddt.images import FileImages, Split
+from ddt.manifest import read_manifest
 
 CACHE_FORMAT_VERSION = 1
 
@@ -46,12 +46,6 @@ def read_index(root: Path) -> dict[str, Any]:
         f"{path}: format version {version}, this code reads {CACHE_FORMAT_VERSION}; see CHANGELOG.md",
     )
     return index
-
-
-def read_manifest(root: Path) -> list[dict[str, str]]:
-    """Return the rows of a cache's manifest.csv, one an image, in the order of the records."""
-    with (root / "manifest.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 class LatentCache:
@@ -109,7 +103,7 @@ class LatentCache:
     @property
     def names(self) -> list[str]:
         """Paths of the images, (n,), read from the manifest."""
-        return [row["path"] for row in read_manifest(self.root)[self.first : self.first + len(self.labels)]]
+        return [row.path for row in read_manifest(self.root)[self.first : self.first + len(self.labels)]]
 
     def check_autoencoder(self, autoencoder: Autoencoder) -> None:
         """Raise UserError where the moments were made by another autoencoder than the run's."""

@@ -13,12 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from omegaconf import DictConfig
 
-from ddt.caching import CacheSettings, cache_latents, make_manifest
+from ddt.caching import CacheSettings, cache_latents
 from ddt.config import build, check_arguments
 from ddt.errors import UserError, require
 from ddt.images import Images
 from ddt.latent_cache import LatentCache
 from ddt.launch import launch
+from ddt.manifest import make_manifest
 from ddt.training import make_accelerator
 from scripts.entry import checked, entry_point, only_settings
 
@@ -71,7 +72,7 @@ def main(cfg: DictConfig) -> None:
     settings, splits = check(config)
     build(config["autoencoder"]).latent_shape(splits["train"].channels, splits["train"].image_size)
     if os.environ.get("RANK", "0") == "0":
-        make_manifest(settings, splits)
+        make_manifest(Path(settings.out), splits, settings.workers, settings.skip_broken)
     launch(run, config["num_processes"], {key: config[key] for key in GROUPS}, settings, splits)
 
 

@@ -21,7 +21,6 @@ from ddt.alignment import (
     DispersiveLoss,
     Projector,
     Target,
-    active,
     check_depth,
     to_grid,
 )

@@ -16,9 +16,9 @@ from conftest import ROOT, picture, picture_folder, refusal, run, small_vae, suc
 from PIL import Image
 
 from ddt import caching
-from ddt.caching import inspect_image
 from ddt.images import ImageFolder
 from ddt.latent_cache import LatentCache, read_index
+from ddt.manifest import inspect_image
 
 SCRIPT = ROOT / "scripts" / "cache_latents.py"
 
@@ -329,6 +329,8 @@ def test_a_file_that_changed_since_the_manifest_is_named(folder, vae, tmp_path):
         ("data=photos_latents", "data.root=cache/photos: holds no latent cache"),
     ],
 )
-def test_wrong_input_is_one_line(option, message):
+def test_wrong_input_is_one_line(tmp_path, monkeypatch, option, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("")
     (line,) = refusal("scripts.cache_latents", "data=digits", option).splitlines()
     assert line.startswith(message)

@@ -138,7 +138,10 @@ def test_the_command_line_wins_over_the_data():
         (["data=in256", "data.root=."], "alignment.align_depth=8: the encoder has 4 blocks, choose 1..4"),
         (["model=b_8en4de", "data=in256", "data.root=/no"], "data.root=/no: no such folder"),
         (["alignment=repa_dinov2_b", "alignment.target=dinov2"], "alignment.target=dinov2: timm has no model"),
-        (["alignment=repa_dinov2_b", "alignment.align_depth=2", "alignment.weights=no.pth"], "alignment.weights=no.pth: "),
+        (
+            ["alignment=repa_dinov2_b", "alignment.align_depth=2", "alignment.weights=no.pth"],
+            "alignment.weights=no.pth: ",
+        ),
         (["init_from=runs/none"], "init_from=runs/none: no such file or folder here, and the hub"),
         (["experiment=xl_512", "data.root=."], "init_from: not set; give init_from="),
         (["model.encoder_dept=3"], "model.encoder_dept: no such setting; did you mean model.encoder_depth?"),

@@ -345,7 +345,7 @@ MUTANTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "file", "line", "broken", "tests"), MUTANTS, ids=[m[0] for m in MUTANTS])
 def test_a_broken_copy_fails(tmp_path, what, file, line, broken, tests):
-    ignored = shutil.ignore_patterns(".venv", ".git", "runs", ".*_cache", "__pycache__")
+    ignored = shutil.ignore_patterns(".venv", ".git", "runs", "cache", "checkpoints", ".*_cache", "__pycache__")
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=ignored)
     text = (copy / file).read_text()
