@@ -1,6 +1,6 @@
-"""Draw the training and validation loss of one or more runs.
+"""Draw the losses of one or more runs.
 
-python scripts/plot_run.py runs=[runs/digits_nano,runs/other] out=curves.png
+python scripts/plot_run.py runs=[runs/digits_nano,runs/other] [keys=[loss,validation_loss]] out=curves.png
 """
 
 import sys
@@ -29,20 +29,30 @@ def rows_of(run: str) -> list[dict[str, float]]:
     return rows
 
 
-def plot(runs: list[str] | str, out: str) -> None:
-    """Write a picture with a line a run for the training loss (thin) and the validation loss (marked)."""
+def plot(runs: list[str] | str, keys: list[str] | str, out: str) -> None:
+    """Write a picture with a panel for each logged key and in it a line a run, against the step."""
     require(Path(out).suffix in (".png", ".pdf", ".svg"), f"out={out}: give a .png, .pdf or .svg file")
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for number, run in enumerate([runs] if isinstance(runs, str) else runs):
-        rows, colour = rows_of(run), f"C{number}"
-        for key, style in (("loss", {"alpha": 0.5}), ("validation_loss", {"marker": "o", "markersize": 4})):
-            points = [(row["step"], row[key]) for row in rows if key in row]
+    runs, keys = ([value] if isinstance(value, str) else value for value in (runs, keys))
+    require(len(keys) > 0, "keys=[]: name at least one logged value, such as loss")
+    rows = {run: rows_of(run) for run in runs}
+    known = {key for logged in rows.values() for row in logged for key in row} - {"step"}
+    for key in keys:
+        require(key in known, f"keys={key}: no run has logged it; choose from {', '.join(sorted(known))}")
+    figure, panels = plt.subplots(
+        ncols=len(keys), figsize=(1 + 4.5 * len(keys), 4), layout="constrained", squeeze=False
+    )
+    for key, axes in zip(keys, panels[0], strict=True):
+        lowest = float("inf")
+        for number, (run, logged) in enumerate(rows.items()):
+            points = [(row["step"], row[key]) for row in logged if key in row]
             if points:
                 steps, values = zip(*points, strict=True)
-                axes.plot(steps, values, color=colour, label=f"{Path(run).name}: {key.replace('_', ' ')}", **style)
-    axes.set(xlabel="step", ylabel="flow-matching loss", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
+                lowest = min(lowest, *values)
+                marker = {"marker": "o", "markersize": 3} if len(points) < 30 else {}
+                axes.plot(steps, values, color=f"C{number}", label=Path(run).name, **marker)
+        axes.set(xlabel="step", title=key.replace("_", " "), yscale="log" if lowest > 0 else "linear")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(frameon=False)
     figure.savefig(out, dpi=120)
 
 
@@ -50,7 +60,7 @@ def plot(runs: list[str] | str, out: str) -> None:
 def main(cfg: DictConfig) -> None:
     """Check, read, draw."""
     config = checked(cfg)
-    values, problems = check_arguments(plot, {key: config[key] for key in ("runs", "out")}, "")
+    values, problems = check_arguments(plot, {key: config[key] for key in ("runs", "keys", "out")}, "")
     if problems:
         raise UserError("\n".join(problems))
     plot(**values)

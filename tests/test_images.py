@@ -4,10 +4,11 @@ import gzip
 
 import numpy as np
 import pytest
+from conftest import picture
 from PIL import Image
 
 from ddt.errors import UserError
-from ddt.images import Digits, FashionMNIST, ImageFolder, center_crop
+from ddt.images import Digits, FashionMNIST, ImageFolder, center_crop, read_image
 
 
 def test_digits_have_a_fixed_split():
@@ -84,6 +85,41 @@ def test_image_folder_holds_out_every_so_many(tmp_path):
     train, test = (ImageFolder(str(tmp_path), 8, split, holdout_every=3) for split in ("train", "test"))
     assert (len(train.names), len(test.names)) == (4, 2)
     assert not set(train.names) & set(test.names)
+
+
+def test_every_kind_of_file_is_read_as_rgb_of_eight_bits(tmp_path):
+    """Grey, palette, CMYK, transparent, 16-bit, rotated: the pixels that ADM's reader gives."""
+    colour = picture(0, 8, 8)
+    grey = colour.convert("L")
+    deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    palette = colour.convert("P")
+    kinds = {
+        "grey.png": (grey, {}, grey.convert("RGB")),
+        "palette.png": (palette, {}, palette.convert("RGB")),
+        "alpha.png": (colour.convert("RGBA"), {}, colour),
+        "see_through.png": (palette, {"transparency": bytes(range(200))}, palette.convert("RGB")),
+        "deep.png": (Image.fromarray(deep), {}, Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")),
+        "rotated.png": (colour, {"exif": exif}, colour),
+    }
+    for name, (image, options, expected) in kinds.items():
+        image.save(tmp_path / name, **options)
+        found = read_image(tmp_path / name)
+        assert found.mode == "RGB"
+        assert np.array_equal(np.asarray(found), np.asarray(expected)), name
+    colour.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    with Image.open(tmp_path / "cmyk.jpg") as stored:
+        assert np.array_equal(np.asarray(read_image(tmp_path / "cmyk.jpg")), np.asarray(stored.convert("RGB")))
+
+
+@pytest.mark.parametrize("content", ["cut", "text", "nothing"])
+def test_a_broken_file_is_named_and_never_half_read(tmp_path, content):
+    picture(0, 300, 200).save(tmp_path / "x.jpg")
+    data = (tmp_path / "x.jpg").read_bytes()
+    (tmp_path / "x.jpg").write_bytes({"cut": data[: len(data) // 2], "text": b"no picture", "nothing": b""}[content])
+    with pytest.raises(UserError, match=r"x\.jpg: not a readable image .*; replace or remove it"):
+        read_image(tmp_path / "x.jpg")
 
 
 def test_image_folder_names_what_is_wrong(tmp_path):

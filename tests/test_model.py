@@ -103,6 +103,22 @@ def test_forward_is_decode_of_encode_and_no_sample_sees_another():
     torch.testing.assert_close(model(x[1:2], t[1:2], y[1:2]), model(x, t, y)[1:2])
 
 
+@pytest.mark.parametrize("model", ["ddt", "dit"])
+def test_the_hidden_layer_is_the_output_of_the_block_counted_from_one(model):
+    network = small_ddt()
+    if model == "dit":
+        network = ddt.DiT(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, num_classes=5)
+    x, t, y = inputs()
+    blocks, outputs = network.encoder.blocks if model == "ddt" else network.blocks, []
+    for block in blocks:
+        block.register_forward_hook(lambda _, __, output: outputs.append(output))
+    for depth in range(1, len(blocks) + 1):
+        outputs.clear()
+        v, hidden = network.forward_with_hidden(x, t, y, depth)
+        assert torch.equal(hidden, outputs[depth - 1])
+        assert torch.equal(v, network(x, t, y))
+
+
 def test_decoder_sees_the_time_only_through_z():
     model = small_ddt()
     x, t, y = inputs()
