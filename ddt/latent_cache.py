@@ -54,6 +54,7 @@ class LatentCache:
     Args:
         root: the cache's folder.
         split: "train" or "test", as the cached data set was split.
+        image_size: pixels a side that the cached images must have; None takes any.
         source_root: where the image files are now, for an alignment target without cached pixels; None is where they
             were when the cache was made.
         cached_features: read the alignment target's features from the cache where it holds them, rather than running
@@ -63,7 +64,12 @@ class LatentCache:
     """
 
     def __init__(
-        self, root: str, split: Split = "train", source_root: str | None = None, cached_features: bool = True
+        self,
+        root: str,
+        split: Split = "train",
+        image_size: int | None = None,
+        source_root: str | None = None,
+        cached_features: bool = True,
     ) -> None:
         self.root = Path(root)
         index = read_index(self.root)
@@ -83,6 +89,11 @@ class LatentCache:
                     f"{path}: {'is missing' if size is None else 'is damaged'}; run the command that made the cache "
                     "again",
                 )
+        require(
+            image_size in (None, index["image_size"]),
+            f"data.root={root}: holds images of {index['image_size']} px, not of data.image_size={image_size}; give the "
+            "right folder",
+        )
         self.index = index
         self.channels, self.image_size = index["channels"], index["image_size"]
         self.class_names: list[str] = index["class_names"]

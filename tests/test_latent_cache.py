@@ -183,6 +183,9 @@ def test_foreign_and_incomplete_caches_are_refused(place, tmp_path, monkeypatch)
     foreign = [*latents(place)[:-1], f"autoencoder.source={tmp_path / 'other'}"]
     assert "was made by another autoencoder" in refusal("train", *SMALL, *foreign)
     assert "was made by another autoencoder" in refusal("train", *SMALL, *latents(place)[:2], "autoencoder=identity")
+    assert "holds images of 16 px, not of data.image_size=256" in refusal(
+        "train", *SMALL, "data=in256_latents", f"data.root={place / 'half'}", "alignment=none"
+    )
     copy = tmp_path / "copy"
     shutil.copytree(place / "half", copy)
     (copy / "moments" / "00001.npy").write_bytes(b"short")
