@@ -9,6 +9,7 @@ from ddt import checkpoint as ckpt
 from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.config import check_arguments
 from ddt.errors import UserError, require
+from ddt.files import sha256
 from ddt.generation import image_set, sample_set
 from ddt.launch import launch
 from ddt.sampling import SamplerSettings
@@ -83,7 +84,7 @@ def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None
         batch_size=arguments["batch_size"],
         out=Path(arguments["out"] or folder / "samples"),
         checkpoint={
-            "ema_sha256": ckpt.sha256(folder / "ema.safetensors"),
+            "ema_sha256": sha256(folder / "ema.safetensors"),
             "step": stored["step"],
             "class_names": stored["class_names"],
             "autoencoder_sha256": autoencoder.fingerprint,

@@ -10,8 +10,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ddt.alignment import REPA, AlignmentLoss, Dispersive, DispersiveLoss, Target, check_depth
+from ddt.checkpoint import newest_checkpoint
 from ddt.config import build, check_arguments
 from ddt.errors import UserError, require
+from ddt.files import sha256
 from ddt.images import Images
 from ddt.initial import find_source
 from ddt.latent_cache import LatentCache
@@ -31,8 +33,11 @@ def run_settings(name: str, seed: int, init_from: str | None) -> None:
     require(0 <= seed < 2**63, f"seed={seed}: must be at least 0")
 
 
-def check(config: dict[str, Any]) -> None:
-    """Build what costs nothing and raise one UserError with a line for each setting that cannot be."""
+def check(config: dict[str, Any], run_dir: Path) -> None:
+    """Build what costs nothing and raise one UserError with a line for each setting that cannot be.
+
+    `run_dir` is the folder of the run.
+    """
     values, problems = check_arguments(run_settings, {key: config[key] for key in ("name", "seed", "init_from")}, "")
     config.update(values)
 
@@ -55,7 +60,7 @@ def check(config: dict[str, Any]) -> None:
     alignment = attempt(build, config["alignment"])
     if alignment is not None and network is not None:
         attempt(check_depth, alignment.align_depth, num_aligned_blocks(network))
-    if config["init_from"]:
+    if config["init_from"] and newest_checkpoint(run_dir) is None:  # a run that has begun does not need it any more
         attempt(find_source, str(config["init_from"]))
     recompute = config["sampler"].get("recompute")
     if recompute is not None and network is not None and not hasattr(network, "encoder"):
@@ -89,6 +94,12 @@ def build_alignment(
             f"data.root={images.root}: holds features of {cached['target']}, but alignment.target={alignment.target}: "
             "choose one, or run the target with data.cached_features=false",
         )
+        if alignment.weights is not None:
+            require(
+                sha256(Path(alignment.weights)) == cached["weights_sha256"],
+                f"alignment.weights={alignment.weights}: is not the file that the cached features of data.root="
+                f"{images.root} come from; leave it out, or run the target with data.cached_features=false",
+            )
         loss = alignment.build_loss(hidden_size, cached["num_features"], tuple(cached["grid"]), grid)
         return loss, None, cached["fingerprint"]
     if isinstance(images, LatentCache):
@@ -152,10 +163,10 @@ def run(config: dict[str, Any]) -> None:
 def main(cfg: DictConfig) -> None:
     """Compose, check, train."""
     config = checked(cfg)
-    check(config)
     hydra_config = HydraConfig.get()
     sweep = hydra_config.mode == RunMode.MULTIRUN
-    run_dir = Path(hydra_config.runtime.output_dir) if sweep else Path("runs") / config["name"]
+    run_dir = Path(hydra_config.runtime.output_dir) if sweep else Path("runs") / str(config["name"])
+    check(config, run_dir)
     if sweep:
         config["name"] = f"{config['name']}/{run_dir.name}"
     launch(run, config["trainer"]["num_processes"], {**config, "run_dir": str(run_dir)})

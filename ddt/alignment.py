@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ddt.autoencoder import weights_hash
 from ddt.errors import UserError, require
+from ddt.files import sha256
 
 CELL = 16  # pixels a side of the image that one token of the target covers, whatever the target's own stride
 Extract = Callable[[Tensor], Tensor]
@@ -46,7 +47,7 @@ def check_target(name: str, weights: str | None) -> None:
 
 
 def weights_overlay(weights: str, classifier: str | tuple[str, ...] | None) -> dict[str, Any]:
-    """Return the changes to timm's `pretrained_cfg` that make it load a file, and the whole of it.
+    """Return the changes to timm's `pretrained_cfg` that make it load a file's weights, all of them.
 
     The model is given a head of as many classes as the file's, none where it has none, and timm is told of no
     classifier to drop: its loading is strict only where it drops nothing.
@@ -60,7 +61,7 @@ def weights_overlay(weights: str, classifier: str | tuple[str, ...] | None) -> d
     head = classifier[0] if isinstance(classifier, tuple) else classifier
     rows = stored.get(f"{head}.weight")
     return {
-        "file": weights,
+        "state_dict": stored,
         "custom_load": False,
         "num_classes": 0 if rows is None else len(rows),
         "classifier": None,
@@ -103,6 +104,7 @@ def load_network(name: str, weights: str | None, image_size: int) -> tuple[Any, 
                 "on a machine without a hub give alignment.weights=FILE"
             )
         raise UserError(problem) from error
+    network.pretrained_cfg.pop("state_dict", None)  # timm keeps what it was given
     network.eval().requires_grad_(False)
     if is_vit:
         network.reset_classifier(0)
@@ -149,6 +151,7 @@ class Target:
         with torch.random.fork_rng(devices=[]):  # timm draws initial weights; the caller's draws stay as they were
             self.network, extract, self.num_features, self.side = load_network(name, weights, image_size)
         self.name = name
+        self.weights_sha256 = None if weights is None else sha256(Path(weights))
         self.extract: Extract = torch.compile(extract) if compiled else extract
         self.grid = (image_size // CELL, image_size // CELL)
         statistics = self.network.pretrained_cfg
@@ -157,8 +160,8 @@ class Target:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights that the features depend on, at the grid they are used at."""
-        return weights_hash(self.network)
+        """SHA-256 of the weights that the features depend on, at the grid they are used at, and of mean and std."""
+        return weights_hash(self.network, mean=self.mean, std=self.std)
 
     def to(self, device: torch.device | str) -> "Target":
         """Move to a device and return itself."""
@@ -277,7 +280,9 @@ class DispersiveLoss(nn.Module):
             )
         with torch.autocast(hidden.device.type, enabled=False):
             h = F.normalize(hidden.float().flatten(1), dim=1)  # (B, N·D)
-            exponents = -F.pdist(h).square() / self.temperature  # (B(B−1)/2,)
+            i, j = torch.triu_indices(len(h), len(h), offset=1, device=h.device)
+            # ‖h_i − h_j‖² = 2 − 2 h_i·h_j: no difference of every pair is ever held
+            exponents = (2 * (h @ h.T)[i, j] - 2) / self.temperature  # (B(B−1)/2,)
             return exponents.logsumexp(0) - math.log(len(exponents))
 
 

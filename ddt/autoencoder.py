@@ -58,10 +58,10 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return ((pixels.float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
 
 
-def weights_hash(network: nn.Module) -> str:
-    """Return the SHA-256 of a network's names, shapes and float32 values, wherever they came from."""
+def weights_hash(network: nn.Module, **others: Tensor) -> str:
+    """Return the SHA-256 of a network's names, shapes and float32 values, wherever they came from, and of `others`."""
     digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
+    for name, value in sorted({**network.state_dict(), **others}.items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
@@ -159,8 +159,8 @@ class DiffusersAutoencoder:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights."""
-        return weights_hash(self.network)
+        """SHA-256 of the weights and of the normalisation."""
+        return weights_hash(self.network, shift=self.shift, scale=self.scale)
 
     @property
     def downsampling(self) -> int:

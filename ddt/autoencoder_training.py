@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddt.autoencoder import KLAutoencoder, from_uint8
-from ddt.checkpoint import fsync, write_json
 from ddt.data import TrainingStream
 from ddt.errors import require
+from ddt.files import fsync, write_json
 from ddt.generation import image_grid, write_png
 from ddt.images import Images
 from ddt.latent_cache import LatentCache
@@ -225,12 +225,13 @@ def train_autoencoder(
         f"data: images of {images.image_size} px cannot be halved {len(settings.block_out_channels) - 1} times; "
         "choose another data.image_size, or fewer levels in block_out_channels",
     )
+    temporary = out.parent / f".tmp-{out.name}"
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed while writing
+    temporary.mkdir(parents=True)  # a place that cannot be written is found out before the training
     begin = time.monotonic()
     network = build_network(settings, images.channels, images.image_size)
     errors = fit(network, images, settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     normalise(network, images)
-    temporary = out.parent / f".tmp-{out.name}"
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed while writing
     network.save_pretrained(temporary)
     autoencoder = KLAutoencoder(str(temporary))  # what is measured is what was written
     originals = torch.from_numpy(held_out.load(spread(held_out, MAX_IMAGES)))

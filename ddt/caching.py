@@ -6,6 +6,7 @@ an earlier run stopped nor on how many processes share the work.
 Shapes: B batch, M moments' channels, h w latent, S pixels, N tokens, F features.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -26,8 +27,8 @@ from tqdm import tqdm
 
 from ddt.alignment import REPA, Target
 from ddt.autoencoder import Autoencoder
-from ddt.checkpoint import fsync, sha256, write_json
 from ddt.errors import UserError, require
+from ddt.files import fsync, sha256, write_json
 from ddt.images import FileImages, Images
 from ddt.latent_cache import CACHE_FORMAT_VERSION, read_index, shard_path
 from ddt.manifest import Row, check_manifest, read_manifest
@@ -80,20 +81,23 @@ class Records(Dataset):
     """Batches of uint8 images (B, C, S, S) by their place in the manifest: what the loading processes read."""
 
     def __init__(self, splits: dict[str, Images], manifest: list[Row]) -> None:
-        self.splits, self.manifest = splits, manifest
-        self.places = {split: {name: k for k, name in enumerate(images.names)} for split, images in splits.items()}
+        self.splits = list(splits.values())
+        number = {split: k for k, split in enumerate(splits)}
+        places = {split: {name: k for k, name in enumerate(images.names)} for split, images in splits.items()}
+        # arrays, because loading processes share their memory and not that of a million small objects
+        self.split = np.array([number[row.split] for row in manifest], dtype=np.int8)
+        self.index = np.array([places[row.split][row.path] for row in manifest], dtype=np.int64)
+        self.bytes = np.array([row.bytes for row in manifest], dtype=np.int64)
 
     def __getitem__(self, places: range) -> np.ndarray:
         """Return the images at `places`; raise UserError for a file that is not what the manifest says."""
         loaded = []
         for place in places:
-            row = self.manifest[place]
-            images = self.splits[row.split]
-            index = self.places[row.split][row.path]
+            images, index = self.splits[self.split[place]], self.index[place]
             if isinstance(images, FileImages):
-                path = images.root / row.path
+                path = images.root / images.names[index]
                 require(
-                    path.stat().st_size == row.bytes,
+                    path.is_file() and path.stat().st_size == self.bytes[place],
                     f"{path}: has changed since manifest.csv was written; cache into another out=",
                 )
             loaded.append(images.load(np.array([index])))
@@ -175,10 +179,11 @@ def receipt_path(out: Path, shard: int) -> Path:
 def finished(out: Path, shard: int) -> bool:
     """Tell whether a shard is complete: it has its receipt, and its files have their sizes."""
     receipt = receipt_path(out, shard)
-    if not receipt.is_file():
-        return False
-    files = json.loads(receipt.read_text())
-    return all((out / n).is_file() and (out / n).stat().st_size == f["size"] for n, f in files.items())
+    try:
+        files = json.loads(receipt.read_text())
+        return all((out / name).stat().st_size == file["size"] for name, file in files.items())
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # not there, or damaged: the shard is made anew
 
 
 def check_space(out: Path, arrays: dict[str, dict[str, Any]], missing: int) -> None:
@@ -194,19 +199,27 @@ def check_space(out: Path, arrays: dict[str, dict[str, Any]], missing: int) -> N
     )
 
 
-def begin(out: Path, index: dict[str, Any]) -> None:
-    """Write the index of a cache that is not complete yet; raise UserError where the folder holds another cache."""
-    path = out / "index.json"
-    if not path.is_file():
-        write_json(path, index)
-        return
-    there = read_index(out)
-    ignored = ("complete", "shards", "source_root", "versions")
-    differing = [key for key in index if key not in ignored and there.get(key) != json.loads(json.dumps(index[key]))]
+def check_same_cache(out: Path, index: dict[str, Any]) -> None:
+    """Raise UserError where the folder holds another cache than `index` describes. Where things lie may differ."""
+    there, wanted = read_index(out), json.loads(json.dumps(index))
+    ignored = ("complete", "shards", "files", "source", "source_root", "autoencoder", "versions")
+    differing = [key for key in wanted if key not in ignored and there.get(key) != wanted[key]]
     require(
         not differing,
         f"out={out}: holds another cache ({', '.join(differing)} differ); choose another out=",
     )
+
+
+@contextlib.contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn an error of writing into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
+        raise UserError(
+            f"{out}: cannot be written ({reason}); free the disk and run the same command again: finished shards stay"
+        ) from error
 
 
 def encode_shard(
@@ -226,30 +239,26 @@ def encode_shard(
     try:
         for name, array in index["arrays"].items():
             shape = (len(places), *array["shape"])
-            writers[name] = ShardWriter(shard_path(out, name, shard), array["dtype"], shape)
+            with disk_errors(out):
+                writers[name] = ShardWriter(shard_path(out, name, shard), array["dtype"], shape)
         written = 0
         while written < len(places):
             pixels = next(batches)
             images = pixels.to(accelerator.device)
             moments = torch.stack([autoencoder.encode(i) for i in flips(images, both)], dim=1)  # (B, flips, M, h, w)
-            writers["moments"].append(moments.cpu().numpy())
-            if "images" in writers:
-                writers["images"].append(pixels.numpy())
+            values = {"moments": moments, "images": pixels}
             if target is not None:
-                features = torch.stack([target(i) for i in flips(images, both)], dim=1)  # (B, flips, N, F)
-                writers["features"].append(features.cpu().numpy())
+                values["features"] = torch.stack([target(i) for i in flips(images, both)], dim=1)  # (B, flips, N, F)
+            with disk_errors(out):
+                for name, writer in writers.items():
+                    writer.append(values[name].cpu().numpy())
             written += len(pixels)
             progress.update(len(pixels))
-        files = {str(writer.path.relative_to(out)): writer.close() for writer in writers.values()}
-        receipt = receipt_path(out, shard)
-        receipt.parent.mkdir(exist_ok=True)
-        write_json(receipt, files)
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
-        raise UserError(
-            f"{out}: shard {shard} cannot be written ({reason}); free the disk and run the same command again: "
-            "finished shards stay"
-        ) from error
+        with disk_errors(out):
+            files = {str(writer.path.relative_to(out)): writer.close() for writer in writers.values()}
+            receipt = receipt_path(out, shard)
+            receipt.parent.mkdir(exist_ok=True)
+            write_json(receipt, files)
     finally:
         for writer in writers.values():
             writer.abandon()
@@ -264,22 +273,28 @@ def complete(out: Path, index: dict[str, Any], manifest: list[Row], num_shards: 
     np.save(temporary, labels)
     temporary.replace(out / "labels.npy")
     shards = [json.loads(receipt_path(out, shard).read_text()) for shard in range(num_shards)]
+    files = {
+        name: {"size": (out / name).stat().st_size, "sha256": sha256(out / name)}
+        for name in ("labels.npy", "manifest.csv")
+    }
     for path in (out, *(out / name for name in index["arrays"])):
         fsync(path)
-    write_json(out / "index.json", {**index, "complete": True, "shards": shards})
+    write_json(out / "index.json", {**index, "complete": True, "files": files, "shards": shards})
 
 
 def verify(out: Path, index: dict[str, Any]) -> None:
-    """Compare every file of a complete cache with its checksum; raise UserError naming a damaged one, whose shard's
-    receipt is removed so that the same command makes it again.
+    """Compare every file of a complete cache with its checksum; raise UserError naming a damaged one. The cache is
+    then incomplete, and its shard's receipt removed, so that the same command makes it again.
     """
-    for shard, files in enumerate(tqdm(index["shards"], unit="shard", desc="verifying", mininterval=1.0)):
+    parts = [*enumerate(index["shards"]), (None, index["files"])]
+    for shard, files in tqdm(parts, unit="shard", desc="verifying", mininterval=1.0):
         for name, file in files.items():
             path = out / name
             if not path.is_file() or path.stat().st_size != file["size"] or sha256(path) != file["sha256"]:
-                receipt_path(out, shard).unlink(missing_ok=True)
-                write_json(out / "index.json", {**index, "complete": False, "shards": []})
-                raise UserError(f"{path}: damaged; run the same command again to make its shard anew")
+                if shard is not None:
+                    receipt_path(out, shard).unlink(missing_ok=True)
+                write_json(out / "index.json", {**index, "complete": False, "shards": [], "files": {}})
+                raise UserError(f"{path}: damaged; run the same command again to make it anew")
 
 
 def describe(
@@ -294,7 +309,7 @@ def describe(
 ) -> dict[str, Any]:
     """Return the index of a cache none of whose shards is written yet; see `ddt.latent_cache`."""
     files = isinstance(images, FileImages)
-    return {
+    index: dict[str, Any] = {
         "format_version": CACHE_FORMAT_VERSION,
         "complete": False,
         "count": len(manifest),
@@ -312,16 +327,27 @@ def describe(
         if target is None
         else {
             "target": target.name,
+            "weights_sha256": target.weights_sha256,
             "fingerprint": target.fingerprint,
             "grid": list(target.grid),
             "num_features": target.num_features,
         },
         "source": source,
         "source_root": str(images.root.resolve()) if isinstance(images, FileImages) else None,
-        "fingerprint": sha256(Path(settings.out) / "manifest.csv")[:16],
         "versions": {"torch": torch.__version__},
         "shards": [],
+        "files": {},
     }
+    # what a training on this cache depends on, wherever it lies
+    decisive = ("splits", "flips", "channels", "image_size", "class_names", "transform")
+    content = {key: index[key] for key in decisive} | {
+        "manifest": sha256(Path(settings.out) / "manifest.csv"),
+        "moments": index["arrays"]["moments"],
+        "autoencoder": autoencoder.fingerprint,
+        "encode_dtype": autoencoder_settings.get("encode_dtype"),
+    }
+    index["fingerprint"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return index
 
 
 def cache_latents(
@@ -347,11 +373,15 @@ def cache_latents(
         assert alignment is not None, "the caller has checked it"
         target = alignment.build_target(images.image_size).to(accelerator.device)
     manifest = read_manifest(out)
-    check_manifest(out, manifest, splits)
     index = describe(settings, manifest, images, splits, source, autoencoder, autoencoder_settings, target)
     if rank == 0:
-        begin(out, index)
-    stored = read_index(out) if (out / "index.json").is_file() else index
+        check_manifest(out, manifest, splits)
+        if not (out / "index.json").is_file():
+            write_json(out / "index.json", index)
+    accelerator.wait_for_everyone()
+    check_same_cache(out, index)
+    accelerator.wait_for_everyone()  # nobody writes before all agree that it is theirs to write
+    stored = read_index(out)
     if stored["complete"]:
         if rank == 0:
             verify(out, stored)
@@ -360,9 +390,9 @@ def cache_latents(
     # --- this process's shards, and their batches, none of which crosses two
     starts = range(0, len(manifest), settings.shard_size)
     places = [range(start, min(start + settings.shard_size, len(manifest))) for start in starts]
-    missing = [shard for shard in range(len(places)) if not finished(out, shard)]
-    mine = missing[rank::num_processes]
+    mine = [shard for shard in range(rank, len(places), num_processes) if not finished(out, shard)]
     if rank == 0:
+        missing = [shard for shard in range(len(places)) if not finished(out, shard)]
         check_space(out, index["arrays"], sum(len(places[shard]) for shard in missing))
     loader = DataLoader(
         Records(splits, manifest),

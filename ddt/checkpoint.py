@@ -11,9 +11,7 @@ A checkpoint is a folder:
 It is written under a temporary name and renamed when complete. A run folder holds them as `checkpoints/step_0000700`.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -25,33 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddt.errors import UserError, require
+from ddt.files import fsync, sha256, write_json
 from ddt.model import DDT, Denoiser, DiT
 from ddt.version import __version__
 
 FORMAT_VERSION = 1
 NETWORKS: dict[str, type[DDT] | type[DiT]] = {"ddt.model.DDT": DDT, "ddt.model.DiT": DiT}
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write plain values as indented JSON, whole or not at all."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def fsync(path: Path) -> None:
-    """Force a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_checkpoint(

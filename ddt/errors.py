@@ -9,3 +9,8 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def os_error_line(error: OSError) -> str:
+    """Return what an operating system's error says as one line that names the file and the fix."""
+    return f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and the disk"

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddt.checkpoint import sha256, write_json
 from ddt.errors import UserError, require
+from ddt.files import sha256, write_json
 from ddt.images import Images
 from ddt.metrics.features import ClassifierFeatures, batches
 from ddt.metrics.metrics import accuracy, frechet_distance, nearest_distances

@@ -23,8 +23,8 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from ddt.autoencoder import Autoencoder
-from ddt.checkpoint import write_json
 from ddt.errors import require
+from ddt.files import write_json
 from ddt.model import Denoiser
 from ddt.sampling import SamplerSettings, sample
 from ddt.version import __version__

@@ -4,6 +4,7 @@ Everything is loaded strictly. The one part that may differ is the number of cla
 """
 
 import dataclasses
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ class Source:
 
     name: str
     network: dict[str, Any]
-    autoencoder: str | None  # SHA-256 of its weights, where known
+    autoencoder: str | None  # its fingerprint, where known
+    class_names: list[str] | None  # where known
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     alignment: dict[str, Tensor] | None
@@ -62,6 +64,7 @@ def read_source(init_from: str, network: dict[str, Any]) -> Source:
             name=str(path),
             network=config["network"],
             autoencoder=config.get("autoencoder_fingerprint"),
+            class_names=config["class_names"] if trained else None,
             model=ckpt.read_weights(path, "model") if trained else dict(ema),
             ema=ema,
             alignment=ckpt.read_train_state(path).get("alignment") if trained else None,
@@ -73,18 +76,27 @@ def read_source(init_from: str, network: dict[str, Any]) -> Source:
         name=str(path),
         network={"_target_": f"ddt.model.{'DDT' if 'encoder_depth' in sizes else 'DiT'}", **sizes},
         autoencoder=None,
+        class_names=None,
         model=build_from_state(parts.raw, sizes, path.name).state_dict() if parts.raw else ema,
         ema=ema,
         alignment={f"projector.{key}": value.float() for key, value in parts.projector.items()} or None,
     )
 
 
+def with_defaults(network: dict[str, Any]) -> dict[str, Any]:
+    """Return a network's settings with those that it leaves to its constructor."""
+    parameters = inspect.signature(ckpt.NETWORKS[network["_target_"]]).parameters
+    left = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    return left | network
+
+
 def check_network(source: Source, network: dict[str, Any]) -> None:
     """Raise UserError where the source's network has other weights than the new run's, the label table apart."""
+    theirs, ours = with_defaults(source.network), with_defaults(network)
     differing = [
-        f"model.{key} {value} -> {network.get(key)}"
-        for key, value in source.network.items()
-        if key not in MAY_DIFFER and network.get(key) != value
+        f"model.{key} {theirs.get(key)} -> {ours.get(key)}"
+        for key in sorted(theirs.keys() | ours.keys())
+        if key not in MAY_DIFFER and theirs.get(key) != ours.get(key)
     ]
     require(not differing, f"init_from={source.name}: is another network ({', '.join(differing)})")
 
@@ -98,7 +110,12 @@ def with_new_table(weights: dict[str, Tensor], fresh: dict[str, Tensor]) -> dict
 
 
 def initialise(
-    init_from: str, network: dict[str, Any], autoencoder: str | None, objective: FlowMatching, ema: EMA
+    init_from: str,
+    network: dict[str, Any],
+    autoencoder: str | None,
+    class_names: list[str],
+    objective: FlowMatching,
+    ema: EMA,
 ) -> None:
     """Fill a new run's denoiser, its average and, where it fits, its projector from `init_from`; log what was loaded.
 
@@ -126,5 +143,10 @@ def initialise(
             objective.alignment.load_state_dict(theirs, strict=True)
         projector = "projector loaded" if fits else "projector new"
     log.info("init_from=%s: weights and their average loaded, %s, %s", source.name, table, projector)
+    if classes == wanted and source.class_names not in (None, class_names):
+        log.warning(
+            "init_from=%s: has as many classes, but others; each row of the label table goes on as another's",
+            source.name,
+        )
     if source.autoencoder != autoencoder and source.autoencoder is not None:
         log.warning("init_from=%s: was trained on latents of another autoencoder than this run's", source.name)

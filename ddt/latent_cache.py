@@ -80,8 +80,8 @@ class LatentCache:
             "stopped",
         )
         require(done == total, f"{self.root / 'index.json'}: names {done} of {total} shards; cache again")
-        for shard in index["shards"]:
-            for name, file in shard.items():
+        for files in (index["files"], *index["shards"]):
+            for name, file in files.items():
                 path = self.root / name
                 size = path.stat().st_size if path.is_file() else None
                 require(
@@ -91,8 +91,8 @@ class LatentCache:
                 )
         require(
             image_size in (None, index["image_size"]),
-            f"data.root={root}: holds images of {index['image_size']} px, not of data.image_size={image_size}; give the "
-            "right folder",
+            f"data.root={root}: holds images of {index['image_size']} px, not of data.image_size={image_size}; give "
+            "another folder",
         )
         self.index = index
         self.channels, self.image_size = index["channels"], index["image_size"]
@@ -101,9 +101,9 @@ class LatentCache:
         self.fingerprint: str = index["fingerprint"]
         self.source_root = source_root
         self.features: dict[str, Any] | None = index["features"] if cached_features else None
-        first, count = (0, index["splits"]["train"]) if split == "train" else index["splits"].values()
-        self.first = first
-        self.labels = np.load(self.root / "labels.npy", allow_pickle=False)[first : first + count]
+        self.first = 0 if split == "train" else index["splits"]["train"]
+        last = self.first + index["splits"][split]
+        self.labels = np.load(self.root / "labels.npy", allow_pickle=False)[self.first : last]
         self._maps: dict[Path, np.ndarray] = {}
         self._files: FileImages | None = None
 
@@ -119,6 +119,12 @@ class LatentCache:
     def check_autoencoder(self, autoencoder: Autoencoder) -> None:
         """Raise UserError where the moments were made by another autoencoder than the run's."""
         made_by = self.index["autoencoder"]
+        wanted, found = getattr(autoencoder, "encode_dtype", None), made_by["settings"].get("encode_dtype")
+        require(
+            wanted == found or made_by["fingerprint"] != autoencoder.fingerprint,
+            f"data.root={self.root}: was encoded with autoencoder.encode_dtype={found}, not {wanted}; give that one, or "
+            "cache again",
+        )
         require(
             made_by["fingerprint"] == autoencoder.fingerprint,
             f"data.root={self.root}: was made by another autoencoder, {made_by['settings'].get('source', 'identity')} "

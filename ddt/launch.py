@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ddt.errors import UserError
+from ddt.errors import UserError, os_error_line
 
 
 def default_processes() -> int:
@@ -39,10 +39,10 @@ def _worker(
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
     try:
         function(*args)
-    except (UserError, FloatingPointError) as error:
+    except (UserError, FloatingPointError, OSError) as error:
         with told.get_lock():  # the first process that fails tells why; the others fail for the same reason or for that
             if not told.value:
-                sys.stderr.write(f"{error}\n")
+                sys.stderr.write(f"{os_error_line(error) if isinstance(error, OSError) else error}\n")
                 sys.stderr.flush()
             told.value = 1
         sys.exit(1)

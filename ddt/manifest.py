@@ -5,6 +5,7 @@ broken.csv names the files that cannot be read.
 """
 
 import csv
+import functools
 import itertools
 import logging
 import sys
@@ -43,8 +44,9 @@ def read_manifest(root: Path) -> list[Row]:
         ]
 
 
-def inspect_image(path: Path) -> dict[str, Any]:
+def inspect_image(root: Path, name: str) -> dict[str, Any]:
     """Decode a file and return what the manifest says of it; under `broken` why it cannot be used."""
+    path = root / name
     try:
         size = path.stat().st_size
         with Image.open(path) as image:
@@ -59,12 +61,12 @@ def inspect_image(path: Path) -> dict[str, Any]:
 
 def inspect_files(images: FileImages, num_workers: int) -> Iterator[dict[str, Any]]:
     """Yield what `inspect_image` says of each image, in order."""
-    paths = (images.root / name for name in images.names)
+    inspect = functools.partial(inspect_image, images.root)
     if num_workers == 0:
-        yield from map(inspect_image, paths)
+        yield from map(inspect, images.names)
         return
     with ProcessPoolExecutor(num_workers) as pool:
-        yield from pool.map(inspect_image, paths, chunksize=64)
+        yield from pool.map(inspect, images.names, chunksize=64)
 
 
 def inspect_array(images: Images) -> Iterator[dict[str, Any]]:
@@ -80,6 +82,8 @@ def make_manifest(out: Path, splits: dict[str, Images], num_workers: int, skip_b
     Raises UserError where files cannot be read, after naming all of them in broken.csv, unless they are to be skipped.
     """
     if (out / "manifest.csv").is_file():
+        if (out / "broken.csv").is_file():
+            log.warning("%s: without the images that cannot be read, named in broken.csv", out / "manifest.csv")
         return
     total = sum(len(images.labels) for images in splits.values())
     require(total > 0, "data: there are no images to cache")
@@ -108,6 +112,7 @@ def make_manifest(out: Path, splits: dict[str, Images], num_workers: int, skip_b
         temporary["broken"].replace(out / "broken.csv")
     else:
         temporary["broken"].unlink()
+        (out / "broken.csv").unlink(missing_ok=True)  # of an earlier call, before the files were mended
     if broken == total or (broken and not skip_broken):
         temporary["manifest"].unlink()
         raise UserError(

@@ -22,6 +22,7 @@ from ddt.autoencoder import Autoencoder
 from ddt.data import PositionSampler, TrainingStream, training_batches
 from ddt.ema import EMA
 from ddt.errors import UserError, require
+from ddt.files import write_json
 from ddt.images import Images
 from ddt.initial import initialise
 from ddt.monitoring import Meter, all_finite, to_latents, validation_loss, write_preview
@@ -119,6 +120,11 @@ def train(
     if newest is not None:
         saved, state = ckpt.read_config(newest), ckpt.read_train_state(newest)
         check_same_training(saved["run"], config["run"], newest)
+        require(
+            saved["latent_shape"] == config["latent_shape"],
+            f"{newest}: was trained on latents of shape {saved['latent_shape']}, not {config['latent_shape']}; give "
+            "this one another name=",
+        )
         denoiser.load_state_dict(ckpt.read_weights(newest, "model"), strict=True)
         ema.model.load_state_dict(ckpt.read_weights(newest, "ema"), strict=True)
         if objective.alignment is not None:
@@ -126,7 +132,14 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         meter, step = Meter(device, state["meter"]), saved["step"]
     elif init_from is not None:
-        initialise(init_from, config["network"], config["autoencoder_fingerprint"], objective, ema)
+        initialise(
+            init_from,
+            config["network"],
+            config["autoencoder_fingerprint"],
+            config["class_names"],
+            objective,
+            ema,
+        )
     if step >= settings.max_steps:
         log.info("%s: complete at step %d; raise trainer.max_steps to train longer", run_dir, step)
         return
@@ -142,14 +155,13 @@ def train(
             settings.max_steps,
         )
         run_dir.mkdir(parents=True, exist_ok=True)
-        ckpt.write_json(run_dir / "config.json", {**config["run"], "num_processes": num_processes})
+        write_json(run_dir / "config.json", {**config["run"], "num_processes": num_processes})
         tracker = make_tracker(run_dir=run_dir, step=step, config=config["run"])
     align_until: float = 0  # step from which on the alignment is left out
     if alignment is not None:
         align_until = math.inf if alignment.until_step is None else alignment.until_step
-    stream = TrainingStream(
-        images, config["run"]["seed"], shape, autoencoder.stochastic, align_until * settings.global_batch_size
-    )
+    read_until = align_until * settings.global_batch_size if alignment is not None and alignment.needs_target else 0
+    stream = TrainingStream(images, config["run"]["seed"], shape, autoencoder.stochastic, read_until)
     positions = PositionSampler(
         step, settings.max_steps, settings.global_batch_size, micro_batch_size, rank, num_processes
     )
@@ -164,10 +176,11 @@ def train(
         mininterval=1.0,
     )
     if num_processes > 1:
-        # DDP sorts its buckets anew after its first backward pass. One discarded pass makes the first step after a
-        # resume add gradients in the same order as it did in the uninterrupted run.
-        align = step < align_until
-        batch = to_latents(stream[next(iter(positions))], autoencoder, accelerator, target if align else None)
+        # DDP sorts its buckets anew after its first backward pass. One discarded pass over the run's first positions
+        # makes the first step after a resume add gradients in the same order as it did in the uninterrupted run.
+        first = PositionSampler(0, 1, settings.global_batch_size, micro_batch_size, rank, num_processes)
+        align = align_until > 0
+        batch = to_latents(stream[next(iter(first))], autoencoder, accelerator, target if align else None)
         accelerator.backward(model(**batch, align=align)["loss"])
         optimizer.zero_grad(set_to_none=True)
     clock, clock_step, pauses = time.perf_counter(), step, 0.0

@@ -23,9 +23,9 @@ import torch
 from omegaconf import DictConfig
 
 from ddt.caching import ShardWriter
-from ddt.checkpoint import write_json
 from ddt.config import check_arguments
 from ddt.errors import UserError, require
+from ddt.files import write_json
 from ddt.latent_cache import CACHE_FORMAT_VERSION, LatentCache, shard_path
 from scripts.entry import checked, entry_point
 
@@ -53,7 +53,7 @@ def write_stores(root: Path, records: int) -> None:
         "format_version": CACHE_FORMAT_VERSION, "complete": True, "count": records, "splits": {"train": records},
         "shard_size": SHARD_SIZE, "arrays": {"moments": {"dtype": "float16", "shape": [1, *SHAPE]}}, "flips": 1,
         "channels": 3, "image_size": 256, "class_names": ["0"], "fingerprint": "benchmark", "features": None,
-        "source_root": None, "shards": shards,
+        "source_root": None, "shards": shards, "files": {},
     }  # fmt: skip
     write_json(root / "cache" / "index.json", index)
 

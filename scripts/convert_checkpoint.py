@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hydra import compose
 from omegaconf import DictConfig
 
-from ddt.checkpoint import FORMAT_VERSION, sha256, write_checkpoint
+from ddt.checkpoint import FORMAT_VERSION, write_checkpoint
 from ddt.config import check_arguments
 from ddt.errors import UserError, require
+from ddt.files import sha256
 from ddt.released import architecture, build_from_state, find_released, read_state_dict
 from scripts.entry import CONF, checked, entry_point
 

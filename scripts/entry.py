@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddt.config import check_arguments, did_you_mean, locate
-from ddt.errors import UserError
+from ddt.errors import UserError, os_error_line
 
 PATHS = (
     "ckpt", "out", "samples", "released", "runs", "init_from", "autoencoder",
@@ -106,7 +106,7 @@ def logging_setup() -> None:
     logging.basicConfig(
         level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING, format="%(message)s"
     )
-    for chatty in ("httpx", "filelock", "torch", "accelerate"):
+    for chatty in ("httpx", "filelock", "torch", "accelerate", "timm"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
@@ -167,9 +167,7 @@ def entry_point(config_name: str, folder: Path = CONF) -> Callable[[Callable[[Di
             except (UserError, FloatingPointError) as error:
                 sys.exit(str(error))
             except OSError as error:  # a folder that cannot be written, a full disk
-                sys.exit(
-                    f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and the disk"
-                )
+                sys.exit(os_error_line(error))
             finally:  # jobs of a sweep share this process
                 AcceleratorState._reset_state(reset_partial_state=True)
                 gc.collect()

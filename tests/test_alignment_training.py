@@ -172,6 +172,12 @@ def test_features_from_the_cache_are_those_of_the_target(place, straight, monkey
             f"alignment.weights={place / 'vit.safetensors'}")  # fmt: skip
     for a, b in zip(rows(place / "runs/features"), rows(place / "runs/pixels"), strict=True):
         assert a["repa_loss"] == pytest.approx(b["repa_loss"], rel=1e-3)
+    torch.manual_seed(1)
+    save_file(timm.create_model(VIT, num_classes=0).state_dict(), place / "other.safetensors")
+    chosen = [*training, "name=other", f"alignment.weights={place / 'other.safetensors'}"]
+    assert "is not the file that the cached features" in refusal("train", *chosen)
+    succeed("train", *training, "name=named", f"alignment.weights={place / 'vit.safetensors'}")
+    assert rows(place / "runs/named") == rows(place / "runs/features")
     other = [o for o in training if "alignment.target" not in o]
     message = refusal("train", *other, "name=other", "alignment.target=resnet18")
     assert "holds features of vit_tiny_patch16_224, but alignment.target=resnet18" in message

@@ -4,10 +4,9 @@ import csv
 import errno
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -50,7 +49,7 @@ def content(out):
 @pytest.fixture(scope="module")
 def cache(folder, vae, tmp_path_factory):
     out = tmp_path_factory.mktemp("cache") / "photos"
-    done = run(SCRIPT, *arguments(folder, vae, out, "store_images=true"))
+    done = run(SCRIPT, *arguments(folder, vae, out, "store_images=true"), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert "22 images to encode: moments 0.00 GB, images 0.00 GB" in done.stderr
     return out
@@ -119,37 +118,47 @@ def test_a_flipped_bit_is_found_and_its_shard_made_anew(cache, folder, vae, tmp_
     assert content(out) == content(cache)
 
 
+KILLED = """
+import os, sys
+sys.path.insert(0, {root!r})
+import ddt.caching, ddt.manifest
+module, name, call = {module}, {name!r}, {call}
+owner = getattr(module, name.split(".")[0]) if "." in name else module
+attribute, calls = name.split(".")[-1], []
+original = getattr(owner, attribute)
+def dying(*arguments, **options):
+    calls.append(1)
+    if len(calls) == call and not {after}:
+        os._exit(9)
+    result = original(*arguments, **options)
+    if len(calls) == call:
+        os._exit(9)
+    return result
+setattr(owner, attribute, dying)
+from scripts import cache_latents
+cache_latents.main()
+"""
+MOMENTS_TO_DIE = {
+    "while the files are looked at": ("ddt.manifest", "inspect_image", 7, False),
+    "with half a shard written": ("ddt.caching", "ShardWriter.append", 7, False),
+    "with one of a shard's two files in place": ("ddt.caching", "ShardWriter.close", 5, True),
+    "before a shard's receipt": ("ddt.caching", "receipt_path", 20, False),
+    "before the last index": ("ddt.caching", "sha256", 2, False),
+}
+
+
 def test_killed_at_any_time_the_same_command_gives_the_same_bytes(cache, folder, vae, tmp_path):
-    """Killed without warning four times; each time the encoding is somewhere else, mostly within a shard."""
-    slow = (
-        "import sys, time\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from ddt.autoencoder import KLAutoencoder\n"
-        "old = KLAutoencoder.encode\n"
-        "def encode(self, images):\n    time.sleep(0.25); return old(self, images)\n"
-        "KLAutoencoder.encode = encode\n"
-        "from scripts import cache_latents\n"
-        "cache_latents.main()"
-    )
+    """One folder, killed without warning at five places, each time started again by the same command."""
     out = tmp_path / "killed"
-    command = [sys.executable, "-c", slow, *arguments(folder, vae, out, "store_images=true")]
-    progress = set()
-    for _ in range(4):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        receipts = len(list(out.glob("shards/*.json")))
-        deadline = time.monotonic() + 60
-        while len(list(out.glob("shards/*.json"))) == receipts and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(0.1)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        progress.add(len(list(out.glob("shards/*.json"))))
-        with pytest.raises(ValueError, match="the cache is incomplete"):
+    for when, (module, name, call, after) in MOMENTS_TO_DIE.items():
+        code = KILLED.format(root=str(ROOT), module=module, name=name, call=call, after=after)
+        command = [sys.executable, "-c", code, *arguments(folder, vae, out, "store_images=true")]
+        assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 9, when
+        with pytest.raises(ValueError, match=r"incomplete|holds no latent cache"):
             LatentCache(str(out))
-    assert len(progress) == 4
     cached(folder, vae, out, "store_images=true")
     assert content(out) == content(cache)
-    assert not list(out.rglob(".tmp-*"))
+    assert not list(out.glob("*/.tmp-*"))
 
 
 def test_two_processes_make_the_same_bytes(cache, folder, vae, tmp_path):
@@ -157,11 +166,50 @@ def test_two_processes_make_the_same_bytes(cache, folder, vae, tmp_path):
     done = run(SCRIPT, *arguments(folder, vae, out, "store_images=true", "num_processes=2"), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert "process 1 of 2" in done.stderr
-    found, expected = content(out), content(cache)
-    assert found.keys() == expected.keys()
-    for name in found:
-        assert np.abs(np.load(out / name).astype(float) - np.load(cache / name)).max() < 1e-2
+    assert content(out) == content(cache)
     assert read_index(out)["complete"]
+
+
+def test_no_process_writes_into_another_cache(cache, folder, vae, tmp_path):
+    """A cache that was stopped, then another command on two processes: nothing of it may be touched."""
+    out = tmp_path / "stopped"
+    shutil.copytree(cache, out)
+    for shard in range(1, 6):
+        (out / "shards" / f"{shard:05d}.json").unlink()
+        (out / "moments" / f"{shard:05d}.npy").unlink()
+    (out / "index.json").write_text(json.dumps({**read_index(out), "complete": False, "shards": [], "files": {}}))
+    before = content(out)
+    other = small_vae(tmp_path / "other", channels=3, levels=2, scaling_factor=0.7)
+    done = run(SCRIPT, *arguments(folder, other, out, "store_images=true", "num_processes=2"), OMP_NUM_THREADS="1")
+    assert done.returncode != 0
+    assert "holds another cache (fingerprint differ)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert content(out) == before
+    assert len(list(out.glob("shards/*.json"))) == 1
+
+
+def test_mended_files_are_read_again(tmp_path, vae):
+    root = picture_folder(tmp_path / "pictures", count=3)
+    good = (root / "class0" / "01.png").read_bytes()
+    (root / "class0" / "01.png").write_bytes(good[:50])
+    assert "1 of 6 images cannot be read" in refusal("scripts.cache_latents", *arguments(root, vae, tmp_path / "out"))
+    (root / "class0" / "01.png").write_bytes(good)
+    cached(root, vae, tmp_path / "out")
+    assert read_index(tmp_path / "out")["count"] == 6
+    assert not (tmp_path / "out" / "broken.csv").exists()
+
+
+def test_labels_are_under_the_checksums_too(cache, folder, vae, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(cache, out)
+    labels = np.load(out / "labels.npy")
+    np.save(out / "labels.npy", 0 * labels)
+    assert "labels.npy: damaged" in refusal("scripts.cache_latents", *arguments(folder, vae, out, "store_images=true"))
+    cached(folder, vae, out, "store_images=true")
+    assert np.array_equal(np.load(out / "labels.npy"), labels)
+    (out / "labels.npy").unlink()
+    with pytest.raises(ValueError, match=r"labels\.npy: is missing"):
+        LatentCache(str(out))
 
 
 def test_flip_stores_the_mirror_image_too(folder, vae, tmp_path):
@@ -238,9 +286,9 @@ def test_skipped_on_request_and_what_is_converted_is_said(tmp_path, vae, caplog)
 
 def test_what_the_manifest_says_of_a_file(tmp_path):
     root = broken_folder(tmp_path)
-    assert inspect_image(root / "good" / "rotated.jpg")["rotated"] == 1
-    assert inspect_image(root / "good" / "grey.png")["mode"] == "L"
-    assert "truncated" in inspect_image(root / "bad" / "truncated.jpg")["broken"]
+    assert inspect_image(root, "good/rotated.jpg")["rotated"] == 1
+    assert inspect_image(root, "good/grey.png")["mode"] == "L"
+    assert "truncated" in inspect_image(root, "bad/truncated.jpg")["broken"]
 
 
 def test_empty_classes_and_missing_folders_are_named(tmp_path, vae):
@@ -305,6 +353,13 @@ def test_a_file_that_changed_since_the_manifest_is_named(folder, vae, tmp_path):
     (tmp_path / "out" / "shards" / "00000.json").unlink()
     index = read_index(tmp_path / "out")
     (tmp_path / "out" / "index.json").write_text(json.dumps({**index, "complete": False, "shards": []}))
+    (root / "class0" / "01.png").unlink()
+    (root / "class0" / "01.png").symlink_to(root / "gone.png")
+    message = refusal("scripts.cache_latents", *arguments(root, vae, tmp_path / "out", "num_workers=1"))
+    assert (
+        message == f"{root / 'class0' / '01.png'}: has changed since manifest.csv was written; cache into another out="
+    )
+    (root / "class0" / "01.png").unlink()
     picture(5, 40, 40).save(root / "class0" / "01.png")
     message = refusal("scripts.cache_latents", *arguments(root, vae, tmp_path / "out"))
     assert (

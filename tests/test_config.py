@@ -1,6 +1,7 @@
 """Every configuration composes, resolves and builds; every mistake is one line that names the key and the fix."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,11 +35,11 @@ def config(*overrides):
 
 def root(*overrides):
     """A data root for those configurations that need one."""
-    missing = {
-        "data=folder": "data.root", "data=in256": "data.root", "data=in512": "data.root", "data=latents": "data.root",
-        "data=in256_latents": "data.root", "data=in512_latents": "data.root", "autoencoder=kl": "autoencoder.source",
-        "experiment=xl_512": "data.root", "experiment=finetune": "data.root",
-    }  # fmt: skip
+    missing = dict.fromkeys(
+        ["data=folder", "data=folder_256", "data=in256", "data=in512", "data=latents", "data=in256_latents",
+         "data=in512_latents", "experiment=xl_512", "experiment=finetune"],
+        "data.root",
+    ) | {"autoencoder=kl": "autoencoder.source"}  # fmt: skip
     deep = ("alignment=dispersive", "alignment=repa_dinov2", "data=in")  # these align the 8th block of the encoder
     extra = [f"{key}=somewhere" for choice, key in missing.items() if choice in overrides]
     extra += ["model=b_8en4de"] if any(o.startswith(deep) for o in overrides) else []
@@ -70,7 +71,7 @@ def test_every_model_builds(model):
 def test_every_choice_composes_and_builds(choice):
     values = config(*root(choice))
     values["init_from"] = None  # what experiments that need one have not been given
-    train.check(values)
+    train.check(values, Path("nowhere"))
 
 
 def test_default_run_is_the_nano_model_on_digits():

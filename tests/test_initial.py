@@ -120,7 +120,7 @@ def test_a_published_file_gives_raw_and_averaged_weights():
     sizes = architecture(read_state_dict(PATCH1), encoder_depth=1, patch_size=1, source="patch1")
     trained = objective(**sizes)
     ema = EMA(trained.denoiser, 0.9)
-    initialise(str(PATCH1), network(**sizes), None, trained, ema)
+    initialise(str(PATCH1), network(**sizes), None, ["0"] * 5, trained, ema)
     state = torch.load(PATCH1, weights_only=True)["state_dict"]
     for prefix, model in (("ema_denoiser.", ema.model), ("denoiser.", trained.denoiser)):
         found = model.state_dict()
@@ -137,7 +137,7 @@ def test_a_converted_checkpoint_has_averaged_weights_alone(tmp_path, caplog):
     trained = objective()
     ema = EMA(trained.denoiser, 0.9)
     fresh = trained.denoiser.state_dict()[TABLE].clone()
-    initialise(str(tmp_path / "converted"), network(), "mine", trained, ema)
+    initialise(str(tmp_path / "converted"), network(), "mine", ["0"] * 10, trained, ema)
     assert torch.equal(trained.denoiser.state_dict()[TABLE][:-1], fresh[:-1])
     assert torch.equal(trained.denoiser.state_dict()[TABLE][-1], source.state_dict()[TABLE][-1])
     for key, value in source.state_dict().items():
@@ -157,16 +157,17 @@ def test_a_projector_is_taken_where_it_fits(tmp_path, caplog):
         return FlowMatching(objective().denoiser, alignment=loss)
 
     source = aligned(6)
-    config = {"format_version": FORMAT_VERSION, "step": 1, "network": network(), "autoencoder": {}}
+    config = {"format_version": FORMAT_VERSION, "step": 1, "network": network(), "class_names": ["1"] * 10}
     state = source.denoiser.state_dict()
     write_checkpoint(
         tmp_path / "run", config, ema=state, model=state, train_state={"alignment": source.alignment.state_dict()}
     )
     fits, other = aligned(6), aligned(5)
-    initialise(str(tmp_path / "run"), network(), None, fits, EMA(fits.denoiser, 0.9))
+    initialise(str(tmp_path / "run"), network(), None, ["0"] * 10, fits, EMA(fits.denoiser, 0.9))
     assert torch.equal(fits.alignment.projector[4].weight, source.alignment.projector[4].weight)
     assert "projector loaded" in caplog.text
-    initialise(str(tmp_path / "run"), network(), None, other, EMA(other.denoiser, 0.9))
+    assert "has as many classes, but others" in caplog.text
+    initialise(str(tmp_path / "run"), network(), None, ["0"] * 10, other, EMA(other.denoiser, 0.9))
     assert "projector new" in caplog.text
     assert Dispersive().build_loss().state_dict() == {}
 
@@ -177,8 +178,10 @@ def test_a_projector_is_taken_where_it_fits(tmp_path, caplog):
         ("init_from=nowhere", "init_from=nowhere: no such file or folder, and no hub id"),
         ("init_from=runs", "init_from=runs: holds 0 .ckpt or .safetensors files"),
         ("model.encoder_depth=1 init_from=runs/source", f"{OTHER} (model.encoder_depth 2 -> 1)"),
+        ("model.decoder_block=mlp init_from=runs/source", f"{OTHER} (model.decoder_block attention -> mlp)"),
         ("model.depth=4 init_from=runs/source", f"{OTHER} (model.depth 3 -> 4)"),
-        (f"init_from={PATCH1}", f"init_from={PATCH1}: is another network (model.in_channels 2 -> 1"),
+        (f"init_from={PATCH1} model.decoder_block=mlp", f"init_from={PATCH1}: is another network (model.decoder_block"),
+        (f"init_from={PATCH1}", f"init_from={PATCH1}: is another network (model.hidden_size 48 -> 32"),
         (f"init_from={GOLDEN / 'golden.json'}", f"{GOLDEN / 'golden.json'}: cannot be read"),
     ],
 )  # fmt: skip

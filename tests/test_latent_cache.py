@@ -165,7 +165,7 @@ def test_a_moved_cache_is_the_same_training(place, tmp_path, monkeypatch, caplog
 
 
 def test_float16_moments_are_harmless(place):
-    """Rounding to float16 moves a latent by far less than the posterior's own width."""
+    """Rounding to float16 moves latents by less than a thousandth of their width, and decoded pixels by one level."""
     codec = KLAutoencoder(str(place / "vae"))
     generator = torch.Generator().manual_seed(0)
     mean = 30 * torch.randn(64, 4, 32, 32, generator=generator)  # SD-VAE's means reach about ±40
@@ -174,7 +174,29 @@ def test_float16_moments_are_harmless(place):
     moments = torch.cat([mean, logvar], dim=1)
     difference = codec.sample(moments.half(), noise) - codec.sample(moments, noise)
     assert difference.square().mean().sqrt() < 1e-3 * codec.sample(moments, noise).std()
-    assert torch.equal(moments.half().float()[:, 4:].clamp(-30, 20).isfinite(), torch.ones_like(logvar, dtype=bool))
+    images = torch.from_numpy(LatentCache(str(place / "half")).load(np.arange(17)))
+    exact = codec.encode(images)
+    decoded = [codec.decode(codec.sample(m, torch.zeros(17, 3, 8, 8))).int() for m in (exact, exact.half())]
+    assert (decoded[0] - decoded[1]).abs().max() <= 1
+
+
+def test_another_cache_of_the_same_files_is_another_training(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    constant = [option for option in SMALL if "max_steps" not in option] + ["trainer.lr_schedule=constant", "name=run"]
+    succeed("train", *constant, *latents(place, "single"), "trainer.max_steps=2")
+    message = refusal("train", *constant, *latents(place, "mirrored"), "trainer.max_steps=4")
+    assert "data.fingerprint" in message
+
+
+def test_dispersive_loss_needs_no_pixels(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(place / "single", copy)
+    index = json.loads((copy / "index.json").read_text())
+    (copy / "index.json").write_text(json.dumps({**index, "source_root": str(tmp_path / "gone")}))
+    data = ["data=latents", f"data.root={copy}", *latents(place)[2:]]
+    succeed("train", *SMALL, *data, "name=run", "alignment=dispersive", "alignment.align_depth=1")
+    assert "dispersive_loss" in rows(tmp_path / "runs/run")[0]
 
 
 def test_foreign_and_incomplete_caches_are_refused(place, tmp_path, monkeypatch):
