@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ddt.config import build, check_arguments
 from ddt.errors import UserError, require
@@ -37,7 +37,7 @@ def main(cfg: DictConfig) -> None:
         features == data,
         f"features={features} reference=data:{data}: the classifier and the reference must be of one data set",
     )
-    node = checked(compose("train", overrides=[f"data={data}"]))["data"]
+    node = checked(OmegaConf.masked_copy(compose("train", overrides=[f"data={data}"]), ["data"]))["data"]
     samples = Path(config["samples"])
     metrics = evaluate_with_classifier(
         samples,

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ddt.autoencoder import KLAutoencoder, from_uint8
 from ddt.data import TrainingStream
 from ddt.errors import require
-from ddt.files import fsync, write_json
+from ddt.files import fsync, share, write_json
 from ddt.generation import image_grid, write_png
 from ddt.images import Images
 from ddt.latent_cache import LatentCache
@@ -233,6 +233,8 @@ def train_autoencoder(
     errors = fit(network, images, settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     normalise(network, images)
     network.save_pretrained(temporary)
+    for path in temporary.glob("*.safetensors"):
+        share(path)
     autoencoder = KLAutoencoder(str(temporary))  # what is measured is what was written
     originals = torch.from_numpy(held_out.load(spread(held_out, MAX_IMAGES)))
     reconstructions = reconstruct(autoencoder, originals)

@@ -31,7 +31,7 @@ from ddt.errors import UserError, require
 from ddt.files import fsync, sha256, write_json
 from ddt.images import FileImages, Images
 from ddt.latent_cache import CACHE_FORMAT_VERSION, read_index, shard_path
-from ddt.manifest import Row, check_manifest, read_manifest
+from ddt.manifest import Row, check_manifest, check_size, check_sizes, read_manifest
 
 log = logging.getLogger(__name__)
 RESERVE = 64 * 2**20  # bytes that stay free on the disk
@@ -69,7 +69,13 @@ class CacheSettings:
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
         require(self.workers >= 0, f"num_workers={self.num_workers}: must be at least 0, or null")
         path = Path(self.out)
+        require(self.out != "", "out: not set; give the cache's folder")
         require(not path.exists() or path.is_dir(), f"out={self.out}: is a file; give a folder")
+        ours = ("index.json", "manifest.csv", "broken.csv", ".tmp-manifest.csv", ".lock")
+        require(
+            not path.is_dir() or not any(path.iterdir()) or any((path / name).exists() for name in ours),
+            f"out={self.out}: holds other things than a latent cache; choose another folder",
+        )
 
 
 def flips(images: torch.Tensor, both: bool) -> list[torch.Tensor]:
@@ -95,11 +101,7 @@ class Records(Dataset):
         for place in places:
             images, index = self.splits[self.split[place]], self.index[place]
             if isinstance(images, FileImages):
-                path = images.root / images.names[index]
-                require(
-                    path.is_file() and path.stat().st_size == self.bytes[place],
-                    f"{path}: has changed since manifest.csv was written; cache into another out=",
-                )
+                check_size(images.root / images.names[index], int(self.bytes[place]))
             loaded.append(images.load(np.array([index])))
         return np.concatenate(loaded)
 
@@ -186,16 +188,21 @@ def finished(out: Path, shard: int) -> bool:
         return False  # not there, or damaged: the shard is made anew
 
 
+def in_words(size: int) -> str:
+    """Return a number of bytes for people."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 def check_space(out: Path, arrays: dict[str, dict[str, Any]], missing: int) -> None:
     """Log what `missing` records will take and raise UserError where the disk has not as much."""
     needed = {name: missing * record_bytes(array) for name, array in arrays.items()}
     free = shutil.disk_usage(out).free
-    parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in needed.items())
-    log.info("%s: %d images to encode: %s; %.1f GB are free", out, missing, parts, free / 1e9)
+    parts = ", ".join(f"{name} {in_words(size)}" for name, size in needed.items())
+    log.info("%s: %d images to encode: %s; %s are free", out, missing, parts, in_words(free))
     require(
         sum(needed.values()) + RESERVE <= free,
-        f"out={out}: needs {sum(needed.values()) / 1e9:.2f} GB ({parts}), but the disk has {free / 1e9:.2f} GB free; "
-        "choose another out=",
+        f"out={out}: needs {in_words(sum(needed.values()) + RESERVE)} ({parts}, and some to spare), but the disk has "
+        f"{in_words(free)} free; choose another out=",
     )
 
 
@@ -203,11 +210,12 @@ def check_same_cache(out: Path, index: dict[str, Any]) -> None:
     """Raise UserError where the folder holds another cache than `index` describes. Where things lie may differ."""
     there, wanted = read_index(out), json.loads(json.dumps(index))
     ignored = ("complete", "shards", "files", "source", "source_root", "autoencoder", "versions")
-    differing = [key for key in wanted if key not in ignored and there.get(key) != wanted[key]]
-    require(
-        not differing,
-        f"out={out}: holds another cache ({', '.join(differing)} differ); choose another out=",
-    )
+    differing = [
+        f"{key} {str(there.get(key))[:60]} -> {str(wanted[key])[:60]}"
+        for key in wanted
+        if key not in ignored and there.get(key) != wanted[key]
+    ]
+    require(not differing, f"out={out}: holds another cache ({', '.join(differing)}); choose another out=")
 
 
 @contextlib.contextmanager
@@ -283,18 +291,24 @@ def complete(out: Path, index: dict[str, Any], manifest: list[Row], num_shards: 
 
 
 def verify(out: Path, index: dict[str, Any]) -> None:
-    """Compare every file of a complete cache with its checksum; raise UserError naming a damaged one. The cache is
-    then incomplete, and its shard's receipt removed, so that the same command makes it again.
+    """Compare every file of a complete cache with its checksum; raise UserError naming the damaged ones. The cache is
+    then incomplete, and their shards' receipts are removed, so that the same command makes them again.
     """
+    damaged = []
     parts = [*enumerate(index["shards"]), (None, index["files"])]
     for shard, files in tqdm(parts, unit="shard", desc="verifying", mininterval=1.0):
         for name, file in files.items():
             path = out / name
             if not path.is_file() or path.stat().st_size != file["size"] or sha256(path) != file["sha256"]:
+                damaged.append(name)
                 if shard is not None:
                     receipt_path(out, shard).unlink(missing_ok=True)
-                write_json(out / "index.json", {**index, "complete": False, "shards": [], "files": {}})
-                raise UserError(f"{path}: damaged; run the same command again to make it anew")
+    if damaged:
+        write_json(out / "index.json", {**index, "complete": False, "shards": [], "files": {}})
+        raise UserError(
+            f"{out / damaged[0]}: damaged ({len(damaged)} of the cache's files are); run the same command again to "
+            "make them anew"
+        )
 
 
 def describe(
@@ -384,6 +398,7 @@ def cache_latents(
     stored = read_index(out)
     if stored["complete"]:
         if rank == 0:
+            check_sizes(splits, manifest)
             verify(out, stored)
             log.info("%s: complete, %d images; every checksum is right", out, len(manifest))
         return

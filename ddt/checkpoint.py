@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddt.errors import UserError, require
-from ddt.files import fsync, sha256, write_json
+from ddt.files import fsync, sha256, share, write_json
 from ddt.model import DDT, Denoiser, DiT
 from ddt.version import __version__
 
@@ -56,6 +56,7 @@ def write_checkpoint(
                 {k: v.detach().cpu().contiguous() for k, v in weights.items()},
                 temporary / f"{name}.safetensors",
             )
+            share(temporary / f"{name}.safetensors")
     if train_state is not None:
         torch.save(train_state, temporary / "train_state.pt")
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(temporary.iterdir())}

@@ -20,6 +20,13 @@ def write_json(path: Path, values: Any) -> None:
     temporary.replace(path)
 
 
+def share(path: Path) -> None:
+    """Give a file the permissions that any new one gets: safetensors writes files that nobody else may read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 def fsync(path: Path) -> None:
     """Force a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)

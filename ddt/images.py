@@ -5,8 +5,10 @@ Shapes: n images in all, B batch, C channels, H W pixels.
 
 import gzip
 import hashlib
+import os
 import struct
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -16,7 +18,8 @@ from PIL import Image
 from ddt.errors import UserError, require
 
 Split = Literal["train", "test"]
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+MAX_ASPECT = 100  # beyond it the resized picture fills the memory before it is cropped
 
 
 class Images(Protocol):
@@ -134,6 +137,8 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise UserError(f"{path}: is {image.width}×{image.height}, too elongated to crop; replace or remove it")
             image.load()  # all of it: the end of a truncated file is an error, never grey rows
             if image.mode in ("I", "F"):
                 raise UserError(f"{path}: has 32-bit pixels; convert it to 8 bits")
@@ -218,10 +223,12 @@ class ImageFolder(FileImages):
         )
         names: list[str] = []
         labels: list[int] = []
+        self.others = Counter[str]()  # files that are no images by their names: how many of each suffix
         for label, path in enumerate(classes):
-            files = sorted(
-                p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-            )
+            found = [Path(at) / name for at, _, names_there in os.walk(path, followlinks=True) for name in names_there]
+            visible = [file for file in found if not file.name.startswith(".")]
+            files = sorted(file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES)
+            self.others.update(f.suffix.lower() for f in visible if f.suffix.lower() not in IMAGE_SUFFIXES)
             require(bool(files), f"{path}: holds no images; add some or remove the folder")
             names += [file.relative_to(folder).as_posix() for file in files]
             labels += [label] * len(files)

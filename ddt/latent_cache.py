@@ -19,9 +19,13 @@ import numpy as np
 from ddt.autoencoder import Autoencoder
 from ddt.errors import UserError, require
 from ddt.images import FileImages, Split
-from ddt.manifest import read_manifest
+from ddt.manifest import check_size, read_manifest
 
 CACHE_FORMAT_VERSION = 1
+KEYS = {
+    "complete", "count", "splits", "shard_size", "arrays", "flips", "channels", "image_size", "class_names", "features",
+    "autoencoder", "source_root", "fingerprint", "shards", "files",
+}  # fmt: skip
 
 
 def shard_path(root: Path, array: str, shard: int) -> Path:
@@ -34,13 +38,14 @@ def read_index(root: Path) -> dict[str, Any]:
     path = root / "index.json"
     require(
         path.is_file(),
-        f"data.root={root}: holds no latent cache (index.json); make one with scripts/cache_latents.py out={root}",
+        f"data.root={root}: holds no latent cache (index.json); give the folder that scripts/cache_latents.py wrote",
     )
     try:
         index = json.loads(path.read_text())
         version = index["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged; remove the folder and cache again") from error
+    require(isinstance(index, dict) and index.keys() >= KEYS, f"{path}: damaged; remove the folder and cache again")
     require(
         version == CACHE_FORMAT_VERSION,
         f"{path}: format version {version}, this code reads {CACHE_FORMAT_VERSION}; see CHANGELOG.md",
@@ -102,8 +107,14 @@ class LatentCache:
         self.source_root = source_root
         self.features: dict[str, Any] | None = index["features"] if cached_features else None
         self.first = 0 if split == "train" else index["splits"]["train"]
-        last = self.first + index["splits"][split]
-        self.labels = np.load(self.root / "labels.npy", allow_pickle=False)[self.first : last]
+        path = self.root / "labels.npy"
+        try:
+            labels = np.load(path, allow_pickle=False)
+            whole = len(labels) == index["count"] and labels.min() >= 0 and labels.max() < len(index["class_names"])
+        except (OSError, ValueError, EOFError, TypeError):
+            whole = False
+        require(whole, f"{path}: is damaged; run the command that made the cache again")
+        self.labels = labels[self.first : self.first + index["splits"][split]]
         self._maps: dict[Path, np.ndarray] = {}
         self._files: FileImages | None = None
 
@@ -122,7 +133,7 @@ class LatentCache:
         wanted, found = getattr(autoencoder, "encode_dtype", None), made_by["settings"].get("encode_dtype")
         require(
             wanted == found or made_by["fingerprint"] != autoencoder.fingerprint,
-            f"data.root={self.root}: was encoded with autoencoder.encode_dtype={found}, not {wanted}; give that one, or "
+            f"data.root={self.root}: was encoded with autoencoder.encode_dtype={found}, not {wanted}; give that, or "
             "cache again",
         )
         require(
@@ -141,7 +152,7 @@ class LatentCache:
             where = order[shards[order] == shard]
             path = shard_path(self.root, array, shard)
             if path not in self._maps:
-                self._maps[path] = np.load(path, mmap_mode="r", allow_pickle=False)
+                self._maps[path] = self._open(path, self.index["arrays"][array])
             stored = self._maps[path]
             values = stored[rows[where]] if flipped is None else stored[rows[where], flipped[where].astype(int)]
             if result is None:
@@ -149,6 +160,15 @@ class LatentCache:
             result[where] = values
         assert result is not None, "a batch holds at least one image"
         return result
+
+    def _open(self, path: Path, array: dict[str, Any]) -> np.ndarray:
+        try:
+            stored = np.load(path, mmap_mode="r", allow_pickle=False)
+            whole = list(stored.shape[1:]) == array["shape"] and stored.dtype == array["dtype"]
+        except (OSError, ValueError, EOFError):  # numpy's advice, to allow pickled objects, is not for a user
+            whole = False
+        require(whole, f"{path}: is damaged; run the command that made the cache again")
+        return stored
 
     def load_moments(self, indices: np.ndarray, flipped: np.ndarray) -> np.ndarray:
         """Return the moments (B, M, h, w) at `indices`, in the stored dtype; `flipped` (B,) chooses mirror images."""
@@ -183,5 +203,9 @@ class LatentCache:
                 "store_images=true",
             )
             root = Path(self.source_root or stored)
-            self._files = FileImages(root, self.names, self.labels, self.class_names, self.image_size)
+            rows = read_manifest(self.root)[self.first : self.first + len(self.labels)]
+            if root.is_dir():
+                for k in np.linspace(0, len(rows) - 1, min(len(rows), 64)).astype(int):  # are these the pictures?
+                    check_size(root / rows[k].path, rows[k].bytes)
+            self._files = FileImages(root, [row.path for row in rows], self.labels, self.class_names, self.image_size)
         return self._files

@@ -72,4 +72,8 @@ def launch(function: Callable[..., None], num_processes: int | None, *args: Any)
     try:
         torch.multiprocessing.spawn(_worker, (function, num_processes, _free_port(), told, args), nprocs=num_processes)
     except torch.multiprocessing.ProcessExitedException as error:
+        if error.signal_name is not None:
+            sys.exit(
+                f"process {error.error_index} was ended by {error.signal_name} (no memory?); run the same command again"
+            )
         sys.exit(error.exit_code or 1)

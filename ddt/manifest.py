@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddt.errors import UserError, require
-from ddt.images import FileImages, Images, read_image
+from ddt.images import FileImages, ImageFolder, Images, read_image
 
 log = logging.getLogger(__name__)
 ORIENTATION = 0x0112  # EXIF tag
@@ -121,7 +121,7 @@ def make_manifest(out: Path, splits: dict[str, Images], num_workers: int, skip_b
         )
     if broken:
         log.warning("%d images that cannot be read are left out: %s", broken, out / "broken.csv")
-    for text in notable(modes, rotated):
+    for text in (*notable(modes, rotated), *unread(splits)):
         log.info("%s", text)
     temporary["manifest"].replace(out / "manifest.csv")
 
@@ -140,6 +140,14 @@ def notable(modes: Counter[str], rotated: int) -> list[str]:
     return lines
 
 
+def unread(splits: dict[str, Images]) -> list[str]:
+    """Return a line for files in the folder that are no images by their names."""
+    images = splits["train"]
+    others = images.others if isinstance(images, ImageFolder) else Counter[str]()
+    kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(others.items()))
+    return [f"not read, because they are no images by their names: {kinds}"] if others else []
+
+
 def check_manifest(out: Path, manifest: list[Row], splits: dict[str, Images]) -> None:
     """Raise UserError where manifest.csv, written by an earlier call, lists other images than the data now holds."""
     left_out = 0
@@ -154,5 +162,21 @@ def check_manifest(out: Path, manifest: list[Row], splits: dict[str, Images]) ->
     }
     require(
         listed <= there and len(listed) + left_out == len(there),
-        f"{out / 'manifest.csv'}: lists other images than the data holds now; choose another out=",
+        f"{out / 'manifest.csv'}: lists other images than the data holds now, or is damaged; choose another out=",
+    )
+
+
+def check_sizes(splits: dict[str, Images], manifest: list[Row]) -> None:
+    """Raise UserError naming a file that is not of the size that the manifest says."""
+    for row in manifest:
+        images = splits[row.split]
+        if isinstance(images, FileImages):
+            check_size(images.root / row.path, row.bytes)
+
+
+def check_size(path: Path, size: int) -> None:
+    """Raise UserError where a file is not there or not of `size` bytes."""
+    require(
+        path.is_file() and path.stat().st_size == size,
+        f"{path}: is not the file that manifest.csv was written of; give the right folder, or cache into another out=",
     )

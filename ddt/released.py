@@ -155,6 +155,8 @@ def architecture(state: dict[str, Tensor], encoder_depth: int | None, patch_size
 
     Raises UserError where a key is missing or encoder_depth or patch_size cannot be. Source: method.md 6.
     """
+    known = ("x_embedder.", "final_layer.", "blocks.")
+    require(any(key.startswith(known) for key in state), f"{source}: holds no DDT (no keys such as x_embedder.*)")
     undivided = "s_embedder.proj.weight" not in state
     if undivided and encoder_depth is not None:
         raise UserError(f"{source}: has no s_embedder, so it is the undivided baseline: give encoder_depth=null")

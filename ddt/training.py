@@ -141,7 +141,10 @@ def train(
             ema,
         )
     if step >= settings.max_steps:
-        log.info("%s: complete at step %d; raise trainer.max_steps to train longer", run_dir, step)
+        longer = (
+            "raise trainer.max_steps" if settings.lr_schedule == "constant" else "start another run with init_from="
+        )
+        log.info("%s: complete at step %d; %s to train longer", run_dir, step, longer)
         return
     accelerator.wait_for_everyone()  # nobody writes before all have read
 

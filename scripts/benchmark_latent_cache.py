@@ -53,7 +53,7 @@ def write_stores(root: Path, records: int) -> None:
         "format_version": CACHE_FORMAT_VERSION, "complete": True, "count": records, "splits": {"train": records},
         "shard_size": SHARD_SIZE, "arrays": {"moments": {"dtype": "float16", "shape": [1, *SHAPE]}}, "flips": 1,
         "channels": 3, "image_size": 256, "class_names": ["0"], "fingerprint": "benchmark", "features": None,
-        "source_root": None, "shards": shards, "files": {},
+        "source_root": None, "shards": shards, "files": {}, "autoencoder": {},
     }  # fmt: skip
     write_json(root / "cache" / "index.json", index)
 
@@ -94,6 +94,7 @@ def benchmark(records: int, batch_size: int, batches: int, out: str | None) -> N
     for key, value in {"batch_size": batch_size, "batches": batches}.items():
         require(value >= 1, f"{key}={value}: must be at least 1")
     require(records >= batch_size, f"records={records}: must be at least batch_size={batch_size}")
+    require(out is None or not Path(out).is_file(), f"out={out}: is a file; give a folder")
     root = Path(tempfile.mkdtemp(prefix="latent_cache_"))
     try:
         write_stores(root, records)

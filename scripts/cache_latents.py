@@ -3,9 +3,12 @@
 The same command again goes on where it stopped; on a complete cache it compares every checksum.
 """
 
+import contextlib
+import fcntl
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from omegaconf import DictConfig
 from ddt.caching import CacheSettings, cache_latents
 from ddt.config import build, check_arguments
 from ddt.errors import UserError, require
-from ddt.images import Images
+from ddt.images import FileImages, Images
 from ddt.latent_cache import LatentCache
 from ddt.launch import launch
 from ddt.manifest import make_manifest
@@ -38,6 +41,8 @@ def check(config: dict[str, Any]) -> tuple[CacheSettings, dict[str, Images]]:
     if problems + found:
         raise UserError("\n".join(problems + found))
     config.update(others)
+    number = others["num_processes"]
+    require(number is None or number >= 1, f"num_processes={number}: must be at least 1, or null for every visible GPU")
     settings = CacheSettings(**values)
     alignment = build(config["alignment"])
     require(
@@ -45,8 +50,25 @@ def check(config: dict[str, Any]) -> tuple[CacheSettings, dict[str, Images]]:
         "store_features=true: needs an alignment with a target, such as alignment=repa_dinov2_b",
     )
     splits = {split: build(config["data"])(split=split) for split in ("train", "test")}
-    require(not isinstance(splits["train"], LatentCache), "data: is a latent cache already; give the images")
+    images = splits["train"]
+    require(not isinstance(images, LatentCache), "data: is a latent cache already; give the images")
+    require(
+        not isinstance(images, FileImages) or images.root.resolve() not in Path(settings.out).resolve().parents,
+        f"out={settings.out}: lies among the images of data.root; choose another folder",
+    )
     return settings, splits
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the folder against a second call of this command; raise UserError where another holds it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: loading processes do not keep it
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(f"out={out}: another process is writing this cache; wait for it") from error
+        yield
 
 
 def run(config: dict[str, Any], settings: CacheSettings, splits: dict[str, Images]) -> None:
@@ -71,9 +93,10 @@ def main(cfg: DictConfig) -> None:
     config = checked(cfg)
     settings, splits = check(config)
     build(config["autoencoder"]).latent_shape(splits["train"].channels, splits["train"].image_size)
-    if os.environ.get("RANK", "0") == "0":
-        make_manifest(Path(settings.out), splits, settings.workers, settings.skip_broken)
-    launch(run, config["num_processes"], {key: config[key] for key in GROUPS}, settings, splits)
+    with locked(Path(settings.out)) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+        if os.environ.get("RANK", "0") == "0":
+            make_manifest(Path(settings.out), splits, settings.workers, settings.skip_broken)
+        launch(run, config["num_processes"], {key: config[key] for key in GROUPS}, settings, splits)
 
 
 if __name__ == "__main__":

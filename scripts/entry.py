@@ -114,6 +114,8 @@ def logging_setup() -> None:
 def quoted(argument: str) -> str:
     """Return an argument whose value is a path in Hydra's quotes where it needs them, as a sweep's folders do."""
     key, equals, value = argument.partition("=")
+    if {"-m", "--multirun"} & set(sys.argv):  # a comma separates the values of a sweep
+        return argument
     if key not in PATHS or re.fullmatch(r"[\w./:+-]*", value, re.ASCII) or value[:1] in "'\"[$":
         return argument
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')

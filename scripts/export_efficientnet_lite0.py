@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ddt.autoencoder import from_uint8
 from ddt.config import check_arguments
 from ddt.errors import UserError, require
+from ddt.files import share
 from ddt.photos import photo
 from scripts.entry import checked, entry_point
 
@@ -92,6 +93,7 @@ def export(out: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
     save_file(state, temporary, metadata={"source": f"PyPI {PACKAGE} 0.1.0, Apache-2.0", "model": MODEL})
+    share(temporary)
     temporary.rename(path)
     log.info("%s: %d tensors; chelsea is a cat, coffee an espresso, flower a daisy", out, len(state))
 

@@ -51,7 +51,7 @@ def cache(folder, vae, tmp_path_factory):
     out = tmp_path_factory.mktemp("cache") / "photos"
     done = run(SCRIPT, *arguments(folder, vae, out, "store_images=true"), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    assert "22 images to encode: moments 0.00 GB, images 0.00 GB" in done.stderr
+    assert "22 images to encode: moments 0.0 MB, images 0.0 MB" in done.stderr
     return out
 
 
@@ -182,7 +182,7 @@ def test_no_process_writes_into_another_cache(cache, folder, vae, tmp_path):
     other = small_vae(tmp_path / "other", channels=3, levels=2, scaling_factor=0.7)
     done = run(SCRIPT, *arguments(folder, other, out, "store_images=true", "num_processes=2"), OMP_NUM_THREADS="1")
     assert done.returncode != 0
-    assert "holds another cache (fingerprint differ)" in done.stderr
+    assert "holds another cache (fingerprint " in done.stderr
     assert "Traceback" not in done.stderr
     assert content(out) == before
     assert len(list(out.glob("shards/*.json"))) == 1
@@ -197,6 +197,55 @@ def test_mended_files_are_read_again(tmp_path, vae):
     cached(root, vae, tmp_path / "out")
     assert read_index(tmp_path / "out")["count"] == 6
     assert not (tmp_path / "out" / "broken.csv").exists()
+
+
+def test_all_damaged_shards_are_found_at_once(cache, folder, vae, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(cache, out)
+    for shard in (1, 3):
+        path = out / "images" / f"{shard:05d}.npy"
+        path.write_bytes(path.read_bytes()[:-20] + bytes(20))
+    message = refusal("scripts.cache_latents", *arguments(folder, vae, out, "store_images=true"))
+    assert "00001.npy: damaged (2 of the cache's files are)" in message
+    cached(folder, vae, out, "store_images=true")
+    assert content(out) == content(cache)
+
+
+def test_a_changed_picture_is_noticed_after_the_cache_is_complete(tmp_path, vae):
+    root = picture_folder(tmp_path / "pictures", count=3)
+    cached(root, vae, tmp_path / "out")
+    picture(5, 40, 40).save(root / "class0" / "01.png")
+    message = refusal("scripts.cache_latents", *arguments(root, vae, tmp_path / "out"))
+    assert message.startswith(f"{root / 'class0' / '01.png'}: is not the file that manifest.csv was written of")
+
+
+def test_a_cache_goes_into_a_folder_of_its_own(folder, vae, tmp_path):
+    before = sorted(folder.rglob("*"))
+    assert "holds other things than a latent cache" in refusal("scripts.cache_latents", *arguments(folder, vae, folder))
+    message = refusal("scripts.cache_latents", *arguments(folder, vae, folder / "class9"))
+    assert "lies among the images of data.root" in message
+    assert refusal("scripts.cache_latents", *arguments(folder, vae, "")).startswith("out: not set")
+    assert sorted(folder.rglob("*")) == before
+    lock = (
+        f"import fcntl; f = open({str(tmp_path / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", f"{lock}; input()"], stdin=-1, stdout=-1) as holder:
+        holder.stdout.readline()
+        message = refusal("scripts.cache_latents", *arguments(folder, vae, tmp_path))
+        holder.communicate(b"\n")
+    assert message == f"out={tmp_path}: another process is writing this cache; wait for it"
+
+
+def test_files_that_are_no_images_by_name_are_counted(tmp_path, vae, caplog):
+    caplog.set_level("INFO")
+    root = picture_folder(tmp_path / "pictures", count=3)
+    (root / "class0" / "notes.txt").write_text("")
+    (root / "class0" / "film.gif").write_text("")
+    elsewhere = picture_folder(tmp_path / "elsewhere", count=2, classes=1)
+    (root / "class1" / "more").symlink_to(elsewhere / "class0")
+    cached(root, vae, tmp_path / "out")
+    assert "not read, because they are no images by their names: 1 .gif, 1 .txt" in caplog.text
+    assert read_index(tmp_path / "out")["count"] == 8  # those behind the link too
 
 
 def test_labels_are_under_the_checksums_too(cache, folder, vae, tmp_path):
@@ -332,7 +381,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_encoded(folder, vae, tmp
     assert (
         refusal(
             "scripts.cache_latents", *arguments(folder, vae, out, "data.image_size=4096", "store_images=true")
-        ).find("but the disk has 0.07 GB free; choose another out=")
+        ).find("but the disk has 70.0 MB free; choose another out=")
         > 0
     )
     assert not (out / "moments").exists()
@@ -356,15 +405,11 @@ def test_a_file_that_changed_since_the_manifest_is_named(folder, vae, tmp_path):
     (root / "class0" / "01.png").unlink()
     (root / "class0" / "01.png").symlink_to(root / "gone.png")
     message = refusal("scripts.cache_latents", *arguments(root, vae, tmp_path / "out", "num_workers=1"))
-    assert (
-        message == f"{root / 'class0' / '01.png'}: has changed since manifest.csv was written; cache into another out="
-    )
+    assert message.startswith(f"{root / 'class0' / '01.png'}: is not the file that manifest.csv was written of")
     (root / "class0" / "01.png").unlink()
     picture(5, 40, 40).save(root / "class0" / "01.png")
     message = refusal("scripts.cache_latents", *arguments(root, vae, tmp_path / "out"))
-    assert (
-        message == f"{root / 'class0' / '01.png'}: has changed since manifest.csv was written; cache into another out="
-    )
+    assert message.startswith(f"{root / 'class0' / '01.png'}: is not the file that manifest.csv was written of")
     picture(5).save(root / "class1" / "new.png")
     message = refusal("scripts.cache_latents", *arguments(root, vae, tmp_path / "out"))
     assert "manifest.csv: lists other images than the data holds now" in message

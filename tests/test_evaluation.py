@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import refusal
+from conftest import refusal, succeed
 
 from ddt.errors import UserError
 from ddt.evaluation import evaluate_with_classifier, read_samples
@@ -12,6 +12,7 @@ from ddt.images import Digits
 from ddt.metrics.features import ClassifierFeatures
 from ddt.metrics.metrics import accuracy, frechet_distance, nearest_distances
 from ddt.metrics.statistics import Moments
+from ddt.photos import Photos
 
 
 def moments(features, batch=7):
@@ -157,3 +158,14 @@ def test_samples_of_another_size_and_another_evaluation_are_refused(evaluated, t
 def test_wrong_input_is_one_line(arguments, message):
     (line,) = refusal("evaluate", *arguments).splitlines()
     assert line.startswith(message)
+
+
+@pytest.mark.parametrize("data", ["digits", "photos"])
+def test_the_command_evaluates_samples(tmp_path, data):
+    """As a user calls it; real images passed off as samples."""
+    images = Digits("test") if data == "digits" else Photos("test")
+    write(tmp_path / "samples.npz", arr_0=images.load(np.arange(90)).transpose(0, 2, 3, 1), arr_1=images.labels[:90])
+    succeed("evaluate", f"samples={tmp_path}", f"features={data}", f"reference=data:{data}", "features.epochs=1")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["class_accuracy"] > 0.5
+    assert metrics[f"fd_{data}"] > 0

@@ -122,6 +122,12 @@ def test_a_broken_file_is_named_and_never_half_read(tmp_path, content):
         read_image(tmp_path / "x.jpg")
 
 
+def test_a_picture_too_elongated_to_crop_is_named(tmp_path):
+    picture(0, 1, 101).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"x\.png: is 1×101, too elongated to crop"):
+        read_image(tmp_path / "x.png")
+
+
 def test_image_folder_names_what_is_wrong(tmp_path):
     with pytest.raises(UserError, match=r"data\.root=.*nowhere: no such folder"):
         ImageFolder(str(tmp_path / "nowhere"), 8)

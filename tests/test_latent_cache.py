@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import picture_folder, refusal, small_vae, succeed
+from conftest import picture, picture_folder, refusal, small_vae, succeed
 
 import ddt
 from ddt.autoencoder import Identity, KLAutoencoder
@@ -128,6 +128,9 @@ def test_pixels_come_from_the_files_where_the_cache_has_none(place, tmp_path):
     shutil.copytree(place / "pictures", tmp_path / "moved")
     moved = LatentCache(str(place / "single"), "test", source_root=str(tmp_path / "moved"))
     assert np.array_equal(moved.load(np.array([4, 1])), images.load(np.array([4, 1])))
+    picture(99, 30, 30).save(tmp_path / "moved" / "class0" / "00.png")
+    with pytest.raises(UserError, match=r"00\.png: is not the file that manifest\.csv was written of"):
+        LatentCache(str(place / "single"), "test", source_root=str(tmp_path / "moved")).require_pixels()
     with pytest.raises(UserError, match=r"data\.source_root=.*gone: no such folder"):
         LatentCache(str(place / "single"), source_root=str(tmp_path / "gone")).require_pixels()
 
@@ -210,6 +213,24 @@ def test_foreign_and_incomplete_caches_are_refused(place, tmp_path, monkeypatch)
     )
     copy = tmp_path / "copy"
     shutil.copytree(place / "half", copy)
+    labels = np.load(copy / "labels.npy")
+    for wrong in (labels[::-1][:5], labels + 500):
+        np.save(copy / "labels.npy", wrong)
+        index = json.loads((copy / "index.json").read_text())
+        index["files"]["labels.npy"]["size"] = (copy / "labels.npy").stat().st_size
+        (copy / "index.json").write_text(json.dumps(index))
+        assert "labels.npy: is damaged" in refusal(
+            "train", *SMALL, "data=latents", f"data.root={copy}", *latents(place)[2:]
+        )
+    np.save(copy / "labels.npy", labels)
+    shutil.copy(place / "half" / "index.json", copy / "index.json")
+    whole = (copy / "moments" / "00001.npy").read_bytes()
+    (copy / "moments" / "00001.npy").write_bytes(bytes(10) + whole[10:])
+    message = refusal(
+        "train", *SMALL, "data=latents", f"data.root={copy}", *latents(place)[2:], "trainer.num_workers=0"
+    )
+    assert message == f"{copy}/moments/00001.npy: is damaged; run the command that made the cache again"
+    shutil.rmtree(tmp_path / "runs")
     (copy / "moments" / "00001.npy").write_bytes(b"short")
     assert "00001.npy: is damaged" in refusal("train", *SMALL, *latents(place)[2:], "data=latents", f"data.root={copy}")
     (copy / "moments" / "00001.npy").unlink()
