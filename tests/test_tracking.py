@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from conftest import refusal, succeed
+from PIL import Image
 
 from ddt.errors import UserError
 from ddt.tracking import JsonlTracker, WandbTracker
@@ -66,3 +68,17 @@ def test_a_failing_wandb_stops_nothing(tmp_path, monkeypatch):
 def test_wandb_run_that_cannot_finish(tmp_path, monkeypatch):
     monkeypatch.setattr("wandb.init", lambda **_: Run())
     WandbTracker(tmp_path, 0, CONFIG).finish()
+
+
+def test_curves_are_drawn_of_what_was_logged(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        rows = [{"step": k, "loss": 1 / k, "dispersive_loss": -k} for k in range(1, 4)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    runs = f"runs=[{tmp_path / 'a'},{tmp_path / 'b'}]"
+    succeed("scripts.plot_run", runs, "keys=[loss,dispersive_loss]", f"out={tmp_path / 'x.png'}")
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.width == 1200  # two panels
+    message = refusal("scripts.plot_run", runs, "keys=[loss,repa_loss]", f"out={tmp_path / 'y.png'}")
+    assert message == "keys=repa_loss: no run has logged it; choose from dispersive_loss, loss"
+    assert not (tmp_path / "y.png").exists()
