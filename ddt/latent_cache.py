@@ -18,6 +18,7 @@ import numpy as np
 
 from ddt.autoencoder import Autoencoder
 from ddt.errors import UserError, require
+from ddt.files import sha256
 from ddt.images import FileImages, Split
 from ddt.manifest import check_size, read_manifest
 
@@ -108,12 +109,11 @@ class LatentCache:
         self.features: dict[str, Any] | None = index["features"] if cached_features else None
         self.first = 0 if split == "train" else index["splits"]["train"]
         path = self.root / "labels.npy"
-        try:
-            labels = np.load(path, allow_pickle=False)
-            whole = len(labels) == index["count"] and labels.min() >= 0 and labels.max() < len(index["class_names"])
-        except (OSError, ValueError, EOFError, TypeError):
-            whole = False
-        require(whole, f"{path}: is damaged; run the command that made the cache again")
+        require(
+            sha256(path) == index["files"]["labels.npy"]["sha256"],
+            f"{path}: is damaged; run the command that made the cache again",
+        )
+        labels = np.load(path, allow_pickle=False)
         self.labels = labels[self.first : self.first + index["splits"][split]]
         self._maps: dict[Path, np.ndarray] = {}
         self._files: FileImages | None = None

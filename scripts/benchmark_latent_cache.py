@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from ddt.caching import ShardWriter
 from ddt.config import check_arguments
 from ddt.errors import UserError, require
-from ddt.files import write_json
+from ddt.files import sha256, write_json
 from ddt.latent_cache import CACHE_FORMAT_VERSION, LatentCache, shard_path
 from scripts.entry import checked, entry_point
 
@@ -48,12 +48,13 @@ def write_stores(root: Path, records: int) -> None:
             mean, logvar = torch.from_numpy(values[0, 0]).chunk(2)
             torch.save({"mean": mean.clone(), "logvar": logvar.clone()}, root / "files" / f"{start + row}.pt")
         shards.append({f"moments/{shard:05d}.npy": writer.close()})
-    np.save(root / "cache" / "labels.npy", np.zeros(records, dtype=np.int64))
+    labels = root / "cache" / "labels.npy"
+    np.save(labels, np.zeros(records, dtype=np.int64))
     index = {
         "format_version": CACHE_FORMAT_VERSION, "complete": True, "count": records, "splits": {"train": records},
         "shard_size": SHARD_SIZE, "arrays": {"moments": {"dtype": "float16", "shape": [1, *SHAPE]}}, "flips": 1,
         "channels": 3, "image_size": 256, "class_names": ["0"], "fingerprint": "benchmark", "features": None,
-        "source_root": None, "shards": shards, "files": {}, "autoencoder": {},
+        "source_root": None, "shards": shards, "files": {"labels.npy": {"size": labels.stat().st_size, "sha256": sha256(labels)}}, "autoencoder": {},
     }  # fmt: skip
     write_json(root / "cache" / "index.json", index)
 

@@ -214,14 +214,10 @@ def test_foreign_and_incomplete_caches_are_refused(place, tmp_path, monkeypatch)
     copy = tmp_path / "copy"
     shutil.copytree(place / "half", copy)
     labels = np.load(copy / "labels.npy")
-    for wrong in (labels[::-1][:5], labels + 500):
-        np.save(copy / "labels.npy", wrong)
-        index = json.loads((copy / "index.json").read_text())
-        index["files"]["labels.npy"]["size"] = (copy / "labels.npy").stat().st_size
-        (copy / "index.json").write_text(json.dumps(index))
-        assert "labels.npy: is damaged" in refusal(
-            "train", *SMALL, "data=latents", f"data.root={copy}", *latents(place)[2:]
-        )
+    np.save(copy / "labels.npy", labels[::-1])
+    assert "labels.npy: is damaged" in refusal(
+        "train", *SMALL, "data=latents", f"data.root={copy}", *latents(place)[2:]
+    )
     np.save(copy / "labels.npy", labels)
     shutil.copy(place / "half" / "index.json", copy / "index.json")
     whole = (copy / "moments" / "00001.npy").read_bytes()
