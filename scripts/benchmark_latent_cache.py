@@ -50,11 +50,12 @@ def write_stores(root: Path, records: int) -> None:
         shards.append({f"moments/{shard:05d}.npy": writer.close()})
     labels = root / "cache" / "labels.npy"
     np.save(labels, np.zeros(records, dtype=np.int64))
+    checked_files = {"labels.npy": {"size": labels.stat().st_size, "sha256": sha256(labels)}}
     index = {
         "format_version": CACHE_FORMAT_VERSION, "complete": True, "count": records, "splits": {"train": records},
         "shard_size": SHARD_SIZE, "arrays": {"moments": {"dtype": "float16", "shape": [1, *SHAPE]}}, "flips": 1,
         "channels": 3, "image_size": 256, "class_names": ["0"], "fingerprint": "benchmark", "features": None,
-        "source_root": None, "shards": shards, "files": {"labels.npy": {"size": labels.stat().st_size, "sha256": sha256(labels)}}, "autoencoder": {},
+        "source_root": None, "shards": shards, "files": checked_files, "autoencoder": {},
     }  # fmt: skip
     write_json(root / "cache" / "index.json", index)
 

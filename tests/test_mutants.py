@@ -379,8 +379,8 @@ MUTANTS = [
     (
         "partial shard trusted",
         "ddt/caching.py",
-        "    if not receipt.is_file():\n        return False\n",
-        "    if not receipt.is_file():\n        return (out / 'moments' / f'{shard:05d}.npy').is_file()\n",
+        "        return False  # not there",
+        "        return (out / 'moments' / f'{shard:05d}.npy').is_file()  # not there",
         "test_caching.py -k 'disk or killed'",
     ),
     (
@@ -435,8 +435,8 @@ MUTANTS = [
     (
         "held-out records in training",
         "ddt/latent_cache.py",
-        "self.first = first",
-        "self.first = 0",
+        'else index["splits"]["train"]',
+        "else 0",
         "test_latent_cache.py -k order",
     ),
     (
@@ -569,9 +569,51 @@ MUTANTS = [
     (
         "distance not squared",
         "ddt/alignment.py",
-        "F.pdist(h).square()",
-        "F.pdist(h)",
+        "(2 * (h @ h.T)[i, j] - 2)",
+        "-(2 - 2 * (h @ h.T)[i, j]).clamp(min=0).sqrt()",
         "test_alignment.py -k dispersive",
+    ),
+    (
+        "another process goes ahead",
+        "ddt/caching.py",
+        "    check_same_cache(out, index)\n    accelerator.wait",
+        "    rank or check_same_cache(out, index)\n    rank and accelerator.wait",
+        "test_caching.py -k no_process",
+    ),
+    (
+        "first damaged shard alone",
+        "ddt/caching.py",
+        "                damaged.append(name)\n",
+        "                damaged.append(name)\n                break\n",
+        "test_caching.py -k all_damaged",
+    ),
+    (
+        "broken.csv of yesterday",
+        "ddt/manifest.py",
+        '(out / "broken.csv").unlink(missing_ok=True)',
+        "pass",
+        "test_caching.py -k mended",
+    ),
+    (
+        "evaluation of train's whole configuration",
+        "evaluate.py",
+        'OmegaConf.masked_copy(compose("train", overrides=[f"data={data}"]), ["data"])',
+        'compose("train", overrides=[f"data={data}"])',
+        "test_evaluation.py -k command",
+    ),
+    (
+        "dispersion reads pixels",
+        "ddt/training.py",
+        "if alignment is not None and alignment.needs_target else 0",
+        "if alignment is not None else 0",
+        "test_latent_cache.py -k dispersive",
+    ),
+    (
+        "fingerprint of the list alone",
+        "ddt/caching.py",
+        "hashlib.sha256(json.dumps(content).encode())",
+        'hashlib.sha256(content["manifest"].encode())',
+        "test_latent_cache.py -k same_files",
     ),
     ("held-out crops are training crops", "ddt/photos.py", "STREAMS[split]", 'STREAMS["train"]', "test_photos.py"),
     (
