@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub; read when its client is imported
+
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,7 +22,6 @@ import ddt  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 torch.set_num_threads(2)
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +66,8 @@ def small_ddt(**changes):
 
 def small_vae(folder, channels=4, levels=4, **config):
     """An AutoencoderKL of the SD-VAE's kind with few, random weights, in a local folder."""
+    from diffusers import AutoencoderKL
+
     torch.manual_seed(0)
     settings = dict(
         layers_per_block=1,
