@@ -376,12 +376,12 @@ def test_a_disk_that_refuses_to_write_is_one_line_and_finished_shards_stay(
 
 def test_a_disk_too_small_is_refused_before_anything_is_encoded(folder, vae, tmp_path, monkeypatch):
     usage = caching.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(caching.shutil, "disk_usage", lambda _: usage._replace(free=70_000_000))
+    monkeypatch.setattr(caching.shutil, "disk_usage", lambda _: usage._replace(free=68_000_000))
     out = tmp_path / "small"
     assert (
-        refusal(
-            "scripts.cache_latents", *arguments(folder, vae, out, "data.image_size=4096", "store_images=true")
-        ).find("but the disk has 70.0 MB free; choose another out=")
+        refusal("scripts.cache_latents", *arguments(folder, vae, out, "data.image_size=256", "store_images=true")).find(
+            "but the disk has 68.0 MB free; choose another out="
+        )
         > 0
     )
     assert not (out / "moments").exists()
