@@ -126,13 +126,9 @@ def run(config: dict[str, Any]) -> None:
     alignment = build(config["alignment"])
     grid = (shape[1] // patch_size, shape[2] // patch_size)
     alignment_loss, target, target_hash = build_alignment(alignment, network, images, grid)
-    config = {**config}  # what data and frozen weights are, wherever they lie, stands beside their settings
-    for group, found in (
-        ("data", images.fingerprint),
-        ("autoencoder", autoencoder.fingerprint),
-        ("alignment", target_hash),
-    ):
-        config[group] = {**config[group], "fingerprint": found}
+    # what data and frozen weights are, wherever they lie, stands beside the settings that a resumed run must share
+    found = {"data": images.fingerprint, "autoencoder": autoencoder.fingerprint, "alignment": target_hash}
+    identified = {group: {**config[group], "fingerprint": value} for group, value in found.items()}
     network_settings = {key: value for key, value in config["model"].items() if key != "_partial_"} | sizes
     train(
         settings=build(config["trainer"]),
@@ -140,11 +136,11 @@ def run(config: dict[str, Any]) -> None:
         config={
             "network": network_settings,
             "latent_shape": list(shape),
-            "autoencoder": {key: value for key, value in config["autoencoder"].items() if key != "fingerprint"},
+            "autoencoder": config["autoencoder"],
             "autoencoder_fingerprint": autoencoder.fingerprint,
             "sampler": {key: value for key, value in config["sampler"].items() if key != "_target_"},
             "class_names": images.class_names,
-            "run": {key: value for key, value in config.items() if key != "run_dir"},
+            "run": {key: value for key, value in config.items() if key != "run_dir"} | identified,
         },
         objective=build(config["objective"])(denoiser=network, alignment=alignment_loss),
         autoencoder=autoencoder,

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ddt.autoencoder import weights_hash
 from ddt.errors import UserError, require
-from ddt.files import sha256
 
 CELL = 16  # pixels a side of the image that one token of the target covers, whatever the target's own stride
 Extract = Callable[[Tensor], Tensor]
@@ -150,8 +149,7 @@ class Target:
         )
         with torch.random.fork_rng(devices=[]):  # timm draws initial weights; the caller's draws stay as they were
             self.network, extract, self.num_features, self.side = load_network(name, weights, image_size)
-        self.name = name
-        self.weights_sha256 = None if weights is None else sha256(Path(weights))
+        self.name, self.weights = name, weights
         self.extract: Extract = torch.compile(extract) if compiled else extract
         self.grid = (image_size // CELL, image_size // CELL)
         statistics = self.network.pretrained_cfg

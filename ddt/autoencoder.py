@@ -12,6 +12,7 @@ stores; latents, what the network sees, are drawn from them and normalised. An a
     to(device)                           moves it there and returns it
 """
 
+import abc
 import functools
 import hashlib
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from ddt.errors import UserError, require
+from ddt.errors import UserError, first_line, require
 
 
 class Autoencoder(Protocol):
@@ -115,16 +116,16 @@ def load_diffusers(kind: str, source: str, revision: str | None) -> Any:
     except UserError:
         raise
     except Exception as error:  # the hub client's errors have no common base across its versions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"autoencoder.source={source}: cannot be loaded ({reason}); on a machine without a hub give a local folder"
+            f"autoencoder.source={source}: cannot be loaded ({first_line(error)}); on a machine without a hub "
+            "give a local folder"
         ) from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         require(not info[problem], f"autoencoder.source={source}: {problem.replace('_', ' ')} {info[problem][:3]}")
     return network.eval().requires_grad_(False)
 
 
-class DiffusersAutoencoder:
+class DiffusersAutoencoder(abc.ABC):
     """A frozen diffusers autoencoder: what `KLAutoencoder` and `TinyAutoencoder` have in common.
 
     Channels, downsampling and normalisation are read from its config: latents are `(sample − shift)·scale`, where
@@ -141,6 +142,7 @@ class DiffusersAutoencoder:
 
     kind: str
     stochastic: bool
+    levels: str  # key of the config with an entry a level of the encoder
 
     def __init__(
         self,
@@ -164,8 +166,8 @@ class DiffusersAutoencoder:
 
     @property
     def downsampling(self) -> int:
-        """Pixels a side of a latent's cell."""
-        raise NotImplementedError
+        """Pixels a side of a latent's cell: one halving between two levels."""
+        return 2 ** (len(self.network.config[self.levels]) - 1)
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         """Return (C, H, W) of the latents; raise UserError where the image size is no multiple of the downsampling."""
@@ -177,8 +179,9 @@ class DiffusersAutoencoder:
             )
         return config.latent_channels, image_size // factor, image_size // factor
 
+    @abc.abstractmethod
     def _moments(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return the moments of pixels (B, 3, H, W) in [−1, 1]."""
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -223,12 +226,7 @@ class DiffusersAutoencoder:
 class KLAutoencoder(DiffusersAutoencoder):
     """A diffusers `AutoencoderKL`: SD-VAE and its relatives with 4, 16 or 32 channels. See `DiffusersAutoencoder`."""
 
-    kind, stochastic = "AutoencoderKL", True
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels a side of a latent's cell: one halving between two levels."""
-        return 2 ** (len(self.network.config.block_out_channels) - 1)
+    kind, stochastic, levels = "AutoencoderKL", True, "block_out_channels"
 
     def _moments(self, pixels: Tensor) -> Tensor:
         return self.network.encode(pixels).latent_dist.parameters  # (B, 2C, h, w): mean, logvar
@@ -237,12 +235,7 @@ class KLAutoencoder(DiffusersAutoencoder):
 class TinyAutoencoder(DiffusersAutoencoder):
     """A diffusers `AutoencoderTiny` (TAESD and its relatives): deterministic. See `DiffusersAutoencoder`."""
 
-    kind, stochastic = "AutoencoderTiny", False
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels a side of a latent's cell: one halving between two levels."""
-        return 2 ** (len(self.network.config.encoder_block_out_channels) - 1)
+    kind, stochastic, levels = "AutoencoderTiny", False, "encoder_block_out_channels"
 
     def _moments(self, pixels: Tensor) -> Tensor:
         return self.network.encode(pixels).latents  # (B, C, h, w)

@@ -22,11 +22,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ddt.alignment import REPA, Target
 from ddt.autoencoder import Autoencoder
+from ddt.data import load_batches
 from ddt.errors import UserError, require
 from ddt.files import fsync, sha256, write_json
 from ddt.images import FileImages, Images
@@ -341,7 +342,7 @@ def describe(
         if target is None
         else {
             "target": target.name,
-            "weights_sha256": target.weights_sha256,
+            "weights_sha256": None if target.weights is None else sha256(Path(target.weights)),
             "fingerprint": target.fingerprint,
             "grid": list(target.grid),
             "num_features": target.num_features,
@@ -409,16 +410,14 @@ def cache_latents(
     if rank == 0:
         missing = [shard for shard in range(len(places)) if not finished(out, shard)]
         check_space(out, index["arrays"], sum(len(places[shard]) for shard in missing))
-    loader = DataLoader(
+    batches = load_batches(
         Records(splits, manifest),
-        sampler=[
+        [
             range(first, min(first + settings.batch_size, places[shard].stop))
             for shard in mine
             for first in range(places[shard].start, places[shard].stop, settings.batch_size)
         ],
-        batch_size=None,
-        num_workers=settings.workers if isinstance(images, FileImages) else 0,
-        generator=torch.Generator().manual_seed(0),
+        settings.workers if isinstance(images, FileImages) else 0,
     )
     # --- encode
     autoencoder = autoencoder.to(accelerator.device)
@@ -430,11 +429,8 @@ def cache_latents(
         mininterval=1.0,
     )
     try:
-        batches = iter(loader)
         for shard in mine:
             encode_shard(out, shard, places[shard], index, batches, autoencoder, target, accelerator, progress)
-    except UserError as error:  # a loading process hands its error over with the whole traceback as text
-        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
     finally:
         progress.close()
     if rank == 0:

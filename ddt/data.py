@@ -5,7 +5,7 @@ s·G … s·G + G − 1. Which image stands at p, its noise, its time and its la
 from a state, so a run resumes anywhere and on any number of processes with the same data and the same noise.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -147,14 +147,14 @@ class PositionSampler(Sampler[list[int]]):
             yield from micro_batch_positions(step, *self.sizes)
 
 
-def training_batches(
-    stream: TrainingStream, sampler: PositionSampler, num_workers: int, pin_memory: bool
-) -> Iterator[dict[str, Tensor]]:
-    """Iterate over the stream's batches with `num_workers` loading processes; the global random state is left alone."""
+def load_batches(dataset: Dataset, batches: Iterable, num_workers: int, pin_memory: bool = False) -> Iterator:
+    """Iterate over `dataset[batch]` for each of `batches` with `num_workers` loading processes; the global random state
+    is left alone. Raises a loading process's UserError as its one line.
+    """
     loader = DataLoader(
-        stream,
-        sampler=sampler,
-        batch_size=None,  # the stream is indexed with a whole micro-batch of positions
+        dataset,
+        sampler=batches,
+        batch_size=None,  # the data set is indexed with a whole batch
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(0),

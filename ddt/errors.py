@@ -11,6 +11,11 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def os_error_line(error: OSError) -> str:
     """Return what an operating system's error says as one line that names the file and the fix."""
     return f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and the disk"

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddt.errors import UserError, require
+from ddt.errors import UserError, first_line, require
 from ddt.model import DDT, Denoiser, DiT
 
 EMA_PREFIX = "ema_denoiser."
@@ -59,10 +59,9 @@ def find_released(source: str) -> Path:
     except UserError:
         raise
     except Exception as error:  # the hub client's network errors have no common base across its versions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"released={source}: no such file or folder here, and the hub did not give it ({reason}); download the "
-            "checkpoint and name the file"
+            f"released={source}: no such file or folder here, and the hub did not give it ({first_line(error)}); "
+            "download the checkpoint and name the file"
         ) from error
 
 

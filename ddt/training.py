@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ddt import checkpoint as ckpt
 from ddt.alignment import REPA, Dispersive, Target
 from ddt.autoencoder import Autoencoder
-from ddt.data import PositionSampler, TrainingStream, training_batches
+from ddt.data import PositionSampler, TrainingStream, load_batches
 from ddt.ema import EMA
 from ddt.errors import UserError, require
 from ddt.files import write_json
@@ -168,7 +168,7 @@ def train(
     positions = PositionSampler(
         step, settings.max_steps, settings.global_batch_size, micro_batch_size, rank, num_processes
     )
-    batches = training_batches(stream, positions, settings.num_workers, pin_memory=device.type == "cuda")
+    batches = load_batches(stream, positions, settings.num_workers, pin_memory=device.type == "cuda")
     progress = tqdm(
         total=settings.max_steps * settings.global_batch_size,
         initial=step * settings.global_batch_size,

@@ -8,8 +8,8 @@ from ddt.data import (
     PositionSampler,
     TrainingStream,
     draws,
+    load_batches,
     micro_batch_positions,
-    training_batches,
     validation_batch,
 )
 from ddt.images import ArrayImages
@@ -75,7 +75,7 @@ def test_processes_and_micro_batches_share_a_step_exactly(num_processes, micro):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loader_gives_the_stream_and_leaves_the_global_random_state(num_workers):
     state = torch.get_rng_state()
-    batches = list(training_batches(stream(), PositionSampler(2, 5, 4, 2), num_workers, pin_memory=False))
+    batches = list(load_batches(stream(), PositionSampler(2, 5, 4, 2), num_workers, pin_memory=False))
     assert torch.equal(torch.get_rng_state(), state)
     assert len(batches) == 6
     for i, batch in enumerate(batches):
