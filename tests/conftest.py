@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +88,28 @@ def inputs(batch=3, channels=2, height=8, width=8, classes=5):
     return x, torch.rand(batch, generator=generator), torch.randint(classes, (batch,), generator=generator)
 
 
-def run(*command, cwd=ROOT, **environment):
+@pytest.fixture(scope="module")
+def one_thread():
+    """At these sizes, threads that wait for each other on a busy machine cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def rows(run_dir):
+    """The logged values of a run that are no timings."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def copy_repository(folder):
+    """Copy what belongs to the repository, without what was made in it."""
+    made = (".venv", ".git", "runs", "cache", "checkpoints", ".*_cache", "__pycache__")
+    return shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*made))
+
+
+def run(*command, cwd=ROOT, timeout=300, **environment):
     """Run an entry point as a user does; return the finished process with its output as text."""
     return subprocess.run(
         [sys.executable, *map(str, command)],
@@ -95,7 +117,7 @@ def run(*command, cwd=ROOT, **environment):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
 

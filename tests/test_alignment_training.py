@@ -6,7 +6,7 @@ import math
 import pytest
 import timm
 import torch
-from conftest import ROOT, picture_folder, refusal, run, small_vae, succeed
+from conftest import ROOT, picture_folder, refusal, rows, run, small_vae, succeed
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from test_autoencoder import SD_VAE
@@ -47,11 +47,6 @@ def options(place, *more):
         "alignment=repa_dinov2_b", f"alignment.target={VIT}", f"alignment.weights={place / 'vit.safetensors'}",
         "alignment.align_depth=2", *more,
     ]  # fmt: skip
-
-
-def rows(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -35,13 +35,7 @@ SMALL = AutoencoderSettings(
 ARGUMENTS = ("data=digits", "steps=40", "lr=5e-3", "block_out_channels=[8,8]", "latent_channels=2", "seed=3")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """At 8 px, threads on a busy machine do nothing but wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

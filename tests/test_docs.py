@@ -1,14 +1,10 @@
 """What the documents name exists, and the commands they show run."""
 
-import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, copy_repository, run
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # they need a hub, ImageNet or your data, or half an hour
@@ -46,22 +42,9 @@ def test_documented_scripts_and_keys_exist():
 
 @pytest.mark.slow
 def test_documented_commands_run_in_order(tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(
-        ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "cache", "checkpoints", ".*_cache")
-    )
+    copy = copy_repository(tmp_path / "copy")
     commands = [c for c in documented_commands() if not any(word in c for word in ELSEWHERE)]
     assert len(commands) >= 7
     for command in commands:
-        words = shlex.split(command)[1:]
-        environment = {**os.environ, "PYTHONPATH": str(copy)}
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=copy,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
+        done = run(*shlex.split(command)[1:], cwd=copy, timeout=900, PYTHONPATH=str(copy))
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"

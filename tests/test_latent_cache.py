@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import picture, picture_folder, refusal, small_vae, succeed
+from conftest import picture, picture_folder, refusal, rows, small_vae, succeed
 
 import ddt
 from ddt.autoencoder import Identity, KLAutoencoder
@@ -54,11 +54,6 @@ def latents(place, name="half"):
 def online(place):
     return ["data=folder", f"data.root={place / 'pictures'}", "data.image_size=16", "data.holdout_every=5",
             "autoencoder=kl", f"autoencoder.source={place / 'vae'}"]  # fmt: skip
-
-
-def rows(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
 
 def test_records_come_in_the_order_asked_for(place):

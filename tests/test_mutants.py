@@ -1,12 +1,9 @@
 """Tests of the tests: each must fail on a copy of the repository that is broken in the way it is there to catch."""
 
 import shlex
-import shutil
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import copy_repository, run
 
 # what is broken, file, the line as it is, the line as it must not be, the test that must fail
 MUTANTS = [
@@ -642,19 +639,10 @@ MUTANTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "file", "line", "broken", "tests"), MUTANTS, ids=[m[0] for m in MUTANTS])
 def test_a_broken_copy_fails(tmp_path, what, file, line, broken, tests):
-    ignored = shutil.ignore_patterns(".venv", ".git", "runs", "cache", "checkpoints", ".*_cache", "__pycache__")
-    copy = tmp_path / "copy"
-    shutil.copytree(ROOT, copy, ignore=ignored)
+    copy = copy_repository(tmp_path / "copy")
     text = (copy / file).read_text()
     assert line in text, f"{file} has changed: bring the mutant up to date"
     (copy / file).write_text(text.replace(line, broken, 1))
     names = [f"tests/{part}" if part.startswith("test_") and ".py" in part else part for part in shlex.split(tests)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", *names],
-        cwd=copy,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = run("-m", "pytest", "-x", "-q", "-m", "not slow", *names, cwd=copy, timeout=600)
     assert done.returncode == 1, f"no test noticed: {what}\n{done.stdout[-2000:]}"

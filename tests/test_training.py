@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, run, small_ddt
+from conftest import ROOT, rows, run, small_ddt
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -66,12 +66,6 @@ def straight(folder):
     path, done = train(folder, "straight", "trainer.max_steps=30")
     assert done.returncode == 0, done.stderr
     return path
-
-
-def rows(path):
-    """The logged values that are no timings."""
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
 
 def weights(path, step=30):
