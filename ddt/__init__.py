@@ -5,7 +5,7 @@ from ddt.errors import UserError
 from ddt.model import DDT, DiT
 from ddt.released import load_released
 from ddt.sampling import SamplerSettings, sample
-from ddt.sharing import uniform_schedule
+from ddt.schedules import optimal_schedule, uniform_schedule
 from ddt.version import __version__
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "__version__",
     "load_model",
     "load_released",
+    "optimal_schedule",
     "sample",
     "uniform_schedule",
 ]

@@ -135,7 +135,7 @@ def generate(
         y = torch.tensor([images.classes[k] for k in chosen], device=device)
         counts: dict[str, int] = {}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16"):
-            latents = sample(model, noise, y, **settings.arguments(), calls=counts)
+            latents = sample(model, noise, y, **settings.arguments(), counts=counts)
             pixels = autoencoder.decode(latents)
         parts.append(pixels.permute(0, 2, 3, 1).cpu().numpy())  # (B, H, W, C)
         progress.update(len(chosen))

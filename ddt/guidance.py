@@ -1,31 +1,33 @@
-"""Classifier-free guidance inside an interval: when a step is guided, and how the halves are combined.
+"""Guidance: when a velocity is guided, and how it is combined with the one it is guided away from.
 
 Source: method.md 4.
 """
 
 import dataclasses
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from ddt.errors import require
 
 
 def as_float32(value: float) -> float:
-    """Round to float32, as the interval's bounds are before they are compared with the grid (method.md 4)."""
-    return torch.tensor(value, dtype=torch.float32, device="cpu").item()
+    """Round to float32, as times and the interval's bounds are before they are compared (method.md 4)."""
+    return float(np.float32(value))
 
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance of strength `scale` where lo < t < hi (strict), at every step with interval None.
+    """Guidance of strength `scale` where lo < t < hi (strict) and, with `steps`, in these steps alone.
 
-    Outside the interval, and everywhere with scale 1, the conditional velocity alone is used, so the unconditional
-    half of the network need not run. Raises UserError for a scale below 0 or an interval that is none.
+    Elsewhere, and everywhere with scale 1, the conditional velocity alone is used, so the other one need not be
+    computed. interval None puts no bound on the time, steps None none on the step. Raises UserError for a scale below 0
+    or an interval that is none. Source: method.md 4; Kynkäänniemi et al., arXiv 2404.07724 (interval).
     """
 
     scale: float = 1.0
     interval: tuple[float, float] | None = None
+    steps: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
         require(self.scale >= 0, f"cfg_scale={self.scale}: must be at least 0 (1 means no guidance)")
@@ -36,16 +38,23 @@ class Guidance:
                 f"cfg_interval=[{lo},{hi}]: needs 0 <= lo < hi <= 1, as in cfg_interval=[0.3,1.0]; null guides always",
             )
 
-    def active(self, t: float) -> bool:
-        """Tell whether the step that starts at time t is guided."""
-        if self.scale == 1:
+    def active(self, t: float, step: int = 0) -> bool:
+        """Tell whether the velocity at time t in a step is guided."""
+        if self.scale == 1 or (self.steps is not None and step not in self.steps):
             return False
         if self.interval is None:
             return True
         lo, hi = self.interval
-        return as_float32(lo) < t < as_float32(hi)
+        return as_float32(lo) < as_float32(t) < as_float32(hi)
 
-    def combine(self, v: Tensor) -> Tensor:
-        """Return `v_uncond + scale·(v_cond − v_uncond)`, (B, ...), for v (2B, ...) with the conditional half first."""
-        v_cond, v_uncond = v.chunk(2)
-        return v_uncond + self.scale * (v_cond - v_uncond)
+    def mask(self, t: Tensor) -> Tensor:
+        """Tell of each time in t (B,) whether the velocity is guided: `active` where every image has its own time."""
+        lo, hi = (-1.0, 2.0) if self.interval is None else self.interval
+        t = t.float()
+        return (t > as_float32(lo)) & (t < as_float32(hi)) & (self.scale != 1)
+
+    def combine(self, v: Tensor, v_guide: Tensor) -> Tensor:
+        """Return `v_guide + scale·(v − v_guide)`, (B, ...): away from v_guide, which is unconditional (classifier-free
+        guidance, arXiv 2207.12598) or a weaker model's (autoguidance, arXiv 2406.02507).
+        """
+        return v_guide + self.scale * (v - v_guide)

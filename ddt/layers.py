@@ -243,9 +243,13 @@ class Block(nn.Module):
             nn.init.zeros_(self.adaln.weight)
             nn.init.zeros_(self.adaln.bias)
 
-    def forward(self, x: Tensor, c: Tensor, at: Positions) -> Tensor:
-        """Return (B, N, D) for tokens x (B, N, D) and conditioning c (B, 1 or N, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c).chunk(6, dim=-1)
+    def forward(self, x: Tensor, c: Tensor, at: Positions, modulation: Tensor | None = None) -> Tensor:
+        """Return (B, N, D) for tokens x (B, N, D) and conditioning c (B, 1 or N, D).
+
+        modulation: `adaln(c)`, (B, 1 or N, 6D), where it was computed before.
+        """
+        modulation = self.adaln(c) if modulation is None else modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.mixer(modulate(self.norm1(x), shift1, scale1), at)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -266,9 +270,13 @@ class OutputLayer(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, c: Tensor, at: Positions) -> Tensor:
-        """Return (B, C, H, W) for tokens x (B, N, D) and conditioning c (B, 1 or N, D)."""
-        shift, scale = self.adaln(c).chunk(2, dim=-1)
+    def forward(self, x: Tensor, c: Tensor, at: Positions, modulation: Tensor | None = None) -> Tensor:
+        """Return (B, C, H, W) for tokens x (B, N, D) and conditioning c (B, 1 or N, D).
+
+        modulation: `adaln(c)`, (B, 1 or N, 2D), where it was computed before.
+        """
+        modulation = self.adaln(c) if modulation is None else modulation
+        shift, scale = modulation.chunk(2, dim=-1)
         patches = self.linear(modulate(self.norm(x), shift, scale))  # (B, N, C·p²)
         p = self.patch_size
         grid = patches.reshape(x.shape[0], at.height, at.width, -1, p, p).permute(0, 3, 1, 4, 2, 5)

@@ -4,6 +4,9 @@ Shapes: B batch, C latent channels, H W latent size, p patch size, N = H·W/p² 
 The network knows nothing of paths, guidance or losses, and `model.train()` changes nothing in what it computes.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -54,10 +57,12 @@ class BlockStack(nn.Module):
             raise UserError(f"model.patch_size={p} does not divide the latent size {height}×{width}")
         return positions(self.head_dim, height // p, width // p, x_t.device)
 
-    def run(self, x_t: Tensor, c: Tensor, at: Positions, hidden_depth: int = 0) -> tuple[Tensor, Tensor]:
+    def run(
+        self, x_t: Tensor, c: Tensor, at: Positions, hidden_depth: int = 0, modulations: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor]:
         """Return the tokens (B, N, D) after all blocks, and those after `hidden_depth` of them (0: the input's).
 
-        x_t: (B, C, H, W); conditioning c: (B, 1 or N, D).
+        x_t: (B, C, H, W); conditioning c: (B, 1 or N, D); modulations: of the first blocks, where computed before.
         """
         h = self.input(x_t)  # (B, N, D)
         hidden = h
@@ -65,7 +70,7 @@ class BlockStack(nn.Module):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, c, at, use_reentrant=False)
             else:
-                h = block(h, c, at)
+                h = block(h, c, at, modulations[number - 1] if number <= len(modulations) else None)
             if number == hidden_depth:
                 hidden = h
         return h, hidden
@@ -133,10 +138,30 @@ class Decoder(BlockStack):
         )
         self.output = OutputLayer(hidden_size, patch_size, in_channels)
 
-    def forward(self, x_t: Tensor, z_t: Tensor) -> Tensor:
-        """Return the velocity (B, C, H, W) for x_t (B, C, H, W) and z_t (B, N, D)."""
+    def modulations(self, z_t: Tensor, max_bytes: float = math.inf) -> list[Tensor]:
+        """Compute what the blocks, in their order, and then the output layer read of z_t (B, N, D).
+
+        Returns (B, N, 6D) for each block and (B, N, 2D) for the output layer, or the first of them that fit into
+        max_bytes. They stay the same as long as z_t does (method.md 4).
+        """
+        kept: list[Tensor] = []
+        autocast = torch.is_autocast_enabled(z_t.device.type)
+        dtype = torch.get_autocast_dtype(z_t.device.type) if autocast else self.output.adaln.weight.dtype
+        for layer in (*self.blocks, self.output):
+            max_bytes -= z_t[..., 0].numel() * layer.adaln.out_features * dtype.itemsize
+            if max_bytes < 0:
+                break
+            kept.append(layer.adaln(z_t))
+        return kept
+
+    def forward(self, x_t: Tensor, z_t: Tensor, modulations: Sequence[Tensor] = ()) -> Tensor:
+        """Return the velocity (B, C, H, W) for x_t (B, C, H, W) and z_t (B, N, D).
+
+        modulations: what `modulations(z_t)` returned; the layers that it leaves out compute theirs.
+        """
         at = self.positions(x_t)
-        return self.output(self.run(x_t, z_t, at)[0], z_t, at)
+        h, _ = self.run(x_t, z_t, at, modulations=modulations)
+        return self.output(h, z_t, at, modulations[-1] if len(modulations) > len(self.blocks) else None)
 
 
 def check_sizes(
@@ -215,13 +240,14 @@ class DDT(nn.Module):
         """
         return self.encoder(x_t, t, y)[0]
 
-    def decode(self, x_t: Tensor, z_t: Tensor) -> Tensor:
+    def decode(self, x_t: Tensor, z_t: Tensor, modulations: Sequence[Tensor] = ()) -> Tensor:
         """Return the velocity (B, C, H, W) from x_t (B, C, H, W) and z_t (B, N, D), which may come from an earlier
         step.
 
+        modulations: what `decoder.modulations(z_t)` returned, for several decodings with one z_t; same result.
         Source: paper eq. 10; method.md 2 and 4.
         """
-        return self.decoder(x_t, z_t)
+        return self.decoder(x_t, z_t, modulations)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the velocity (B, C, H, W): `decode(x_t, encode(x_t, t, y))`."""

@@ -4,27 +4,31 @@ Shapes: B batch, C channels, H W latent size.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ddt.errors import UserError, require
+from ddt.errors import require
 from ddt.flow import time_grid
 from ddt.guidance import Guidance
 from ddt.model import Denoiser
-from ddt.sharing import GuidedVelocity, check_schedule, uniform_schedule
-from ddt.solvers import SOLVERS
+from ddt.schedules import FITTED, check_schedule, parse_schedule, uniform_schedule
+from ddt.sharing import CACHE_BYTES, GuidedVelocity
+from ddt.solvers import DIFFUSIONS, SOLVERS, STOCHASTIC, DiffusionName, VelocityFn, call_times
 
-SolverName = Literal["euler"]
+SolverName = Literal["euler", "heun", "midpoint", "adams2", "adams3", "adams4", "sde", "sde_preserve", "adaptive"]
+LastStep = Literal["mean", "euler"]
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
     """How latents are drawn from noise; the same names as the arguments of `sample`.
 
-    recompute: None (the encoder at every step), "uniform:5" (every 5th step), or the list of step indices.
+    recompute: None (the encoder at every step), "uniform:5" (every 5th step), the list of step indices, or, where a
+    model is at hand to fit it to, "dp:50", "velocity:50" and the JSON file of a fitted schedule.
     Raises UserError for values that make no sampler. Source: method.md 4.
     """
 
@@ -32,30 +36,73 @@ class SamplerSettings:
     num_steps: int = 250
     cfg_scale: float = 2.0
     cfg_interval: tuple[float, float] | None = (0.3, 1.0)
+    cfg_steps: Sequence[int] | None = None
     last_step: float | None = 0.04
     timeshift: float = 1.0
-    recompute: str | list[int] | None = None
+    recompute: str | Sequence[int] | None = None
+    sde_diffusion: DiffusionName = "sigma"
+    sde_last: LastStep = "mean"
+    tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
         require(self.solver in SOLVERS, f"sampler={self.solver}: unknown solver, choose from {', '.join(SOLVERS)}")
-        self.grid()
-        Guidance(self.cfg_scale, self.cfg_interval)
-        self.schedule()
+        time_grid(self.num_steps, self.last_step, self.timeshift)
+        self.guidance()
+        wrong = [step for step in self.cfg_steps or () if not 0 <= step < self.num_steps]
+        require(not wrong, f"cfg_steps={wrong[:3]}: steps are 0..{self.num_steps - 1}")
+        require(
+            self.sde_diffusion in DIFFUSIONS,
+            f"sde_diffusion={self.sde_diffusion}: unknown schedule, choose from {', '.join(DIFFUSIONS)}",
+        )
+        require(self.sde_last in ("mean", "euler"), f"sde_last={self.sde_last}: choose mean or euler")
+        require(self.tolerance > 0, f"tolerance={self.tolerance}: must be above 0")
+        for key, users in (("sde_diffusion", STOCHASTIC), ("sde_last", STOCHASTIC), ("tolerance", ("adaptive",))):
+            value, default = getattr(self, key), type(self).__dataclass_fields__[key].default
+            require(
+                value == default or self.solver in users,
+                f"{key}={value}: has no effect with sampler={self.solver}; leave it out, or use {' or '.join(users)}",
+            )
+        if self.solver == "adaptive":
+            for key in ("recompute", "cfg_steps"):
+                value = getattr(self, key)
+                require(value is None, f"{key}={value}: sampler=adaptive chooses its own steps; give {key}=null")
+        if isinstance(self.recompute, str):
+            parse_schedule(self.recompute, self.num_steps)
+        elif self.recompute is not None:
+            check_schedule(self.recompute, self.num_steps)
 
     def grid(self) -> list[float]:
-        """Return the times of the run, num_steps + 1 floats."""
+        """Return the times of the run, num_steps + 1 floats; of the adaptive solver only the ends."""
+        if self.solver == "adaptive":
+            return [0.0, 1.0]
         return time_grid(self.num_steps, self.last_step, self.timeshift)
 
+    def call_times(self) -> list[tuple[float, ...]]:
+        """Return, for each step, the times at which the solver calls the velocity."""
+        return call_times(self.solver, self.grid())
+
+    def guidance(self) -> Guidance:
+        """Return when and how strongly the velocity is guided."""
+        return Guidance(
+            self.cfg_scale, self.cfg_interval, None if self.cfg_steps is None else frozenset(self.cfg_steps)
+        )
+
     def schedule(self) -> list[int] | None:
-        """Return the steps at which the encoder runs, or None for every step."""
+        """Return the steps at which the encoder runs, or None for every step.
+
+        Raises UserError for a schedule that is fitted to a model or read from a file (`fitting.resolve_schedule`).
+        """
         if isinstance(self.recompute, str):
-            kind, _, every = self.recompute.partition(":")
-            if kind != "uniform" or not every.isdecimal():
-                raise UserError(f"recompute={self.recompute}: write uniform:5, a list of steps [0,5,10], or null")
-            return uniform_schedule(self.num_steps, int(every))
+            kind, number = parse_schedule(self.recompute, self.num_steps)
+            require(
+                kind not in (*FITTED, "file"),
+                f"recompute={self.recompute}: is fitted to a trained model, in sample.py; here give uniform:5, a list "
+                "of steps [0,5,10], or null",
+            )
+            return uniform_schedule(self.num_steps, number)
         return None if self.recompute is None else check_schedule(self.recompute, self.num_steps)
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments for `sample`."""
         return {**dataclasses.asdict(self), "recompute": self.schedule()}
 
@@ -80,6 +127,50 @@ def check_inputs(model: Denoiser, noise: Tensor, y: Tensor) -> None:
     require(len(noise) == len(y), f"noise has {len(noise)} rows and y has {len(y)}: give one class for each")
 
 
+def check_guide(model: Denoiser, guide: Denoiser) -> None:
+    """Raise UserError unless a guide speaks of the same latents and classes as the model."""
+    for name in ("in_channels", "num_classes"):
+        ours, theirs = getattr(model, name), getattr(guide, name)
+        require(
+            ours == theirs, f"guide: has {name}={theirs}, the model {ours}; give a weaker checkpoint of the same data"
+        )
+
+
+def step_draws(noise: Tensor, step_noise: Tensor | None, num_steps: int) -> Callable[[int], Tensor]:
+    """Return the function step → draws (B, C, H, W) of a stochastic solver, which asks for the steps in order.
+
+    They are step_noise (num_steps or num_steps − 1, B, C, H, W), or else come from one generator an image, seeded by
+    the image's starting noise (B, C, H, W): the same image on any device, in any batch.
+    Raises UserError for a step_noise of another shape.
+    """
+    if step_noise is not None:
+        rows = max(num_steps - 1, 0)
+        require(
+            step_noise.ndim == 5 and len(step_noise) in (rows, num_steps) and step_noise.shape[1:] == noise.shape,
+            f"step_noise has shape {tuple(step_noise.shape)}: expected ({rows} or {num_steps}, "
+            f"{', '.join(map(str, noise.shape))}); the last step draws none",
+        )
+        given = step_noise.to(noise.device, torch.float32)
+        return lambda step: given[step]
+    hashes = [hashlib.sha256(row.numpy().tobytes()).digest() for row in noise.float().cpu()]
+    generators = [torch.Generator().manual_seed(int.from_bytes(h[:4], "little")) for h in hashes]
+    return lambda step: torch.stack([torch.randn(noise.shape[1:], generator=g) for g in generators]).to(noise.device)
+
+
+def solve(
+    velocity_fn: VelocityFn, noise: Tensor, settings: SamplerSettings, step_noise: Tensor | None = None
+) -> Tensor:
+    """Walk the settings' grid with their solver from noise (B, C, H, W); return float32 latents (B, C, H, W)."""
+    noise = noise.float()
+    options: dict[str, Any] = {}
+    if settings.solver in STOCHASTIC:
+        draw = step_draws(noise, step_noise, settings.num_steps)
+        options = {"draw": draw, "diffusion": settings.sde_diffusion, "last": settings.sde_last}
+    elif settings.solver == "adaptive":
+        options = {"tolerance": settings.tolerance, "max_steps": settings.num_steps}
+    return SOLVERS[settings.solver](velocity_fn, noise, settings.grid(), **options)
+
+
 @torch.no_grad()
 def sample(
     model: Denoiser,
@@ -93,7 +184,14 @@ def sample(
     timeshift: float = 1.0,
     recompute: Sequence[int] | None = None,
     step_noise: Tensor | None = None,
-    calls: dict[str, int] | None = None,
+    *,
+    cfg_steps: Sequence[int] | None = None,
+    sde_diffusion: DiffusionName = "sigma",
+    sde_last: LastStep = "mean",
+    tolerance: float = 1e-3,
+    guide: Denoiser | None = None,
+    cache_bytes: float = CACHE_BYTES,
+    counts: dict[str, int] | None = None,
 ) -> Tensor:
     """Draw latents from noise; return float32 (B, C, H, W).
 
@@ -101,26 +199,42 @@ def sample(
         model: DDT, or with `recompute=None` also the undivided DiT.
         noise: (B, C, H, W) float32, standard normal.
         y: classes (B,) int64 on the same device.
-        solver: "euler". num_steps, last_step (None: 1/num_steps), timeshift: the time grid (`flow.time_grid`).
+        solver: a name of `solvers.SOLVERS`. num_steps, last_step (None: 1/num_steps), timeshift: the time grid
+            (`flow.time_grid`); "adaptive" has no grid, num_steps bounds its steps and tolerance their error.
         cfg_scale: strength of guidance, 1 is none. cfg_interval: times between which it acts, None is always.
+            cfg_steps: steps in which it acts, None is all.
         recompute: step indices at which the encoder runs, 0 among them; None is every step.
-        step_noise: draws (steps, B, C, H, W) of a stochastic solver; Euler takes none.
-        calls: a dict to which the network calls an image are added, as `encoder` and `decoder`.
+        step_noise: draws (steps, B, C, H, W) of a stochastic solver, the last step needs none; None draws them from the
+            starting noise (`step_draws`). sde_diffusion, sde_last: see `solvers.sde`.
+        guide: a weaker network of the same classes to guide away from (autoguidance); None guides away from the
+            unconditional velocity (classifier-free guidance).
+        cache_bytes: bound on the memory of the decoder's kept modulations, of each network; 0 keeps none. Only speed
+            depends on it.
+        counts: a dict to which the network calls an image are added (`GuidedVelocity.calls`), and in which
+            `cached_bytes` becomes the most memory that kept modulations have taken.
 
-    Deterministic; draws nothing, so the global random state stays; keeps the model's mode and gradients. Runs under the
-    caller's autocast; the solver's arithmetic stays float32. The defaults are the published sampler at 256 px.
-    Raises UserError for settings that make no sampler. Source: method.md 4.
+    Deterministic; the global random state stays; keeps the model's mode and gradients. Runs under the caller's
+    autocast; the solver's arithmetic stays float32. The defaults are the published sampler at 256 px.
+    Raises UserError for settings that make no sampler, or that would have no effect. Source: method.md 4.
     """
-    require(solver in SOLVERS, f"sampler={solver}: unknown solver, choose from {', '.join(SOLVERS)}")
-    require(step_noise is None, f"step_noise: the solver {solver} draws no noise; leave it out")
     require(
         not isinstance(recompute, str), f"recompute={recompute}: give the list of steps, as ddt.uniform_schedule does"
     )
+    settings = SamplerSettings(
+        solver, num_steps, cfg_scale, cfg_interval, cfg_steps, last_step, timeshift, recompute, sde_diffusion, sde_last,
+        tolerance,
+    )  # fmt: skip
+    require(step_noise is None or solver in STOCHASTIC, f"step_noise: the solver {solver} draws no noise; leave it out")
     check_inputs(model, noise, y)
-    grid = time_grid(num_steps, last_step, timeshift)
-    velocity = GuidedVelocity(model, y, grid, Guidance(cfg_scale, cfg_interval), recompute)
-    latents = SOLVERS[solver](velocity, noise.float(), grid)
-    if calls is not None:
-        calls["encoder"] = calls.get("encoder", 0) + velocity.encoder_calls
-        calls["decoder"] = calls.get("decoder", 0) + velocity.decoder_calls
+    if guide is not None:
+        require(cfg_scale != 1, "guide: has no effect with cfg_scale=1; choose another scale, or leave the guide out")
+        check_guide(model, guide)
+    velocity = GuidedVelocity(
+        model, y, settings.call_times(), settings.guidance(), settings.schedule(), guide, cache_bytes
+    )
+    latents = solve(velocity, noise, settings, step_noise)
+    if counts is not None:
+        for name, number in velocity.calls.items():
+            counts[name] = counts.get(name, 0) + number
+        counts["cached_bytes"] = max(counts.get("cached_bytes", 0), velocity.cached_bytes)
     return latents

@@ -64,18 +64,18 @@ def test_solver_calls_once_a_step_with_times_and_steps():
 def test_guidance_one_is_the_conditional_run_at_half_the_cost():
     model = small_ddt()
     x, _, y = inputs()
-    calls = {}
-    guided = ddt.sample(model, x, y, num_steps=4, cfg_scale=1.0, cfg_interval=None, calls=calls)
+    counts = {}
+    guided = ddt.sample(model, x, y, num_steps=4, cfg_scale=1.0, cfg_interval=None, counts=counts)
     grid = time_grid(4, 0.04)
     alone = euler(lambda x_t, t, step: model(x_t, torch.full((3,), t), y), x, grid)
     torch.testing.assert_close(guided, alone)
-    assert calls == {"encoder": 4, "decoder": 4}
+    assert counts == {"encoder": 4, "decoder": 4, "cached_bytes": 0}
 
 
 def test_guidance_combines_the_two_halves():
     model = small_ddt()
     x, _, y = inputs()
-    velocity = GuidedVelocity(model, y, [0.5, 1.0], Guidance(3.0, None))
+    velocity = GuidedVelocity(model, y, [(0.5,)], Guidance(3.0, None))
     t = torch.full((3,), 0.5)
     cond, uncond = model(x, t, y), model(x, t, torch.full_like(y, 5))
     torch.testing.assert_close(velocity(x, 0.5, 0), uncond + 3 * (cond - uncond))
@@ -94,11 +94,11 @@ def test_interval_is_strict_and_rounded_to_float32():
 
 def test_outside_the_interval_the_unconditional_half_does_not_run():
     x, _, y = inputs()
-    calls = {}
-    ddt.sample(small_ddt(), x, y, num_steps=10, cfg_interval=(0.3, 0.7), last_step=None, calls=calls)
+    counts = {}
+    ddt.sample(small_ddt(), x, y, num_steps=10, cfg_interval=(0.3, 0.7), last_step=None, counts=counts)
     guided = sum(Guidance(2.0, (0.3, 0.7)).active(t) for t in time_grid(10)[:-1])
     assert 0 < guided < 10
-    assert calls == {"encoder": 10 + guided, "decoder": 10 + guided}
+    assert counts == {"encoder": 10 + guided, "decoder": 10 + guided, "cached_bytes": 0}
 
 
 @pytest.mark.parametrize("interval", [None, (0.3, 1.0)])
@@ -116,7 +116,7 @@ def test_encoder_runs_at_the_steps_of_the_schedule_and_z_is_used_as_it_is():
     runs, decoded = [], []
     encode, decode = model.encode, model.decode
     model.encode = lambda x_t, t, y: runs.append((t[0].item(), len(y))) or encode(x_t, t, y)
-    model.decode = lambda x_t, z_t: decoded.append(z_t) or decode(x_t, z_t)
+    model.decode = lambda x_t, z_t, kept: decoded.append(z_t) or decode(x_t, z_t, kept)
     ddt.sample(model, x, y, num_steps=8, cfg_scale=2.0, cfg_interval=(0.5, 1.0), last_step=None, recompute=[0, 3, 6])
     grid = time_grid(8)
     assert [t for t, _ in runs] == [grid[0], grid[3], grid[6]]

@@ -1,0 +1,202 @@
+"""Fitting a recompute schedule to a model: statistics of a few template images, then the best schedule for a budget.
+
+Shapes: B batch of templates, C H W latent, N tokens, D width, T steps.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddt.errors import UserError, require
+from ddt.model import DDT, Denoiser
+from ddt.sampling import SamplerSettings, solve
+from ddt.schedules import FITTED, cheapest_segments, optimal_schedule, parse_schedule, read_schedule
+from ddt.sharing import GuidedVelocity, SharedNetwork
+
+Method = Literal["dp", "velocity"]
+TEMPLATES = 8  # of the release
+TEMPLATE_SEED = 2**32 - 1_000_000  # the templates' seeds count from here, far from those of a set
+GRAM_BYTES = 2**28  # bounds the float64 copy of z
+LONGEST = 8  # of a measured segment, in mean segments of the budget
+
+
+def templates(
+    model: Denoiser, shape: tuple[int, int, int], count: int, batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield noise (B, C, H, W) and classes (B,) of `count` template images, classes spread evenly over all."""
+    for start in range(0, count, batch_size):
+        chosen = range(start, min(start + batch_size, count))
+        generators = [torch.Generator().manual_seed(TEMPLATE_SEED + k) for k in chosen]
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        y = torch.tensor([k * model.num_classes // count for k in chosen])
+        yield noise.to(device), y.to(device)
+
+
+def trajectory(model: DDT, noise: Tensor, y: Tensor, settings: SamplerSettings) -> list[Tensor]:
+    """Sample at full cost; return the latents (B, C, H, W) at the start of each of the T steps."""
+    velocity = GuidedVelocity(model, y, settings.call_times(), settings.guidance())
+    x: list[Tensor] = []
+
+    def recording(x_t: Tensor, t: float, step: int) -> Tensor:
+        if len(x) == step:  # the first call of this step
+            x.append(x_t)
+        return velocity(x_t, t, step)
+
+    solve(recording, noise, settings)
+    return x
+
+
+@torch.no_grad()
+def z_similarity(model: DDT, noise: Tensor, y: Tensor, settings: SamplerSettings) -> np.ndarray:
+    """Return the cosine similarity of z between all pairs of steps, (T, T) float64.
+
+    Averaged over tokens and noise (B, C, H, W) of classes y (B,), conditional and unconditional half alike. Holds
+    T·2B·N·D numbers. Source: method.md 4.
+    """
+    labels = torch.cat([y, torch.full_like(y, model.num_classes)])
+    grid = settings.grid()
+    tokens = []
+    for x_t, t in zip(trajectory(model, noise, y, settings), grid[:-1], strict=True):
+        z = model.encode(x_t.repeat(2, 1, 1, 1), torch.full((len(labels),), t, device=x_t.device), labels)
+        tokens.append(z.flatten(0, 1))  # (2B·N, D)
+    steps, total = len(tokens), len(tokens[0])
+    gram = torch.zeros(steps, steps, dtype=torch.float64, device=noise.device)
+    at_once = max(1, GRAM_BYTES // (8 * steps * tokens[0].shape[1]))
+    for start in range(0, total, at_once):
+        z = torch.stack([z[start : start + at_once] for z in tokens]).double()  # (T, some, D)
+        unit = torch.nn.functional.normalize(z, dim=-1).flatten(1)
+        gram += unit @ unit.T
+    return (gram / total).cpu().numpy()
+
+
+@torch.no_grad()
+def velocity_error(model: DDT, noise: Tensor, y: Tensor, settings: SamplerSettings, longest: int) -> np.ndarray:
+    """Return how far sharing moves the image: entry [a, l] is `dt_l · rms(v(z_a) − v(z_l))`, (T, T) float64.
+
+    v is the guided velocity at step l of the run at full cost, decoded with the z of step a and with its own, averaged
+    over noise (B, C, H, W). Entries below the diagonal are 0; those further than `longest` steps from it are inf.
+    """
+    guidance, grid = settings.guidance(), settings.grid()
+    x = trajectory(model, noise, y, settings)
+    network = SharedNetwork(model, torch.cat([y, torch.full_like(y, model.num_classes)]), share=True)
+    steps = len(x)
+    error = np.triu(np.full((steps, steps), np.inf))
+    exact: dict[int, Tensor] = {}
+    for a in reversed(range(steps)):  # so that the exact velocity of every later step is known
+        network.encode(x[a], grid[a], copies=2, keep=True)
+        for step in range(a, min(a + longest, steps)):
+            guided = guidance.active(grid[step], step)
+            v = network.velocity(x[step], grid[step], 2 if guided else 1)
+            v = guidance.combine(*v.chunk(2)) if guided else v
+            if step == a:
+                exact[a] = v
+            rms = (v - exact[step]).square().mean(dim=(1, 2, 3)).sqrt().mean()
+            error[a, step] = (grid[step + 1] - grid[step]) * rms.item()
+    return np.where(np.tril(np.ones_like(error), -1) > 0, 0.0, error)
+
+
+def fit_schedule(
+    model: Denoiser,
+    shape: tuple[int, int, int],
+    settings: SamplerSettings,
+    method: Method,
+    budget: int,
+    device: torch.device,
+    num_templates: int = TEMPLATES,
+    batch_size: int = TEMPLATES,
+) -> dict[str, Any]:
+    """Choose the `budget` steps of a sampler at which the encoder should run, from `num_templates` template images.
+
+    method "dp" maximises the similarity of z within segments, as published; "velocity" minimises what sharing adds to
+    the velocity along the run (`velocity_error`). `shape` is that of a latent. Runs under the caller's autocast.
+
+    Returns the content of a schedule file: `recompute_steps`, `method`, `budget`, `time_grid`, `solver`, `guidance`,
+    `templates`, and the statistics (T, T). Raises UserError for a model without an encoder, and impossible numbers.
+    """
+    if not isinstance(model, DDT):
+        raise UserError(
+            f"recompute: {type(model).__name__} has no encoder to share: use recompute=null, or a DDT model"
+        )
+    require(settings.solver != "adaptive", "sampler=adaptive: chooses its own steps; fit a schedule to another sampler")
+    require(num_templates >= 1, f"templates={num_templates}: must be at least 1")
+    steps = settings.num_steps
+    require(1 <= budget <= steps, f"budget={budget}: must lie in 1..num_steps={steps}")
+    longest = min(steps, LONGEST * -(-steps // budget))
+    total = np.zeros((steps, steps))
+    with tqdm(total=num_templates, unit="img", desc=f"templates ({method})", mininterval=1.0) as progress:
+        for noise, y in templates(model, shape, num_templates, batch_size, device):
+            if method == "dp":
+                statistics = z_similarity(model, noise, y, settings)
+            else:
+                statistics = velocity_error(model, noise, y, settings, longest)
+            total += statistics * (len(y) / num_templates)
+            progress.update(len(y))
+    chosen = optimal_schedule(total, budget) if method == "dp" else cheapest_segments(total, budget)
+    rounded = [[float(f"{value:.8g}") if np.isfinite(value) else None for value in row] for row in total]
+    return {
+        "method": method,
+        "budget": budget,
+        "recompute_steps": chosen,
+        "solver": settings.solver,
+        "time_grid": settings.grid(),
+        "guidance": guidance_of(settings),
+        "templates": {"count": num_templates, "first_seed": TEMPLATE_SEED},
+        "similarity" if method == "dp" else "velocity_error": rounded,
+    }
+
+
+def guidance_of(settings: SamplerSettings) -> dict[str, Any]:
+    """Return the settings of guidance as they stand in a schedule file."""
+    interval, steps = settings.cfg_interval, settings.cfg_steps
+    return {
+        "cfg_scale": settings.cfg_scale,
+        "cfg_interval": None if interval is None else list(interval),
+        "cfg_steps": None if steps is None else list(steps),
+    }
+
+
+def check_fitted(content: dict[str, Any], settings: SamplerSettings, ema_sha256: str | None) -> list[str]:
+    """Compare a schedule file with the sampler that is to use it; return what differs without forbidding its use.
+
+    Raises UserError for another time grid.
+    """
+    name, grid = settings.recompute, settings.grid()
+    require(
+        content["time_grid"] == grid,
+        f"recompute={name}: was fitted to another time grid ({len(content['time_grid']) - 1} steps up to "
+        f"t = {content['time_grid'][-2]:.3f}, here {len(grid) - 1} up to {grid[-2]:.3f}): fit one to this sampler with "
+        "scripts/fit_sharing_schedule.py",
+    )
+    ours = {"solver": settings.solver, "guidance": guidance_of(settings), "ema_sha256": ema_sha256}
+    names = {"solver": "solver", "guidance": "guidance", "ema_sha256": "checkpoint"}
+    return [f"recompute={name}: was fitted to another {names[key]}" for key in ours if content.get(key) != ours[key]]
+
+
+def resolve_schedule(
+    model: Denoiser,
+    shape: tuple[int, int, int],
+    settings: SamplerSettings,
+    device: torch.device,
+    ema_sha256: str | None = None,
+) -> tuple[list[int] | None, list[str]]:
+    """Return the steps at which the encoder runs, whatever form `settings.recompute` has, and warnings in words.
+
+    "dp:50" and "velocity:50" are fitted here, to 8 templates. Raises UserError as `read_schedule` and `check_fitted`.
+    """
+    if not isinstance(settings.recompute, str):
+        return settings.schedule(), []
+    kind, number = parse_schedule(settings.recompute, settings.num_steps)
+    if kind == "file":
+        content = read_schedule(Path(settings.recompute))
+        return content["recompute_steps"], check_fitted(content, settings, ema_sha256)
+    if kind in FITTED:
+        plain = dataclasses.replace(settings, recompute=None)
+        content = fit_schedule(model, shape, plain, kind, number, device)  # type: ignore[arg-type]
+        return content["recompute_steps"], []
+    return settings.schedule(), []
