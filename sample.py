@@ -1,5 +1,7 @@
 """Sample from a run or checkpoint: `python sample.py ckpt=RUN_OR_CHECKPOINT [key=value …]`."""
 
+import logging
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,62 +12,102 @@ from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.config import check_arguments
 from ddt.errors import UserError, require
 from ddt.files import sha256
-from ddt.generation import image_set, sample_set
+from ddt.generation import Generator, sample_set
+from ddt.image_set import image_set
 from ddt.launch import launch
-from ddt.sampling import SamplerSettings
+from ddt.sampling import SamplerSettings, check_guide
+from ddt.schedules import parse_schedule, read_schedule
 from ddt.training import make_accelerator
+from scripts.convert_checkpoint import convert_published
 from scripts.entry import CONF, checked, entry_point
 
-SAMPLER_KEYS = ("num_steps", "cfg_scale", "cfg_interval", "last_step", "timeshift", "recompute")
+log = logging.getLogger(__name__)
+SAMPLER_KEYS = [key for key in SamplerSettings.__dataclass_fields__ if key != "solver"]
+ADAPTIVE_IGNORES = ("last_step", "timeshift")
+OTHER_KEYS = (
+    "ckpt", "out", "guide", "autoencoder", "dtype", "batch_size", "num_processes", "cache_gib", "png", "released",
+    "encoder_depth", "resolution", "reference", "inception_weights", "published",
+)  # fmt: skip
 
 
 def settings_of(
+    ckpt: str,
     out: str | None,
+    guide: str | None,
+    autoencoder: str,
     dtype: Literal["bf16", "fp32"] | None,
     batch_size: int,
     num_processes: int | None,
-    autoencoder: str,
+    cache_gib: float,
+    png: int | Literal["all"],
+    released: str | None,
+    encoder_depth: int | None,
+    resolution: int | None,
+    reference: str | None,
+    inception_weights: str | None,
+    published: dict[str, float] | None,
 ) -> None:
-    """Hold the types of the settings that belong to neither the set nor the sampler."""
+    """Refuse settings that belong to neither the set nor the sampler and cannot be."""
+    require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
+    require(cache_gib >= 0, f"cache_gib={cache_gib}: must be at least 0 (0 keeps no modulations)")
+    require(png == "all" or int(png) >= 0, f"png={png}: give a number of images, or all")
+    require(
+        released is not None or (encoder_depth is None and resolution is None),
+        "encoder_depth, resolution: describe a published checkpoint; give released= too, or leave them out",
+    )
+    for key, value in (("reference", reference), ("inception_weights", inception_weights)):
+        require(value is None or Path(value).is_file(), f"{key}={value}: no such file")
+    for key, value in (("inception_weights", inception_weights), ("published", published)):
+        require(value is None or reference is not None, f"{key}: has no effect without reference=; give both")
 
 
 def check(config: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `run` from the command line and the checkpoint's config; one line for each problem."""
+    """Return the sampler and the images from the command line and the checkpoint's config; one line for each
+    problem.
+    """
     chosen = {key: config[key] for key in SAMPLER_KEYS} | {"solver": config["sampler"]}
     chosen = {key: value for key, value in chosen.items() if value != "checkpoint"}
     sampler, problems = check_arguments(SamplerSettings, stored["sampler"] | chosen, "")
     given = {key: config[key] for key in ("num_samples", "classes", "seeds", "seed")}
     which, found = check_arguments(image_set, given, "")
     problems += found
-    others, found = check_arguments(
-        settings_of, {k: config[k] for k in ("out", "dtype", "batch_size", "num_processes", "autoencoder")}, ""
-    )
-    problems += found
     if problems:
         raise UserError("\n".join(line.replace("solver=", "sampler=") for line in problems))
-    require(others["batch_size"] >= 1, f"batch_size={others['batch_size']}: must be at least 1")
-    images = image_set(stored["network"]["num_classes"], **which)
-    return {"sampler": SamplerSettings(**sampler), "images": images, **others}
+    settings = SamplerSettings(**sampler)
+    for key in ADAPTIVE_IGNORES:
+        require(
+            settings.solver != "adaptive" or key not in chosen,
+            f"{key}={chosen.get(key)}: sampler=adaptive chooses its own steps; leave it out",
+        )
+    if isinstance(settings.recompute, str) and parse_schedule(settings.recompute, settings.num_steps)[0] == "file":
+        read_schedule(Path(settings.recompute))
+    return {"sampler": settings, "images": image_set(stored["network"]["num_classes"], **which)}
 
 
 def stored_autoencoder(stored: dict[str, Any], chosen: str) -> Autoencoder:
     """Return the autoencoder of a checkpoint, or the one chosen in its place.
 
-    Raises UserError where the checkpoint's is not there, or has other weights than in training.
+    Raises UserError where the checkpoint's is not there, or has other weights than in training, or other latents.
     """
     settings = stored["autoencoder"]
     if chosen != "checkpoint":
         require("source" in settings, f"autoencoder={chosen}: this model draws pixels; leave it out")
-        return build_autoencoder({**settings, "source": chosen, "revision": None})
-    try:
-        autoencoder = build_autoencoder(settings)
-    except UserError as error:
-        raise UserError(f"{error} (or sample with autoencoder=FOLDER)") from error
-    expected = stored.get("autoencoder_fingerprint")
+        autoencoder = build_autoencoder({**settings, "source": chosen, "revision": None})
+    else:
+        try:
+            autoencoder = build_autoencoder(settings)
+        except UserError as error:
+            raise UserError(f"{error} (or sample with autoencoder=FOLDER)") from error
+        expected = stored.get("autoencoder_fingerprint")
+        require(
+            expected in (None, autoencoder.fingerprint),
+            f"autoencoder.source={settings.get('source')}: holds other weights than the run was trained with; name the "
+            "right ones with autoencoder=, or choose these explicitly by autoencoder=THIS_SOURCE",
+        )
+    channels = autoencoder.latent_channels
     require(
-        expected in (None, autoencoder.fingerprint),
-        f"autoencoder.source={settings.get('source')}: holds other weights than the run was trained with; name the "
-        "right ones with autoencoder=, or choose these explicitly by autoencoder=THIS_SOURCE",
+        channels in (None, stored["latent_shape"][0]),
+        f"autoencoder: has {channels} latent channels, the model {stored['latent_shape'][0]}; choose the model's own",
     )
     return autoencoder
 
@@ -73,34 +115,75 @@ def stored_autoencoder(stored: dict[str, Any], chosen: str) -> Autoencoder:
 def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None:
     """Load the checkpoint and draw the set, on each process."""
     accelerator = make_accelerator("no")
+    device = accelerator.device
     autoencoder = stored_autoencoder(stored, arguments["autoencoder"])
+    model, guide = ckpt.load_model(folder), None
+    weights = {"ema_sha256": sha256(folder / "ema.safetensors"), "step": stored["step"]}
+    guide_weights = None
+    if arguments["guide"] is not None:
+        guide_folder = ckpt.find_checkpoint(arguments["guide"])
+        guide = ckpt.load_model(guide_folder)
+        check_guide(model, guide)
+        guide_weights = {
+            "ema_sha256": sha256(guide_folder / "ema.safetensors"),
+            "step": ckpt.read_config(guide_folder)["step"],
+        }
     sample_set(
-        model=ckpt.load_model(folder).to(accelerator.device),
-        autoencoder=autoencoder,
-        shape=tuple(stored["latent_shape"]),
+        Generator(
+            model=model.to(device),
+            autoencoder=autoencoder.to(device),
+            shape=tuple(stored["latent_shape"]),
+            settings=arguments["sampler"],
+            recompute=None,
+            dtype=arguments["dtype"] or ("bf16" if device.type == "cuda" else "fp32"),
+            device=device,
+            guide=None if guide is None else guide.to(device),
+            cache_bytes=arguments["cache_gib"] * 2**30,
+        ),
         images=arguments["images"],
-        settings=arguments["sampler"],
-        dtype=arguments["dtype"],
         batch_size=arguments["batch_size"],
-        out=Path(arguments["out"] or folder / "samples"),
+        out=arguments["out"],
         checkpoint={
-            "ema_sha256": sha256(folder / "ema.safetensors"),
-            "step": stored["step"],
+            **weights,
+            "weights": "EMA",
             "class_names": stored["class_names"],
             "autoencoder_sha256": autoencoder.fingerprint,
         },
         accelerator=accelerator,
+        guide=guide_weights,
+        png=arguments["png"],
     )
+
+
+def evaluate_set(arguments: dict[str, Any], out: Path) -> None:
+    """Evaluate the set in `out` as evaluate.py does, and lay the result beside the published numbers."""
+    from ddt.evaluation import compare, evaluate_with_inception
+
+    weights = arguments["inception_weights"]
+    metrics = evaluate_with_inception(
+        out, Path(arguments["reference"]), weights=None if weights is None else Path(weights), out=out
+    )
+    log.info("%s", compare(metrics, arguments["published"] or {}))
 
 
 @entry_point("sample", CONF / "sample")
 def main(cfg: DictConfig) -> None:
-    """Compose, check, sample."""
+    """Compose, check, sample, and evaluate where a reference is given."""
     config = checked(cfg)
-    folder = ckpt.find_checkpoint(str(config["ckpt"]))
+    others, problems = check_arguments(settings_of, {key: config[key] for key in OTHER_KEYS}, "")
+    if problems:
+        raise UserError("\n".join(problems))
+    settings_of(**others)
+    if others["released"] is not None and not Path(others["ckpt"]).exists():
+        require("RANK" not in os.environ, f"ckpt={others['ckpt']}: convert it first, by scripts/convert_checkpoint.py")
+        convert_published(others["released"], others["encoder_depth"], others["resolution"], Path(others["ckpt"]))
+    folder = ckpt.find_checkpoint(others["ckpt"])
     stored = ckpt.read_config(folder)
-    arguments = check(config, stored)
+    out = Path(others["out"] or folder / "samples")
+    arguments = {**others, **check(config, stored), "out": out}
     launch(run, arguments["num_processes"], folder, stored, arguments)
+    if arguments["reference"] is not None and os.environ.get("RANK", "0") == "0":
+        evaluate_set(arguments, out)
 
 
 if __name__ == "__main__":

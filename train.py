@@ -52,7 +52,9 @@ def check(config: dict[str, Any], run_dir: Path) -> None:
     settings = attempt(build, config["trainer"])
     if settings is not None and settings.num_processes is None:
         attempt(settings.micro_batches, default_processes())
-    attempt(build, config["sampler"], prefix="sampler.")
+    sampler = attempt(build, config["sampler"], prefix="sampler.")
+    if sampler is not None:
+        attempt(sampler.schedule, prefix="sampler.")
     with torch.device("meta"):
         network = attempt(build(config["model"]), in_channels=1, num_classes=1)
     attempt(build(config["objective"]), denoiser=network)

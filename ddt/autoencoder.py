@@ -33,6 +33,10 @@ class Autoencoder(Protocol):
     def fingerprint(self) -> str | None:
         """SHA-256 of the weights; None where there are none."""
 
+    @property
+    def latent_channels(self) -> int | None:
+        """Channels of the latents; None where they are those of the images."""
+
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         """Return (C, H, W) of the latents of images with `channels` channels and `image_size` pixels a side."""
 
@@ -73,6 +77,7 @@ class Identity:
 
     stochastic = False
     fingerprint = None
+    latent_channels = None
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         """Return (channels, image_size, image_size)."""
@@ -165,6 +170,11 @@ class DiffusersAutoencoder(abc.ABC):
         return weights_hash(self.network, shift=self.shift, scale=self.scale)
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.network.config.latent_channels)
+
+    @property
     def downsampling(self) -> int:
         """Pixels a side of a latent's cell: one halving between two levels."""
         return 2 ** (len(self.network.config[self.levels]) - 1)
@@ -204,15 +214,7 @@ class DiffusersAutoencoder(abc.ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return uint8 images (B, 3, H, W), `chunk_size` at a time, under the caller's autocast.
-
-        Raises UserError for latents of another number of channels.
-        """
-        channels = self.network.config.latent_channels
-        require(
-            latents.shape[1] == channels,
-            f"autoencoder: has {channels} latent channels, the model {latents.shape[1]}; choose the model's own",
-        )
+        """Return uint8 images (B, 3, H, W), `chunk_size` at a time, under the caller's autocast."""
         chunks = (latents / self.scale + self.shift).split(self.chunk_size)
         return torch.cat([to_uint8(self.network.decode(chunk).sample) for chunk in chunks])
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write plain values as indented JSON, whole or not at all."""
+    """Write plain values as indented JSON, a list of numbers or words on one line, whole or not at all."""
+    text = json.dumps(values, indent=2)
+    text = re.sub(r"\[\n([^\[\]{}]*)\n\s*\]", lambda match: "[" + re.sub(r"\n\s*", " ", match[1].strip()) + "]", text)
     temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    temporary.write_text(f"{text}\n")
     temporary.replace(path)
 
 

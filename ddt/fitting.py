@@ -3,10 +3,9 @@
 Shapes: B batch of templates, C H W latent, N tokens, D width, T steps.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +15,12 @@ from tqdm import tqdm
 from ddt.errors import UserError, require
 from ddt.model import DDT, Denoiser
 from ddt.sampling import SamplerSettings, solve
-from ddt.schedules import FITTED, cheapest_segments, optimal_schedule, parse_schedule, read_schedule
-from ddt.sharing import GuidedVelocity, SharedNetwork
+from ddt.schedules import optimal_schedule, parse_schedule, read_schedule
+from ddt.sharing import GuidedVelocity
 
-Method = Literal["dp", "velocity"]
 TEMPLATES = 8  # of the release
 TEMPLATE_SEED = 2**32 - 1_000_000  # the templates' seeds count from here, far from those of a set
 GRAM_BYTES = 2**28  # bounds the float64 copy of z
-LONGEST = 8  # of a measured segment, in mean segments of the budget
 
 
 def templates(
@@ -75,37 +72,10 @@ def z_similarity(model: DDT, noise: Tensor, y: Tensor, settings: SamplerSettings
     return (gram / total).cpu().numpy()
 
 
-@torch.no_grad()
-def velocity_error(model: DDT, noise: Tensor, y: Tensor, settings: SamplerSettings, longest: int) -> np.ndarray:
-    """Return how far sharing moves the image: entry [a, l] is `dt_l · rms(v(z_a) − v(z_l))`, (T, T) float64.
-
-    v is the guided velocity at step l of the run at full cost, decoded with the z of step a and with its own, averaged
-    over noise (B, C, H, W). Entries below the diagonal are 0; those further than `longest` steps from it are inf.
-    """
-    guidance, grid = settings.guidance(), settings.grid()
-    x = trajectory(model, noise, y, settings)
-    network = SharedNetwork(model, torch.cat([y, torch.full_like(y, model.num_classes)]), share=True)
-    steps = len(x)
-    error = np.triu(np.full((steps, steps), np.inf))
-    exact: dict[int, Tensor] = {}
-    for a in reversed(range(steps)):  # so that the exact velocity of every later step is known
-        network.encode(x[a], grid[a], copies=2, keep=True)
-        for step in range(a, min(a + longest, steps)):
-            guided = guidance.active(grid[step], step)
-            v = network.velocity(x[step], grid[step], 2 if guided else 1)
-            v = guidance.combine(*v.chunk(2)) if guided else v
-            if step == a:
-                exact[a] = v
-            rms = (v - exact[step]).square().mean(dim=(1, 2, 3)).sqrt().mean()
-            error[a, step] = (grid[step + 1] - grid[step]) * rms.item()
-    return np.where(np.tril(np.ones_like(error), -1) > 0, 0.0, error)
-
-
 def fit_schedule(
     model: Denoiser,
     shape: tuple[int, int, int],
     settings: SamplerSettings,
-    method: Method,
     budget: int,
     device: torch.device,
     num_templates: int = TEMPLATES,
@@ -113,11 +83,10 @@ def fit_schedule(
 ) -> dict[str, Any]:
     """Choose the `budget` steps of a sampler at which the encoder should run, from `num_templates` template images.
 
-    method "dp" maximises the similarity of z within segments, as published; "velocity" minimises what sharing adds to
-    the velocity along the run (`velocity_error`). `shape` is that of a latent. Runs under the caller's autocast.
+    `shape` is that of a latent. Runs under the caller's autocast. Source: method.md 4.
 
-    Returns the content of a schedule file: `recompute_steps`, `method`, `budget`, `time_grid`, `solver`, `guidance`,
-    `templates`, and the statistics (T, T). Raises UserError for a model without an encoder, and impossible numbers.
+    Returns the content of a schedule file: `recompute_steps`, `budget`, `time_grid`, `solver`, `guidance`, `templates`,
+    `similarity` (T, T). Raises UserError for a model without an encoder, and impossible numbers.
     """
     if not isinstance(model, DDT):
         raise UserError(
@@ -127,27 +96,19 @@ def fit_schedule(
     require(num_templates >= 1, f"templates={num_templates}: must be at least 1")
     steps = settings.num_steps
     require(1 <= budget <= steps, f"budget={budget}: must lie in 1..num_steps={steps}")
-    longest = min(steps, LONGEST * -(-steps // budget))
-    total = np.zeros((steps, steps))
-    with tqdm(total=num_templates, unit="img", desc=f"templates ({method})", mininterval=1.0) as progress:
+    similarity = np.zeros((steps, steps))
+    with tqdm(total=num_templates, unit="img", desc="templates", mininterval=1.0) as progress:
         for noise, y in templates(model, shape, num_templates, batch_size, device):
-            if method == "dp":
-                statistics = z_similarity(model, noise, y, settings)
-            else:
-                statistics = velocity_error(model, noise, y, settings, longest)
-            total += statistics * (len(y) / num_templates)
+            similarity += z_similarity(model, noise, y, settings) * (len(y) / num_templates)
             progress.update(len(y))
-    chosen = optimal_schedule(total, budget) if method == "dp" else cheapest_segments(total, budget)
-    rounded = [[float(f"{value:.8g}") if np.isfinite(value) else None for value in row] for row in total]
     return {
-        "method": method,
         "budget": budget,
-        "recompute_steps": chosen,
+        "recompute_steps": optimal_schedule(similarity, budget),
         "solver": settings.solver,
         "time_grid": settings.grid(),
         "guidance": guidance_of(settings),
         "templates": {"count": num_templates, "first_seed": TEMPLATE_SEED},
-        "similarity" if method == "dp" else "velocity_error": rounded,
+        "similarity": [[float(f"{value:.8g}") for value in row] for row in similarity],
     }
 
 
@@ -187,7 +148,7 @@ def resolve_schedule(
 ) -> tuple[list[int] | None, list[str]]:
     """Return the steps at which the encoder runs, whatever form `settings.recompute` has, and warnings in words.
 
-    "dp:50" and "velocity:50" are fitted here, to 8 templates. Raises UserError as `read_schedule` and `check_fitted`.
+    "dp:50" is fitted here, to 8 templates. Raises UserError as `read_schedule` and `check_fitted`.
     """
     if not isinstance(settings.recompute, str):
         return settings.schedule(), []
@@ -195,8 +156,7 @@ def resolve_schedule(
     if kind == "file":
         content = read_schedule(Path(settings.recompute))
         return content["recompute_steps"], check_fitted(content, settings, ema_sha256)
-    if kind in FITTED:
-        plain = dataclasses.replace(settings, recompute=None)
-        content = fit_schedule(model, shape, plain, kind, number, device)  # type: ignore[arg-type]
+    if kind == "dp":
+        content = fit_schedule(model, shape, settings, number, device)
         return content["recompute_steps"], []
     return settings.schedule(), []

@@ -59,6 +59,12 @@ def launch(function: Callable[..., None], num_processes: int | None, *args: Any)
     if num_processes is not None and num_processes < 1:
         raise UserError(f"num_processes={num_processes}: must be at least 1, or null for every visible GPU")
     if "RANK" in os.environ:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if num_processes not in (None, world):
+            raise UserError(
+                f"num_processes={num_processes}: {world} processes were launched already; leave it out, or start the "
+                "command without a launcher"
+            )
         function(*args)
         return
     num_processes = num_processes or default_processes()

@@ -15,10 +15,10 @@ from ddt.alignment import Target
 from ddt.autoencoder import Autoencoder
 from ddt.data import PREVIEW, draws, validation_batch
 from ddt.flow import TimeDistribution, interpolate, training_times
-from ddt.generation import image_grid, write_png
 from ddt.images import Images
 from ddt.model import Denoiser
 from ddt.objective import velocity_error
+from ddt.pictures import image_grid, write_png
 from ddt.sampling import SamplerSettings, sample
 
 MAX_VALIDATION_IMAGES = 2048

@@ -15,8 +15,8 @@ from ddt.errors import require
 from ddt.flow import time_grid
 from ddt.guidance import Guidance
 from ddt.model import Denoiser
-from ddt.schedules import FITTED, check_schedule, parse_schedule, uniform_schedule
-from ddt.sharing import CACHE_BYTES, GuidedVelocity
+from ddt.schedules import check_schedule, parse_schedule, uniform_schedule
+from ddt.sharing import CACHE_BYTES, MAX_FORECAST_ORDER, GuidedVelocity
 from ddt.solvers import DIFFUSIONS, SOLVERS, STOCHASTIC, DiffusionName, VelocityFn, call_times
 
 SolverName = Literal["euler", "heun", "midpoint", "adams2", "adams3", "adams4", "sde", "sde_preserve", "adaptive"]
@@ -28,7 +28,7 @@ class SamplerSettings:
     """How latents are drawn from noise; the same names as the arguments of `sample`.
 
     recompute: None (the encoder at every step), "uniform:5" (every 5th step), the list of step indices, or, where a
-    model is at hand to fit it to, "dp:50", "velocity:50" and the JSON file of a fitted schedule.
+    model is at hand to fit it to, "dp:50" and the JSON file of a fitted schedule.
     Raises UserError for values that make no sampler. Source: method.md 4.
     """
 
@@ -40,6 +40,7 @@ class SamplerSettings:
     last_step: float | None = 0.04
     timeshift: float = 1.0
     recompute: str | Sequence[int] | None = None
+    forecast_order: int = 0
     sde_diffusion: DiffusionName = "sigma"
     sde_last: LastStep = "mean"
     tolerance: float = 1e-3
@@ -66,6 +67,15 @@ class SamplerSettings:
             for key in ("recompute", "cfg_steps"):
                 value = getattr(self, key)
                 require(value is None, f"{key}={value}: sampler=adaptive chooses its own steps; give {key}=null")
+        orders = range(MAX_FORECAST_ORDER + 1)
+        require(
+            self.forecast_order in orders,
+            f"forecast_order={self.forecast_order}: choose from {', '.join(map(str, orders))}",
+        )
+        require(
+            self.forecast_order == 0 or self.recompute is not None,
+            f"forecast_order={self.forecast_order}: has no effect without recompute=, as in recompute=uniform:5",
+        )
         if isinstance(self.recompute, str):
             parse_schedule(self.recompute, self.num_steps)
         elif self.recompute is not None:
@@ -95,7 +105,7 @@ class SamplerSettings:
         if isinstance(self.recompute, str):
             kind, number = parse_schedule(self.recompute, self.num_steps)
             require(
-                kind not in (*FITTED, "file"),
+                kind == "uniform",
                 f"recompute={self.recompute}: is fitted to a trained model, in sample.py; here give uniform:5, a list "
                 "of steps [0,5,10], or null",
             )
@@ -186,6 +196,7 @@ def sample(
     step_noise: Tensor | None = None,
     *,
     cfg_steps: Sequence[int] | None = None,
+    forecast_order: int = 0,
     sde_diffusion: DiffusionName = "sigma",
     sde_last: LastStep = "mean",
     tolerance: float = 1e-3,
@@ -204,6 +215,8 @@ def sample(
         cfg_scale: strength of guidance, 1 is none. cfg_interval: times between which it acts, None is always.
             cfg_steps: steps in which it acts, None is all.
         recompute: step indices at which the encoder runs, 0 among them; None is every step.
+        forecast_order: what z is at the other steps: 0 the last one as it is, as published; 1 or 2 the line or parabola
+            through the last ones (`sharing.SharedNetwork`).
         step_noise: draws (steps, B, C, H, W) of a stochastic solver, the last step needs none; None draws them from the
             starting noise (`step_draws`). sde_diffusion, sde_last: see `solvers.sde`.
         guide: a weaker network of the same classes to guide away from (autoguidance); None guides away from the
@@ -221,8 +234,8 @@ def sample(
         not isinstance(recompute, str), f"recompute={recompute}: give the list of steps, as ddt.uniform_schedule does"
     )
     settings = SamplerSettings(
-        solver, num_steps, cfg_scale, cfg_interval, cfg_steps, last_step, timeshift, recompute, sde_diffusion, sde_last,
-        tolerance,
+        solver, num_steps, cfg_scale, cfg_interval, cfg_steps, last_step, timeshift, recompute, forecast_order,
+        sde_diffusion, sde_last, tolerance,
     )  # fmt: skip
     require(step_noise is None or solver in STOCHASTIC, f"step_noise: the solver {solver} draws no noise; leave it out")
     check_inputs(model, noise, y)
@@ -230,7 +243,7 @@ def sample(
         require(cfg_scale != 1, "guide: has no effect with cfg_scale=1; choose another scale, or leave the guide out")
         check_guide(model, guide)
     velocity = GuidedVelocity(
-        model, y, settings.call_times(), settings.guidance(), settings.schedule(), guide, cache_bytes
+        model, y, settings.call_times(), settings.guidance(), settings.schedule(), forecast_order, guide, cache_bytes
     )
     latents = solve(velocity, noise, settings, step_noise)
     if counts is not None:

@@ -15,8 +15,7 @@ from ddt.errors import UserError, require
 from ddt.files import write_json
 
 FORMAT_VERSION = 1
-FITTED = ("dp", "velocity")  # kinds of schedule that need a model
-FORMS = "write uniform:5, dp:50, velocity:50, a list of steps [0,5,10], a schedule file SOMETHING.json, or null"
+FORMS = "write uniform:5, dp:50, a list of steps [0,5,10], a schedule file SOMETHING.json, or null"
 
 
 def uniform_schedule(num_steps: int, every: int) -> list[int]:
@@ -42,27 +41,17 @@ def optimal_schedule(similarity: np.ndarray, budget: int) -> list[int]:
         f"similarity has shape {similarity.shape}: expected (N, N)",
     )
     require(bool(np.isfinite(similarity).all()), "similarity: holds values that are not finite")
-    return cheapest_segments(1 - similarity, budget)
-
-
-def cheapest_segments(error: np.ndarray, budget: int) -> list[int]:
-    """Return the `budget` segment starts with the least `Σ over segments [a, b) of Σ_l error[a, l]`, 0 the first.
-
-    error: (N, N) float64, entries l < a are not read; inf forbids. Raises UserError for a budget out of 1..N, or one
-    that inf leaves no way to keep.
-    """
-    num_steps = len(error)
+    num_steps = len(similarity)
     require(1 <= budget <= num_steps, f"budget={budget}: must lie in 1..{num_steps}, the number of steps")
     cost = np.full((num_steps, num_steps + 1), np.inf)  # cost[a, b] of the segment [a, b)
     for a in range(num_steps):
-        cost[a, a + 1 :] = np.cumsum(error[a, a:])
+        cost[a, a + 1 :] = np.cumsum(1 - similarity[a, a:])
     best = cost[0]  # best[b]: the least cost of the steps 0..b−1 in the segments so far
     choices = []  # for each further segment and b, where that segment starts
     for _ in range(budget - 1):
         through = best[:num_steps, None] + cost  # (start, end)
         choices.append(through.argmin(axis=0))
         best = through.min(axis=0)
-    require(bool(np.isfinite(best[num_steps])), f"budget={budget}: too few steps for the segments that were measured")
     starts = [num_steps]
     for choice in reversed(choices):
         starts.append(int(choice[starts[-1]]))
@@ -85,16 +74,16 @@ def check_schedule(recompute: Sequence[int], num_steps: int) -> list[int]:
 
 
 def parse_schedule(recompute: str, num_steps: int) -> tuple[str, int]:
-    """Return kind and number of a schedule written as `uniform:5`, `dp:50` or `velocity:50`; ("file", 0) for a file.
+    """Return kind and number of a schedule written as `uniform:5` or `dp:50`; ("file", 0) for a file.
 
     Raises UserError for anything else, and for a number that num_steps does not allow.
     """
     kind, _, number = recompute.partition(":")
     if recompute.endswith(".json"):
         return "file", 0
-    if kind not in ("uniform", *FITTED) or not number.isdecimal():
+    if kind not in ("uniform", "dp") or not number.isdecimal():
         raise UserError(f"recompute={recompute}: {FORMS}")
-    if kind in FITTED:
+    if kind == "dp":
         require(
             1 <= int(number) <= num_steps,
             f"recompute={recompute}: the encoder runs at 1..num_steps={num_steps} of the steps; choose such a number",

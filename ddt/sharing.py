@@ -4,8 +4,11 @@ Shapes: B batch, C H W latent, N tokens, D width. Source: method.md 4, "Sharing 
 """
 
 import itertools
+from collections import deque
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +17,33 @@ from ddt.guidance import Guidance
 from ddt.model import DDT, Denoiser
 from ddt.schedules import check_schedule
 
-CACHE_BYTES = 4 * 2**30  # modulations kept by default
+CACHE_BYTES = 4 * 2**30  # of modulations kept by default
+MAX_FORECAST_ORDER = 2
+
+
+class Encoded(NamedTuple):
+    """What one run of the encoder leaves behind."""
+
+    t: float
+    z: Tensor  # (n, N, D)
+    modulations: list[Tensor]  # (n, N, 6D) each, of the first decoder layers
+
+
+class Mixture(Sequence[Tensor]):
+    """Weighted sums of kept tensors, made when they are asked for, so that few of them lie in memory at once."""
+
+    def __init__(self, weights: np.ndarray, kept: Sequence[Sequence[Tensor]], n: int) -> None:
+        self.weights, self.kept, self.n = weights.tolist(), kept, n
+
+    def __len__(self) -> int:
+        return min(map(len, self.kept))
+
+    def __getitem__(self, i: Any) -> Any:
+        first, *others = zip(self.weights, self.kept, strict=True)
+        total = first[1][i][: self.n] * first[0]
+        for weight, tensors in others:
+            total.add_(tensors[i][: self.n], alpha=weight)
+        return total
 
 
 class SharedNetwork:
@@ -24,20 +53,30 @@ class SharedNetwork:
         model: a DDT, or with `share=False` any network `(x_t, t, y) → v`.
         labels: classes (n,) int64, conditional ones first; a call may ask for the first of them only.
         share: whether `encode` and `decode` are called apart.
+        forecast_order: what z is between two runs of the encoder. 0: the last z as it is, including the time embedding
+            it was made with (method.md 4). 1, 2: the polynomial in t through the last two or three z. The modulations
+            are linear in z, so theirs is the same polynomial, and kept ones still need no matrix product.
         cache_bytes: bound on the memory of kept modulations; what does not fit is computed at each call.
 
     `encoder_calls` and `decoder_calls` count evaluations of the network an image; `cached_bytes` is the most memory
     that kept modulations have taken.
     """
 
-    def __init__(self, model: Denoiser, labels: Tensor, share: bool, cache_bytes: float = CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        model: Denoiser,
+        labels: Tensor,
+        share: bool,
+        forecast_order: int = 0,
+        cache_bytes: float = CACHE_BYTES,
+    ) -> None:
         if share and not isinstance(model, DDT):
             raise UserError(
                 f"recompute: {type(model).__name__} has no encoder to share: use recompute=null, or a DDT model"
             )
-        self.model, self.labels, self.share, self.cache_bytes = model, labels, share, cache_bytes
-        self.z: Tensor | None = None  # (n, N, D)
-        self.modulations: list[Tensor] = []  # (n, N, 6D) each, of the first decoder layers
+        self.model, self.labels, self.share = model, labels, share
+        self.past: deque[Encoded] = deque(maxlen=forecast_order + 1)
+        self.cache_bytes = cache_bytes / (forecast_order + 1)  # of each run of the encoder
         self.encoder_calls = self.decoder_calls = self.cached_bytes = 0
 
     def _inputs(self, x_t: Tensor, t: float | Tensor, copies: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,15 +85,17 @@ class SharedNetwork:
             t = torch.full((len(x_t),), t, dtype=torch.float32, device=x_t.device)
         return x_t.repeat(copies, 1, 1, 1), t.float().repeat(copies), self.labels[: copies * len(x_t)]
 
-    def encode(self, x_t: Tensor, t: float | Tensor, copies: int, keep: bool) -> None:
+    def encode(self, x_t: Tensor, t: float, copies: int, keep: bool) -> None:
         """Compute z for `copies` times the batch; with `keep`, for several calls, the decoder's modulations too."""
         assert isinstance(self.model, DDT)
-        self.modulations = []  # freed before the next ones are made
-        self.z = self.model.encode(*self._inputs(x_t, t, copies))
+        if len(self.past) == self.past.maxlen:
+            self.past.popleft()  # freed before the next one is made
+        z = self.model.encode(*self._inputs(x_t, t, copies))
         self.encoder_calls += copies
-        if keep:
-            self.modulations = self.model.decoder.modulations(self.z, self.cache_bytes)
-            self.cached_bytes = max(self.cached_bytes, sum(m.nbytes for m in self.modulations))
+        modulations = self.model.decoder.modulations(z, self.cache_bytes) if keep else []
+        self.past.append(Encoded(t, z, modulations))
+        kept = sum(m.nbytes for encoded in self.past for m in encoded.modulations)
+        self.cached_bytes = max(self.cached_bytes, kept)
 
     def velocity(self, x_t: Tensor, t: float | Tensor, copies: int) -> Tensor:
         """Return float32 velocities (copies·B, C, H, W) of x_t (B, C, H, W), by the kept z where it is shared."""
@@ -63,10 +104,24 @@ class SharedNetwork:
             self.encoder_calls += copies
             return self.model(*self._inputs(x_t, t, copies)).float()
         assert isinstance(self.model, DDT)
-        assert self.z is not None, "a solver starts at step 0, where the encoder runs"
+        assert not isinstance(t, Tensor), "with a time for each image nothing is shared"
         n = copies * len(x_t)
-        modulations = [m[:n] for m in self.modulations]
-        return self.model.decode(x_t.repeat(copies, 1, 1, 1), self.z[:n], modulations).float()
+        past = [self.past[-1]]
+        if t != past[0].t:
+            known = itertools.takewhile(lambda encoded: len(encoded.z) >= n, reversed(self.past))
+            past = list(known)[::-1]
+        weights = extrapolation_weights([encoded.t for encoded in past], t)
+        modulations = Mixture(weights, [encoded.modulations for encoded in past], n)
+        whole = len(modulations) > len(self.model.decoder.blocks)  # then z itself is not read
+        z = past[-1].z[:n] if whole else Mixture(weights, [[encoded.z] for encoded in past], n)[0]
+        return self.model.decode(x_t.repeat(copies, 1, 1, 1), z, modulations).float()
+
+
+def extrapolation_weights(times: Sequence[float], t: float) -> np.ndarray:
+    """Return the values at t of the Lagrange polynomials through `times`, (len(times),); they add up to 1."""
+    nodes = np.array(times)
+    weights = [np.prod((t - np.delete(nodes, i)) / (node - np.delete(nodes, i))) for i, node in enumerate(nodes)]
+    return np.array(weights)
 
 
 class GuidedVelocity:
@@ -77,15 +132,15 @@ class GuidedVelocity:
         y: classes (B,) int64.
         times: for each step the times at which the solver calls (`solvers.call_times`).
         guidance: when and how strongly.
-        recompute: steps at which the encoder runs; None runs the whole network at every call. At the others the last z
-            is used as it is, including the time embedding it was made with.
+        recompute: steps at which the encoder runs; None runs the whole network at every call.
+        forecast_order, cache_bytes: see `SharedNetwork`; cache_bytes is the bound of each network.
         guide: the weaker network of autoguidance, asked for the same classes; None guides away from the unconditional
             velocity of `model` itself.
-        cache_bytes: bound on the memory of kept modulations, of each network.
 
     Without a guide, conditional and unconditional half run as one batch of 2B where a call is guided, and as B where
     not. At every call of a recompute step the encoder runs, at no call of another step; where the step's segment is
-    guided anywhere it runs for both halves. Source: method.md 4.
+    guided anywhere it runs for both halves, and so it does in the segments from which a guided one is forecast.
+    Source: method.md 4.
 
     Raises UserError for a schedule that is none, or one on a model without an encoder.
     """
@@ -97,21 +152,26 @@ class GuidedVelocity:
         times: Sequence[Sequence[float]],
         guidance: Guidance,
         recompute: Sequence[int] | None = None,
+        forecast_order: int = 0,
         guide: Denoiser | None = None,
         cache_bytes: float = CACHE_BYTES,
     ) -> None:
         self.guidance = guidance
         labels = y if guide else torch.cat([y, torch.full_like(y, model.num_classes)])
         share = recompute is not None
-        self.network = SharedNetwork(model, labels, share, cache_bytes)
+        self.network = SharedNetwork(model, labels, share, forecast_order, cache_bytes)
         share_guide = share and isinstance(guide, DDT)  # a guide without encoder runs whole
-        self.guide = SharedNetwork(guide, y, share_guide, cache_bytes) if guide else None
-        self.segments: dict[int, tuple[bool, bool]] = {}  # its first step -> is it guided anywhere, has it other steps
+        self.guide = SharedNetwork(guide, y, share_guide, forecast_order, cache_bytes) if guide else None
+        self.segments: dict[int, tuple[bool, bool]] = {}  # its first step -> both halves?, keep modulations?
         if recompute is not None:
             starts = check_schedule(recompute, len(times))
-            for start, end in itertools.pairwise([*starts, len(times)]):
-                guided = any(guidance.active(t, step) for step in range(start, end) for t in times[step])
-                self.segments[start] = guided, end - start > 1
+            ends = [*starts[1:], len(times)]
+            guided = [
+                any(guidance.active(t, step) for step in range(start, end) for t in times[step])
+                for start, end in zip(starts, ends, strict=True)
+            ]
+            for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+                self.segments[start] = any(guided[i : i + 1 + forecast_order]), end - start > 1 or forecast_order > 0
 
     def __call__(self, x_t: Tensor, t: float | Tensor, step: int) -> Tensor:
         """Return the float32 velocity (B, C, H, W) at x_t (B, C, H, W) and time t, in step `step`.
@@ -124,11 +184,11 @@ class GuidedVelocity:
             guided = bool(mask.any())
         else:
             guided = self.guidance.active(t, step)
-        if step in self.segments:
-            reaches, keep = self.segments[step]
-            self.network.encode(x_t, t, 2 if reaches and self.guide is None else 1, keep)
-            if self.guide is not None and self.guide.share and reaches:
-                self.guide.encode(x_t, t, 1, keep)
+            if step in self.segments:
+                reaches, keep = self.segments[step]
+                self.network.encode(x_t, t, 2 if reaches and self.guide is None else 1, keep)
+                if self.guide is not None and self.guide.share and reaches:
+                    self.guide.encode(x_t, t, 1, keep)
         if not guided:
             return self.network.velocity(x_t, t, 1)
         if self.guide is None:

@@ -74,7 +74,8 @@ def adams_weights(times: Sequence[float], t_next: float) -> np.ndarray:
 def adams(velocity_fn: VelocityFn, x: Tensor, grid: Sequence[float], order: int) -> Tensor:
     """Integrate by Adams–Bashforth of order 1..4 on the real grid, one call a step.
 
-    The order grows with the steps taken until it is reached. Source: method.md 4.
+    The order grows with the steps taken until it is reached, so on fields that are not flat at the start the first
+    steps bound the order of the whole to 2. Source: method.md 4.
     """
     velocities: deque[Tensor] = deque(maxlen=order)
     for step, (t, t_next) in enumerate(itertools.pairwise(grid)):

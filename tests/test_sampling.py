@@ -1,8 +1,10 @@
 """Solvers, guidance and encoder sharing."""
 
+import json
+
 import pytest
 import torch
-from conftest import inputs, small_ddt
+from conftest import GOLDEN, inputs, small_ddt
 
 import ddt
 from ddt.errors import UserError
@@ -12,13 +14,13 @@ from ddt.sampling import SamplerSettings
 from ddt.sharing import GuidedVelocity
 from ddt.solvers import euler
 
-EULER_RUNS = ["euler_plain", "euler_cfg", "euler_cfg_mid", "euler_edge", "euler_shift", "euler_share3"]
+CLOSE = {"adam3": 1e-4, "adam4": 1e-4}  # the release rounds their coefficients (tests/test_solvers.py); others 1e-5
 
 
-def golden_settings(case):
+def golden_settings(name, case, samplers):
     """Translate a golden run's settings; where the release names no interval, its own default is (0, 1)."""
     every = case.get("state_refresh_rate")
-    return dict(
+    settings = dict(
         num_steps=case["num_steps"],
         cfg_scale=case["guidance"],
         cfg_interval=(case.get("guidance_interval_min", 0.0), case.get("guidance_interval_max", 1.0)),
@@ -26,39 +28,29 @@ def golden_settings(case):
         timeshift=case.get("timeshift", 1.0),
         recompute=ddt.uniform_schedule(case["num_steps"], every) if every else None,
     )
+    if case.get("order", 1) > 1:
+        settings["solver"] = f"adams{case['order']}"
+    if name.startswith("sde"):  # sde_mean takes the mean at every step but the last: draws of zero
+        settings["solver"] = "sde_preserve" if name == "sde_preserve" else "sde"
+        settings["step_noise"] = samplers.get(f"{name}.draws", torch.zeros(11, *samplers["noise"].shape))
+        settings["sde_last"] = "mean" if "last_step_fn" in case else "euler"
+    if "recompute_timesteps" in case:  # found by the release from the template batch
+        similarity = samplers["dp_similarity"]
+        settings["recompute"] = ddt.optimal_schedule(similarity, len(case["recompute_timesteps"]))
+        assert settings["recompute"] == case["recompute_timesteps"]
+    return settings
 
 
-@pytest.mark.parametrize("name", EULER_RUNS)
+@pytest.mark.parametrize("name", json.loads((GOLDEN / "golden.json").read_text())["samplers"])
 def test_trajectories_are_those_of_the_release(name, tiny, golden, samplers):
-    latents = ddt.sample(tiny, samplers["noise"], samplers["cond"], **golden_settings(golden["samplers"][name]))
-    torch.testing.assert_close(latents, samplers[name], rtol=1e-4, atol=1e-5)
+    settings = golden_settings(name, golden["samplers"][name], samplers)
+    latents = ddt.sample(tiny, samplers["noise"], samplers["cond"], **settings)
+    torch.testing.assert_close(latents, samplers[name], rtol=1e-4, atol=CLOSE.get(name, 1e-5))
 
 
-def test_all_euler_runs_of_the_release_are_covered(golden):
-    assert [name for name in golden["samplers"] if name.startswith("euler")] == EULER_RUNS
-
-
-def test_euler_is_exact_on_constant_fields():
-    x = torch.randn(3, 2, dtype=torch.float64)
-    field = torch.randn(3, 2, dtype=torch.float64)
-    for grid in (time_grid(1), time_grid(7), time_grid(5, 0.04, 2.0)):
-        torch.testing.assert_close(euler(lambda x_t, t, step: field, x, grid), x + field)
-
-
-def test_euler_has_order_one():
-    """dx/dt = −x + t, with a known solution; halving the step halves the error."""
-    errors = []
-    for num_steps in (64, 128):
-        grid = [i / num_steps for i in range(num_steps + 1)]
-        end = euler(lambda x, t, step: t - x, torch.ones(1, dtype=torch.float64), grid)
-        errors.append(abs(end.item() - 2 * torch.exp(torch.tensor(-1.0, dtype=torch.float64)).item()))
-    assert 1.9 < errors[0] / errors[1] < 2.1
-
-
-def test_solver_calls_once_a_step_with_times_and_steps():
-    seen = []
-    euler(lambda x, t, step: seen.append((t, step)) or torch.zeros(1), torch.zeros(1), [0.0, 0.25, 0.75, 1.0])
-    assert seen == [(0.0, 0), (0.25, 1), (0.75, 2)]
+def test_the_time_grids_are_those_of_the_release(golden):
+    for case in golden["samplers"].values():
+        assert time_grid(case["num_steps"], case.get("last_step"), case.get("timeshift", 1.0)) == case["timesteps"]
 
 
 def test_guidance_one_is_the_conditional_run_at_half_the_cost():
@@ -127,12 +119,6 @@ def test_encoder_runs_at_the_steps_of_the_schedule_and_z_is_used_as_it_is():
     assert torch.equal(decoded[5][:3], decoded[4])
 
 
-def test_uniform_schedule():
-    assert ddt.uniform_schedule(7, 3) == [0, 3, 6]
-    assert ddt.uniform_schedule(5, 1) == [0, 1, 2, 3, 4]
-    assert SamplerSettings(num_steps=7, recompute="uniform:3").schedule() == [0, 3, 6]
-
-
 def test_sampling_is_deterministic_and_leaves_no_trace():
     model = small_ddt().train()
     x, t, y = inputs()
@@ -167,6 +153,15 @@ def test_an_image_does_not_depend_on_its_batch():
         ({"recompute": [0, 9], "num_steps": 4}, "step 9 does not exist"),
         ({"recompute": "often"}, "recompute=often: write uniform:5"),
         ({"recompute": "uniform:0"}, "must be at least 1"),
+        ({"recompute": "dp:251"}, "recompute=dp:251: the encoder runs at 1..num_steps=250"),
+        ({"cfg_steps": [3, 250]}, r"cfg_steps=\[250\]: steps are 0..249"),
+        ({"sde_last": "euler"}, "sde_last=euler: has no effect with sampler=euler; leave it out, or use sde or"),
+        ({"sde_diffusion": "constant", "solver": "heun"}, "sde_diffusion=constant: has no effect with sampler=heun"),
+        ({"sde_diffusion": "much", "solver": "sde"}, "sde_diffusion=much: unknown schedule, choose from sigma"),
+        ({"tolerance": 0.1}, "tolerance=0.1: has no effect with sampler=euler; leave it out, or use adaptive"),
+        ({"tolerance": 0.0, "solver": "adaptive"}, "tolerance=0.0: must be above 0"),
+        ({"solver": "adaptive", "recompute": "uniform:5"}, "recompute=uniform:5: sampler=adaptive chooses its own"),
+        ({"solver": "adaptive", "cfg_steps": [0]}, r"cfg_steps=\[0\]: sampler=adaptive chooses its own steps"),
         ({"num_steps": 0}, "num_steps=0"),
     ],
 )
@@ -189,3 +184,83 @@ def test_noise_and_classes_must_agree():
         ddt.sample(small_ddt(), x, y, recompute="uniform:2")
     with pytest.raises(UserError, match="noise has 3 rows and y has 2"):
         ddt.sample(small_ddt(), x, y[:2])
+    with pytest.raises(UserError, match=r"step_noise has shape \(3, 2, 8, 8\): expected \(3 or 4, 3, 2, 8, 8\)"):
+        ddt.sample(small_ddt(), x, y, solver="sde", num_steps=4, step_noise=x)
+    with pytest.raises(UserError, match="guide: has no effect with cfg_scale=1"):
+        ddt.sample(small_ddt(), x, y, cfg_scale=1.0, guide=small_ddt())
+    with pytest.raises(UserError, match="guide: has num_classes=4, the model 5"):
+        ddt.sample(small_ddt(), x, y, guide=small_ddt(num_classes=4))
+
+
+def test_stochastic_draws_belong_to_the_image_not_to_the_batch():
+    model = small_ddt()
+    x, _, y = inputs(batch=5)
+    state = torch.get_rng_state()
+    settings = dict(solver="sde", num_steps=6, cfg_interval=None)
+    together = ddt.sample(model, x, y, **settings)
+    assert torch.equal(together, ddt.sample(model, x, y, **settings))
+    apart = torch.cat([ddt.sample(model, x[k : k + 1], y[k : k + 1], **settings) for k in range(5)])
+    torch.testing.assert_close(apart, together)
+    assert torch.equal(torch.get_rng_state(), state)
+    still = ddt.sample(model, x, y, **settings, step_noise=torch.zeros(5, *x.shape))
+    assert (together - still).abs().mean() > 0.1
+
+
+def test_adaptive_sampling_agrees_with_many_small_steps_and_knows_no_batch():
+    model = small_ddt()
+    x, _, y = inputs(batch=4)
+    exact = ddt.sample(model, x, y, num_steps=400, cfg_scale=1.5, cfg_interval=None, last_step=None, solver="adams4")
+    counts = {}
+    settings = dict(solver="adaptive", cfg_scale=1.5, cfg_interval=None, tolerance=1e-5)
+    ours = ddt.sample(model, x, y, counts=counts, **settings)
+    torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-3)
+    assert 0 < counts["encoder"] == counts["decoder"] < 400
+    alone = ddt.sample(model, x[1:2], y[1:2], **settings)
+    torch.testing.assert_close(alone, ours[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_adaptive_guides_each_image_by_its_own_time():
+    """While one image is inside the interval and another outside, each gets its own velocity."""
+    model = small_ddt()
+    x, _, y = inputs()
+    velocity = GuidedVelocity(model, y, [(0.0,)], Guidance(3.0, (0.3, 0.7)))
+    t = torch.tensor([0.2, 0.5, 0.9])
+    cond, uncond = model(x, t, y), model(x, t, torch.full_like(y, 5))
+    expected = cond.clone()
+    expected[1] = uncond[1] + 3 * (cond[1] - uncond[1])
+    torch.testing.assert_close(velocity(x, t, 0), expected)
+    assert velocity.calls == {"encoder": 2, "decoder": 2}
+    velocity(x, torch.full((3,), 0.1), 0)
+    assert velocity.calls == {"encoder": 3, "decoder": 3}
+
+
+def test_guidance_on_chosen_steps():
+    x, _, y = inputs()
+    model, counts = small_ddt(), {}
+    settings = dict(num_steps=6, cfg_interval=None, last_step=None)
+    some = ddt.sample(model, x, y, cfg_steps=[1, 4], counts=counts, **settings)
+    assert counts["decoder"] == 6 + 2
+    everywhere = ddt.sample(model, x, y, cfg_steps=range(6), **settings)
+    torch.testing.assert_close(everywhere, ddt.sample(model, x, y, **settings))
+    assert not torch.allclose(some, everywhere, atol=1e-3)
+
+
+def test_autoguidance_leads_away_from_the_weaker_network():
+    model, weaker = small_ddt(), small_ddt(depth=2, encoder_depth=1)
+    x, _, y = inputs()
+    counts = {}
+    settings = dict(num_steps=5, cfg_scale=2.0, cfg_interval=(0.3, 1.0), last_step=None)
+    ours = ddt.sample(model, x, y, guide=weaker, counts=counts, **settings)
+
+    def velocity(x_t, t, step):
+        times = torch.full((3,), t)
+        v, v_weak = model(x_t, times, y), weaker(x_t, times, y)
+        return v_weak + 2 * (v - v_weak) if 0.3 < t < 1 else v
+
+    torch.testing.assert_close(ours, euler(velocity, x, time_grid(5)))
+    assert counts == {"encoder": 5, "decoder": 5, "guide_encoder": 3, "guide_decoder": 3, "cached_bytes": 0}
+    shared = {}
+    ddt.sample(model, x, y, guide=weaker, recompute=[0, 2, 4], counts=shared, **settings)
+    assert (shared["encoder"], shared["guide_encoder"], shared["guide_decoder"]) == (3, 2, 3)
+    same = ddt.sample(model, x, y, guide=model, **settings)
+    torch.testing.assert_close(same, ddt.sample(model, x, y, **settings | {"cfg_scale": 1.0}))
