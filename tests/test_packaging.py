@@ -35,11 +35,16 @@ def test_every_import_is_a_declared_dependency():
     aliases |= {"huggingface_hub": "huggingface-hub"}
     declared = {re.split(r"[<>=\[]", d)[0] for d in PYPROJECT["project"]["dependencies"]}
     used = set()
-    for path in [*ROOT.glob("*.py"), *(ROOT / "ddt").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *(ROOT / "ddt").rglob("*.py"),
+        *(ROOT / "scripts").glob("*.py"),
+        *(ROOT / "benchmarks").glob("*.py"),
+    ]:
         used |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
     import sys
 
-    used -= set(sys.stdlib_module_names) | {"ddt", "scripts", "a", "train"}
+    used -= set(sys.stdlib_module_names) | {"ddt", "scripts", "benchmarks", "a", "train"}
     assert {aliases.get(name, name) for name in used} <= declared
 
 

@@ -1,0 +1,126 @@
+"""What the network and sampling cost, counted in multiply-accumulates (MAC) and not measured.
+
+Convention: every matrix product, every convolution (padding included) and both products of attention count, the two
+linears of the time embedding among them. What works element by element does not (norms, rotations, gates, softmax,
+guidance, the solver's arithmetic), nor does the look-up of a class. One MAC is two floating-point operations.
+Shapes: H W latent size, p patch size, N = H·W/p² tokens, D width. Source: method.md 2 and 4.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ddt.errors import require
+from ddt.layers import Attention
+from ddt.model import DDT, BlockStack, Denoiser
+from ddt.sampling import SamplerSettings
+from ddt.sharing import GuidedVelocity
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkMacs:
+    """MACs of one forward for one image. modulations: the part of `decoder` that is the same as long as z is."""
+
+    encoder: int
+    decoder: int
+    modulations: int
+
+    @property
+    def total(self) -> int:
+        """MACs of encoder and decoder together."""
+        return self.encoder + self.decoder
+
+
+def weight_macs(modules: Iterable[nn.Module]) -> int:
+    """Return the MACs of all linears and convolutions in `modules` for one position: as many as they have weights."""
+    layers = [layer for module in modules for layer in module.modules()]
+    return sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear | nn.Conv2d))
+
+
+def parts(stack: BlockStack, name: str) -> list[nn.Module]:
+    """Return the module `name` of each block."""
+    return [block.get_submodule(name) for block in stack.blocks]
+
+
+def modulation_weights(stack: BlockStack) -> int:
+    """Return the MACs of the modulations of all blocks for one conditioning vector."""
+    return weight_macs(parts(stack, "adaln"))
+
+
+def stack_macs(stack: BlockStack, tokens: int) -> int:
+    """Return the MACs of input projection and blocks without their modulations, for one image of N = `tokens`."""
+    mixers = parts(stack, "mixer")
+    weights = weight_macs([stack.input, *mixers, *parts(stack, "mlp")])
+    # q·k and weights·v: N·N·d a head each, so N·N·D over all heads
+    products = sum(2 * tokens**2 * mixer.qkv.in_features for mixer in mixers if isinstance(mixer, Attention))
+    return tokens * weights + products
+
+
+def network_macs(model: Denoiser, height: int, width: int) -> NetworkMacs:
+    """Count the MACs of one forward for one image, latents (C, height, width).
+
+    Reads shapes only, so the model may lie on the meta device. Of the undivided DiT everything is `decoder` and no part
+    of it `modulations`, for they change with the time. Raises UserError where the patch size does not divide the
+    latent. Source: method.md 2, last column of the table.
+    """
+    p = (model.decoder if isinstance(model, DDT) else model).patch_size
+    require(
+        height > 0 and width > 0 and height % p == 0 and width % p == 0,
+        f"model.patch_size={p} does not divide the latent size {height}×{width}",
+    )
+    tokens = (height // p) * (width // p)
+    if not isinstance(model, DDT):  # one conditioning vector an image, for the output layer too
+        once = weight_macs([model.t_embedder, model.output.adaln]) + modulation_weights(model)
+        return NetworkMacs(0, stack_macs(model, tokens) + tokens * weight_macs([model.output.linear]) + once, 0)
+    encoder, decoder = model.encoder, model.decoder
+    modulations = tokens * (modulation_weights(decoder) + weight_macs([decoder.output.adaln]))
+    return NetworkMacs(
+        encoder=stack_macs(encoder, tokens) + modulation_weights(encoder) + weight_macs([encoder.t_embedder]),
+        decoder=stack_macs(decoder, tokens) + tokens * weight_macs([decoder.output.linear]) + modulations,
+        modulations=modulations,
+    )
+
+
+def sampling_macs(
+    model: Denoiser,
+    height: int,
+    width: int,
+    settings: SamplerSettings,
+    cached: bool = True,
+    skip_unconditional: bool = True,
+) -> int:
+    """Count the MACs of drawing one image, latents (C, height, width), with `ddt.sample` and without a guide.
+
+    Args:
+        settings: the sampler; its schedule must be a list of steps, `uniform:…` or None.
+        cached: the decoder's modulations are computed where z is, if other steps use it too (`cache_bytes` large
+            enough for all of them); False computes them at each decoding.
+        skip_unconditional: the unconditional half runs only where it is needed; False runs both halves at every
+            call, as the release does.
+
+    Raises UserError for the adaptive solver, whose calls nobody knows beforehand, for a schedule that is fitted to a
+    model, and for one on a model without an encoder. Source: method.md 4; `sharing.GuidedVelocity`.
+    """
+    require(
+        settings.solver != "adaptive",
+        "sampler=adaptive: chooses its own steps, so their cost cannot be told beforehand",
+    )
+    network, times, guidance = network_macs(model, height, width), settings.call_times(), settings.guidance()
+    schedule = settings.schedule()
+    # the segments as sampling itself sees them; the class plays no part
+    segments = GuidedVelocity(model, torch.zeros(1, dtype=torch.long), times, guidance, schedule).segments
+    total, kept = 0, False
+    for step, calls in enumerate(times):
+        reaches, several = segments.get(step, (False, False))
+        if step in segments:
+            kept = cached and several
+        for t in calls:
+            if schedule is None or step in segments:
+                guided = guidance.active(t, step) if schedule is None else reaches
+                halves = 2 if guided or not skip_unconditional else 1
+                total += halves * (network.encoder + (network.modulations if kept else 0))
+            halves = 2 if guidance.active(t, step) or not skip_unconditional else 1
+            total += halves * (network.decoder - (network.modulations if kept else 0))
+    return total
