@@ -110,7 +110,8 @@ def sampling_macs(
     network, times, guidance = network_macs(model, height, width), settings.call_times(), settings.guidance()
     schedule = settings.schedule()
     # the segments as sampling itself sees them; the class plays no part
-    segments = GuidedVelocity(model, torch.zeros(1, dtype=torch.long), times, guidance, schedule).segments
+    y = torch.zeros(1, dtype=torch.long)
+    segments = GuidedVelocity(model, y, times, guidance, schedule, settings.forecast_order).segments
     total, kept = 0, False
     for step, calls in enumerate(times):
         reaches, several = segments.get(step, (False, False))

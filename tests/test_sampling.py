@@ -93,32 +93,6 @@ def test_outside_the_interval_the_unconditional_half_does_not_run():
     assert counts == {"encoder": 10 + guided, "decoder": 10 + guided, "cached_bytes": 0}
 
 
-@pytest.mark.parametrize("interval", [None, (0.3, 1.0)])
-def test_recomputing_at_every_step_is_no_sharing(interval):
-    x, _, y = inputs()
-    model = small_ddt()
-    plain = ddt.sample(model, x, y, num_steps=6, cfg_interval=interval)
-    shared = ddt.sample(model, x, y, num_steps=6, cfg_interval=interval, recompute=list(range(6)))
-    torch.testing.assert_close(plain, shared)
-
-
-def test_encoder_runs_at_the_steps_of_the_schedule_and_z_is_used_as_it_is():
-    model = small_ddt()
-    x, _, y = inputs()
-    runs, decoded = [], []
-    encode, decode = model.encode, model.decode
-    model.encode = lambda x_t, t, y: runs.append((t[0].item(), len(y))) or encode(x_t, t, y)
-    model.decode = lambda x_t, z_t, kept: decoded.append(z_t) or decode(x_t, z_t, kept)
-    ddt.sample(model, x, y, num_steps=8, cfg_scale=2.0, cfg_interval=(0.5, 1.0), last_step=None, recompute=[0, 3, 6])
-    grid = time_grid(8)
-    assert [t for t, _ in runs] == [grid[0], grid[3], grid[6]]
-    # steps 5, 6, 7 are guided: the segment 0..2 never is, 3..5 reaches into the interval, 6..7 lies in it
-    assert [n for _, n in runs] == [3, 6, 6]
-    assert [len(z) for z in decoded] == [3, 3, 3, 3, 3, 6, 6, 6]
-    assert torch.equal(decoded[3], decoded[4])
-    assert torch.equal(decoded[5][:3], decoded[4])
-
-
 def test_sampling_is_deterministic_and_leaves_no_trace():
     model = small_ddt().train()
     x, t, y = inputs()
