@@ -17,9 +17,9 @@ from ddt.images import Images
 from ddt.metrics.adm import adm_metrics
 from ddt.metrics.comparison import compare, obstacles, order_matters, order_warning
 from ddt.metrics.features import ClassifierFeatures, batches
+from ddt.metrics.folder import open_images
 from ddt.metrics.inception import RESIZE, InceptionFeatures, extract, find_weights
 from ddt.metrics.metrics import accuracy, frechet_distance, nearest_distances
-from ddt.metrics.npz import NpzImages, npz_path
 from ddt.metrics.precision_recall import PrDtype
 from ddt.metrics.reference import read_reference
 from ddt.metrics.statistics import Moments
@@ -140,24 +140,25 @@ def evaluate_with_inception(
         inception_score_shuffled  the same of shuffled images: what the score should be
         precision, recall         of 3 nearest neighbours in pool features, in the arithmetic pr_dtype
 
-    `samples` and `reference` are npz files or folders that hold a samples.npz; `weights` is torch-fidelity's .pth
-    file, None its download. A metric that the input does not allow is None and `reasons` says why; `comparable` and
-    `not_comparable_because` tell whether the numbers may stand beside published ones.
+    `samples` and `reference` are npz files, folders that hold a samples.npz, or folders of PNG or JPEG images;
+    `weights` is torch-fidelity's .pth file, None its download. A metric that the input does not allow is None and
+    `reasons` says why; `comparable` and `not_comparable_because` tell whether the numbers may stand beside published
+    ones.
 
     Raises UserError for wrong files and an `out` that holds another evaluation.
     """
     import torch_fidelity
 
-    images = NpzImages(npz_path(samples, "samples"), "samples")
+    images = open_images(samples, "samples")
     require(len(images) >= 2, f"samples={images.path}: holds one image; statistics need at least 2")
     base = read_reference(reference)
     sampling = sampling_receipt(images.path)
     weights = find_weights(weights)
     inputs = {
-        "samples": {"path": str(images.path), "sha256": sha256(images.path), "count": len(images)},
+        "samples": {"path": str(images.path), "sha256": images.sha256, "count": len(images)},
         "reference": {
             "path": str(base.path),
-            "sha256": sha256(base.path),
+            "sha256": base.sha256,
             "count": None if base.images is None else len(base.images),
             "statistics": base.source,
         },

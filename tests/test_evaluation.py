@@ -205,7 +205,7 @@ def test_the_command_computes_adms_metrics(inception_run):
     receipt = metrics["receipt"]
     assert receipt["samples"]["path"] == str(folder / "samples.npz")
     assert (receipt["samples"]["count"], receipt["reference"]["count"]) == (24, 24)
-    assert receipt["reference"]["statistics"] == "computed from arr_0"
+    assert receipt["reference"]["statistics"] == "computed from its images"
     assert receipt["features"]["pr_dtype"] == "float16"
     hashes = [receipt["samples"], receipt["reference"], receipt["features"]["weights"]]
     assert all(len(entry["sha256"]) == 64 for entry in hashes)

@@ -8,11 +8,12 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, picture
 
 from ddt.errors import UserError
 from ddt.metrics.adm import adm_metrics
 from ddt.metrics.comparison import compare, obstacles
+from ddt.metrics.folder import FolderImages, open_images
 from ddt.metrics.inception import FeatureSet, InceptionFeatures, exact_arithmetic, find_weights, load_network
 from ddt.metrics.metrics import frechet_distance, inception_score
 from ddt.metrics.npz import NpzImages
@@ -107,10 +108,11 @@ def test_distances_round_as_adms():
     assert torch.equal(half, half.half().float())
     assert 1 < (half - single).abs().max() < 4
     np.testing.assert_allclose(single, torch.cdist(ref.double(), gen.double()).square(), rtol=1e-4)
-    rng = np.random.default_rng(0)
-    far = [(20 + 1e-3 * rng.standard_normal((30, 4))).astype(np.float32) for _ in range(2)]
-    assert precision_recall(*far) == precision_recall(*far, "float16") == (1, 1)  # every distance is rounded away
-    assert precision_recall(far[0], far[1] + np.float32(0.02), "float32") == (0, 0)
+    near = 16 + np.random.default_rng(0).integers(0, 3, (30, 4)).astype(np.float32) / 64
+    far = near + np.float32(0.25)  # squared distances of 0.25 between squared norms of 1024, where float16 steps by 1
+    assert precision_recall(near, far, "float32") == (0, 0)
+    assert min(precision_recall(near, far, "float16")) > 0.5
+    assert precision_recall(near, far) == precision_recall(near, far, "float16")
 
 
 def test_overflow_is_taken_in_float32_block_by_block():
@@ -193,6 +195,35 @@ def test_damaged_images_are_named(tmp_path):
         list(NpzImages(tmp_path / "short.npz", "samples").batches(4))
 
 
+def test_folders_of_images(tmp_path):
+    for k in (10, 2, 1):
+        picture(k, 8, 6).save(tmp_path / f"{k:03d}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    folder = open_images(tmp_path, "samples")
+    assert (len(folder), folder.size) == (3, (6, 8))
+    batches = list(folder.batches(2))
+    assert [len(batch) for batch in batches] == [2, 1]
+    assert np.array_equal(np.concatenate(batches), [np.asarray(picture(k, 8, 6)) for k in (1, 2, 10)])
+    digest = folder.sha256
+    reference = read_reference(tmp_path)
+    assert (reference.pool, reference.sha256, reference.source) == (None, digest, "computed from its images")
+    picture(3, 8, 6).save(tmp_path / "010.png")
+    assert folder.sha256 != digest
+    whole = (tmp_path / "010.png").read_bytes()
+    (tmp_path / "010.png").write_bytes(whole[:-60])
+    with pytest.raises(UserError, match=r"^samples=.*010.png: damaged"):
+        list(open_images(tmp_path, "samples").batches(2))
+    for content, message in ((picture(3, 9, 6), "is 9×6 px, 001.png 8×6"), (picture(3, 8, 6).convert("L"), "mode L")):
+        content.save(tmp_path / "010.png")
+        with pytest.raises(UserError, match=rf"^samples=.*010.png: .*{message}"):
+            FolderImages(tmp_path, "samples")
+    (tmp_path / "010.png").write_text("no image")
+    with pytest.raises(UserError, match=r"^samples=.*010.png: damaged or no image"):
+        FolderImages(tmp_path, "samples")
+    image_file(tmp_path / "samples.npz", arr_0=np.zeros((2, 8, 8, 3), dtype=np.uint8))
+    assert isinstance(open_images(tmp_path, "samples"), NpzImages)
+
+
 def test_reference_files(tmp_path):
     images = np.zeros((3, 8, 8, 3), dtype=np.uint8)
     mean, covariance = np.ones(NUM_POOL, dtype=np.float32), np.eye(NUM_POOL, dtype=np.float32)
@@ -210,7 +241,7 @@ def test_reference_files(tmp_path):
     assert alone.images is alone.spatial is None
     pictures = read(arr_0=images)
     assert pictures.pool is None
-    assert pictures.source == "computed from arr_0"
+    assert pictures.source == "computed from its images"
     assert len(read_reference(image_file(tmp_path / "samples.npz", arr_0=images).parent).images) == 3
     covariance[3, 3] = np.nan
     wrong = {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddt.errors import UserError, first_line, require
-from ddt.metrics.npz import NpzImages
+from ddt.metrics.folder import ImageSource
 from ddt.metrics.reference import NUM_POOL, NUM_SPATIAL
 from ddt.metrics.statistics import Moments
 
@@ -57,7 +57,6 @@ def find_weights(weights: Path | None) -> Path:
         return weights
     path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_NAME
     if not path.is_file():
-        log.info("%s → %s", WEIGHTS_URL, path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix=WEIGHTS_SHA256)
@@ -65,6 +64,7 @@ def find_weights(weights: Path | None) -> Path:
             raise UserError(
                 f"inception_weights=null: {WEIGHTS_NAME} cannot be downloaded ({first_line(error)}); {WEIGHTS_ADVICE}"
             ) from error
+        log.info("%s: downloaded to %s", WEIGHTS_URL, path)
     return path
 
 
@@ -156,7 +156,7 @@ class FeatureSet:
     spatial_moments: Moments
 
 
-def extract(images: NpzImages, features: InceptionFeatures, batch_size: int, name: str) -> FeatureSet:
+def extract(images: ImageSource, features: InceptionFeatures, batch_size: int, name: str) -> FeatureSet:
     """Read a set of images once, in file order, and return its features; UserError where they are not finite."""
     pool, probabilities = [], []
     pool_moments, spatial_moments = Moments(NUM_POOL), Moments(NUM_SPATIAL)

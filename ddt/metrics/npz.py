@@ -14,6 +14,7 @@ from typing import IO
 import numpy as np
 
 from ddt.errors import UserError, first_line, require
+from ddt.files import sha256
 
 UNREADABLE = (
     zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, TypeError, AttributeError, NotImplementedError,
@@ -26,7 +27,7 @@ def npz_path(path: Path, key: str) -> Path:
     none.
     """
     path = path / "samples.npz" if path.is_dir() else path
-    require(path.is_file(), f"{key}={path}: no such file; give an npz file, or the folder that holds a samples.npz")
+    require(path.is_file(), f"{key}={path}: no such file; give an npz file, or a folder of a samples.npz or of images")
     return path
 
 
@@ -81,6 +82,11 @@ class NpzImages:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the file, as 64 hexadecimal digits."""
+        return sha256(self.path)
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """Yield the images in file order, uint8 (B, H, W, 3), B at most batch_size."""

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ddt.errors import require
+from ddt.files import sha256
+from ddt.metrics.folder import FolderImages, ImageSource, open_images
 from ddt.metrics.npz import NpzImages, names, npz_path, readable
 from ddt.metrics.statistics import Statistics
 
@@ -25,13 +27,18 @@ class Reference:
     path: Path
     pool: Statistics | None
     spatial: Statistics | None
-    images: NpzImages | None
+    images: ImageSource | None
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the file, or of a folder's images, as 64 hexadecimal digits."""
+        return self.images.sha256 if self.images is not None else sha256(self.path)
 
     @property
     def source(self) -> str:
         """Where the statistics come from, for the receipt."""
         if self.pool is None:
-            return "computed from arr_0"
+            return "computed from its images"
         return "mu, sigma of the file" if self.spatial is None else "mu, sigma, mu_s, sigma_s of the file"
 
 
@@ -51,12 +58,13 @@ def read_statistics(path: Path, mean: str, covariance: str, size: int) -> Statis
 
 
 def read_reference(path: Path) -> Reference:
-    """Open a reference npz, or the folder of a samples.npz; images stay on disk.
+    """Open a reference npz, or a folder of a samples.npz or of images; images stay on disk.
 
     Raises UserError for a file that is damaged, that holds half of a pair of statistics, or nothing that can be used.
     """
-    path = npz_path(path, "reference")
-    found = names(path, "reference")
+    folder = open_images(path, "reference") if path.is_dir() else None
+    path = npz_path(path, "reference") if folder is None else folder.path
+    found = ["arr_0"] if isinstance(folder, FolderImages) else names(path, "reference")
     for pair in (("mu", "sigma"), ("mu_s", "sigma_s")):
         present = [name for name in pair if name in found]
         require(
@@ -67,7 +75,7 @@ def read_reference(path: Path) -> Reference:
         f"reference={path}: holds neither mu and sigma nor images (arr_0), only {', '.join(found) or 'nothing'}; "
         "give ADM's reference npz of the data set",
     )
-    images = NpzImages(path, "reference") if "arr_0" in found else None
+    images = folder if folder is not None else NpzImages(path, "reference") if "arr_0" in found else None
     if "mu" not in found:
         assert images is not None
         require(len(images) >= 2, f"reference={path}: holds one image; statistics need at least 2")
