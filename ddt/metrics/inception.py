@@ -29,7 +29,7 @@ WEIGHTS_ADVICE = (
     f"give inception_weights=FILE, a copy of {WEIGHTS_URL} (pt_inception-2015-12-05-{WEIGHTS_SHA256}.pth is the same)"
 )
 RESIZE = "TensorFlow 1 bilinear to 299×299, no antialiasing"
-NUM_SPATIAL_CHANNELS = 7
+NUM_SPATIAL_CHANNELS, NUM_CLASSES = 7, 1008
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,16 +158,17 @@ class FeatureSet:
 
 def extract(images: ImageSource, features: InceptionFeatures, batch_size: int, name: str) -> FeatureSet:
     """Read a set of images once, in file order, and return its features; UserError where they are not finite."""
-    pool, probabilities = [], []
+    pool = np.empty((len(images), NUM_POOL), dtype=np.float32)
+    probabilities = np.empty((len(images), NUM_CLASSES), dtype=np.float32)
     pool_moments, spatial_moments = Moments(NUM_POOL), Moments(NUM_SPATIAL)
     with tqdm(total=len(images), unit="img", desc=name, mininterval=1.0) as progress:
         for batch in images.batches(batch_size):
             of_pool, of_spatial, of_classes = features(batch)
             if not all(np.isfinite(values).all() for values in (of_pool, of_spatial, of_classes)):
                 raise UserError(f"inception_weights={features.weights}: the features are not finite; {WEIGHTS_ADVICE}")
-            pool.append(of_pool)
-            probabilities.append(of_classes)
+            place = slice(progress.n, progress.n + len(batch))
+            pool[place], probabilities[place] = of_pool, of_classes
             pool_moments.add(of_pool)
             spatial_moments.add(of_spatial)
             progress.update(len(batch))
-    return FeatureSet(np.concatenate(pool), np.concatenate(probabilities), pool_moments, spatial_moments)
+    return FeatureSet(pool, probabilities, pool_moments, spatial_moments)
