@@ -1,7 +1,12 @@
-"""Evaluate samples: `python evaluate.py samples=NPZ_OR_FOLDER reference=data:digits features=digits [out=DIR]`."""
+"""Evaluate samples: `python evaluate.py samples=NPZ_OR_FOLDER reference=… features=… [out=DIR]`.
+
+With `features=inception` the reference is ADM's npz of a data set and the metrics are ADM's; with the features of a
+small data set's classifier it is `data:NAME`.
+"""
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
@@ -9,27 +14,38 @@ from omegaconf import DictConfig, OmegaConf
 
 from ddt.config import build, check_arguments
 from ddt.errors import UserError, require
-from ddt.evaluation import evaluate_with_classifier
+from ddt.evaluation import evaluate_with_classifier, evaluate_with_inception
+from ddt.metrics.precision_recall import PrDtype
 from scripts.entry import CONF, checked, entry_point
 
 log = logging.getLogger(__name__)
 
 
-def evaluation(samples: str, reference: str, out: str | None) -> None:
+def evaluation(samples: str, reference: str, inception_weights: str | None, pr_dtype: PrDtype, out: str | None) -> None:
     """Hold the types of the settings that belong to no group."""
 
 
-@entry_point("evaluate")
-def main(cfg: DictConfig) -> None:
-    """Compose, check, evaluate."""
-    config = checked(cfg)
-    features = HydraConfig.get().runtime.choices.features
-    extractor = build(config["features"])
-    paths, problems = check_arguments(evaluation, {key: config[key] for key in ("samples", "reference", "out")}, "")
-    if problems:
-        raise UserError("\n".join(problems))
-    config.update(paths)
-    kind, _, data = str(config["reference"]).partition(":")
+def with_inception(config: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Compare with a reference file by ADM's metrics."""
+    require(
+        not config["reference"].startswith("data:"),
+        f"features=inception: reference={config['reference']} is no file; give ADM's reference npz of the data set, "
+        "or for a small one features=digits reference=data:digits",
+    )
+    weights = config["inception_weights"]
+    return evaluate_with_inception(
+        Path(config["samples"]),
+        Path(config["reference"]),
+        None if weights is None else Path(weights),
+        out,
+        batch_size=build(config["features"]).batch_size,
+        pr_dtype=config["pr_dtype"],
+    )
+
+
+def with_classifier(config: dict[str, Any], features: str, out: Path) -> dict[str, Any]:
+    """Compare with a small data set in the features of its classifier."""
+    kind, _, data = config["reference"].partition(":")
     known = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
     if kind != "data" or data not in known:
         raise UserError(f"reference={config['reference']}: give data:NAME, one of data:{', data:'.join(known)}")
@@ -37,19 +53,34 @@ def main(cfg: DictConfig) -> None:
         features == data,
         f"features={features} reference=data:{data}: the classifier and the reference must be of one data set",
     )
+    if config["inception_weights"] is not None:
+        log.warning("warning: inception_weights: has no effect with features=%s", features)
+    extractor = build(config["features"])
     node = checked(OmegaConf.masked_copy(compose("train", overrides=[f"data={data}"]), ["data"]))["data"]
+    train, test = build(node)(split="train"), build(node)(split="test")
+    return evaluate_with_classifier(Path(config["samples"]), data, train, test, extractor, out)
+
+
+@entry_point("evaluate")
+def main(cfg: DictConfig) -> None:
+    """Compose, check, evaluate."""
+    config = checked(cfg)
+    keys = ("samples", "reference", "inception_weights", "pr_dtype", "out")
+    settings, problems = check_arguments(evaluation, {key: config[key] for key in keys}, "")
+    if problems:
+        raise UserError("\n".join(problems))
+    config.update(settings)
     samples = Path(config["samples"])
-    metrics = evaluate_with_classifier(
-        samples,
-        data,
-        train=build(node)(split="train"),
-        test=build(node)(split="test"),
-        features=extractor,
-        out=Path(config["out"] or (samples if samples.is_dir() else samples.parent)),
-    )
+    out = Path(config["out"] or (samples if samples.is_dir() else samples.parent))
+    features = HydraConfig.get().runtime.choices.features
+    metrics = with_inception(config, out) if features == "inception" else with_classifier(config, features, out)
     for name, value in metrics.items():
         if isinstance(value, float):
             log.info("%-28s %.4f", name, value)
+    for name, reason in metrics.get("reasons", {}).items():
+        log.info("%-28s – (%s)", name, reason)
+    for reason in metrics.get("not_comparable_because", []):
+        log.info("not comparable with published numbers: %s", reason)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from ddt import checkpoint as ckpt
 from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.config import check_arguments
 from ddt.errors import UserError, require
+from ddt.evaluation import compare, evaluate_with_inception
 from ddt.files import sha256
 from ddt.generation import Generator, sample_set
 from ddt.image_set import image_set
@@ -157,8 +158,6 @@ def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None
 
 def evaluate_set(arguments: dict[str, Any], out: Path) -> None:
     """Evaluate the set in `out` as evaluate.py does, and lay the result beside the published numbers."""
-    from ddt.evaluation import compare, evaluate_with_inception
-
     weights = arguments["inception_weights"]
     metrics = evaluate_with_inception(
         out, Path(arguments["reference"]), weights=None if weights is None else Path(weights), out=out

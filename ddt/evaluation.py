@@ -3,26 +3,29 @@
 Shapes: n samples, C H W pixels.
 """
 
-import datetime
-import json
 import logging
-import platform
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ddt.errors import UserError, require
-from ddt.files import sha256, write_json
+from ddt.files import sha256
 from ddt.images import Images
+from ddt.metrics.adm import adm_metrics
+from ddt.metrics.comparison import compare, obstacles, order_matters, order_warning
 from ddt.metrics.features import ClassifierFeatures, batches
+from ddt.metrics.folder import open_images
+from ddt.metrics.inception import RESIZE, InceptionFeatures, extract, find_weights
 from ddt.metrics.metrics import accuracy, frechet_distance, nearest_distances
+from ddt.metrics.precision_recall import PrDtype
+from ddt.metrics.reference import read_reference
 from ddt.metrics.statistics import Moments
-from ddt.version import __version__
+from ddt.receipts import refuse_other_evaluation, sampling_receipt, write_metrics
 
+__all__ = ["compare", "evaluate_with_classifier", "evaluate_with_inception", "read_samples"]
 log = logging.getLogger(__name__)
 
 
@@ -69,20 +72,6 @@ def summarise(
     return moments, np.concatenate(guesses)
 
 
-def refuse_other_evaluation(out: Path, inputs: dict[str, Any]) -> None:
-    """Raise UserError where `out` holds the metrics of other samples, or of another reference."""
-    path = out / "metrics.json"
-    if not path.exists():
-        return
-    try:
-        receipt = json.loads(path.read_text())["receipt"]
-        same = receipt["samples"]["sha256"] == inputs["samples"]["sha256"]
-        same = same and all(receipt[key] == inputs[key] for key in ("reference", "features"))
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    require(same, f"{path}: belongs to another evaluation and is not written over; choose another out=")
-
-
 def evaluate_with_classifier(
     samples: Path, data: str, train: Images, test: Images, features: ClassifierFeatures, out: Path
 ) -> dict[str, Any]:
@@ -106,7 +95,6 @@ def evaluate_with_classifier(
         images.shape[1:] == expected,
         f"samples={samples}: images of shape {images.shape[1:]} (C, H, W), but data:{data} has {expected}",
     )
-    require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
     require(len(images) >= 2, f"samples={samples}: holds one image; statistics need at least 2")
     if classes is not None and not (classes.min() >= 0 and classes.max() < len(train.class_names)):
         raise UserError(f"samples={samples}: arr_1 holds classes outside of 0..{len(train.class_names) - 1}")
@@ -133,12 +121,66 @@ def evaluate_with_classifier(
     }
     if classes is None:
         metrics["reasons"] = {"class_accuracy": "the samples carry no classes (arr_1)"}
-    metrics["receipt"] = {
-        **inputs,
-        "versions": {"ddt": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    write_metrics(out, metrics, inputs)
+    return metrics
+
+
+def evaluate_with_inception(
+    samples: Path,
+    reference: Path,
+    weights: Path | None,
+    out: Path,
+    batch_size: int = 64,
+    pr_dtype: PrDtype = "float16",
+) -> dict[str, Any]:
+    """Compute ADM's five metrics, write `metrics.json` into `out`, and return its content.
+
+        fid, sfid                 Fréchet distances in pool and in spatial features
+        inception_score           by ADM's rule, which reads chunks of 5,000 images in the file's order
+        inception_score_shuffled  the same of shuffled images: what the score should be
+        precision, recall         of 3 nearest neighbours in pool features, in the arithmetic pr_dtype
+
+    `samples` and `reference` are npz files, folders that hold a samples.npz, or folders of PNG or JPEG images;
+    `weights` is torch-fidelity's .pth file, None its download. A metric that the input does not allow is None and
+    `reasons` says why; `comparable` and `not_comparable_because` tell whether the numbers may stand beside published
+    ones.
+
+    Raises UserError for wrong files and an `out` that holds another evaluation.
+    """
+    import torch_fidelity
+
+    images = open_images(samples, "samples")
+    require(len(images) >= 2, f"samples={images.path}: holds one image; statistics need at least 2")
+    base = read_reference(reference)
+    sampling = sampling_receipt(images.path)
+    weights = find_weights(weights)
+    inputs = {
+        "samples": {"path": str(images.path), "sha256": images.sha256, "count": len(images)},
+        "reference": {
+            "path": str(base.path),
+            "sha256": base.sha256,
+            "count": None if base.images is None else len(base.images),
+            "statistics": base.source,
+        },
+        "features": {
+            "name": "inception-v3-compat",
+            "weights": {"path": str(weights), "sha256": sha256(weights)},
+            "resize": RESIZE,
+            "pr_dtype": pr_dtype,
+        },
+        **sampling,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "metrics.json", metrics)
-    log.info("%s", out / "metrics.json")
+    refuse_other_evaluation(out, inputs)
+    features = InceptionFeatures(weights)
+    of_reference = None if base.images is None else extract(base.images, features, batch_size, "reference")
+    of_samples = extract(images, features, batch_size, "samples")
+    metrics = adm_metrics(of_samples, of_reference, base, pr_dtype)
+    reasons = metrics.pop("reasons")
+    if order_matters(metrics):
+        log.warning("warning: %s", order_warning(metrics))
+    found = obstacles(metrics, len(images), base, inputs["features"]["weights"]["sha256"], pr_dtype)
+    metrics |= {"comparable": not found, "not_comparable_because": found}
+    if reasons:
+        metrics["reasons"] = reasons
+    write_metrics(out, metrics, inputs, torch_fidelity=torch_fidelity.__version__)
     return metrics

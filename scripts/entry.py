@@ -23,7 +23,8 @@ from ddt.config import check_arguments, did_you_mean, locate
 from ddt.errors import UserError, os_error_line
 
 PATHS = (
-    "ckpt", "out", "samples", "released", "runs", "init_from", "autoencoder", "guide", "recompute",
+    "ckpt", "out", "samples", "reference", "inception_weights", "released", "runs", "init_from", "autoencoder",
+    "guide", "recompute",
     "data.root", "data.source_root", "autoencoder.source", "alignment.weights",
 )  # fmt: skip
 CONF = Path(__file__).resolve().parent.parent / "conf"

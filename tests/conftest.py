@@ -1,5 +1,6 @@
 """Shared fixtures: golden numbers, small networks, and a way to run the entry points as a user does."""
 
+import hashlib
 import importlib
 import json
 import os
@@ -139,3 +140,32 @@ def refusal(script, *arguments):
             module.main()
     assert exit_.value.code not in (0, None)
     return str(exit_.value.code)
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """Random weights of the whole Inception network, in the file format of the real ones; 95 MB, so drawn anew."""
+    expected = json.loads((GOLDEN / "eval" / "expected.json").read_text())["e2e_random_inception"]
+    rng = np.random.RandomState(expected["weights_seed"])  # the generator of the golden numbers
+    state, digest = {}, hashlib.sha256()
+    for name, shape in sorted(json.loads((GOLDEN / "eval" / "inception_param_shapes.json").read_text())):
+        if name.startswith("fc."):
+            values = rng.standard_normal(shape) * 0.5
+        elif name.endswith("conv.weight"):
+            values = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
+        else:
+            bounds = {
+                "bn.weight": (0.8, 1.2),
+                "bn.bias": (-0.1, 0.3),
+                "bn.running_mean": (-0.2, 0.2),
+                "bn.running_var": (0.7, 1.3),
+            }
+            values = rng.uniform(*bounds[".".join(name.split(".")[-2:])], shape)
+        if name.startswith("Mixed_7c.") and name.endswith((".bn.weight", ".bn.bias")):
+            values = values * 0.25
+        state[name] = torch.from_numpy(values.astype(np.float32))
+        digest.update(name.encode() + state[name].numpy().tobytes())
+    assert digest.hexdigest() == expected["weights_sha256"]
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save(state, path)
+    return path

@@ -119,6 +119,11 @@ def test_xl_on_imagenet_is_the_published_recipe():
         last_step=0.04,
         timeshift=1.0,
         recompute=None,
+        cfg_steps=None,
+        forecast_order=0,
+        sde_diffusion="sigma",
+        sde_last="mean",
+        tolerance=1e-3,
     )
     assert dataclasses.asdict(build(values["sampler"])) == published
     large = config("model=xl_22en6de", "data=in512", "data.root=somewhere")

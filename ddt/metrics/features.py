@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ddt.autoencoder import from_uint8
 from ddt.data import draws
-from ddt.errors import UserError, require
+from ddt.errors import require
 from ddt.images import Images
 
 log = logging.getLogger(__name__)
@@ -105,13 +105,3 @@ class ClassifierFeatures:
         assert self.model is not None, "fit comes first"
         features, logits = self.model(torch.from_numpy(images))
         return features.numpy(), logits.argmax(dim=1).numpy()
-
-
-class Inception:
-    """Inception features for FID and its relatives. Not available yet: raises UserError."""
-
-    def __init__(self) -> None:
-        raise UserError(
-            "features=inception: this version cannot compute FID yet; for the small data sets give "
-            "features=digits reference=data:digits, or fashion_mnist for both"
-        )

@@ -1,6 +1,16 @@
 """Statistics of features, streamed: float64 sums, so that no set of features sits in memory."""
 
+import dataclasses
+
 import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """A mean (F,) and a covariance (F, F), float64, as a reference file holds them."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
 
 
 class Moments:

@@ -1,0 +1,94 @@
+"""Precision and recall of two sets of features, in the arithmetic of ADM's evaluator.
+
+Around each feature vector of a set lies a ball that reaches to its k-th nearest neighbour in the same set. Precision
+is the share of samples inside a ball of the reference, recall the share of the reference inside a ball of the samples.
+Shapes: n and m vectors of F features. Source: Kynkäänniemi et al., arXiv 1904.06991; the evaluator's numbers.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddt.metrics.inception import exact_arithmetic
+
+PrDtype = Literal["float16", "float32"]
+BLOCK = 10_000  # vectors a side of a block of distances, the evaluator's
+NUM_NEIGHBOURS = 3
+
+
+def half_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return squared distances (n, m) of a (n, F) and b (m, F), every operation rounded to float16, sums in float32.
+
+    The products are taken in float32, where they are exact, so that the GPU's reduced-precision sums stay out.
+    """
+    a, b = a.half(), b.half()
+    norm_a, norm_b = ((v * v).float().sum(dim=1).half() for v in (a, b))
+    products = (a.float() @ b.float().T).half()  # (n, m)
+    return products.mul_(-2).add_(norm_a[:, None]).add_(norm_b).clamp_(min=0).float()
+
+
+def single_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return squared distances (n, m) of a (n, F) and b (m, F) in float32."""
+    return (a @ b.T).mul_(-2).add_(a.square().sum(dim=1)[:, None]).add_(b.square().sum(dim=1)).clamp_(min=0)
+
+
+def squared_distances(a: Tensor, b: Tensor, dtype: PrDtype) -> Tensor:
+    """Return squared distances (n, m) as float32 values; a float16 block with an overflow is taken in float32."""
+    if dtype == "float16":
+        distances = half_distances(a, b)
+        if bool(distances.isfinite().all()):
+            return distances
+    return single_distances(a, b)
+
+
+def blocks(features: np.ndarray, size: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of at most `size` vectors (≤ size, F) on a device, each with its place."""
+    for start in range(0, len(features), size):
+        place = slice(start, min(start + size, len(features)))
+        yield place, torch.from_numpy(np.ascontiguousarray(features[place], dtype=np.float32)).to(device)
+
+
+def squared_radii(features: np.ndarray, k: int, dtype: PrDtype, block: int, device: torch.device) -> Tensor:
+    """Return each vector's squared distance to its k-th nearest neighbour in the set (n,): the (k + 1)-th smallest,
+    for the vector itself is among them.
+    """
+    radii = torch.empty(len(features), device=device)
+    for rows, a in blocks(features, block, device):
+        smallest = torch.empty(len(a), 0, device=device)
+        for _, b in blocks(features, block, device):
+            distances = squared_distances(a, b, dtype)
+            near = distances.topk(min(k + 1, len(b)), dim=1, largest=False).values
+            smallest = torch.cat([smallest, near], dim=1).sort(dim=1).values[:, : k + 1]
+        radii[rows] = smallest[:, k]
+    return radii
+
+
+@torch.no_grad()
+def precision_recall(
+    reference: np.ndarray,
+    samples: np.ndarray,
+    dtype: PrDtype = "float16",
+    k: int = NUM_NEIGHBOURS,
+    block: int = BLOCK,
+    device: torch.device | None = None,
+) -> tuple[float, float]:
+    """Return precision and recall of samples (m, F) against a reference (n, F), each of more than k vectors.
+
+    At most one block of distances, block × block, is in memory. `device` None is CUDA where there is a GPU.
+    """
+    assert min(len(reference), len(samples)) > k, "a k-th neighbour needs more than k vectors"
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sample_inside = torch.zeros(len(samples), dtype=torch.bool, device=device)
+    reference_inside = torch.zeros(len(reference), dtype=torch.bool, device=device)
+    with exact_arithmetic():
+        of_reference = squared_radii(reference, k, dtype, block, device)
+        of_samples = squared_radii(samples, k, dtype, block, device)
+        for rows, a in blocks(reference, block, device):
+            for columns, b in blocks(samples, block, device):
+                distances = squared_distances(a, b, dtype)
+                sample_inside[columns] |= (distances <= of_reference[rows, None]).any(dim=0)
+                reference_inside[rows] |= (distances <= of_samples[columns]).any(dim=1)
+    return sample_inside.double().mean().item(), reference_inside.double().mean().item()

@@ -1,0 +1,360 @@
+"""ADM's metrics against numbers that its own evaluator computed; their origin: golden/eval/README.md."""
+
+import json
+import tracemalloc
+import urllib.error
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, picture
+
+from ddt.errors import UserError
+from ddt.metrics.adm import adm_metrics
+from ddt.metrics.comparison import compare, obstacles
+from ddt.metrics.folder import FolderImages, open_images
+from ddt.metrics.inception import FeatureSet, InceptionFeatures, exact_arithmetic, find_weights, load_network
+from ddt.metrics.metrics import frechet_distance, inception_score
+from ddt.metrics.npz import NpzImages
+from ddt.metrics.precision_recall import half_distances, precision_recall, single_distances, squared_distances
+from ddt.metrics.reference import NUM_POOL, NUM_SPATIAL, Reference, read_reference
+from ddt.metrics.statistics import Moments, Statistics
+
+EXPECTED = json.loads((GOLDEN / "eval" / "expected.json").read_text())
+CASES = EXPECTED["cases"]
+FEATURE_CASES = [
+    "main_600x64",
+    "uneven_350x500x64",
+    "overflow_300x64",
+    "rankdeficient_40x64",
+    "inceptionlike_200x2048",
+]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def arrays(case):
+    with np.load(GOLDEN / "eval" / f"{case}.npz") as file:
+        return dict(file)
+
+
+def moments(features):
+    result = Moments(features.shape[1])
+    result.add(features)
+    return result
+
+
+@pytest.mark.parametrize("case", FEATURE_CASES)
+def test_frechet_distance_is_adms(case):
+    values, expected = arrays(case), CASES[case]
+    fid = frechet_distance(moments(values["gen"]), moments(values["ref"]))
+    assert fid == pytest.approx(expected["fid"], rel=expected["fid_rel_tol"])
+    if "mu_ref" in values:  # as a reference file holds it, its mean in float32
+        reference = Statistics(values["mu_ref"].astype(np.float64), values["sigma_ref"])
+        fid = frechet_distance(moments(values["gen"]), reference)
+        assert fid == pytest.approx(expected["fid"], rel=expected["fid_rel_tol"])
+
+
+def test_spatial_features_need_one_order():
+    values, expected = arrays("sfid_500x5x5x7"), CASES["sfid_500x5x5x7"]
+    gen, ref = (moments(values[key].reshape(500, -1)) for key in ("gen_nhwc", "ref_nhwc"))
+    assert frechet_distance(gen, ref) == pytest.approx(expected["sfid"], rel=1e-6)
+    other = moments(values["ref_nhwc"].transpose(0, 3, 1, 2).reshape(500, -1))
+    assert frechet_distance(gen, other) == pytest.approx(
+        expected["sfid_if_gen_is_NHWC_but_ref_flattened_NCHW"], rel=1e-6
+    )
+
+
+def test_inception_score_takes_chunks_in_order():
+    expected = CASES["is_12000x16_recipe"]
+    rng = np.random.RandomState(expected["seed"])  # the generator of the golden numbers
+    logits = rng.standard_normal((12000, 16)) * 1.5 + 2 * np.eye(16)[np.arange(12000) * 16 // 12000]
+    probabilities = torch.from_numpy(logits.astype(np.float32)).softmax(dim=1).numpy()
+    score = inception_score(probabilities)
+    assert score == pytest.approx(expected["split_5000"], rel=1e-5)
+    shuffled = inception_score(probabilities[np.random.default_rng(0).permutation(12000)])
+    assert shuffled > 1.02 * score  # rows grouped by class
+
+
+def test_inception_score_in_closed_form():
+    certain = np.eye(4, dtype=np.float32)[np.arange(12) % 4] * (1 - 4e-7) + 1e-7
+    assert inception_score(certain) == pytest.approx(4, rel=1e-4)
+    chunks = np.concatenate([certain[:4], certain[:1]])
+    assert inception_score(chunks, split=4) == pytest.approx((4 + 1) / 2, rel=1e-4)  # a short chunk counts as much
+    assert np.isnan(inception_score(np.eye(2, dtype=np.float32)))
+
+
+@pytest.mark.parametrize("case", FEATURE_CASES)
+@pytest.mark.parametrize("block", [10_000, 128])
+def test_precision_and_recall_are_adms(case, block):
+    values, expected = arrays(case), CASES[case]
+    count = min(len(values["ref"]), len(values["gen"]))
+    precision, recall = precision_recall(values["ref"], values["gen"], block=block)
+    assert precision == pytest.approx(expected["precision"], abs=2 / count)
+    assert recall == pytest.approx(expected["recall"], abs=2 / count)
+    precision, recall = precision_recall(values["ref"], values["gen"], "float32", block=block)
+    assert precision == pytest.approx(expected["precision_fp32"], abs=1 / count)
+    assert recall == pytest.approx(expected["recall_fp32"], abs=1 / count)
+    precision, recall = precision_recall(values["gen"], values["ref"], block=block)
+    assert precision == pytest.approx(expected["swapped"]["precision"], abs=2 / count)
+    assert recall == pytest.approx(expected["swapped"]["recall"], abs=2 / count)
+
+
+def test_distances_round_as_adms():
+    """Squared norms of 1600 as Inception's: float16 distances lie on a coarse lattice, and that is the default."""
+    values = arrays("inceptionlike_200x2048")
+    ref, gen = (torch.from_numpy(values[key]) for key in ("ref", "gen"))
+    half, single = half_distances(ref, gen), single_distances(ref, gen)
+    assert torch.equal(half, half.half().float())
+    assert 1 < (half - single).abs().max() < 4
+    np.testing.assert_allclose(single, torch.cdist(ref.double(), gen.double()).square(), rtol=1e-4)
+    near = 16 + np.random.default_rng(0).integers(0, 3, (30, 4)).astype(np.float32) / 64
+    far = near + np.float32(0.25)  # squared distances of 0.25 between squared norms of 1024, where float16 steps by 1
+    assert precision_recall(near, far, "float32") == (0, 0)
+    assert min(precision_recall(near, far, "float16")) > 0.5
+    assert precision_recall(near, far) == precision_recall(near, far, "float16")
+
+
+def test_overflow_is_taken_in_float32_block_by_block():
+    rng = np.random.default_rng(0)
+    near = torch.from_numpy(rng.standard_normal((40, 8)).astype(np.float32))
+    mixed = torch.cat([1e3 * near[:1], near])
+    assert not half_distances(mixed, near).isfinite().all()
+    assert torch.equal(squared_distances(mixed, near, "float16"), single_distances(mixed, near))
+    assert torch.equal(squared_distances(near, near, "float16"), half_distances(near, near))
+    assert not torch.equal(half_distances(near, near), single_distances(near, near))
+
+
+def test_the_flags_come_back():
+    def flags():
+        cudnn = torch.backends.cudnn
+        return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
+
+    def fail():
+        with exact_arithmetic():
+            assert flags() == ("highest", False, False, True)
+            raise ZeroDivisionError
+
+    outside = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        before = flags()
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        assert flags() == before
+    finally:
+        torch.set_float32_matmul_precision(outside)
+
+
+def test_inception_features_are_tensorflows(inception_weights):
+    values = arrays("e2e_random_inception")
+    state = torch.get_rng_state()
+    features = InceptionFeatures(inception_weights)
+    assert torch.equal(state, torch.get_rng_state())
+    pool, spatial, probabilities = features(values["gen"][:5])
+    for found, name in ((pool, "gen_pool"), (spatial, "gen_spatial")):
+        expected = values[name][:5]
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(probabilities, values["gen_softmax"][:5], atol=1e-5)
+    assert probabilities.dtype == np.float32
+
+
+def image_file(path, save=np.savez, **arrays):
+    save(path, **arrays)
+    return path
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_images_are_read_as_a_stream(tmp_path, save):
+    images = np.random.default_rng(0).integers(0, 256, (301, 128, 128, 3), dtype=np.uint8)
+    file = NpzImages(image_file(tmp_path / "x.npz", save, arr_1=np.zeros(301), arr_0=images), "samples")
+    assert (len(file), file.size) == (301, (128, 128))
+    tracemalloc.start()
+    try:
+        for start, batch in zip(range(0, 301, 20), file.batches(20), strict=True):
+            assert np.array_equal(batch, images[start : start + 20])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < images.nbytes / 3
+
+
+def test_damaged_images_are_named(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+    path = image_file(tmp_path / "x.npz", arr_0=images)
+    content = bytearray(path.read_bytes())
+    content[4000] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"samples=.*x.npz: damaged or no npz file"):
+        list(NpzImages(path, "samples").batches(4))
+    with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"shape": (9, 16, 16, 3), "fortran_order": False, "descr": "|u1"})
+        file.write(bytes(1000))
+    with pytest.raises(UserError, match=r"short.npz: damaged.*ends early"):
+        list(NpzImages(tmp_path / "short.npz", "samples").batches(4))
+
+
+def test_folders_of_images(tmp_path):
+    for k in (10, 2, 1):
+        picture(k, 8, 6).save(tmp_path / f"{k:03d}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    folder = open_images(tmp_path, "samples")
+    assert (len(folder), folder.size) == (3, (6, 8))
+    batches = list(folder.batches(2))
+    assert [len(batch) for batch in batches] == [2, 1]
+    assert np.array_equal(np.concatenate(batches), [np.asarray(picture(k, 8, 6)) for k in (1, 2, 10)])
+    digest = folder.sha256
+    reference = read_reference(tmp_path)
+    assert (reference.pool, reference.sha256, reference.source) == (None, digest, "computed from its images")
+    picture(3, 8, 6).save(tmp_path / "010.png")
+    assert folder.sha256 != digest
+    whole = (tmp_path / "010.png").read_bytes()
+    (tmp_path / "010.png").write_bytes(whole[:-60])
+    with pytest.raises(UserError, match=r"^samples=.*010.png: damaged"):
+        list(open_images(tmp_path, "samples").batches(2))
+    for content, message in ((picture(3, 9, 6), "is 9×6 px, 001.png 8×6"), (picture(3, 8, 6).convert("L"), "mode L")):
+        content.save(tmp_path / "010.png")
+        with pytest.raises(UserError, match=rf"^samples=.*010.png: .*{message}"):
+            FolderImages(tmp_path, "samples")
+    (tmp_path / "010.png").write_text("no image")
+    with pytest.raises(UserError, match=r"^samples=.*010.png: damaged or no image"):
+        FolderImages(tmp_path, "samples")
+    image_file(tmp_path / "samples.npz", arr_0=np.zeros((2, 8, 8, 3), dtype=np.uint8))
+    assert isinstance(open_images(tmp_path, "samples"), NpzImages)
+
+
+def test_reference_files(tmp_path):
+    images = np.zeros((3, 8, 8, 3), dtype=np.uint8)
+    mean, covariance = np.ones(NUM_POOL, dtype=np.float32), np.eye(NUM_POOL, dtype=np.float32)
+    spatial = {"mu_s": np.ones(NUM_SPATIAL), "sigma_s": np.eye(NUM_SPATIAL, dtype=np.float32)}
+
+    def read(**arrays):
+        return read_reference(image_file(tmp_path / "ref.npz", np.savez_compressed, **arrays))
+
+    whole = read(mu=mean, sigma=covariance, **spatial, arr_0=images)
+    assert whole.pool.mean.dtype == whole.pool.covariance.dtype == np.float64
+    assert whole.spatial.mean.shape == (NUM_SPATIAL,)
+    assert len(whole.images) == 3
+    assert whole.source == "mu, sigma, mu_s, sigma_s of the file"
+    alone = read(mu=mean, sigma=covariance)
+    assert alone.images is alone.spatial is None
+    pictures = read(arr_0=images)
+    assert pictures.pool is None
+    assert pictures.source == "computed from its images"
+    assert len(read_reference(image_file(tmp_path / "samples.npz", arr_0=images).parent).images) == 3
+    covariance[3, 3] = np.nan
+    wrong = {
+        "holds mu alone": dict(mu=mean),
+        "holds sigma_s alone": dict(mu=mean, sigma=covariance, sigma_s=mean),
+        "holds neither mu and sigma nor images": dict(labels=mean),
+        r"mu must be .* \(2048,\), found float32 \(5,\)": dict(mu=mean[:5], sigma=covariance),
+        r"sigma must be .*, found float32 \(2048,\)": dict(mu=mean, sigma=mean),
+        "sigma is not finite": dict(mu=mean, sigma=covariance),
+        "holds one image": dict(arr_0=images[:1]),
+        "arr_0 must be uint8 images": dict(arr_0=images.astype(float)),
+    }
+    for message, content in wrong.items():
+        with pytest.raises(UserError, match=rf"^reference=.*ref.npz: {message}"):
+            read(**content)
+
+
+def feature_set(count, seed=0, classes=5):
+    rng = np.random.default_rng(seed)
+    pool, spatial = rng.standard_normal((count, 6)).astype(np.float32), rng.standard_normal((count, 4))
+    probabilities = rng.dirichlet(np.ones(classes), count).astype(np.float32)
+    return FeatureSet(pool, probabilities, moments(pool), moments(spatial))
+
+
+def test_the_files_statistics_come_first(tmp_path):
+    ours, images, whole = feature_set(40), feature_set(30, seed=1), feature_set(200, seed=2)
+    statistics = [Statistics(m.mean, m.covariance) for m in (whole.pool_moments, whole.spatial_moments)]
+    full = adm_metrics(ours, images, Reference(tmp_path, *statistics, None), "float16")
+    assert full["fid"] == pytest.approx(frechet_distance(ours.pool_moments, whole.pool_moments))
+    assert full["sfid"] == pytest.approx(frechet_distance(ours.spatial_moments, whole.spatial_moments))
+    assert (full["precision"], full["recall"]) == precision_recall(images.pool, ours.pool)
+    assert full["reasons"] == {}
+    of_images = adm_metrics(ours, images, Reference(tmp_path, None, None, None), "float16")
+    assert of_images["fid"] == pytest.approx(frechet_distance(ours.pool_moments, images.pool_moments))
+    assert of_images["sfid"] == pytest.approx(frechet_distance(ours.spatial_moments, images.spatial_moments))
+
+
+def test_what_cannot_be_computed_is_null_with_a_reason(tmp_path):
+    ours = feature_set(40)
+    statistics = Statistics(ours.pool_moments.mean, ours.pool_moments.covariance)
+    metrics = adm_metrics(ours, None, Reference(tmp_path, statistics, None, None), "float16")
+    assert metrics["fid"] == pytest.approx(0, abs=1e-5)
+    assert [key for key, value in metrics.items() if value is None] == ["sfid", "precision", "recall"]
+    assert set(metrics["reasons"]) == {"sfid", "precision", "recall"}
+    ours.probabilities[0] = np.eye(5)[0]
+    metrics = adm_metrics(ours, feature_set(3), Reference(tmp_path, None, None, None), "float16")
+    assert set(metrics["reasons"]) == {"inception_score", "inception_score_shuffled", "precision", "recall"}
+
+
+def test_obstacles_to_a_comparison(tmp_path):
+    statistics = Statistics(np.zeros(1), np.zeros((1, 1)))
+    images = NpzImages(image_file(tmp_path / "x.npz", arr_0=np.zeros((3, 8, 8, 3), dtype=np.uint8)), "reference")
+    adm = Reference(tmp_path, statistics, statistics, images)
+    scores = {"inception_score": 300.0, "inception_score_shuffled": 301.0}
+    assert obstacles(scores, 50_000, adm, "6726825d0af5", "float16") == []
+    by_class = {"inception_score": 68.0, "inception_score_shuffled": 300.0}
+    (line,) = obstacles(by_class, 50_000, adm, "6726825d0af5", "float16")
+    assert "68.00 in the file's, 300.00 shuffled" in line
+    without = {"inception_score": None, "inception_score_shuffled": None}
+    assert len(obstacles(without, 10_000, adm, "6726825d0af5", "float16")) == 1
+    lines = obstacles(scores, 2048, Reference(tmp_path, None, None, images), "0123", "float32")
+    for part in ("no mu and sigma", "2,048 samples instead of 50,000", "fewer samples", "weights", "float32"):
+        assert any(part in line for line in lines), part
+
+
+def test_comparison_table():
+    metrics = {"fid": 1.2712, "sfid": None, "inception_score": 67.9, "precision": 0.7881, "recall": 0.644}
+    published = {"fid": 1.26, "inception_score": 310.6, "precision": 0.79, "recall": 0.65}
+    first, *lines = compare(metrics | {"not_comparable_because": ["too few"]}, published).splitlines()
+    assert first.split() == ["measured", "published", "difference"]
+    assert [line.split() for line in lines] == [
+        ["fid", "1.271", "1.260", "+0.011"],
+        ["sfid", "–", "–", "–"],
+        ["inception_score", "67.900", "310.600", "-242.700"],
+        ["precision", "0.7881", "0.7900", "-0.0019"],
+        ["recall", "0.6440", "0.6500", "-0.0060"],
+        ["not", "comparable:", "too", "few"],
+    ]
+    assert len({len(line) for line in [first, *lines[:-1]]}) == 1
+    assert len(compare({}, {}).splitlines()) == 6
+
+
+def test_weights_without_a_network(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError) as error:
+        find_weights(None)
+    assert len(str(error.value).splitlines()) == 1
+    for part in ("no route to host", "inception_weights=", "pt_inception-2015-12-05-6726825d.pth", "https://"):
+        assert part in str(error.value)
+    cached = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    cached.write_bytes(b"")
+    assert find_weights(None) == cached
+
+
+class Stranger:
+    pass
+
+
+def test_wrong_weights_are_named(tmp_path, inception_weights):
+    path = tmp_path / "x.pth"
+    cases = [({"fc.weight": torch.zeros(2)}, "is not this network"), (torch.zeros(3), "holds no state dict")]
+    cases.append(({"fc.weight": Stranger()}, "cannot be read"))
+    state = torch.load(inception_weights, weights_only=True)
+    cases.append((state | {"head.weight": torch.zeros(2)}, r"is not this network .*Unexpected key.*head.weight"))
+    for content, message in cases:
+        torch.save(content, path)
+        with pytest.raises(UserError, match=rf"^inception_weights=.*x.pth: {message}") as error:
+            load_network(path)
+        assert len(str(error.value).splitlines()) == 1
+    path.write_text("no weights")
+    with pytest.raises(UserError, match=r"x.pth: cannot be read"):
+        load_network(path)
