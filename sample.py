@@ -16,6 +16,8 @@ from ddt.files import sha256
 from ddt.generation import Generator, sample_set
 from ddt.image_set import image_set
 from ddt.launch import launch
+from ddt.metrics.inception import find_weights
+from ddt.metrics.reference import read_reference
 from ddt.sampling import SamplerSettings, check_guide
 from ddt.schedules import parse_schedule, read_schedule
 from ddt.training import make_accelerator
@@ -56,8 +58,6 @@ def settings_of(
         released is not None or (encoder_depth is None and resolution is None),
         "encoder_depth, resolution: describe a published checkpoint; give released= too, or leave them out",
     )
-    for key, value in (("reference", reference), ("inception_weights", inception_weights)):
-        require(value is None or Path(value).is_file(), f"{key}={value}: no such file")
     for key, value in (("inception_weights", inception_weights), ("published", published)):
         require(value is None or reference is not None, f"{key}: has no effect without reference=; give both")
 
@@ -122,7 +122,7 @@ def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None
     weights = {"ema_sha256": sha256(folder / "ema.safetensors"), "step": stored["step"]}
     guide_weights = None
     if arguments["guide"] is not None:
-        guide_folder = ckpt.find_checkpoint(arguments["guide"])
+        guide_folder = arguments["guide"]
         guide = ckpt.load_model(guide_folder)
         check_guide(model, guide)
         guide_weights = {
@@ -158,10 +158,8 @@ def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None
 
 def evaluate_set(arguments: dict[str, Any], out: Path) -> None:
     """Evaluate the set in `out` as evaluate.py does, and lay the result beside the published numbers."""
-    weights = arguments["inception_weights"]
-    metrics = evaluate_with_inception(
-        out, Path(arguments["reference"]), weights=None if weights is None else Path(weights), out=out
-    )
+    weights = arguments["inception_weights"] and Path(arguments["inception_weights"])
+    metrics = evaluate_with_inception(out, Path(arguments["reference"]), weights, out)
     log.info("%s", compare(metrics, arguments["published"] or {}))
 
 
@@ -173,13 +171,17 @@ def main(cfg: DictConfig) -> None:
     if problems:
         raise UserError("\n".join(problems))
     settings_of(**others)
+    if others["reference"] is not None:  # what would be missing after hours of sampling is said now
+        read_reference(Path(others["reference"]))
+        find_weights(others["inception_weights"] and Path(others["inception_weights"]))
     if others["released"] is not None and not Path(others["ckpt"]).exists():
         require("RANK" not in os.environ, f"ckpt={others['ckpt']}: convert it first, by scripts/convert_checkpoint.py")
         convert_published(others["released"], others["encoder_depth"], others["resolution"], Path(others["ckpt"]))
     folder = ckpt.find_checkpoint(others["ckpt"])
     stored = ckpt.read_config(folder)
     out = Path(others["out"] or folder / "samples")
-    arguments = {**others, **check(config, stored), "out": out}
+    guide = None if others["guide"] is None else ckpt.find_checkpoint(others["guide"])
+    arguments = {**others, **check(config, stored), "out": out, "guide": guide}
     launch(run, arguments["num_processes"], folder, stored, arguments)
     if arguments["reference"] is not None and os.environ.get("RANK", "0") == "0":
         evaluate_set(arguments, out)

@@ -35,6 +35,7 @@ from ddt.model import Denoiser
 from ddt.parts import drawn, merge_parts, rows, sound_parts, write_part
 from ddt.pictures import image_grid, readable, write_png, write_pngs
 from ddt.sampling import SamplerSettings, sample
+from ddt.schedules import read_schedule
 from ddt.version import __version__
 
 log = logging.getLogger(__name__)
@@ -203,10 +204,13 @@ def sample_set(
     """
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
     rank, num_processes = accelerator.process_index, accelerator.num_processes
+    schedule = generator.settings.recompute
+    if isinstance(schedule, str) and schedule.endswith(".json"):  # what it holds counts, not what it is called
+        schedule = read_schedule(Path(schedule))["recompute_steps"]
     request = {
         "checkpoint": checkpoint,
         "guide": guide,
-        "sampler": dataclasses.asdict(generator.settings),
+        "sampler": {**dataclasses.asdict(generator.settings), "recompute": schedule},
         "dtype": generator.dtype,
         "classes": write_numbers(images.classes),
         "seeds": write_numbers(images.seeds),
@@ -246,6 +250,7 @@ def sample_set(
             "request": request,
             "samples": total,
             "time_grid": generator.settings.grid(),
+            "recompute": generator.settings.recompute,
             "recompute_steps": steps,
             "cached_modulations_bytes": int(counts.pop("cached_bytes")),
             "network_calls_an_image": counts,

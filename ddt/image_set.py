@@ -32,19 +32,20 @@ def read_numbers(key: str, value: Numbers) -> list[int]:
     Raises UserError naming `key` for anything else, and for a number named twice.
     """
     numbers: list[int] = []
+    shown = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value
     for piece in value if isinstance(value, list) else [value]:
         for word in str(piece).split(","):
             match = re.fullmatch(r"\s*(-?\d+)(?:\s*-\s*(\d+))?\s*", word)
             if match is None:
-                raise UserError(f"{key}={value}: {word} is no whole number; write [1,5,7], 0-49 or [0-9,20]")
+                raise UserError(f"{key}={shown}: {word} is no whole number; write [1,5,7], 0-49 or [0-9,20]")
             first, last = int(match[1]), int(match[2] or match[1])
             require(
                 first <= last < first + SEED_STRIDE,
-                f"{key}={value}: {word} is no range of at most {SEED_STRIDE} numbers; write the smaller one first",
+                f"{key}={shown}: {word} is no range of at most {SEED_STRIDE} numbers; write the smaller one first",
             )
             numbers += range(first, last + 1)
     require(len(numbers) > 0, f"{key}=[]: name at least one, or leave it out")
-    require(len(set(numbers)) == len(numbers), f"{key}={value}: names a number twice")
+    require(len(set(numbers)) == len(numbers), f"{key}={shown}: names a number twice")
     return numbers
 
 

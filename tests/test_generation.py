@@ -1,95 +1,150 @@
-"""Sets of images: exact, interleaved, the same on any number of processes and in any batch size."""
+"""Sets of images: exact, the same on any number of processes and in any batch size, and resumed after a kill."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
+import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refusal, run, small_ddt
+from accelerate import Accelerator
+from conftest import ROOT, refusal, run, small_ddt, small_vae, succeed
+from PIL import Image
 
 from ddt import checkpoint as ckpt
 from ddt.autoencoder import Identity
-from ddt.errors import UserError
-from ddt.generation import generate, image_grid, image_set, noise_of
+from ddt.generation import Generator, chunks_left, consecutive, sample_set
+from ddt.image_set import image_set
 from ddt.sampling import SamplerSettings
+from ddt.schedules import write_schedule
 
 FAST = SamplerSettings(num_steps=3, cfg_interval=None)
 
 
-def test_num_samples_interleaves_the_classes():
-    images = image_set(num_classes=10, num_samples=7, classes=[3, 1, 4])
-    assert images.classes == [3, 1, 4, 3, 1, 4, 3]
-    assert images.seeds == list(range(7))
-    assert len(set(image_set(10, num_samples=50, seed=1).seeds) & set(image_set(10, num_samples=50).seeds)) == 0
+def generator(**changes):
+    parts = dict(
+        model=small_ddt(in_channels=1),
+        autoencoder=Identity(),
+        shape=(1, 8, 8),
+        settings=FAST,
+        recompute=None,
+        dtype="fp32",
+        device=torch.device("cpu"),
+    )
+    return Generator(**parts | changes)
 
 
-def test_every_seed_with_every_class():
-    images = image_set(num_classes=3, seeds=[5, 9])
-    assert list(zip(images.classes, images.seeds, strict=True)) == [
-        (0, 5),
-        (1, 5),
-        (2, 5),
-        (0, 9),
-        (1, 9),
-        (2, 9),
-    ]
-    assert image_set(3, num_samples=6, seeds=[5, 9]) == images
-    assert image_set(3, seeds=5, classes=2).classes == [2]
+def draw(out, count=11, batch_size=4, **changes):
+    """Draw a set in this process; return its images as numbers."""
+    names = {"class_names": list("abcde")}
+    sample_set(generator(**changes), image_set(5, num_samples=count), batch_size, out, names, Accelerator(cpu=True))
+    with np.load(out / "samples.npz") as file:
+        return file["arr_0"].astype(int)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"classes": [1, 10]}, r"classes=\[10\]: the model has classes 0\.\.9"),
-        ({"classes": []}, r"classes=\[\]"),
-        ({"seeds": [-1]}, r"seeds=\[-1\]"),
-        ({"seeds": [2**32]}, r"seeds=\[4294967296\]"),
-        ({"num_samples": 7, "seeds": [1]}, r"num_samples=7 disagrees with 1 seeds × 10 classes = 10"),
-        ({"num_samples": 0}, "num_samples=0"),
-        ({"num_samples": 4, "seed": 5000}, "seed=5000"),
-    ],
-)
-def test_impossible_sets_are_named(arguments, message):
-    with pytest.raises(UserError, match=message):
-        image_set(10, **arguments)
+def test_batches_are_slices_of_the_whole_set():
+    chunks = chunks_left(11, 4, np.array([], dtype=np.int64))
+    assert [c.tolist() for c in chunks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    chunks = chunks_left(11, 4, np.array([0, 1, 2, 3, 5, 6]))
+    assert [c.tolist() for c in chunks] == [[4, 7], [8, 9, 10]]
+    assert chunks_left(3, 4, np.arange(3)) == []
+    assert [list(range(6))[run] for run in consecutive(np.array([2, 3, 5, 8, 9, 10]))] == [[0, 1], [2], [3, 4, 5]]
 
 
-def test_noise_of_an_image_is_its_own_generator():
-    expected = torch.randn((2, 4, 4), generator=torch.Generator().manual_seed(11))
-    assert torch.equal(noise_of([3, 11], (2, 4, 4))[1], expected)
-
-
-def test_image_k_depends_on_neither_batch_size_nor_processes():
-    model, images = small_ddt(in_channels=1), image_set(5, num_samples=11)
-
-    def draw(batch_size, num_processes):
-        drawn = np.empty((11, 8, 8, 1), dtype=np.uint8)
-        for rank in range(num_processes):
-            indices, part = generate(
-                model,
-                Identity(),
-                (1, 8, 8),
-                images,
-                FAST,
-                "fp32",
-                batch_size,
-                torch.device("cpu"),
-                rank,
-                num_processes,
-            )
-            drawn[indices] = part
-        return drawn.astype(int)
-
-    whole = draw(11, 1)
-    for batch_size, num_processes in ((4, 1), (3, 2), (1, 3)):
-        assert np.abs(draw(batch_size, num_processes) - whole).max() <= 1
+def test_image_k_depends_on_no_batch_size(tmp_path):
+    whole = draw(tmp_path / "whole", batch_size=11)
+    for batch_size in (1, 4):
+        assert np.abs(draw(tmp_path / str(batch_size), batch_size=batch_size) - whole).max() <= 1
     assert len({image.tobytes() for image in whole}) == 11
 
 
-def test_grid_enlarges_small_images():
-    picture = image_grid(torch.full((6, 1, 8, 8), 7, dtype=torch.uint8), columns=3)
-    assert picture.shape == (2 * 50 + 2, 3 * 50 + 2, 3)
-    assert picture[25, 25].tolist() == [7, 7, 7]
+class Killed(Exception):
+    """What stands for a kill in this process."""
+
+
+def test_a_set_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    whole = draw(tmp_path / "whole")
+    receipt = json.loads((tmp_path / "whole" / "receipt.json").read_text())
+    calls = []
+
+    def latents(self, classes, seeds):
+        calls.append(list(seeds))
+        if len(calls) == 3:
+            raise Killed
+        return original(self, classes, seeds)
+
+    original = Generator.latents
+    monkeypatch.setattr(Generator, "latents", latents)
+    with pytest.raises(Killed):
+        draw(tmp_path / "a")
+    kept = sorted(p.name for p in (tmp_path / "a" / ".parts").glob("*.npz"))
+    assert kept == ["00000000-00000004.npz", "00000004-00000008.npz"]  # the batch in flight is all that is lost
+    assert np.array_equal(draw(tmp_path / "a"), whole)
+    assert calls == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10], [8, 9, 10]]
+    resumed = json.loads((tmp_path / "a" / "receipt.json").read_text())
+    assert resumed["images_of_an_earlier_call"] == 8
+    assert resumed["network_calls_an_image"] == receipt["network_calls_an_image"]
+    assert (tmp_path / "a" / "samples.npz").read_bytes() == (tmp_path / "whole" / "samples.npz").read_bytes()
+
+
+def test_a_set_goes_on_in_another_batch_size(tmp_path, monkeypatch):
+    whole = draw(tmp_path / "whole")
+    draw(tmp_path / "a", count=11)
+    with monkeypatch.context() as patch:
+        patch.setattr("ddt.generation.merge_parts", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            draw(tmp_path / "b")
+    (tmp_path / "b" / ".parts" / "00000004-00000008.npz").unlink()
+    assert np.abs(draw(tmp_path / "b", batch_size=3) - whole).max() <= 1
+
+
+@pytest.mark.parametrize("moment", ["write_json", "write_png", "shutil.rmtree"])
+def test_a_kill_at_the_end_loses_nothing(tmp_path, monkeypatch, moment):
+    """While receipt, grid and npz take their places, and before the parts are gone."""
+    whole = draw(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        original = __import__("ddt.files", fromlist=["write_json"]).write_json
+
+        def interrupted(path, *args, **kwargs):
+            if path.name == "plan.json":
+                return original(path, *args, **kwargs)
+            raise Killed
+
+        patch.setattr(f"ddt.generation.{moment}", interrupted)
+        with pytest.raises(Killed):
+            draw(tmp_path / "a")
+    with monkeypatch.context() as patch:  # nothing is drawn again
+        patch.setattr(Generator, "latents", lambda *_: (_ for _ in ()).throw(AssertionError))
+        assert np.array_equal(draw(tmp_path / "a"), whole)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["grid.png", "receipt.json", "samples.npz"]
+
+
+def test_two_runs_are_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        draw(tmp_path / name)
+    assert (tmp_path / "a" / "samples.npz").read_bytes() == (tmp_path / "b" / "samples.npz").read_bytes()
+
+
+def test_while_a_set_is_drawn_another_command_stays_away(tmp_path):
+    (tmp_path / "a" / ".parts").mkdir(parents=True)
+    lock = filelock.FileLock(tmp_path / "a" / ".parts" / "lock")
+    with lock, pytest.raises(ckpt.UserError, match="another command is drawing this set; wait for it"):
+        draw(tmp_path / "a")
+    draw(tmp_path / "a")
+
+
+def test_an_error_while_decoding_ends_the_run(tmp_path):
+    class Broken(Identity):
+        def decode(self, latents):
+            raise Killed
+
+    with pytest.raises(Killed):
+        draw(tmp_path / "a", autoencoder=Broken())
+    assert not (tmp_path / "a" / "samples.npz").exists()
 
 
 @pytest.fixture
@@ -127,19 +182,29 @@ def test_sample_writes_npz_grid_and_receipt(run_folder, tmp_path):
         "encoder": 2 * 2,
         "decoder": 4 + 3,
     }  # guided at t = .32, .64, .96
-    assert receipt["request"]["seeds"] == list(range(13))
+    assert receipt["recompute_steps"] == [0, 2]
+    assert receipt["cached_modulations_bytes"] == 2 * 5 * 16 * (6 * 32 + 2 * 32) * 4
+    assert receipt["request"]["seeds"] == "0-12"
     ema = run_folder / "checkpoints" / "step_0000003" / "ema.safetensors"
     assert receipt["request"]["checkpoint"]["ema_sha256"] == ckpt.sha256(ema)
 
 
-def test_an_interrupted_set_is_drawn_again(run_folder, tmp_path):
-    arguments = ["num_samples=3", f"out={tmp_path / 'a'}"]
-    assert sample(run_folder, *arguments).returncode == 0
-    whole = (tmp_path / "a" / "samples.npz").read_bytes()
-    (tmp_path / "a" / "samples.npz").unlink()  # a kill before the last file
-    again = sample(run_folder, *arguments)
-    assert again.returncode == 0, again.stderr
-    assert (tmp_path / "a" / "samples.npz").read_bytes()[-500:] == whole[-500:]
+def test_kill_9_loses_at_most_the_batch_in_flight(run_folder, tmp_path):
+    arguments = [f"ckpt={run_folder}", "num_samples=600", "batch_size=1", "num_steps=20", f"out={tmp_path / 'a'}"]
+    child = subprocess.Popen([sys.executable, ROOT / "sample.py", *arguments], stderr=subprocess.DEVNULL)
+    parts = tmp_path / "a" / ".parts"
+    for _ in range(600):
+        time.sleep(0.1)
+        if len(list(parts.glob("*.npz"))) > 20:
+            break
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    kept = len(list(parts.glob("[0-9]*.npz")))
+    assert 20 < kept < 600
+    succeed("sample", *arguments)
+    assert json.loads((tmp_path / "a" / "receipt.json").read_text())["images_of_an_earlier_call"] >= kept - 1
+    succeed("sample", *arguments[:-1], f"out={tmp_path / 'b'}")
+    assert (tmp_path / "a" / "samples.npz").read_bytes() == (tmp_path / "b" / "samples.npz").read_bytes()
 
 
 def test_paths_with_signs_that_hydra_reads_otherwise(run_folder, tmp_path):
@@ -164,13 +229,107 @@ def test_bf16_is_not_fp32(run_folder, tmp_path):
     assert 0 < np.abs(images[0] - images[1]).mean() < 3
 
 
-def test_two_processes_give_the_set_of_one(run_folder, tmp_path):
-    for name, arguments in (("one", []), ("two", ["num_processes=2", "batch_size=2"])):
-        done = sample(run_folder, "num_samples=7", f"out={tmp_path / name}", *arguments)
+@pytest.mark.parametrize("sampler", ["euler", "sde", "adaptive"])
+def test_one_and_two_processes_and_other_batches_agree(run_folder, tmp_path, sampler):
+    sets = []
+    for name, arguments in (("one", ["batch_size=16"]), ("two", ["num_processes=2", "batch_size=5"])):
+        done = sample(run_folder, "num_samples=37", f"sampler={sampler}", f"out={tmp_path / name}", *arguments)
         assert done.returncode == 0, done.stderr
-    one, two = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("one", "two"))
-    assert json.loads((tmp_path / "two" / "receipt.json").read_text())["num_processes"] == 2
-    assert np.abs(one - two).max() <= 1
+        sets.append(np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int))
+    receipt = json.loads((tmp_path / "two" / "receipt.json").read_text())
+    assert (receipt["num_processes"], receipt["batch_size"]) == (2, 5)
+    assert np.abs(sets[0] - sets[1]).max() <= 1
+
+
+def test_two_processes_with_the_same_batches_give_the_same_bytes(run_folder, tmp_path):
+    for name, processes in (("one", 1), ("two", 2)):
+        done = sample(
+            run_folder, "num_samples=7", "batch_size=2", f"num_processes={processes}", f"out={tmp_path / name}"
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "one" / "samples.npz").read_bytes() == (tmp_path / "two" / "samples.npz").read_bytes()
+
+
+def test_png_files_on_request_and_later(run_folder, tmp_path):
+    arguments = [f"ckpt={run_folder}", "num_samples=5", f"out={tmp_path / 'a'}"]
+    succeed("sample", *arguments, "png=2")
+    images = np.load(tmp_path / "a" / "samples.npz")["arr_0"]
+    folder = tmp_path / "a" / "png"
+    assert len(list(folder.iterdir())) == 2
+    assert np.array_equal(np.asarray(Image.open(folder / "000001.png")), images[1, ..., 0])
+    succeed("sample", *arguments, "png=all")  # the set itself is complete
+    assert len(list(folder.iterdir())) == 5
+
+
+def test_dp_schedules_are_fitted_and_kept_for_the_resume(run_folder, tmp_path, monkeypatch):
+    arguments = [f"ckpt={run_folder}", "num_samples=5", "recompute=dp:2", f"out={tmp_path / 'a'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr("ddt.generation.merge_parts", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            succeed("sample", *arguments)
+    plan = json.loads((tmp_path / "a" / ".parts" / "plan.json").read_text())
+    assert len(plan["recompute_steps"]) == 2
+    monkeypatch.setattr("ddt.generation.resolve_schedule", lambda *_: (_ for _ in ()).throw(AssertionError))
+    succeed("sample", *arguments)
+    receipt = json.loads((tmp_path / "a" / "receipt.json").read_text())
+    assert (receipt["recompute"], receipt["recompute_steps"]) == ("dp:2", plan["recompute_steps"])
+
+
+def test_a_schedule_file_counts_by_what_it_holds(run_folder, tmp_path, capfd):
+    def written(name, steps, grid=None):
+        grid = grid or SamplerSettings(num_steps=4).grid()
+        content = {"recompute_steps": steps, "time_grid": grid, "guidance": {}, "solver": "euler"}
+        write_schedule(tmp_path / name, content)
+        return f"recompute={tmp_path / name}"
+
+    arguments = [f"ckpt={run_folder}", "num_samples=5", f"out={tmp_path / 'a'}"]
+    succeed("sample", *arguments, written("one.json", [0, 3]))
+    assert json.loads((tmp_path / "a" / "receipt.json").read_text())["recompute_steps"] == [0, 3]
+    succeed("sample", *arguments, written("two.json", [0, 3]))
+    assert "holds another set" in refusal("sample", *arguments, written("two.json", [0, 2]))
+    other = written("other.json", [0, 2], SamplerSettings(num_steps=5).grid())
+    assert "was fitted to another time grid" in refusal("sample", *arguments[:2], f"out={tmp_path / 'b'}", other)
+    assert not (tmp_path / "b" / "samples.npz").exists()
+
+
+def test_autoguidance_by_a_weaker_checkpoint(run_folder, tmp_path):
+    config = ckpt.read_config(ckpt.find_checkpoint(run_folder))
+    config["network"] |= {"depth": 2, "encoder_depth": 1}
+    weaker = small_ddt(in_channels=1, depth=2, encoder_depth=1)
+    ckpt.write_checkpoint(tmp_path / "weaker", config, ema=weaker.state_dict())
+    arguments = [f"ckpt={run_folder}", "num_samples=5"]
+    succeed("sample", *arguments, f"guide={tmp_path / 'weaker'}", f"out={tmp_path / 'a'}")
+    receipt = json.loads((tmp_path / "a" / "receipt.json").read_text())
+    assert receipt["network_calls_an_image"] == {"encoder": 4, "decoder": 4, "guide_encoder": 3, "guide_decoder": 3}
+    assert receipt["request"]["guide"]["ema_sha256"] == ckpt.sha256(tmp_path / "weaker" / "ema.safetensors")
+    succeed("sample", *arguments, f"out={tmp_path / 'b'}")
+    assert (tmp_path / "a" / "samples.npz").read_bytes() != (tmp_path / "b" / "samples.npz").read_bytes()
+
+
+def test_foreign_files_are_never_written_over(run_folder, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "grid.png").write_text("mine")
+    assert "holds another set" in refusal("sample", f"ckpt={run_folder}", "seeds=1", f"out={tmp_path / 'a'}")
+    assert [p.read_text() for p in (tmp_path / "a").iterdir()] == ["mine"]
+
+
+def test_an_autoencoder_of_other_latents_is_named_at_once(run_folder, tmp_path):
+    folder = run_folder / "checkpoints" / "step_0000003"
+    config = ckpt.read_config(folder) | {
+        "autoencoder": {"_target_": "ddt.autoencoder.KLAutoencoder", "source": small_vae(tmp_path / "vae")}
+    }
+    weights = small_ddt(in_channels=1).state_dict()
+    ckpt.write_checkpoint(tmp_path / "other", config, ema=weights)
+    message = refusal("sample", f"ckpt={tmp_path / 'other'}", "num_samples=1", f"out={tmp_path / 'a'}")
+    assert message == "autoencoder: has 4 latent channels, the model 1; choose the model's own"
+    assert not (tmp_path / "a").exists()
+
+
+def test_under_a_launcher_its_processes_are_the_number(run_folder, monkeypatch):
+    monkeypatch.setitem(os.environ, "RANK", "0")
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "1")
+    message = refusal("sample", f"ckpt={run_folder}", "num_samples=1", "num_processes=2")
+    assert message.startswith("num_processes=2: 1 processes were launched already; leave it out")
 
 
 def test_the_same_set_again_is_left_alone_and_another_is_refused(run_folder, tmp_path):
@@ -199,6 +358,22 @@ def test_the_same_set_again_is_left_alone_and_another_is_refused(run_folder, tmp
         ("batch_size=0", "batch_size=0: must be at least 1"),
         ("num_processes=-1", "num_processes=-1: must be at least 1"),
         ("cfg_scale=inf", "cfg_scale=inf: input should be a finite number"),
+        ("cfg_interval=[0.3,1.2]", "cfg_interval=[0.3,1.2]: needs 0 <= lo < hi <= 1"),
+        ("classes=dog", "classes=dog: dog is no whole number"),
+        ("seeds=[1,1]", "seeds=[1, 1]: names a number twice"),
+        ("recompute=dp:9", "recompute=dp:9: the encoder runs at 1..num_steps=4 of the steps"),
+        ("recompute=missing.json", "recompute=missing.json: no such file; scripts/fit_sharing_schedule.py writes"),
+        ("forecast_order=1", "forecast_order=1: has no effect without recompute="),
+        ("sde_last=euler", "sde_last=euler: has no effect with sampler=euler"),
+        ("cfg_steps=[4]", "cfg_steps=[4]: steps are 0..3"),
+        ("guide=nowhere", "nowhere: no such folder"),
+        ("png=some", "png=some: "),
+        ("png=-1", "png=-1: give a number of images, or all"),
+        ("cache_gib=-1", "cache_gib=-1.0: must be at least 0"),
+        ("encoder_depth=22", "encoder_depth, resolution: describe a published checkpoint; give released= too"),
+        ("inception_weights=x.pth", "inception_weights: has no effect without reference="),
+        ("reference=nowhere.npz", "reference=nowhere.npz: no such file"),
+        ("experiment=nothing", "experiment=nothing: no such choice"),
     ],
 )
 def test_wrong_input_is_one_line(run_folder, argument, message):

@@ -1,0 +1,58 @@
+"""Grids and PNG files."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ddt.pictures import image_grid, imagenet_synsets, readable, write_png, write_pngs
+
+
+def test_grid_enlarges_small_images():
+    picture = image_grid(torch.full((6, 1, 8, 8), 7, dtype=torch.uint8), columns=3)
+    assert picture.shape == (2 * 50 + 2, 3 * 50 + 2, 3)
+    assert picture[25, 25].tolist() == [7, 7, 7]
+
+
+def test_captions_stand_under_their_images_and_never_on_them():
+    images = torch.full((5, 3, 64, 64), 7, dtype=torch.uint8)
+    names = ["cat", "", "a very long name that cannot fit into sixty-four pixels", "dog", "cat"]
+    picture = image_grid(images, 3, names)
+    cell, height = 66, 64 + 14 + 2
+    assert picture.shape == (2 * height + 2, 3 * cell + 2, 3)
+    for k, name in enumerate(names):
+        top, left = 2 + k // 3 * height, 2 + k % 3 * cell
+        assert (picture[top : top + 64, left : left + 64] == 7).all()
+        caption = picture[top + 64 : top + height - 2, left : left + 64]
+        assert (caption.min() < 128) == bool(name)
+    assert (picture[:, 66:68] == 255).all()  # between two cells nothing is written
+    one, other = image_grid(images[:1], 1, ["cat"]), image_grid(images[:1], 1, ["dog"])
+    assert not np.array_equal(one, other)
+
+
+def test_imagenet_has_names():
+    synsets = imagenet_synsets()
+    assert len(set(synsets)) == 1000
+    assert synsets[:2] == ["n01440764", "n01443537"]
+    assert readable(["n01440764", "n02099601", "Trouser"]) == ["tench", "golden retriever", "Trouser"]
+
+
+def test_png_files_are_the_images_and_stay(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (300, 4, 5, 3), dtype=np.uint8)
+    write_pngs(tmp_path / "png", iter(images), 290)
+    assert len(list((tmp_path / "png").iterdir())) == 290
+    for k in (0, 255, 256, 289):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "png" / f"{k:06d}.png")), images[k])
+    (tmp_path / "png" / "000003.png").write_text("mine")
+    write_pngs(tmp_path / "png", iter(images), 300)
+    assert (tmp_path / "png" / "000003.png").read_text() == "mine"
+    assert len(list((tmp_path / "png").iterdir())) == 300
+
+
+def test_grey_images_are_grey_png_files(tmp_path):
+    write_png(tmp_path / "a.png", np.full((4, 5, 1), 9, dtype=np.uint8))
+    assert Image.open(tmp_path / "a.png").mode == "L"
+
+
+def test_no_png_no_folder(tmp_path):
+    write_pngs(tmp_path / "png", iter([]), 0)
+    assert not (tmp_path / "png").exists()
