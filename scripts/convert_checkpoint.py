@@ -11,13 +11,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
 from ddt.config import check_arguments
 from ddt.conversion import convert
 from ddt.errors import UserError
-from scripts.entry import CONF, checked, entry_point
+from scripts.entry import CONF, checked, composing, entry_point
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def published_sampler(resolution: int | None) -> dict[str, Any]:
     known = sorted(int(path.stem.removeprefix("xl_")) for path in (CONF / "sampler").glob("xl_*.yaml"))
     if resolution not in known:
         raise UserError(f"resolution={resolution}: published models exist at {' and '.join(map(str, known))} px")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing(CONF):
         sampler = checked(compose("train", overrides=[f"sampler=xl_{resolution}"]).sampler)
     return {key: value for key, value in sampler.items() if key != "_target_"}
 

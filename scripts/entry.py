@@ -1,12 +1,13 @@
 """What the Hydra entry points share: one-line errors, checked settings, a clean process after each job."""
 
+import contextlib
 import gc
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -42,13 +44,24 @@ def default_name(*, _root_: DictConfig) -> str:
 OmegaConf.register_new_resolver("default_name", default_name, replace=True)
 
 
+@contextlib.contextmanager
+def composing(folder: Path) -> Iterator[None]:
+    """Let `hydra.compose` read another folder of configurations than that of the running command, for a while."""
+    state = Singleton.get_state()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+            yield
+    finally:
+        Singleton.set_state(state)
+
+
 def known_keys(folder: Path, config_name: str, dotted: str) -> list[str]:
     """Return the settings beside the unknown one `dotted`, by composing the configuration without overrides of
     values.
     """
     choices = [arg for arg in sys.argv[1:] if "=" in arg and (folder / arg.split("=")[0]).is_dir() and "," not in arg]
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+    with composing(folder):
         try:
             node: Any = hydra.compose(config_name, overrides=choices)
         except HydraException:  # a choice is wrong too; the unknown key is named without a suggestion

@@ -14,6 +14,7 @@ from ddt.sampling import SamplerSettings
 from ddt.sharing import GuidedVelocity
 from ddt.solvers import euler
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CLOSE = {"adam3": 1e-4, "adam4": 1e-4}  # the release rounds their coefficients (tests/test_solvers.py); others 1e-5
 
 

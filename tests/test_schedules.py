@@ -15,6 +15,7 @@ from ddt.fitting import check_fitted, fit_schedule, resolve_schedule, trajectory
 from ddt.sampling import SamplerSettings
 from ddt.schedules import optimal_schedule, read_schedule, write_schedule
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = SamplerSettings(num_steps=6, cfg_scale=2.0, cfg_interval=(0.3, 1.0), last_step=None)
 CPU = torch.device("cpu")
 

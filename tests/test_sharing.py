@@ -14,6 +14,7 @@ from ddt.guidance import Guidance
 from ddt.sharing import GuidedVelocity, SharedNetwork, extrapolation_weights
 from ddt.solvers import call_times
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHARED = dict(num_steps=8, cfg_scale=2.0, cfg_interval=(0.5, 1.0), last_step=None, recompute=[0, 3, 6])
 
 

@@ -10,6 +10,7 @@ from ddt.errors import UserError
 from ddt.flow import time_grid
 from ddt.solvers import DIFFUSIONS, SOLVERS, adams_weights, adaptive, call_times, euler, sde
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ORDERS = {"euler": 1, "heun": 2, "midpoint": 2, "adams2": 2, "adams3": 3, "adams4": 4}
 
 
