@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import filelock
@@ -137,6 +138,27 @@ def test_while_a_set_is_drawn_another_command_stays_away(tmp_path):
     with lock, pytest.raises(ckpt.UserError, match="another command is drawing this set; wait for it"):
         draw(tmp_path / "a")
     draw(tmp_path / "a")
+
+
+def test_while_a_batch_is_decoded_the_next_is_sampled(tmp_path, monkeypatch):
+    sampled = threading.Semaphore(0)
+
+    class Patient(Identity):
+        def decode(self, latents):
+            assert sampled.acquire(timeout=20)  # by the batch after this one, or by the last itself
+            return super().decode(latents)
+
+    def latents(self, classes, seeds):
+        result = original(self, classes, seeds)
+        if 0 not in seeds:
+            sampled.release()
+        if 10 in seeds:
+            sampled.release()
+        return result
+
+    original = Generator.latents
+    monkeypatch.setattr(Generator, "latents", latents)
+    draw(tmp_path / "a", autoencoder=Patient())
 
 
 def test_an_error_while_decoding_ends_the_run(tmp_path):
