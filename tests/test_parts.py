@@ -69,6 +69,17 @@ def test_damaged_parts_are_drawn_again(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000009-00000012.npz"]
 
 
+def test_a_part_is_whole_or_absent(tmp_path, monkeypatch):
+    def half(path, **arrays):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez", half)
+    with pytest.raises(KeyboardInterrupt):
+        write_part(tmp_path, 0, np.zeros((2, 4, 4, 3), dtype=np.uint8), {})
+    assert drawn(tmp_path).tolist() == []
+
+
 def test_a_gap_is_never_merged(tmp_path):
     fill(tmp_path / "parts", 6, 2)
     (tmp_path / "parts" / "00000002-00000004.npz").unlink()
