@@ -39,10 +39,12 @@ class Mixture(Sequence[Tensor]):
         return min(map(len, self.kept))
 
     def __getitem__(self, i: Any) -> Any:
-        first, *others = zip(self.weights, self.kept, strict=True)
-        total = first[1][i][: self.n] * first[0]
-        for weight, tensors in others:
-            total.add_(tensors[i][: self.n], alpha=weight)
+        tensors = [kept[i][: self.n] for kept in self.kept]
+        if len(tensors) == 1:  # its weight is 1: no copy
+            return tensors[0]
+        total = tensors[0] * self.weights[0]
+        for weight, tensor in zip(self.weights[1:], tensors[1:], strict=True):
+            total.add_(tensor, alpha=weight)
         return total
 
 
