@@ -112,7 +112,7 @@ def generate(
 
     While one batch is decoded and written, the next is sampled. progress grows by `share` images for each drawn.
     """
-    stream = torch.cuda.Stream() if generator.device.type == "cuda" else None
+    stream = torch.cuda.Stream(generator.device) if generator.device.type == "cuda" else None
 
     def finish(latents: Tensor, ready: torch.cuda.Event | None, numbers: np.ndarray, counts: dict[str, int]) -> None:
         pixels = generator.pixels(latents, ready, stream)
@@ -126,7 +126,7 @@ def generate(
             latents, counts = generator.latents(
                 [images.classes[k] for k in numbers], [images.seeds[k] for k in numbers]
             )
-            ready = torch.cuda.current_stream().record_event() if stream else None
+            ready = torch.cuda.current_stream(generator.device).record_event() if stream else None
             if pending is not None:
                 pending.result()
             pending = worker.submit(finish, latents, ready, numbers, counts)
