@@ -1,5 +1,6 @@
 """Sample from a run or checkpoint: `python sample.py ckpt=RUN_OR_CHECKPOINT [key=value …]`."""
 
+import datetime
 import logging
 import os
 from pathlib import Path
@@ -10,16 +11,19 @@ from omegaconf import DictConfig
 from ddt import checkpoint as ckpt
 from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.config import check_arguments
+from ddt.conversion import DOWNSAMPLING
 from ddt.errors import UserError, require
 from ddt.evaluation import compare, evaluate_with_inception
 from ddt.files import sha256
+from ddt.fitting import check_fitted
 from ddt.generation import Generator, sample_set
 from ddt.image_set import image_set
 from ddt.launch import launch
 from ddt.metrics.inception import find_weights
 from ddt.metrics.reference import read_reference
-from ddt.sampling import SamplerSettings, check_guide
+from ddt.sampling import SamplerSettings
 from ddt.schedules import parse_schedule, read_schedule
+from ddt.solvers import STOCHASTIC
 from ddt.training import make_accelerator
 from scripts.convert_checkpoint import convert_published
 from scripts.entry import CONF, checked, entry_point
@@ -68,7 +72,7 @@ def check(config: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     """
     chosen = {key: config[key] for key in SAMPLER_KEYS} | {"solver": config["sampler"]}
     chosen = {key: value for key, value in chosen.items() if value != "checkpoint"}
-    sampler, problems = check_arguments(SamplerSettings, stored["sampler"] | chosen, "")
+    sampler, problems = check_arguments(SamplerSettings, applicable(stored["sampler"] | chosen, chosen), "")
     given = {key: config[key] for key in ("num_samples", "classes", "seeds", "seed")}
     which, found = check_arguments(image_set, given, "")
     problems += found
@@ -80,9 +84,36 @@ def check(config: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
             settings.solver != "adaptive" or key not in chosen,
             f"{key}={chosen.get(key)}: sampler=adaptive chooses its own steps; leave it out",
         )
+    network = stored["network"]
+    require(
+        settings.recompute is None or network["_target_"].endswith(".DDT"),
+        f"recompute={settings.recompute}: this model has no encoder to share; give null",
+    )
     if isinstance(settings.recompute, str) and parse_schedule(settings.recompute, settings.num_steps)[0] == "file":
-        read_schedule(Path(settings.recompute))
-    return {"sampler": settings, "images": image_set(stored["network"]["num_classes"], **which)}
+        check_fitted(read_schedule(Path(settings.recompute)), settings, None)
+    return {"sampler": settings, "images": image_set(network["num_classes"], **which)}
+
+
+def applicable(values: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """Return a sampler's settings without those of the checkpoint that the chosen ones leave without effect."""
+    solver, idle = values.get("solver"), set()
+    if solver not in STOCHASTIC:
+        idle |= {"sde_diffusion", "sde_last"}
+    idle |= {"recompute", "cfg_steps", "forecast_order"} if solver == "adaptive" else {"tolerance"}
+    if values.get("recompute") is None:
+        idle.add("forecast_order")
+    return {key: value for key, value in values.items() if key in chosen or key not in idle}
+
+
+def check_guide_config(stored: dict[str, Any], guide: dict[str, Any], scale: float) -> None:
+    """Raise UserError where a guide's checkpoint speaks of other latents or classes, or guides nothing."""
+    require(scale != 1, "guide: has no effect with cfg_scale=1; choose another scale, or leave the guide out")
+    for key in ("latent_shape", "class_names", "autoencoder_fingerprint"):
+        ours, theirs = stored.get(key), guide.get(key)
+        require(
+            None in (ours, theirs) or ours == theirs,
+            f"guide: has another {key} than the model; give a weaker checkpoint of the same data",
+        )
 
 
 def stored_autoencoder(stored: dict[str, Any], chosen: str) -> Autoencoder:
@@ -115,7 +146,7 @@ def stored_autoencoder(stored: dict[str, Any], chosen: str) -> Autoencoder:
 
 def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None:
     """Load the checkpoint and draw the set, on each process."""
-    accelerator = make_accelerator("no")
+    accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))  # one GPU may be hours behind another
     device = accelerator.device
     autoencoder = stored_autoencoder(stored, arguments["autoencoder"])
     model, guide = ckpt.load_model(folder), None
@@ -124,7 +155,6 @@ def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None
     if arguments["guide"] is not None:
         guide_folder = arguments["guide"]
         guide = ckpt.load_model(guide_folder)
-        check_guide(model, guide)
         guide_weights = {
             "ema_sha256": sha256(guide_folder / "ema.safetensors"),
             "step": ckpt.read_config(guide_folder)["step"],
@@ -156,6 +186,19 @@ def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None
     )
 
 
+def check_released(settings: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Raise UserError where `released` is given and the checkpoint is not what it was converted to."""
+    if settings["released"] is None:
+        return
+    ckpt, depth, resolution = settings["ckpt"], settings["encoder_depth"], settings["resolution"]
+    require("source" in stored, f"ckpt={ckpt}: was not converted from a published checkpoint; give another ckpt=")
+    found = stored["network"].get("encoder_depth"), stored["latent_shape"][1] * DOWNSAMPLING
+    require(
+        found == (depth, resolution),
+        f"ckpt={ckpt}: was converted with encoder_depth={found[0]} resolution={found[1]}; give another ckpt= or these",
+    )
+
+
 def evaluate_set(arguments: dict[str, Any], out: Path) -> None:
     """Evaluate the set in `out` as evaluate.py does, and lay the result beside the published numbers."""
     weights = arguments["inception_weights"] and Path(arguments["inception_weights"])
@@ -180,8 +223,11 @@ def main(cfg: DictConfig) -> None:
     folder = ckpt.find_checkpoint(others["ckpt"])
     stored = ckpt.read_config(folder)
     out = Path(others["out"] or folder / "samples")
+    check_released(others, stored)
     guide = None if others["guide"] is None else ckpt.find_checkpoint(others["guide"])
     arguments = {**others, **check(config, stored), "out": out, "guide": guide}
+    if guide is not None:
+        check_guide_config(stored, ckpt.read_config(guide), arguments["sampler"].cfg_scale)
     launch(run, arguments["num_processes"], folder, stored, arguments)
     if arguments["reference"] is not None and os.environ.get("RANK", "0") == "0":
         evaluate_set(arguments, out)

@@ -67,4 +67,9 @@ def time_grid(num_steps: int, last_step: float | None = None, timeshift: float =
     t = torch.linspace(0.0, 1.0 - last_step, num_steps, dtype=torch.float32, device="cpu")
     t = torch.cat([t, torch.ones(1)])
     t = t / (t + (1 - t) * timeshift)
+    require(
+        bool((t.diff() > 0).all()),
+        f"last_step={last_step}, timeshift={timeshift}: two of the {num_steps + 1} times are equal in float32; choose "
+        "less extreme ones",
+    )
     return t.tolist()

@@ -7,6 +7,7 @@ Shapes: n images, B batch, C H W.
 import contextlib
 import dataclasses
 import datetime
+import importlib.metadata
 import itertools
 import json
 import logging
@@ -36,6 +37,7 @@ from ddt.parts import drawn, merge_parts, rows, sound_parts, write_part
 from ddt.pictures import image_grid, readable, write_png, write_pngs
 from ddt.sampling import SamplerSettings, sample
 from ddt.schedules import read_schedule
+from ddt.sharing import CACHE_BYTES
 from ddt.version import __version__
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ class Generator:
     dtype: Literal["bf16", "fp32"]
     device: torch.device
     guide: Denoiser | None = None
-    cache_bytes: float = 0
+    cache_bytes: float = CACHE_BYTES
 
     def autocast(self) -> torch.autocast:
         """Return the context of the networks; every thread enters its own."""
@@ -116,6 +118,11 @@ def generate(
 
     def finish(latents: Tensor, ready: torch.cuda.Event | None, numbers: np.ndarray, counts: dict[str, int]) -> None:
         pixels = generator.pixels(latents, ready, stream)
+        if not bool(latents.isfinite().all()):  # looked at here, where waiting for the device costs nothing
+            raise FloatingPointError(
+                f"image {numbers[0]} or one of the {len(numbers) - 1} after it is not finite: try dtype=fp32, "
+                "forecast_order=0 or a smaller cfg_scale"
+            )
         for run in consecutive(numbers):
             write_part(parts, int(numbers[run.start]), pixels[run], counts)
         progress.update(min(share * len(numbers), int(progress.total or 0) - progress.n))
@@ -135,10 +142,14 @@ def generate(
 
 
 def state_of(out: Path, request: dict[str, Any]) -> Literal["new", "begun", "complete"]:
-    """Tell how much of the requested set `out` holds; raise UserError where it holds anything else."""
+    """Tell how much of the requested set `out` holds; raise UserError where it holds anything else.
+
+    A set of which no image was drawn is new: what was asked for may still be changed.
+    """
     require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
-    plan = out / ".parts" / "plan.json"
-    if not out.exists() or (not plan.exists() and not any(path.name != ".parts" for path in out.iterdir())):
+    parts = out / ".parts"
+    empty = not out.exists() or not any(path != parts for path in out.iterdir())
+    if empty and (len(drawn(parts)) == 0 or not (parts / "plan.json").exists()):
         return "new"
 
     def same(path: Path) -> bool:
@@ -148,7 +159,7 @@ def state_of(out: Path, request: dict[str, Any]) -> Literal["new", "begun", "com
             return False
 
     finished = (out / "samples.npz").exists()  # the last file to be written
-    ours = same(out / "receipt.json" if finished else plan)
+    ours = same(out / "receipt.json" if finished else parts / "plan.json")
     require(ours, f"out={out}: holds another set and is not written over; choose another out=")
     return "complete" if finished else "begun"
 
@@ -170,19 +181,26 @@ def locked(parts: Path) -> Iterator[None]:
         lock.release()
 
 
-def plan(generator: Generator, request: dict[str, Any], parts: Path, ema_sha256: str | None) -> list[int] | None:
-    """Return the steps at which the encoder runs: those of the plan that a begun set left, or else resolved now."""
+def plan(generator: Generator, request: dict[str, Any], parts: Path, begun: bool) -> dict[str, Any]:
+    """Return the plan of a set, `recompute_steps` and `warnings` in it: the one that a begun set left, or a new one."""
     path = parts / "plan.json"
-    if path.exists():
-        return json.loads(path.read_text())["recompute_steps"]
+    if begun:
+        return json.loads(path.read_text())
+    for left in (path, *parts.glob("[0-9]*-[0-9]*.npz")):  # of a plan of which nothing was drawn, or of none
+        left.unlink(missing_ok=True)
     with generator.autocast():
         steps, warnings = resolve_schedule(
-            generator.model, generator.shape, generator.settings, generator.device, ema_sha256
+            generator.model,
+            generator.shape,
+            generator.settings,
+            generator.device,
+            request["checkpoint"].get("ema_sha256"),
         )
     for warning in warnings:
         log.warning("%s", warning)
-    write_json(path, {"request": request, "recompute_steps": steps})
-    return steps
+    content = {"request": request, "recompute_steps": steps, "warnings": warnings}
+    write_json(path, content)
+    return content
 
 
 def sample_set(
@@ -218,20 +236,23 @@ def sample_set(
     request = json.loads(json.dumps(request))  # as it will be read back
     total, parts = len(images.seeds), out / ".parts"
     num_pngs = total if png == "all" else min(png, total)
-    if state_of(out, request) == "complete":
-        log.info("%s: complete, nothing to do", out / "samples.npz")
-        if rank == 0:
-            shutil.rmtree(parts, ignore_errors=True)  # of a command killed right before its end
-            write_pngs(out / "png", rows(out / "samples.npz"), num_pngs)
-        return
+    found: list[Any] = [None, None]
+    if rank == 0:
+        state_of(out, request)  # refused before anything is written
     with locked(parts) if rank == 0 else contextlib.nullcontext():
-        found: list[Any] = [None, None]
-        if rank == 0:
-            found = [
-                plan(generator, request, parts, checkpoint.get("ema_sha256")),
-                drawn(parts) if sound_parts(parts) else [],
-            ]
-        steps, done = broadcast_object_list(found)
+        if rank == 0:  # it alone decides, and only now: until here another command may have drawn the set
+            state = state_of(out, request)
+            if state != "complete":
+                planned = plan(generator, request, parts, state == "begun")
+                found = [planned, drawn(parts) if sound_parts(parts) else []]
+        planned, done = broadcast_object_list(found)
+        if planned is None:
+            if rank == 0:
+                log.info("%s: complete, nothing to do", out / "samples.npz")
+                shutil.rmtree(parts)
+                write_pngs(out / "png", rows(out / "samples.npz"), num_pngs)
+            return
+        steps = planned["recompute_steps"]
         generator = dataclasses.replace(generator, recompute=steps)
         batches = chunks_left(total, batch_size, np.array(done, dtype=np.int64))
         started, left = time.perf_counter(), total - len(done)
@@ -252,6 +273,7 @@ def sample_set(
             "time_grid": generator.settings.grid(),
             "recompute": generator.settings.recompute,
             "recompute_steps": steps,
+            "warnings": planned["warnings"],
             "cached_modulations_bytes": int(counts.pop("cached_bytes")),
             "network_calls_an_image": counts,
             "images_per_second": left / seconds if left else None,
@@ -269,7 +291,11 @@ def circumstances(device: torch.device) -> dict[str, Any]:
     """Return what a receipt says of machine, versions and time."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "versions": {"ddt": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "ddt": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "diffusers")},
+        },
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -4,6 +4,7 @@ Source: method.md 4.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 from torch import Tensor
@@ -30,7 +31,10 @@ class Guidance:
     steps: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
-        require(self.scale >= 0, f"cfg_scale={self.scale}: must be at least 0 (1 means no guidance)")
+        require(
+            0 <= self.scale < math.inf,
+            f"cfg_scale={self.scale}: must be a finite number of at least 0 (1 means no guidance)",
+        )
         if self.interval is not None:
             lo, hi = self.interval
             require(

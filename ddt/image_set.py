@@ -75,11 +75,14 @@ def image_set(
 
     Raises UserError for an unknown class, a seed out of 0..2³²−1, and counts that disagree.
     """
+    require(
+        seed == 0 or (seeds is None and num_samples is not None),
+        f"seed={seed}: numbers the images of num_samples= alone; give that, or choose seeds=",
+    )
     if seeds is not None:
         which = read_numbers("seeds", seeds)
         wrong = [s for s in which if not 0 <= s < MAX_SEED]
         require(not wrong, f"seeds={wrong[:3]}: a seed must lie in 0..{MAX_SEED - 1}")
-        require(seed == 0, f"seed={seed}: has no effect beside seeds=; leave it out")
     elif num_samples is not None:
         require(1 <= num_samples <= SEED_STRIDE, f"num_samples={num_samples}: must lie in 1..{SEED_STRIDE}")
         last = MAX_SEED // SEED_STRIDE - 2  # the seeds beyond are those of templates (ddt.fitting)

@@ -74,6 +74,7 @@ def launch(function: Callable[..., None], num_processes: int | None, *args: Any)
     gpus = torch.cuda.device_count()
     if 0 < gpus < num_processes:
         raise UserError(f"num_processes={num_processes}, but {gpus} GPUs are visible: choose at most {gpus}")
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # the cause has been told
     told = torch.multiprocessing.get_context("spawn").Value("i", 0)
     try:
         torch.multiprocessing.spawn(_worker, (function, num_processes, _free_port(), told, args), nprocs=num_processes)

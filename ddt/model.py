@@ -161,7 +161,8 @@ class Decoder(BlockStack):
         """
         at = self.positions(x_t)
         h, _ = self.run(x_t, z_t, at, modulations=modulations)
-        return self.output(h, z_t, at, modulations[-1] if len(modulations) > len(self.blocks) else None)
+        depth = len(self.blocks)
+        return self.output(h, z_t, at, modulations[depth] if len(modulations) > depth else None)
 
 
 def check_sizes(

@@ -6,7 +6,9 @@ Shapes: n images of the set, m of a part, H W C pixels.
 import json
 import logging
 import os
+import platform
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,8 +25,9 @@ def write_part(folder: Path, start: int, images: np.ndarray, counts: dict[str, i
     took.
     """
     path = folder / f"{start:08d}-{start + len(images):08d}.npz"
-    temporary = folder / f".tmp-{os.getpid()}.npz"
+    temporary = folder / f".tmp-{platform.node()}-{os.getpid()}.npz"
     np.savez(temporary, images=images, counts=np.array(json.dumps(counts)))
+    fsync(temporary)
     temporary.replace(path)
 
 
@@ -42,13 +45,18 @@ def read_part(path: Path) -> tuple[int, np.ndarray, dict[str, int]]:
 
 
 def sound_parts(folder: Path) -> dict[int, Path]:
-    """Return the part files by their first image, reading each; a damaged one is removed, to be drawn again."""
-    parts = {}
+    """Return the part files by their first image, reading each; one that is damaged, or that holds an image of the one
+    before it, is removed, to be drawn again.
+    """
+    parts, end = {}, 0
     for path in sorted(folder.glob("[0-9]*-[0-9]*.npz")):
         try:
-            parts[read_part(path)[0]] = path
-        except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile):
-            log.warning("%s: damaged, its images are drawn again", path)
+            start, images, _ = read_part(path)
+            if start < end:
+                raise ValueError("overlaps")
+            parts[start], end = path, start + len(images)
+        except (ValueError, OSError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
+            log.warning("%s: damaged or double, its images are drawn again", path)
             path.unlink()
     for left in folder.glob(".tmp-*"):  # of a process that was killed while writing
         left.unlink()

@@ -1,6 +1,7 @@
 """Pictures for people: PNG files and grids. Shapes: n images, C H W."""
 
 import math
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,9 +54,10 @@ def image_grid(images: Tensor, columns: int, captions: list[str] | None = None, 
     grid = make_grid(torch.cat([images, room], dim=2), nrow=columns, padding=PADDING, pad_value=255)
     picture = Image.fromarray(np.ascontiguousarray(grid.permute(1, 2, 0).numpy()))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
+    edge = PADDING if n > 1 else 0  # make_grid gives one image back as it is
     for k, caption in enumerate(captions):
-        left = PADDING + (k % columns) * (width + PADDING) + width / 2
-        top = PADDING + (k // columns) * (height + size + 4 + PADDING) + height
+        left = edge + (k % columns) * (width + PADDING) + width / 2
+        top = edge + (k // columns) * (height + size + 4 + PADDING) + height
         text = caption
         while font.getlength(text) > width and len(text) > 1:
             text = text.removesuffix("…")[:-1] + "…"
@@ -66,7 +68,7 @@ def image_grid(images: Tensor, columns: int, captions: list[str] | None = None, 
 def write_png(path: Path, picture: np.ndarray) -> None:
     """Write a uint8 picture (H, W, 1 or 3), making its folder; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(temporary, format="PNG")
     temporary.replace(path)
 

@@ -76,6 +76,11 @@ class SamplerSettings:
             self.forecast_order == 0 or self.recompute is not None,
             f"forecast_order={self.forecast_order}: has no effect without recompute=, as in recompute=uniform:5",
         )
+        require(
+            self.forecast_order == 0 or self.solver not in STOCHASTIC,
+            f"forecast_order={self.forecast_order}: the noise of sampler={self.solver} makes z jump, and its forecast "
+            "worse than the last z; give forecast_order=0",
+        )
         if isinstance(self.recompute, str):
             parse_schedule(self.recompute, self.num_steps)
         elif self.recompute is not None:

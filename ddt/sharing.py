@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddt.errors import UserError
 from ddt.guidance import Guidance
-from ddt.model import DDT, Denoiser
+from ddt.model import DDT, Decoder, Denoiser
 from ddt.schedules import check_schedule
 
 CACHE_BYTES = 4 * 2**30  # of modulations kept by default
@@ -30,22 +30,25 @@ class Encoded(NamedTuple):
 
 
 class Mixture(Sequence[Tensor]):
-    """Weighted sums of kept tensors, made when they are asked for, so that few of them lie in memory at once."""
+    """The decoder's modulations, layer by layer, as the weighted sum of those of several z, made when asked for.
 
-    def __init__(self, weights: np.ndarray, kept: Sequence[Sequence[Tensor]], n: int) -> None:
-        self.weights, self.kept, self.n = weights.tolist(), kept, n
+    What was not kept is computed for each z before it is mixed, so that the sum is the same however much was kept.
+    """
+
+    def __init__(self, decoder: Decoder, past: Sequence[Encoded], weights: Sequence[float], n: int) -> None:
+        self.layers = [*decoder.blocks, decoder.output]
+        self.past, self.weights, self.n = past, weights, n
 
     def __len__(self) -> int:
-        return min(map(len, self.kept))
+        return len(self.layers)
 
     def __getitem__(self, i: Any) -> Any:
-        tensors = [kept[i][: self.n] for kept in self.kept]
-        if len(tensors) == 1:  # its weight is 1: no copy
-            return tensors[0]
-        total = tensors[0] * self.weights[0]
-        for weight, tensor in zip(self.weights[1:], tensors[1:], strict=True):
-            total.add_(tensor, alpha=weight)
-        return total
+        terms = []
+        for encoded, weight in zip(self.past, self.weights, strict=True):
+            kept = i < len(encoded.modulations)
+            modulation = encoded.modulations[i][: self.n] if kept else self.layers[i].adaln(encoded.z[: self.n])
+            terms.append(modulation * weight)
+        return sum(terms[1:], start=terms[0])
 
 
 class SharedNetwork:
@@ -90,7 +93,9 @@ class SharedNetwork:
     def encode(self, x_t: Tensor, t: float, copies: int, keep: bool) -> None:
         """Compute z for `copies` times the batch; with `keep`, for several calls, the decoder's modulations too."""
         assert isinstance(self.model, DDT)
-        if len(self.past) == self.past.maxlen:
+        if self.past and (self.past[-1].t == t or self.past.maxlen == 1):  # Heun meets the same t twice
+            self.past.pop()
+        elif len(self.past) == self.past.maxlen:
             self.past.popleft()  # freed before the next one is made
         z = self.model.encode(*self._inputs(x_t, t, copies))
         self.encoder_calls += copies
@@ -108,22 +113,18 @@ class SharedNetwork:
         assert isinstance(self.model, DDT)
         assert not isinstance(t, Tensor), "with a time for each image nothing is shared"
         n = copies * len(x_t)
-        past = [self.past[-1]]
-        if t != past[0].t:
-            known = itertools.takewhile(lambda encoded: len(encoded.z) >= n, reversed(self.past))
-            past = list(known)[::-1]
+        both, last = x_t.repeat(copies, 1, 1, 1), self.past[-1]
+        past = list(itertools.takewhile(lambda encoded: len(encoded.z) >= n, reversed(self.past)))[::-1]
+        if t == last.t or len(past) == 1:
+            return self.model.decode(both, last.z[:n], [m[:n] for m in last.modulations]).float()
         weights = extrapolation_weights([encoded.t for encoded in past], t)
-        modulations = Mixture(weights, [encoded.modulations for encoded in past], n)
-        whole = len(modulations) > len(self.model.decoder.blocks)  # then z itself is not read
-        z = past[-1].z[:n] if whole else Mixture(weights, [[encoded.z] for encoded in past], n)[0]
-        return self.model.decode(x_t.repeat(copies, 1, 1, 1), z, modulations).float()
+        return self.model.decode(both, last.z[:n], Mixture(self.model.decoder, past, weights, n)).float()
 
 
-def extrapolation_weights(times: Sequence[float], t: float) -> np.ndarray:
+def extrapolation_weights(times: Sequence[float], t: float) -> list[float]:
     """Return the values at t of the Lagrange polynomials through `times`, (len(times),); they add up to 1."""
     nodes = np.array(times)
-    weights = [np.prod((t - np.delete(nodes, i)) / (node - np.delete(nodes, i))) for i, node in enumerate(nodes)]
-    return np.array(weights)
+    return [float(np.prod((t - np.delete(nodes, i)) / (node - np.delete(nodes, i)))) for i, node in enumerate(nodes)]
 
 
 class GuidedVelocity:

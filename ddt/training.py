@@ -5,6 +5,7 @@ Shapes: B micro-batch, C H W latent. Batches come from `data.TrainingStream`, so
 """
 
 import contextlib
+import datetime
 import logging
 import math
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from tqdm import tqdm
 
 from ddt import checkpoint as ckpt
@@ -34,10 +36,14 @@ from ddt.tracking import JsonlTracker
 log = logging.getLogger(__name__)
 
 
-def make_accelerator(mixed_precision: str) -> Accelerator:
-    """Return the Accelerator of this process: its GPU where there is one, else the CPU (gloo between processes)."""
+def make_accelerator(mixed_precision: str, patience: datetime.timedelta | None = None) -> Accelerator:
+    """Return the Accelerator of this process: its GPU where there is one, else the CPU (gloo between processes).
+
+    patience: how long the processes wait for each other before they give up; None is torch's default.
+    """
     precision = "bf16" if mixed_precision == "bf16" else "no"
-    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    handlers = [] if patience is None else [InitProcessGroupKwargs(timeout=patience)]
+    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=handlers)
 
 
 def check_same_training(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

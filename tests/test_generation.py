@@ -18,13 +18,16 @@ from conftest import ROOT, refusal, run, small_ddt, small_vae, succeed
 from PIL import Image
 
 from ddt import checkpoint as ckpt
+from ddt import generation
 from ddt.autoencoder import Identity
 from ddt.generation import Generator, chunks_left, consecutive, sample_set
 from ddt.image_set import image_set
+from ddt.parts import write_part
 from ddt.sampling import SamplerSettings
 from ddt.schedules import write_schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+STATE_OF = generation.state_of
 FAST = SamplerSettings(num_steps=3, cfg_interval=None)
 
 
@@ -326,9 +329,62 @@ def test_autoguidance_by_a_weaker_checkpoint(run_folder, tmp_path):
     succeed("sample", *arguments, f"guide={tmp_path / 'weaker'}", f"out={tmp_path / 'a'}")
     receipt = json.loads((tmp_path / "a" / "receipt.json").read_text())
     assert receipt["network_calls_an_image"] == {"encoder": 4, "decoder": 4, "guide_encoder": 3, "guide_decoder": 3}
+    message = refusal("sample", *arguments, f"guide={tmp_path / 'weaker'}", "cfg_scale=1", f"out={tmp_path / 'c'}")
+    assert message.startswith("guide: has no effect with cfg_scale=1")
+    ckpt.write_checkpoint(tmp_path / "other", config | {"class_names": list("vwxyz")}, ema=weaker.state_dict())
+    message = refusal("sample", *arguments, f"guide={tmp_path / 'other'}", f"out={tmp_path / 'c'}")
+    assert message.startswith("guide: has another class_names than the model")
+    assert not (tmp_path / "c").exists()
     assert receipt["request"]["guide"]["ema_sha256"] == ckpt.sha256(tmp_path / "weaker" / "ema.safetensors")
     succeed("sample", *arguments, f"out={tmp_path / 'b'}")
     assert (tmp_path / "a" / "samples.npz").read_bytes() != (tmp_path / "b" / "samples.npz").read_bytes()
+
+
+def test_what_was_refused_can_be_corrected_in_the_same_folder(run_folder, tmp_path):
+    """No image was drawn yet: the plan may change."""
+    arguments = [f"ckpt={run_folder}", "num_samples=2", f"out={tmp_path / 'a'}"]
+    message = refusal("sample", *arguments, "sampler=adaptive", "num_steps=1", "tolerance=1e-9")
+    assert "was not reached in num_steps=1 steps" in message
+    succeed("sample", *arguments, "sampler=heun")
+
+
+def test_parts_of_another_set_are_never_adopted(tmp_path):
+    whole = draw(tmp_path / "whole")
+    parts = tmp_path / "a" / ".parts"
+    parts.mkdir(parents=True)
+    write_part(parts, 0, np.zeros((4, 8, 8, 1), dtype=np.uint8), {})
+    assert np.array_equal(draw(tmp_path / "a"), whole)
+
+
+def test_a_set_that_another_command_finished_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    whole = draw(tmp_path / "a")
+    states = iter(["new"])
+    monkeypatch.setattr(
+        "ddt.generation.state_of", lambda *args: next(states, None) or generation.state_of_(*args), raising=True
+    )
+    monkeypatch.setattr(generation, "state_of_", STATE_OF, raising=False)
+    monkeypatch.setattr(Generator, "latents", lambda *_: (_ for _ in ()).throw(AssertionError))
+    assert np.array_equal(draw(tmp_path / "a"), whole)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["grid.png", "receipt.json", "samples.npz"]
+
+
+def test_latents_that_are_not_finite_become_no_image(tmp_path):
+    model = small_ddt(in_channels=1)
+    with torch.no_grad():
+        model.decoder.output.linear.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="image 0 or one of the 3 after it is not finite"):
+        draw(tmp_path / "a", model=model)
+    assert not list((tmp_path / "a" / ".parts").glob("*.npz"))
+
+
+def test_settings_of_the_checkpoint_that_do_not_apply_give_way(run_folder, tmp_path):
+    config = ckpt.read_config(ckpt.find_checkpoint(run_folder))
+    config["sampler"] |= {"solver": "sde", "sde_last": "euler", "recompute": "uniform:2", "forecast_order": 1}
+    ckpt.write_checkpoint(tmp_path / "sde", config, ema=small_ddt(in_channels=1).state_dict())
+    arguments = [f"ckpt={tmp_path / 'sde'}", "num_samples=1"]
+    for k, chosen in enumerate((["sampler=euler"], ["recompute=null"], ["sampler=adaptive"])):
+        succeed("sample", *arguments, *chosen, f"out={tmp_path / str(k)}")
+    assert refusal("sample", *arguments, "sampler=euler", "sde_last=euler").startswith("sde_last=euler: has no effect")
 
 
 def test_foreign_files_are_never_written_over(run_folder, tmp_path):

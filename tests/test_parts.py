@@ -69,6 +69,22 @@ def test_damaged_parts_are_drawn_again(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000009-00000012.npz"]
 
 
+def test_no_flipped_bit_ends_in_a_traceback(tmp_path):
+    fill(tmp_path, 2, 2)
+    path = next(tmp_path.glob("*.npz"))
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        sound_parts(tmp_path)
+
+
+def test_an_image_is_in_one_part_alone(tmp_path):
+    images = fill(tmp_path, 8, 4)
+    write_part(tmp_path, 2, images[2:5], {})  # by a process that lost its launcher
+    assert list(sound_parts(tmp_path)) == [0, 4]
+    assert drawn(tmp_path).tolist() == list(range(8))
+
+
 def test_a_part_is_whole_or_absent(tmp_path, monkeypatch):
     def half(path, **arrays):
         path.write_bytes(b"half")

@@ -76,13 +76,16 @@ def test_guidance_combines_the_two_halves():
 
 def test_interval_is_strict_and_rounded_to_float32():
     guidance = Guidance(2.0, (0.3, 1.0))
-    edge = time_grid(10)[3]  # 0.3 in float32, a little below 0.3 in float64
-    assert edge == torch.tensor(0.3).item() or edge < 0.3
-    assert not guidance.active(torch.tensor(0.3).item())
+    edge = time_grid(10)[3]
+    assert edge == pytest.approx(0.3)
+    assert edge != 0.3  # in float64 they are not equal, and above or below decides
+    assert not guidance.active(edge)
     assert guidance.active(0.31)
     assert not guidance.active(1.0)
     assert not Guidance(2.0, (0.0, 1.0)).active(0.0)
     assert Guidance(2.0, None).active(0.0)
+    times = torch.tensor([0.0, edge, 0.31, 1.0])
+    assert guidance.mask(times).tolist() == [guidance.active(t) for t in times.tolist()]
 
 
 def test_outside_the_interval_the_unconditional_half_does_not_run():
@@ -123,6 +126,9 @@ def test_an_image_does_not_depend_on_its_batch():
         ({"cfg_interval": (0.7, 0.3)}, r"cfg_interval=\[0.7,0.3\]"),
         ({"cfg_interval": (0.3, 1.2)}, r"cfg_interval=\[0.3,1.2\]"),
         ({"cfg_scale": -1.0}, "cfg_scale=-1"),
+        ({"cfg_scale": float("inf")}, "cfg_scale=inf: must be a finite number"),
+        ({"last_step": 1e-9}, "last_step=1e-09, timeshift=1.0: two of the 251 times are equal in float32"),
+        ({"timeshift": 1e-9}, "two of the 251 times are equal in float32"),
         ({"solver": "rk9"}, "sampler=rk9"),
         ({"recompute": [1, 2]}, "step 0 must be among them"),
         ({"recompute": [0, 9], "num_steps": 4}, "step 9 does not exist"),
@@ -137,6 +143,7 @@ def test_an_image_does_not_depend_on_its_batch():
         ({"tolerance": 0.0, "solver": "adaptive"}, "tolerance=0.0: must be above 0"),
         ({"solver": "adaptive", "recompute": "uniform:5"}, "recompute=uniform:5: sampler=adaptive chooses its own"),
         ({"solver": "adaptive", "cfg_steps": [0]}, r"cfg_steps=\[0\]: sampler=adaptive chooses its own steps"),
+        ({"solver": "sde", "recompute": [0], "forecast_order": 1}, "forecast_order=1: the noise of sampler=sde makes"),
         ({"num_steps": 0}, "num_steps=0"),
     ],
 )

@@ -157,6 +157,29 @@ def test_forecasts_decode_the_polynomial_through_the_last_z(order, cache_bytes):
     torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("solver", ["heun", "midpoint", "adams3"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_forecasts_go_with_every_solver(solver, order):
+    """Recompute steps in a row, too, where Heun asks for one time twice."""
+    model, (x, _, y) = small_ddt(), inputs()
+    settings = dict(solver=solver, num_steps=12, cfg_scale=2.0, cfg_interval=(0.3, 1.0), last_step=None)
+    full = ddt.sample(model, x, y, **settings)
+    shared = ddt.sample(model, x, y, recompute=[0, 1, 2, 5, 6, 8, 10], forecast_order=order, **settings)
+    held = ddt.sample(model, x, y, recompute=[0, 1, 2, 5, 6, 8, 10], **settings)
+    assert (shared - full).abs().mean() < 0.7 * (held - full).abs().mean()
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_forecasts_are_the_same_however_much_is_kept(order):
+    """Bit for bit under bf16: how much is kept depends on the batch, the image must not."""
+    model, (x, _, y) = small_ddt(depth=4), inputs()
+    settings = SHARED | {"cfg_interval": None, "forecast_order": order}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        images = [ddt.sample(model, x, y, cache_bytes=size, **settings) for size in (0, 100_000, 2**30)]
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])
+
+
 def test_before_a_guided_segment_both_halves_run_so_that_it_can_be_forecast():
     model = small_ddt()
     x, _, y = inputs()
