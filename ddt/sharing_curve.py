@@ -24,6 +24,7 @@ from ddt.sharing_rules import Schedules, parse_rule
 from ddt.tracking import read_rows
 
 UNSHARED = "unshared"
+KEPT = ".unshared"  # folder of the images that the others are compared with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,9 @@ class Curve:
         """Draw the points that are missing and return the rows of all."""
         path = self.out / "points.jsonl"
         rows = read_rows(path) if path.exists() else []
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))  # without a line that a kill cut short
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows))  # without a line that a kill cut short
+        temporary.replace(path)
         found = {Point(row["rule"], row["budget"], row["repeat"]): row for row in rows}
         points = list(self.points())
         left = [point for point in points if point not in found]
@@ -123,7 +126,7 @@ class Curve:
 
     def kept(self, repeat: int) -> Path:
         """Return the file of the latents without sharing; their images lie beside it."""
-        return self.out / UNSHARED / f"latents_{repeat}.npy"
+        return self.out / KEPT / f"latents_{repeat}.npy"
 
     def draw(self, point: Point, bar: tqdm | None) -> dict[str, Any]:
         """Draw the images of a point; return its measurements. Those without sharing are kept, as `kept` says."""

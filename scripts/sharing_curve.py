@@ -31,7 +31,7 @@ from ddt.generation import Generator, circumstances, locked
 from ddt.metrics.distances import FrechetReference, classifier_reference, inception_reference
 from ddt.metrics.inception import find_weights
 from ddt.metrics.reference import read_reference
-from ddt.sharing_curve import UNSHARED, Curve
+from ddt.sharing_curve import KEPT, Curve
 from ddt.sharing_rules import check_rules, schedules_of
 from evaluate import reference_data
 from sample import stored_autoencoder
@@ -89,7 +89,7 @@ def comparison(config: dict[str, Any], autoencoder: Autoencoder, shape: list[int
 def begin(out: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     """Return the plan that an earlier call of the same command left in `out`, or None; refuse any other content."""
     require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
-    if not out.exists() or not any(path.name != UNSHARED for path in out.iterdir()):
+    if not out.exists() or not any(path.name != KEPT for path in out.iterdir()):
         return None
     try:
         plan = json.loads((out / "plan.json").read_text())
@@ -134,7 +134,7 @@ def measure(config: dict[str, Any], folder: Path, stored: dict[str, Any], settin
         shape=tuple(stored["latent_shape"]), settings=settings, recompute=None, dtype=dtype, device=device,
         cache_bytes=config["cache_gib"] * 2**30,
     )  # fmt: skip
-    with locked(out / UNSHARED):
+    with locked(out / KEPT):
         if plan is None:
             schedules = schedules_of(generator, config["rules"], config["budgets"], config["templates"])
             plan = {"request": request, "schedules": schedules}
@@ -144,7 +144,7 @@ def measure(config: dict[str, Any], folder: Path, stored: dict[str, Any], settin
             config["batch_size"], out,
         )  # fmt: skip
         write(curve, curve.run(), plan, out)
-        shutil.rmtree(out / UNSHARED)
+        shutil.rmtree(out / KEPT)
 
 
 @entry_point("sharing_curve", CONF / "sharing")

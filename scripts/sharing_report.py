@@ -79,12 +79,14 @@ def draw(summary: list[dict[str, Any]], name: str, path: Path) -> None:
     panels[0].axhspan(level - deviation, level + deviation, color="0.5", alpha=0.15, linewidth=0)
     for number, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
         own = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["speed_by_macs"])
-        speed = [row["speed_by_macs"] for row in own]
+        speed = np.array([row["speed_by_macs"] for row in own])
         for axes, key in zip(panels, ("frechet_distance", "pixels_rms"), strict=True):
-            means, deviations = ([row[key][of] or 0 for row in own] for of in ("mean", "sd"))
+            means, deviations = (np.array([row[key][of] or 0 for row in own]) for of in ("mean", "sd"))
+            shown = means > 0  # at num_steps runs nothing is shared, and 0 has no place on a logarithmic scale
             axes.errorbar(
-                speed, means, yerr=deviations, color=f"C{number}", label=rule, marker="o", markersize=4, capsize=3
-            )
+                speed[shown], means[shown], deviations[shown], color=f"C{number}", label=rule, marker="o",
+                markersize=4, capsize=3,
+            )  # fmt: skip
     panels[0].set(ylabel=name)
     panels[1].set(ylabel="rms difference of the pixels (in [0, 1])", yscale="log")
     for axes in panels:
