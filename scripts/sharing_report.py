@@ -71,27 +71,33 @@ def table(summary: list[dict[str, Any]], name: str) -> str:
 
 
 def draw(summary: list[dict[str, Any]], name: str, path: Path) -> None:
-    """Write a picture of two panels: Fréchet distance and rms difference of the pixels against the speed by MACs."""
+    """Write a picture of two panels: Fréchet distance and rms difference of the pixels against the speed by MACs.
+
+    The bars of the distance are the deviation of its difference to the unshared images of the same noise: that of the
+    distance itself, the grey band, is common to all rules.
+    """
     figure, panels = plt.subplots(ncols=2, figsize=(11, 4.4), layout="constrained")
     unshared, *rows = summary
     level, deviation = unshared["frechet_distance"]["mean"], unshared["frechet_distance"]["sd"] or 0
     panels[0].axhline(level, color="0.4", linewidth=1, label="without sharing")
-    panels[0].axhspan(level - deviation, level + deviation, color="0.5", alpha=0.15, linewidth=0)
+    panels[0].axhspan(level - deviation, level + deviation, color="0.5", alpha=0.15, linewidth=0, label="its deviation")
     for number, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
         own = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["speed_by_macs"])
         speed = np.array([row["speed_by_macs"] for row in own])
-        for axes, key in zip(panels, ("frechet_distance", "pixels_rms"), strict=True):
-            means, deviations = (np.array([row[key][of] or 0 for row in own]) for of in ("mean", "sd"))
+        keys = (("frechet_distance", "frechet_distance_added"), ("pixels_rms", "pixels_rms"))
+        for axes, (key, bars) in zip(panels, keys, strict=True):
+            means = np.array([row[key]["mean"] for row in own])
+            deviations = np.array([row[bars]["sd"] or 0 for row in own])
             shown = means > 0  # at num_steps runs nothing is shared, and 0 has no place on a logarithmic scale
             axes.errorbar(
                 speed[shown], means[shown], deviations[shown], color=f"C{number}", label=rule, marker="o",
                 markersize=4, capsize=3,
             )  # fmt: skip
-    panels[0].set(ylabel=name)
+    panels[0].set(ylabel=f"{name}\nbars: of the difference to no sharing")
     panels[1].set(ylabel="rms difference of the pixels (in [0, 1])", yscale="log")
     for axes in panels:
         axes.set(xlabel="speed against no sharing, by multiply-accumulates")
         axes.grid(alpha=0.3, which="both")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=100)
     plt.close(figure)
