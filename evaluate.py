@@ -43,20 +43,26 @@ def with_inception(config: dict[str, Any], out: Path) -> dict[str, Any]:
     )
 
 
-def with_classifier(config: dict[str, Any], features: str, out: Path) -> dict[str, Any]:
-    """Compare with a small data set in the features of its classifier."""
-    kind, _, data = config["reference"].partition(":")
+def reference_data(reference: str, features: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the settings of the small data set that `reference` means, which must be the classifier's."""
+    kind, _, data = reference.partition(":")
     known = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
     if kind != "data" or data not in known:
-        raise UserError(f"reference={config['reference']}: give data:NAME, one of data:{', data:'.join(known)}")
+        raise UserError(f"reference={reference}: give data:NAME, one of data:{', data:'.join(known)}")
     require(
         features == data,
         f"features={features} reference=data:{data}: the classifier and the reference must be of one data set",
     )
+    composed = compose("train", overrides=[f"data={data}"])
+    return data, checked(OmegaConf.masked_copy(composed, ["data"]))["data"]
+
+
+def with_classifier(config: dict[str, Any], features: str, out: Path) -> dict[str, Any]:
+    """Compare with a small data set in the features of its classifier."""
+    data, node = reference_data(config["reference"], features)
     if config["inception_weights"] is not None:
         log.warning("warning: inception_weights: has no effect with features=%s", features)
     extractor = build(config["features"])
-    node = checked(OmegaConf.masked_copy(compose("train", overrides=[f"data={data}"]), ["data"]))["data"]
     train, test = build(node)(split="train"), build(node)(split="test")
     return evaluate_with_classifier(Path(config["samples"]), data, train, test, extractor, out)
 
