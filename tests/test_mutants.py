@@ -11,8 +11,8 @@ MUTANTS = [
     (
         "decoder conditioned on the mean of z",
         "ddt/model.py",
-        "self.run(x_t, z_t, at)",
-        "self.run(x_t, z_t.mean(1, True), at)",
+        "self.run(x_t, z_t, at, modulations=modulations)",
+        "self.run(x_t, z_t.mean(1, True), at, modulations=modulations)",
         "test_model.py::test_network_matches_the_release",
     ),
     ("time scaled", "ddt/layers.py", "t.float()[:, None]", "1000 * t.float()[:, None]", "test_layers.py"),
@@ -52,7 +52,13 @@ MUTANTS = [
         "(0, 2, 4, 3, 5, 1)",
         "test_model.py::test_network_matches_the_release",
     ),
-    ("SiLU inside adaLN", "ddt/layers.py", "self.adaln(c).chunk(6", "self.adaln(F.silu(c)).chunk(6", "test_model.py"),
+    (
+        "SiLU inside adaLN",
+        "ddt/layers.py",
+        "modulation = self.adaln(c) if",
+        "modulation = self.adaln(F.silu(c)) if",
+        "test_model.py",
+    ),
     (
         "graph break",
         "ddt/layers.py",
@@ -697,8 +703,8 @@ MUTANTS = [
     (
         "evaluation of train's whole configuration",
         "evaluate.py",
-        'OmegaConf.masked_copy(compose("train", overrides=[f"data={data}"]), ["data"])',
-        'compose("train", overrides=[f"data={data}"])',
+        'OmegaConf.masked_copy(composed, ["data"])',
+        "composed",
         "test_evaluation.py -k command",
     ),
     (
@@ -877,7 +883,7 @@ MUTANTS = [
     (
         "part written in place",
         "ddt/parts.py",
-        'temporary = folder / f".tmp-{os.getpid()}.npz"',
+        'temporary = folder / f".tmp-{platform.node()}-{os.getpid()}.npz"',
         "temporary = path",
         "test_parts.py",
     ),
@@ -918,6 +924,51 @@ MUTANTS = [
         "test_image_set.py -k random",
     ),
     ("captions of the first row", "ddt/pictures.py", "(k // columns) * (height", "0 * (height", "test_pictures.py"),
+    (
+        "Heun's one time twice",
+        "ddt/sharing.py",
+        "(self.past[-1].t == t or self.past.maxlen == 1)",
+        "self.past.maxlen == 1",
+        "test_sharing.py -k every_solver",
+    ),
+    (
+        "forecasts by what is kept",
+        "ddt/sharing.py",
+        "self.layers[i].adaln(encoded.z[: self.n])",
+        "self.layers[i].adaln(self.past[-1].z[: self.n])",
+        "test_sharing.py -k however",
+    ),
+    (
+        "a set decided without the lock",
+        "ddt/generation.py",
+        "            state = state_of(out, request)\n",
+        '            state = "new"\n',
+        "test_generation.py -k meanwhile",
+    ),
+    ("parts of any set", "ddt/generation.py", "left.unlink(missing_ok=True)", "pass", "test_generation.py -k adopted"),
+    (
+        "a refused plan stays",
+        "ddt/generation.py",
+        "len(drawn(parts)) == 0 or not",
+        "not",
+        "test_generation.py -k corrected",
+    ),
+    (
+        "not finite becomes black",
+        "ddt/generation.py",
+        "if not bool(latents.isfinite().all()):",
+        "if False:",
+        "test_generation.py -k finite",
+    ),
+    ("overlapping parts", "ddt/parts.py", "if start < end:", "if False:", "test_parts.py -k alone"),
+    (
+        "an idle setting refuses",
+        "sample.py",
+        "if key in chosen or key not in idle",
+        "if True",
+        "test_generation.py -k give_way",
+    ),
+    ("a curve draws all again", "ddt/sharing_curve.py", "read_rows(", "(lambda path: [])(", "test_sharing_scripts.py"),
 ]
 
 
