@@ -19,13 +19,13 @@ from ddt.fitting import check_fitted
 from ddt.generation import Generator, sample_set
 from ddt.image_set import image_set
 from ddt.launch import launch
-from ddt.metrics.inception import find_weights
+from ddt.metrics.inception import find_weights, load_network
 from ddt.metrics.reference import read_reference
 from ddt.sampling import SamplerSettings
 from ddt.schedules import parse_schedule, read_schedule
 from ddt.solvers import STOCHASTIC
 from ddt.training import make_accelerator
-from scripts.convert_checkpoint import convert_published
+from scripts.convert_checkpoint import convert_published, published_sampler
 from scripts.entry import CONF, checked, entry_point
 
 log = logging.getLogger(__name__)
@@ -62,8 +62,14 @@ def settings_of(
         released is not None or (encoder_depth is None and resolution is None),
         "encoder_depth, resolution: describe a published checkpoint; give released= too, or leave them out",
     )
-    for key, value in (("inception_weights", inception_weights), ("published", published)):
-        require(value is None or reference is not None, f"{key}: has no effect without reference=; give both")
+    require(
+        published is None or reference is not None,
+        "reference: not set; give reference= ADM's npz of the data set, beside whose metrics published= is laid",
+    )
+    require(
+        inception_weights is None or reference is not None,
+        "inception_weights: has no effect without reference=; give both",
+    )
 
 
 def check(config: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
@@ -186,6 +192,12 @@ def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None
     )
 
 
+def to_come(encoder_depth: int | None, resolution: int | None) -> dict[str, Any]:
+    """Return what is known of a published checkpoint before it is read, so that a slip costs no conversion."""
+    network = {"_target_": f"ddt.model.{'DiT' if encoder_depth is None else 'DDT'}", "num_classes": 1000}
+    return {"sampler": published_sampler(resolution), "network": network}
+
+
 def check_released(settings: dict[str, Any], stored: dict[str, Any]) -> None:
     """Raise UserError where `released` is given and the checkpoint is not what it was converted to."""
     if settings["released"] is None:
@@ -214,20 +226,25 @@ def main(cfg: DictConfig) -> None:
     if problems:
         raise UserError("\n".join(problems))
     settings_of(**others)
+    guide = None if others["guide"] is None else ckpt.find_checkpoint(others["guide"])
     if others["reference"] is not None:  # what would be missing after hours of sampling is said now
         read_reference(Path(others["reference"]))
-        find_weights(others["inception_weights"] and Path(others["inception_weights"]))
+        load_network(find_weights(others["inception_weights"] and Path(others["inception_weights"])))
     if others["released"] is not None and not Path(others["ckpt"]).exists():
         require("RANK" not in os.environ, f"ckpt={others['ckpt']}: convert it first, by scripts/convert_checkpoint.py")
+        check(config, to_come(others["encoder_depth"], others["resolution"]))
         convert_published(others["released"], others["encoder_depth"], others["resolution"], Path(others["ckpt"]))
     folder = ckpt.find_checkpoint(others["ckpt"])
     stored = ckpt.read_config(folder)
     out = Path(others["out"] or folder / "samples")
     check_released(others, stored)
-    guide = None if others["guide"] is None else ckpt.find_checkpoint(others["guide"])
     arguments = {**others, **check(config, stored), "out": out, "guide": guide}
     if guide is not None:
         check_guide_config(stored, ckpt.read_config(guide), arguments["sampler"].cfg_scale)
+    require(
+        arguments["reference"] is None or stored["latent_shape"][0] == 3 or "source" in stored["autoencoder"],
+        f"reference: Inception reads RGB images, this model draws {stored['latent_shape'][0]} channel; use evaluate.py",
+    )
     launch(run, arguments["num_processes"], folder, stored, arguments)
     if arguments["reference"] is not None and os.environ.get("RANK", "0") == "0":
         evaluate_set(arguments, out)

@@ -12,8 +12,11 @@ import itertools
 import json
 import logging
 import platform
+import shlex
 import shutil
+import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -158,9 +161,16 @@ def state_of(out: Path, request: dict[str, Any]) -> Literal["new", "begun", "com
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    finished = (out / "samples.npz").exists()  # the last file to be written
-    ours = same(out / "receipt.json" if finished else parts / "plan.json")
-    require(ours, f"out={out}: holds another set and is not written over; choose another out=")
+    npz = out / "samples.npz"
+    finished = npz.exists()  # the last file to be written
+    ours = same(out / "receipt.json" if finished or not (parts / "plan.json").exists() else parts / "plan.json")
+    require(ours, f"out={out}: holds another set or other files and is not written over; choose another out=")
+    require(
+        not finished or zipfile.is_zipfile(npz),
+        f"{npz}: damaged; remove it, and the same command draws the set again",
+    )
+    if not finished and not (parts / "plan.json").exists():
+        return "new"  # this very set, of which only the npz was taken away
     return "complete" if finished else "begun"
 
 
@@ -280,6 +290,7 @@ def sample_set(
             "images_of_an_earlier_call": len(done),
             "num_processes": num_processes,
             "batch_size": batch_size,
+            "command": shlex.join(sys.argv),
             **circumstances(generator.device),
         }
         finish_set(parts, out, receipt, images, checkpoint["class_names"])

@@ -37,12 +37,11 @@ def read_numbers(key: str, value: Numbers) -> list[int]:
         for word in str(piece).split(","):
             match = re.fullmatch(r"\s*(-?\d+)(?:\s*-\s*(\d+))?\s*", word)
             if match is None:
-                raise UserError(f"{key}={shown}: {word} is no whole number; write [1,5,7], 0-49 or [0-9,20]")
+                more = ", or random" if key == "classes" else ""
+                raise UserError(f"{key}={shown}: {word} is no whole number; write [1,5,7], 0-49 or [0-9,20]{more}")
             first, last = int(match[1]), int(match[2] or match[1])
-            require(
-                first <= last < first + SEED_STRIDE,
-                f"{key}={shown}: {word} is no range of at most {SEED_STRIDE} numbers; write the smaller one first",
-            )
+            require(first <= last, f"{key}={shown}: {word} runs backwards; write the smaller number first")
+            require(last < first + SEED_STRIDE, f"{key}={shown}: {word} is longer than {SEED_STRIDE} numbers")
             numbers += range(first, last + 1)
     require(len(numbers) > 0, f"{key}=[]: name at least one, or leave it out")
     require(len(set(numbers)) == len(numbers), f"{key}={shown}: names a number twice")
@@ -104,7 +103,7 @@ def image_set(
         total = len(labels)
     require(
         num_samples in (None, total),
-        f"num_samples={num_samples} disagrees with seeds= and classes=, which make {total} images: leave it out",
+        f"num_samples={num_samples}: disagrees with seeds= and classes=, which make {total} images; leave it out",
     )
     return ImageSet(labels, which)
 

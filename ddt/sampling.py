@@ -51,6 +51,7 @@ class SamplerSettings:
         self.guidance()
         wrong = [step for step in self.cfg_steps or () if not 0 <= step < self.num_steps]
         require(not wrong, f"cfg_steps={wrong[:3]}: steps are 0..{self.num_steps - 1}")
+        require(self.cfg_steps is None or len(self.cfg_steps) > 0, "cfg_steps=[]: names no step; give cfg_scale=1")
         require(
             self.sde_diffusion in DIFFUSIONS,
             f"sde_diffusion={self.sde_diffusion}: unknown schedule, choose from {', '.join(DIFFUSIONS)}",

@@ -89,7 +89,7 @@ def parse_schedule(recompute: str, num_steps: int) -> tuple[str, int]:
             f"recompute={recompute}: the encoder runs at 1..num_steps={num_steps} of the steps; choose such a number",
         )
     else:
-        uniform_schedule(num_steps, int(number))
+        require(int(number) >= 1, f"recompute={recompute}: must be at least 1 (uniform:1 shares nothing)")
     return kind, int(number)
 
 

@@ -150,6 +150,9 @@ def top_level_keys(primary: Path) -> set[str]:
 
 def refuse_unknown(cfg: DictConfig, primary: Path) -> None:
     """Raise UserError for a top-level setting that the primary config does not have, as `+foo=1` makes one."""
+    for override in HydraConfig.get().overrides.task:
+        if override.startswith("~") and "/" not in override and override[1:] in OmegaConf.load(primary):
+            raise UserError(f"{override}: a setting cannot be taken out; leave it out of the command for its default")
     known = top_level_keys(primary)
     for key in cfg:
         if key not in known:

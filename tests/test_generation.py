@@ -348,6 +348,15 @@ def test_what_was_refused_can_be_corrected_in_the_same_folder(run_folder, tmp_pa
     succeed("sample", *arguments, "sampler=heun")
 
 
+def test_a_set_without_its_npz_is_drawn_again_and_a_damaged_one_named(tmp_path):
+    whole = draw(tmp_path / "a")
+    (tmp_path / "a" / "samples.npz").unlink()
+    assert np.array_equal(draw(tmp_path / "a"), whole)
+    (tmp_path / "a" / "samples.npz").write_bytes((tmp_path / "a" / "samples.npz").read_bytes()[:200])
+    with pytest.raises(ckpt.UserError, match=r"samples.npz: damaged; remove it"):
+        draw(tmp_path / "a")
+
+
 def test_parts_of_another_set_are_never_adopted(tmp_path):
     whole = draw(tmp_path / "whole")
     parts = tmp_path / "a" / ".parts"
@@ -425,7 +434,7 @@ def test_the_same_set_again_is_left_alone_and_another_is_refused(run_folder, tmp
     for other in ("seeds=[2]", "num_steps=3", "cfg_scale=1.1", "dtype=bf16", "classes=[1,0,2,3,4]"):
         others = [other] if other.startswith("seeds") else ["seeds=[1]", other]
         message = refusal("sample", *arguments, *others)
-        assert message == f"out={out}: holds another set and is not written over; choose another out="
+        assert message == f"out={out}: holds another set or other files and is not written over; choose another out="
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 
 
@@ -457,6 +466,10 @@ def test_the_same_set_again_is_left_alone_and_another_is_refused(run_folder, tmp
         ("encoder_depth=22", "encoder_depth, resolution: describe a published checkpoint; give released= too"),
         ("inception_weights=x.pth", "inception_weights: has no effect without reference="),
         ("reference=nowhere.npz", "reference=nowhere.npz: no such file"),
+        ("~num_steps", "~num_steps: a setting cannot be taken out"),
+        ("cfg_steps=[]", "cfg_steps=[]: names no step; give cfg_scale=1"),
+        ("seed=3", "seed=3: numbers the images of num_samples= alone"),
+        ("experiment=published_xl_256", "reference: not set; give reference="),
         ("experiment=nothing", "experiment=nothing: no such choice"),
     ],
 )

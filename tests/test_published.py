@@ -60,6 +60,7 @@ def test_the_preset_converts_samples_evaluates_and_compares(arguments, tmp_path,
     assert table[0][:3] == ["fid", f"{metrics['fid']:.3f}", "1.260"]
     assert "not comparable: 7 samples instead of 50,000" in caplog.text
     before = (tmp_path / "set" / "samples.npz").read_bytes()
+    assert "was converted with encoder_depth=3" in refusal("sample", *arguments, "encoder_depth=4")
     (tmp_path / "set" / "metrics.json").unlink()
     succeed("sample", *arguments)  # after a kill during the evaluation: nothing is converted or drawn again
     assert json.loads((tmp_path / "set" / "metrics.json").read_text())["fid"] == metrics["fid"]
@@ -74,6 +75,8 @@ def test_the_preset_converts_samples_evaluates_and_compares(arguments, tmp_path,
         ("resolution=300", "resolution=300: published models exist at 256 and 512 px"),
         ("released=nowhere.ckpt", "released=nowhere.ckpt: no such file or folder"),
         ("encoder_depth=9", "encoder_depth=9"),
+        ("recompute=[1]", "recompute=[1]: step 0 must be among them"),
+        ("guide=nowhere", "nowhere: no such folder"),
     ],
 )
 def test_wrong_input_is_one_line_before_anything_is_written(arguments, tmp_path, argument, message):
