@@ -43,12 +43,16 @@ class Mixture(Sequence[Tensor]):
         return len(self.layers)
 
     def __getitem__(self, i: Any) -> Any:
-        terms = []
-        for encoded, weight in zip(self.past, self.weights, strict=True):
-            kept = i < len(encoded.modulations)
-            modulation = encoded.modulations[i][: self.n] if kept else self.layers[i].adaln(encoded.z[: self.n])
-            terms.append(modulation * weight)
-        return sum(terms[1:], start=terms[0])
+        total = self._modulation(self.past[0], i) * self.weights[0]
+        for encoded, weight in zip(self.past[1:], self.weights[1:], strict=True):
+            total.add_(self._modulation(encoded, i), alpha=weight)
+        return total
+
+    def _modulation(self, encoded: Encoded, i: int) -> Tensor:
+        """Return the modulations (n, N, 6D or 2D) of layer i by one z."""
+        if i < len(encoded.modulations):
+            return encoded.modulations[i][: self.n]
+        return self.layers[i].adaln(encoded.z[: self.n])
 
 
 class SharedNetwork:

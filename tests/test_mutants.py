@@ -934,8 +934,8 @@ MUTANTS = [
     (
         "forecasts by what is kept",
         "ddt/sharing.py",
-        "self.layers[i].adaln(encoded.z[: self.n])",
-        "self.layers[i].adaln(self.past[-1].z[: self.n])",
+        "return self.layers[i].adaln(encoded.z[: self.n])",
+        "return self.layers[i].adaln(self.past[-1].z[: self.n])",
         "test_sharing.py -k however",
     ),
     (
