@@ -213,6 +213,15 @@ def plan(generator: Generator, request: dict[str, Any], parts: Path, begun: bool
     return content
 
 
+def begin(generator: Generator, request: dict[str, Any], out: Path, parts: Path) -> list[Any]:
+    """Return the plan of a set and the numbers of its images that are drawn; None for both if it is complete."""
+    state = state_of(out, request)
+    if state == "complete":
+        return [None, None]
+    planned = plan(generator, request, parts, state == "begun")
+    return [planned, drawn(parts) if sound_parts(parts) else []]
+
+
 def sample_set(
     generator: Generator,
     images: ImageSet,
@@ -246,15 +255,11 @@ def sample_set(
     request = json.loads(json.dumps(request))  # as it will be read back
     total, parts = len(images.seeds), out / ".parts"
     num_pngs = total if png == "all" else min(png, total)
-    found: list[Any] = [None, None]
     if rank == 0:
         state_of(out, request)  # refused before anything is written
     with locked(parts) if rank == 0 else contextlib.nullcontext():
-        if rank == 0:  # it alone decides, and only now: until here another command may have drawn the set
-            state = state_of(out, request)
-            if state != "complete":
-                planned = plan(generator, request, parts, state == "begun")
-                found = [planned, drawn(parts) if sound_parts(parts) else []]
+        # one process decides, and only now: until here another command may have drawn the set
+        found = begin(generator, request, out, parts) if rank == 0 else [None, None]
         planned, done = broadcast_object_list(found)
         if planned is None:
             if rank == 0:
