@@ -214,7 +214,15 @@ class DiffusersAutoencoder(abc.ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return uint8 images (B, 3, H, W), `chunk_size` at a time, under the caller's autocast."""
+        """Return uint8 images (B, 3, H, W), `chunk_size` at a time, under the caller's autocast.
+
+        Raises UserError for latents of another number of channels.
+        """
+        require(
+            latents.shape[1] == self.latent_channels,
+            f"autoencoder: has {self.latent_channels} latent channels, the model {latents.shape[1]}; choose the "
+            "model's own",
+        )
         chunks = (latents / self.scale + self.shift).split(self.chunk_size)
         return torch.cat([to_uint8(self.network.decode(chunk).sample) for chunk in chunks])
 
