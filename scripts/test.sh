@@ -11,5 +11,6 @@ if [ $# -eq 0 ]; then # a run of chosen tests goes straight to them
     .venv/bin/ruff format --check .
     .venv/bin/ruff check .
     .venv/bin/mypy
+    set -- --numprocesses=auto --maxprocesses=4
 fi
 exec $python -m pytest ${select[@]+"${select[@]}"} "$@"

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # the entry points are modules of the repository;
 import ddt  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers side by side share the cores
 
 
 @pytest.fixture(scope="session")
