@@ -12,11 +12,11 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from ddt.config import build, check_arguments
+from ddt.config import build
 from ddt.errors import UserError, require
 from ddt.evaluation import evaluate_with_classifier, evaluate_with_inception
 from ddt.metrics.precision_recall import PrDtype
-from scripts.entry import CONF, checked, entry_point
+from scripts.entry import CONF, arguments_for, checked, entry_point
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +71,7 @@ def with_classifier(config: dict[str, Any], features: str, out: Path) -> dict[st
 def main(cfg: DictConfig) -> None:
     """Compose, check, evaluate."""
     config = checked(cfg)
-    keys = ("samples", "reference", "inception_weights", "pr_dtype", "out")
-    settings, problems = check_arguments(evaluation, {key: config[key] for key in keys}, "")
-    if problems:
-        raise UserError("\n".join(problems))
-    config.update(settings)
+    config.update(arguments_for(evaluation, config))
     samples = Path(config["samples"])
     out = Path(config["out"] or (samples if samples.is_dir() else samples.parent))
     features = HydraConfig.get().runtime.choices.features

@@ -26,15 +26,11 @@ from ddt.schedules import parse_schedule, read_schedule
 from ddt.solvers import STOCHASTIC
 from ddt.training import make_accelerator
 from scripts.convert_checkpoint import convert_published, published_sampler
-from scripts.entry import CONF, checked, entry_point
+from scripts.entry import CONF, arguments_for, checked, entry_point
 
 log = logging.getLogger(__name__)
 SAMPLER_KEYS = [key for key in SamplerSettings.__dataclass_fields__ if key != "solver"]
 ADAPTIVE_IGNORES = ("last_step", "timeshift")
-OTHER_KEYS = (
-    "ckpt", "out", "guide", "autoencoder", "dtype", "batch_size", "num_processes", "cache_gib", "png", "released",
-    "encoder_depth", "resolution", "reference", "inception_weights", "published",
-)  # fmt: skip
 
 
 def settings_of(
@@ -202,12 +198,13 @@ def check_released(settings: dict[str, Any], stored: dict[str, Any]) -> None:
     """Raise UserError where `released` is given and the checkpoint is not what it was converted to."""
     if settings["released"] is None:
         return
-    ckpt, depth, resolution = settings["ckpt"], settings["encoder_depth"], settings["resolution"]
-    require("source" in stored, f"ckpt={ckpt}: was not converted from a published checkpoint; give another ckpt=")
+    folder, depth, resolution = settings["ckpt"], settings["encoder_depth"], settings["resolution"]
+    require("source" in stored, f"ckpt={folder}: was not converted from a published checkpoint; give another ckpt=")
     found = stored["network"].get("encoder_depth"), stored["latent_shape"][1] * DOWNSAMPLING
     require(
         found == (depth, resolution),
-        f"ckpt={ckpt}: was converted with encoder_depth={found[0]} resolution={found[1]}; give another ckpt= or these",
+        f"ckpt={folder}: was converted with encoder_depth={found[0]} resolution={found[1]}; give another ckpt= or "
+        "these",
     )
 
 
@@ -222,9 +219,7 @@ def evaluate_set(arguments: dict[str, Any], out: Path) -> None:
 def main(cfg: DictConfig) -> None:
     """Compose, check, sample, and evaluate where a reference is given."""
     config = checked(cfg)
-    others, problems = check_arguments(settings_of, {key: config[key] for key in OTHER_KEYS}, "")
-    if problems:
-        raise UserError("\n".join(problems))
+    others = arguments_for(settings_of, config)
     settings_of(**others)
     guide = None if others["guide"] is None else ckpt.find_checkpoint(others["guide"])
     if others["reference"] is not None:  # what would be missing after hours of sampling is said now

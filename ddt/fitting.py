@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddt.errors import UserError, require
+from ddt.image_set import noise_of
 from ddt.model import DDT, Denoiser
 from ddt.sampling import SamplerSettings, solve
 from ddt.schedules import optimal_schedule, parse_schedule, read_schedule
@@ -29,8 +30,7 @@ def templates(
     """Yield noise (B, C, H, W) and classes (B,) of `count` template images, classes spread evenly over all."""
     for start in range(0, count, batch_size):
         chosen = range(start, min(start + batch_size, count))
-        generators = [torch.Generator().manual_seed(TEMPLATE_SEED + k) for k in chosen]
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        noise = noise_of([TEMPLATE_SEED + k for k in chosen], shape)
         y = torch.tensor([k * model.num_classes // count for k in chosen])
         yield noise.to(device), y.to(device)
 

@@ -70,6 +70,12 @@ class Generator:
         """Return the context of the networks; every thread enters its own."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16")
 
+    def exact(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which equal calls on one GPU give equal bits, and fp32 means float32."""
+        return torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=self.dtype == "bf16"
+        )
+
     @torch.no_grad()
     def latents(self, classes: list[int], seeds: list[int]) -> tuple[Tensor, dict[str, int]]:
         """Return the latents (B, C, H, W) of some images, and the network calls each took."""
@@ -271,11 +277,8 @@ def sample_set(
         generator = dataclasses.replace(generator, recompute=steps)
         batches = chunks_left(total, batch_size, np.array(done, dtype=np.int64))
         started, left = time.perf_counter(), total - len(done)
-        exact = torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=generator.dtype == "bf16"
-        )
         bar = tqdm(total=total, initial=len(done), unit="img", desc="sampling", disable=rank != 0, mininterval=1.0)
-        with exact, bar as progress:
+        with generator.exact(), bar as progress:
             generate(generator, images, batches[rank::num_processes], parts, progress, num_processes)
         accelerator.wait_for_everyone()
         if rank != 0:

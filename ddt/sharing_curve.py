@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from ddt.cost import sampling_macs
@@ -99,12 +98,9 @@ class Curve:
         found = {Point(row["rule"], row["budget"], row["repeat"]): row for row in rows}
         points = list(self.points())
         left = [point for point in points if point not in found]
-        exact = torch.backends.cudnn.flags(  # as sample.py draws
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=self.generator.dtype == "bf16"
-        )
         total, done = (number * self.num_samples for number in (len(points), len(points) - len(left)))
         bar = tqdm(total=total, initial=done, unit="img", desc="curve", mininterval=1.0)
-        with path.open("a") as file, bar, exact:
+        with path.open("a") as file, bar, self.generator.exact():
             if left:
                 self.warm_up()
             for point in left:

@@ -23,11 +23,10 @@ import torch
 from omegaconf import DictConfig
 
 from ddt.caching import ShardWriter
-from ddt.config import check_arguments
-from ddt.errors import UserError, require
+from ddt.errors import require
 from ddt.files import sha256, write_json
 from ddt.latent_cache import CACHE_FORMAT_VERSION, LatentCache, shard_path
-from scripts.entry import checked, entry_point
+from scripts.entry import arguments_for, checked, entry_point
 
 log = logging.getLogger(__name__)
 SHAPE = (8, 32, 32)  # moments of SD-VAE at 256 px
@@ -122,12 +121,7 @@ def benchmark(records: int, batch_size: int, batches: int, out: str | None) -> N
 @entry_point("benchmark_latent_cache")
 def main(cfg: DictConfig) -> None:
     """Check, measure."""
-    config = checked(cfg)
-    keys = ("records", "batch_size", "batches", "out")
-    values, problems = check_arguments(benchmark, {key: config[key] for key in keys}, "")
-    if problems:
-        raise UserError("\n".join(problems))
-    benchmark(**values)
+    benchmark(**arguments_for(benchmark, checked(cfg)))
 
 
 if __name__ == "__main__":

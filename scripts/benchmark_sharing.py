@@ -26,13 +26,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.plain import plain_sample
-from ddt.config import build, check_arguments
+from ddt.config import build
 from ddt.cost import network_macs, sampling_macs
-from ddt.errors import UserError, require
+from ddt.errors import require
 from ddt.files import write_json
 from ddt.model import DDT
 from ddt.sampling import SamplerSettings, sample
-from scripts.entry import checked, entry_point
+from scripts.entry import arguments_for, checked, entry_point
 
 log = logging.getLogger(__name__)
 CHANNELS, CLASSES = 4, 1000  # SD-VAE's latents, ImageNet
@@ -222,10 +222,7 @@ def benchmark(
 def main(cfg: DictConfig) -> None:
     """Check, measure."""
     config = checked(cfg)
-    keys = ("latent_size", "num_steps", "every", "batch_size", "repeats", "threads", "out")
-    values, problems = check_arguments(benchmark, {key: config[key] for key in keys}, "")
-    if problems:
-        raise UserError("\n".join(problems))
+    values = arguments_for(benchmark, config, besides=("make_model",))
     benchmark(build(config["model"]), **values)
 
 

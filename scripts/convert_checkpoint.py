@@ -14,10 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
-from ddt.config import check_arguments
 from ddt.conversion import convert
 from ddt.errors import UserError
-from scripts.entry import CONF, checked, composing, entry_point
+from scripts.entry import CONF, arguments_for, checked, composing, entry_point
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +47,7 @@ def convert_published(released: str, encoder_depth: int | None, resolution: int 
 def main(cfg: DictConfig) -> None:
     """Check, read strictly, write."""
     config = checked(cfg)
-    keys = ("released", "encoder_depth", "patch_size", "resolution", "out")
-    values, problems = check_arguments(conversion, {key: config[key] for key in keys}, "")
-    if problems:
-        raise UserError("\n".join(problems))
+    values = arguments_for(conversion, config)
     out = Path(values.pop("out"))
     convert(**values, autoencoder=config["autoencoder"], sampler=published_sampler(values["resolution"]), out=out)
     log.info("sample with: python sample.py ckpt=%s", out)

@@ -2,12 +2,13 @@
 
 import contextlib
 import gc
+import inspect
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,20 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
     if problems:
         raise UserError("\n".join(problems))
     return config
+
+
+def arguments_for(
+    function: Callable[..., Any], config: dict[str, Any], besides: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return the settings that a function names as its arguments, but for `besides`, converted to their types.
+
+    Raises one UserError with a line for each that is of no such type.
+    """
+    names = [name for name in inspect.signature(function).parameters if name not in besides]
+    values, problems = check_arguments(function, {name: config[name] for name in names}, "")
+    if problems:
+        raise UserError("\n".join(problems))
+    return values
 
 
 def logging_setup() -> None:

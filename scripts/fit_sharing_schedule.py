@@ -19,18 +19,16 @@ import torch
 from omegaconf import DictConfig
 
 from ddt import checkpoint as ckpt
-from ddt.config import check_arguments
-from ddt.errors import UserError, require
+from ddt.errors import require
 from ddt.files import sha256
 from ddt.fitting import fit_schedule
 from ddt.generation import circumstances
 from ddt.sampling import SamplerSettings
 from ddt.schedules import write_schedule
-from scripts.entry import CONF, checked, entry_point
+from scripts.entry import CONF, arguments_for, checked, entry_point
 from scripts.unshared import Dtype, find_shareable, place, unshared_sampler
 
 log = logging.getLogger(__name__)
-KEYS = ("ckpt", "budget", "out", "templates", "batch_size", "dtype")
 
 
 def check(ckpt: str, budget: int, out: str, templates: int, batch_size: int, dtype: Dtype | None) -> None:
@@ -81,9 +79,7 @@ def fit(folder: Path, stored: dict[str, Any], settings: SamplerSettings, argumen
 def main(cfg: DictConfig) -> None:
     """Check, fit, write."""
     config = checked(cfg)
-    arguments, problems = check_arguments(check, {key: config[key] for key in KEYS}, "")
-    if problems:
-        raise UserError("\n".join(problems))
+    arguments = arguments_for(check, config)
     check(**arguments)
     folder, stored = find_shareable(arguments["ckpt"])
     settings = unshared_sampler(config, stored)

@@ -14,10 +14,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from omegaconf import DictConfig
 
-from ddt.config import check_arguments
-from ddt.errors import UserError, require
+from ddt.errors import require
 from ddt.tracking import read_rows
-from scripts.entry import checked, entry_point
+from scripts.entry import arguments_for, checked, entry_point
 
 
 def rows_of(run: str) -> list[dict[str, float]]:
@@ -59,11 +58,7 @@ def plot(runs: list[str] | str, keys: list[str] | str, out: str) -> None:
 @entry_point("plot_run")
 def main(cfg: DictConfig) -> None:
     """Check, read, draw."""
-    config = checked(cfg)
-    values, problems = check_arguments(plot, {key: config[key] for key in ("runs", "keys", "out")}, "")
-    if problems:
-        raise UserError("\n".join(problems))
-    plot(**values)
+    plot(**arguments_for(plot, checked(cfg)))
 
 
 if __name__ == "__main__":

@@ -17,15 +17,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from ddt import checkpoint as ckpt
 from ddt.autoencoder import Autoencoder
-from ddt.config import build, check_arguments
-from ddt.errors import UserError, require
+from ddt.config import build
+from ddt.errors import require
 from ddt.files import sha256, write_json
 from ddt.generation import Generator, circumstances, locked
 from ddt.metrics.distances import FrechetReference, classifier_reference, inception_reference
@@ -35,16 +33,12 @@ from ddt.sharing_curve import KEPT, Curve
 from ddt.sharing_rules import check_rules, schedules_of
 from evaluate import reference_data
 from sample import stored_autoencoder
-from scripts.entry import CONF, checked, entry_point
+from scripts.entry import CONF, arguments_for, checked, composing, entry_point
 from scripts.sharing_report import draw, summarise, table
 from scripts.unshared import Dtype, find_shareable, place, unshared_sampler
 
 log = logging.getLogger(__name__)
 RESULT = "sharing_curve"
-KEYS = (
-    "ckpt", "reference", "out", "rules", "budgets", "repeats", "num_samples", "batch_size", "templates",
-    "inception_weights", "autoencoder", "dtype", "cache_gib",
-)  # fmt: skip
 
 
 def check(
@@ -74,8 +68,7 @@ def comparison(config: dict[str, Any], autoencoder: Autoencoder, shape: list[int
         batch_size = build(config["features"]).batch_size
         return lambda: inception_reference(base, weights, batch_size)
     require(config["inception_weights"] is None, f"inception_weights: has no effect with features={features}")
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing(CONF):
         data, node = reference_data(reference, features)
     train = build(node)(split="train")
     found = autoencoder.latent_shape(train.channels, train.image_size)
@@ -151,9 +144,7 @@ def measure(config: dict[str, Any], folder: Path, stored: dict[str, Any], settin
 def main(cfg: DictConfig) -> None:
     """Check, measure."""
     config = checked(cfg)
-    values, problems = check_arguments(check, {key: config[key] for key in KEYS}, "")
-    if problems:
-        raise UserError("\n".join(problems))
+    values = arguments_for(check, config)
     check(**values)
     config.update(values)
     folder, stored = find_shareable(config["ckpt"])

@@ -941,8 +941,8 @@ MUTANTS = [
     (
         "a set decided without the lock",
         "ddt/generation.py",
-        "            state = state_of(out, request)\n",
-        '            state = "new"\n',
+        "    state = state_of(out, request)\n",
+        '    state = "new"\n',
         "test_generation.py -k meanwhile",
     ),
     ("parts of any set", "ddt/generation.py", "left.unlink(missing_ok=True)", "pass", "test_generation.py -k adopted"),
