@@ -1,70 +1,106 @@
-"""Evaluate samples: `python evaluate.py samples=NPZ_OR_FOLDER reference=… features=… [out=DIR]`.
+"""Evaluate samples: `python evaluate.py samples=… reference=… features=… [out=DIR]`.
 
-With `features=inception` the reference is ADM's npz of a data set and the metrics are ADM's; with the features of a
-small data set's classifier it is `data:NAME`.
+With `features=inception` the metrics are ADM's, with `features=dinov2` those of DINOv2, with the features of a small
+data set's classifier the reference is `data:NAME`.
 """
 
+import datetime
 import logging
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ddt.config import build
 from ddt.errors import UserError, require
-from ddt.evaluation import evaluate_with_classifier, evaluate_with_inception
+from ddt.evaluation import evaluate
+from ddt.images import Images
+from ddt.launch import launch
+from ddt.metrics.classifier import ClassifierSettings
+from ddt.metrics.features import Extractor, FeatureSettings
 from ddt.metrics.precision_recall import PrDtype
+from ddt.metrics.reference import Reference, data_reference, read_reference
+from ddt.metrics.sources import open_images
+from ddt.training import make_accelerator
 from scripts.entry import CONF, arguments_for, checked, entry_point
 
 log = logging.getLogger(__name__)
+DATA = "data:"  # before the name of a data set
 
 
-def evaluation(samples: str, reference: str, inception_weights: str | None, pr_dtype: PrDtype, out: str | None) -> None:
+def evaluation(
+    samples: str, reference: str, inception_weights: str | None, pr_dtype: PrDtype, num_processes: int | None,
+    out: str | None,
+) -> None:  # fmt: skip
     """Hold the types of the settings that belong to no group."""
 
 
-def with_inception(config: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Compare with a reference file by ADM's metrics."""
-    require(
-        not config["reference"].startswith("data:"),
-        f"features=inception: reference={config['reference']} is no file; give ADM's reference npz of the data set, "
-        "or for a small one features=digits reference=data:digits",
-    )
-    weights = config["inception_weights"]
-    return evaluate_with_inception(
-        Path(config["samples"]),
-        Path(config["reference"]),
-        None if weights is None else Path(weights),
-        out,
-        batch_size=build(config["features"]).batch_size,
-        pr_dtype=config["pr_dtype"],
-    )
-
-
-def reference_data(reference: str, features: str) -> tuple[str, dict[str, Any]]:
-    """Return the name and the settings of the small data set that `reference` means, which must be the classifier's."""
-    kind, _, data = reference.partition(":")
+def reference_node(reference: str) -> dict[str, Any] | None:
+    """Return the settings of the data set that `reference` names, None where it is a path; UserError for one that does
+    not exist.
+    """
+    if not reference.startswith(DATA):
+        return None
+    name = reference.removeprefix(DATA)
     known = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
-    if kind != "data" or data not in known:
+    if name not in known:
         raise UserError(f"reference={reference}: give data:NAME, one of data:{', data:'.join(known)}")
+    composed = compose("train", overrides=[f"data={name}"])
+    return checked(OmegaConf.masked_copy(composed, ["data"]))["data"]
+
+
+def check_features(settings: FeatureSettings, reference: str, inception_weights: str | None) -> None:
+    """Raise UserError where features and reference do not belong together."""
+    if isinstance(settings, ClassifierSettings):
+        require(
+            reference == f"{DATA}{settings.data}",
+            f"features={settings.name} reference={reference}: the classifier is trained on this data set; give "
+            f"reference={DATA}{settings.data}",
+        )
     require(
-        features == data,
-        f"features={features} reference=data:{data}: the classifier and the reference must be of one data set",
+        inception_weights is None or settings.name == "inception",
+        f"inception_weights={inception_weights}: has no effect with features={settings.name}; leave it out",
     )
-    composed = compose("train", overrides=[f"data={data}"])
-    return data, checked(OmegaConf.masked_copy(composed, ["data"]))["data"]
 
 
-def with_classifier(config: dict[str, Any], features: str, out: Path) -> dict[str, Any]:
-    """Compare with a small data set in the features of its classifier."""
-    data, node = reference_data(config["reference"], features)
-    if config["inception_weights"] is not None:
-        log.warning("warning: inception_weights: has no effect with features=%s", features)
-    extractor = build(config["features"])
-    train, test = build(node)(split="train"), build(node)(split="test")
-    return evaluate_with_classifier(Path(config["samples"]), data, train, test, extractor, out)
+def load_reference(
+    reference: str, node: dict[str, Any] | None, settings: FeatureSettings, device: Any
+) -> tuple[Reference, Extractor]:
+    """Return the reference and the extractor; `node` is that of `reference_node`.
+
+    Raises UserError where either cannot be used.
+    """
+    if node is None:
+        extractor = settings.extractor(device)
+        distances = {name: extractor.spaces[space] for name, space in extractor.distances.items()}
+        return read_reference(Path(reference), distances, extractor.name), extractor
+    train: Images = build(node)(split="train")
+    found = data_reference(reference, train, build(node)(split="test"))
+    return found, settings.extractor(device, train)
+
+
+def run(config: dict[str, Any], node: dict[str, Any] | None) -> None:
+    """Load everything and measure, on each process."""
+    accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))  # the metrics of one may take hours
+    samples = open_images(Path(config["samples"]), "samples")
+    reference, extractor = load_reference(config["reference"], node, build(config["features"]), accelerator.device)
+    folder = samples.path if samples.path.is_dir() else samples.path.parent
+    out = Path(config["out"] or folder)
+    metrics = evaluate(samples, reference, extractor, out, accelerator, config["pr_dtype"])
+    if metrics is not None:
+        show(metrics)
+
+
+def show(metrics: dict[str, Any]) -> None:
+    """Tell the numbers, each by its label, and what they may not be compared with."""
+    width = max(map(len, metrics["labels"].values()))
+    for name, label in metrics["labels"].items():
+        value = metrics[name]
+        text = f"– ({metrics['reasons'][name]})" if value is None else f"{value:.4f}"
+        log.info("%s  %s", label.ljust(width), text)
+    for reason in metrics["not_comparable_because"]:
+        log.info("not comparable with published numbers: %s", reason)
 
 
 @entry_point("evaluate")
@@ -72,17 +108,8 @@ def main(cfg: DictConfig) -> None:
     """Compose, check, evaluate."""
     config = checked(cfg)
     config.update(arguments_for(evaluation, config))
-    samples = Path(config["samples"])
-    out = Path(config["out"] or (samples if samples.is_dir() else samples.parent))
-    features = HydraConfig.get().runtime.choices.features
-    metrics = with_inception(config, out) if features == "inception" else with_classifier(config, features, out)
-    for name, value in metrics.items():
-        if isinstance(value, float):
-            log.info("%-28s %.4f", name, value)
-    for name, reason in metrics.get("reasons", {}).items():
-        log.info("%-28s – (%s)", name, reason)
-    for reason in metrics.get("not_comparable_because", []):
-        log.info("not comparable with published numbers: %s", reason)
+    check_features(build(config["features"]), config["reference"], config["inception_weights"])
+    launch(run, config["num_processes"], config, reference_node(config["reference"]))
 
 
 if __name__ == "__main__":

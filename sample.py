@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from omegaconf import DictConfig
 
 from ddt import checkpoint as ckpt
@@ -13,18 +14,21 @@ from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.config import check_arguments
 from ddt.conversion import DOWNSAMPLING
 from ddt.errors import UserError, require
-from ddt.evaluation import compare, evaluate_with_inception
+from ddt.evaluation import evaluate
 from ddt.files import sha256
 from ddt.fitting import check_fitted
 from ddt.generation import Generator, sample_set
 from ddt.image_set import image_set
 from ddt.launch import launch
-from ddt.metrics.inception import find_weights, load_network
-from ddt.metrics.reference import read_reference
+from ddt.metrics.comparison import compare
+from ddt.metrics.inception import InceptionSettings
+from ddt.metrics.reference import check_reference
+from ddt.metrics.sources import open_images
 from ddt.sampling import SamplerSettings
 from ddt.schedules import parse_schedule, read_schedule
 from ddt.solvers import STOCHASTIC
 from ddt.training import make_accelerator
+from evaluate import load_reference
 from scripts.convert_checkpoint import convert_published, published_sampler
 from scripts.entry import CONF, arguments_for, checked, entry_point
 
@@ -209,10 +213,15 @@ def check_released(settings: dict[str, Any], stored: dict[str, Any]) -> None:
 
 
 def evaluate_set(arguments: dict[str, Any], out: Path) -> None:
-    """Evaluate the set in `out` as evaluate.py does, and lay the result beside the published numbers."""
-    weights = arguments["inception_weights"] and Path(arguments["inception_weights"])
-    metrics = evaluate_with_inception(out, Path(arguments["reference"]), weights, out)
-    log.info("%s", compare(metrics, arguments["published"] or {}))
+    """Evaluate the set in `out` as evaluate.py does, on each process, and lay the result beside the published
+    numbers.
+    """
+    accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))
+    features = InceptionSettings(weights=arguments["inception_weights"])
+    reference, extractor = load_reference(arguments["reference"], None, features, accelerator.device)
+    metrics = evaluate(open_images(out, "out"), reference, extractor, out, accelerator)
+    if metrics is not None:
+        log.info("%s", compare(metrics, arguments["published"] or {}))
 
 
 @entry_point("sample", CONF / "sample")
@@ -223,8 +232,8 @@ def main(cfg: DictConfig) -> None:
     settings_of(**others)
     guide = None if others["guide"] is None else ckpt.find_checkpoint(others["guide"])
     if others["reference"] is not None:  # what would be missing after hours of sampling is said now
-        read_reference(Path(others["reference"]))
-        load_network(find_weights(others["inception_weights"] and Path(others["inception_weights"])))
+        features = InceptionSettings(weights=others["inception_weights"])
+        check_reference(*load_reference(others["reference"], None, features, torch.device("cpu")))
     if others["released"] is not None and not Path(others["ckpt"]).exists():
         require("RANK" not in os.environ, f"ckpt={others['ckpt']}: convert it first, by scripts/convert_checkpoint.py")
         check(config, to_come(others["encoder_depth"], others["resolution"]))
@@ -241,8 +250,8 @@ def main(cfg: DictConfig) -> None:
         f"reference: Inception reads RGB images, this model draws {stored['latent_shape'][0]} channel; use evaluate.py",
     )
     launch(run, arguments["num_processes"], folder, stored, arguments)
-    if arguments["reference"] is not None and os.environ.get("RANK", "0") == "0":
-        evaluate_set(arguments, out)
+    if arguments["reference"] is not None:
+        launch(evaluate_set, arguments["num_processes"], arguments, out)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """`metrics.json`: what it says about its inputs, and which one is never written over."""
 
 import datetime
+import importlib.metadata
 import json
 import logging
 import platform
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ddt.errors import UserError, require
 from ddt.files import write_json
@@ -41,11 +40,15 @@ def refuse_other_evaluation(out: Path, inputs: dict[str, Any]) -> None:
     require(same, f"{path}: belongs to another evaluation and is not written over; choose another out=")
 
 
-def write_metrics(out: Path, metrics: dict[str, Any], inputs: dict[str, Any], **versions: str) -> None:
+def write_metrics(out: Path, metrics: dict[str, Any], inputs: dict[str, Any]) -> None:
     """Add the receipt to the metrics and write them as `metrics.json` into `out`."""
     metrics["receipt"] = {
         **inputs,
-        "versions": {"ddt": __version__, "torch": torch.__version__, "python": platform.python_version(), **versions},
+        "versions": {
+            "ddt": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "torch-fidelity", "timm")},
+        },
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     out.mkdir(parents=True, exist_ok=True)

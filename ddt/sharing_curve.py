@@ -16,7 +16,9 @@ from tqdm import tqdm
 from ddt.cost import sampling_macs
 from ddt.generation import Generator
 from ddt.image_set import ImageSet, image_set
-from ddt.metrics.distances import FrechetReference
+from ddt.metrics.comparability import title
+from ddt.metrics.features import Extractor, to_device
+from ddt.metrics.scores import Prepared
 from ddt.metrics.statistics import Moments
 from ddt.sampling import SamplerSettings
 from ddt.sharing_rules import Schedules, parse_rule
@@ -40,7 +42,7 @@ class Curve:
 
     Args:
         generator: of images, without sharing. schedules: see `sharing_rules.schedules_of`.
-        reference: of the Fréchet distance.
+        extractor, prepared: features and reference of the Fréchet distance.
         repeats, num_samples, batch_size: repeat r draws num_samples images of seed r.
         out: holds points.jsonl, and of each repeat the images without sharing.
     """
@@ -50,16 +52,23 @@ class Curve:
         generator: Generator,
         schedules: Schedules,
         rules: list[str],
-        reference: FrechetReference,
+        extractor: Extractor,
+        prepared: Prepared,
         repeats: int,
         num_samples: int,
         batch_size: int,
         out: Path,
     ) -> None:
         self.generator, self.schedules, self.rules = generator, schedules, rules
-        self.reference, self.repeats, self.num_samples, self.batch_size = reference, repeats, num_samples, batch_size
+        self.extractor, self.prepared = extractor, prepared
+        self.repeats, self.num_samples, self.batch_size = repeats, num_samples, batch_size
         self.out = out
         self.budgets = sorted({int(b) for kind in schedules.values() for b in kind}, reverse=True)
+
+    @property
+    def distance_name(self) -> str:
+        """What people call the distance."""
+        return title(next(iter(self.extractor.distances)))
 
     def points(self) -> Iterator[Point]:
         """Yield all points, repeat by repeat, each repeat's without sharing first."""
@@ -131,7 +140,8 @@ class Curve:
         generator = dataclasses.replace(self.generator, settings=settings, recompute=recompute)
         kept = self.kept(point.repeat)
         comparison = Comparison(kept, self.num_samples, new=point.rule == UNSHARED)
-        moments, seconds = None, 0.0
+        space = next(iter(self.extractor.distances.values()))
+        moments, seconds = Moments(self.extractor.spaces[space], self.generator.device), 0.0
         for start in range(0, self.num_samples, self.batch_size):
             chosen = slice(start, min(start + self.batch_size, self.num_samples))
             began = time.perf_counter()
@@ -139,14 +149,12 @@ class Curve:
             pixels = generator.pixels(latents, None, None)  # on the CPU, so all work is done
             seconds += time.perf_counter() - began
             comparison.add(chosen, latents.cpu().numpy(), pixels)
-            features = self.reference.features(pixels)
-            moments = moments or Moments(features.shape[1])
-            moments.add(features)
+            for part in np.split(pixels, range(self.extractor.batch_size, len(pixels), self.extractor.batch_size)):
+                moments.add(self.extractor(to_device(part, self.generator.device))[space])
             if bar is not None:
                 bar.update(len(pixels))
-        assert moments is not None, "there is at least one image"
         return {
-            "frechet_distance": self.reference.distance(moments),
+            "frechet_distance": self.prepared.main_distance(moments),
             **comparison.finish(),
             "images_per_second": self.num_samples / seconds,
         }

@@ -10,14 +10,12 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from ddt import checkpoint as ckpt
@@ -26,12 +24,13 @@ from ddt.config import build
 from ddt.errors import require
 from ddt.files import sha256, write_json
 from ddt.generation import Generator, circumstances, locked
-from ddt.metrics.distances import FrechetReference, classifier_reference, inception_reference
-from ddt.metrics.inception import find_weights
-from ddt.metrics.reference import read_reference
+from ddt.metrics.features import Extractor
+from ddt.metrics.reference import Reference, check_reference
+from ddt.metrics.scores import prepare
 from ddt.sharing_curve import KEPT, Curve
 from ddt.sharing_rules import check_rules, schedules_of
-from evaluate import reference_data
+from ddt.training import make_accelerator
+from evaluate import check_features, load_reference, reference_node
 from sample import stored_autoencoder
 from scripts.entry import CONF, arguments_for, checked, composing, entry_point
 from scripts.sharing_report import draw, summarise, table
@@ -54,29 +53,30 @@ def check(
     require(cache_gib >= 0, f"cache_gib={cache_gib}: must be at least 0 (0 keeps no modulations)")
 
 
-def comparison(config: dict[str, Any], autoencoder: Autoencoder, shape: list[int]) -> Callable[[], FrechetReference]:
-    """Return the function that makes the reference ready, once all that it reads has been found and suits the model."""
-    features, reference = HydraConfig.get().runtime.choices.features, config["reference"]
-    if features == "inception":
-        require(not reference.startswith("data:"), f"features=inception: reference={reference} is no file; give an npz")
-        require(
-            autoencoder.latent_channels is not None or shape[0] == 3,
-            f"features=inception: reads RGB images, this model draws {shape[0]} channel; use a classifier's features",
-        )
-        base = read_reference(Path(reference))
-        weights = find_weights(config["inception_weights"] and Path(config["inception_weights"]))
-        batch_size = build(config["features"]).batch_size
-        return lambda: inception_reference(base, weights, batch_size)
-    require(config["inception_weights"] is None, f"inception_weights: has no effect with features={features}")
+def comparison(
+    config: dict[str, Any], autoencoder: Autoencoder, shape: list[int], device: torch.device
+) -> tuple[Reference, Extractor]:
+    """Return reference and extractor, once it is known that they suit the model."""
+    settings, reference = build(config["features"]), config["reference"]
+    check_features(settings, reference, config["inception_weights"])
     with composing(CONF):
-        data, node = reference_data(reference, features)
-    train = build(node)(split="train")
-    found = autoencoder.latent_shape(train.channels, train.image_size)
+        node = reference_node(reference)
+    if node is not None:
+        train = build(node)(split="train")
+        found = autoencoder.latent_shape(train.channels, train.image_size)
+        require(
+            list(found) == list(shape),
+            f"reference={reference}: has latents of shape {list(found)}, the model draws {list(shape)}; give its own "
+            "data",
+        )
+    base, extractor = load_reference(reference, node, settings, device)
     require(
-        list(found) == list(shape),
-        f"reference={reference}: has latents of shape {list(found)}, the model draws {list(shape)}; give its own data",
+        autoencoder.latent_channels is not None or shape[0] == extractor.channels,
+        f"features={extractor.name}: reads images of {extractor.channels} channels, this model draws {shape[0]}; "
+        "choose other features",
     )
-    return lambda: classifier_reference(data, build(config["features"]), train)
+    check_reference(base, extractor)
+    return base, extractor
 
 
 def begin(out: Path, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -95,7 +95,7 @@ def begin(out: Path, request: dict[str, Any]) -> dict[str, Any] | None:
 
 def write(curve: Curve, rows: list[dict[str, Any]], plan: dict[str, Any], out: Path) -> None:
     """Write table, picture and, last, the JSON file of a complete curve."""
-    summary, name = summarise(curve, rows), curve.reference.name
+    summary, name = summarise(curve, rows), curve.distance_name
     (out / f"{RESULT}.md").write_text(table(summary, name) + "\n")
     draw(summary, name, out / f"{RESULT}.png")
     origin = {"command": shlex.join(["python", *sys.argv]), **circumstances(curve.generator.device)}
@@ -106,7 +106,7 @@ def write(curve: Curve, rows: list[dict[str, Any]], plan: dict[str, Any], out: P
 
 def measure(config: dict[str, Any], folder: Path, stored: dict[str, Any], settings: Any) -> None:
     """Find everything, refuse what does not fit, then fit the schedules and draw the points."""
-    device, dtype = place(config["dtype"])
+    (device, dtype), accelerator = place(config["dtype"]), make_accelerator("no")
     out, keys = Path(config["out"]), ("reference", "rules", "budgets", "repeats", "num_samples", "batch_size")
     request = {
         **{key: config[key] for key in (*keys, "templates", "autoencoder", "inception_weights", "cache_gib")},
@@ -121,7 +121,7 @@ def measure(config: dict[str, Any], folder: Path, stored: dict[str, Any], settin
         log.info("%s: complete, nothing to do", out / f"{RESULT}.json")
         return
     autoencoder = stored_autoencoder(stored, config["autoencoder"])
-    ready = comparison(config, autoencoder, stored["latent_shape"])
+    reference, extractor = comparison(config, autoencoder, stored["latent_shape"], device)
     generator = Generator(
         model=ckpt.load_model(folder).to(device), autoencoder=autoencoder.to(device),
         shape=tuple(stored["latent_shape"]), settings=settings, recompute=None, dtype=dtype, device=device,
@@ -133,8 +133,8 @@ def measure(config: dict[str, Any], folder: Path, stored: dict[str, Any], settin
             plan = {"request": request, "schedules": schedules}
             write_json(out / "plan.json", plan)
         curve = Curve(
-            generator, plan["schedules"], config["rules"], ready(), config["repeats"], config["num_samples"],
-            config["batch_size"], out,
+            generator, plan["schedules"], config["rules"], extractor, prepare(reference, extractor, accelerator),
+            config["repeats"], config["num_samples"], config["batch_size"], out,
         )  # fmt: skip
         write(curve, curve.run(), plan, out)
         shutil.rmtree(out / KEPT)

@@ -1,25 +1,38 @@
-"""Metrics of small data sets."""
+"""Whole evaluations: of samples against references of every kind, by every kind of features."""
 
 import json
+import shutil
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, refusal, succeed
+from conftest import GOLDEN, picture, refusal, succeed
 
 from ddt.errors import UserError
-from ddt.evaluation import compare, evaluate_with_classifier, evaluate_with_inception, read_samples
-from ddt.images import Digits
-from ddt.metrics.features import ClassifierFeatures
-from ddt.metrics.metrics import accuracy, frechet_distance, nearest_distances
+from ddt.evaluation import evaluate
+from ddt.images import ArrayImages, Digits
+from ddt.metrics.classifier import ClassifierSettings
+from ddt.metrics.comparison import compare
+from ddt.metrics.features import extract
+from ddt.metrics.metrics import accuracy, frechet_distance
+from ddt.metrics.nearest import nearest
+from ddt.metrics.npz import NpzImages
+from ddt.metrics.reference import Reference, data_reference, read_reference
+from ddt.metrics.scores import prepare
+from ddt.metrics.sources import DataImages, open_images
 from ddt.metrics.statistics import Moments
 from ddt.photos import Photos
+from ddt.training import make_accelerator
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
 
 
 def moments(features, batch=7):
     result = Moments(features.shape[1])
-    for start in range(0, len(features), batch):
-        result.add(features[start : start + batch])
+    for part in torch.as_tensor(features).split(batch):
+        result.add(part)
     return result
 
 
@@ -42,19 +55,28 @@ def test_frechet_distance_in_closed_form():
 
 
 def test_nearest_distances_see_copies():
-    train = Digits("train").images
-    assert nearest_distances(train[:5], train) == pytest.approx(np.zeros(5), abs=1e-3)
-    far = np.zeros((1, 1, 2, 2), dtype=np.uint8)
-    assert nearest_distances(far, np.full((3, 1, 2, 2), 255, dtype=np.uint8)) == pytest.approx([1.0])
+    train = torch.from_numpy(Digits("train").images).flatten(1) / 255
+    distances, which = nearest(train[:5], train)
+    assert torch.equal(distances, torch.zeros(5))
+    assert which.tolist() == [0, 1, 2, 3, 4]
+    assert nearest(torch.zeros(1, 4), torch.ones(3, 4))[0].tolist() == [1.0]
 
 
 def test_accuracy():
-    assert accuracy(np.array([1, 2, 3, 4]), np.array([1, 2, 0, 0])) == 0.5
+    assert accuracy(np.eye(5)[[1, 2, 3, 4]], np.array([1, 2, 0, 0])) == 0.5
 
 
 def write(path, **arrays):
     np.savez(path, **arrays)
     return path
+
+
+def of_digits(path, out, epochs=10, prepared=None):
+    """Evaluate samples in the features of a classifier of the digits."""
+    train, test = Digits("train"), Digits("test")
+    extractor = ClassifierSettings("digits", epochs).extractor(CPU, train)
+    reference = data_reference("data:digits", train, test)
+    return evaluate(open_images(path, "samples"), reference, extractor, out, make_accelerator("no"), prepared=prepared)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +85,7 @@ def evaluated(tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluation")
     test = Digits("test")
     write(out / "samples.npz", arr_0=test.images.transpose(0, 2, 3, 1), arr_1=test.labels)
-    return out, evaluate_with_classifier(out, "digits", Digits("train"), test, ClassifierFeatures(epochs=10), out)
+    return out, of_digits(out, out)
 
 
 def test_real_images_reach_the_real_values(evaluated):
@@ -72,8 +94,13 @@ def test_real_images_reach_the_real_values(evaluated):
     assert metrics["fd_digits"] == pytest.approx(metrics["fd_digits_real"], rel=1e-6)
     assert metrics["nearest_train_distance"] == pytest.approx(metrics["nearest_train_distance_real"])
     assert metrics["nearest_train_distance"] > 0.05
+    assert min(metrics["precision"], metrics["recall"], metrics["authenticity"]) > 0.4
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert metrics["receipt"]["samples"]["count"] == 300
+    assert metrics["labels"]["fd_digits"] == "FD-digits-300"
+    assert "FID" not in json.dumps(metrics)
+    assert metrics["comparable"] is False
+    assert (out / "nearest.png").stat().st_size > 1000
 
 
 def test_worse_samples_get_worse_values(evaluated, tmp_path):
@@ -82,21 +109,19 @@ def test_worse_samples_get_worse_values(evaluated, tmp_path):
     noisy = train.images[:300].astype(int) + np.random.default_rng(0).integers(-120, 120, (300, 1, 8, 8))
     samples = np.clip(noisy, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
     write(tmp_path / "noisy.npz", arr_0=samples, arr_1=(train.labels[:300] + 1) % 10)
-    metrics = evaluate_with_classifier(
-        tmp_path / "noisy.npz", "digits", train, Digits("test"), ClassifierFeatures(epochs=10), tmp_path
-    )
+    metrics = of_digits(tmp_path / "noisy.npz", tmp_path)
     assert metrics["fd_digits"] > 2 * real["fd_digits"]
     assert metrics["class_accuracy"] < 0.2
+    assert metrics["precision"] < 0.5 * real["precision"]
     assert metrics["class_accuracy_real"] == real["class_accuracy_real"]  # the same classifier each time
 
 
 def test_memorised_samples_are_seen(tmp_path):
     train = Digits("train")
     write(tmp_path / "copies.npz", arr_0=train.images[:50].transpose(0, 2, 3, 1))
-    metrics = evaluate_with_classifier(
-        tmp_path / "copies.npz", "digits", train, Digits("test"), ClassifierFeatures(epochs=1), tmp_path
-    )
-    assert metrics["nearest_train_distance"] < 0.01 < metrics["nearest_train_distance_real"]
+    metrics = of_digits(tmp_path / "copies.npz", tmp_path, epochs=1)
+    assert metrics["nearest_train_distance"] == 0 < metrics["nearest_train_distance_real"]
+    assert metrics["authenticity"] == 0
     assert metrics["class_accuracy"] is None
     assert metrics["reasons"] == {"class_accuracy": "the samples carry no classes (arr_1)"}
 
@@ -104,12 +129,15 @@ def test_memorised_samples_are_seen(tmp_path):
 def test_unusable_samples_are_named(tmp_path):
     images = np.zeros((3, 8, 8, 1), dtype=np.uint8)
     (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     cases = {
         "absent.npz": "no such file",
+        "empty": "holds no samples.npz, no images .* and no checkpoints",
         "text.npz": "damaged or no npz file",
         write(tmp_path / "float.npz", arr_0=images.astype(float)).name: "must be uint8 images",
         write(tmp_path / "flat.npz", arr_0=images[0]).name: "must be uint8 images",
-        write(tmp_path / "none.npz", other=images).name: "found nothing",
+        write(tmp_path / "none.npz", other=images).name: "found only other",
         write(tmp_path / "empty.npz", arr_0=images[:0]).name: "must be uint8 images",
         write(tmp_path / "bool.npz", arr_0=images, arr_1=np.ones(3, dtype=bool)).name: "expected integers",
         write(tmp_path / "labels.npz", arr_0=images, arr_1=np.zeros(2)).name: "arr_1 has shape",
@@ -119,30 +147,43 @@ def test_unusable_samples_are_named(tmp_path):
     cases["cut.npz"] = "damaged or no npz file"
     for name, message in cases.items():
         with pytest.raises(UserError, match=rf"samples=.*{name}: .*{message}"):
-            read_samples(tmp_path / name)
+            open_images(tmp_path / name, "samples").labels()
+    with pytest.raises(UserError, match=r"run: holds no complete checkpoint"):
+        open_images(tmp_path / "run", "samples")
 
 
-def test_samples_of_another_size_and_another_evaluation_are_refused(evaluated, tmp_path):
+def test_samples_of_another_kind_and_another_evaluation_are_refused(evaluated, tmp_path):
     out, _ = evaluated
-    arguments = ("digits", Digits("train"), Digits("test"), ClassifierFeatures(epochs=1))
     write(tmp_path / "class.npz", arr_0=np.zeros((3, 8, 8, 1), dtype=np.uint8), arr_1=np.array([0, 5, 10]))
     with pytest.raises(UserError, match=r"arr_1 holds classes outside of 0\.\.9"):
-        evaluate_with_classifier(tmp_path / "class.npz", *arguments, tmp_path)
+        of_digits(tmp_path / "class.npz", tmp_path, epochs=1)
     write(tmp_path / "large.npz", arr_0=np.zeros((3, 16, 16, 1), dtype=np.uint8))
-    with pytest.raises(UserError, match=r"images of shape \(1, 16, 16\)"):
-        evaluate_with_classifier(tmp_path / "large.npz", *arguments, tmp_path)
+    with pytest.raises(UserError, match=r"large.npz: images of 16×16 pixels, but features=digits reads 8×8"):
+        of_digits(tmp_path / "large.npz", tmp_path, epochs=1)
+    write(tmp_path / "colour.npz", arr_0=np.zeros((3, 8, 8, 3), dtype=np.uint8))
+    with pytest.raises(UserError, match=r"colour.npz: images of 3 channels, but features=digits reads 1"):
+        of_digits(tmp_path / "colour.npz", tmp_path, epochs=1)
+    write(tmp_path / "one.npz", arr_0=np.zeros((1, 8, 8, 1), dtype=np.uint8))
+    with pytest.raises(UserError, match=r"one.npz: holds one image"):
+        of_digits(tmp_path / "one.npz", tmp_path, epochs=1)
     write(tmp_path / "small.npz", arr_0=np.zeros((3, 8, 8, 1), dtype=np.uint8))
     with pytest.raises(UserError, match=r"belongs to another evaluation.*choose another out="):
-        evaluate_with_classifier(tmp_path / "small.npz", *arguments, out)
+        of_digits(tmp_path / "small.npz", out, epochs=10)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["samples=x", "reference=data:digits"], "features=inception: reference=data:digits is no file; "),
+        (["samples=x", "reference=data:photos", "features=digits"], "features=digits reference=data:photos: "),
+        (["samples=x", "reference=y", "features=digits"], "features=digits reference=y: "),
+        (
+            ["samples=x", "reference=data:digits", "features=digits", "inception_weights=z"],
+            "inception_weights=z: has no effect with features=digits",
+        ),
+        (["samples=x", "reference=y", "num_processes=0"], "num_processes=0: must be at least 1"),
         (["samples=x", "reference=y", "pr_dtype=float64"], "pr_dtype=float64: input should be 'float16' or 'float32'"),
         (["samples=x", "reference=y", "features.batch_size=0"], "features.batch_size=0: "),
-        (["samples=x", "reference=data:digitz", "features=digits"], "reference=data:digitz: give data:NAME"),
+        (["samples=x", "reference=data:digitz"], "reference=data:digitz: give data:NAME"),
         (
             ["samples=x", "reference=data:fashion_mnist", "features=digits"],
             "features=digits reference=data:fashion_mnist: ",
@@ -201,16 +242,31 @@ def test_the_command_computes_adms_metrics(inception_run):
     assert metrics["inception_score_shuffled"] == pytest.approx(metrics["inception_score"], rel=1e-6)  # one chunk
     assert "reasons" not in metrics
     assert metrics["comparable"] is False
-    assert len(metrics["not_comparable_because"]) == 5
+    assert len(metrics["not_comparable_because"]) == 6
+    assert metrics["labels"]["fid"] == "FID-24 (of 24 reference images, singular covariance)"
+    assert metrics["nearest_train_distance"] > 0
+    assert metrics["nearest_train_distance_real"] > 0  # of each image of the reference to the next
+    assert not (folder / "nearest.png").exists()  # samples and reference are of two sizes
     receipt = metrics["receipt"]
     assert receipt["samples"]["path"] == str(folder / "samples.npz")
     assert (receipt["samples"]["count"], receipt["reference"]["count"]) == (24, 24)
     assert receipt["reference"]["statistics"] == "computed from its images"
     assert receipt["features"]["pr_dtype"] == "float16"
+    assert receipt["features"]["resize"].startswith("TensorFlow 1 bilinear")
     hashes = [receipt["samples"], receipt["reference"], receipt["features"]["weights"]]
     assert all(len(entry["sha256"]) == 64 for entry in hashes)
     assert receipt["sampling"] == {"request": {"seeds": "2000 values", "dtype": "fp32"}}
-    assert set(receipt["versions"]) == {"ddt", "torch", "python", "torch_fidelity"}
+    assert set(receipt["versions"]) == {"ddt", "python", "torch", "numpy", "torch-fidelity", "timm"}
+
+
+def test_processes_do_not_change_a_number(inception_run, tmp_path):
+    """24 images in batches of 7, dealt to two processes; both read with one thread."""
+    _, arguments, metrics = inception_run
+    succeed("evaluate", *arguments, "features.batch_size=7", "num_processes=2", f"out={tmp_path}")
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    for values in (found, metrics):
+        del values["receipt"]["date"]
+    assert found == metrics
 
 
 def test_another_evaluation_is_not_written_over(inception_run):
@@ -224,31 +280,33 @@ def test_another_evaluation_is_not_written_over(inception_run):
     assert json.loads((folder / "metrics.json").read_text()) == metrics
 
 
-def test_inputs_that_inception_cannot_use_are_one_line(tmp_path, monkeypatch):
+def test_inputs_that_inception_cannot_use_are_one_line(tmp_path, inception_weights):
     images = np.zeros((3, 8, 8, 3), dtype=np.uint8)
     good = write(tmp_path / "good.npz", arr_0=images)
     (tmp_path / "text.npz").write_text("no archive")
     (tmp_path / "empty").mkdir()
-    weights = tmp_path / "weights.pth"
-    torch.save({"fc.weight": torch.zeros(2)}, weights)
-    (tmp_path / "graph.pb").write_bytes(b"x")
-    defaults = {"samples": good, "reference": good, "inception_weights": weights, "out": tmp_path / "out"}
+    other = tmp_path / "weights.pth"
+    torch.save({"fc.weight": torch.zeros(2)}, other)
+    (tmp_path / "cut.pth").write_bytes(inception_weights.read_bytes()[:-1000])
+    defaults = {"samples": good, "reference": good, "inception_weights": inception_weights, "out": tmp_path / "out"}
     cases = [
         ("samples", tmp_path / "absent.npz", "no such file"),
-        ("samples", tmp_path / "empty", "no such file"),
+        ("samples", tmp_path / "empty", "holds no samples.npz"),
         ("samples", tmp_path / "text.npz", "damaged or no npz file"),
         ("samples", write(tmp_path / "other.npz", pictures=images), "found only pictures"),
         ("samples", write(tmp_path / "float.npz", arr_0=images.astype(np.float32)), "found float32 (3, 8, 8, 3)"),
-        ("samples", write(tmp_path / "gray.npz", arr_0=images[..., :1]), "found uint8 (3, 8, 8, 1)"),
+        ("samples", write(tmp_path / "none.npz", arr_0=images[:0]), "found uint8 (0, 8, 8, 3)"),
         ("samples", write(tmp_path / "object.npz", arr_0=np.array([None, 1])), "found object (2,)"),
         ("samples", write(tmp_path / "fortran.npz", arr_0=np.asfortranarray(images)), "is in Fortran's order"),
         ("samples", write(tmp_path / "one.npz", arr_0=images[:1]), "holds one image"),
+        ("samples", write(tmp_path / "grey.npz", arr_0=images[..., :1]), "images of 1 channels"),
         ("reference", tmp_path / "absent.npz", "no such file"),
         ("reference", write(tmp_path / "labels.npz", labels=np.zeros(3)), "holds neither mu and sigma nor images"),
+        ("reference", tmp_path / "grey.npz", "images of 1 channels, but features=inception reads 3"),
         ("inception_weights", tmp_path / "absent.pth", "no such file; give inception_weights=FILE"),
-        ("inception_weights", tmp_path / "graph.pb", "TensorFlow graphs are not read"),
         ("inception_weights", good, "cannot be read"),
-        ("inception_weights", weights, "is not this network"),
+        ("inception_weights", tmp_path / "cut.pth", "cannot be read"),
+        ("inception_weights", other, "is not this network"),
     ]
     for key, path, message in cases:
         values = defaults | {key: path}
@@ -262,31 +320,119 @@ def test_inputs_that_inception_cannot_use_are_one_line(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-class CheapFeatures:
+class Cheap:
     """Features that need no network; the classes lie in the first pixel."""
 
-    def __init__(self, weights):
-        self.weights = weights
+    name, channels, image_size, batch_size, own_classes = "inception", 3, None, 4000, False
+    rows, balls, near = ("pool", "probabilities"), "pool", "pool"
+    spaces: ClassVar = {"pool": 8, "spatial": 12, "probabilities": 256}
+    distances: ClassVar = {"fid": "pool", "sfid": "spatial"}
+
+    def identity(self):
+        return {"name": self.name, "weights": {"sha256": "0", "tensors_sha256": "1"}}
 
     def __call__(self, images):
-        flat = images.reshape(len(images), -1).astype(np.float32)
-        classes = np.eye(1008, dtype=np.float32)[images[:, 0, 0, 0]] * 0.9 + 1e-4
-        return np.resize(flat[:, :8], (len(images), 2048)), np.resize(flat, (len(images), 2023)), classes
+        flat = images.permute(0, 2, 3, 1).reshape(len(images), -1).float()
+        classes = torch.eye(256)[images[:, 0, 0, 0].long()] * 0.9 + 1e-4
+        return {"pool": flat[:, 3:11], "spatial": flat, "probabilities": classes}
 
 
-def test_samples_grouped_by_class_are_warned_of(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("ddt.evaluation.InceptionFeatures", CheapFeatures)
-    monkeypatch.setattr("ddt.metrics.adm.frechet_distance", lambda a, b: 1.0)
-    images = np.random.default_rng(0).integers(0, 256, (12_000, 2, 2, 3), dtype=np.uint8)
-    images[:, 0, 0, 0] = np.arange(12_000) // 1000
-    samples = write(tmp_path / "samples.npz", arr_0=images)
-    statistics = {"mu": np.zeros(2048), "sigma": np.zeros((2048, 2048), dtype=np.float32)}
+def random_set(path, count, save=np.savez):
+    """Samples of 2×2 px in 12 classes that are grouped."""
+    images = np.random.default_rng(0).integers(0, 256, (count, 2, 2, 3), dtype=np.uint8)
+    images[:, 0, 0, 0] = np.arange(count) * 12 // count
+    save(path, arr_0=images)
+    return images
+
+
+def test_samples_grouped_by_class_are_warned_of(tmp_path, caplog):
+    random_set(tmp_path / "samples.npz", 12_000)
+    statistics = {"mu": np.zeros(8), "sigma": np.eye(8, dtype=np.float32)}
     np.savez_compressed(tmp_path / "reference.npz", **statistics)
-    (tmp_path / "weights.pth").write_bytes(b"")
-    paths = (samples, tmp_path / "reference.npz", tmp_path / "weights.pth", tmp_path / "out")
-    metrics = evaluate_with_inception(*paths, batch_size=4000)
+    reference = read_reference(tmp_path / "reference.npz", {"fid": 8, "sfid": 12}, "inception")
+    samples = NpzImages(tmp_path / "samples.npz", "samples")
+    metrics = evaluate(samples, reference, Cheap(), tmp_path / "out", make_accelerator("no"))
     assert metrics["inception_score"] < 0.7 * metrics["inception_score_shuffled"]
     assert any("depends on the order" in record.message for record in caplog.records)
     assert (metrics["sfid"], metrics["precision"], metrics["recall"]) == (None, None, None)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
     assert compare(metrics, {"fid": 1.26}).count("not comparable: ") == len(metrics["not_comparable_because"])
+    assert not (tmp_path / "out" / "nearest.png").exists()
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path):
+    class Broken(Cheap):
+        def __call__(self, images):
+            found = super().__call__(images)
+            found["spatial"] = torch.where(images[:, :1, 0, 0] == 7, torch.nan, found["spatial"])
+            return found
+
+    random_set(tmp_path / "x.npz", 120)
+    with pytest.raises(UserError, match=r"features=inception: the features of .*x.npz are not finite"):
+        extract(NpzImages(tmp_path / "x.npz", "samples"), Broken(), make_accelerator("no"), "samples")
+
+
+def test_features_stand_in_the_order_of_the_set(tmp_path):
+    images = random_set(tmp_path / "x.npz", 130, np.savez_compressed)
+    extractor = Cheap()
+    extractor.batch_size = 9
+    found = extract(NpzImages(tmp_path / "x.npz", "samples"), extractor, make_accelerator("no"), "samples")
+    flat = images.reshape(130, 12).astype(np.float32)
+    assert np.array_equal(found.rows["pool"], flat[:, 3:11])
+    np.testing.assert_allclose(found.moments["spatial"].mean, flat.mean(axis=0), rtol=1e-6)
+
+
+def test_the_nearest_images_are_shown(tmp_path):
+    """Two of the samples are training images: they come first, each above its own."""
+    rng = np.random.default_rng(0)
+    training = rng.integers(0, 256, (40, 3, 8, 8), dtype=np.uint8)
+    samples = rng.integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+    samples[[4, 20]] = training[[33, 2]].transpose(0, 2, 3, 1)
+    write(tmp_path / "samples.npz", arr_0=samples)
+    images = ArrayImages(training, np.zeros(40), ["one"])
+    settings = ClassifierSettings("digits", 1)
+    reference = Reference("data:digits", "0", {}, DataImages("data:digits", images, "train"))
+    found = {}
+
+    def grid(pixels, columns, captions):
+        found.update(pixels=pixels, captions=captions)
+        return np.zeros((2, 2, 3), dtype=np.uint8)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddt.evaluation.image_grid", grid)
+        evaluate(
+            open_images(tmp_path, "samples"), reference, settings.extractor(CPU, images), tmp_path / "out",
+            make_accelerator("no"),
+        )  # fmt: skip
+    assert np.array_equal(found["pixels"][[0, 1]], training[[33, 2]])
+    assert np.array_equal(found["pixels"][[10, 11]], training[[33, 2]])
+    assert found["captions"][:2] == ["0", "0"]
+
+
+def test_a_run_that_was_sampled_from(tmp_path):
+    """The samples of a run are those of its newest checkpoint; its own pictures are none."""
+    step = tmp_path / "run" / "checkpoints" / "step_0000003"
+    (step / "samples").mkdir(parents=True)
+    (step / "manifest.json").write_text("{}")
+    picture(0).save(tmp_path / "run" / "curves.png")
+    for run_or_checkpoint in (tmp_path / "run", step):
+        with pytest.raises(UserError, match=r"samples=.*samples.npz is missing; sample first"):
+            open_images(run_or_checkpoint, "samples")
+    random_set(step / "samples" / "samples.npz", 5)
+    assert open_images(tmp_path / "run", "samples").path == step / "samples" / "samples.npz"
+
+
+def test_reference_is_measured_once(evaluated, tmp_path, monkeypatch):
+    """A prepared reference serves many sets, and gives the same numbers."""
+    out, metrics = evaluated
+    train, test = Digits("train"), Digits("test")
+    extractor = ClassifierSettings("digits", 10).extractor(CPU, train)
+    reference = data_reference("data:digits", train, test)
+    accelerator = make_accelerator("no")
+    prepared = prepare(reference, extractor, accelerator)
+    monkeypatch.setattr("ddt.evaluation.prepare", None)
+    samples = shutil.copy(out / "samples.npz", tmp_path / "samples.npz")
+    again = evaluate(NpzImages(samples, "samples"), reference, extractor, tmp_path, accelerator, prepared=prepared)
+    numbers = [key for key, value in metrics.items() if isinstance(value, float)]
+    assert len(numbers) == 9
+    assert {key: again[key] for key in numbers} == {key: metrics[key] for key in numbers}

@@ -4,6 +4,7 @@ import json
 import tracemalloc
 import urllib.error
 import zipfile
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,14 +12,25 @@ import torch
 from conftest import GOLDEN, picture
 
 from ddt.errors import UserError
-from ddt.metrics.adm import adm_metrics
-from ddt.metrics.comparison import compare, obstacles
-from ddt.metrics.folder import FolderImages, open_images
-from ddt.metrics.inception import FeatureSet, InceptionFeatures, exact_arithmetic, find_weights, load_network
+from ddt.metrics.comparability import labels, obstacles
+from ddt.metrics.comparison import compare
+from ddt.metrics.features import FeatureSet
+from ddt.metrics.folder import FolderImages
+from ddt.metrics.inception import (
+    NUM_POOL,
+    NUM_SPATIAL,
+    InceptionFeatures,
+    exact_arithmetic,
+    find_weights,
+    load_network,
+)
 from ddt.metrics.metrics import frechet_distance, inception_score
+from ddt.metrics.nearest import authenticity, nearest
 from ddt.metrics.npz import NpzImages
 from ddt.metrics.precision_recall import half_distances, precision_recall, single_distances, squared_distances
-from ddt.metrics.reference import NUM_POOL, NUM_SPATIAL, Reference, read_reference
+from ddt.metrics.reference import Reference, read_reference
+from ddt.metrics.scores import Prepared, score
+from ddt.metrics.sources import open_images, pick
 from ddt.metrics.statistics import Moments, Statistics
 
 EXPECTED = json.loads((GOLDEN / "eval" / "expected.json").read_text())
@@ -40,7 +52,7 @@ def arrays(case):
 
 def moments(features):
     result = Moments(features.shape[1])
-    result.add(features)
+    result.add(torch.as_tensor(features))
     return result
 
 
@@ -63,6 +75,13 @@ def test_spatial_features_need_one_order():
     assert frechet_distance(gen, other) == pytest.approx(
         expected["sfid_if_gen_is_NHWC_but_ref_flattened_NCHW"], rel=1e-6
     )
+
+
+@pytest.mark.parametrize("split", [5000, 600, 250, 100])
+def test_inception_score_is_adms(split):
+    expected = CASES["is_600x1008"]
+    probabilities = torch.from_numpy(arrays("is_600x1008")["logits"]).softmax(dim=1).numpy()
+    assert inception_score(probabilities, split) == pytest.approx(expected[f"split_{split}"], rel=1e-5)
 
 
 def test_inception_score_takes_chunks_in_order():
@@ -89,13 +108,14 @@ def test_inception_score_in_closed_form():
 def test_precision_and_recall_are_adms(case, block):
     values, expected = arrays(case), CASES[case]
     count = min(len(values["ref"]), len(values["gen"]))
-    precision, recall = precision_recall(values["ref"], values["gen"], block=block)
+    ref, gen = (torch.from_numpy(values[key]) for key in ("ref", "gen"))
+    precision, recall = precision_recall(ref, gen, block=block)
     assert precision == pytest.approx(expected["precision"], abs=2 / count)
     assert recall == pytest.approx(expected["recall"], abs=2 / count)
-    precision, recall = precision_recall(values["ref"], values["gen"], "float32", block=block)
+    precision, recall = precision_recall(ref, gen, "float32", block=block)
     assert precision == pytest.approx(expected["precision_fp32"], abs=1 / count)
     assert recall == pytest.approx(expected["recall_fp32"], abs=1 / count)
-    precision, recall = precision_recall(values["gen"], values["ref"], block=block)
+    precision, recall = precision_recall(gen, ref, block=block)
     assert precision == pytest.approx(expected["swapped"]["precision"], abs=2 / count)
     assert recall == pytest.approx(expected["swapped"]["recall"], abs=2 / count)
 
@@ -108,8 +128,8 @@ def test_distances_round_as_adms():
     assert torch.equal(half, half.half().float())
     assert 1 < (half - single).abs().max() < 4
     np.testing.assert_allclose(single, torch.cdist(ref.double(), gen.double()).square(), rtol=1e-4)
-    near = 16 + np.random.default_rng(0).integers(0, 3, (30, 4)).astype(np.float32) / 64
-    far = near + np.float32(0.25)  # squared distances of 0.25 between squared norms of 1024, where float16 steps by 1
+    near = 16 + torch.from_numpy(np.random.default_rng(0).integers(0, 3, (30, 4)).astype(np.float32)) / 64
+    far = near + 0.25  # squared distances of 0.25 between squared norms of 1024, where float16 steps by 1
     assert precision_recall(near, far, "float32") == (0, 0)
     assert min(precision_recall(near, far, "float16")) > 0.5
     assert precision_recall(near, far) == precision_recall(near, far, "float16")
@@ -151,13 +171,14 @@ def test_inception_features_are_tensorflows(inception_weights):
     state = torch.get_rng_state()
     features = InceptionFeatures(inception_weights)
     assert torch.equal(state, torch.get_rng_state())
-    pool, spatial, probabilities = features(values["gen"][:5])
-    for found, name in ((pool, "gen_pool"), (spatial, "gen_spatial")):
-        expected = values[name][:5]
-        assert found.shape == expected.shape
-        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
-    np.testing.assert_allclose(probabilities, values["gen_softmax"][:5], atol=1e-5)
-    assert probabilities.dtype == np.float32
+    found = features(torch.from_numpy(values["gen"][:5]).permute(0, 3, 1, 2))
+    assert {name: value.shape[1] for name, value in found.items()} == features.spaces
+    for name in ("pool", "spatial"):
+        expected = values[f"gen_{name}"][:5]
+        assert found[name].shape == expected.shape
+        assert np.abs(found[name].numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(found["probabilities"], values["gen_softmax"][:5], atol=1e-5)
+    assert {value.dtype for value in found.values()} == {torch.float32}
 
 
 def image_file(path, save=np.savez, **arrays):
@@ -169,7 +190,7 @@ def image_file(path, save=np.savez, **arrays):
 def test_images_are_read_as_a_stream(tmp_path, save):
     images = np.random.default_rng(0).integers(0, 256, (301, 128, 128, 3), dtype=np.uint8)
     file = NpzImages(image_file(tmp_path / "x.npz", save, arr_1=np.zeros(301), arr_0=images), "samples")
-    assert (len(file), file.size) == (301, (128, 128))
+    assert (len(file), file.size, file.channels) == (301, (128, 128), 3)
     tracemalloc.start()
     try:
         for start, batch in zip(range(0, 301, 20), file.batches(20), strict=True):
@@ -178,6 +199,11 @@ def test_images_are_read_as_a_stream(tmp_path, save):
     finally:
         tracemalloc.stop()
     assert peak < images.nbytes / 3
+    dealt = [list(file.batches(20, rank, 3)) for rank in range(3)]
+    assert [len(batches) for batches in dealt] == [6, 5, 5]
+    for k, start in enumerate(range(0, 301, 20)):
+        assert np.array_equal(dealt[k % 3][k // 3], images[start : start + 20])
+    assert np.array_equal(pick(file, [300, 3, 64, 3], 50), images[[300, 3, 64, 3]])
 
 
 def test_damaged_images_are_named(tmp_path):
@@ -186,8 +212,9 @@ def test_damaged_images_are_named(tmp_path):
     content = bytearray(path.read_bytes())
     content[4000] ^= 255
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"samples=.*x.npz: damaged or no npz file"):
-        list(NpzImages(path, "samples").batches(4))
+    for rank, num_processes in ((0, 1), (2, 3)):  # the process that reads the last batch sees the checksum
+        with pytest.raises(UserError, match=r"samples=.*x.npz: damaged or no npz file"):
+            list(NpzImages(path, "samples").batches(4, rank, num_processes))
     with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
         np.lib.format.write_array_header_1_0(file, {"shape": (9, 16, 16, 3), "fortran_order": False, "descr": "|u1"})
         file.write(bytes(1000))
@@ -205,15 +232,20 @@ def test_folders_of_images(tmp_path):
     assert [len(batch) for batch in batches] == [2, 1]
     assert np.array_equal(np.concatenate(batches), [np.asarray(picture(k, 8, 6)) for k in (1, 2, 10)])
     digest = folder.sha256
-    reference = read_reference(tmp_path)
-    assert (reference.pool, reference.sha256, reference.source) == (None, digest, "computed from its images")
+    reference = read_reference(tmp_path, {"fid": NUM_POOL}, "inception")
+    assert (reference.statistics, reference.sha256) == ({}, digest)
+    assert reference.identity()["statistics"] == "computed from its images"
     picture(3, 8, 6).save(tmp_path / "010.png")
     assert folder.sha256 != digest
     whole = (tmp_path / "010.png").read_bytes()
     (tmp_path / "010.png").write_bytes(whole[:-60])
     with pytest.raises(UserError, match=r"^samples=.*010.png: damaged"):
         list(open_images(tmp_path, "samples").batches(2))
-    for content, message in ((picture(3, 9, 6), "is 9×6 px, 001.png 8×6"), (picture(3, 8, 6).convert("L"), "mode L")):
+    for content, message in (
+        (picture(3, 9, 6), "is 9×6 px, 001.png 8×6"),
+        (picture(3, 8, 6).convert("L"), "has 1 channels"),
+        (picture(3, 8, 6).convert("RGBA"), "mode RGBA"),
+    ):
         content.save(tmp_path / "010.png")
         with pytest.raises(UserError, match=rf"^samples=.*010.png: .*{message}"):
             FolderImages(tmp_path, "samples")
@@ -230,19 +262,23 @@ def test_reference_files(tmp_path):
     spatial = {"mu_s": np.ones(NUM_SPATIAL), "sigma_s": np.eye(NUM_SPATIAL, dtype=np.float32)}
 
     def read(**arrays):
-        return read_reference(image_file(tmp_path / "ref.npz", np.savez_compressed, **arrays))
+        distances = {"fid": NUM_POOL, "sfid": NUM_SPATIAL}
+        return read_reference(image_file(tmp_path / "ref.npz", np.savez_compressed, **arrays), distances, "inception")
 
     whole = read(mu=mean, sigma=covariance, **spatial, arr_0=images)
-    assert whole.pool.mean.dtype == whole.pool.covariance.dtype == np.float64
-    assert whole.spatial.mean.shape == (NUM_SPATIAL,)
+    assert whole.statistics["fid"].mean.dtype == whole.statistics["fid"].covariance.dtype == np.float64
+    assert whole.statistics["sfid"].mean.shape == (NUM_SPATIAL,)
     assert len(whole.images) == 3
-    assert whole.source == "mu, sigma, mu_s, sigma_s of the file"
+    assert whole.identity()["statistics"] == "mu, sigma, mu_s, sigma_s of the file"
     alone = read(mu=mean, sigma=covariance)
-    assert alone.images is alone.spatial is None
+    assert (alone.images, list(alone.statistics)) == (None, ["fid"])
+    assert alone.identity()["statistics"] == "mu, sigma of the file"
     pictures = read(arr_0=images)
-    assert pictures.pool is None
-    assert pictures.source == "computed from its images"
-    assert len(read_reference(image_file(tmp_path / "samples.npz", arr_0=images).parent).images) == 3
+    assert pictures.statistics == {}
+    assert pictures.identity()["statistics"] == "computed from its images"
+    folder = image_file(tmp_path / "samples.npz", arr_0=images).parent
+    assert len(read_reference(folder, {"fid": NUM_POOL}, "inception").images) == 3
+    receipt = {"features": {"name": "dinov2"}, "count": 3}
     covariance[3, 3] = np.nan
     wrong = {
         "holds mu alone": dict(mu=mean),
@@ -253,58 +289,151 @@ def test_reference_files(tmp_path):
         "sigma is not finite": dict(mu=mean, sigma=covariance),
         "holds one image": dict(arr_0=images[:1]),
         "arr_0 must be uint8 images": dict(arr_0=images.astype(float)),
+        "was made with features=dinov2": dict(mu=mean, sigma=covariance, receipt=np.array(json.dumps(receipt))),
+        "its receipt is damaged": dict(mu=mean, sigma=covariance, receipt=np.array("{")),
     }
     for message, content in wrong.items():
         with pytest.raises(UserError, match=rf"^reference=.*ref.npz: {message}"):
             read(**content)
 
 
+class Six:
+    """What the metrics need to know of an extractor: pool features of six dimensions, spatial ones of four."""
+
+    name, channels, image_size, batch_size, own_classes = "inception", 3, None, 64, False
+    rows, balls, near = ("pool", "probabilities"), "pool", "pool"
+    spaces: ClassVar = {"pool": 6, "spatial": 4, "probabilities": 5}
+    distances: ClassVar = {"fid": "pool", "sfid": "spatial"}
+    weights = "6726825d0af5"
+
+    def identity(self):
+        return {"name": self.name, "weights": {"sha256": self.weights}}
+
+
 def feature_set(count, seed=0, classes=5):
     rng = np.random.default_rng(seed)
     pool, spatial = rng.standard_normal((count, 6)).astype(np.float32), rng.standard_normal((count, 4))
-    probabilities = rng.dirichlet(np.ones(classes), count).astype(np.float32)
-    return FeatureSet(pool, probabilities, moments(pool), moments(spatial))
+    probabilities = torch.from_numpy(rng.dirichlet(np.ones(classes), count).astype(np.float32))
+    rows = {"pool": torch.from_numpy(pool), "probabilities": probabilities}
+    return FeatureSet(count, rows, {"pool": moments(pool), "spatial": moments(spatial)})
 
 
-def test_the_files_statistics_come_first(tmp_path):
+def reference(statistics=(), images=None, made=None):
+    return Reference("ref.npz", "0", dict(zip(("fid", "sfid"), statistics, strict=False)), images, made=made)
+
+
+def prepared(features, statistics=None):
+    if statistics is None:
+        statistics = {name: features.moments[space] for name, space in Six.distances.items()}
+    return Prepared(reference(), statistics, features, {})
+
+
+def test_the_files_statistics_come_first():
     ours, images, whole = feature_set(40), feature_set(30, seed=1), feature_set(200, seed=2)
-    statistics = [Statistics(m.mean, m.covariance) for m in (whole.pool_moments, whole.spatial_moments)]
-    full = adm_metrics(ours, images, Reference(tmp_path, *statistics, None), "float16")
-    assert full["fid"] == pytest.approx(frechet_distance(ours.pool_moments, whole.pool_moments))
-    assert full["sfid"] == pytest.approx(frechet_distance(ours.spatial_moments, whole.spatial_moments))
-    assert (full["precision"], full["recall"]) == precision_recall(images.pool, ours.pool)
-    assert full["reasons"] == {}
-    of_images = adm_metrics(ours, images, Reference(tmp_path, None, None, None), "float16")
-    assert of_images["fid"] == pytest.approx(frechet_distance(ours.pool_moments, images.pool_moments))
-    assert of_images["sfid"] == pytest.approx(frechet_distance(ours.spatial_moments, images.spatial_moments))
+    statistics = {"fid": whole.moments["pool"], "sfid": whole.moments["spatial"]}
+    full = score(ours, None, prepared(images, statistics), Six(), "float16")
+    assert full.metrics["fid"] == pytest.approx(frechet_distance(ours.moments["pool"], whole.moments["pool"]))
+    assert full.metrics["sfid"] == pytest.approx(frechet_distance(ours.moments["spatial"], whole.moments["spatial"]))
+    found = precision_recall(images.rows["pool"], ours.rows["pool"])
+    assert (full.metrics["precision"], full.metrics["recall"]) == found
+    assert full.reasons == {}
+    of_images = score(ours, None, prepared(images), Six(), "float16").metrics
+    assert of_images["fid"] == pytest.approx(frechet_distance(ours.moments["pool"], images.moments["pool"]))
+    assert of_images["sfid"] == pytest.approx(frechet_distance(ours.moments["spatial"], images.moments["spatial"]))
 
 
-def test_what_cannot_be_computed_is_null_with_a_reason(tmp_path):
+def test_identical_sets():
+    ours = feature_set(60)
+    metrics = score(ours, None, prepared(ours), Six(), "float16").metrics
+    assert metrics["fid"] == pytest.approx(0, abs=1e-8)
+    assert metrics["sfid"] == pytest.approx(0, abs=1e-8)
+    assert (metrics["precision"], metrics["recall"]) == (1, 1)
+    assert (metrics["nearest_train_distance"], metrics["authenticity"]) == (0, 0)  # every sample is a copy
+
+
+def test_what_cannot_be_computed_is_null_with_a_reason():
     ours = feature_set(40)
-    statistics = Statistics(ours.pool_moments.mean, ours.pool_moments.covariance)
-    metrics = adm_metrics(ours, None, Reference(tmp_path, statistics, None, None), "float16")
+    metrics, reasons = (lambda s: (s.metrics, s.reasons))(
+        score(ours, None, prepared(None, {"fid": ours.moments["pool"]}), Six(), "float16")
+    )
     assert metrics["fid"] == pytest.approx(0, abs=1e-5)
-    assert [key for key, value in metrics.items() if value is None] == ["sfid", "precision", "recall"]
-    assert set(metrics["reasons"]) == {"sfid", "precision", "recall"}
-    ours.probabilities[0] = np.eye(5)[0]
-    metrics = adm_metrics(ours, feature_set(3), Reference(tmp_path, None, None, None), "float16")
-    assert set(metrics["reasons"]) == {"inception_score", "inception_score_shuffled", "precision", "recall"}
+    missing = {"sfid", "precision", "recall", "nearest_train_distance", "authenticity"}
+    assert {key for key, value in metrics.items() if value is None} == missing == set(reasons)
+    ours.rows["probabilities"][0] = torch.eye(5)[0]
+    reasons = score(ours, None, prepared(feature_set(3)), Six(), "float16").reasons
+    assert set(reasons) == {"inception_score", "inception_score_shuffled", "precision", "recall"}
+
+
+def test_nearest_vectors():
+    """Against the plain formula, over several blocks; a copy is at distance 0 exactly."""
+    rng = torch.Generator().manual_seed(0)
+    training, vectors = (torch.randn(n, 3, generator=rng) for n in (9000, 1100))
+    vectors[7] = training[8500]
+    table = torch.cdist(vectors.double(), training.double())
+    distances, which = nearest(vectors, training)
+    assert torch.equal(which, table.argmin(dim=1))
+    assert distances == pytest.approx(table.min(dim=1).values.numpy() / 3**0.5, rel=1e-4)
+    assert (distances[7], which[7]) == (0, 8500)
+    own = torch.tensor([0, 8999, 40])
+    apart, other = nearest(training[own], training, own=own)
+    table = torch.cdist(training[own].double(), training.double())
+    table[torch.arange(3), own] = torch.inf
+    assert torch.equal(other, table.argmin(dim=1))
+    assert apart.min() > 0
+
+
+def test_authenticity_counts_samples_that_keep_apart():
+    training = torch.tensor([[0.0], [1.0], [10.0]])  # nearest others: at 1, 1 and 9
+    samples = torch.tensor([[0.5], [2.5], [12.0], [-3.0]])  # of 0 (or 1), 1, 10 and 0: at 0.5, 1.5, 2 and 3
+    assert authenticity(*nearest(samples, training), training) == 0.5
 
 
 def test_obstacles_to_a_comparison(tmp_path):
     statistics = Statistics(np.zeros(1), np.zeros((1, 1)))
     images = NpzImages(image_file(tmp_path / "x.npz", arr_0=np.zeros((3, 8, 8, 3), dtype=np.uint8)), "reference")
-    adm = Reference(tmp_path, statistics, statistics, images)
+    adm = reference([statistics, statistics], images)
     scores = {"inception_score": 300.0, "inception_score_shuffled": 301.0}
-    assert obstacles(scores, 50_000, adm, "6726825d0af5", "float16") == []
+    extractor = Six()
+    assert obstacles(scores, 50_000, (8, 8), adm, extractor, "float16") == []
     by_class = {"inception_score": 68.0, "inception_score_shuffled": 300.0}
-    (line,) = obstacles(by_class, 50_000, adm, "6726825d0af5", "float16")
+    (line,) = obstacles(by_class, 50_000, (8, 8), adm, extractor, "float16")
     assert "68.00 in the file's, 300.00 shuffled" in line
     without = {"inception_score": None, "inception_score_shuffled": None}
-    assert len(obstacles(without, 10_000, adm, "6726825d0af5", "float16")) == 1
-    lines = obstacles(scores, 2048, Reference(tmp_path, None, None, images), "0123", "float32")
-    for part in ("no mu and sigma", "2,048 samples instead of 50,000", "fewer samples", "weights", "float32"):
+    assert len(obstacles(without, 10_000, (8, 8), adm, extractor, "float16")) == 1
+    extractor.weights = "0123"
+    made = reference([statistics], made={"features": {"name": "inception"}, "count": 5, "split": "test"})
+    lines = obstacles(scores, 6, (8, 8), made, extractor, "float16")
+    for part in ("validation images", "no more images than features", "6 samples instead of 50,000", "no more samples"):
         assert any(part in line for line in lines), part
+    lines = obstacles(scores, 50_000, (16, 16), reference(images=images), extractor, "float32")
+    for part in ("no mu and sigma", "reference's images are of 8×8 pixels, the samples of 16×16", "weights", "float32"):
+        assert any(part in line for line in lines), part
+    extractor.own_classes = True
+    (line,) = obstacles(scores, 50_000, (8, 8), adm, extractor, "float16")
+    assert "small classifier" in line
+
+
+def test_labels_say_what_a_number_is_of(tmp_path):
+    statistics = Statistics(np.zeros(1), np.zeros((1, 1)))
+    images = NpzImages(image_file(tmp_path / "x.npz", arr_0=np.zeros((30, 8, 8, 3), dtype=np.uint8)), "reference")
+    metrics = {"fid": 1.0, "sfid": 1.0, "precision": 0.5, "nearest_train_distance_real": 1.0}
+
+    def of(count, **arguments):
+        return labels(metrics, count, reference(**arguments), Six())
+
+    assert of(50_000, statistics=[statistics]) == {
+        "fid": "FID-50K",
+        "sfid": "sFID-50K",
+        "precision": "precision-50K",
+        "nearest_train_distance_real": "nearest train distance, real images",
+    }
+    assert of(5000, statistics=[statistics])["fid"] == "FID-5K"
+    assert of(1234, statistics=[statistics])["fid"] == "FID-1234"
+    assert of(50_000, images=images)["fid"] == "FID-50K (of 30 reference images)"
+    assert of(6, statistics=[statistics])["fid"] == "FID-6 (singular covariance)"
+    assert of(6, statistics=[statistics])["sfid"] == "sFID-6"  # of four dimensions
+    made = {"features": {"name": "inception"}, "count": 5000, "split": "test"}
+    assert of(50_000, statistics=[statistics], made=made)["fid"] == "FID-50K (validation images)"
 
 
 def test_comparison_table():

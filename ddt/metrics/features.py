@@ -1,107 +1,159 @@
-"""Features of images: here, those of a small classifier trained on a data set's own real training images.
+"""The first layer of an evaluation: images → features, on one process or several.
 
-Such features measure small sets that Inception never saw. A distance in them is never called FID.
-Shapes: B batch, C channels, H W pixels, F features, K classes.
+Shapes: n images, B batch, C channels, H W pixels, F features.
 """
 
+import dataclasses
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from accelerate import Accelerator
+from torch import Tensor
 from tqdm import tqdm
 
-from ddt.autoencoder import from_uint8
-from ddt.data import draws
-from ddt.errors import require
+from ddt.errors import UserError, require
 from ddt.images import Images
+from ddt.metrics.sources import ImageSource
+from ddt.metrics.statistics import Moments
 
 log = logging.getLogger(__name__)
-CLASSIFIER_STREAM = 16  # beside the streams of ddt.data
 
 
-def batches(count: int, batch_size: int = 512) -> Iterator[np.ndarray]:
-    """Yield the indices 0..count−1 in slices of at most batch_size."""
-    for start in range(0, count, batch_size):
-        yield np.arange(start, min(start + batch_size, count))
+class Extractor(Protocol):
+    """A network that turns images into features: one vector an image in each of some spaces."""
+
+    name: str  # what `features=` calls it
+    channels: int  # of the images that it reads
+    image_size: int | None  # pixels a side of them, None where it reads any
+    batch_size: int  # images at once
+    spaces: dict[str, int]  # name of a space → F
+    rows: tuple[str, ...]  # the spaces whose vectors are kept image by image
+    distances: dict[str, str]  # Fréchet distance → the space that it is taken in; the first one is the main one
+    balls: str  # the space of precision and recall
+    near: str  # the space in which nearest training images are looked for
+    own_classes: bool  # whether its probabilities are of the classes that the samples are drawn of
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a receipt says of it: plain values, `name` and what its features depend on."""
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the features float32 (B, F) of each space of uint8 images (B, C, H, W) on its device."""
 
 
-class SmallClassifier(nn.Module):
-    """Three convolutions, one hidden layer of F = 64 features, K classes, for images of a few dozen pixels."""
+class FeatureSettings(Protocol):
+    """What a file of conf/features names; it loads nothing."""
 
-    def __init__(self, channels: int, image_size: int, num_classes: int, num_features: int = 64) -> None:
-        super().__init__()
-        side = (image_size + 3) // 4  # two strides of 2, each rounded up
-        self.trunk = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(32, 64, 3, padding=1, stride=2),
-            nn.GELU(),
-            nn.Conv2d(64, 128, 3, padding=1, stride=2),
-            nn.GELU(),
-            nn.Flatten(),
-            nn.Linear(128 * side * side, num_features),
-            nn.GELU(),
-        )
-        self.head = nn.Linear(num_features, num_classes)
+    name: str
+    batch_size: int
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features (B, F) and logits (B, K) of uint8 images (B, C, H, W)."""
-        features = self.trunk(from_uint8(images))
-        return features, self.head(features)
+    def extractor(self, device: torch.device, train: Images | None = None) -> Extractor:
+        """Load the extractor, or train it on a data set's training images."""
 
 
-class ClassifierFeatures:
-    """Features and predicted classes by a classifier trained on real training images, the same for the same data.
+@dataclasses.dataclass(frozen=True)
+class FeatureSet:
+    """Features of `count` images: by space the vectors (n, F) that are kept, and the moments of all."""
 
-    Args:
-        epochs: passes over the training images. batch_size, learning_rate: of AdamW, with linear decay.
+    count: int
+    rows: dict[str, Tensor]
+    moments: dict[str, Moments]
 
-    `fit` trains it, from a fixed seed; until then it has no features.
+
+def check_images(images: ImageSource, key: str, extractor: Extractor) -> None:
+    """Raise UserError where an extractor does not read such images."""
+    require(
+        images.channels == extractor.channels,
+        f"{key}={images.name}: images of {images.channels} channels, but features={extractor.name} reads "
+        f"{extractor.channels}; choose other features or other images",
+    )
+    side = extractor.image_size
+    require(
+        side is None or images.size == (side, side),
+        f"{key}={images.name}: images of {images.size[0]}×{images.size[1]} pixels, but features={extractor.name} "
+        f"reads {side}×{side}; choose other features or other images",
+    )
+
+
+def ahead(batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield batches, reading each while the one before it is at work."""
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        following = worker.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = worker.submit(next, batches, None)
+            yield batch
+
+
+def to_device(batch: np.ndarray, device: torch.device) -> Tensor:
+    """Return images (B, H, W, C) as a tensor (B, C, H, W) on a device, on a GPU without waiting for it."""
+    pixels = torch.tensor(batch)
+    if device.type == "cuda":
+        pixels = pixels.pin_memory()
+    return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+
+
+class Gatherer:
+    """Brings the features of a step's batches from all processes together, in the order of the set.
+
+    Process r has batch r of the step; all but the set's last batch are of batch_size images.
     """
 
-    def __init__(self, epochs: int, batch_size: int = 128, learning_rate: float = 2e-3) -> None:
-        require(epochs >= 1, f"features.epochs={epochs}: must be at least 1")
-        require(batch_size >= 1, f"features.batch_size={batch_size}: must be at least 1")
-        require(learning_rate > 0, f"features.learning_rate={learning_rate}: must be above 0")
-        self.epochs, self.batch_size, self.learning_rate = epochs, batch_size, learning_rate
-        self.settings = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
-        self.model: SmallClassifier | None = None
+    def __init__(self, accelerator: Accelerator, count: int, batch_size: int, width: int) -> None:
+        self.accelerator, self.count, self.batch_size, self.width = accelerator, count, batch_size, width
+        self.start = 0  # the first image of the step
 
-    def fit(self, images: Images) -> None:
-        """Train the classifier on `images`, leaving the global random state as it was."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = SmallClassifier(images.channels, images.image_size, len(images.class_names))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=self.learning_rate)
-        steps = self.epochs * -(-len(images.labels) // self.batch_size)
-        progress = tqdm(
-            total=self.epochs * len(images.labels),
-            unit="img",
-            unit_scale=True,
-            desc="classifier",
-            mininterval=1.0,
-        )
-        step = 0
-        for epoch in range(self.epochs):
-            order = draws(0, CLASSIFIER_STREAM, epoch).permutation(len(images.labels))
-            for chosen in batches(len(order), self.batch_size):
-                indices = order[chosen]
-                _, logits = model(torch.from_numpy(images.load(indices)))
-                loss = nn.functional.cross_entropy(logits, torch.from_numpy(images.labels[indices]))
-                optimizer.param_groups[0]["lr"] = self.learning_rate * (1 - step / steps)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                step += 1
-                progress.update(len(indices))
-        progress.close()
-        self.model = model.eval().requires_grad_(False)
+    def __call__(self, values: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the place and the values (B, F) of each batch of a step, on every process; `values` are this one's
+        own, None where the set has ended. All processes call it together.
+        """
+        world = self.accelerator.num_processes
+        if world > 1:
+            padded = torch.zeros(self.batch_size, self.width, device=self.accelerator.device)
+            if values is not None:
+                padded[: len(values)] = values
+            values = self.accelerator.gather(padded)
+        assert values is not None, "a step has a batch"
+        for part in values.split(self.batch_size):
+            size = min(len(part), self.count - self.start)
+            if size <= 0:
+                break
+            yield slice(self.start, self.start + size), part[:size]
+            self.start += size
 
-    @torch.no_grad()
-    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return features (B, F) float32 and predicted classes (B,) int64 of uint8 images (B, C, H, W)."""
-        assert self.model is not None, "fit comes first"
-        features, logits = self.model(torch.from_numpy(images))
-        return features.numpy(), logits.argmax(dim=1).numpy()
+
+def extract(images: ImageSource, extractor: Extractor, accelerator: Accelerator, desc: str) -> FeatureSet | None:
+    """Read a set of images once and return its features on the main process, None on the others.
+
+    All processes call it together. Each measures its share; rows and sums are put together batch by batch in the order
+    of the set, so that the result does not depend on the number of processes, to the last bit.
+    Raises UserError where features are not finite.
+    """
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    main, count, batch_size = rank == 0, len(images), extractor.batch_size
+    spaces = {name: extractor.spaces[name] for name in {*extractor.rows, *extractor.distances.values()}}
+    spaces = {name: spaces[name] for name in extractor.spaces if name in spaces}  # one order on all processes
+    gather = Gatherer(accelerator, count, batch_size, sum(spaces.values()))
+    rows = {name: torch.empty(count, spaces[name], device=device) for name in extractor.rows if main}
+    moments = {name: Moments(spaces[name], device) for name in dict.fromkeys(extractor.distances.values()) if main}
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    batches = images.batches(batch_size, rank, world)
+    batches = ahead(batches) if images.on_disk else batches
+    with tqdm(total=count, unit="img", desc=desc, mininterval=1.0, disable=not main) as progress:
+        for _ in range(0, count, batch_size * world):
+            batch = next(batches, None)
+            found = None if batch is None else extractor(to_device(batch, device))
+            own = None if found is None else torch.cat([found[name] for name in spaces], dim=1)
+            for place, values in gather(own):
+                for name, part in zip(spaces, values.split(list(spaces.values()), dim=1), strict=True):
+                    if name in rows:
+                        rows[name][place] = part
+                    if name in moments:
+                        moments[name].add(part)
+                finite &= values.isfinite().all()
+                progress.update(len(values))
+    if not bool(finite):  # looked at once: each look makes the device wait
+        raise UserError(f"features={extractor.name}: the features of {images.name} are not finite; check the weights")
+    return FeatureSet(count, rows, moments) if main else None

@@ -1,6 +1,6 @@
 """Features of the Inception network that FID is defined by: torch-fidelity's port of the 2015 TensorFlow graph.
 
-Shapes: B batch, n images, H W C, 2048 pool features, 2023 spatial ones (17 × 17 × 7), 1008 classes.
+Shapes: B batch, H W pixels, 2048 pool features, 2023 spatial ones (17 × 17 × 7), 1008 classes.
 Source: the evaluator of openai/guided-diffusion (ADM), whose numbers are the published ones.
 """
 
@@ -10,16 +10,14 @@ import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ddt.autoencoder import weights_hash
 from ddt.errors import UserError, first_line, require
-from ddt.metrics.folder import ImageSource
-from ddt.metrics.reference import NUM_POOL, NUM_SPATIAL
-from ddt.metrics.statistics import Moments
+from ddt.files import sha256
 
 log = logging.getLogger(__name__)
 WEIGHTS_SHA256 = "6726825d"  # how the published file's hash begins
@@ -29,17 +27,9 @@ WEIGHTS_ADVICE = (
     f"give inception_weights=FILE, a copy of {WEIGHTS_URL} (pt_inception-2015-12-05-{WEIGHTS_SHA256}.pth is the same)"
 )
 RESIZE = "TensorFlow 1 bilinear to 299×299, no antialiasing"
-NUM_SPATIAL_CHANNELS, NUM_CLASSES = 7, 1008
-
-
-@dataclasses.dataclass(frozen=True)
-class InceptionSettings:
-    """What `features=inception` lets a user choose. batch_size: images the network takes at once."""
-
-    batch_size: int
-
-    def __post_init__(self) -> None:
-        require(self.batch_size >= 1, f"features.batch_size={self.batch_size}: must be at least 1")
+NUM_POOL, NUM_CLASSES = 2048, 1008
+NUM_SPATIAL_CHANNELS = 7
+NUM_SPATIAL = 17 * 17 * NUM_SPATIAL_CHANNELS
 
 
 def find_weights(weights: Path | None) -> Path:
@@ -111,64 +101,75 @@ def exact_arithmetic() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-class InceptionFeatures:
-    """Pool features, spatial features and class probabilities of RGB images of any size, as ADM's evaluator reads
-    them.
-
-    Args:
-        weights: a .pth file, see `load_network`. device: of the network; None is CUDA where there is a GPU.
+@dataclasses.dataclass(frozen=True)
+class InceptionSettings:
+    """What `features=inception` lets a user choose. weights: torch-fidelity's .pth file or ADM's .pb graph, None
+    downloads the former. batch_size: images the network takes at once.
     """
 
-    def __init__(self, weights: Path, device: torch.device | None = None) -> None:
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.weights = weights
-        self.network = load_network(weights).to(self.device)
+    weights: str | None = None
+    batch_size: int = 64
+
+    name: ClassVar[str] = "inception"
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"features.batch_size={self.batch_size}: must be at least 1")
+
+    def extractor(self, device: torch.device, train: object = None) -> "InceptionFeatures":
+        """Load the network onto a device."""
+        weights = find_weights(None if self.weights is None else Path(self.weights))
+        return InceptionFeatures(weights, self.batch_size, device)
+
+
+class InceptionFeatures:
+    """Pool features, spatial features and class probabilities of RGB images of any size, as ADM's evaluator reads
+    them; see `features.Extractor`.
+
+    Args:
+        weights: a file, see `load_network`. batch_size: images at once. device: of the network.
+    """
+
+    name, channels, image_size = "inception", 3, None
+    spaces: ClassVar[dict[str, int]] = {"pool": NUM_POOL, "spatial": NUM_SPATIAL, "probabilities": NUM_CLASSES}
+    rows = ("pool", "probabilities")
+    distances: ClassVar[dict[str, str]] = {"fid": "pool", "sfid": "spatial"}
+    balls = near = "pool"
+    own_classes = False
+
+    def __init__(self, weights: Path, batch_size: int = 64, device: torch.device | str = "cpu") -> None:
+        self.weights, self.batch_size = weights, batch_size
+        self.network = load_network(weights).to(device)
         self.spatial: Tensor | None = None
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)  # type: ignore[union-attr]
 
     def _keep_spatial(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self.spatial = output[:, :NUM_SPATIAL_CHANNELS]  # (B, 7, 17, 17), after the ReLU
 
+    def identity(self) -> dict[str, Any]:
+        """Return what its features depend on."""
+        return {
+            "name": self.name,
+            "network": "inception-v3-compat",
+            "weights": {
+                "path": str(self.weights),
+                "sha256": sha256(self.weights),
+                "tensors_sha256": weights_hash(self.network),
+            },
+            "resize": RESIZE,
+            "dtype": "float32",
+        }
+
     @torch.no_grad()
-    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return pool (B, 2048), spatial (B, 2023) and probabilities (B, 1008), float32, of uint8 images (B, H, W, 3).
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Return pool (B, 2048), spatial (B, 2023) and probabilities (B, 1008), float32, of uint8 images (B, 3, H, W).
 
         The spatial features are flattened H, W, C, the order of ADM's `mu_s`. The probabilities are of the logits
         without their bias.
         """
-        pixels = torch.tensor(images).permute(0, 3, 1, 2).to(self.device)
-        with exact_arithmetic(), torch.autocast(self.device.type, enabled=False):
-            pool, logits = self.network(pixels)
+        with exact_arithmetic(), torch.autocast(images.device.type, enabled=False):
+            pool, logits = self.network(images)
             assert self.spatial is not None, "the hook has run"
             spatial = self.spatial.permute(0, 2, 3, 1).flatten(1)
             probabilities = logits.softmax(dim=1)
         self.spatial = None
-        return pool.cpu().numpy(), spatial.cpu().numpy(), probabilities.cpu().numpy()
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureSet:
-    """Features of n images: float32 arrays of those that metrics need image by image, moments of the others too."""
-
-    pool: np.ndarray  # (n, 2048)
-    probabilities: np.ndarray  # (n, 1008)
-    pool_moments: Moments
-    spatial_moments: Moments
-
-
-def extract(images: ImageSource, features: InceptionFeatures, batch_size: int, name: str) -> FeatureSet:
-    """Read a set of images once, in file order, and return its features; UserError where they are not finite."""
-    pool = np.empty((len(images), NUM_POOL), dtype=np.float32)
-    probabilities = np.empty((len(images), NUM_CLASSES), dtype=np.float32)
-    pool_moments, spatial_moments = Moments(NUM_POOL), Moments(NUM_SPATIAL)
-    with tqdm(total=len(images), unit="img", desc=name, mininterval=1.0) as progress:
-        for batch in images.batches(batch_size):
-            of_pool, of_spatial, of_classes = features(batch)
-            if not all(np.isfinite(values).all() for values in (of_pool, of_spatial, of_classes)):
-                raise UserError(f"inception_weights={features.weights}: the features are not finite; {WEIGHTS_ADVICE}")
-            place = slice(progress.n, progress.n + len(batch))
-            pool[place], probabilities[place] = of_pool, of_classes
-            pool_moments.add(of_pool)
-            spatial_moments.add(of_spatial)
-            progress.update(len(batch))
-    return FeatureSet(pool, probabilities, pool_moments, spatial_moments)
+        return {"pool": pool, "spatial": spatial, "probabilities": probabilities}

@@ -22,15 +22,6 @@ UNREADABLE = (
 )  # fmt: skip
 
 
-def npz_path(path: Path, key: str) -> Path:
-    """Return the npz file that `path` is, or the `samples.npz` of the folder that it is; UserError where there is
-    none.
-    """
-    path = path / "samples.npz" if path.is_dir() else path
-    require(path.is_file(), f"{key}={path}: no such file; give an npz file, or a folder of a samples.npz or of images")
-    return path
-
-
 @contextlib.contextmanager
 def readable(path: Path, key: str) -> Iterator[None]:
     """Turn what a damaged or foreign file raises into a UserError of one line."""
@@ -57,45 +48,73 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 class NpzImages:
-    """The RGB images `arr_0`, uint8 (n, H, W, 3), of an npz file, plain or compressed.
+    """The images `arr_0`, uint8 (n, H, W, C), of an npz file, plain or compressed; see `sources.ImageSource`.
 
     Args:
         path: the file. key: the setting that it came from, for messages.
 
-    `len()` is n and `size` is (H, W). Raises UserError for a damaged file and for anything else in `arr_0`.
+    Raises UserError for a damaged file and for anything else in `arr_0`.
     """
+
+    on_disk = True
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
         found = names(path, key)
         require(
             "arr_0" in found,
-            f"{key}={path}: arr_0 must be uint8 images (n, H, W, 3), found only {', '.join(found) or 'nothing'}",
+            f"{key}={path}: arr_0 must be uint8 images (n, H, W, C), found only {', '.join(found) or 'nothing'}",
         )
         with readable(path, key), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             shape, fortran, dtype = read_header(file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
-            raise UserError(f"{key}={path}: arr_0 must be uint8 images (n, H, W, 3), found {dtype} {shape}")
+        if dtype != np.uint8 or len(shape) != 4 or 0 in shape:
+            raise UserError(f"{key}={path}: arr_0 must be uint8 images (n, H, W, C), found {dtype} {shape}")
         require(not fortran, f"{key}={path}: arr_0 is in Fortran's order; save np.ascontiguousarray(arr_0) instead")
         self.shape = shape
-        self.size = shape[1:3]
+        self.size: tuple[int, int] = (shape[1], shape[2])
+        self.channels: int = shape[3]
+        self.has_labels = "arr_1" in found
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    @property
+    def name(self) -> str:
+        """The file's path."""
+        return str(self.path)
 
     @property
     def sha256(self) -> str:
         """The SHA-256 of the file, as 64 hexadecimal digits."""
         return sha256(self.path)
 
-    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        """Yield the images in file order, uint8 (B, H, W, 3), B at most batch_size."""
+    def labels(self) -> np.ndarray | None:
+        """Return the class of each image, `arr_1`, int64 (n,), or None; UserError where it is something else."""
+        if not self.has_labels:
+            return None
+        with readable(self.path, self.key), np.load(self.path, allow_pickle=False) as file:
+            labels = file["arr_1"]
+        if labels.shape != (len(self),):
+            raise UserError(
+                f"{self.key}={self.path}: arr_1 has shape {labels.shape}, expected one class for each of {len(self)} "
+                "images"
+            )
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise UserError(f"{self.key}={self.path}: arr_1 has dtype {labels.dtype}, expected integers")
+        return labels.astype(np.int64)
+
+    def batches(self, batch_size: int, rank: int = 0, num_processes: int = 1) -> Iterator[np.ndarray]:
+        """Yield the batches of a process, uint8 (B, H, W, C); see `sources.ImageSource.batches`."""
+        size = math.prod(self.shape[1:])
         with readable(self.path, self.key), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
             read_header(file)
-            for start in range(0, len(self), batch_size):
-                shape = (min(batch_size, len(self) - start), *self.shape[1:])
-                data = file.read(math.prod(shape))
-                if len(data) != math.prod(shape):
+            position = 0
+            for start in range(rank * batch_size, len(self), batch_size * num_processes):
+                file.seek((start - position) * size, 1)
+                position = min(start + batch_size, len(self))
+                data = file.read((position - start) * size)
+                if len(data) != (position - start) * size:
                     raise EOFError("arr_0 ends early")
-                yield np.frombuffer(data, dtype=np.uint8).reshape(shape)
-            file.read(1)  # past the end, where zipfile compares the checksum
+                yield np.frombuffer(data, dtype=np.uint8).reshape(-1, *self.shape[1:])
+            if position == len(self):
+                file.read(1)  # past the end, where zipfile compares the checksum

@@ -8,7 +8,6 @@ Shapes: n and m vectors of F features. Source: Kynkäänniemi et al., arXiv 1904
 from collections.abc import Iterator
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,21 +43,21 @@ def squared_distances(a: Tensor, b: Tensor, dtype: PrDtype) -> Tensor:
     return single_distances(a, b)
 
 
-def blocks(features: np.ndarray, size: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """Yield slices of at most `size` vectors (≤ size, F) on a device, each with its place."""
+def blocks(features: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of at most `size` vectors (≤ size, F), each with its place."""
     for start in range(0, len(features), size):
         place = slice(start, min(start + size, len(features)))
-        yield place, torch.from_numpy(np.ascontiguousarray(features[place], dtype=np.float32)).to(device)
+        yield place, features[place]
 
 
-def squared_radii(features: np.ndarray, k: int, dtype: PrDtype, block: int, device: torch.device) -> Tensor:
+def squared_radii(features: Tensor, k: int, dtype: PrDtype, block: int) -> Tensor:
     """Return each vector's squared distance to its k-th nearest neighbour in the set (n,): the (k + 1)-th smallest,
     for the vector itself is among them.
     """
-    radii = torch.empty(len(features), device=device)
-    for rows, a in blocks(features, block, device):
-        smallest = torch.empty(len(a), 0, device=device)
-        for _, b in blocks(features, block, device):
+    radii = torch.empty(len(features), device=features.device)
+    for rows, a in blocks(features, block):
+        smallest = torch.empty(len(a), 0, device=features.device)
+        for _, b in blocks(features, block):
             distances = squared_distances(a, b, dtype)
             near = distances.topk(min(k + 1, len(b)), dim=1, largest=False).values
             smallest = torch.cat([smallest, near], dim=1).sort(dim=1).values[:, : k + 1]
@@ -68,26 +67,20 @@ def squared_radii(features: np.ndarray, k: int, dtype: PrDtype, block: int, devi
 
 @torch.no_grad()
 def precision_recall(
-    reference: np.ndarray,
-    samples: np.ndarray,
-    dtype: PrDtype = "float16",
-    k: int = NUM_NEIGHBOURS,
-    block: int = BLOCK,
-    device: torch.device | None = None,
+    reference: Tensor, samples: Tensor, dtype: PrDtype = "float16", k: int = NUM_NEIGHBOURS, block: int = BLOCK
 ) -> tuple[float, float]:
-    """Return precision and recall of samples (m, F) against a reference (n, F), each of more than k vectors.
+    """Return precision and recall of samples (m, F) against a reference (n, F), float32, each of more than k vectors.
 
-    At most one block of distances, block × block, is in memory. `device` None is CUDA where there is a GPU.
+    At most one block of distances, block × block, is in memory.
     """
     assert min(len(reference), len(samples)) > k, "a k-th neighbour needs more than k vectors"
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sample_inside = torch.zeros(len(samples), dtype=torch.bool, device=device)
-    reference_inside = torch.zeros(len(reference), dtype=torch.bool, device=device)
+    sample_inside = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
+    reference_inside = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
     with exact_arithmetic():
-        of_reference = squared_radii(reference, k, dtype, block, device)
-        of_samples = squared_radii(samples, k, dtype, block, device)
-        for rows, a in blocks(reference, block, device):
-            for columns, b in blocks(samples, block, device):
+        of_reference = squared_radii(reference, k, dtype, block)
+        of_samples = squared_radii(samples, k, dtype, block)
+        for rows, a in blocks(reference, block):
+            for columns, b in blocks(samples, block):
                 distances = squared_distances(a, b, dtype)
                 sample_inside[columns] |= (distances <= of_reference[rows, None]).any(dim=0)
                 reference_inside[rows] |= (distances <= of_samples[columns]).any(dim=1)

@@ -1,71 +1,103 @@
-"""What samples are compared with: ADM's reference files, or any set of images.
+"""What samples are compared with: a reference file in ADM's format, a folder of images, or a data set.
 
-Shapes: 2048 pool features, 2023 spatial ones (17 × 17 × 7).
+ADM's file holds the statistics of a whole data set, `mu` and `sigma` in pool features, `mu_s` and `sigma_s` in spatial
+ones, and in `arr_0` some of its images, for precision and recall. Ours (scripts/reference_statistics.py) is one that
+also says how it was made.
+Shapes: F features.
 """
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ddt.errors import require
+from ddt.errors import UserError, first_line, require
 from ddt.files import sha256
-from ddt.metrics.folder import FolderImages, ImageSource, open_images
-from ddt.metrics.npz import NpzImages, names, npz_path, readable
+from ddt.images import Images
+from ddt.metrics.features import Extractor, check_images
+from ddt.metrics.npz import NpzImages, names, readable
+from ddt.metrics.sources import DataImages, ImageSource, open_images
 from ddt.metrics.statistics import Statistics
 
-NUM_POOL, NUM_SPATIAL = 2048, 17 * 17 * 7
+KEYS = (("mu", "sigma"), ("mu_s", "sigma_s"))  # of the first and the second distance of an extractor
+MADE = "receipt"  # how a file of ours was made: JSON
+MAX_IMAGES = 200_000  # whose features are held in memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A reference file: statistics of a whole data set (ADM: the training set), images, or both.
-
-    `pool` and `spatial` are None where the file holds no such statistics, `images` where it holds none.
+    """A reference. statistics: by distance, those that the file holds. images: real images, or None where it has none.
+    held_out: other real images, what a perfect model would draw. made: how a file of ours was made.
     """
 
-    path: Path
-    pool: Statistics | None
-    spatial: Statistics | None
+    name: str
+    sha256: str
+    statistics: dict[str, Statistics]
     images: ImageSource | None
+    held_out: ImageSource | None = None
+    made: dict[str, Any] | None = None
 
-    @property
-    def sha256(self) -> str:
-        """The SHA-256 of the file, or of a folder's images, as 64 hexadecimal digits."""
-        return self.images.sha256 if self.images is not None else sha256(self.path)
+    def identity(self) -> dict[str, Any]:
+        """Return what a receipt says of it."""
+        if not self.statistics:
+            source = "computed from its images"
+        else:
+            pairs = [", ".join(pair) for pair, _ in zip(KEYS, self.statistics, strict=False)]
+            source = f"{', '.join(pairs)} of the file"
+        return {
+            "path": self.name,
+            "sha256": self.sha256,
+            "statistics": source,
+            "count": None if self.images is None else len(self.images),
+            "size": None if self.images is None else list(self.images.size),
+            **({} if self.held_out is None else {"held_out": len(self.held_out)}),
+            **({} if self.made is None else {"made": self.made}),
+        }
 
-    @property
-    def source(self) -> str:
-        """Where the statistics come from, for the receipt."""
-        if self.pool is None:
-            return "computed from its images"
-        return "mu, sigma of the file" if self.spatial is None else "mu, sigma, mu_s, sigma_s of the file"
 
-
-def read_statistics(path: Path, mean: str, covariance: str, size: int) -> Statistics:
-    """Return two arrays of a reference file as statistics, float64 (size,) and (size, size)."""
+def read_statistics(path: Path, pair: tuple[str, str], size: int, features: str) -> Statistics:
+    """Return two arrays of a reference file as statistics, float64 (F,) and (F, F), F = size."""
     with readable(path, "reference"), np.load(path, allow_pickle=False) as file:
-        values = {name: file[name] for name in (mean, covariance)}
-    for name, shape in ((mean, (size,)), (covariance, (size, size))):
-        value = values[name]
+        values = [file[name] for name in pair]
+    for name, value, shape in zip(pair, values, ((size,), (size, size)), strict=True):
         require(
             value.shape == shape and np.issubdtype(value.dtype, np.floating),
-            f"reference={path}: {name} must be Inception's statistics, floats {shape}, "
+            f"reference={path}: {name} must be statistics of features={features}, floats {shape}, "
             f"found {value.dtype} {value.shape}",
         )
         require(bool(np.isfinite(value).all()), f"reference={path}: {name} is not finite; make or copy the file again")
-    return Statistics(values[mean].astype(np.float64), values[covariance].astype(np.float64))
+    return Statistics(values[0].astype(np.float64), values[1].astype(np.float64))
 
 
-def read_reference(path: Path) -> Reference:
+def read_made(path: Path) -> dict[str, Any]:
+    """Return what a file of ours says of how it was made."""
+    with readable(path, "reference"), np.load(path, allow_pickle=False) as file:
+        text = str(file[MADE])
+    try:
+        made = json.loads(text)
+        assert isinstance(made["features"], dict)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(f"reference={path}: its {MADE} is damaged ({first_line(error)}); make it again") from error
+    return made
+
+
+def read_reference(path: Path, distances: dict[str, int], features: str) -> Reference:
     """Open a reference npz, or a folder of a samples.npz or of images; images stay on disk.
 
-    Raises UserError for a file that is damaged, that holds half of a pair of statistics, or nothing that can be used.
+    distances: the Fréchet distances of features=`features`, main one first, and the F of each.
+    Raises UserError for a file that is damaged, that holds half of a pair of statistics or those of other features, or
+    nothing that can be used.
     """
-    folder = open_images(path, "reference") if path.is_dir() else None
-    path = npz_path(path, "reference") if folder is None else folder.path
-    found = ["arr_0"] if isinstance(folder, FolderImages) else names(path, "reference")
-    for pair in (("mu", "sigma"), ("mu_s", "sigma_s")):
+    images: ImageSource | None = open_images(path, "reference") if path.is_dir() else None
+    if images is not None and not isinstance(images, NpzImages):
+        require(len(images) >= 2, f"reference={path}: holds one image; statistics need at least 2")
+        return Reference(str(path), images.sha256, {}, images)
+    path = images.path if isinstance(images, NpzImages) else path
+    require(path.is_file(), f"reference={path}: no such file; give ADM's reference npz of the data set")
+    found = names(path, "reference")
+    for pair in KEYS:
         present = [name for name in pair if name in found]
         require(
             len(present) != 1, f"reference={path}: holds {''.join(present)} alone; both {' and '.join(pair)} belong"
@@ -75,11 +107,48 @@ def read_reference(path: Path) -> Reference:
         f"reference={path}: holds neither mu and sigma nor images (arr_0), only {', '.join(found) or 'nothing'}; "
         "give ADM's reference npz of the data set",
     )
-    images = folder if folder is not None else NpzImages(path, "reference") if "arr_0" in found else None
+    made = read_made(path) if MADE in found else None
+    if made is not None:
+        require(
+            made["features"].get("name") == features,
+            f"reference={path}: was made with features={made['features'].get('name')}; choose them, or another file",
+        )
+    images = NpzImages(path, "reference") if "arr_0" in found else None
     if "mu" not in found:
         assert images is not None
         require(len(images) >= 2, f"reference={path}: holds one image; statistics need at least 2")
-        return Reference(path, None, None, images)
-    pool = read_statistics(path, "mu", "sigma", NUM_POOL)
-    spatial = read_statistics(path, "mu_s", "sigma_s", NUM_SPATIAL) if "mu_s" in found else None
-    return Reference(path, pool, spatial, images)
+    statistics = {
+        distance: read_statistics(path, pair, size, features)
+        for pair, (distance, size) in zip(KEYS, distances.items(), strict=False)
+        if pair[0] in found
+    }
+    return Reference(str(path), sha256(path), statistics, images, made=made)
+
+
+def data_reference(name: str, train: Images, test: Images) -> Reference:
+    """Return the training images of a data set as a reference, with its other images held out. name: `data:` and the
+    data set's.
+    """
+    require(
+        len(train.labels) <= MAX_IMAGES,
+        f"reference={name}: has {len(train.labels):,} images; write their statistics once, by "
+        "scripts/reference_statistics.py, and give that file",
+    )
+    held_out = DataImages(name, test, "test") if len(test.labels) >= 2 else None
+    return Reference(name, train.fingerprint, {}, DataImages(name, train, "train"), held_out)
+
+
+def check_reference(reference: Reference, extractor: Extractor) -> None:
+    """Raise UserError where a reference and an extractor do not belong together."""
+    if reference.images is not None:
+        check_images(reference.images, "reference", extractor)
+    if reference.made is not None:
+        ours, theirs = (
+            identity.get("weights", {}).get("tensors_sha256")
+            for identity in (extractor.identity(), reference.made["features"])
+        )
+        require(
+            ours == theirs,
+            f"reference={reference.name}: was made with other weights of {extractor.name} than these; use the same "
+            "weights, or make it again",
+        )

@@ -3,6 +3,8 @@
 import dataclasses
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,26 +16,27 @@ class Statistics:
 
 
 class Moments:
-    """Mean and covariance of feature vectors (F,), added batch by batch."""
+    """Mean and covariance of feature vectors (F,), added batch by batch on their device."""
 
-    def __init__(self, num_features: int) -> None:
+    def __init__(self, num_features: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
-        self.sum = np.zeros(num_features)
-        self.outer = np.zeros((num_features, num_features))
+        self.sum = torch.zeros(num_features, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
 
-    def add(self, features: np.ndarray) -> None:
+    def add(self, features: Tensor) -> None:
         """Add features (B, F)."""
-        features = features.astype(np.float64)
+        features = features.to(torch.float64)
         self.count += len(features)
-        self.sum += features.sum(axis=0)
-        self.outer += features.T @ features
+        self.sum += features.sum(dim=0)
+        self.outer.addmm_(features.T, features)
 
     @property
     def mean(self) -> np.ndarray:
         """The mean (F,), float64."""
-        return self.sum / self.count
+        return (self.sum / self.count).cpu().numpy()
 
     @property
     def covariance(self) -> np.ndarray:
         """The covariance (F, F), float64, divided by count − 1 as in ADM's evaluator."""
-        return (self.outer - self.count * np.outer(self.mean, self.mean)) / (self.count - 1)
+        mean = self.sum / self.count
+        return ((self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)).cpu().numpy()

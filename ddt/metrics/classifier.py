@@ -1,0 +1,133 @@
+"""Features of a small classifier that is trained on a data set's own real training images.
+
+They measure small sets that Inception never saw. A distance in them is never called FID.
+Shapes: B batch, C channels, H W pixels, F features, K classes.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddt.autoencoder import from_uint8
+from ddt.data import draws
+from ddt.errors import require
+from ddt.images import Images
+from ddt.metrics.inception import exact_arithmetic
+
+CLASSIFIER_STREAM = 16  # beside the streams of ddt.data
+
+
+class SmallClassifier(nn.Module):
+    """Three convolutions, one hidden layer of F = 64 features, K classes, for images of a few dozen pixels."""
+
+    def __init__(self, channels: int, image_size: int, num_classes: int, num_features: int = 64) -> None:
+        super().__init__()
+        side = (image_size + 3) // 4  # two strides of 2, each rounded up
+        self.trunk = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(32, 64, 3, padding=1, stride=2),
+            nn.GELU(),
+            nn.Conv2d(64, 128, 3, padding=1, stride=2),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(128 * side * side, num_features),
+            nn.GELU(),
+        )
+        self.head = nn.Linear(num_features, num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features (B, F) and logits (B, K) of uint8 images (B, C, H, W)."""
+        features = self.trunk(from_uint8(images))
+        return features, self.head(features)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierSettings:
+    """How the classifier of a data set is trained: the same for the same data.
+
+    data: name of the data set. epochs: passes over its training images. batch_size, learning_rate: of AdamW, with
+    linear decay.
+    """
+
+    data: str
+    epochs: int
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, f"features.epochs={self.epochs}: must be at least 1")
+        require(self.batch_size >= 1, f"features.batch_size={self.batch_size}: must be at least 1")
+        require(self.learning_rate > 0, f"features.learning_rate={self.learning_rate}: must be above 0")
+
+    @property
+    def name(self) -> str:
+        """The data set's name."""
+        return self.data
+
+    def extractor(self, device: torch.device, train: Images | None = None) -> "ClassifierFeatures":
+        """Train the classifier on `train`, from a fixed seed, on the CPU; the global random state stays as it was."""
+        assert train is not None, "a classifier is trained on a data set's images"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = SmallClassifier(train.channels, train.image_size, len(train.class_names))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=self.learning_rate)
+        steps, step = self.epochs * -(-len(train.labels) // self.batch_size), 0
+        total = self.epochs * len(train.labels)
+        with (
+            torch.enable_grad(),
+            tqdm(total=total, unit="img", unit_scale=True, desc="classifier", mininterval=1.0) as progress,
+        ):
+            for epoch in range(self.epochs):
+                order = draws(0, CLASSIFIER_STREAM, epoch).permutation(len(train.labels))
+                for start in range(0, len(order), self.batch_size):
+                    indices = order[start : start + self.batch_size]
+                    _, logits = model(torch.from_numpy(train.load(indices)))
+                    loss = nn.functional.cross_entropy(logits, torch.from_numpy(train.labels[indices]))
+                    optimizer.param_groups[0]["lr"] = self.learning_rate * (1 - step / steps)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    step += 1
+                    progress.update(len(indices))
+        return ClassifierFeatures(self, model.eval().requires_grad_(False).to(device), train)
+
+
+class ClassifierFeatures:
+    """The features of a trained classifier, its class probabilities, and the pixels themselves; see
+    `features.Extractor`.
+    """
+
+    rows = ("features", "probabilities", "pixels")
+    balls, near = "features", "pixels"
+    own_classes = True
+    batch_size = 512
+
+    def __init__(self, settings: ClassifierSettings, model: SmallClassifier, train: Images) -> None:
+        self.settings, self.model, self.name = settings, model, settings.name
+        self.channels, self.image_size = train.channels, train.image_size
+        self.spaces = {
+            "features": model.head.in_features,
+            "probabilities": model.head.out_features,
+            "pixels": train.channels * train.image_size**2,
+        }
+        self.distances = {f"fd_{settings.data}": "features"}
+
+    def identity(self) -> dict[str, Any]:
+        """Return what its features depend on."""
+        trained = {key: getattr(self.settings, key) for key in ("epochs", "batch_size", "learning_rate")}
+        return {"name": self.name, "network": "classifier of the training images", **trained, "dtype": "float32"}
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Return features (B, F), probabilities (B, K) and pixels in [0, 1] (B, C·H·W) of uint8 images (B, C, H, W)."""
+        with exact_arithmetic(), torch.autocast(images.device.type, enabled=False):
+            features, logits = self.model(images)
+            return {
+                "features": features,
+                "probabilities": logits.softmax(dim=1),
+                "pixels": images.flatten(1).float() / 255,
+            }

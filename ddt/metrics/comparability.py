@@ -1,0 +1,109 @@
+"""What a number is called, and what may be set beside published ones."""
+
+from typing import Any
+
+from ddt.metrics.features import Extractor
+from ddt.metrics.inception import WEIGHTS_SHA256
+from ddt.metrics.reference import Reference
+
+PUBLISHED_COUNT = 50_000
+ORDER_TOLERANCE = 0.02  # the Inception Score in file order may differ by this share from that of a shuffled file
+TITLES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception Score",
+    "inception_score_shuffled": "Inception Score, shuffled",
+    "fd_dinov2": "FD-DINOv2",
+}
+
+
+def short(count: int) -> str:
+    """Return a number of images as people write it: 50K, 1.5K, 300."""
+    return f"{count / 1000:g}K" if count >= 1000 and count % 100 == 0 else str(count)
+
+
+def title(name: str) -> str:
+    """Return what people call a metric."""
+    return TITLES.get(name, name.replace("fd_", "FD-") if name.startswith("fd_") else name.replace("_", " "))
+
+
+def validation(reference: Reference) -> bool:
+    """Tell whether a reference was made of images that no model is trained on."""
+    return reference.made is not None and reference.made.get("split") == "test"
+
+
+def labels(metrics: dict[str, Any], count: int, reference: Reference, extractor: Extractor) -> dict[str, str]:
+    """Return for each metric of `count` samples a label that says by itself what may not be compared: the number of
+    samples, and what is unusual about the reference.
+    """
+    found = {}
+    for name in metrics:
+        base = name.removesuffix("_real")
+        if name != base:
+            found[name] = f"{title(base)}, real images"
+            continue
+        remarks = []
+        if base in extractor.distances:
+            if validation(reference):
+                remarks.append("validation images")
+            if not reference.statistics and reference.held_out is None and reference.images is not None:
+                remarks.append(f"of {len(reference.images):,} reference images")
+            if min(count, reference_count(reference)) <= extractor.spaces[extractor.distances[base]]:
+                remarks.append("singular covariance")
+        found[name] = f"{title(base)}-{short(count)}" + (f" ({', '.join(remarks)})" if remarks else "")
+    return found
+
+
+def reference_count(reference: Reference) -> float:
+    """Return how many images a reference's statistics are of; of a file that does not say, infinitely many."""
+    if reference.made is not None:
+        return reference.made["count"]
+    return float("inf") if reference.statistics or reference.images is None else len(reference.images)
+
+
+def order_matters(metrics: dict[str, Any]) -> bool:
+    """Tell whether the Inception Score is an artefact of the order of the samples, by class as a rule."""
+    score, shuffled = metrics.get("inception_score"), metrics.get("inception_score_shuffled")
+    return score is not None and shuffled is not None and abs(score - shuffled) > ORDER_TOLERANCE * shuffled
+
+
+def order_warning(metrics: dict[str, Any]) -> str:
+    """Return one line that says so."""
+    return (
+        f"the Inception Score depends on the order of the samples: {metrics['inception_score']:.2f} in the file's, "
+        f"{metrics['inception_score_shuffled']:.2f} shuffled; samples grouped by class score too low"
+    )
+
+
+def obstacles(
+    metrics: dict[str, Any], count: int, size: tuple[int, int], reference: Reference, extractor: Extractor,
+    pr_dtype: str,
+) -> list[str]:  # fmt: skip
+    """Return the reasons, one line each, for which the metrics of `count` samples compare with no published ones."""
+    if extractor.own_classes:
+        return [f"features={extractor.name} are those of a small classifier of this project"]
+    found, main = [], next(iter(extractor.distances))
+    dimensions, distances = extractor.spaces[extractor.distances[main]], " and ".join(map(title, extractor.distances))
+    if not reference.statistics:
+        assert reference.images is not None
+        of_images = f"statistics of {len(reference.images):,} images, not of a file with those of a whole training set"
+        found.append(f"the reference has no mu and sigma: {distances} use {of_images}")
+    if validation(reference):
+        found.append("the reference was made of validation images; published numbers are against the training set")
+    if reference_count(reference) <= dimensions:
+        found.append(f"the reference has no more images than features ({dimensions}): singular covariance")
+    if reference.images is not None and reference.images.size != size:
+        theirs = "×".join(map(str, reference.images.size))
+        found.append(f"the reference's images are of {theirs} pixels, the samples of {'×'.join(map(str, size))}")
+    if count != PUBLISHED_COUNT:
+        found.append(f"{count:,} samples instead of {PUBLISHED_COUNT:,}: {distances} depend on their number")
+    if count <= dimensions:
+        found.append(f"no more samples ({count:,}) than features ({dimensions}): singular covariance")
+    weights = extractor.identity()["weights"]["sha256"]
+    if extractor.name == "inception" and not weights.startswith(WEIGHTS_SHA256):
+        found.append(f"the Inception weights are not the published file (SHA-256 {WEIGHTS_SHA256}…)")
+    if pr_dtype != "float16":
+        found.append(f"precision and recall in {pr_dtype}: published ones are in ADM's float16")
+    if order_matters(metrics):
+        found.append(order_warning(metrics))
+    return found

@@ -1,0 +1,113 @@
+"""Where the images come from that are measured: an npz file, a folder of pictures, or a data set.
+
+Shapes: n images, B batch, H W C.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ddt.checkpoint import find_checkpoint
+from ddt.errors import require
+from ddt.images import Images
+from ddt.metrics.folder import FolderImages, image_files
+from ddt.metrics.npz import NpzImages
+
+SAMPLES = "samples.npz"
+
+
+class ImageSource(Protocol):
+    """A set of images in a fixed order. `len()` is n. on_disk: reading them can go on while others are measured."""
+
+    on_disk: bool
+    size: tuple[int, int]  # (H, W)
+    channels: int
+
+    def __len__(self) -> int: ...
+
+    @property
+    def name(self) -> str:
+        """Where they are, for people."""
+
+    @property
+    def sha256(self) -> str:
+        """A hash of what they are."""
+
+    def labels(self) -> np.ndarray | None:
+        """Return the class of each image, int64 (n,), or None where none is known."""
+
+    def batches(self, batch_size: int, rank: int = 0, num_processes: int = 1) -> Iterator[np.ndarray]:
+        """Yield the batches of one of several processes, uint8 (B, H, W, C), B at most batch_size.
+
+        The set is cut into slices of batch_size, dealt to the processes in turn: they are the same whatever the number
+        of processes, so that no feature depends on it.
+        """
+
+
+class DataImages:
+    """The images of a data set; see `ImageSource`. name: `data:` and the data set's; split: which part of it."""
+
+    on_disk = True
+
+    def __init__(self, name: str, images: Images, split: str) -> None:
+        self.name, self.images, self.split = name, images, split
+        self.size, self.channels = (images.image_size, images.image_size), images.channels
+
+    def __len__(self) -> int:
+        return len(self.images.labels)
+
+    @property
+    def sha256(self) -> str:
+        """The fingerprint of the list of images."""
+        return self.images.fingerprint
+
+    def labels(self) -> np.ndarray:
+        """Return the class of each image, int64 (n,)."""
+        return self.images.labels
+
+    def batches(self, batch_size: int, rank: int = 0, num_processes: int = 1) -> Iterator[np.ndarray]:
+        """Yield the batches of a process, uint8 (B, H, W, C)."""
+        for start in range(rank * batch_size, len(self), batch_size * num_processes):
+            chosen = np.arange(start, min(start + batch_size, len(self)))
+            yield np.ascontiguousarray(self.images.load(chosen).transpose(0, 2, 3, 1))
+
+
+def open_images(path: Path, key: str) -> NpzImages | FolderImages:
+    """Open an npz file, a folder's samples.npz, those of the run or checkpoint that it is, or else its image files;
+    pixels stay on disk.
+
+    Raises UserError naming `key` where there is none of them.
+    """
+    if not path.is_dir():
+        require(
+            path.is_file(),
+            f"{key}={path}: no such file; give an npz file, a folder of a {SAMPLES} or of images, or a run that was "
+            "sampled from",
+        )
+        return NpzImages(path, key)
+    if (path / SAMPLES).is_file():
+        return NpzImages(path / SAMPLES, key)
+    if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file():
+        samples = find_checkpoint(path) / "samples" / SAMPLES
+        require(samples.is_file(), f"{key}={path}: {samples} is missing; sample first, or give the folder of a set")
+        return NpzImages(samples, key)
+    require(
+        bool(image_files(path)),
+        f"{key}={path}: holds no {SAMPLES}, no images (.png, .jpg) and no checkpoints; give a folder that does",
+    )
+    return FolderImages(path, key)
+
+
+def pick(images: ImageSource, indices: list[int], batch_size: int = 64) -> np.ndarray:
+    """Return some images of a set, in the order of `indices`, uint8 (len(indices), H, W, C); reads the set up to the
+    last of them.
+    """
+    found: dict[int, np.ndarray] = {}
+    for number, batch in enumerate(images.batches(batch_size)):
+        start = number * batch_size
+        found |= {k: batch[k - start] for k in indices if start <= k < start + len(batch)}
+        if len(found) == len(set(indices)):
+            break
+    return np.stack([found[k] for k in indices])
