@@ -1,0 +1,196 @@
+"""Weights of the Inception network in TensorFlow's frozen graph, which ADM's evaluator uses, read without TensorFlow.
+
+The file is a protobuf message GraphDef, whose nodes hold the weights: NodeDef → AttrValue → TensorProto.
+Source: classify_image_graph_def.pb of inception-2015-12-05; its names, torch-fidelity's converter of that file.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddt.errors import UserError
+
+ADVICE = "give ADM's classify_image_graph_def.pb, whole, or torch-fidelity's .pth"
+NO_GRAPH = "damaged or no TensorFlow graph"
+VARINT, DELIMITED = 0, 2  # kinds of protobuf fields
+FIXED = {1: 8, 5: 4}  # the kinds of so many bytes; groups, the others, are in no GraphDef
+DT_FLOAT = 1
+
+# a row is a convolution: its node, its module, channels in and out, height and width of its kernel
+STEM = """
+    conv                 Conv2d_1a_3x3      3    32  3 3
+    conv_1               Conv2d_2a_3x3     32    32  3 3
+    conv_2               Conv2d_2b_3x3     32    64  3 3
+    conv_3               Conv2d_3b_1x1     64    80  1 1
+    conv_4               Conv2d_4a_3x3     80   192  3 3
+"""
+MIXED_5 = """
+    conv                 branch1x1         in    64  1 1
+    tower/conv           branch5x5_1       in    48  1 1
+    tower/conv_1         branch5x5_2       48    64  5 5
+    tower_1/conv         branch3x3dbl_1    in    64  1 1
+    tower_1/conv_1       branch3x3dbl_2    64    96  3 3
+    tower_1/conv_2       branch3x3dbl_3    96    96  3 3
+    tower_2/conv         branch_pool       in  pool  1 1
+"""
+MIXED_6A = """
+    conv                 branch3x3        288   384  3 3
+    tower/conv           branch3x3dbl_1   288    64  1 1
+    tower/conv_1         branch3x3dbl_2    64    96  3 3
+    tower/conv_2         branch3x3dbl_3    96    96  3 3
+"""
+MIXED_6 = """
+    conv                 branch1x1        768   192  1 1
+    tower/conv           branch7x7_1      768   mid  1 1
+    tower/conv_1         branch7x7_2      mid   mid  1 7
+    tower/conv_2         branch7x7_3      mid   192  7 1
+    tower_1/conv         branch7x7dbl_1   768   mid  1 1
+    tower_1/conv_1       branch7x7dbl_2   mid   mid  7 1
+    tower_1/conv_2       branch7x7dbl_3   mid   mid  1 7
+    tower_1/conv_3       branch7x7dbl_4   mid   mid  7 1
+    tower_1/conv_4       branch7x7dbl_5   mid   192  1 7
+    tower_2/conv         branch_pool      768   192  1 1
+"""
+MIXED_7A = """
+    tower/conv           branch3x3_1      768   192  1 1
+    tower/conv_1         branch3x3_2      192   320  3 3
+    tower_1/conv         branch7x7x3_1    768   192  1 1
+    tower_1/conv_1       branch7x7x3_2    192   192  1 7
+    tower_1/conv_2       branch7x7x3_3    192   192  7 1
+    tower_1/conv_3       branch7x7x3_4    192   192  3 3
+"""
+MIXED_7 = """
+    conv                 branch1x1         in   320  1 1
+    tower/conv           branch3x3_1       in   384  1 1
+    tower/mixed/conv     branch3x3_2a     384   384  1 3
+    tower/mixed/conv_1   branch3x3_2b     384   384  3 1
+    tower_1/conv         branch3x3dbl_1    in   448  1 1
+    tower_1/conv_1       branch3x3dbl_2   448   384  3 3
+    tower_1/mixed/conv   branch3x3dbl_3a  384   384  1 3
+    tower_1/mixed/conv_1 branch3x3dbl_3b  384   384  3 1
+    tower_2/conv         branch_pool       in   192  1 1
+"""
+BLOCKS: list[tuple[str, str, str, dict[str, int]]] = [  # folder in the graph, module, rows, sizes that rows name
+    ("", "", STEM, {}),
+    ("mixed/", "Mixed_5b.", MIXED_5, {"in": 192, "pool": 32}),
+    ("mixed_1/", "Mixed_5c.", MIXED_5, {"in": 256, "pool": 64}),
+    ("mixed_2/", "Mixed_5d.", MIXED_5, {"in": 288, "pool": 64}),
+    ("mixed_3/", "Mixed_6a.", MIXED_6A, {}),
+    ("mixed_4/", "Mixed_6b.", MIXED_6, {"mid": 128}),
+    ("mixed_5/", "Mixed_6c.", MIXED_6, {"mid": 160}),
+    ("mixed_6/", "Mixed_6d.", MIXED_6, {"mid": 160}),
+    ("mixed_7/", "Mixed_6e.", MIXED_6, {"mid": 192}),
+    ("mixed_8/", "Mixed_7a.", MIXED_7A, {}),
+    ("mixed_9/", "Mixed_7b.", MIXED_7, {"in": 1280}),
+    ("mixed_10/", "Mixed_7c.", MIXED_7, {"in": 2048}),
+]
+BATCH_NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
+
+
+def convolutions() -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return every convolution's module and its kernel's shape in the graph, HWIO, by the prefix of its nodes."""
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for folder, block, rows, sizes in BLOCKS:
+        for row in rows.strip().splitlines():
+            node, module, *words = row.split()
+            inputs, outputs, height, width = (sizes[word] if word in sizes else int(word) for word in words)
+            found[folder + node] = (block + module, (height, width, inputs, outputs))
+    return found
+
+
+class GraphError(ValueError):
+    """What is wrong in a graph, as part of a message that names the file and the fix too."""
+
+
+def _varint(data: memoryview, start: int) -> tuple[int, int]:
+    """Return the integer that begins at `start`, seven bits a byte, and where it ends; GraphError without an end."""
+    value = 0
+    for i, byte in enumerate(data[start : start + 10]):  # no integer of 64 bits is longer
+        value |= (byte & 127) << 7 * i
+        if byte < 128:
+            return value, start + i + 1
+    raise GraphError(f"{NO_GRAPH}, a number in it has no end")
+
+
+def _fields(data: memoryview) -> tuple[dict[int, int], dict[int, list[memoryview]]]:
+    """Return a message's fields by number: the last of its integers; of all others the bytes, not copied.
+
+    Raises GraphError where the bytes are no message, or end before it does.
+    """
+    integers: dict[int, int] = {}
+    contents: dict[int, list[memoryview]] = {}
+    position = 0
+    while position < len(data):
+        tag, position = _varint(data, position)
+        number, kind = tag >> 3, tag & 7
+        if number == 0 or kind not in (VARINT, DELIMITED, *FIXED):
+            raise GraphError(f"{NO_GRAPH}, it holds what is no field")
+        if kind == VARINT:
+            integers[number], position = _varint(data, position)
+            continue
+        length, position = _varint(data, position) if kind == DELIMITED else (FIXED[kind], position)
+        if length > len(data) - position:
+            raise GraphError(f"{NO_GRAPH}, it ends within a field")
+        contents.setdefault(number, []).append(data[position : position + length])
+        position += length
+    return integers, contents
+
+
+def _constants(graph: memoryview) -> dict[bytes, memoryview]:
+    """Return the TensorProto of every constant by its node's name; GraphError where the file is damaged."""
+    constants = {}
+    for node in _fields(graph)[1].get(1, []):
+        _, of_node = _fields(node)  # 1 name, 2 op, 5 attributes, which are entries of a map: 1 key, 2 value
+        for entry in of_node.get(5, []) if of_node.get(2) == [b"Const"] else []:
+            _, of_entry = _fields(entry)
+            for value in of_entry.get(2, []) if of_entry.get(1) == [b"value"] else []:
+                for tensor in _fields(value)[1].get(8, []):
+                    constants[b"".join(of_node.get(1, []))] = tensor
+    return constants
+
+
+def _values(node: str, tensor: memoryview, shape: tuple[int, ...]) -> np.ndarray:
+    """Return a TensorProto's values, a view of the file's; GraphError where they are no float32 of that shape."""
+    integers, contents = _fields(tensor)  # 1 dtype, 2 shape, 4 bytes, 5 numbers, in one field or in one each
+    dims = [dim for part in contents.get(2, []) for dim in _fields(part)[1].get(2, [])]
+    found = tuple(_fields(dim)[0].get(1, 0) for dim in dims)
+    if integers.get(1) != DT_FLOAT or found != shape:
+        raise GraphError(f"{node} must be float32 of shape {shape}, found type {integers.get(1)} of shape {found}")
+    count = math.prod(shape)
+    if 4 in contents:
+        content = contents[4][-1]
+    else:
+        numbers = b"".join(contents.get(5, []))
+        content = memoryview(numbers * count if len(numbers) == 4 else numbers)  # one stands for all
+    if len(content) != 4 * count:
+        raise GraphError(f"{node} must hold {4 * count} bytes, found {len(content)}")
+    return np.frombuffer(content, dtype="<f4").reshape(shape)
+
+
+def read_graph(path: Path) -> dict[str, Tensor]:
+    """Return the state dict, float32, of torch-fidelity's "inception-v3-compat" from the file of TensorFlow's graph.
+
+    Raises UserError for a file that cannot be read, is damaged or no graph, or lacks a weight.
+    """
+    wanted: list[tuple[str, str, tuple[int, ...]]] = []  # node, its name in the network, its shape in the graph
+    for prefix, (module, shape) in convolutions().items():
+        wanted.append((f"{prefix}/conv2d_params", f"{module}.conv.weight", shape))
+        wanted += [(f"{prefix}/batchnorm/{k}", f"{module}.bn.{name}", shape[-1:]) for k, name in BATCH_NORM.items()]
+    wanted += [("softmax/weights", "fc.weight", (2048, 1008)), ("softmax/biases", "fc.bias", (1008,))]
+    axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # HWIO to OIHW, inputs × outputs to outputs × inputs
+    state = {}
+    try:
+        constants = _constants(memoryview(path.read_bytes()))
+        for node, name, shape in wanted:
+            if node.encode() not in constants:
+                raise GraphError(f"the constant {node} is missing")
+            values = _values(node, constants[node.encode()], shape).transpose(axes[len(shape)])
+            state[name] = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
+    except OSError as error:
+        raise UserError(f"inception_weights={path}: cannot be read ({error.strerror}); {ADVICE}") from error
+    except GraphError as error:
+        raise UserError(f"inception_weights={path}: {error}; {ADVICE}") from error
+    return state
