@@ -1,0 +1,232 @@
+"""Features of DINOv2 ViT-L/14, in which FD-DINOv2 is measured: the class token after the final norm.
+
+Shapes: B batch, H W pixels, F features (1024 of ViT-L).
+Source: Stein et al., arXiv 2306.04675, and its evaluator dgm-eval; EDM2's evaluator, whose way of resizing is taken.
+"""
+
+import copy
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch_fidelity import register_feature_extractor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+from ddt.alignment import reason
+from ddt.autoencoder import weights_hash
+from ddt.errors import UserError, require
+from ddt.files import sha256
+from ddt.metrics.inception import exact_arithmetic
+
+MODEL = "vit_large_patch14_dinov2.lvd142m"
+MODELS = "vit_*_patch14_dinov2*"  # those with registers follow another rule for positions
+SIDE, GRID = 224, 16  # pixels and tokens a side
+OFFSET = 0.1  # tokens that the hub's rule adds to the grid
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+
+
+def weights_advice(model: str, key: str) -> str:
+    """Return how to get a model's weights into a file."""
+    import timm
+
+    source = timm.get_pretrained_cfg(model)
+    return f"give {key}=FILE, a copy of model.safetensors of huggingface.co/{source.hf_hub_id}, or of {source.url}"
+
+
+def hub_positions(table: Tensor) -> Tensor:
+    """Return a table of positions (1, 1 + s², F) resampled to (1, 1 + 16², F) by the rule of DINOv2's hub model.
+
+    Bicubic without antialiasing, at a scale of (16 + 0.1)/s and not of 16/s; the class token's row stays as it is.
+    Source: `interpolate_pos_encoding` of facebookresearch/dinov2, for its models without registers.
+    """
+    side = math.isqrt(table.shape[1] - 1)
+    scale = (GRID + OFFSET) / side
+    grid = table[:, 1:].float().transpose(1, 2).unflatten(2, (side, side))  # (1, F, s, s)
+    grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
+    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def load_network(model: str, weights: str | None, key: str = "features.weights") -> Any:
+    """Load a frozen DINOv2 of timm for images of 224×224, with the hub's positions.
+
+    `weights` is a file with timm's names or the hub's, None takes timm's own file from its hub. Raises UserError, which
+    calls the file `key`, where it cannot be had or read, or holds not exactly the network's tensors.
+    """
+    import timm
+
+    settings: dict[str, Any] = {"weight_init": "skip"}  # every weight is loaded; drawing them first takes long
+    if weights is not None:
+        try:
+            stored = timm.models.load_state_dict(weights)
+        except Exception as error:  # a damaged file raises whatever its reader stumbles over
+            raise UserError(
+                f"{key}={weights}: cannot be read ({reason(error)}); {weights_advice(model, key)}"
+            ) from error
+        with torch.device("meta"):
+            outline = timm.create_model(model).state_dict()
+        for name in ("pos_embed", "patch_embed.proj.weight"):  # timm would resample them until they fit
+            found = tuple(stored[name].shape) if isinstance(stored.get(name), Tensor) else "missing"
+            require(
+                found == tuple(outline[name].shape),
+                f"{key}={weights}: is not a file of {model} ({name} is {found}, not {tuple(outline[name].shape)}); "
+                f"{weights_advice(model, key)}",
+            )
+        settings["pretrained_cfg_overlay"] = {"state_dict": stored}
+    try:
+        with torch.random.fork_rng(devices=[]):  # timm draws some all the same; the caller's draws stay as they were
+            network = timm.create_model(model, pretrained=True, **settings)  # at 518 px, so nothing is resampled
+    except Exception as error:  # of the hub client, of timm's filters or of load_state_dict: no common base
+        problem = f"is not a file of {model}" if weights is not None else f"{model} cannot be had from the hub"
+        file = "null" if weights is None else weights
+        raise UserError(f"{key}={file}: {problem} ({reason(error)}); {weights_advice(model, key)}") from error
+    network.pretrained_cfg.pop("state_dict", None)  # timm keeps what it was given
+    network.eval().requires_grad_(False)
+    table = hub_positions(network.pos_embed)
+    network.set_input_size(SIDE)  # resamples by timm's own rule
+    network.pos_embed.copy_(table)
+    return network
+
+
+@torch.no_grad()
+def class_tokens(network: Any, images: Tensor) -> Tensor:
+    """Return the class tokens (B, F), float32, of uint8 RGB images (B, 3, H, W) of any size."""
+    require(
+        images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3,
+        f"features=dinov2: takes uint8 RGB images (B, 3, H, W), found {images.dtype} {tuple(images.shape)}",
+    )
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))  # (3, 1, 1)
+    with exact_arithmetic(), torch.autocast(images.device.type, enabled=False):
+        # overshoot is neither clamped nor rounded, as in EDM2
+        pixels = F.interpolate(images.float(), size=(SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
+        return network.forward_features((pixels / 255 - mean) / std)[:, 0]
+
+
+class FeatureExtractorDINOv2(FeatureExtractorBase):
+    """The same features for `torch_fidelity.calculate_metrics`, by the name that importing this module registers.
+
+    torch-fidelity's own DINOv2 resizes otherwise: distances in it are not FD-DINOv2. A subclass may name another model.
+
+    Args:
+        name, features_list: torch-fidelity's. feature_extractor_weights_path: see `load_network`.
+        feature_extractor_internal_dtype: float32 alone. Others of torch-fidelity's arguments are not looked at.
+    """
+
+    model = MODEL
+
+    def __init__(
+        self,
+        name: str,
+        features_list: list[str],
+        feature_extractor_weights_path: str | None = None,
+        feature_extractor_internal_dtype: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name, features_list)
+        require(
+            feature_extractor_internal_dtype in (None, "float32"),
+            f"feature_extractor_internal_dtype={feature_extractor_internal_dtype}: {name} computes in float32",
+        )
+        self.network = load_network(self.model, feature_extractor_weights_path, "feature_extractor_weights_path")
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        """Return the class tokens, float32 ((B, F),), of uint8 images (B, 3, H, W)."""
+        return (class_tokens(self.network, images),)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str]:
+        """Return the one name of features."""
+        return ("class_token",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Return the features that a metric is computed in."""
+        return {metric: "class_token" for metric in ("isc", "fid", "kid", "prc")}[metric]
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """Return False: compiling leaves out what keeps the arithmetic exact."""
+        return False
+
+
+register_feature_extractor("dinov2-vit-l-14-timm", FeatureExtractorDINOv2)
+
+
+class DINOv2:
+    """The loaded network as an extractor of the evaluator. Raises UserError as `load_network` does.
+
+    Attributes: spaces, the widths of its features by name; rows, those kept image by image; distances, metrics and the
+    space of each; balls and near, the spaces of precision and recall and of the nearest images.
+    """
+
+    name: str = "dinov2"
+    channels: int = 3
+    rows: tuple[str, ...] = ("features",)
+    balls: str = "features"
+    near: str = "features"
+
+    def __init__(self, model: str, weights: str | None, batch_size: int, device: torch.device) -> None:
+        network = load_network(model, weights)
+        self.batch_size = batch_size
+        self.spaces: dict[str, int] = {"features": network.num_features}
+        self.distances: dict[str, str] = {"fd_dinov2": "features"}
+        self._identity: dict[str, Any] = {
+            "name": self.name,
+            "model": model,
+            "weights": {
+                "path": weights,
+                "sha256": None if weights is None else sha256(Path(weights)),
+                "tensors_sha256": weights_hash(network),
+            },
+            "resize": f"bicubic to {SIDE}×{SIDE}, antialiased",
+            "position table": f"the hub's rule: bicubic, scale ({GRID} + {OFFSET})/37, not antialiased",
+            "dtype": "float32",
+        }
+        self.network = network.to(device)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the features depend on, as plain values for a receipt."""
+        return copy.deepcopy(self._identity)
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Return {"features": (B, F)}, float32, of uint8 images (B, 3, H, W) on the network's device."""
+        return {"features": class_tokens(self.network, images)}
+
+
+@dataclasses.dataclass(frozen=True)
+class DINOv2Settings:
+    """What `features=dinov2` lets a user choose; it loads nothing.
+
+    Args:
+        weights: a local file (.safetensors, .pth, .bin); None takes timm's own from its hub.
+        batch_size: images the network takes at once. model: of timm; distances in any but ViT-L are no FD-DINOv2.
+
+    Raises UserError for a file that is not there, an empty batch, or a model that is no DINOv2 without registers.
+    """
+
+    weights: str | None = None
+    batch_size: int = 64
+    model: str = MODEL
+
+    name: ClassVar[str] = "dinov2"
+
+    def __post_init__(self) -> None:
+        import timm
+
+        known = timm.list_models(MODELS, include_tags=True)
+        require(
+            self.model in known or self.model in timm.list_models(MODELS),
+            f"features.model={self.model}: is no DINOv2 of timm without registers; choose of {', '.join(known)}",
+        )
+        require(self.batch_size >= 1, f"features.batch_size={self.batch_size}: must be at least 1")
+        require(
+            self.weights is None or Path(self.weights).is_file(),
+            f"features.weights={self.weights}: no such file; {weights_advice(self.model, 'features.weights')}",
+        )
+
+    def extractor(self, device: torch.device, train: object = None) -> DINOv2:
+        """Load the network onto a device; `train`, the images that a classifier is trained on, is not needed."""
+        return DINOv2(self.model, self.weights, self.batch_size, device)
