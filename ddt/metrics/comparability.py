@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from ddt.metrics.dinov2 import MODEL as DINOV2
 from ddt.metrics.features import Extractor
-from ddt.metrics.inception import WEIGHTS_SHA256
+from ddt.metrics.inception import GRAPH_SHA256, WEIGHTS_SHA256
 from ddt.metrics.reference import Reference
 
 PUBLISHED_COUNT = 50_000
@@ -75,6 +76,16 @@ def order_warning(metrics: dict[str, Any]) -> str:
     )
 
 
+def other_network(identity: dict[str, Any]) -> list[str]:
+    """Return one line where an extractor is not the published one."""
+    if identity["name"] == "inception" and not identity["weights"]["sha256"].startswith((WEIGHTS_SHA256, GRAPH_SHA256)):
+        files = f"SHA-256 {WEIGHTS_SHA256}… of torch-fidelity, {GRAPH_SHA256[:8]}… of ADM"
+        return [f"the Inception weights are neither published file ({files})"]
+    if identity["name"] == "dinov2" and identity["model"] != DINOV2:
+        return [f"features.model={identity['model']}: published FD-DINOv2 is of {DINOV2}"]
+    return []
+
+
 def obstacles(
     metrics: dict[str, Any], count: int, size: tuple[int, int], reference: Reference, extractor: Extractor,
     pr_dtype: str,
@@ -99,9 +110,7 @@ def obstacles(
         found.append(f"{count:,} samples instead of {PUBLISHED_COUNT:,}: {distances} depend on their number")
     if count <= dimensions:
         found.append(f"no more samples ({count:,}) than features ({dimensions}): singular covariance")
-    weights = extractor.identity()["weights"]["sha256"]
-    if extractor.name == "inception" and not weights.startswith(WEIGHTS_SHA256):
-        found.append(f"the Inception weights are not the published file (SHA-256 {WEIGHTS_SHA256}…)")
+    found += other_network(extractor.identity())
     if pr_dtype != "float16":
         found.append(f"precision and recall in {pr_dtype}: published ones are in ADM's float16")
     if order_matters(metrics):

@@ -156,23 +156,18 @@ register_feature_extractor("dinov2-vit-l-14-timm", FeatureExtractorDINOv2)
 
 
 class DINOv2:
-    """The loaded network as an extractor of the evaluator. Raises UserError as `load_network` does.
+    """The class tokens of a network of timm; see `features.Extractor`. Raises UserError as `load_network` does."""
 
-    Attributes: spaces, the widths of its features by name; rows, those kept image by image; distances, metrics and the
-    space of each; balls and near, the spaces of precision and recall and of the nearest images.
-    """
-
-    name: str = "dinov2"
-    channels: int = 3
-    rows: tuple[str, ...] = ("features",)
-    balls: str = "features"
-    near: str = "features"
+    name, channels, image_size = "dinov2", 3, None
+    rows = ("features",)
+    distances: ClassVar[dict[str, str]] = {"fd_dinov2": "features"}
+    balls = near = "features"
+    own_classes = False
 
     def __init__(self, model: str, weights: str | None, batch_size: int, device: torch.device) -> None:
         network = load_network(model, weights)
         self.batch_size = batch_size
         self.spaces: dict[str, int] = {"features": network.num_features}
-        self.distances: dict[str, str] = {"fd_dinov2": "features"}
         self._identity: dict[str, Any] = {
             "name": self.name,
             "model": model,

@@ -18,13 +18,18 @@ from torch import Tensor, nn
 from ddt.autoencoder import weights_hash
 from ddt.errors import UserError, first_line, require
 from ddt.files import sha256
+from ddt.metrics.inception_graph import read_graph
 
 log = logging.getLogger(__name__)
-WEIGHTS_SHA256 = "6726825d"  # how the published file's hash begins
+WEIGHTS_SHA256 = "6726825d"  # how the hash of torch-fidelity's file begins
+GRAPH_SHA256 = (
+    "009d6814d1bc560d4e7b236e170e9b2d5ca6f4b57bd8037f6db05776204415c6"  # of ADM's, as several projects give it
+)
 WEIGHTS_NAME = f"weights-inception-2015-12-05-{WEIGHTS_SHA256}.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_NAME}"
 WEIGHTS_ADVICE = (
-    f"give inception_weights=FILE, a copy of {WEIGHTS_URL} (pt_inception-2015-12-05-{WEIGHTS_SHA256}.pth is the same)"
+    f"give inception_weights=FILE, a copy of {WEIGHTS_URL} (pt_inception-2015-12-05-{WEIGHTS_SHA256}.pth is the same), "
+    "or ADM's classify_image_graph_def.pb"
 )
 RESIZE = "TensorFlow 1 bilinear to 299×299, no antialiasing"
 NUM_POOL, NUM_CLASSES = 2048, 1008
@@ -36,13 +41,9 @@ def find_weights(weights: Path | None) -> Path:
     """Return the weights file: the given one, or torch-fidelity's own, downloaded into torch's cache where it is
     missing.
 
-    Raises UserError for a file that is not there, a TensorFlow graph, and where the download fails.
+    Raises UserError for a file that is not there, and where the download fails.
     """
     if weights is not None:
-        require(
-            weights.suffix != ".pb",
-            f"inception_weights={weights}: TensorFlow graphs are not read; {WEIGHTS_ADVICE}",
-        )
         require(weights.is_file(), f"inception_weights={weights}: no such file; {WEIGHTS_ADVICE}")
         return weights
     path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_NAME
@@ -58,13 +59,13 @@ def find_weights(weights: Path | None) -> Path:
     return path
 
 
-def load_network(weights: Path) -> nn.Module:
-    """Return torch-fidelity's network with the weights of a .pth file, every one of them.
+def read_weights(weights: Path) -> dict[str, Tensor]:
+    """Return the state dict in torch-fidelity's .pth file or ADM's .pb graph.
 
-    Raises UserError for a file that is damaged, that holds more than tensors, or other ones than the network's.
+    Raises UserError for a file that is damaged or holds more than tensors.
     """
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
+    if weights.suffix == ".pb":
+        return read_graph(weights)
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its reader stumbles over
@@ -75,9 +76,19 @@ def load_network(weights: Path) -> nn.Module:
         isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()),
         f"inception_weights={weights}: holds no state dict; {WEIGHTS_ADVICE}",
     )
-    # its constructor reads a file of any objects; it gets what has passed weights_only
+    return state
+
+
+def load_network(weights: Path) -> nn.Module:
+    """Return torch-fidelity's network with the weights of a file, every one of them.
+
+    Raises UserError as `read_weights` does, and for other tensors than the network's.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    # its constructor reads a file of any objects; it gets what has been read safely
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(read_weights(weights), buffer)
     buffer.seek(0)
     try:
         with torch.random.fork_rng(devices=[]):  # it draws weights first
