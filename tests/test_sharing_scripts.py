@@ -230,7 +230,6 @@ def test_a_complete_curve_is_left_alone_and_another_refused(curve, run_folder, c
         (["ckpt=nowhere"], "nowhere: no such folder"),
         (["sampler=adaptive"], "sampler=adaptive: chooses its own steps"),
         (["reference=data:photos"], "features=digits reference=data:photos: the classifier is trained on"),
-        (["features=inception", "reference=data:none"], "reference=data:none: give data:NAME, one of data:digits"),
         (["features=inceptio"], "features=inceptio: no such choice; did you mean inception?"),
         (["inception_weights=x.pth"], "inception_weights=x.pth: has no effect with features=digits"),
         (["autoencoder=x"], "autoencoder=x: this model draws pixels"),
