@@ -363,6 +363,24 @@ def test_samples_grouped_by_class_are_warned_of(tmp_path, caplog):
     assert not (tmp_path / "out" / "nearest.png").exists()
 
 
+def test_statistics_of_the_file_come_before_its_images(tmp_path):
+    """As in ADM's files: mu and sigma of the whole data set, and some of its images for precision and recall."""
+    rng = np.random.default_rng(1)
+    random_set(tmp_path / "samples.npz", 60)
+    images = rng.integers(0, 256, (40, 2, 2, 3), dtype=np.uint8)
+    whole = moments(rng.standard_normal((200, 8)))
+    np.savez(tmp_path / "reference.npz", mu=whole.mean, sigma=whole.covariance, arr_0=images)
+    reference = read_reference(tmp_path / "reference.npz", {"fid": 8, "sfid": 12}, "inception")
+    samples, accelerator = NpzImages(tmp_path / "samples.npz", "samples"), make_accelerator("no")
+    metrics = evaluate(samples, reference, Cheap(), tmp_path, accelerator)
+    found = extract(samples, Cheap(), accelerator, "samples")
+    assert metrics["fid"] == pytest.approx(frechet_distance(found.moments["pool"], whole))
+    assert metrics["sfid"] is None
+    assert metrics["precision"] is not None
+    assert metrics["labels"]["fid"] == "FID-60"
+    assert metrics["receipt"]["reference"]["count"] == 40
+
+
 def test_features_that_are_not_finite_are_refused(tmp_path):
     class Broken(Cheap):
         def __call__(self, images):

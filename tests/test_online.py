@@ -1,18 +1,23 @@
 """Evaluation while training: the numbers are those of sample.py and evaluate.py, and training does not notice."""
 
 import json
+import random
 
 import numpy as np
 import pytest
 import torch
-from conftest import refusal, rows, succeed
+from conftest import refusal, rows, small_ddt, succeed
 
 from ddt.autoencoder import Identity
 from ddt.checkpoint import find_checkpoint, read_weights
 from ddt.generation import Generator
 from ddt.image_set import image_set
-from ddt.online import GeneratedImages
+from ddt.images import Digits
+from ddt.metrics.classifier import ClassifierSettings
+from ddt.metrics.reference import data_reference
+from ddt.online import GeneratedImages, online_evaluation
 from ddt.sampling import SamplerSettings
+from ddt.training import make_accelerator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = ["trainer.global_batch_size=8", "trainer.save_every=3", "trainer.log_every=3", "trainer.validate_every=0"]
@@ -74,6 +79,29 @@ def test_processes_do_not_change_a_number(runs, monkeypatch):
     assert set(ours) == set(theirs)
     for name in ours:  # the losses of two processes agree to 1e-4 only, and so do the weights
         assert ours[name] == pytest.approx(theirs[name], rel=2e-3), name
+
+
+def test_no_random_state_is_touched():
+    """Those of torch, numpy and Python, and the flags that choose kernels, are as before."""
+    train, test = Digits("train"), Digits("test")
+    extractor = ClassifierSettings("digits", 1).extractor(torch.device("cpu"), train)
+    accelerator = make_accelerator("no")
+    evaluation = online_evaluation(
+        data_reference("training images", train, test), extractor, Identity(), (1, 8, 8), (8, 8),
+        SamplerSettings(num_steps=2), 24, 5, "fp32", accelerator,
+    )  # fmt: skip
+    model = small_ddt(in_channels=1, num_classes=10)
+
+    def state():
+        _, keys, *position = np.random.get_state()  # noqa: NPY002, the state that others may draw from
+        cudnn = torch.backends.cudnn
+        return [torch.get_rng_state().tolist(), keys.tolist(), position, random.getstate(), cudnn.deterministic]
+
+    before = state()
+    first, second = evaluation(model, 1), evaluation(model, 2)
+    assert state() == before
+    assert first == second  # the same noise each time
+    assert first["fd_digits_24"] > 0
 
 
 def test_images_do_not_depend_on_how_they_are_drawn(tiny):
