@@ -20,9 +20,9 @@ from ddt.fitting import check_fitted
 from ddt.generation import Generator, sample_set
 from ddt.image_set import image_set
 from ddt.launch import launch
-from ddt.metrics.comparison import compare
 from ddt.metrics.inception import InceptionSettings
 from ddt.metrics.reference import check_reference
+from ddt.metrics.side_by_side import beside_published
 from ddt.metrics.sources import open_images
 from ddt.sampling import SamplerSettings
 from ddt.schedules import parse_schedule, read_schedule
@@ -221,7 +221,7 @@ def evaluate_set(arguments: dict[str, Any], out: Path) -> None:
     reference, extractor = load_reference(arguments["reference"], None, features, accelerator.device)
     metrics = evaluate(open_images(out, "out"), reference, extractor, out, accelerator)
     if metrics is not None:
-        log.info("%s", compare(metrics, arguments["published"] or {}))
+        log.info("%s", beside_published(metrics, arguments["published"] or {}))
 
 
 @entry_point("sample", CONF / "sample")

@@ -13,13 +13,13 @@ from ddt.errors import UserError
 from ddt.evaluation import evaluate
 from ddt.images import ArrayImages, Digits
 from ddt.metrics.classifier import ClassifierSettings
-from ddt.metrics.comparison import compare
 from ddt.metrics.features import extract
 from ddt.metrics.metrics import accuracy, frechet_distance
 from ddt.metrics.nearest import nearest
 from ddt.metrics.npz import NpzImages
 from ddt.metrics.reference import Reference, data_reference, read_reference
 from ddt.metrics.scores import prepare
+from ddt.metrics.side_by_side import beside_published
 from ddt.metrics.sources import DataImages, open_images
 from ddt.metrics.statistics import Moments
 from ddt.photos import Photos
@@ -359,7 +359,7 @@ def test_samples_grouped_by_class_are_warned_of(tmp_path, caplog):
     assert any("depends on the order" in record.message for record in caplog.records)
     assert (metrics["sfid"], metrics["precision"], metrics["recall"]) == (None, None, None)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
-    assert compare(metrics, {"fid": 1.26}).count("not comparable: ") == len(metrics["not_comparable_because"])
+    assert beside_published(metrics, {"fid": 1.26}).count("- measured: ") == len(metrics["not_comparable_because"])
     assert not (tmp_path / "out" / "nearest.png").exists()
 
 

@@ -1020,8 +1020,8 @@ MUTANTS = [
     (
         "labels without a number",
         "ddt/metrics/comparability.py",
-        'f"{title(base)}-{short(count)}"',
-        'f"{title(base)}"',
+        "found[name] = title(base) + number",
+        "found[name] = title(base)",
         "test_metrics.py -k labels",
     ),
     (

@@ -56,9 +56,10 @@ def test_the_preset_converts_samples_evaluates_and_compares(arguments, tmp_path,
     assert np.load(tmp_path / "set" / "samples.npz")["arr_0"].shape == (7, 256, 256, 3)
     metrics = json.loads((tmp_path / "set" / "metrics.json").read_text())
     assert metrics["receipt"]["sampling"]["request"]["sampler"]["cfg_interval"] == [0.3, 1.0]
-    table = [line.split() for line in caplog.text.splitlines() if line.startswith("fid ")]
-    assert table[0][:3] == ["fid", f"{metrics['fid']:.3f}", "1.260"]
-    assert "not comparable: 7 samples instead of 50,000" in caplog.text
+    (row,) = [line.split("|")[1:-1] for line in caplog.text.splitlines() if line.startswith("| fid ")]
+    label = metrics["labels"]["fid"]
+    assert [cell.strip() for cell in row[:3]] == ["fid", f"{metrics['fid']:.3f} ({label})", "1.260"]
+    assert "- measured: 7 samples instead of 50,000" in caplog.text
     before = (tmp_path / "set" / "samples.npz").read_bytes()
     assert "was converted with encoder_depth=3" in refusal("sample", *arguments, "encoder_depth=4")
     (tmp_path / "set" / "metrics.json").unlink()

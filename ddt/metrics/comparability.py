@@ -25,7 +25,12 @@ def short(count: int) -> str:
 
 def title(name: str) -> str:
     """Return what people call a metric."""
-    return TITLES.get(name, name.replace("fd_", "FD-") if name.startswith("fd_") else name.replace("_", " "))
+    return TITLES.get(name, name.replace("fd_", "FD-") if named(name) else name.replace("_", " "))
+
+
+def named(name: str) -> bool:
+    """Tell whether a metric has a name of its own, which takes the number of samples as in FID-5K."""
+    return name in TITLES or name.startswith("fd_")
 
 
 def validation(reference: Reference) -> bool:
@@ -51,7 +56,8 @@ def labels(metrics: dict[str, Any], count: int, reference: Reference, extractor:
                 remarks.append(f"of {len(reference.images):,} reference images")
             if min(count, reference_count(reference)) <= extractor.spaces[extractor.distances[base]]:
                 remarks.append("singular covariance")
-        found[name] = f"{title(base)}-{short(count)}" + (f" ({', '.join(remarks)})" if remarks else "")
+        number = f"-{short(count)}" if named(base) else f" of {short(count)} samples"
+        found[name] = title(base) + number + (f" ({', '.join(remarks)})" if remarks else "")
     return found
 
 

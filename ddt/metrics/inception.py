@@ -6,6 +6,7 @@ Source: the evaluator of openai/guided-diffusion (ADM), whose numbers are the pu
 
 import contextlib
 import dataclasses
+import functools
 import io
 import logging
 from collections.abc import Iterator
@@ -156,16 +157,17 @@ class InceptionFeatures:
     def _keep_spatial(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self.spatial = output[:, :NUM_SPATIAL_CHANNELS]  # (B, 7, 17, 17), after the ReLU
 
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of the file and, whatever the file's kind, of its tensors."""
+        return {"sha256": sha256(self.weights), "tensors_sha256": weights_hash(self.network)}
+
     def identity(self) -> dict[str, Any]:
         """Return what its features depend on."""
         return {
             "name": self.name,
             "network": "inception-v3-compat",
-            "weights": {
-                "path": str(self.weights),
-                "sha256": sha256(self.weights),
-                "tensors_sha256": weights_hash(self.network),
-            },
+            "weights": {"path": str(self.weights), **self.hashes},
             "resize": RESIZE,
             "dtype": "float32",
         }

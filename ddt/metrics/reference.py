@@ -130,6 +130,7 @@ def data_reference(name: str, train: Images, test: Images) -> Reference:
     """Return the training images of a data set as a reference, with its other images held out. name: `data:` and the
     data set's.
     """
+    require(len(train.labels) >= 2, f"reference={name}: has {len(train.labels)} images; statistics need at least 2")
     require(
         len(train.labels) <= MAX_IMAGES,
         f"reference={name}: has {len(train.labels):,} images; write their statistics once, by "

@@ -8,8 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from ddt.metrics.comparison import DECIMALS
-
+DECIMALS = {"fid": 3, "sfid": 3, "inception_score": 3}  # as papers print them; others get four
 FIRST_ROWS = (
     "fid", "sfid", "inception_score", "inception_score_shuffled", "precision", "recall",
     "nearest_train_distance", "nearest_train_distance_real", "authenticity",
@@ -218,11 +217,21 @@ def side_by_side(paths: list[Path], evaluations: list[dict[str, Any]], published
         pair = (names[0], name)
         said = [numbers_apart(evaluations[0], metrics), *reasons_apart(pair, evaluations[0], metrics)]
         lines += ["", f"## {name} against {names[0]}", "", *(f"- {line}" for line in said)]
+    return "\n".join(lines + not_comparable(names, evaluations))
+
+
+def not_comparable(names: list[str], evaluations: list[dict[str, Any]]) -> list[str]:
+    """Return the lines that say which evaluations compare with no published number, and why; none where all do."""
     obstacles = []
     for name, metrics in zip(names, evaluations, strict=True):
         reasons = metrics.get("not_comparable_because") or []
         if not reasons and metrics.get("comparable") is False:
             reasons = ["its metrics.json gives no reason"]
         obstacles += [f"- {name}: {reason}" for reason in reasons]
-    lines += ["", "## Not comparable with published numbers", "", *obstacles] if obstacles else []
-    return "\n".join(lines)
+    return ["", "## Not comparable with published numbers", "", *obstacles] if obstacles else []
+
+
+def beside_published(metrics: dict[str, Any], published: dict[str, float]) -> str:
+    """Return a Markdown text that lays one evaluation beside published numbers."""
+    names = ["measured"]
+    return "\n".join(table(names, [metrics], published) + not_comparable(names, [metrics]))
