@@ -145,7 +145,7 @@ def draw(result: Row, path: Path) -> None:
         axes.set_visible(False)
     label = result["labels"]["proxy"][metric]
     colour_bar(figure, grid, norm, label)
-    figure.suptitle(f"{label}, framed: the best {len(result['winners'])}, thickly: the best on other noise")
+    figure.suptitle(f"{label}; framed: drawn again on other noise, thickly: the best there")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
