@@ -46,8 +46,14 @@ def reference_node(reference: str) -> dict[str, Any] | None:
     known = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
     if name not in known:
         raise UserError(f"reference={reference}: give data:NAME, one of data:{', data:'.join(known)}")
-    composed = compose("train", overrides=[f"data={name}"])
-    return checked(OmegaConf.masked_copy(composed, ["data"]))["data"]
+    composed = OmegaConf.masked_copy(compose("train", overrides=[f"data={name}"]), ["data"])
+    missing = OmegaConf.missing_keys(composed)
+    require(
+        not missing,
+        f"reference={reference}: {', '.join(missing)} would have to be known; write a file of its statistics by "
+        f"scripts/reference_statistics.py data={name}, and give that",
+    )
+    return checked(composed)["data"]
 
 
 def check_features(settings: FeatureSettings, reference: str, inception_weights: str | None) -> None:

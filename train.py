@@ -1,15 +1,18 @@
 """Train a DDT: `python train.py [model=… data=… key=value …]`. The same command again resumes."""
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ddt.alignment import REPA, AlignmentLoss, Dispersive, DispersiveLoss, Target, check_depth
+from ddt.autoencoder import Autoencoder
 from ddt.checkpoint import newest_checkpoint
 from ddt.config import build, check_arguments
 from ddt.errors import UserError, require
@@ -18,12 +21,21 @@ from ddt.images import Images
 from ddt.initial import find_source
 from ddt.latent_cache import LatentCache
 from ddt.launch import default_processes, launch
+from ddt.metrics.classifier import ClassifierSettings
+from ddt.metrics.features import FeatureSettings
+from ddt.metrics.reference import data_reference
 from ddt.model import DDT, Denoiser
+from ddt.online import OnlineEvaluation, online_evaluation
 from ddt.training import train
+from evaluate import load_reference
 from scripts.entry import checked, entry_point
 
+RUN_SETTINGS = ("name", "seed", "init_from", "reference", "inception_weights")
 
-def run_settings(name: str, seed: int, init_from: str | None) -> None:
+
+def run_settings(
+    name: str, seed: int, init_from: str | None, reference: str | None, inception_weights: str | None
+) -> None:
     """Hold the types of the settings that stand outside of any group."""
     require(
         re.fullmatch(r"[\w.=,+\[\]-][\w.=,+\[\]/-]*", name) is not None and ".." not in name and name != ".",
@@ -38,7 +50,7 @@ def check(config: dict[str, Any], run_dir: Path) -> None:
 
     `run_dir` is the folder of the run.
     """
-    values, problems = check_arguments(run_settings, {key: config[key] for key in ("name", "seed", "init_from")}, "")
+    values, problems = check_arguments(run_settings, {key: config[key] for key in RUN_SETTINGS}, "")
     config.update(values)
 
     def attempt(function: Any, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
@@ -62,6 +74,10 @@ def check(config: dict[str, Any], run_dir: Path) -> None:
     alignment = attempt(build, config["alignment"])
     if alignment is not None and network is not None:
         attempt(check_depth, alignment.align_depth, num_aligned_blocks(network))
+    features = attempt(build, config["features"])
+    data = HydraConfig.get().runtime.choices.data
+    if settings is not None and (features is not None or config["features"]["_target_"] is None):
+        attempt(check_evaluation, features, data, config["reference"], settings.eval_every)
     if config["init_from"] and newest_checkpoint(run_dir) is None:  # a run that has begun does not need it any more
         attempt(find_source, str(config["init_from"]))
     recompute = config["sampler"].get("recompute")
@@ -110,6 +126,49 @@ def build_alignment(
     return alignment.build_loss(hidden_size, target.num_features, target.grid, grid), target, target.fingerprint
 
 
+def check_evaluation(features: FeatureSettings | None, data: str, reference: str | None, eval_every: int) -> None:
+    """Raise UserError where an evaluation while training cannot be, or settings of it have no effect."""
+    if features is None:
+        require(eval_every == 0, f"trainer.eval_every={eval_every}: needs features=, such as inception or {data}")
+        require(reference is None, f"reference={reference}: has no effect without features=; leave it out")
+        return
+    require(
+        eval_every > 0, f"features={features.name}: has no effect with trainer.eval_every=0; give a number of steps"
+    )
+    if isinstance(features, ClassifierSettings):
+        require(
+            data in (features.data, f"{features.data}_latents"),
+            f"features={features.name}: is the classifier of another data set than data={data}; choose other features",
+        )
+        require(
+            reference is None,
+            f"reference={reference}: features={features.name} compares with the training images; leave it out",
+        )
+    if reference is not None:
+        require(Path(reference).exists(), f"reference={reference}: no such file; give ADM's reference npz")
+
+
+def build_evaluation(
+    config: dict[str, Any], images: Images, held_out: Images, autoencoder: Autoencoder, shape: tuple[int, int, int],
+    accelerator: Accelerator,
+) -> OnlineEvaluation:  # fmt: skip
+    """Return the evaluation of a run, against a reference file or its own training images."""
+    settings: FeatureSettings = build(config["features"])
+    reference, device = config["reference"], accelerator.device
+    if reference is None and isinstance(images, LatentCache):
+        images.require_pixels()
+    if reference is None:
+        base, extractor = data_reference("training images", images, held_out), settings.extractor(device, images)
+    else:
+        base, extractor = load_reference(reference, None, settings, device)
+    trainer = build(config["trainer"])
+    batch_size, _ = trainer.micro_batches(accelerator.num_processes)
+    return online_evaluation(
+        base, extractor, autoencoder, shape, (images.image_size, images.image_size), build(config["sampler"]),
+        trainer.eval_samples, batch_size, trainer.mixed_precision, accelerator,
+    )  # fmt: skip
+
+
 def run(config: dict[str, Any]) -> None:
     """Build everything and train, on each process."""
     torch.manual_seed(config["seed"])  # the initial weights; nothing later draws from the global state
@@ -154,6 +213,11 @@ def run(config: dict[str, Any]) -> None:
         alignment=alignment,
         target=target,
         init_from=config["init_from"],
+        make_evaluation=(
+            None
+            if config["trainer"]["eval_every"] == 0
+            else functools.partial(build_evaluation, config, images, held_out, autoencoder, shape)
+        ),
     )
 
 

@@ -16,6 +16,7 @@ class TrainerSettings:
     visible GPU, or one CPU process. ema_decay: of the averaged weights. warmup_steps: linear warm-up of the learning
     rate; lr_schedule: "constant", or "linear" decay to 0 at max_steps. The `_every` periods count steps and 0 is
     never, but the last step is always saved and logged. num_workers: loading processes.
+    eval_samples: images of each evaluation.
 
     Raises UserError for values that cannot be.
     """
@@ -33,12 +34,15 @@ class TrainerSettings:
     validate_every: int
     preview_every: int
     num_workers: int
+    eval_every: int
+    eval_samples: int
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "global_batch_size", "log_every"):
             require(getattr(self, key) >= 1, f"trainer.{key}={getattr(self, key)}: must be at least 1")
-        for key in ("warmup_steps", "save_every", "validate_every", "preview_every", "num_workers"):
+        for key in ("warmup_steps", "save_every", "validate_every", "preview_every", "num_workers", "eval_every"):
             require(getattr(self, key) >= 0, f"trainer.{key}={getattr(self, key)}: must be at least 0")
+        require(self.eval_samples >= 2, f"trainer.eval_samples={self.eval_samples}: statistics need at least 2")
         for key in ("micro_batch_size", "num_processes"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"trainer.{key}={value}: must be at least 1, or null")

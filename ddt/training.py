@@ -29,6 +29,7 @@ from ddt.images import Images
 from ddt.initial import initialise
 from ddt.monitoring import Meter, all_finite, to_latents, validation_loss, write_preview
 from ddt.objective import FlowMatching
+from ddt.online import OnlineEvaluation
 from ddt.sampling import SamplerSettings
 from ddt.settings import TrainerSettings
 from ddt.tracking import JsonlTracker
@@ -81,6 +82,7 @@ def train(
     alignment: REPA | Dispersive | None = None,
     target: Target | None = None,
     init_from: str | None = None,
+    make_evaluation: Callable[[Accelerator], OnlineEvaluation] | None = None,
 ) -> None:
     """Train until `settings.max_steps`, going on from the newest checkpoint of `run_dir` where there is one.
 
@@ -96,6 +98,7 @@ def train(
         alignment: how a hidden layer is aligned, where the objective does; target: the network whose features it is
             aligned to, where they do not come from a cache.
         init_from: run, checkpoint or published file whose weights a new run starts from (`ddt.initial`).
+        make_evaluation: accelerator → evaluation of samples every `settings.eval_every` steps, on all processes.
 
     Raises UserError where a setting is impossible or the checkpoint belongs to another training, FloatingPointError
     when the loss is not finite any more.
@@ -152,6 +155,7 @@ def train(
         )
         log.info("%s: complete at step %d; %s to train longer", run_dir, step, longer)
         return
+    evaluation = None if make_evaluation is None else make_evaluation(accelerator)
     accelerator.wait_for_everyone()  # nobody writes before all have read
 
     # --- the record and the data, both from this step on
@@ -244,7 +248,7 @@ def train(
                         train_state=train_state,
                     )
                 accelerator.wait_for_everyone()
-            # --- validate and preview the averaged weights
+            # --- validate, preview and evaluate the averaged weights
             if len(held_out.labels) and settings.due(settings.validate_every, step):
                 loss = validation_loss(
                     ema.model, objective.time_distribution, held_out, autoencoder, accelerator, shape, micro_batch_size
@@ -255,6 +259,10 @@ def train(
                 picture = run_dir / "previews" / f"step_{step:07d}.png"
                 write_preview(picture, ema.model, autoencoder, accelerator, shape, sampler)
                 tracker.image(step, "preview", picture)
+            if evaluation is not None and settings.due(settings.eval_every, step):
+                measured = evaluation(ema.model, step)
+                if tracker is not None:
+                    tracker.log(step, measured)
             pauses += time.perf_counter() - pause  # images_per_second is the rate of training alone
     finally:
         progress.close()

@@ -28,6 +28,7 @@ from ddt.errors import UserError, os_error_line
 PATHS = (
     "ckpt", "out", "samples", "reference", "inception_weights", "released", "runs", "init_from", "autoencoder",
     "guide", "recompute",
+    "features.weights",
     "data.root", "data.source_root", "autoencoder.source", "alignment.weights",
 )  # fmt: skip
 CONF = Path(__file__).resolve().parent.parent / "conf"

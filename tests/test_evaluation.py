@@ -184,6 +184,7 @@ def test_samples_of_another_kind_and_another_evaluation_are_refused(evaluated, t
         (["samples=x", "reference=y", "pr_dtype=float64"], "pr_dtype=float64: input should be 'float16' or 'float32'"),
         (["samples=x", "reference=y", "features.batch_size=0"], "features.batch_size=0: "),
         (["samples=x", "reference=data:digitz"], "reference=data:digitz: give data:NAME"),
+        (["samples=x", "reference=data:in256"], "reference=data:in256: data.root would have to be known"),
         (
             ["samples=x", "reference=data:fashion_mnist", "features=digits"],
             "features=digits reference=data:fashion_mnist: ",
@@ -261,11 +262,11 @@ def test_the_command_computes_adms_metrics(inception_run):
 
 def test_processes_do_not_change_a_number(inception_run, tmp_path):
     """24 images in batches of 7, dealt to two processes; both read with one thread."""
-    _, arguments, metrics = inception_run
+    folder, arguments, _ = inception_run
+    metrics = json.loads((folder / "metrics.json").read_text())
     succeed("evaluate", *arguments, "features.batch_size=7", "num_processes=2", f"out={tmp_path}")
     found = json.loads((tmp_path / "metrics.json").read_text())
-    for values in (found, metrics):
-        del values["receipt"]["date"]
+    metrics["receipt"]["date"] = found["receipt"]["date"]
     assert found == metrics
 
 
@@ -287,6 +288,7 @@ def test_inputs_that_inception_cannot_use_are_one_line(tmp_path, inception_weigh
     (tmp_path / "empty").mkdir()
     other = tmp_path / "weights.pth"
     torch.save({"fc.weight": torch.zeros(2)}, other)
+    (tmp_path / "graph.pb").write_text("no graph")
     (tmp_path / "cut.pth").write_bytes(inception_weights.read_bytes()[:-1000])
     defaults = {"samples": good, "reference": good, "inception_weights": inception_weights, "out": tmp_path / "out"}
     cases = [
@@ -305,6 +307,7 @@ def test_inputs_that_inception_cannot_use_are_one_line(tmp_path, inception_weigh
         ("reference", tmp_path / "grey.npz", "images of 1 channels, but features=inception reads 3"),
         ("inception_weights", tmp_path / "absent.pth", "no such file; give inception_weights=FILE"),
         ("inception_weights", good, "cannot be read"),
+        ("inception_weights", tmp_path / "graph.pb", "damaged or no TensorFlow graph"),
         ("inception_weights", tmp_path / "cut.pth", "cannot be read"),
         ("inception_weights", other, "is not this network"),
     ]
@@ -360,6 +363,24 @@ def test_samples_grouped_by_class_are_warned_of(tmp_path, caplog):
     assert not (tmp_path / "out" / "nearest.png").exists()
 
 
+def test_statistics_of_the_file_come_before_its_images(tmp_path):
+    """As in ADM's files: mu and sigma of the whole data set, and some of its images for precision and recall."""
+    rng = np.random.default_rng(1)
+    random_set(tmp_path / "samples.npz", 60)
+    images = rng.integers(0, 256, (40, 2, 2, 3), dtype=np.uint8)
+    whole = moments(rng.standard_normal((200, 8)))
+    np.savez(tmp_path / "reference.npz", mu=whole.mean, sigma=whole.covariance, arr_0=images)
+    reference = read_reference(tmp_path / "reference.npz", {"fid": 8, "sfid": 12}, "inception")
+    samples, accelerator = NpzImages(tmp_path / "samples.npz", "samples"), make_accelerator("no")
+    metrics = evaluate(samples, reference, Cheap(), tmp_path, accelerator)
+    found = extract(samples, Cheap(), accelerator, "samples")
+    assert metrics["fid"] == pytest.approx(frechet_distance(found.moments["pool"], whole))
+    assert metrics["sfid"] is None
+    assert metrics["precision"] is not None
+    assert metrics["labels"]["fid"] == "FID-60"
+    assert metrics["receipt"]["reference"]["count"] == 40
+
+
 def test_features_that_are_not_finite_are_refused(tmp_path):
     class Broken(Cheap):
         def __call__(self, images):
@@ -391,7 +412,7 @@ def test_the_nearest_images_are_shown(tmp_path):
     write(tmp_path / "samples.npz", arr_0=samples)
     images = ArrayImages(training, np.zeros(40), ["one"])
     settings = ClassifierSettings("digits", 1)
-    reference = Reference("data:digits", "0", {}, DataImages("data:digits", images, "train"))
+    reference = Reference("data:digits", "0", {}, DataImages("data:digits", images))
     found = {}
 
     def grid(pixels, columns, captions):

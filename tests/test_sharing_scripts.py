@@ -229,10 +229,9 @@ def test_a_complete_curve_is_left_alone_and_another_refused(curve, run_folder, c
         (["num_samples=1"], "num_samples=1: statistics need at least 2"),
         (["ckpt=nowhere"], "nowhere: no such folder"),
         (["sampler=adaptive"], "sampler=adaptive: chooses its own steps"),
-        (["reference=data:photos"], "features=digits reference=data:photos: the classifier and the reference must"),
-        (["reference=data:none"], "reference=data:none: give data:NAME, one of data:digits"),
+        (["reference=data:photos"], "features=digits reference=data:photos: the classifier is trained on"),
         (["features=inceptio"], "features=inceptio: no such choice; did you mean inception?"),
-        (["inception_weights=x.pth"], "inception_weights: has no effect with features=digits"),
+        (["inception_weights=x.pth"], "inception_weights=x.pth: has no effect with features=digits"),
         (["autoencoder=x"], "autoencoder=x: this model draws pixels"),
         (["num_stepz=4"], "num_stepz: no such setting; did you mean num_steps?"),
     ],
@@ -254,7 +253,7 @@ def test_a_reference_of_other_images_is_refused(tmp_path):
 
 def test_the_curve_reads_inception_features(tmp_path, monkeypatch, inception_weights):
     """The path of ImageNet; the distance itself takes minutes at 2048 features, so a short one stands for it."""
-    monkeypatch.setattr("ddt.metrics.distances.frechet_distance", lambda a, b: float(np.abs(a.mean - b.mean).sum()))
+    monkeypatch.setattr("ddt.metrics.scores.frechet_distance", lambda a, b: float(np.abs(a.mean - b.mean).sum()))
     pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "reference.npz", arr_0=pictures)
     folder, out = write_run(tmp_path / "run", channels=3), tmp_path / "curve"

@@ -7,14 +7,14 @@ import contextlib
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
 from ddt.errors import UserError, first_line, require
-from ddt.files import sha256
+from ddt.files import fsync, sha256
 
 UNREADABLE = (
     zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, TypeError, AttributeError, NotImplementedError,
@@ -45,6 +45,26 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
     return np.lib.format.read_array_header_2_0(file)
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray], images: Iterable[np.ndarray], shape: tuple[int, ...]) -> None:
+    """Write an npz of some arrays and, as `arr_0`, uint8 images of `shape` (n, H, W, C) that come batch by batch; whole
+    or not at all. No images, no `arr_0`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+        if shape[0] > 0:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for batch in images:
+                    file.write(np.ascontiguousarray(batch).data)
+    fsync(temporary)
+    temporary.replace(path)
 
 
 class NpzImages:

@@ -16,8 +16,8 @@ import numpy as np
 from ddt.errors import UserError, first_line, require
 from ddt.files import sha256
 from ddt.images import Images
-from ddt.metrics.features import Extractor, check_images
-from ddt.metrics.npz import NpzImages, names, readable
+from ddt.metrics.features import Extractor, FeatureSet, check_images
+from ddt.metrics.npz import NpzImages, names, readable, write_npz
 from ddt.metrics.sources import DataImages, ImageSource, open_images
 from ddt.metrics.statistics import Statistics
 
@@ -78,6 +78,7 @@ def read_made(path: Path) -> dict[str, Any]:
     try:
         made = json.loads(text)
         assert isinstance(made["features"], dict)
+        assert isinstance(made["count"], int)
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f"reference={path}: its {MADE} is damaged ({first_line(error)}); make it again") from error
     return made
@@ -134,8 +135,36 @@ def data_reference(name: str, train: Images, test: Images) -> Reference:
         f"reference={name}: has {len(train.labels):,} images; write their statistics once, by "
         "scripts/reference_statistics.py, and give that file",
     )
-    held_out = DataImages(name, test, "test") if len(test.labels) >= 2 else None
-    return Reference(name, train.fingerprint, {}, DataImages(name, train, "train"), held_out)
+    held_out = DataImages(name, test) if len(test.labels) >= 2 else None
+    return Reference(name, train.fingerprint, {}, DataImages(name, train), held_out)
+
+
+def choose(total: int, count: int | None) -> np.ndarray:
+    """Return which of `total` images stand for all: so many of them, chosen by a fixed seed, sorted; None is all."""
+    if count is None or count >= total:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(0).choice(total, count, replace=False))
+
+
+def write_reference(
+    path: Path, images: DataImages, kept: DataImages, features: FeatureSet, extractor: Extractor, made: dict[str, Any]
+) -> None:
+    """Write a reference file in ADM's format: statistics of `images` by their `features`, the pixels of those `kept`,
+    and how it was made.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for pair, space in zip(KEYS, extractor.distances.values(), strict=False):
+        arrays |= dict(zip(pair, (features.moments[space].mean, features.moments[space].covariance), strict=True))
+    receipt = {
+        **made,
+        "count": len(images),
+        "kept": len(kept),
+        "size": list(images.size),
+        "fingerprint": images.sha256,
+        "features": extractor.identity(),
+    }
+    arrays[MADE] = np.array(json.dumps(receipt))
+    write_npz(path, arrays, kept.batches(64), (len(kept), *kept.size, kept.channels))
 
 
 def check_reference(reference: Reference, extractor: Extractor) -> None:

@@ -3,7 +3,9 @@
 Shapes: n images, B batch, H W C.
 """
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +18,7 @@ from ddt.metrics.folder import FolderImages, image_files
 from ddt.metrics.npz import NpzImages
 
 SAMPLES = "samples.npz"
+NUM_THREADS = min(16, os.cpu_count() or 1)  # that decode pictures
 
 
 class ImageSource(Protocol):
@@ -47,31 +50,35 @@ class ImageSource(Protocol):
 
 
 class DataImages:
-    """The images of a data set; see `ImageSource`. name: `data:` and the data set's; split: which part of it."""
+    """The images of a data set, or those at `chosen` (m,); see `ImageSource`. name: `data:` and the data set's."""
 
     on_disk = True
 
-    def __init__(self, name: str, images: Images, split: str) -> None:
-        self.name, self.images, self.split = name, images, split
+    def __init__(self, name: str, images: Images, chosen: np.ndarray | None = None) -> None:
+        self.name, self.images = name, images
+        self.chosen = np.arange(len(images.labels)) if chosen is None else chosen
         self.size, self.channels = (images.image_size, images.image_size), images.channels
 
     def __len__(self) -> int:
-        return len(self.images.labels)
+        return len(self.chosen)
 
     @property
     def sha256(self) -> str:
-        """The fingerprint of the list of images."""
+        """The fingerprint of the list of images, not of a choice from it."""
         return self.images.fingerprint
 
     def labels(self) -> np.ndarray:
         """Return the class of each image, int64 (n,)."""
-        return self.images.labels
+        return self.images.labels[self.chosen]
 
     def batches(self, batch_size: int, rank: int = 0, num_processes: int = 1) -> Iterator[np.ndarray]:
         """Yield the batches of a process, uint8 (B, H, W, C)."""
-        for start in range(rank * batch_size, len(self), batch_size * num_processes):
-            chosen = np.arange(start, min(start + batch_size, len(self)))
-            yield np.ascontiguousarray(self.images.load(chosen).transpose(0, 2, 3, 1))
+        with ThreadPoolExecutor(max_workers=NUM_THREADS) as workers:
+            for start in range(rank * batch_size, len(self), batch_size * num_processes):
+                chosen = self.chosen[start : start + batch_size]
+                shares = np.array_split(chosen, min(len(chosen), NUM_THREADS))
+                images = np.concatenate(list(workers.map(self.images.load, shares)))
+                yield np.ascontiguousarray(images.transpose(0, 2, 3, 1))
 
 
 def open_images(path: Path, key: str) -> NpzImages | FolderImages:

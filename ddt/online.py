@@ -1,0 +1,136 @@
+"""Evaluation while a model trains: a few thousand samples of the averaged weights, measured as evaluate.py does.
+
+Shapes: n images, B batch, H W C pixels.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+from accelerate import Accelerator
+
+from ddt.autoencoder import Autoencoder
+from ddt.generation import Generator
+from ddt.image_set import ImageSet, image_set, write_numbers
+from ddt.metrics.comparability import labels, short
+from ddt.metrics.features import Extractor, extract
+from ddt.metrics.reference import Reference, check_reference
+from ddt.metrics.scores import Prepared, prepare, score
+from ddt.model import Denoiser
+from ddt.sampling import SamplerSettings
+
+log = logging.getLogger(__name__)
+
+
+class GeneratedImages:
+    """Images that are drawn as they are read; see `metrics.sources.ImageSource`.
+
+    Args:
+        generator: draws them. images: classes and seeds. size: (H, W). batch_size: images drawn at once.
+    """
+
+    on_disk = False  # drawing them is the network's work, as measuring them is
+    name = "the model's samples"
+
+    def __init__(
+        self, generator: Generator, images: ImageSet, channels: int, size: tuple[int, int], batch_size: int
+    ) -> None:
+        self.generator, self.images, self.batch_size = generator, images, batch_size
+        self.channels, self.size = channels, size
+
+    def __len__(self) -> int:
+        return len(self.images.seeds)
+
+    @property
+    def sha256(self) -> str:
+        """A hash of classes and seeds."""
+        numbers = write_numbers(self.images.classes), write_numbers(self.images.seeds)
+        return hashlib.sha256(repr(numbers).encode()).hexdigest()
+
+    def labels(self) -> np.ndarray:
+        """Return the class of each image, int64 (n,)."""
+        return np.array(self.images.classes)
+
+    def draw(self, start: int, stop: int) -> np.ndarray:
+        """Return some of the images, uint8 (B, H, W, C)."""
+        latents, _ = self.generator.latents(self.images.classes[start:stop], self.images.seeds[start:stop])
+        return self.generator.pixels(latents, None, None)
+
+    def batches(self, batch_size: int, rank: int = 0, num_processes: int = 1) -> Iterator[np.ndarray]:
+        """Yield the batches of a process, uint8 (B, H, W, C)."""
+        for start in range(rank * batch_size, len(self), batch_size * num_processes):
+            stop = min(start + batch_size, len(self))
+            cuts = [*range(start, stop, self.batch_size), stop]
+            yield np.concatenate([self.draw(a, b) for a, b in itertools.pairwise(cuts)])
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineEvaluation:
+    """What is measured while a model trains. Made on each process; all call it together.
+
+    num_samples: images of each evaluation, always the same classes and noise: classes in turns, seeds of
+    `num_samples=` of sample.py. batch_size: images drawn at once. dtype: arithmetic of the network.
+    """
+
+    extractor: Extractor
+    prepared: Prepared
+    autoencoder: Autoencoder
+    shape: tuple[int, int, int]
+    sampler: SamplerSettings
+    size: tuple[int, int]
+    num_samples: int
+    batch_size: int
+    dtype: str
+    accelerator: Accelerator
+
+    def __call__(self, model: Denoiser, step: int) -> dict[str, float]:
+        """Return the metrics of a network's samples, named after their number as in `fid_5k`, on the main process, and
+        nothing on the others. No random state is touched.
+        """
+        generator = Generator(
+            model, self.autoencoder, self.shape, self.sampler, self.sampler.schedule(),
+            "bf16" if self.dtype == "bf16" else "fp32", self.accelerator.device,
+        )  # fmt: skip
+        images = image_set(model.num_classes, self.num_samples)
+        source = GeneratedImages(generator, images, self.extractor.channels, self.size, self.batch_size)
+        with generator.exact():
+            features = extract(source, self.extractor, self.accelerator, f"step {step}: samples")
+        if features is None:
+            return {}
+        scores = score(features, source.labels(), self.prepared, self.extractor, "float16")
+        found = {
+            name: value
+            for name, value in scores.metrics.items()
+            if value is not None and not name.endswith(("_real", "_shuffled"))
+        }
+        names = labels(found, self.num_samples, self.prepared.reference, self.extractor)
+        shown = (f"{names[name]} {value:.4g}" for name, value in found.items())
+        log.info("step %d: %s", step, ", ".join(shown))
+        return {f"{name}_{short(self.num_samples).lower()}": value for name, value in found.items()}
+
+
+def online_evaluation(
+    reference: Reference,
+    extractor: Extractor,
+    autoencoder: Autoencoder,
+    shape: tuple[int, int, int],
+    size: tuple[int, int],
+    sampler: SamplerSettings,
+    num_samples: int,
+    batch_size: int,
+    dtype: str,
+    accelerator: Accelerator,
+) -> OnlineEvaluation:
+    """Measure the reference on all processes and return the evaluation. shape: (C, H, W) of a latent; size: (H, W) of
+    the images.
+
+    Raises UserError where the extractor does not suit the reference.
+    """
+    check_reference(reference, extractor)
+    prepared = prepare(reference, extractor, accelerator)
+    return OnlineEvaluation(
+        extractor, prepared, autoencoder, shape, sampler, size, num_samples, batch_size, dtype, accelerator
+    )
