@@ -24,7 +24,6 @@ from accelerate.utils import broadcast_object_list
 from omegaconf import DictConfig
 
 from ddt.checkpoint import WeightsName
-from ddt.config import build
 from ddt.errors import require
 from ddt.files import write_json
 from ddt.generation import Generator, circumstances, locked
@@ -35,12 +34,11 @@ from ddt.metrics.precision_recall import PrDtype
 from ddt.metrics.scores import prepare
 from ddt.search_points import Checkpoint, Interval, Point, Recompute
 from ddt.training import make_accelerator
-from evaluate import check_features
 from sample import stored_autoencoder
 from scripts.entry import CONF, arguments_for, checked, entry_point
 from scripts.search_report import draw, result_of, tables
 from scripts.search_settings import AXES, find_checkpoints, listed, request_of, search_points
-from scripts.study import begin, comparison
+from scripts.study import begin, comparison, features_of
 from scripts.unshared import Dtype
 
 log = logging.getLogger(__name__)
@@ -125,7 +123,7 @@ def main(cfg: DictConfig) -> None:
     values = arguments_for(check, config)
     check(**values)
     config.update(values)
-    check_features(build(config["features"]), config["reference"], config["inception_weights"])
+    features_of(config)
     checkpoints = find_checkpoints(config["ckpt"], config["weights"])
     points = search_points(config, checkpoints)
     require(

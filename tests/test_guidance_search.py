@@ -307,6 +307,11 @@ def test_a_wrong_search_is_one_line(run_folder, tmp_path, monkeypatch, changes, 
     assert not list(tmp_path.iterdir())
 
 
+def test_no_features_are_one_line(run_folder, tmp_path):
+    given = [word for word in arguments(run_folder, tmp_path / "out") if not word.startswith("features.")]
+    assert refusal(SEARCH, *given, "features=none").startswith("features=none: measures nothing")
+
+
 def test_checkpoints_that_cannot_be_searched_are_one_line(run_folder, tmp_path):
     out = tmp_path / "out"
     line = refusal(SEARCH, *arguments(write_run(tmp_path / "averaged", raw=False), out))
