@@ -70,6 +70,8 @@ class Search:
         main = self.accelerator.is_main_process
         missing = [n for n, job in enumerate(jobs) if not (job.folder / METRICS).is_file()] if main else None
         (missing,) = broadcast_object_list([missing])  # one process decides
+        for number in set(range(len(jobs))) - set(missing) if main and not self.keep_samples else ():
+            (jobs[number].folder / SAMPLES).unlink(missing_ok=True)  # measured, then killed before it was removed
         for done, number in enumerate(missing):
             job = jobs[number]
             metrics = self.measure(job)
@@ -80,8 +82,6 @@ class Search:
                     guidance_text(job.point.settings), job.folder, label, value, len(missing) - done - 1,
                 )  # fmt: skip
         found = [json.loads((job.folder / METRICS).read_text()) for job in jobs] if main else []
-        for job in jobs if main and not self.keep_samples else ():
-            (job.folder / SAMPLES).unlink(missing_ok=True)  # left by a kill between the two
         return broadcast_object_list([found])[0]
 
     def measure(self, job: Job) -> dict[str, Any] | None:
