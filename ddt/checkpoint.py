@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +28,7 @@ from ddt.model import DDT, Denoiser, DiT
 from ddt.version import __version__
 
 FORMAT_VERSION = 1
+WeightsName = Literal["ema", "model"]
 NETWORKS: dict[str, type[DDT] | type[DiT]] = {"ddt.model.DDT": DDT, "ddt.model.DiT": DiT}
 
 
@@ -160,16 +161,17 @@ def build_network(settings: dict[str, Any]) -> Denoiser:
     return NETWORKS[target](**arguments)
 
 
-def load_model(run_or_checkpoint: str | Path) -> Denoiser:
-    """Load one of this project's networks from a run or checkpoint: EMA weights, float32, on the CPU, in eval mode.
+def load_model(run_or_checkpoint: str | Path, weights: WeightsName = "ema") -> Denoiser:
+    """Load one of this project's networks from a run or checkpoint: float32, on the CPU, in eval mode.
 
-    Settings come from inside the checkpoint. Raises UserError for a path that is neither, and for damaged files.
+    weights: "ema" are the averaged ones, "model" the raw ones. Settings come from inside the checkpoint.
+    Raises UserError for a path that is neither, for weights that it lacks, and for damaged files.
     """
     folder = find_checkpoint(run_or_checkpoint)
     config = read_config(folder)
     with torch.device("meta"):
         model = build_network(config["network"])
-    model.load_state_dict(read_weights(folder, "ema"), strict=True, assign=True)
+    model.load_state_dict(read_weights(folder, weights), strict=True, assign=True)
     return model.eval().requires_grad_(True)
 
 

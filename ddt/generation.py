@@ -39,7 +39,7 @@ from ddt.model import Denoiser
 from ddt.parts import drawn, merge_parts, rows, sound_parts, write_part
 from ddt.pictures import image_grid, readable, write_png, write_pngs
 from ddt.sampling import SamplerSettings, sample
-from ddt.schedules import read_schedule
+from ddt.schedules import content_of
 from ddt.sharing import CACHE_BYTES
 from ddt.version import __version__
 
@@ -247,13 +247,11 @@ def sample_set(
     """
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
     rank, num_processes = accelerator.process_index, accelerator.num_processes
-    schedule = generator.settings.recompute
-    if isinstance(schedule, str) and schedule.endswith(".json"):  # what it holds counts, not what it is called
-        schedule = read_schedule(Path(schedule))["recompute_steps"]
+    settings = generator.settings
     request = {
         "checkpoint": checkpoint,
         "guide": guide,
-        "sampler": {**dataclasses.asdict(generator.settings), "recompute": schedule},
+        "sampler": {**dataclasses.asdict(settings), "recompute": content_of(settings.recompute)},
         "dtype": generator.dtype,
         "classes": write_numbers(images.classes),
         "seeds": write_numbers(images.seeds),

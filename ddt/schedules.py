@@ -112,3 +112,10 @@ def read_schedule(path: Path) -> dict[str, Any]:
     require(sound, f"recompute={path}: is no schedule file of this version; fit it again with fit_sharing_schedule.py")
     check_schedule(steps, len(grid) - 1)
     return content
+
+
+def content_of(recompute: str | Sequence[int] | None) -> str | Sequence[int] | None:
+    """Return a schedule as it is written, but for a file the steps in it: what it holds counts, not its name."""
+    if isinstance(recompute, str) and recompute.endswith(".json"):
+        return read_schedule(Path(recompute))["recompute_steps"]
+    return recompute

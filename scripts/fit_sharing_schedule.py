@@ -75,7 +75,7 @@ def fit(folder: Path, stored: dict[str, Any], settings: SamplerSettings, argumen
     log.info("%s, %s", out, out.with_suffix(".png"))
 
 
-@entry_point("fit_sharing_schedule", CONF / "sharing")
+@entry_point("fit_sharing_schedule", CONF / "study")
 def main(cfg: DictConfig) -> None:
     """Check, fit, write."""
     config = checked(cfg)

@@ -4,7 +4,6 @@ python scripts/sharing_curve.py ckpt=RUN features=digits reference=data:digits o
 """
 
 import dataclasses
-import json
 import logging
 import os
 import shlex
@@ -19,21 +18,17 @@ import torch
 from omegaconf import DictConfig
 
 from ddt import checkpoint as ckpt
-from ddt.autoencoder import Autoencoder
-from ddt.config import build
 from ddt.errors import require
 from ddt.files import sha256, write_json
 from ddt.generation import Generator, circumstances, locked
-from ddt.metrics.features import Extractor
-from ddt.metrics.reference import Reference, check_reference
 from ddt.metrics.scores import prepare
 from ddt.sharing_curve import KEPT, Curve
 from ddt.sharing_rules import check_rules, schedules_of
 from ddt.training import make_accelerator
-from evaluate import check_features, load_reference, reference_node
 from sample import stored_autoencoder
-from scripts.entry import CONF, arguments_for, checked, composing, entry_point
+from scripts.entry import CONF, arguments_for, checked, entry_point
 from scripts.sharing_report import draw, summarise, table
+from scripts.study import begin, comparison
 from scripts.unshared import Dtype, find_shareable, place, unshared_sampler
 
 log = logging.getLogger(__name__)
@@ -51,46 +46,6 @@ def check(
         require(value >= 1, f"{key}={value}: must be at least 1")
     require(num_samples >= 2, f"num_samples={num_samples}: statistics need at least 2")
     require(cache_gib >= 0, f"cache_gib={cache_gib}: must be at least 0 (0 keeps no modulations)")
-
-
-def comparison(
-    config: dict[str, Any], autoencoder: Autoencoder, shape: list[int], device: torch.device
-) -> tuple[Reference, Extractor]:
-    """Return reference and extractor, once it is known that they suit the model."""
-    settings, reference = build(config["features"]), config["reference"]
-    check_features(settings, reference, config["inception_weights"])
-    with composing(CONF):
-        node = reference_node(reference)
-    if node is not None:
-        train = build(node)(split="train")
-        found = autoencoder.latent_shape(train.channels, train.image_size)
-        require(
-            list(found) == list(shape),
-            f"reference={reference}: has latents of shape {list(found)}, the model draws {list(shape)}; give its own "
-            "data",
-        )
-    base, extractor = load_reference(reference, node, settings, device)
-    require(
-        autoencoder.latent_channels is not None or shape[0] == extractor.channels,
-        f"features={extractor.name}: reads images of {extractor.channels} channels, this model draws {shape[0]}; "
-        "choose other features",
-    )
-    check_reference(base, extractor)
-    return base, extractor
-
-
-def begin(out: Path, request: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the plan that an earlier call of the same command left in `out`, or None; refuse any other content."""
-    require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
-    if not out.exists() or not any(path.name != KEPT for path in out.iterdir()):
-        return None
-    try:
-        plan = json.loads((out / "plan.json").read_text())
-        same = plan["request"] == json.loads(json.dumps(request))
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    require(same, f"out={out}: holds another curve or other files and is not written over; choose another out=")
-    return plan
 
 
 def write(curve: Curve, rows: list[dict[str, Any]], plan: dict[str, Any], out: Path) -> None:
@@ -116,7 +71,7 @@ def measure(config: dict[str, Any], folder: Path, stored: dict[str, Any], settin
         "dtype": dtype,
         "device": circumstances(device)["device"],
     }
-    plan = begin(out, request)
+    plan = begin(out, request, "curve", KEPT)
     if (out / f"{RESULT}.json").exists():
         log.info("%s: complete, nothing to do", out / f"{RESULT}.json")
         return
@@ -140,7 +95,7 @@ def measure(config: dict[str, Any], folder: Path, stored: dict[str, Any], settin
         shutil.rmtree(out / KEPT)
 
 
-@entry_point("sharing_curve", CONF / "sharing")
+@entry_point("sharing_curve", CONF / "study")
 def main(cfg: DictConfig) -> None:
     """Check, measure."""
     config = checked(cfg)
