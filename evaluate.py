@@ -56,8 +56,12 @@ def reference_node(reference: str) -> dict[str, Any] | None:
     return checked(composed)["data"]
 
 
-def check_features(settings: FeatureSettings, reference: str, inception_weights: str | None) -> None:
-    """Raise UserError where features and reference do not belong together."""
+def features_of(config: dict[str, Any]) -> FeatureSettings:
+    """Return the settings of the features; raise UserError where they measure nothing, or do not suit the reference."""
+    settings: FeatureSettings | None = build(config["features"])
+    reference, weights = config["reference"], config["inception_weights"]
+    if settings is None:
+        raise UserError("features=none: measures nothing; choose another file of conf/features")
     if isinstance(settings, ClassifierSettings):
         require(
             reference == f"{DATA}{settings.data}",
@@ -65,9 +69,10 @@ def check_features(settings: FeatureSettings, reference: str, inception_weights:
             f"reference={DATA}{settings.data}",
         )
     require(
-        inception_weights is None or settings.name == "inception",
-        f"inception_weights={inception_weights}: has no effect with features={settings.name}; leave it out",
+        weights is None or settings.name == "inception",
+        f"inception_weights={weights}: has no effect with features={settings.name}; leave it out",
     )
+    return settings
 
 
 def load_reference(
@@ -90,7 +95,7 @@ def run(config: dict[str, Any], node: dict[str, Any] | None) -> None:
     """Load everything and measure, on each process."""
     accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))  # the metrics of one may take hours
     samples = open_images(Path(config["samples"]), "samples")
-    reference, extractor = load_reference(config["reference"], node, build(config["features"]), accelerator.device)
+    reference, extractor = load_reference(config["reference"], node, features_of(config), accelerator.device)
     folder = samples.path if samples.path.is_dir() else samples.path.parent
     out = Path(config["out"] or folder)
     metrics = evaluate(samples, reference, extractor, out, accelerator, config["pr_dtype"])
@@ -114,7 +119,7 @@ def main(cfg: DictConfig) -> None:
     """Compose, check, evaluate."""
     config = checked(cfg)
     config.update(arguments_for(evaluation, config))
-    check_features(build(config["features"]), config["reference"], config["inception_weights"])
+    features_of(config)
     launch(run, config["num_processes"], config, reference_node(config["reference"]))
 
 

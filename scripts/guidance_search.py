@@ -34,11 +34,12 @@ from ddt.metrics.precision_recall import PrDtype
 from ddt.metrics.scores import prepare
 from ddt.search_points import Checkpoint, Interval, Point, Recompute
 from ddt.training import make_accelerator
+from evaluate import features_of
 from sample import stored_autoencoder
 from scripts.entry import CONF, arguments_for, checked, entry_point
 from scripts.search_report import draw, result_of, tables
 from scripts.search_settings import AXES, find_checkpoints, listed, request_of, search_points
-from scripts.study import begin, comparison, features_of
+from scripts.study import begin, comparison
 from scripts.unshared import Dtype
 
 log = logging.getLogger(__name__)

@@ -78,6 +78,7 @@ def main(cfg: DictConfig) -> None:
     values = arguments_for(check, config)
     check(**values)
     name, features = HydraConfig.get().runtime.choices.data, build(config["features"])
+    require(features is not None, "features=none: measures nothing; choose inception or dinov2")
     require(
         not isinstance(features, ClassifierSettings),
         f"features={features.name}: a classifier is trained on the images themselves; give "

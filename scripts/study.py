@@ -9,19 +9,10 @@ import torch
 from ddt.autoencoder import Autoencoder
 from ddt.config import build
 from ddt.errors import require
-from ddt.metrics.features import Extractor, FeatureSettings
+from ddt.metrics.features import Extractor
 from ddt.metrics.reference import Reference, check_reference
-from evaluate import check_features, load_reference, reference_node
+from evaluate import features_of, load_reference, reference_node
 from scripts.entry import CONF, composing
-
-
-def features_of(config: dict[str, Any]) -> FeatureSettings:
-    """Return the settings of the features; raise UserError where they measure nothing or do not suit the reference."""
-    settings: FeatureSettings | None = build(config["features"])
-    require(settings is not None, "features=none: measures nothing; choose another file of conf/features")
-    assert settings is not None
-    check_features(settings, config["reference"], config["inception_weights"])
-    return settings
 
 
 def comparison(

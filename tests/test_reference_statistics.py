@@ -110,6 +110,7 @@ def test_some_images_of_another_split(place, arguments):
         (["num_kept=-1"], "num_kept=-1: must be at least 0"),
         (["split=val"], "split=val: "),
         (["features=digits"], "features=digits: a classifier is trained on the images themselves"),
+        (["features=none"], "features=none: measures nothing"),
         (["data.root=no_such"], "data.root=no_such: no such folder"),
         (["model=nano"], "model=nano: has no effect here"),
         (["num_processes=0"], "num_processes=0: must be at least 1"),
