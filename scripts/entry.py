@@ -27,7 +27,7 @@ from ddt.errors import UserError, os_error_line
 
 PATHS = (
     "ckpt", "out", "samples", "reference", "inception_weights", "released", "runs", "init_from", "autoencoder",
-    "guide", "recompute",
+    "guide", "recompute", "evaluator", "python", "graph",
     "features.weights",
     "data.root", "data.source_root", "autoencoder.source", "alignment.weights",
 )  # fmt: skip
