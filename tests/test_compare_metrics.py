@@ -144,7 +144,7 @@ def test_table_has_known_rows_first_and_a_dash_for_what_is_missing(compared):
 def test_small_data_sets_compare_too(compared):
     digits = {"fd_digits": 1.5, "class_accuracy": None, "nearest_train_distance": 0.25}
     text = compared(digits, {**digits, "class_accuracy": 0.5})
-    assert [row[0] for row in cells(text)] == ["", "nearest_train_distance", "fd_digits", "class_accuracy"]
+    assert [row[0] for row in cells(text)] == ["", "fd_digits", "nearest_train_distance", "class_accuracy"]
 
 
 def test_a_shared_label_stands_once_and_differing_ones_in_each_cell(compared):

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,10 @@ MISSING = object()
 LONG = 60  # characters of a value from which on a part of it is shown
 
 
-def in_order(names: Iterable[str]) -> list[str]:
-    """Return names of metrics in the order of the table, each once."""
-    return list(dict.fromkeys([*sorted(set(names) & set(FIRST_ROWS), key=FIRST_ROWS.index), *names]))
+def in_order(names: Collection[str]) -> list[str]:
+    """Return names of metrics in the order of the table, each once: distances, the other first rows, then all else."""
+    distances = [name for name in names if name.startswith("fd_") and not name.endswith("_real")]
+    return list(dict.fromkeys([*distances, *sorted(set(names) & set(FIRST_ROWS), key=FIRST_ROWS.index), *names]))
 
 
 def numbers_of(metrics: dict[str, Any]) -> dict[str, float | None]:
