@@ -29,8 +29,9 @@ GRAPH_SHA256 = (
 WEIGHTS_NAME = f"weights-inception-2015-12-05-{WEIGHTS_SHA256}.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_NAME}"
 WEIGHTS_ADVICE = (
-    f"give inception_weights=FILE, a copy of {WEIGHTS_URL} (pt_inception-2015-12-05-{WEIGHTS_SHA256}.pth is the same), "
-    "or ADM's classify_image_graph_def.pb"
+    f"give inception_weights=FILE, a copy of {WEIGHTS_URL} (SHA-256 {WEIGHTS_SHA256}…; "
+    f"pt_inception-2015-12-05-{WEIGHTS_SHA256}.pth is the same), or ADM's classify_image_graph_def.pb "
+    f"(SHA-256 {GRAPH_SHA256[:8]}…)"
 )
 RESIZE = "TensorFlow 1 bilinear to 299×299, no antialiasing"
 NUM_POOL, NUM_CLASSES = 2048, 1008
