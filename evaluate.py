@@ -19,6 +19,8 @@ from ddt.images import Images
 from ddt.launch import launch
 from ddt.metrics.classifier import ClassifierSettings
 from ddt.metrics.features import Extractor, FeatureSettings
+from ddt.metrics.folder import FolderImages
+from ddt.metrics.npz import NpzImages
 from ddt.metrics.precision_recall import PrDtype
 from ddt.metrics.reference import Reference, data_reference, read_reference
 from ddt.metrics.sources import open_images
@@ -56,10 +58,19 @@ def reference_node(reference: str) -> dict[str, Any] | None:
     return checked(composed)["data"]
 
 
+def check_weights(settings: FeatureSettings | None, inception_weights: str | None) -> None:
+    """Raise UserError for weights of Inception without Inception."""
+    name = "none" if settings is None else settings.name
+    require(
+        inception_weights is None or name == "inception",
+        f"inception_weights={inception_weights}: has no effect with features={name}; leave it out",
+    )
+
+
 def features_of(config: dict[str, Any]) -> FeatureSettings:
     """Return the settings of the features; raise UserError where they measure nothing, or do not suit the reference."""
     settings: FeatureSettings | None = build(config["features"])
-    reference, weights = config["reference"], config["inception_weights"]
+    reference = config["reference"]
     if settings is None:
         raise UserError("features=none: measures nothing; choose another file of conf/features")
     if isinstance(settings, ClassifierSettings):
@@ -68,10 +79,7 @@ def features_of(config: dict[str, Any]) -> FeatureSettings:
             f"features={settings.name} reference={reference}: the classifier is trained on this data set; give "
             f"reference={DATA}{settings.data}",
         )
-    require(
-        weights is None or settings.name == "inception",
-        f"inception_weights={weights}: has no effect with features={settings.name}; leave it out",
-    )
+    check_weights(settings, config["inception_weights"])
     return settings
 
 
@@ -91,13 +99,18 @@ def load_reference(
     return found, settings.extractor(device, train)
 
 
-def run(config: dict[str, Any], node: dict[str, Any] | None) -> None:
+def beside(samples: NpzImages | FolderImages) -> Path:
+    """Return the folder for the results of a set: that of its npz; a folder of pictures stays as it is."""
+    if isinstance(samples, FolderImages):
+        return samples.path.with_name(f"{samples.path.resolve().name}_evaluation")
+    return samples.path.parent
+
+
+def run(config: dict[str, Any], node: dict[str, Any] | None, samples: NpzImages | FolderImages) -> None:
     """Load everything and measure, on each process."""
     accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))  # the metrics of one may take hours
-    samples = open_images(Path(config["samples"]), "samples")
     reference, extractor = load_reference(config["reference"], node, features_of(config), accelerator.device)
-    folder = samples.path if samples.path.is_dir() else samples.path.parent
-    out = Path(config["out"] or folder)
+    out = Path(config["out"] or beside(samples))
     metrics = evaluate(samples, reference, extractor, out, accelerator, config["pr_dtype"])
     if metrics is not None:
         show(metrics)
@@ -120,7 +133,8 @@ def main(cfg: DictConfig) -> None:
     config = checked(cfg)
     config.update(arguments_for(evaluation, config))
     features_of(config)
-    launch(run, config["num_processes"], config, reference_node(config["reference"]))
+    node = reference_node(config["reference"])
+    launch(run, config["num_processes"], config, node, open_images(Path(config["samples"]), "samples"))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from scripts.entry import CONF, arguments_for, checked, entry_point
 
 log = logging.getLogger(__name__)
 SAMPLER_KEYS = [key for key in SamplerSettings.__dataclass_fields__ if key != "solver"]
+PUBLISHED = ("fid", "sfid", "inception_score", "precision", "recall")
 ADAPTIVE_IGNORES = ("last_step", "timeshift")
 
 
@@ -66,6 +67,8 @@ def settings_of(
         published is None or reference is not None,
         "reference: not set; give reference= ADM's npz of the data set, beside whose metrics published= is laid",
     )
+    unknown = [name for name in published or {} if name not in PUBLISHED]
+    require(not unknown, f"published: {', '.join(unknown)}: no such metric; choose from {', '.join(PUBLISHED)}")
     require(
         inception_weights is None or reference is not None,
         "inception_weights: has no effect without reference=; give both",
@@ -248,6 +251,10 @@ def main(cfg: DictConfig) -> None:
     require(
         arguments["reference"] is None or stored["latent_shape"][0] == 3 or "source" in stored["autoencoder"],
         f"reference: Inception reads RGB images, this model draws {stored['latent_shape'][0]} channel; use evaluate.py",
+    )
+    require(
+        arguments["reference"] is None or len(arguments["images"].seeds) >= 2,
+        "num_samples=1: statistics need at least 2 images; draw more, or leave reference= out",
     )
     launch(run, arguments["num_processes"], folder, stored, arguments)
     if arguments["reference"] is not None:

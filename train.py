@@ -27,7 +27,7 @@ from ddt.metrics.reference import data_reference
 from ddt.model import DDT, Denoiser
 from ddt.online import OnlineEvaluation, online_evaluation
 from ddt.training import train
-from evaluate import load_reference
+from evaluate import check_weights, load_reference
 from scripts.entry import checked, entry_point
 
 RUN_SETTINGS = ("name", "seed", "init_from", "reference", "inception_weights")
@@ -78,6 +78,7 @@ def check(config: dict[str, Any], run_dir: Path) -> None:
     data = HydraConfig.get().runtime.choices.data
     if settings is not None and (features is not None or config["features"]["_target_"] is None):
         attempt(check_evaluation, features, data, config["reference"], settings.eval_every)
+        attempt(check_weights, features, config["inception_weights"])
     if config["init_from"] and newest_checkpoint(run_dir) is None:  # a run that has begun does not need it any more
         attempt(find_source, str(config["init_from"]))
     recompute = config["sampler"].get("recompute")
@@ -164,8 +165,8 @@ def build_evaluation(
     trainer = build(config["trainer"])
     batch_size, _ = trainer.micro_batches(accelerator.num_processes)
     return online_evaluation(
-        base, extractor, autoencoder, shape, (images.image_size, images.image_size), build(config["sampler"]),
-        trainer.eval_samples, batch_size, trainer.mixed_precision, accelerator,
+        base, extractor, autoencoder, shape, build(config["sampler"]), trainer.eval_samples, batch_size,
+        trainer.mixed_precision, accelerator,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from ddt.errors import UserError, require
+from ddt.files import check_writable
 from ddt.metrics.comparability import labels, obstacles, order_matters, order_warning
 from ddt.metrics.features import Extractor, check_images, extract
 from ddt.metrics.precision_recall import PrDtype
@@ -50,7 +51,7 @@ def inputs_of(samples: ImageSource, reference: Reference, extractor: Extractor, 
         },
         "reference": reference.identity(),
         "features": {**extractor.identity(), "pr_dtype": pr_dtype},
-        **sampling_receipt(Path(samples.name)),
+        **sampling_receipt(Path(samples.name), len(samples)),
     }
 
 
@@ -62,7 +63,7 @@ def write_pairs(path: Path, samples: ImageSource, training: ImageSource, scores:
         return  # features compare images of two sizes, a grid does not hold them
     order = torch.argsort(scores.distances, stable=True)[:NUM_PAIRS].tolist()
     pairs = [pick(samples, order), pick(training, scores.nearest[order].tolist())]
-    captions = [f"{scores.distances[k].item():.3g}" for k in order] + ["training"] * len(order)
+    captions = [f"{scores.distances[k].item():.3g}" for k in order] + ["reference"] * len(order)
     write_png(path, image_grid(torch.from_numpy(np.concatenate(pairs)).permute(0, 3, 1, 2), len(order), captions))
 
 
@@ -93,6 +94,7 @@ def evaluate(
     if accelerator.is_main_process:
         inputs = inputs_of(samples, reference, extractor, pr_dtype)
         refuse_other_evaluation(out, inputs)
+        check_writable(out)
     prepared = prepared or prepare(reference, extractor, accelerator)
     features = extract(samples, extractor, accelerator, "samples")
     if features is None:
@@ -100,15 +102,17 @@ def evaluate(
     scores = score(features, classes, prepared, extractor, pr_dtype)
     metrics: dict[str, Any] = dict(scores.metrics)
     found = obstacles(metrics, len(samples), samples.size, reference, extractor, pr_dtype)
+    if inputs["samples"]["sha256"] == reference.sha256:
+        found.append("the samples are the reference itself")
     if order_matters(metrics):
         log.warning("warning: %s", order_warning(metrics))
     metrics |= {
-        "labels": labels(scores.metrics, len(samples), reference, extractor),
+        "labels": labels(scores.metrics, len(samples), reference, extractor, pr_dtype),
         "comparable": not found,
         "not_comparable_because": found,
         **({"reasons": scores.reasons} if scores.reasons else {}),
     }
-    write_metrics(out, metrics, inputs)
+    write_metrics(out, metrics, inputs, accelerator.device)
     if reference.images is not None:
         write_pairs(out / "nearest.png", samples, reference.images, scores)
     return metrics

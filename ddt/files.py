@@ -7,11 +7,23 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ddt.errors import require
+
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_writable(out: Path) -> None:
+    """Raise UserError unless a file or folder `out` can be made, before anything is measured for it."""
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    folder = parent if parent.is_dir() or parent == out else None
+    require(
+        folder is not None and os.access(folder, os.W_OK),
+        f"out={out}: cannot be written, {parent} is {'a file' if folder is None else 'read-only'}; choose another out=",
+    )
 
 
 def write_json(path: Path, values: Any) -> None:

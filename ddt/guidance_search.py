@@ -87,11 +87,16 @@ class Search:
     def measure(self, job: Job) -> dict[str, Any] | None:
         """Draw a set and measure it; return the metrics on the main process."""
         model = self.load(job.point)
-        sample_set(
-            self.make(model=model, settings=job.point.settings),
-            image_set(model.num_classes, job.num_samples, seed=job.seed),
-            self.batch_size, job.folder, self.receipt(job.point), self.accelerator,
-        )  # fmt: skip
+        try:
+            sample_set(
+                self.make(model=model, settings=job.point.settings),
+                image_set(model.num_classes, job.num_samples, seed=job.seed),
+                self.batch_size, job.folder, self.receipt(job.point), self.accelerator,
+            )  # fmt: skip
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"{job.point.label}: {error}; or leave this point out, with another out="
+            ) from error
         self.accelerator.wait_for_everyone()  # until the main process has written what all read
         metrics = evaluate(
             open_images(job.folder, "out"), self.reference, self.extractor, job.folder, self.accelerator,

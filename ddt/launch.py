@@ -4,12 +4,16 @@ import logging
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ddt.errors import UserError, os_error_line
+
+MAX_CPU_PROCESSES = 16  # whatever the number of cores
 
 
 def default_processes() -> int:
@@ -37,6 +41,7 @@ def _worker(
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    tqdm.set_lock(threading.RLock())  # its own would be a semaphore, which a process that is ended leaves behind
     try:
         function(*args)
     except (UserError, FloatingPointError, OSError) as error:
@@ -72,6 +77,9 @@ def launch(function: Callable[..., None], num_processes: int | None, *args: Any)
         function(*args)
         return
     gpus = torch.cuda.device_count()
+    most = max(MAX_CPU_PROCESSES, os.cpu_count() or 1)
+    if gpus == 0 and num_processes > most:
+        raise UserError(f"num_processes={num_processes}: choose at most {most} on this machine, which has no GPU")
     if 0 < gpus < num_processes:
         raise UserError(f"num_processes={num_processes}, but {gpus} GPUs are visible: choose at most {gpus}")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # the cause has been told

@@ -4,59 +4,55 @@ Shapes: n images, B batch, H W C pixels.
 """
 
 import dataclasses
-import hashlib
 import itertools
+import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 
 from ddt.autoencoder import Autoencoder
+from ddt.files import write_json
 from ddt.generation import Generator
-from ddt.image_set import ImageSet, image_set, write_numbers
+from ddt.image_set import ImageSet, image_set
 from ddt.metrics.comparability import labels, short
 from ddt.metrics.features import Extractor, extract
 from ddt.metrics.reference import Reference, check_reference
 from ddt.metrics.scores import Prepared, prepare, score
 from ddt.model import Denoiser
+from ddt.receipts import without_paths
 from ddt.sampling import SamplerSettings
 
 log = logging.getLogger(__name__)
 
 
 class GeneratedImages:
-    """Images that are drawn as they are read; see `metrics.sources.ImageSource`.
+    """Images that are drawn as they are read; see `metrics.sources.ImageBatches`.
 
     Args:
-        generator: draws them. images: classes and seeds. size: (H, W). batch_size: images drawn at once.
+        generator: draws them. images: classes and seeds. batch_size: images drawn at once.
+
+    `finite` tells whether all that this process has drawn were finite numbers.
     """
 
     on_disk = False  # drawing them is the network's work, as measuring them is
     name = "the model's samples"
 
-    def __init__(
-        self, generator: Generator, images: ImageSet, channels: int, size: tuple[int, int], batch_size: int
-    ) -> None:
+    def __init__(self, generator: Generator, images: ImageSet, batch_size: int) -> None:
         self.generator, self.images, self.batch_size = generator, images, batch_size
-        self.channels, self.size = channels, size
+        self.finite = torch.ones((), dtype=torch.bool, device=generator.device)
 
     def __len__(self) -> int:
         return len(self.images.seeds)
 
-    @property
-    def sha256(self) -> str:
-        """A hash of classes and seeds."""
-        numbers = write_numbers(self.images.classes), write_numbers(self.images.seeds)
-        return hashlib.sha256(repr(numbers).encode()).hexdigest()
-
-    def labels(self) -> np.ndarray:
-        """Return the class of each image, int64 (n,)."""
-        return np.array(self.images.classes)
-
     def draw(self, start: int, stop: int) -> np.ndarray:
         """Return some of the images, uint8 (B, H, W, C)."""
         latents, _ = self.generator.latents(self.images.classes[start:stop], self.images.seeds[start:stop])
+        self.finite &= latents.isfinite().all()
         return self.generator.pixels(latents, None, None)
 
     def batches(self, batch_size: int, rank: int = 0, num_processes: int = 1) -> Iterator[np.ndarray]:
@@ -80,7 +76,6 @@ class OnlineEvaluation:
     autoencoder: Autoencoder
     shape: tuple[int, int, int]
     sampler: SamplerSettings
-    size: tuple[int, int]
     num_samples: int
     batch_size: int
     dtype: str
@@ -95,21 +90,49 @@ class OnlineEvaluation:
             "bf16" if self.dtype == "bf16" else "fp32", self.accelerator.device,
         )  # fmt: skip
         images = image_set(model.num_classes, self.num_samples)
-        source = GeneratedImages(generator, images, self.extractor.channels, self.size, self.batch_size)
+        source = GeneratedImages(generator, images, self.batch_size)
+        share = -(-self.num_samples // self.accelerator.num_processes)  # small sets are drawn by all processes too
         with generator.exact():
-            features = extract(source, self.extractor, self.accelerator, f"step {step}: samples")
-        if features is None:
+            features = extract(
+                source, self.extractor, self.accelerator, f"step {step}: samples", min(self.extractor.batch_size, share)
+            )
+        broken = self.accelerator.reduce((~source.finite).float(), reduction="sum").item() > 0
+        if broken and self.accelerator.is_main_process:
+            log.warning("warning: step %d: samples are not finite numbers, so there is nothing to measure", step)
+        if features is None or broken:
             return {}
-        scores = score(features, source.labels(), self.prepared, self.extractor, "float16")
+        scores = score(features, np.array(images.classes), self.prepared, self.extractor, "float16")
         found = {
             name: value
             for name, value in scores.metrics.items()
             if value is not None and not name.endswith(("_real", "_shuffled"))
         }
-        names = labels(found, self.num_samples, self.prepared.reference, self.extractor)
+        names = labels(found, self.num_samples, self.prepared.reference, self.extractor, "float16")
         shown = (f"{names[name]} {value:.4g}" for name, value in found.items())
         log.info("step %d: %s", step, ", ".join(shown))
         return {f"{name}_{short(self.num_samples).lower()}": value for name, value in found.items()}
+
+    def receipt(self) -> dict[str, Any]:
+        """Return what the numbers of a run are of."""
+        return {
+            "reference": self.prepared.reference.identity(),
+            "features": self.extractor.identity(),
+            "sampler": dataclasses.asdict(self.sampler),
+            "num_samples": self.num_samples,
+            "dtype": self.dtype,
+        }
+
+    def keep_receipt(self, path: Path) -> None:
+        """Write the receipt beside the numbers, and warn where those of an earlier call were of something else."""
+        now = json.loads(json.dumps(without_paths(self.receipt())))
+        before = json.loads(path.read_text()) if path.is_file() else now
+        if before != now:
+            changed = [key for key in now if before.get(key) != now[key]]
+            log.warning(
+                "warning: %s: the evaluation changed in %s: its numbers do not compare with those logged before",
+                path.parent, ", ".join(changed),
+            )  # fmt: skip
+        write_json(path, now)
 
 
 def online_evaluation(
@@ -117,20 +140,18 @@ def online_evaluation(
     extractor: Extractor,
     autoencoder: Autoencoder,
     shape: tuple[int, int, int],
-    size: tuple[int, int],
     sampler: SamplerSettings,
     num_samples: int,
     batch_size: int,
     dtype: str,
     accelerator: Accelerator,
 ) -> OnlineEvaluation:
-    """Measure the reference on all processes and return the evaluation. shape: (C, H, W) of a latent; size: (H, W) of
-    the images.
+    """Measure the reference on all processes and return the evaluation. shape: (C, H, W) of a latent.
 
     Raises UserError where the extractor does not suit the reference.
     """
     check_reference(reference, extractor)
     prepared = prepare(reference, extractor, accelerator)
     return OnlineEvaluation(
-        extractor, prepared, autoencoder, shape, sampler, size, num_samples, batch_size, dtype, accelerator
+        extractor, prepared, autoencoder, shape, sampler, num_samples, batch_size, dtype, accelerator
     )

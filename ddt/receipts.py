@@ -8,6 +8,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ddt.errors import UserError, require
 from ddt.files import write_json
 from ddt.version import __version__
@@ -40,7 +42,7 @@ def refuse_other_evaluation(out: Path, inputs: dict[str, Any]) -> None:
     require(same, f"{path}: belongs to another evaluation and is not written over; choose another out=")
 
 
-def write_metrics(out: Path, metrics: dict[str, Any], inputs: dict[str, Any]) -> None:
+def write_metrics(out: Path, metrics: dict[str, Any], inputs: dict[str, Any], device: torch.device) -> None:
     """Add the receipt to the metrics and write them as `metrics.json` into `out`."""
     metrics["receipt"] = {
         **inputs,
@@ -49,6 +51,7 @@ def write_metrics(out: Path, metrics: dict[str, Any], inputs: dict[str, Any]) ->
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "torch-fidelity", "timm")},
         },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -65,14 +68,20 @@ def shortened(values: Any) -> Any:
     return values
 
 
-def sampling_receipt(samples: Path) -> dict[str, Any]:
-    """Return `{"sampling": …}`, the receipt that sample.py wrote beside its samples.npz, or nothing where there is
-    none.
+def sampling_receipt(samples: Path, count: int) -> dict[str, Any]:
+    """Return `{"sampling": …}`, the receipt that sample.py wrote beside its samples.npz of `count` images, or nothing
+    where there is none. Raises UserError for a damaged one, and for that of another set.
     """
     path = samples.with_name("receipt.json")
     if samples.name != "samples.npz" or not path.is_file():
         return {}
     try:
-        return {"sampling": shortened(json.loads(path.read_text()))}
-    except ValueError as error:
+        receipt = json.loads(path.read_text())
+        number = receipt.get("samples", count)
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); sample again, or move the file away") from error
+    require(
+        number == count,
+        f"{path}: is the receipt of {number} images, but {samples} holds {count}; move the file away",
+    )
+    return {"sampling": shortened(receipt)}

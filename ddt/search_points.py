@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddt.checkpoint import WeightsName
+from ddt.errors import require
 from ddt.sampling import SamplerSettings
 
 Interval = tuple[float, float] | None
@@ -98,5 +99,9 @@ def points_of(axes: Axes, settings_of: Callable[[Checkpoint, dict[str, Any]], Sa
             if settings.cfg_scale == 1:
                 settings = dataclasses.replace(settings, cfg_interval=None)
             label = label_of(axes, checkpoint, weights, schedule, settings)
-            found.setdefault(label, Point(label, checkpoint, weights, settings))
+            point = found.setdefault(label, Point(label, checkpoint, weights, settings))
+            require(
+                point.settings == settings or settings.cfg_scale == 1,
+                f"{label}: two points of this name differ in digits that it does not show; choose rounder numbers",
+            )
     return list(found.values())

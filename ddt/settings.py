@@ -42,7 +42,10 @@ class TrainerSettings:
             require(getattr(self, key) >= 1, f"trainer.{key}={getattr(self, key)}: must be at least 1")
         for key in ("warmup_steps", "save_every", "validate_every", "preview_every", "num_workers", "eval_every"):
             require(getattr(self, key) >= 0, f"trainer.{key}={getattr(self, key)}: must be at least 0")
-        require(self.eval_samples >= 2, f"trainer.eval_samples={self.eval_samples}: statistics need at least 2")
+        require(
+            2 <= self.eval_samples <= 1_000_000,
+            f"trainer.eval_samples={self.eval_samples}: must lie in 2..1000000; statistics need at least 2",
+        )
         for key in ("micro_batch_size", "num_processes"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"trainer.{key}={value}: must be at least 1, or null")

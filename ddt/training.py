@@ -169,6 +169,8 @@ def train(
         )
         run_dir.mkdir(parents=True, exist_ok=True)
         write_json(run_dir / "config.json", {**config["run"], "num_processes": num_processes})
+        if evaluation is not None:
+            evaluation.keep_receipt(run_dir / "evaluation.json")
         tracker = make_tracker(run_dir=run_dir, step=step, config=config["run"])
     align_until: float = 0  # step from which on the alignment is left out
     if alignment is not None:

@@ -8,6 +8,7 @@ cfg_interval=[null,[0.3,1]] [weights=[ema,model]] [recompute=[null,uniform:5]] [
 import contextlib
 import datetime
 import functools
+import json
 import logging
 import os
 import shlex
@@ -32,6 +33,7 @@ from ddt.image_set import SEED_STRIDE
 from ddt.launch import launch
 from ddt.metrics.precision_recall import PrDtype
 from ddt.metrics.scores import prepare
+from ddt.receipts import without_paths
 from ddt.search_points import Checkpoint, Interval, Point, Recompute
 from ddt.training import make_accelerator
 from evaluate import features_of
@@ -73,11 +75,12 @@ def check(
 def run(config: dict[str, Any], checkpoints: list[Checkpoint], points: list[Point]) -> None:
     """Find everything, refuse what does not fit, then draw both stages, on each process."""
     accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))  # one GPU may be hours behind another
+    plan: dict[str, Any] | None = None
     device, main, out = accelerator.device, accelerator.is_main_process, Path(config["out"])
     dtype: Dtype = config["dtype"] or ("bf16" if device.type == "cuda" else "fp32")
     request = request_of(config, checkpoints, dtype, circumstances(device)["device"])
     if main:
-        begin(out, request, "search", WORK)
+        plan = begin(out, request, "search", WORK)
     (complete,) = broadcast_object_list([(out / f"{RESULT}.json").exists()])  # as the main process sees it
     if complete:
         log.info("%s: complete, nothing to do", out / f"{RESULT}.json")
@@ -92,7 +95,14 @@ def run(config: dict[str, Any], checkpoints: list[Checkpoint], points: list[Poin
     )  # fmt: skip
     with locked(out / WORK) if main else contextlib.nullcontext():
         if main:
-            write_json(out / "plan.json", {"request": request})
+            inputs = {"reference": reference.identity(), "features": extractor.identity()}
+            inputs = json.loads(json.dumps(without_paths(inputs)))
+            require(
+                plan is None or plan["inputs"] == inputs,
+                f"out={out}: its points were measured with another content of reference, features or weights; choose "
+                "another out=",
+            )
+            write_json(out / "plan.json", {"request": request, "inputs": inputs})
         search = Search(
             make, autoencoder.fingerprint, reference, extractor, prepare(reference, extractor, accelerator),
             config["pr_dtype"], metric, config["batch_size"], config["keep_samples"], accelerator,

@@ -17,7 +17,8 @@ from omegaconf import DictConfig
 
 from ddt.config import build
 from ddt.errors import require
-from ddt.images import FileImages
+from ddt.files import check_writable
+from ddt.images import FileImages, Images
 from ddt.latent_cache import LatentCache
 from ddt.launch import launch
 from ddt.metrics.classifier import ClassifierSettings
@@ -26,6 +27,7 @@ from ddt.metrics.reference import choose, write_reference
 from ddt.metrics.sources import DataImages
 from ddt.training import make_accelerator
 from ddt.version import __version__
+from evaluate import check_weights
 from scripts.entry import arguments_for, checked, entry_point, only_settings
 
 log = logging.getLogger(__name__)
@@ -38,8 +40,16 @@ def check(
     """Refuse settings that cannot be."""
     require(Path(out).suffix == ".npz", f"out={out}: give an .npz file")
     require(not Path(out).exists(), f"out={out}: exists and is not written over; choose another out=, or remove it")
+    check_writable(Path(out))
     require(num_images is None or num_images >= 2, f"num_images={num_images}: statistics need at least 2")
     require(num_kept >= 0, f"num_kept={num_kept}: must be at least 0")
+
+
+def transform_of(images: Images) -> str:
+    """Return what was done to the pictures of a data set."""
+    if isinstance(images, LatentCache):
+        return "as stored in the latent cache"
+    return CROP if isinstance(images, FileImages) else "none"
 
 
 def run(config: dict[str, Any], name: str, command: str) -> None:
@@ -61,7 +71,8 @@ def run(config: dict[str, Any], name: str, command: str) -> None:
     made = {
         "data": {key: value for key, value in config["data"].items() if key != "_partial_"},
         "split": config["split"],
-        "transform": CROP if isinstance(images, FileImages) else "none",
+        "total": total,
+        "transform": transform_of(images),
         "command": command,
         "versions": {"ddt": __version__},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -84,6 +95,7 @@ def main(cfg: DictConfig) -> None:
         f"features={features.name}: a classifier is trained on the images themselves; give "
         f"reference=data:{features.name} to evaluate.py, which needs no file",
     )
+    check_weights(features, config["inception_weights"])
     launch(run, values["num_processes"], {**config, **values}, name, shlex.join(["python", *sys.argv]))
 
 

@@ -135,7 +135,8 @@ def draw(result: Row, path: Path) -> None:
     size = (1.6 + columns * (1.2 + 0.85 * len(scales)), 1.0 + lines * (1.0 + 0.6 * len(intervals)))
     figure, grid = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     distances = [row["metrics"][metric] for row in points]
-    norm = LogNorm(min(distances), max(distances) if max(distances) > min(distances) else 1.01 * max(distances))
+    low = max(min(distances), 1e-9)  # a logarithm has no 0
+    norm = LogNorm(low, max(max(distances), 1.01 * low))
     for axes, combination in zip(grid.flat, combinations, strict=False):
         chosen = dict(zip(varied, combination, strict=True))
         own = [row for row in points if all(row[axis] == value for axis, value in chosen.items())]

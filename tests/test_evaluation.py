@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import zipfile
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, picture, refusal, succeed
+from PIL import Image
 
 from ddt.errors import UserError
 from ddt.evaluation import evaluate
@@ -126,6 +128,40 @@ def test_memorised_samples_are_seen(tmp_path):
     assert metrics["reasons"] == {"class_accuracy": "the samples carry no classes (arr_1)"}
 
 
+def test_what_does_not_fit_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("ddt.metrics.classifier.trained", None)
+    write(tmp_path / "colour.npz", arr_0=np.zeros((3, 8, 8, 3), dtype=np.uint8))
+    (tmp_path / "file").write_text("")
+    for name, message in (("colour", "images of 3 channels"), ("grey", "arr_1 holds classes outside")):
+        write(tmp_path / "grey.npz", arr_0=np.zeros((3, 8, 8, 1), dtype=np.uint8), arr_1=np.array([0, 1, 10]))
+        with pytest.raises(UserError, match=message):
+            of_digits(tmp_path / f"{name}.npz", tmp_path)
+
+
+def test_threads_do_not_change_the_classifier():
+    train = Digits("train")
+    hashes = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        hashes.append(ClassifierSettings("digits", 1).extractor(CPU, train).identity()["weights"]["tensors_sha256"])
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(1)
+    assert hashes[0] == hashes[1]
+
+
+def test_a_folder_of_pictures_stays_as_it_is(tmp_path):
+    """What is written about it lies beside it, so that it can be evaluated again."""
+    (tmp_path / "pictures").mkdir()
+    for k, image in enumerate(Digits("test").images[:12, 0]):
+        Image.fromarray(image).save(tmp_path / "pictures" / f"{k:02d}.png")
+    arguments = [f"samples={tmp_path / 'pictures'}", "reference=data:digits", "features=digits", "features.epochs=1"]
+    succeed("evaluate", *arguments)
+    succeed("evaluate", *arguments)
+    assert len(list((tmp_path / "pictures").iterdir())) == 12
+    found = {path.name for path in (tmp_path / "pictures_evaluation").iterdir()}
+    assert found == {"metrics.json", "nearest.png"}
+
+
 def test_unusable_samples_are_named(tmp_path):
     images = np.zeros((3, 8, 8, 1), dtype=np.uint8)
     (tmp_path / "text.npz").write_text("no archive")
@@ -150,6 +186,18 @@ def test_unusable_samples_are_named(tmp_path):
             open_images(tmp_path / name, "samples").labels()
     with pytest.raises(UserError, match=r"run: holds no complete checkpoint"):
         open_images(tmp_path / "run", "samples")
+    picture(0).save(tmp_path / "one.png")
+    with pytest.raises(UserError, match=r"one.png: is a single picture; give the folder"):
+        open_images(tmp_path / "one.png", "samples")
+    with zipfile.ZipFile(tmp_path / "member.npz", "w") as archive:
+        archive.writestr("arr_0", b"x")
+    with pytest.raises(UserError, match=r"member.npz: damaged or no npz file"):
+        open_images(tmp_path / "member.npz", "samples")
+    with zipfile.ZipFile(tmp_path / "long.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"shape": (2, 8, 8, 1), "fortran_order": False, "descr": "|u1"})
+        file.write(bytes(3 * 64))
+    with pytest.raises(UserError, match=r"long.npz: damaged.*goes on after its last image"):
+        list(open_images(tmp_path / "long.npz", "samples").batches(2))
 
 
 def test_samples_of_another_kind_and_another_evaluation_are_refused(evaluated, tmp_path):
@@ -180,7 +228,9 @@ def test_samples_of_another_kind_and_another_evaluation_are_refused(evaluated, t
             ["samples=x", "reference=data:digits", "features=digits", "inception_weights=z"],
             "inception_weights=z: has no effect with features=digits",
         ),
-        (["samples=x", "reference=y", "num_processes=0"], "num_processes=0: must be at least 1"),
+        (["samples=SAMPLES", "reference=y", "num_processes=0"], "num_processes=0: must be at least 1"),
+        (["samples=SAMPLES", "reference=y", "num_processes=1000000000"], "num_processes=1000000000: choose at most "),
+        (["samples=SAMPLES", "reference=y", "features.batch_size=99999999999999999999"], "features.batch_size=9"),
         (["samples=x", "reference=y", "pr_dtype=float64"], "pr_dtype=float64: input should be 'float16' or 'float32'"),
         (["samples=x", "reference=y", "features.batch_size=0"], "features.batch_size=0: "),
         (["samples=x", "reference=y", "features=none"], "features=none: measures nothing"),
@@ -201,7 +251,9 @@ def test_samples_of_another_kind_and_another_evaluation_are_refused(evaluated, t
         (["samples=x", "features=digits"], "reference: not set; give reference=…"),
     ],
 )
-def test_wrong_input_is_one_line(arguments, message):
+def test_wrong_input_is_one_line(arguments, message, tmp_path):
+    samples = write(tmp_path / "x.npz", arr_0=np.zeros((3, 8, 8, 3), dtype=np.uint8))
+    arguments = [argument.replace("SAMPLES", str(samples)) for argument in arguments]
     (line,) = refusal("evaluate", *arguments).splitlines()
     assert line.startswith(message)
 
@@ -279,6 +331,8 @@ def test_another_evaluation_is_not_written_over(inception_run):
     assert "belongs to another evaluation" in line
     (line,) = refusal("evaluate", *arguments, f"out={folder / 'samples.npz'}").splitlines()
     assert line.endswith("is a file; give a folder")
+    (line,) = refusal("evaluate", *arguments, f"out={folder / 'samples.npz' / 'below'}").splitlines()
+    assert line.startswith(f"out={folder / 'samples.npz' / 'below'}: cannot be written")
     assert json.loads((folder / "metrics.json").read_text()) == metrics
 
 
@@ -321,6 +375,9 @@ def test_inputs_that_inception_cannot_use_are_one_line(tmp_path, inception_weigh
     (tmp_path / "receipt.json").write_text("{")
     line = refusal("evaluate", *(f"{k}={v}" for k, v in (defaults | {"samples": tmp_path}).items()))
     assert line.startswith(f"{tmp_path / 'receipt.json'}: damaged")
+    (tmp_path / "receipt.json").write_text('{"samples": 8}')
+    line = refusal("evaluate", *(f"{k}={v}" for k, v in (defaults | {"samples": tmp_path}).items()))
+    assert line.startswith(f"{tmp_path / 'receipt.json'}: is the receipt of 8 images, but ")
     assert not (tmp_path / "out").exists()
 
 
@@ -380,6 +437,30 @@ def test_statistics_of_the_file_come_before_its_images(tmp_path):
     assert metrics["precision"] is not None
     assert metrics["labels"]["fid"] == "FID-60"
     assert metrics["receipt"]["reference"]["count"] == 40
+
+
+def test_the_reference_itself_is_no_result(tmp_path):
+    random_set(tmp_path / "samples.npz", 60)
+    reference = read_reference(tmp_path / "samples.npz", {"fid": 8, "sfid": 12}, "inception")
+    samples = NpzImages(tmp_path / "samples.npz", "samples")
+    metrics = evaluate(samples, reference, Cheap(), tmp_path, make_accelerator("no"))
+    assert (metrics["precision"], metrics["recall"], metrics["authenticity"]) == (1, 1, 0)
+    assert metrics["fid"] == pytest.approx(0, abs=1e-6)
+    assert "the samples are the reference itself" in metrics["not_comparable_because"]
+
+
+def test_precision_of_a_large_data_set_is_of_some_of_its_images():
+    def of(images):
+        return Reference("data:x", "0", {}, images)
+
+    class Many:
+        image_size, channels, labels, fingerprint = 8, 1, np.zeros(25_000), "0"
+
+    chosen = of(DataImages("data:x", Many())).balls(25_000)
+    assert (len(chosen), chosen[0], chosen[-1]) == (10_000, 0, 24_997)
+    assert len(set(chosen)) == 10_000
+    assert of(DataImages("data:x", Many())).identity()["precision_recall_count"] == 10_000
+    assert len(of(None).balls(25_000)) == 25_000  # of a file, as ADM's evaluator
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path):

@@ -277,7 +277,7 @@ def test_reference_files(tmp_path):
     assert pictures.identity()["statistics"] == "computed from its images"
     folder = image_file(tmp_path / "samples.npz", arr_0=images).parent
     assert len(read_reference(folder, {"fid": NUM_POOL}, "inception").images) == 3
-    receipt = {"features": {"name": "dinov2"}, "count": 3}
+    receipt = {"features": {"name": "dinov2"}, "count": 3, "total": 3}
     covariance[3, 3] = np.nan
     wrong = {
         "holds mu alone": dict(mu=mean),
@@ -286,6 +286,9 @@ def test_reference_files(tmp_path):
         r"mu must be .* \(2048,\), found float32 \(5,\)": dict(mu=mean[:5], sigma=covariance),
         r"sigma must be .*, found float32 \(2048,\)": dict(mu=mean, sigma=mean),
         "sigma is not finite": dict(mu=mean, sigma=covariance),
+        "sigma is no covariance": dict(mu=mean, sigma=-np.eye(NUM_POOL)),
+        "sigma is no covariance .not symmetric": dict(mu=mean, sigma=np.triu(np.ones((NUM_POOL, NUM_POOL)))),
+        "holds mu_s and sigma_s without mu": dict(**spatial, arr_0=images),
         "holds one image": dict(arr_0=images[:1]),
         "arr_0 must be uint8 images": dict(arr_0=images.astype(float)),
         "was made with features=dinov2": dict(mu=mean, sigma=covariance, receipt=np.array(json.dumps(receipt))),
@@ -391,6 +394,7 @@ def test_obstacles_to_a_comparison(tmp_path):
     statistics = Statistics(np.zeros(1), np.zeros((1, 1)))
     images = NpzImages(image_file(tmp_path / "x.npz", arr_0=np.zeros((3, 8, 8, 3), dtype=np.uint8)), "reference")
     adm = reference([statistics, statistics], images)
+    images.shape = (10_000, *images.shape[1:])
     scores = {"inception_score": 300.0, "inception_score_shuffled": 301.0}
     extractor = Six()
     assert obstacles(scores, 50_000, (8, 8), adm, extractor, "float16") == []
@@ -400,11 +404,20 @@ def test_obstacles_to_a_comparison(tmp_path):
     without = {"inception_score": None, "inception_score_shuffled": None}
     assert len(obstacles(without, 10_000, (8, 8), adm, extractor, "float16")) == 1
     extractor.weights = "0123"
-    made = reference([statistics], made={"features": {"name": "inception"}, "count": 5, "split": "test"})
+    receipt = {"features": {"name": "inception"}, "count": 5, "total": 9, "split": "test", "size": [4, 4]}
+    made = reference([statistics], made=receipt)
     lines = obstacles(scores, 6, (8, 8), made, extractor, "float16")
-    for part in ("validation images", "no more images than features", "6 samples instead of 50,000", "no more samples"):
+    for part in (
+        "validation images", "no more images than features", "6 samples instead of 50,000", "no more samples",
+        "of a set of 9 images, not of ImageNet's 1,281,167", "made of 5 of 9 images", "images are of 4×4 pixels",
+    ):  # fmt: skip
         assert any(part in line for line in lines), part
     lines = obstacles(scores, 50_000, (16, 16), reference(images=images), extractor, "float32")
+    (line,) = obstacles(scores, 50_000, (8, 8), reference([statistics, statistics]), Six(), "float16")
+    assert "does not say of what images its mu and sigma are" in line
+    images.shape = (50, *images.shape[1:])
+    (line,) = obstacles(scores, 50_000, (8, 8), adm, Six(), "float16")
+    assert "precision and recall of 50 reference images instead of 10,000" in line
     for part in ("no mu and sigma", "reference's images are of 8×8 pixels, the samples of 16×16", "weights", "float32"):
         assert any(part in line for line in lines), part
     extractor.own_classes = True
@@ -417,8 +430,8 @@ def test_labels_say_what_a_number_is_of(tmp_path):
     images = NpzImages(image_file(tmp_path / "x.npz", arr_0=np.zeros((30, 8, 8, 3), dtype=np.uint8)), "reference")
     metrics = {"fid": 1.0, "sfid": 1.0, "precision": 0.5, "nearest_train_distance_real": 1.0}
 
-    def of(count, **arguments):
-        return labels(metrics, count, reference(**arguments), Six())
+    def of(count, pr_dtype="float16", **arguments):
+        return labels(metrics, count, reference(**arguments), Six(), pr_dtype)
 
     assert of(50_000, statistics=[statistics]) == {
         "fid": "FID-50K",
@@ -431,8 +444,14 @@ def test_labels_say_what_a_number_is_of(tmp_path):
     assert of(50_000, images=images)["fid"] == "FID-50K (of 30 reference images)"
     assert of(6, statistics=[statistics])["fid"] == "FID-6 (singular covariance)"
     assert of(6, statistics=[statistics])["sfid"] == "sFID-6"  # of four dimensions
-    made = {"features": {"name": "inception"}, "count": 5000, "split": "test"}
+    made = {"features": {"name": "inception"}, "count": 5000, "total": 5000, "split": "test"}
     assert of(50_000, statistics=[statistics], made=made)["fid"] == "FID-50K (validation images)"
+    assert of(50_000, statistics=[statistics], made=made)["precision"] == "precision of 50K samples (validation images)"
+    part = made | {"split": "train", "total": 9000}
+    assert of(50_000, statistics=[statistics], made=part)["fid"] == "FID-50K (of 5,000 reference images)"
+    few = of(1500, "float32", statistics=[statistics], images=images)
+    assert few["precision"] == "precision of 1500 samples (of 30 reference images, float32)"
+    assert few["fid"] == "FID-1500"
 
 
 def test_weights_without_a_network(tmp_path, monkeypatch):

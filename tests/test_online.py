@@ -69,7 +69,7 @@ def test_numbers_are_those_of_the_commands(runs, tmp_path):
 
 
 def test_processes_do_not_change_a_number(runs, monkeypatch):
-    """The last batch of a step is short, and one process has none."""
+    """Each of two draws half of the samples."""
     monkeypatch.chdir(runs.parent)
     arguments = [*SHORT, *WATCHED, "name=two", "trainer.max_steps=2", "trainer.num_processes=2"]
     succeed("train", *arguments, "trainer.micro_batch_size=4")
@@ -81,15 +81,41 @@ def test_processes_do_not_change_a_number(runs, monkeypatch):
         assert ours[name] == pytest.approx(theirs[name], rel=2e-3), name
 
 
-def test_no_random_state_is_touched():
-    """Those of torch, numpy and Python, and the flags that choose kernels, are as before."""
+def test_a_changed_evaluation_is_said(runs, monkeypatch, caplog):
+    """Numbers of two kinds in one record would look like one curve."""
+    monkeypatch.chdir(runs.parent)
+    arguments = [*SHORT, *WATCHED, "name=changed", "trainer.lr_schedule=constant"]
+    succeed("train", *arguments, "trainer.max_steps=3")
+    receipt = json.loads((runs / "changed" / "evaluation.json").read_text())
+    assert receipt["features"]["epochs"] == 1
+    assert receipt["num_samples"] == 70
+    succeed("train", *arguments, "trainer.max_steps=4")
+    assert "the evaluation changed" not in caplog.text
+    succeed("train", *arguments, "features.epochs=2", "trainer.max_steps=5")
+    assert "the evaluation changed in features: its numbers do not compare" in caplog.text
+    assert json.loads((runs / "changed" / "evaluation.json").read_text())["features"]["epochs"] == 2
+
+
+def evaluation_of(num_samples, batch_size):
     train, test = Digits("train"), Digits("test")
     extractor = ClassifierSettings("digits", 1).extractor(torch.device("cpu"), train)
-    accelerator = make_accelerator("no")
-    evaluation = online_evaluation(
-        data_reference("training images", train, test), extractor, Identity(), (1, 8, 8), (8, 8),
-        SamplerSettings(num_steps=2), 24, 5, "fp32", accelerator,
+    return online_evaluation(
+        data_reference("training images", train, test), extractor, Identity(), (1, 8, 8), SamplerSettings(num_steps=2),
+        num_samples, batch_size, "fp32", make_accelerator("no"),
     )  # fmt: skip
+
+
+def test_samples_that_are_not_finite_are_not_measured(caplog):
+    model = small_ddt(in_channels=1, num_classes=10)
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    assert evaluation_of(12, 5)(model, 7) == {}
+    assert "step 7: samples are not finite numbers" in caplog.text
+
+
+def test_no_random_state_is_touched():
+    """Those of torch, numpy and Python, and the flags that choose kernels, are as before."""
+    evaluation = evaluation_of(24, 5)
     model = small_ddt(in_channels=1, num_classes=10)
 
     def state():
@@ -110,7 +136,7 @@ def test_images_do_not_depend_on_how_they_are_drawn(tiny):
     images = image_set(tiny.num_classes, 11)
 
     def drawn(batch_size, at_once, world=1):
-        source = GeneratedImages(generator, images, tiny.in_channels, (8, 8), at_once)
+        source = GeneratedImages(generator, images, at_once)
         dealt = [list(source.batches(batch_size, rank, world)) for rank in range(world)]
         return np.concatenate([dealt[k % world][k // world] for k in range(-(-11 // batch_size))])
 
@@ -129,7 +155,10 @@ def test_images_do_not_depend_on_how_they_are_drawn(tiny):
         ([*WATCHED, "data=fashion_mnist"], "features=digits: is the classifier of another data set"),
         ([*WATCHED, "reference=x.npz"], "reference=x.npz: features=digits compares with the training images"),
         (["features=inception", "trainer.eval_every=5", "reference=x.npz"], "reference=x.npz: no such file"),
-        ([*WATCHED, "trainer.eval_samples=1"], "trainer.eval_samples=1: statistics need at least 2"),
+        ([*WATCHED, "trainer.eval_samples=1"], "trainer.eval_samples=1: must lie in 2..1000000"),
+        ([*WATCHED, "trainer.eval_samples=100000000000"], "trainer.eval_samples=100000000000: must lie in 2..1000000"),
+        ([*WATCHED, "inception_weights=x.pth"], "inception_weights=x.pth: has no effect with features=digits"),
+        (["inception_weights=x.pth"], "inception_weights=x.pth: has no effect with features=none"),
         ([*WATCHED, "trainer.eval_every=-1"], "trainer.eval_every=-1: must be at least 0"),
         (["features=inceptoin"], "features=inceptoin: no such choice; did you mean inception?"),
     ],

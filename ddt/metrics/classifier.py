@@ -5,25 +5,27 @@ Shapes: B batch, C channels, H W pixels, F features, K classes.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddt.autoencoder import from_uint8
+from ddt.autoencoder import from_uint8, weights_hash
 from ddt.data import draws
 from ddt.errors import require
 from ddt.images import Images
 from ddt.metrics.inception import exact_arithmetic
 
+NUM_FEATURES = 64
 CLASSIFIER_STREAM = 16  # beside the streams of ddt.data
 
 
 class SmallClassifier(nn.Module):
     """Three convolutions, one hidden layer of F = 64 features, K classes, for images of a few dozen pixels."""
 
-    def __init__(self, channels: int, image_size: int, num_classes: int, num_features: int = 64) -> None:
+    def __init__(self, channels: int, image_size: int, num_classes: int, num_features: int = NUM_FEATURES) -> None:
         super().__init__()
         side = (image_size + 3) // 4  # two strides of 2, each rounded up
         self.trunk = nn.Sequential(
@@ -69,31 +71,48 @@ class ClassifierSettings:
         return self.data
 
     def extractor(self, device: torch.device, train: Images | None = None) -> "ClassifierFeatures":
-        """Train the classifier on `train`, from a fixed seed, on the CPU; the global random state stays as it was."""
+        """Return the classifier of a data set's training images; it is trained when it is first asked."""
         assert train is not None, "a classifier is trained on a data set's images"
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = SmallClassifier(train.channels, train.image_size, len(train.class_names))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=self.learning_rate)
-        steps, step = self.epochs * -(-len(train.labels) // self.batch_size), 0
-        total = self.epochs * len(train.labels)
-        with (
-            torch.enable_grad(),
-            tqdm(total=total, unit="img", unit_scale=True, desc="classifier", mininterval=1.0) as progress,
-        ):
-            for epoch in range(self.epochs):
-                order = draws(0, CLASSIFIER_STREAM, epoch).permutation(len(train.labels))
-                for start in range(0, len(order), self.batch_size):
-                    indices = order[start : start + self.batch_size]
-                    _, logits = model(torch.from_numpy(train.load(indices)))
-                    loss = nn.functional.cross_entropy(logits, torch.from_numpy(train.labels[indices]))
-                    optimizer.param_groups[0]["lr"] = self.learning_rate * (1 - step / steps)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    step += 1
-                    progress.update(len(indices))
-        return ClassifierFeatures(self, model.eval().requires_grad_(False).to(device), train)
+        return ClassifierFeatures(self, train, device)
+
+
+def trained(settings: ClassifierSettings, train: Images) -> SmallClassifier:
+    """Train a classifier from a fixed seed, on the CPU with one thread, so that neither the machine's cores nor the
+    number of processes change it; the global random state stays as it was.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return fit(settings, train)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def fit(settings: ClassifierSettings, train: Images) -> SmallClassifier:
+    """Train a classifier, frozen afterwards; see `trained`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = SmallClassifier(train.channels, train.image_size, len(train.class_names))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
+    steps, step = settings.epochs * -(-len(train.labels) // settings.batch_size), 0
+    total = settings.epochs * len(train.labels)
+    with (
+        torch.enable_grad(),
+        tqdm(total=total, unit="img", unit_scale=True, desc="classifier", mininterval=1.0) as progress,
+    ):
+        for epoch in range(settings.epochs):
+            order = draws(0, CLASSIFIER_STREAM, epoch).permutation(len(train.labels))
+            for start in range(0, len(order), settings.batch_size):
+                indices = order[start : start + settings.batch_size]
+                _, logits = model(torch.from_numpy(train.load(indices)))
+                loss = nn.functional.cross_entropy(logits, torch.from_numpy(train.labels[indices]))
+                optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - step / steps)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                step += 1
+                progress.update(len(indices))
+    return model.eval().requires_grad_(False)
 
 
 class ClassifierFeatures:
@@ -106,20 +125,31 @@ class ClassifierFeatures:
     own_classes = True
     batch_size = 512
 
-    def __init__(self, settings: ClassifierSettings, model: SmallClassifier, train: Images) -> None:
-        self.settings, self.model, self.name = settings, model, settings.name
+    def __init__(self, settings: ClassifierSettings, train: Images, device: torch.device) -> None:
+        self.settings, self.train, self.device, self.name = settings, train, device, settings.name
         self.channels, self.image_size = train.channels, train.image_size
         self.spaces = {
-            "features": model.head.in_features,
-            "probabilities": model.head.out_features,
+            "features": NUM_FEATURES,
+            "probabilities": len(train.class_names),
             "pixels": train.channels * train.image_size**2,
         }
         self.distances = {f"fd_{settings.data}": "features"}
 
+    @functools.cached_property
+    def model(self) -> SmallClassifier:
+        """The classifier, trained at the first use: samples that do not fit are refused before."""
+        return trained(self.settings, self.train).to(self.device)
+
     def identity(self) -> dict[str, Any]:
         """Return what its features depend on."""
         trained = {key: getattr(self.settings, key) for key in ("epochs", "batch_size", "learning_rate")}
-        return {"name": self.name, "network": "classifier of the training images", **trained, "dtype": "float32"}
+        return {
+            "name": self.name,
+            "network": "classifier of the training images",
+            **trained,
+            "weights": {"tensors_sha256": weights_hash(self.model)},
+            "dtype": "float32",
+        }
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from ddt.metrics.inception import GRAPH_SHA256, WEIGHTS_SHA256
 from ddt.metrics.reference import Reference
 
 PUBLISHED_COUNT = 50_000
+IMAGENET = 1_281_167  # training images
+PUBLISHED_IMAGES = 10_000  # of ADM's references, for precision and recall
 ORDER_TOLERANCE = 0.02  # the Inception Score in file order may differ by this share from that of a shuffled file
 TITLES = {
     "fid": "FID",
@@ -19,8 +21,8 @@ TITLES = {
 
 
 def short(count: int) -> str:
-    """Return a number of images as people write it: 50K, 1.5K, 300."""
-    return f"{count / 1000:g}K" if count >= 1000 and count % 100 == 0 else str(count)
+    """Return a number of images as people write it: 50K, 1500, 300."""
+    return f"{count // 1000}K" if count >= 1000 and count % 1000 == 0 else str(count)
 
 
 def title(name: str) -> str:
@@ -38,9 +40,35 @@ def validation(reference: Reference) -> bool:
     return reference.made is not None and reference.made.get("split") == "test"
 
 
-def labels(metrics: dict[str, Any], count: int, reference: Reference, extractor: Extractor) -> dict[str, str]:
+def remarks_on(
+    name: str, metrics: dict[str, Any], count: int, reference: Reference, extractor: Extractor, pr_dtype: str
+) -> list[str]:
+    """Return what is unusual about a metric of `count` samples, in few words each."""
+    found: list[str] = []
+    if name == "inception_score":
+        return ["samples grouped by class"] if order_matters(metrics) else []
+    if name in ("class_accuracy", "inception_score_shuffled"):  # of the samples alone
+        return []
+    if validation(reference):
+        found.append("validation images")
+    if name in extractor.distances:
+        total = reference_count(reference)
+        if not extractor.own_classes and (not reference.statistics or chosen(reference)):
+            found.append(f"of {total:,} reference images")
+        if min(count, total) <= extractor.spaces[extractor.distances[name]]:
+            found.append("singular covariance")
+    elif reference.images is not None and not extractor.own_classes and len(reference.images) != PUBLISHED_IMAGES:
+        found.append(f"of {len(reference.images):,} reference images")
+    if name in ("precision", "recall") and pr_dtype != "float16":
+        found.append(pr_dtype)
+    return found
+
+
+def labels(
+    metrics: dict[str, Any], count: int, reference: Reference, extractor: Extractor, pr_dtype: str
+) -> dict[str, str]:
     """Return for each metric of `count` samples a label that says by itself what may not be compared: the number of
-    samples, and what is unusual about the reference.
+    samples, and what is unusual about it.
     """
     found = {}
     for name in metrics:
@@ -48,17 +76,15 @@ def labels(metrics: dict[str, Any], count: int, reference: Reference, extractor:
         if name != base:
             found[name] = f"{title(base)}, real images"
             continue
-        remarks = []
-        if base in extractor.distances:
-            if validation(reference):
-                remarks.append("validation images")
-            if not reference.statistics and reference.held_out is None and reference.images is not None:
-                remarks.append(f"of {len(reference.images):,} reference images")
-            if min(count, reference_count(reference)) <= extractor.spaces[extractor.distances[base]]:
-                remarks.append("singular covariance")
-        number = f"-{short(count)}" if named(base) else f" of {short(count)} samples"
-        found[name] = title(base) + number + (f" ({', '.join(remarks)})" if remarks else "")
+        remarks = remarks_on(name, metrics, count, reference, extractor, pr_dtype)
+        number = f"-{short(count)}" if named(name) else f" of {short(count)} samples"
+        found[name] = title(name) + number + (f" ({', '.join(remarks)})" if remarks else "")
     return found
+
+
+def chosen(reference: Reference) -> bool:
+    """Tell whether a file of ours holds the statistics of a part of its data set alone."""
+    return reference.made is not None and reference.made["count"] < reference.made["total"]
 
 
 def reference_count(reference: Reference) -> float:
@@ -87,9 +113,11 @@ def other_network(identity: dict[str, Any]) -> list[str]:
     if identity["name"] == "inception" and not identity["weights"]["sha256"].startswith((WEIGHTS_SHA256, GRAPH_SHA256)):
         files = f"SHA-256 {WEIGHTS_SHA256}… of torch-fidelity, {GRAPH_SHA256[:8]}… of ADM"
         return [f"the Inception weights are neither published file ({files})"]
-    if identity["name"] == "dinov2" and identity["model"] != DINOV2:
+    if identity["name"] != "dinov2":
+        return []
+    if identity["model"] != DINOV2:
         return [f"features.model={identity['model']}: published FD-DINOv2 is of {DINOV2}"]
-    return []
+    return ["no hash of DINOv2's published weights is known here, and FD-DINOv2 was not compared with published values"]
 
 
 def obstacles(
@@ -109,11 +137,22 @@ def obstacles(
         found.append("the reference was made of validation images; published numbers are against the training set")
     if reference_count(reference) <= dimensions:
         found.append(f"the reference has no more images than features ({dimensions}): singular covariance")
-    if reference.images is not None and reference.images.size != size:
-        theirs = "×".join(map(str, reference.images.size))
-        found.append(f"the reference's images are of {theirs} pixels, the samples of {'×'.join(map(str, size))}")
+    if reference.statistics and reference.images is None and reference.made is None:
+        found.append("the reference does not say of what images its mu and sigma are")
+    if reference.made is not None and reference.made["total"] != IMAGENET:
+        found.append(f"the reference is of a set of {reference.made['total']:,} images, not of ImageNet's {IMAGENET:,}")
+    if chosen(reference):
+        assert reference.made is not None
+        found.append(f"the reference was made of {reference.made['count']:,} of {reference.made['total']:,} images")
+    if reference.statistics and reference.images is not None and len(reference.images) != PUBLISHED_IMAGES:
+        number = f"{len(reference.images):,} reference images instead of {PUBLISHED_IMAGES:,}"
+        found.append(f"precision and recall of {number}")
+    theirs = reference.images.size if reference.images is not None else (reference.made or {}).get("size", size)
+    if tuple(theirs) != tuple(size):
+        shown = ("×".join(map(str, each)) for each in (theirs, size))
+        found.append("the reference's images are of {} pixels, the samples of {}".format(*shown))
     if count != PUBLISHED_COUNT:
-        found.append(f"{count:,} samples instead of {PUBLISHED_COUNT:,}: {distances} depend on their number")
+        found.append(f"{count:,} samples instead of {PUBLISHED_COUNT:,}: every number depends on how many there are")
     if count <= dimensions:
         found.append(f"no more samples ({count:,}) than features ({dimensions}): singular covariance")
     found += other_network(extractor.identity())

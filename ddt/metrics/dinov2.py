@@ -216,7 +216,7 @@ class DINOv2Settings:
             self.model in known or self.model in timm.list_models(MODELS),
             f"features.model={self.model}: is no DINOv2 of timm without registers; choose of {', '.join(known)}",
         )
-        require(self.batch_size >= 1, f"features.batch_size={self.batch_size}: must be at least 1")
+        require(1 <= self.batch_size <= 10_000, f"features.batch_size={self.batch_size}: must lie in 1..10000")
         require(
             self.weights is None or Path(self.weights).is_file(),
             f"features.weights={self.weights}: no such file; {weights_advice(self.model, 'features.weights')}",

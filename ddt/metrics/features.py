@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ddt.errors import UserError, require
 from ddt.images import Images
-from ddt.metrics.sources import ImageSource
+from ddt.metrics.sources import ImageBatches, ImageSource
 from ddt.metrics.statistics import Moments
 
 log = logging.getLogger(__name__)
@@ -124,15 +124,18 @@ class Gatherer:
             self.start += size
 
 
-def extract(images: ImageSource, extractor: Extractor, accelerator: Accelerator, desc: str) -> FeatureSet | None:
-    """Read a set of images once and return its features on the main process, None on the others.
+def extract(
+    images: ImageBatches, extractor: Extractor, accelerator: Accelerator, desc: str, batch_size: int | None = None
+) -> FeatureSet | None:
+    """Read a set of images once and return its features on the main process, None on the others. batch_size: images at
+    once; None is the extractor's.
 
     All processes call it together. Each measures its share; rows and sums are put together batch by batch in the order
     of the set, so that the result does not depend on the number of processes, to the last bit.
     Raises UserError where features are not finite.
     """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    main, count, batch_size = rank == 0, len(images), extractor.batch_size
+    main, count, batch_size = rank == 0, len(images), batch_size or extractor.batch_size
     spaces = {name: extractor.spaces[name] for name in {*extractor.rows, *extractor.distances.values()}}
     spaces = {name: spaces[name] for name in extractor.spaces if name in spaces}  # one order on all processes
     gather = Gatherer(accelerator, count, batch_size, sum(spaces.values()))

@@ -126,7 +126,7 @@ class InceptionSettings:
     name: ClassVar[str] = "inception"
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, f"features.batch_size={self.batch_size}: must be at least 1")
+        require(1 <= self.batch_size <= 10_000, f"features.batch_size={self.batch_size}: must lie in 1..10000")
 
     def extractor(self, device: torch.device, train: object = None) -> "InceptionFeatures":
         """Load the network onto a device."""

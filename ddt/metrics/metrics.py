@@ -11,7 +11,7 @@ def frechet_distance(a: Moments | Statistics, b: Moments | Statistics) -> float:
 
     statistics = [{"mu": m.mean, "sigma": m.covariance} for m in (a, b)]
     result = fid_statistics_to_metric(*statistics, verbose=False)
-    return float(result["frechet_inception_distance"])
+    return max(0.0, float(result["frechet_inception_distance"]))  # of equal sets rounding may leave −1e-8
 
 
 def inception_score(probabilities: np.ndarray, split: int = 5000) -> float:

@@ -18,7 +18,7 @@ from ddt.files import fsync, sha256
 
 UNREADABLE = (
     zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, TypeError, AttributeError, NotImplementedError,
-    RuntimeError, UnicodeError,
+    RuntimeError, UnicodeError, KeyError,
 )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray], images: Iterable[np.nda
     or not at all. No images, no `arr_0`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(f".tmp-{path.name}")  # what a kill leaves is written over by the next call
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
@@ -136,5 +136,5 @@ class NpzImages:
                 if len(data) != (position - start) * size:
                     raise EOFError("arr_0 ends early")
                 yield np.frombuffer(data, dtype=np.uint8).reshape(-1, *self.shape[1:])
-            if position == len(self):
-                file.read(1)  # past the end, where zipfile compares the checksum
+            if position == len(self) and file.read(1):  # past the end, where zipfile compares the checksum
+                raise ValueError("arr_0 goes on after its last image")

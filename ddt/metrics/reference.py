@@ -23,6 +23,7 @@ from ddt.metrics.statistics import Statistics
 
 KEYS = (("mu", "sigma"), ("mu_s", "sigma_s"))  # of the first and the second distance of an extractor
 MADE = "receipt"  # how a file of ours was made: JSON
+MAX_BALLS = 10_000  # images of a data set that precision and recall are of
 MAX_IMAGES = 200_000  # whose features are held in memory
 
 
@@ -48,13 +49,22 @@ class Reference:
             source = f"{', '.join(pairs)} of the file"
         return {
             "path": self.name,
-            "sha256": self.sha256,
+            ("fingerprint" if isinstance(self.images, DataImages) else "sha256"): self.sha256,
             "statistics": source,
             "count": None if self.images is None else len(self.images),
             "size": None if self.images is None else list(self.images.size),
+            "precision_recall_count": None if self.images is None else len(self.balls(len(self.images))),
             **({} if self.held_out is None else {"held_out": len(self.held_out)}),
             **({} if self.made is None else {"made": self.made}),
         }
+
+    def balls(self, count: int) -> np.ndarray:
+        """Return which of its `count` images precision and recall are of: all of a file's, as in ADM's evaluator, of a
+        data set as many as ADM's files hold.
+        """
+        if not isinstance(self.images, DataImages) or count <= MAX_BALLS:
+            return np.arange(count)
+        return np.arange(MAX_BALLS) * count // MAX_BALLS
 
 
 def read_statistics(path: Path, pair: tuple[str, str], size: int, features: str) -> Statistics:
@@ -68,7 +78,14 @@ def read_statistics(path: Path, pair: tuple[str, str], size: int, features: str)
             f"found {value.dtype} {value.shape}",
         )
         require(bool(np.isfinite(value).all()), f"reference={path}: {name} is not finite; make or copy the file again")
-    return Statistics(values[0].astype(np.float64), values[1].astype(np.float64))
+    mean, covariance = (value.astype(np.float64) for value in values)
+    scale = np.abs(covariance).max()
+    require(
+        bool(np.diagonal(covariance).min() >= 0 and np.abs(covariance - covariance.T).max() <= 1e-3 * scale),
+        f"reference={path}: {pair[1]} is no covariance (not symmetric, or a negative variance); make or copy the file "
+        "again",
+    )
+    return Statistics(mean, covariance)
 
 
 def read_made(path: Path) -> dict[str, Any]:
@@ -78,7 +95,7 @@ def read_made(path: Path) -> dict[str, Any]:
     try:
         made = json.loads(text)
         assert isinstance(made["features"], dict)
-        assert isinstance(made["count"], int)
+        assert {type(made[key]) for key in ("count", "total")} == {int}
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f"reference={path}: its {MADE} is damaged ({first_line(error)}); make it again") from error
     return made
@@ -103,6 +120,10 @@ def read_reference(path: Path, distances: dict[str, int], features: str) -> Refe
         require(
             len(present) != 1, f"reference={path}: holds {''.join(present)} alone; both {' and '.join(pair)} belong"
         )
+    require(
+        "mu" in found or "mu_s" not in found,
+        f"reference={path}: holds mu_s and sigma_s without mu and sigma; give ADM's reference npz of the data set",
+    )
     require(
         "mu" in found or "arr_0" in found,
         f"reference={path}: holds neither mu and sigma nor images (arr_0), only {', '.join(found) or 'nothing'}; "

@@ -15,10 +15,7 @@ from ddt.metrics.metrics import accuracy, frechet_distance, inception_score
 from ddt.metrics.nearest import authenticity, nearest
 from ddt.metrics.precision_recall import NUM_NEIGHBOURS, PrDtype, precision_recall
 from ddt.metrics.reference import Reference
-from ddt.metrics.sources import DataImages
 from ddt.metrics.statistics import Moments, Statistics
-
-MAX_BALLS = 10_000  # reference images of precision and recall, where a data set has more: as many as ADM's files hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +40,8 @@ def prepare(reference: Reference, extractor: Extractor, accelerator: Accelerator
     features = None
     if reference.images is not None:
         features = extract(reference.images, extractor, accelerator, "reference")
+        if features is not None:  # no metric asks for a reference's classes
+            features.rows.pop("probabilities", None)
     held_out = None
     if reference.held_out is not None:
         held_out = extract(reference.held_out, extractor, accelerator, "held-out images")
@@ -77,7 +76,8 @@ def baseline(
 
 def apart(training: Tensor, most: int = 2000) -> float:
     """Return the median distance of training vectors (m, F) to the nearest other one, of at most so many of them."""
-    chosen = torch.linspace(0, len(training) - 1, min(most, len(training)), device=training.device).long()
+    count = min(most, len(training))
+    chosen = torch.arange(count, device=training.device) * len(training) // count
     return nearest(training[chosen], training, own=chosen)[0].median().item()
 
 
@@ -132,7 +132,9 @@ def score(
         training = prepared.features.rows[extractor.near]
         near = nearest(samples.rows[extractor.near], training)
         metrics["nearest_train_distance"] = near[0].median().item()
-        metrics["authenticity"] = authenticity(*near, training)
+        metrics["authenticity"] = authenticity(*near, training) if len(training) > 1 else None
+        if len(training) == 1:
+            reasons["authenticity"] = "needs at least 2 images in the reference"
     metrics |= {f"{name}_real": value for name, value in prepared.real.items()}
     return Scores(metrics, reasons, *(near or (None, None)))
 
@@ -157,7 +159,6 @@ def balls(
     if min(samples.count, prepared.features.count) <= NUM_NEIGHBOURS:
         reasons["precision"] = reasons["recall"] = f"needs more than {NUM_NEIGHBOURS} images on each side"
         return
-    real = prepared.features.rows[space]
-    if isinstance(prepared.reference.images, DataImages) and len(real) > MAX_BALLS:
-        real = real[torch.linspace(0, len(real) - 1, MAX_BALLS, device=real.device).long()]
+    rows = prepared.features.rows[space]
+    real = rows[torch.from_numpy(prepared.reference.balls(len(rows))).to(rows.device)]
     metrics["precision"], metrics["recall"] = precision_recall(real, samples.rows[space], pr_dtype)

@@ -14,19 +14,17 @@ import numpy as np
 from ddt.checkpoint import find_checkpoint
 from ddt.errors import require
 from ddt.images import Images
-from ddt.metrics.folder import FolderImages, image_files
+from ddt.metrics.folder import SUFFIXES, FolderImages, image_files
 from ddt.metrics.npz import NpzImages
 
 SAMPLES = "samples.npz"
 NUM_THREADS = min(16, os.cpu_count() or 1)  # that decode pictures
 
 
-class ImageSource(Protocol):
-    """A set of images in a fixed order. `len()` is n. on_disk: reading them can go on while others are measured."""
+class ImageBatches(Protocol):
+    """Images in a fixed order. `len()` is n. on_disk: reading them can go on while others are measured."""
 
     on_disk: bool
-    size: tuple[int, int]  # (H, W)
-    channels: int
 
     def __len__(self) -> int: ...
 
@@ -34,19 +32,26 @@ class ImageSource(Protocol):
     def name(self) -> str:
         """Where they are, for people."""
 
-    @property
-    def sha256(self) -> str:
-        """A hash of what they are."""
-
-    def labels(self) -> np.ndarray | None:
-        """Return the class of each image, int64 (n,), or None where none is known."""
-
     def batches(self, batch_size: int, rank: int = 0, num_processes: int = 1) -> Iterator[np.ndarray]:
         """Yield the batches of one of several processes, uint8 (B, H, W, C), B at most batch_size.
 
         The set is cut into slices of batch_size, dealt to the processes in turn: they are the same whatever the number
         of processes, so that no feature depends on it.
         """
+
+
+class ImageSource(ImageBatches, Protocol):
+    """A set of images that exists, of one size."""
+
+    size: tuple[int, int]  # (H, W)
+    channels: int
+
+    @property
+    def sha256(self) -> str:
+        """A hash of what they are."""
+
+    def labels(self) -> np.ndarray | None:
+        """Return the class of each image, int64 (n,), or None where none is known."""
 
 
 class DataImages:
@@ -92,6 +97,9 @@ def open_images(path: Path, key: str) -> NpzImages | FolderImages:
             path.is_file(),
             f"{key}={path}: no such file; give an npz file, a folder of a {SAMPLES} or of images, or a run that was "
             "sampled from",
+        )
+        require(
+            path.suffix.lower() not in SUFFIXES, f"{key}={path}: is a single picture; give the folder that it lies in"
         )
         return NpzImages(path, key)
     if (path / SAMPLES).is_file():
