@@ -116,7 +116,10 @@ def tables(result: Row) -> str:
             "Every point, on the same noise:",
             markdown([*titles, *(labels["proxy"][name] for name in names)], proxy),
             f"The best of them, on other noise, {'once' if repeats == 1 else f'mean ± sd of {repeats}'}:",
-            markdown([*titles, labels["proxy"][metric], *(labels["final"][name] for name in names)], final),
+            markdown(
+                [*titles, f"on the first noise: {labels['proxy'][metric]}", *(labels["final"][name] for name in names)],
+                final,
+            ),
             *(["; ".join(real)] if real else []),
         ]
     )

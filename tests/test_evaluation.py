@@ -483,6 +483,12 @@ def test_features_stand_in_the_order_of_the_set(tmp_path):
     flat = images.reshape(130, 12).astype(np.float32)
     assert np.array_equal(found.rows["pool"], flat[:, 3:11])
     np.testing.assert_allclose(found.moments["spatial"].mean, flat.mean(axis=0), rtol=1e-6)
+    write(tmp_path / "reversed.npz", arr_0=images[::-1])
+    other = extract(NpzImages(tmp_path / "reversed.npz", "samples"), extractor, make_accelerator("no"), "samples")
+    for name in ("pool", "spatial"):
+        ours, theirs = found.moments[name], other.moments[name]
+        np.testing.assert_allclose(theirs.mean, ours.mean, rtol=1e-10)
+        np.testing.assert_allclose(theirs.covariance, ours.covariance, rtol=1e-10, atol=1e-8)
 
 
 def test_the_nearest_images_are_shown(tmp_path):

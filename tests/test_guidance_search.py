@@ -10,6 +10,7 @@ from conftest import refusal, small_ddt, succeed
 import ddt
 from ddt import checkpoint as ckpt
 from ddt import guidance_search
+from ddt.errors import UserError
 from ddt.image_set import image_set, noise_of
 from ddt.sampling import SamplerSettings
 from ddt.search_points import Axes, Checkpoint, points_of
@@ -91,6 +92,9 @@ def test_without_guidance_there_are_no_intervals():
     guided = {(p.settings.cfg_scale, p.settings.cfg_interval) for p in points if p.settings.cfg_scale != 1}
     assert guided == {(scale, interval) for scale in (1.5, 3.0) for interval in (None, (0.3, 1.0), (0.0, 0.7))}
     assert {"cfg1_ema_unshared_shift1", "cfg1.5_t0.3-1_model_uniform2_shift1.5"} <= {p.label for p in points}
+    close = Axes([checkpoint], ["ema"], [None], [1.0], [1.5, 1.5000001], [None])
+    with pytest.raises(UserError, match=r"cfg1.5_ema: two points of this name differ in digits"):
+        points_of(close, settings_of)
     alone = Axes([checkpoint], ["ema"], [None], [1.0], [1.0], [(0.3, 1.0)])
     assert [point.label for point in points_of(alone, settings_of)] == ["cfg1_ema"]
 
@@ -229,6 +233,22 @@ def test_a_search_goes_on_where_it_was_cut(search, run_folder, tmp_path, caplog,
     ours, theirs = result_of(out), result_of(search)
     for a, b in zip(ours["points"], theirs["points"], strict=True):
         assert a["metrics"][METRIC] == pytest.approx(b["metrics"][METRIC], rel=0.02)  # in other batches
+
+
+def test_points_measured_with_other_weights_are_not_taken(search, run_folder, tmp_path):
+    """The request is the same, what lies under its names is not."""
+    out = shutil.copytree(search, tmp_path / "other")
+    (out / "search.json").unlink()
+    plan = json.loads((out / "plan.json").read_text())
+    plan["inputs"]["features"]["weights"]["tensors_sha256"] = "0"
+    (out / "plan.json").write_text(json.dumps(plan))
+    line = refusal(SEARCH, *arguments(run_folder, out))
+    assert line.startswith(f"out={out}: its points were measured with another content of reference, features or")
+
+
+def test_a_point_that_is_not_finite_is_named(run_folder, tmp_path):
+    line = refusal(SEARCH, *arguments(run_folder, tmp_path / "out", "cfg_scale=[1,1e30]", "weights=ema"))
+    assert line.startswith("cfg1e+30_ema: image 0 ")
 
 
 def test_two_processes_find_the_same(run_folder, tmp_path):

@@ -1,5 +1,6 @@
 """Evaluation while training: the numbers are those of sample.py and evaluate.py, and training does not notice."""
 
+import dataclasses
 import json
 import random
 
@@ -79,6 +80,22 @@ def test_processes_do_not_change_a_number(runs, monkeypatch):
     assert set(ours) == set(theirs)
     for name in ours:  # the losses of two processes agree to 1e-4 only, and so do the weights
         assert ours[name] == pytest.approx(theirs[name], rel=2e-3), name
+
+
+def test_each_of_two_processes_draws_half(monkeypatch):
+    """70 samples are fewer than what the classifier takes at once, and still both draw."""
+    evaluation, asked = evaluation_of(70, 8), []
+    monkeypatch.setattr("ddt.online.extract", lambda *args: asked.append(args[4]))
+
+    class Two:
+        num_processes, is_main_process, device = 2, True, torch.device("cpu")
+
+        def reduce(self, value, reduction):
+            return value
+
+    dataclasses.replace(evaluation, accelerator=Two())(small_ddt(in_channels=1, num_classes=10), 1)
+    evaluation(small_ddt(in_channels=1, num_classes=10), 1)
+    assert asked == [35, 70]
 
 
 def test_a_changed_evaluation_is_said(runs, monkeypatch, caplog):

@@ -31,6 +31,18 @@ def test_the_presets_are_the_published_sampler(name, scale, fid):
     assert {images.classes.count(c) for c in range(0, 1000, 111)} == {50}
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("published={fdi:1.2}", "published: fdi: no such metric; choose from fid, "),
+        ("num_samples=1", "num_samples=1: statistics need at least 2 images"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_drawing(arguments, tmp_path, change, message):
+    assert refusal("sample", *arguments, change).startswith(message)
+    assert not (tmp_path / "set").exists()
+
+
 @pytest.fixture
 def arguments(tmp_path, inception_weights):
     pictures = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
