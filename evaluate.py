@@ -91,6 +91,11 @@ def load_reference(
     Raises UserError where either cannot be used.
     """
     if node is None:
+        require(
+            Path(reference).exists(),
+            f"reference={reference}: no such file; give ADM's reference npz of the data set, a file of "
+            "scripts/reference_statistics.py, or a folder of images",
+        )
         extractor = settings.extractor(device)
         distances = {name: extractor.spaces[space] for name, space in extractor.distances.items()}
         return read_reference(Path(reference), distances, extractor.name), extractor

@@ -34,8 +34,8 @@ class TrainerSettings:
     validate_every: int
     preview_every: int
     num_workers: int
-    eval_every: int
-    eval_samples: int
+    eval_every: int = 0
+    eval_samples: int = 5_000
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "global_batch_size", "log_every"):

@@ -82,6 +82,9 @@ def one_line(error: Exception, folder: Path, config_name: str) -> str:
     text = lines[0].rstrip(".")
     if text.startswith("Could not override '"):
         key = text.split("'")[1]
+        inner = re.search(r"Key '([^']+)' is not in struct", f"{error} {error.__cause__}")
+        if inner is not None and inner[1] != key.rpartition(".")[2]:  # key={inner:…}
+            key = f"{key}.{inner[1]}"
         return f"{key}: no such setting{did_you_mean(key, known_keys(folder, config_name, key))}"
     if "Could not find '" in text:
         group, _, choice = text.split("'")[-2].rpartition("/")

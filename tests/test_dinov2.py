@@ -331,7 +331,7 @@ def test_impossible_settings_are_named_before_anything_is_loaded():
         f"huggingface.co/timm/{LARGE}",
         "dinov2_vitl14_pretrain.pth",
     )
-    refused(lambda: DINOv2Settings(batch_size=0), "features.batch_size=0: must be at least 1")
+    refused(lambda: DINOv2Settings(batch_size=0), "features.batch_size=0: must lie in 1..10000")
     for model in ("vit_small_patch14_reg4_dinov2.lvd142m", "resnet18.a1_in1k", "vit_large_patch14_dinov2.typo", "x"):
         refused(lambda: DINOv2Settings(model=model), f"features.model={model}: ", "choose of", LARGE)  # noqa: B023
     assert DINOv2Settings(model="vit_small_patch14_dinov2").model == "vit_small_patch14_dinov2"

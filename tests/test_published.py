@@ -34,13 +34,18 @@ def test_the_presets_are_the_published_sampler(name, scale, fid):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("published={fdi:1.2}", "published: fdi: no such metric; choose from fid, "),
+        ("published={fdi:1.2}", "published.fdi: no such setting; did you mean published.fid?"),
         ("num_samples=1", "num_samples=1: statistics need at least 2 images"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_drawing(arguments, tmp_path, change, message):
     assert refusal("sample", *arguments, change).startswith(message)
     assert not (tmp_path / "set").exists()
+
+
+def test_unknown_metrics_are_named():
+    line = refusal("sample", "ckpt=x", "reference=y", "published={fdi:1.2}")
+    assert line == "published: fdi: no such metric; choose from fid, sfid, inception_score, precision, recall"
 
 
 @pytest.fixture
