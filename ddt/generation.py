@@ -6,12 +6,9 @@ Shapes: n images, B batch, C H W.
 
 import contextlib
 import dataclasses
-import datetime
-import importlib.metadata
 import itertools
 import json
 import logging
-import platform
 import shlex
 import shutil
 import sys
@@ -38,10 +35,10 @@ from ddt.image_set import ImageSet, noise_of, write_numbers
 from ddt.model import Denoiser
 from ddt.parts import drawn, merge_parts, rows, sound_parts, write_part
 from ddt.pictures import image_grid, readable, write_png, write_pngs
+from ddt.receipts import circumstances
 from ddt.sampling import SamplerSettings, sample
 from ddt.schedules import content_of
 from ddt.sharing import CACHE_BYTES
-from ddt.version import __version__
 
 log = logging.getLogger(__name__)
 GRID_ROWS = 10
@@ -302,19 +299,6 @@ def sample_set(
         finish_set(parts, out, receipt, images, checkpoint["class_names"])
     write_pngs(out / "png", rows(out / "samples.npz"), num_pngs)
     log.info("%d images: %s, %s", total, out / "samples.npz", out / "grid.png")
-
-
-def circumstances(device: torch.device) -> dict[str, Any]:
-    """Return what a receipt says of machine, versions and time."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "versions": {
-            "ddt": __version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "diffusers")},
-        },
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
 
 
 def finish_set(parts: Path, out: Path, receipt: dict[str, Any], images: ImageSet, class_names: list[str]) -> None:

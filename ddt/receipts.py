@@ -18,6 +18,19 @@ log = logging.getLogger(__name__)
 LONG_LIST = 1000  # entries of a sampling receipt's list from which on its length is kept alone
 
 
+def circumstances(device: torch.device, packages: tuple[str, ...] = ("torch", "numpy", "diffusers")) -> dict[str, Any]:
+    """Return what a receipt says of machine, versions and time."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "versions": {
+            "ddt": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
 def without_paths(values: Any) -> Any:
     """Return plain values without what is called `path` in them."""
     return {k: without_paths(v) for k, v in values.items() if k != "path"} if isinstance(values, dict) else values
@@ -44,16 +57,7 @@ def refuse_other_evaluation(out: Path, inputs: dict[str, Any]) -> None:
 
 def write_metrics(out: Path, metrics: dict[str, Any], inputs: dict[str, Any], device: torch.device) -> None:
     """Add the receipt to the metrics and write them as `metrics.json` into `out`."""
-    metrics["receipt"] = {
-        **inputs,
-        "versions": {
-            "ddt": __version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "torch-fidelity", "timm")},
-        },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    metrics["receipt"] = {**inputs, **circumstances(device, ("torch", "numpy", "torch-fidelity", "timm"))}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", metrics)
     log.info("%s", out / "metrics.json")

@@ -24,7 +24,6 @@ from torch import nn
 
 from ddt.errors import require
 from ddt.files import write_json
-from ddt.generation import circumstances
 from ddt.metrics.features import FeatureSet, extract, to_device
 from ddt.metrics.inception import NUM_CLASSES, NUM_POOL, NUM_SPATIAL, InceptionFeatures, exact_arithmetic
 from ddt.metrics.nearest import nearest
@@ -33,6 +32,7 @@ from ddt.metrics.precision_recall import precision_recall
 from ddt.metrics.reference import Reference
 from ddt.metrics.scores import Prepared, score
 from ddt.metrics.statistics import Moments
+from ddt.receipts import circumstances
 from ddt.training import make_accelerator
 from scripts.entry import arguments_for, checked, entry_point
 
@@ -145,7 +145,7 @@ def metrics_stage(count: int, num_reference: int) -> dict[str, Any]:
         )
     samples, reference = sets["samples"], sets["reference"]
     made = peak_gib()
-    prepared = Prepared(Reference("made up", "", {}, None), {
+    prepared = Prepared(Reference("made up", {}, None), {
         name: reference.moments[space] for name, space in Shape.distances.items()}, reference, {})  # fmt: skip
     seconds["all_metrics"] = timed(device, lambda: score(samples, None, prepared, Shape(), "float16"))  # type: ignore[arg-type]
     for dtype in ("float16", "float32"):

@@ -182,7 +182,6 @@ def only_settings(*allowed: str) -> None:
     """Raise UserError for a setting on the command line that is none of `allowed`: a script that builds on train.py's
     configuration has its groups, but not a use for all of them.
     """
-    allowed = tuple(name for name in allowed if name != "return")  # of a function's annotations
     for override in HydraConfig.get().overrides.task:
         key = override.lstrip("+~").partition("=")[0].partition(".")[0]
         if key not in allowed:

@@ -22,7 +22,7 @@ from ddt import checkpoint as ckpt
 from ddt.errors import require
 from ddt.files import sha256
 from ddt.fitting import fit_schedule
-from ddt.generation import circumstances
+from ddt.receipts import circumstances
 from ddt.sampling import SamplerSettings
 from ddt.schedules import write_schedule
 from scripts.entry import CONF, arguments_for, checked, entry_point

@@ -27,13 +27,13 @@ from omegaconf import DictConfig
 from ddt.checkpoint import WeightsName
 from ddt.errors import require
 from ddt.files import write_json
-from ddt.generation import Generator, circumstances, locked
+from ddt.generation import Generator, locked
 from ddt.guidance_search import Search, best_of, chosen_metric, final_jobs, proxy_jobs
 from ddt.image_set import SEED_STRIDE
 from ddt.launch import launch
 from ddt.metrics.precision_recall import PrDtype
 from ddt.metrics.scores import prepare
-from ddt.receipts import without_paths
+from ddt.receipts import circumstances, without_paths
 from ddt.search_points import Checkpoint, Interval, Point, Recompute
 from ddt.training import make_accelerator
 from evaluate import features_of
@@ -78,8 +78,9 @@ def run(config: dict[str, Any], checkpoints: list[Checkpoint], points: list[Poin
     plan: dict[str, Any] | None = None
     device, main, out = accelerator.device, accelerator.is_main_process, Path(config["out"])
     dtype: Dtype = config["dtype"] or ("bf16" if device.type == "cuda" else "fp32")
-    request = request_of(config, checkpoints, dtype, circumstances(device)["device"])
-    if main:
+    request: dict[str, Any] = {}
+    if main:  # it alone reads files for their hashes
+        request = request_of(config, checkpoints, dtype, circumstances(device)["device"])
         plan = begin(out, request, "search", WORK)
     (complete,) = broadcast_object_list([(out / f"{RESULT}.json").exists()])  # as the main process sees it
     if complete:

@@ -4,6 +4,7 @@ python scripts/reference_statistics.py data=NAME [data.root=FOLDER] features=inc
 """
 
 import datetime
+import inspect
 import logging
 import shlex
 import sys
@@ -84,7 +85,7 @@ def run(config: dict[str, Any], name: str, command: str) -> None:
 @entry_point("reference_statistics")
 def main(cfg: DictConfig) -> None:
     """Compose, check, measure."""
-    only_settings("data", "features", "inception_weights", *check.__annotations__)
+    only_settings("data", "features", "inception_weights", *inspect.signature(check).parameters)
     config = checked(cfg)
     values = arguments_for(check, config)
     check(**values)

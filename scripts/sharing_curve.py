@@ -20,8 +20,9 @@ from omegaconf import DictConfig
 from ddt import checkpoint as ckpt
 from ddt.errors import require
 from ddt.files import sha256, write_json
-from ddt.generation import Generator, circumstances, locked
+from ddt.generation import Generator, locked
 from ddt.metrics.scores import prepare
+from ddt.receipts import circumstances
 from ddt.sharing_curve import KEPT, Curve
 from ddt.sharing_rules import check_rules, schedules_of
 from ddt.training import make_accelerator

@@ -451,7 +451,7 @@ def test_the_reference_itself_is_no_result(tmp_path):
 
 def test_precision_of_a_large_data_set_is_of_some_of_its_images():
     def of(images):
-        return Reference("data:x", "0", {}, images)
+        return Reference("data:x", {}, images)
 
     class Many:
         image_size, channels, labels, fingerprint = 8, 1, np.zeros(25_000), "0"
@@ -500,7 +500,7 @@ def test_the_nearest_images_are_shown(tmp_path):
     write(tmp_path / "samples.npz", arr_0=samples)
     images = ArrayImages(training, np.zeros(40), ["one"])
     settings = ClassifierSettings("digits", 1)
-    reference = Reference("data:digits", "0", {}, DataImages("data:digits", images))
+    reference = Reference("data:digits", {}, DataImages("data:digits", images))
     found = {}
 
     def grid(pixels, columns, captions):

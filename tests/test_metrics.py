@@ -321,7 +321,7 @@ def feature_set(count, seed=0, classes=5):
 
 
 def reference(statistics=(), images=None, made=None):
-    return Reference("ref.npz", "0", dict(zip(("fid", "sfid"), statistics, strict=False)), images, made=made)
+    return Reference("ref.npz", dict(zip(("fid", "sfid"), statistics, strict=False)), images, made=made)
 
 
 def prepared(features, statistics=None):

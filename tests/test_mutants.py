@@ -1049,8 +1049,8 @@ MUTANTS = [
     (
         "labels without a number",
         "ddt/metrics/comparability.py",
-        "found[name] = title(base) + number",
-        "found[name] = title(base)",
+        "found[name] = title(name) + number",
+        "found[name] = title(name)",
         "test_metrics.py -k labels",
     ),
     (

@@ -4,7 +4,6 @@ Shapes: n images, B batch, C channels, H W pixels, F features.
 """
 
 import dataclasses
-import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -19,8 +18,6 @@ from ddt.errors import UserError, require
 from ddt.images import Images
 from ddt.metrics.sources import ImageBatches, ImageSource
 from ddt.metrics.statistics import Moments
-
-log = logging.getLogger(__name__)
 
 
 class Extractor(Protocol):
@@ -48,7 +45,6 @@ class FeatureSettings(Protocol):
     """What a file of conf/features names; it loads nothing."""
 
     name: str
-    batch_size: int
 
     def extractor(self, device: torch.device, train: Images | None = None) -> Extractor:
         """Load the extractor, or train it on a data set's training images."""

@@ -7,6 +7,7 @@ Shapes: F features.
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,15 @@ class Reference:
     """
 
     name: str
-    sha256: str
     statistics: dict[str, Statistics]
     images: ImageSource | None
     held_out: ImageSource | None = None
     made: dict[str, Any] | None = None
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """A hash of what it is: of the file, of a folder's images, of a data set's list. Read when it is asked for."""
+        return sha256(Path(self.name)) if self.images is None else self.images.sha256
 
     def identity(self) -> dict[str, Any]:
         """Return what a receipt says of it."""
@@ -111,7 +116,7 @@ def read_reference(path: Path, distances: dict[str, int], features: str) -> Refe
     images: ImageSource | None = open_images(path, "reference") if path.is_dir() else None
     if images is not None and not isinstance(images, NpzImages):
         require(len(images) >= 2, f"reference={path}: holds one image; statistics need at least 2")
-        return Reference(str(path), images.sha256, {}, images)
+        return Reference(str(path), {}, images)
     path = images.path if isinstance(images, NpzImages) else path
     require(path.is_file(), f"reference={path}: no such file; give ADM's reference npz of the data set")
     found = names(path, "reference")
@@ -144,7 +149,7 @@ def read_reference(path: Path, distances: dict[str, int], features: str) -> Refe
         for pair, (distance, size) in zip(KEYS, distances.items(), strict=False)
         if pair[0] in found
     }
-    return Reference(str(path), sha256(path), statistics, images, made=made)
+    return Reference(str(path), statistics, images, made=made)
 
 
 def data_reference(name: str, train: Images, test: Images) -> Reference:
@@ -158,7 +163,7 @@ def data_reference(name: str, train: Images, test: Images) -> Reference:
         "scripts/reference_statistics.py, and give that file",
     )
     held_out = DataImages(name, test) if len(test.labels) >= 2 else None
-    return Reference(name, train.fingerprint, {}, DataImages(name, train), held_out)
+    return Reference(name, {}, DataImages(name, train), held_out)
 
 
 def choose(total: int, count: int | None) -> np.ndarray:
