@@ -1,8 +1,17 @@
-"""The one exception that entry points print as a single line, without a traceback."""
+"""What entry points print as a single line, without a traceback: a user's mistake, or a run that was asked to stop."""
+
+STOPPED_STATUS = 85  # exit status of a run that stopped on request and can go on; launchers may make 1 of it
 
 
 class UserError(ValueError):
     """A user's mistake: the message names the key or file and the fix, and is the whole story."""
+
+
+class Stopped(Exception):
+    """A run ended before its last step because it was asked to, with everything saved; the same command goes on.
+
+    Entry points print the message and exit with `STOPPED_STATUS`.
+    """
 
 
 def require(condition: bool, message: str) -> None:
