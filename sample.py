@@ -15,7 +15,6 @@ from ddt.config import check_arguments
 from ddt.conversion import DOWNSAMPLING
 from ddt.errors import UserError, require
 from ddt.evaluation import evaluate
-from ddt.files import sha256
 from ddt.fitting import check_fitted
 from ddt.generation import Generator, sample_set
 from ddt.image_set import image_set
@@ -40,6 +39,7 @@ ADAPTIVE_IGNORES = ("last_step", "timeshift")
 
 def settings_of(
     ckpt: str,
+    weights: str,
     out: str | None,
     guide: str | None,
     autoencoder: str,
@@ -158,14 +158,13 @@ def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None
     accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))  # one GPU may be hours behind another
     device = accelerator.device
     autoencoder = stored_autoencoder(stored, arguments["autoencoder"])
-    model, guide = ckpt.load_model(folder), None
-    weights = {"ema_sha256": sha256(folder / "ema.safetensors"), "step": stored["step"]}
+    model, guide = ckpt.load_model(folder, arguments["weights"]), None
     guide_weights = None
     if arguments["guide"] is not None:
         guide_folder = arguments["guide"]
         guide = ckpt.load_model(guide_folder)
         guide_weights = {
-            "ema_sha256": sha256(guide_folder / "ema.safetensors"),
+            "ema_sha256": ckpt.weights_sha256(guide_folder, "ema"),
             "step": ckpt.read_config(guide_folder)["step"],
         }
     sample_set(
@@ -184,8 +183,8 @@ def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None
         batch_size=arguments["batch_size"],
         out=arguments["out"],
         checkpoint={
-            **weights,
-            "weights": "EMA",
+            **ckpt.weights_receipt(folder, arguments["weights"]),
+            "step": stored["step"],
             "class_names": stored["class_names"],
             "autoencoder_sha256": autoencoder.fingerprint,
         },
@@ -245,6 +244,7 @@ def main(cfg: DictConfig) -> None:
     stored = ckpt.read_config(folder)
     out = Path(others["out"] or folder / "samples")
     check_released(others, stored)
+    ckpt.check_weights(folder, others["weights"])
     arguments = {**others, **check(config, stored), "out": out, "guide": guide}
     if guide is not None:
         check_guide_config(stored, ckpt.read_config(guide), arguments["sampler"].cfg_scale)

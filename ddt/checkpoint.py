@@ -6,16 +6,23 @@ A checkpoint is a folder:
     ema.safetensors     averaged weights: what samples are drawn with
     model.safetensors   raw weights           (only in checkpoints that training can go on from)
     train_state.pt      optimizer and meters  (likewise)
+    ema_0.999.safetensors, power_0.05.safetensors   further averages, where the run keeps them
     manifest.json       written last: format version, size and SHA-256 of each file
 
-It is written under a temporary name and renamed when complete. A run folder holds them as `checkpoints/step_0000700`.
+A run that shards its weights writes each but the first and last in pieces, `ema-00000-of-00002.safetensors` being that
+of process 0 of 2; joined along the first dimension they are the whole.
+
+A checkpoint is written under a temporary name and renamed when complete. A run folder holds them as
+`checkpoints/step_0000700`.
 """
 
+import hashlib
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,47 +34,75 @@ from ddt.files import fsync, sha256, share, write_json
 from ddt.model import DDT, Denoiser, DiT
 from ddt.version import __version__
 
+log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
-WeightsName = Literal["ema", "model"]
 NETWORKS: dict[str, type[DDT] | type[DiT]] = {"ddt.model.DDT": DDT, "ddt.model.DiT": DiT}
 
 
-def write_checkpoint(
+Piece = tuple[int, int]  # (process, processes) of a sharded run
+
+
+def file_name(name: str, piece: Piece | None) -> str:
+    """Return what a file of a checkpoint is called, such as `ema.safetensors`, or the piece of it."""
+    stem, suffix = name.rsplit(".", 1)
+    return name if piece is None else f"{stem}-{piece[0]:05d}-of-{piece[1]:05d}.{suffix}"
+
+
+def write_files(
     folder: Path,
-    config: dict[str, Any],
-    ema: dict[str, Tensor],
-    model: dict[str, Tensor] | None = None,
+    weights: dict[str, dict[str, Tensor]],
     train_state: dict[str, Any] | None = None,
+    piece: Piece | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Write state dicts and train state into a folder, to disk; return size and SHA-256 of each file by its name."""
+    written = []
+    for name, state in weights.items():
+        for key in state:
+            assert not key.startswith(("module.", "_orig_mod.")), f"{key}: a wrapper's name must not be saved"
+        path = folder / file_name(f"{name}.safetensors", piece)
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path)
+        share(path)
+        written.append(path)
+    if train_state is not None:
+        written.append(folder / file_name("train_state.pt", piece))
+        torch.save(train_state, written[-1])
+    for path in written:
+        fsync(path)
+    return {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in written}
+
+
+def temporary_folder(folder: Path) -> Path:
+    """Make and return the empty folder in which a checkpoint is written, without what a killed run left there."""
+    temporary = folder.parent / f".tmp-{folder.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def complete(temporary: Path, folder: Path, config: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+    """Add config and manifest to a checkpoint whose files are written, and give it its name."""
+    write_json(temporary / "config.json", config)
+    path = temporary / "config.json"
+    files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)}, **dict(sorted(files.items()))}
+    manifest = {"format_version": FORMAT_VERSION, "ddt_version": __version__, "files": files}
+    write_json(temporary / "manifest.json", manifest)
+    for path in (temporary / "config.json", temporary / "manifest.json", temporary):
+        fsync(path)
+    temporary.rename(folder)
+    fsync(folder.parent)
+
+
+def write_checkpoint(
+    folder: Path, config: dict[str, Any], train_state: dict[str, Any] | None = None, **weights: dict[str, Tensor]
 ) -> None:
     """Write a checkpoint folder atomically; it must not exist yet (UserError).
 
-    config holds plain values only; ema and model are state dicts with clean names; train_state is anything that
-    loads with `weights_only=True`.
+    config holds plain values only; train_state is anything that loads with `weights_only=True`; weights are state dicts
+    with clean names, `ema=` and `model=` among them.
     """
     require(not folder.exists(), f"{folder}: exists already and is not written over; choose another folder")
-    for name in (*ema, *(model or {})):
-        assert not name.startswith(("module.", "_orig_mod.")), f"{name}: a wrapper's name must not be saved"
-    temporary = folder.parent / f".tmp-{folder.name}"
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed while writing
-    temporary.mkdir(parents=True)
-    write_json(temporary / "config.json", config)
-    for name, weights in (("ema", ema), ("model", model)):
-        if weights is not None:
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in weights.items()},
-                temporary / f"{name}.safetensors",
-            )
-            share(temporary / f"{name}.safetensors")
-    if train_state is not None:
-        torch.save(train_state, temporary / "train_state.pt")
-    files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(temporary.iterdir())}
-    manifest = {"format_version": FORMAT_VERSION, "ddt_version": __version__, "files": files}
-    write_json(temporary / "manifest.json", manifest)
-    for path in temporary.iterdir():
-        fsync(path)
-    fsync(temporary)
-    temporary.rename(folder)
-    fsync(folder.parent)
+    temporary = temporary_folder(folder)
+    complete(temporary, folder, config, write_files(temporary, weights, train_state))
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -75,22 +110,39 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:07d}"
 
 
+def checkpoints(run_dir: Path) -> dict[int, Path]:
+    """Return a run's complete checkpoints by their step, in order."""
+    folders = (run_dir / "checkpoints").glob("step_*")
+    steps = {int(m[1]): folder for folder in folders if (m := re.fullmatch(r"step_(\d+)", folder.name))}
+    return {step: steps[step] for step in sorted(steps) if (steps[step] / "manifest.json").is_file()}
+
+
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """Return the run's complete checkpoint of the highest step, or None."""
-    folders = (run_dir / "checkpoints").glob("step_*")
-    steps = {
-        int(m[1]): f for f in folders if (m := re.fullmatch(r"step_(\d+)", f.name)) and (f / "manifest.json").is_file()
-    }
-    return steps[max(steps)] if steps else None
+    return next(reversed(checkpoints(run_dir).values()), None)
 
 
-def refuse_incomplete(run_dir: Path) -> None:
-    """Raise UserError where a run holds a checkpoint folder without manifest: training would meet it again."""
-    for folder in sorted((run_dir / "checkpoints").glob("step_*")):
-        require(
-            (folder / "manifest.json").is_file(),
-            f"{folder}: has no manifest.json; remove the folder to go on without it",
-        )
+def sound_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest checkpoint whose files are all as they were written, or None.
+
+    Newer ones that are not are named and set aside as `damaged_step_…`: training goes on from the one before and will
+    write these steps again.
+    """
+    for folder in sorted((run_dir / "checkpoints").glob("step_*"), reverse=True):
+        try:
+            for name in read_manifest(folder)["files"]:
+                verified(folder, name)
+        except OtherVersion:
+            raise
+        except (UserError, OSError) as error:
+            aside = folder.with_name(f"damaged_{folder.name}")
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}_")
+            log.warning("%s; it is set aside as %s and the checkpoint before it used", str(error).split(";")[0], aside)
+            folder.rename(aside)
+        else:
+            return folder
+    return None
 
 
 def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
@@ -107,21 +159,29 @@ def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
     return newest
 
 
+class OtherVersion(UserError):
+    """A checkpoint is of a format that this code does not read."""
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's manifest; raise UserError where it is missing, damaged or of another format version."""
+    path = folder / "manifest.json"
+    require(path.is_file(), f"{folder}: has no manifest.json; remove the folder to go on without it")
+    try:
+        manifest = json.loads(path.read_text())
+        version, _ = manifest["format_version"], manifest["files"].items()
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{path}: damaged; use another checkpoint of the run") from error
+    if version != FORMAT_VERSION:
+        raise OtherVersion(f"{folder}: format version {version}, this code reads {FORMAT_VERSION}; see CHANGELOG.md")
+    return manifest
+
+
 def verified(folder: Path, name: str) -> Path:
     """Return the path of a checkpoint's file after comparing it with the manifest; raise UserError naming a damaged
     one.
     """
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        expected = manifest["files"].get(name)
-        version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{folder / 'manifest.json'}: damaged; use another checkpoint of the run") from error
-    require(
-        version == FORMAT_VERSION,
-        f"{folder}: format version {version}, this code reads {FORMAT_VERSION}; see CHANGELOG.md",
-    )
-    path = folder / name
+    path, expected = folder / name, read_manifest(folder)["files"].get(name)
     require(
         expected is not None,
         f"{folder}: has no {name}; training can go on only from a checkpoint that training wrote",
@@ -134,23 +194,80 @@ def verified(folder: Path, name: str) -> Path:
     return path
 
 
+def pieces(folder: Path, name: str) -> list[str]:
+    """Return the files that a file of a checkpoint consists of: itself, or its pieces in order."""
+    stem, suffix = name.rsplit(".", 1)
+    pattern = re.compile(rf"{re.escape(stem)}-\d+-of-\d+\.{suffix}")
+    return sorted(file for file in read_manifest(folder)["files"] if pattern.fullmatch(file)) or [name]
+
+
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return whole tensors from the pieces of each process; scalars are the same in all."""
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        key: torch.cat([part[key] for part in parts if key in part]) if value.ndim else value
+        for key, value in parts[0].items()
+    }
+
+
+def weights_names(folder: Path) -> list[str]:
+    """Return the weights that a checkpoint holds: "ema", and "model" or further averages where it has them."""
+    files = read_manifest(folder)["files"]
+    return sorted(
+        {re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", file) for file in files if file.endswith(".safetensors")}
+    )
+
+
+def weights_sha256(folder: Path, name: str) -> str:
+    """Return what tells a checkpoint's weights from others: the SHA-256 of their file, or of its pieces' digests."""
+    files = read_manifest(folder)["files"]
+    digests = [files[file]["sha256"] for file in pieces(folder, f"{name}.safetensors")]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def weights_receipt(folder: Path, name: str) -> dict[str, str]:
+    """Return what a receipt says of a checkpoint's weights: their hash, and what people call them."""
+    return {f"{name}_sha256": weights_sha256(folder, name), "weights": {"ema": "EMA", "model": "raw"}.get(name, name)}
+
+
+def check_weights(folder: Path, name: str) -> None:
+    """Raise UserError where a checkpoint has no weights of a name, naming those it has."""
+    known = weights_names(folder)
+    require(name in known, f"weights={name}: {folder} has no {name}.safetensors; choose from {', '.join(known)}")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's config.json, checked against its manifest."""
     return json.loads(verified(folder, "config.json").read_text())
 
 
 def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
-    """Return the state dict "ema" or "model" of a checkpoint, on the CPU, checked against its manifest."""
-    path = verified(folder, f"{name}.safetensors")
+    """Return the state dict `name` of a checkpoint, such as "ema", on the CPU, checked against its manifest.
+
+    Raises UserError where it has none of this name, naming those it has, and for damaged files.
+    """
+    check_weights(folder, name)
+    paths = [verified(folder, file) for file in pieces(folder, f"{name}.safetensors")]
     try:
-        return load_file(path)
+        return joined([load_file(path) for path in paths])
     except SafetensorError as error:
-        raise UserError(f"{path}: damaged ({error}); use another checkpoint") from error
+        raise UserError(f"{paths[0]}: damaged ({error}); use another checkpoint") from error
 
 
 def read_train_state(folder: Path) -> dict[str, Any]:
-    """Return the optimizer state and meters of a checkpoint, on the CPU, checked against its manifest."""
-    return torch.load(verified(folder, "train_state.pt"), map_location="cpu", weights_only=True)
+    """Return the optimizer state, projector, meters and counts of a checkpoint, on the CPU, checked against its
+    manifest.
+    """
+    paths = [verified(folder, file) for file in pieces(folder, "train_state.pt")]
+    states = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
+    state = states[0]
+    if len(states) > 1:
+        for index in state["optimizer"]["state"]:
+            state["optimizer"]["state"][index] = joined([each["optimizer"]["state"][index] for each in states])
+        if "alignment" in state:
+            state["alignment"] = joined([each["alignment"] for each in states])
+    return state
 
 
 def build_network(settings: dict[str, Any]) -> Denoiser:
@@ -161,10 +278,11 @@ def build_network(settings: dict[str, Any]) -> Denoiser:
     return NETWORKS[target](**arguments)
 
 
-def load_model(run_or_checkpoint: str | Path, weights: WeightsName = "ema") -> Denoiser:
+def load_model(run_or_checkpoint: str | Path, weights: str = "ema") -> Denoiser:
     """Load one of this project's networks from a run or checkpoint: float32, on the CPU, in eval mode.
 
-    weights: "ema" are the averaged ones, "model" the raw ones. Settings come from inside the checkpoint.
+    weights: "ema" are the averaged ones, "model" the raw ones, "ema_0.999" or "power_0.05" a further average that the
+    run kept. Settings come from inside the checkpoint.
     Raises UserError for a path that is neither, for weights that it lacks, and for damaged files.
     """
     folder = find_checkpoint(run_or_checkpoint)
@@ -188,7 +306,9 @@ FREE = (
     "alignment.weights",
     "alignment.compile",
 )
-FROZEN_TRAINER = ("global_batch_size", "ema_decay", "warmup_steps", "lr_schedule")
+FROZEN_TRAINER = (
+    "global_batch_size", "ema_decay", "ema_decays", "ema_powers", "warmup_steps", "lr_schedule", "clip_norm",
+)  # fmt: skip
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -20,7 +20,7 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

@@ -119,9 +119,8 @@ class Search:
         """Return what a receipt says of a point's weights."""
         stored, weights = point.checkpoint.stored, point.weights
         return {
-            f"{weights}_sha256": point.checkpoint.hashes()[weights],
+            **ckpt.weights_receipt(point.checkpoint.folder, weights),
             "step": stored["step"],
-            "weights": {"ema": "EMA", "model": "raw"}[weights],
             "class_names": stored["class_names"],
             "autoencoder_sha256": self.autoencoder_sha256,
         }

@@ -115,11 +115,11 @@ def initialise(
     autoencoder: str | None,
     class_names: list[str],
     objective: FlowMatching,
-    ema: EMA,
+    averages: dict[str, EMA],
 ) -> None:
-    """Fill a new run's denoiser, its average and, where it fits, its projector from `init_from`; log what was loaded.
+    """Fill a new run's denoiser, its averages and, where it fits, its projector from `init_from`; log what was loaded.
 
-    The denoiser takes the source's raw weights (its averaged ones where it holds no others), the average takes the
+    The denoiser takes the source's raw weights (its averaged ones where it holds no others), each average takes the
     source's average. With another number of classes the rows of the label table are new, the null label's apart.
     Raises UserError where the source is another network or a file cannot be read.
     """
@@ -132,7 +132,8 @@ def initialise(
         fresh = {key: value.detach().cpu() for key, value in denoiser.state_dict().items()}
         model, averaged = with_new_table(model, fresh), with_new_table(averaged, fresh)
     denoiser.load_state_dict(model, strict=True)
-    ema.model.load_state_dict(averaged, strict=True)
+    for average in averages.values():
+        average.model.load_state_dict(averaged, strict=True)
     table = "label table loaded" if classes == wanted else f"label table new ({classes} -> {wanted} classes)"
     projector = "no projector"
     if objective.alignment is not None:

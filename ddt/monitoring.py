@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddt.alignment import Target
 from ddt.autoencoder import Autoencoder
@@ -17,11 +17,14 @@ from ddt.data import PREVIEW, draws, validation_batch
 from ddt.flow import TimeDistribution, interpolate, training_times
 from ddt.images import Images
 from ddt.model import Denoiser
-from ddt.objective import velocity_error
+from ddt.objective import velocity_errors
 from ddt.pictures import image_grid, write_png
 from ddt.sampling import SamplerSettings, sample
 
 MAX_VALIDATION_IMAGES = 2048
+T_BINS = 10
+BY_T = "fm_loss_by_t"
+T_NAMES = [f"{BY_T}/{k / T_BINS:.1f}-{(k + 1) / T_BINS:.1f}" for k in range(T_BINS)]
 
 
 def to_latents(
@@ -49,32 +52,60 @@ def to_latents(
 
 
 class Meter:
-    """Sums of losses on the device between two log rows: reading them is the loop's only wait for the device."""
+    """Means between two log rows, summed on the device: reading them is the loop's only wait for it.
 
-    def __init__(self, device: torch.device, state: dict[str, Any] | None = None) -> None:
-        state = state or {"sums": {}, "counts": {}}
-        self.sums: dict[str, Tensor] = {key: value.to(device) for key, value in state["sums"].items()}
-        self.counts: dict[str, float] = dict(state["counts"])  # steps: a loss may be switched off between two rows
+    state: what a checkpoint keeps, one entry a process; of another number of processes, their mean is gone on with.
+    """
+
+    def __init__(self, device: torch.device, rank: int = 0, num_processes: int = 1, state: Any = None) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.step: list[tuple[str, Tensor, Tensor]] = []  # of the step that is under way
+        for key, (sums, counts) in (state or {}).items():
+            mine = (sums[rank], counts[rank]) if len(sums) == num_processes else (sums.mean(0), counts.mean(0))
+            self.sums[key], self.counts[key] = (value.to(device) for value in mine)
 
     def add(self, losses: dict[str, Tensor], weight: float) -> None:
-        """Add a micro-batch's losses, scalars on the device."""
+        """Add what `FlowMatching` returned for a micro-batch that is `weight` of a step."""
         for key, value in losses.items():
-            value = weight * value.detach().float()
-            self.sums[key] = self.sums[key] + value if key in self.sums else value
-            self.counts[key] = self.counts.get(key, 0) + weight
+            if key not in ("t", "errors"):
+                value = weight * value.detach().float()
+                self.step.append((key, value, torch.full_like(value, weight)))
+        bins = torch.arange(T_BINS, device=losses["t"].device)
+        # a matrix product, for adding at indices gives other last bits each time on a GPU
+        inside = ((losses["t"] * T_BINS).long().clamp(max=T_BINS - 1)[:, None] == bins).float()
+        self.step.append((BY_T, losses["errors"] @ inside, inside.sum(0)))
 
-    def state(self, accelerator: Accelerator) -> dict[str, Any]:
-        """Return what a checkpoint keeps, averaged over processes, so that a resumed run logs the same means.
+    def add_step(self, norm: Tensor, largest: float | None) -> None:
+        """Add a step's gradient norm, before clipping, and whether it was above the `largest` that is let through."""
+        self.step.append(("grad_norm", norm, torch.ones_like(norm)))
+        if largest is not None:
+            self.step.append(("clipped", (norm > largest).float(), torch.ones_like(norm)))
 
-        All processes call it together.
-        """
-        sums = {key: accelerator.reduce(value.clone(), reduction="mean").cpu() for key, value in self.sums.items()}
-        return {"sums": sums, "counts": self.counts}
+    def end_step(self, skipped: Tensor) -> None:
+        """Take the step's values into the means, unless it was left out (1.0)."""
+        for key, value, count in self.step:
+            kept = torch.where(skipped > 0, 0, value), torch.where(skipped > 0, 0, count)
+            known = key in self.sums
+            self.sums[key] = self.sums[key] + kept[0] if known else kept[0]
+            self.counts[key] = self.counts[key] + kept[1] if known else kept[1]
+        self.step = []
+
+    def state(self, accelerator: Accelerator) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return what a checkpoint keeps. All processes call it together."""
+        everyone = {
+            key: accelerator.gather(torch.stack([self.sums[key], self.counts[key]])[None]).cpu() for key in self.sums
+        }
+        return {key: (values[:, 0].contiguous(), values[:, 1].contiguous()) for key, values in everyone.items()}
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the means over steps and processes. All processes call it together."""
-        means = accelerator.reduce(torch.stack(list(self.sums.values())), reduction="mean")
-        return {key: mean / self.counts[key] for key, mean in zip(self.sums, means.tolist(), strict=True)}
+        """Return the means over steps and processes, without those of which nothing was seen. All processes call it
+        together.
+        """
+        flat = torch.cat([torch.stack([self.sums[key], self.counts[key]]).reshape(2, -1) for key in self.sums], dim=1)
+        sums, counts = accelerator.reduce(flat, reduction="sum").tolist()
+        names = [name for key in self.sums for name in (T_NAMES if key == BY_T else [key])]
+        return {name: s / n for name, s, n in zip(names, sums, counts, strict=True) if n > 0}
 
     def reset(self) -> None:
         """Start again."""
@@ -106,8 +137,7 @@ def validation_loss(
         t = training_times(batch["time_normal"], time_distribution)
         with accelerator.autocast():
             v_pred = model(interpolate(batch["latents"], batch["noise"], t), t, batch["y"])
-        loss = velocity_error(v_pred, batch["latents"], batch["noise"])
-        total += loss.double() * len(indices)
+        total += velocity_errors(v_pred, batch["latents"], batch["noise"]).double().sum()
     return accelerator.reduce(total, reduction="sum").item() / count
 
 
@@ -131,8 +161,3 @@ def write_preview(
         latents = sample(model, torch.from_numpy(noise).to(accelerator.device), y, **sampler.arguments())
         images = autoencoder.decode(latents)
     write_png(path, image_grid(images.cpu(), columns))
-
-
-def all_finite(model: nn.Module) -> bool:
-    """Tell whether every weight of a network is a finite number; waits for the device."""
-    return bool(torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all())

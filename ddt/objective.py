@@ -13,12 +13,12 @@ from ddt.flow import TimeDistribution, interpolate, training_times, velocity
 from ddt.model import Denoiser
 
 
-def velocity_error(v_pred: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
-    """Return `mean((v_pred − v_t)²)`, a float32 scalar, for velocities, latents and noise (B, C, H, W).
+def velocity_errors(v_pred: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
+    """Return `mean((v_pred − v_t)²)` of each sample, float32 (B,), for velocities, latents and noise (B, C, H, W).
 
-    Source: paper eq. 3; method.md 1.
+    Their mean is the flow-matching loss. Source: paper eq. 3; method.md 1.
     """
-    return (v_pred.float() - velocity(latents, noise)).square().mean()
+    return (v_pred.float() - velocity(latents, noise)).square().flatten(1).mean(1)
 
 
 class FlowMatching(nn.Module):
@@ -60,7 +60,8 @@ class FlowMatching(nn.Module):
         features: Tensor | None = None,
         align: bool = True,
     ) -> dict[str, Tensor]:
-        """Return the scalar losses of a batch: `loss`, the one to minimise, and its parts.
+        """Return the losses of a batch: `loss`, the one to minimise, its parts, and by sample (B,) the times `t` and
+        flow-matching `errors`.
 
         latents, noise: (B, C, H, W) float32; y: (B,) int64; time_normal: (B,) standard normal; dropout_uniform: (B,)
         uniform in [0, 1); features: (B, h·w, F) of the alignment target, where there is one. `align=False` leaves the
@@ -69,16 +70,18 @@ class FlowMatching(nn.Module):
         t = training_times(time_normal, self.time_distribution)
         y = torch.where(dropout_uniform < self.label_dropout, self.denoiser.num_classes, y)
         x_t = interpolate(latents, noise, t)
-        if self.alignment is None:
-            fm_loss = velocity_error(self.denoiser(x_t, t, y), latents, noise)
-            return {"loss": fm_loss, "fm_loss": fm_loss.detach()}
-        if not align:
-            fm_loss = velocity_error(self.denoiser(x_t, t, y), latents, noise)
-            # the projector stays in the graph, with gradient zero: processes wait for the gradient of every weight
-            unused = sum(parameter.sum() for parameter in self.alignment.parameters())
-            return {"loss": fm_loss + 0 * unused, "fm_loss": fm_loss.detach()}
-        v_pred, hidden = self.denoiser.forward_with_hidden(x_t, t, y, self.alignment.align_depth)
-        fm_loss = velocity_error(v_pred, latents, noise)
-        aligned = self.alignment(hidden, features)
-        loss = fm_loss + self.alignment.weight * aligned
-        return {"loss": loss, "fm_loss": fm_loss.detach(), self.alignment.name: aligned.detach()}
+        if self.alignment is None or not align:
+            errors = velocity_errors(self.denoiser(x_t, t, y), latents, noise)
+            fm_loss = loss = errors.mean()
+            if self.alignment is not None:
+                # the projector stays in the graph, with gradient zero: processes wait for the gradient of every weight
+                loss = fm_loss + 0 * sum(parameter.sum() for parameter in self.alignment.parameters())
+            parts = {}
+        else:
+            v_pred, hidden = self.denoiser.forward_with_hidden(x_t, t, y, self.alignment.align_depth)
+            errors = velocity_errors(v_pred, latents, noise)
+            fm_loss = errors.mean()
+            aligned = self.alignment(hidden, features)
+            loss = fm_loss + self.alignment.weight * aligned
+            parts = {self.alignment.name: aligned.detach()}
+        return {"loss": loss, "fm_loss": fm_loss.detach(), **parts, "t": t, "errors": errors.detach()}

@@ -112,6 +112,10 @@ class OnlineEvaluation:
         log.info("step %d: %s", step, ", ".join(shown))
         return {f"{name}_{short(self.num_samples).lower()}": value for name, value in found.items()}
 
+    def logged(self, name: str) -> bool:
+        """Tell whether a logged value is one of this evaluation's."""
+        return name.endswith(f"_{short(self.num_samples).lower()}")
+
     def receipt(self) -> dict[str, Any]:
         """Return what the numbers of a run are of."""
         return {

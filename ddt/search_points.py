@@ -2,12 +2,11 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ddt.checkpoint import WeightsName
+from ddt import checkpoint as ckpt
 from ddt.errors import require
 from ddt.sampling import SamplerSettings
 
@@ -24,10 +23,8 @@ class Checkpoint:
     stored: dict[str, Any]
 
     def hashes(self) -> dict[str, str]:
-        """Return the SHA-256 of its weights, by "ema" and "model", as its manifest has them; reading compares them."""
-        files = json.loads((self.folder / "manifest.json").read_text())["files"]
-        names = {kind: f"{kind}.safetensors" for kind in ("ema", "model")}
-        return {kind: files[name]["sha256"] for kind, name in names.items() if name in files}
+        """Return the SHA-256 of its weights by name, as its manifest has them; reading compares them."""
+        return {name: ckpt.weights_sha256(self.folder, name) for name in ckpt.weights_names(self.folder)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Axes:
     """The values that points are combinations of; "checkpoint" is the value of the checkpoint's own sampler."""
 
     checkpoints: list[Checkpoint]
-    weights: list[WeightsName]
+    weights: list[str]
     recompute: list[Recompute]
     timeshift: list[float | Literal["checkpoint"]]
     cfg_scale: list[float | Literal["checkpoint"]]
@@ -48,7 +45,7 @@ class Point:
 
     label: str
     checkpoint: Checkpoint
-    weights: WeightsName
+    weights: str
     settings: SamplerSettings
 
     def row(self) -> dict[str, Any]:

@@ -8,30 +8,39 @@ import contextlib
 import datetime
 import logging
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from torch import nn
 from tqdm import tqdm
 
 from ddt import checkpoint as ckpt
 from ddt.alignment import REPA, Dispersive, Target
 from ddt.autoencoder import Autoencoder
 from ddt.data import PositionSampler, TrainingStream, load_batches
-from ddt.ema import EMA
-from ddt.errors import UserError, require
+from ddt.ema import EMA, average_rules
+from ddt.errors import Stopped, UserError, first_line, require
 from ddt.files import write_json
 from ddt.images import Images
 from ddt.initial import initialise
-from ddt.monitoring import Meter, all_finite, to_latents, validation_loss, write_preview
+from ddt.measuring import Measurements
+from ddt.monitoring import to_latents
 from ddt.objective import FlowMatching
 from ddt.online import OnlineEvaluation
+from ddt.parallel import clip, gradient_norm, micro_batch, prepare
 from ddt.sampling import SamplerSettings
+from ddt.saving import Saver, sweep
 from ddt.settings import TrainerSettings
+from ddt.state import TrainingState, check_resumable
+from ddt.stopping import MAX_SKIPPED, StopRequests, end_of_job, write_status
+from ddt.throughput import Clock, target_flops, training_flops
 from ddt.tracking import JsonlTracker
 
 log = logging.getLogger(__name__)
@@ -68,6 +77,99 @@ def not_finite(what: str, step: int, run_dir: Path) -> FloatingPointError:
     )
 
 
+PATIENCE = datetime.timedelta(hours=1)  # for process 0 to save and to score while the others wait
+
+
+@contextlib.contextmanager
+def reserved(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold a run's folder for this command, on all processes; raise UserError where another one trains in it.
+
+    The lock is the operating system's and goes with the process, however that ends.
+    """
+    new, taken = not run_dir.exists(), False
+    lock = filelock.FileLock(run_dir / ".lock")
+    if accelerator.is_main_process:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            taken = True
+    try:
+        require(
+            not broadcast_object_list([taken])[0],
+            f"{run_dir}: another command is training in this folder; wait for it, or give this one another name=",
+        )
+        yield
+    finally:
+        if accelerator.is_main_process and not taken:
+            if new and os.listdir(run_dir) == [".lock"]:  # refused before anything was written
+                (run_dir / ".lock").unlink()
+                run_dir.rmdir()
+            lock.release()
+
+
+@contextlib.contextmanager
+def reported(run_dir: Path, state: TrainingState) -> Iterator[None]:
+    """Keep `status.json` of a run true: running, and at the end done, preempted or failed, with the reason."""
+    main = state.accelerator.is_main_process
+    if main:
+        write_status(run_dir, "running", state.step)
+    try:
+        yield
+    except Stopped as stop:
+        if main:
+            write_status(run_dir, "preempted", state.step, str(stop))
+        raise
+    except BaseException as error:  # told, and raised again; any process may be the one that fails
+        write_status(run_dir, "failed", state.step, first_line(error))
+        raise
+    if main:
+        write_status(run_dir, "done", state.step)
+
+
+def begin(
+    settings: TrainerSettings,
+    run_dir: Path,
+    config: dict[str, Any],
+    objective: FlowMatching,
+    make_optimizer: Callable[..., torch.optim.Optimizer],
+    init_from: str | None,
+    accelerator: Accelerator,
+) -> tuple[nn.Module, TrainingState]:
+    """Return the model to call and the state of a run, from its newest sound checkpoint or from the start.
+
+    Raises UserError where the checkpoint belongs to another training.
+    """
+    if accelerator.is_main_process:
+        sweep(run_dir)
+    newest = broadcast_object_list([ckpt.sound_checkpoint(run_dir) if accelerator.is_main_process else None])[0]
+    if newest is not None:
+        saved = ckpt.read_config(newest)
+        check_resumable(newest)
+        check_same_training(saved["run"], config["run"], newest)
+        require(
+            saved["latent_shape"] == config["latent_shape"],
+            f"{newest}: was trained on latents of shape {saved['latent_shape']}, not {config['latent_shape']}; give "
+            "this one another name=",
+        )
+    rules = average_rules(settings.ema_decay, settings.ema_decays, settings.ema_powers)
+    objective.to(accelerator.device)
+    averages = {name: EMA(objective.denoiser, rule) for name, rule in rules.items()}
+    if newest is None and init_from is not None:
+        initialise(
+            init_from, config["network"], config["autoencoder_fingerprint"], config["class_names"], objective, averages
+        )
+    model = prepare(objective, accelerator, settings.parallelism)
+    if settings.parallelism == "fsdp":
+        for average in averages.values():
+            average.shard()
+    state = TrainingState(objective, make_optimizer(objective.parameters()), averages, accelerator)
+    if newest is not None:
+        state.load(newest)
+    accelerator.wait_for_everyone()  # nobody writes before all have read
+    return model, state
+
+
 def train(
     settings: TrainerSettings,
     run_dir: Path,
@@ -84,11 +186,11 @@ def train(
     init_from: str | None = None,
     make_evaluation: Callable[[Accelerator], OnlineEvaluation] | None = None,
 ) -> None:
-    """Train until `settings.max_steps`, going on from the newest checkpoint of `run_dir` where there is one.
+    """Train until `settings.max_steps`, going on from the newest sound checkpoint of `run_dir`, if any.
 
     Args:
         settings: how long, how large, how often.
-        run_dir: gets `config.json`, `metrics.jsonl`, `checkpoints/`, `previews/`.
+        run_dir: gets `config.json`, `status.json`, `metrics.jsonl`, `checkpoints/`, `export/`, `previews/`.
         config: what checkpoints carry inside: `network`, `latent_shape`, `autoencoder`, `sampler`, `class_names`, and
             under `run` the whole configuration, which a resumed run is compared with.
         objective: the denoiser with its loss, initialised alike on all processes.
@@ -100,11 +202,13 @@ def train(
         init_from: run, checkpoint or published file whose weights a new run starts from (`ddt.initial`).
         make_evaluation: accelerator → evaluation of samples every `settings.eval_every` steps, on all processes.
 
-    Raises UserError where a setting is impossible or the checkpoint belongs to another training, FloatingPointError
-    when the loss is not finite any more.
+    Raises UserError where a setting is impossible or the checkpoint belongs to another training, Stopped when the run
+    was asked to end early (`ddt.stopping`), FloatingPointError when gradients are no finite numbers any more, OSError
+    when checkpoints cannot be written.
     """
     # --- processes and devices
-    accelerator = make_accelerator(settings.mixed_precision)
+    started = time.time()
+    accelerator = make_accelerator(settings.mixed_precision, PATIENCE)
     rank, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     require(
         settings.num_processes in (None, num_processes),
@@ -113,162 +217,149 @@ def train(
     micro_batch_size, num_micro = settings.micro_batches(num_processes)
     shape: tuple[int, int, int] = tuple(config["latent_shape"])
 
-    # --- weights, their average, optimizer
-    autoencoder = autoencoder.to(device)
-    target = target.to(device) if target is not None else None
-    model = accelerator.prepare(objective)  # all processes leave this with the weights of process 0
-    denoiser = objective.denoiser
-    optimizer = make_optimizer(objective.parameters())
-    base_lrs = [group["lr"] for group in optimizer.param_groups]
-    ema = EMA(denoiser, settings.ema_decay)
-    meter, step = Meter(device), 0
-
-    # --- resume
-    ckpt.refuse_incomplete(run_dir)
-    newest = ckpt.newest_checkpoint(run_dir)
-    if newest is not None:
-        saved, state = ckpt.read_config(newest), ckpt.read_train_state(newest)
-        check_same_training(saved["run"], config["run"], newest)
-        require(
-            saved["latent_shape"] == config["latent_shape"],
-            f"{newest}: was trained on latents of shape {saved['latent_shape']}, not {config['latent_shape']}; give "
-            "this one another name=",
-        )
-        denoiser.load_state_dict(ckpt.read_weights(newest, "model"), strict=True)
-        ema.model.load_state_dict(ckpt.read_weights(newest, "ema"), strict=True)
-        if objective.alignment is not None:
-            objective.alignment.load_state_dict(state["alignment"], strict=True)
-        optimizer.load_state_dict(state["optimizer"])
-        meter, step = Meter(device, state["meter"]), saved["step"]
-    elif init_from is not None:
-        initialise(
-            init_from,
-            config["network"],
-            config["autoencoder_fingerprint"],
-            config["class_names"],
-            objective,
-            ema,
-        )
-    if step >= settings.max_steps:
-        longer = (
-            "raise trainer.max_steps" if settings.lr_schedule == "constant" else "start another run with init_from="
-        )
-        log.info("%s: complete at step %d; %s to train longer", run_dir, step, longer)
-        return
-    evaluation = None if make_evaluation is None else make_evaluation(accelerator)
-    accelerator.wait_for_everyone()  # nobody writes before all have read
-
-    # --- the record and the data, both from this step on
-    tracker = None
-    if rank == 0:
-        log.info(
-            "%s: %s to step %d",
+    with contextlib.ExitStack() as stack:
+        # --- weights, averages and optimizer, from a checkpoint where there is one
+        stack.enter_context(reserved(run_dir, accelerator))
+        flops = training_flops(objective, shape), target_flops(target, images.channels, images.image_size)
+        autoencoder = autoencoder.to(device)
+        target = target.to(device) if target is not None else None
+        model, state = begin(settings, run_dir, config, objective, make_optimizer, init_from, accelerator)
+        if state.step >= settings.max_steps:
+            longer = (
+                "raise trainer.max_steps" if settings.lr_schedule == "constant" else "start another run with init_from="
+            )
+            log.info("%s: complete at step %d; %s to train longer", run_dir, state.step, longer)
+            return
+        saver = Saver(run_dir, settings, config, accelerator)
+        saver.check_space(state)
+        evaluation = None if make_evaluation is None else make_evaluation(accelerator)
+        measure = Measurements(
+            settings,
             run_dir,
-            f"resuming at step {step}" if step else "training",
-            settings.max_steps,
+            objective,
+            autoencoder,
+            held_out,
+            sampler,
+            shape,
+            micro_batch_size,
+            evaluation,
+            accelerator,
         )
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(run_dir / "config.json", {**config["run"], "num_processes": num_processes})
-        if evaluation is not None:
-            evaluation.keep_receipt(run_dir / "evaluation.json")
-        tracker = make_tracker(run_dir=run_dir, step=step, config=config["run"])
-    align_until: float = 0  # step from which on the alignment is left out
-    if alignment is not None:
-        align_until = math.inf if alignment.until_step is None else alignment.until_step
-    read_until = align_until * settings.global_batch_size if alignment is not None and alignment.needs_target else 0
-    stream = TrainingStream(images, config["run"]["seed"], shape, autoencoder.stochastic, read_until)
-    positions = PositionSampler(
-        step, settings.max_steps, settings.global_batch_size, micro_batch_size, rank, num_processes
-    )
-    batches = load_batches(stream, positions, settings.num_workers, pin_memory=device.type == "cuda")
-    progress = tqdm(
-        total=settings.max_steps * settings.global_batch_size,
-        initial=step * settings.global_batch_size,
-        unit="img",
-        unit_scale=True,
-        desc=run_dir.name,
-        disable=rank != 0,
-        mininterval=1.0,
-    )
-    if num_processes > 1:
-        # DDP sorts its buckets anew after its first backward pass. One discarded pass over the run's first positions
-        # makes the first step after a resume add gradients in the same order as it did in the uninterrupted run.
-        first = PositionSampler(0, 1, settings.global_batch_size, micro_batch_size, rank, num_processes)
-        align = align_until > 0
-        batch = to_latents(stream[next(iter(first))], autoencoder, accelerator, target if align else None)
-        accelerator.backward(model(**batch, align=align)["loss"])
-        optimizer.zero_grad(set_to_none=True)
-    clock, clock_step, pauses = time.perf_counter(), step, 0.0
-    try:
-        while step < settings.max_steps:
+        missing = measure.missing(state.step) if state.step else []
+        accelerator.wait_for_everyone()  # nobody writes before all have read
+
+        # --- the record and the data, both from this step on
+        if rank == 0:
+            begun = f"resuming at step {state.step}" if state.step else "training"
+            log.info("%s: %s to step %d", run_dir, begun, settings.max_steps)
+            write_json(run_dir / "config.json", {**config["run"], "num_processes": num_processes})
+            if evaluation is not None:
+                evaluation.keep_receipt(run_dir / "evaluation.json")
+        stack.enter_context(reported(run_dir, state))
+        requests = stack.enter_context(
+            StopRequests(run_dir, end_of_job(settings.max_hours, started), device, rank, num_processes)
+        )
+        tracker = None
+        if rank == 0:
+            tracker = make_tracker(run_dir=run_dir, step=state.step, config=config["run"])
+            stack.callback(tracker.finish)
+        align_until: float = 0  # step from which on the alignment is left out
+        if alignment is not None:
+            align_until = math.inf if alignment.until_step is None else alignment.until_step
+        needs_target = alignment is not None and alignment.needs_target
+        read_until = align_until * settings.global_batch_size if needs_target else 0
+        stream = TrainingStream(images, config["run"]["seed"], shape, autoencoder.stochastic, read_until)
+        layout = settings.global_batch_size, micro_batch_size, rank, num_processes
+        positions = PositionSampler(state.step, settings.max_steps, *layout)
+        batches = load_batches(stream, positions, settings.num_workers, pin_memory=device.type == "cuda")
+        progress = stack.enter_context(
+            tqdm(
+                total=settings.max_steps * settings.global_batch_size,
+                initial=state.step * settings.global_batch_size,
+                unit="img",
+                unit_scale=True,
+                desc=run_dir.name,
+                disable=rank != 0,
+                mininterval=1.0,
+            )
+        )
+        denoiser, optimizer, parameters = objective.denoiser, state.optimizer, list(objective.parameters())
+        if num_processes > 1:
+            # DDP sorts its buckets anew after its first backward pass. One discarded pass over the run's first
+            # positions makes the first step after a resume add gradients in the same order as the uninterrupted run.
+            align = align_until > 0
+            first = stream[next(iter(PositionSampler(0, 1, *layout)))]
+            batch = to_latents(first, autoencoder, accelerator, target if align else None)
+            accelerator.backward(model(**batch, align=align)["loss"])
+            optimizer.zero_grad(set_to_none=True)
+        measure(missing, state.ema.network(), state.step, tracker)
+        clock = Clock(device, num_processes, settings.global_batch_size, *flops, settings.mixed_precision)
+        stopped = ""
+        while state.step < settings.max_steps and not stopped:
             # --- one optimizer step: gradients summed over micro-batches, averaged over processes
-            for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
-                group["lr"] = base_lr * settings.lr_factor(step)
-            align = step < align_until
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * settings.lr_factor(state.step)
+            align = state.step < align_until
             for micro in range(num_micro):
-                batch = to_latents(next(batches), autoencoder, accelerator, target if align else None)
-                with contextlib.nullcontext() if micro == num_micro - 1 else accelerator.no_sync(model):
+                with clock.waiting():
+                    read = next(batches)
+                batch = to_latents(read, autoencoder, accelerator, target if align else None)
+                with micro_batch(model, accelerator, last=micro == num_micro - 1):
                     losses = model(**batch, align=align)
                     accelerator.backward(losses["loss"] / num_micro)
-                meter.add(losses, 1 / num_micro)
+                state.meter.add(losses, 1 / num_micro)
+            norm = gradient_norm(parameters)
+            skipped = state.skips.check(norm)  # 1 where a gradient is no finite number: the step changes nothing
+            if settings.clip_norm is not None:
+                clip(parameters, norm, settings.clip_norm)
+            optimizer.found_inf = skipped  # type: ignore[attr-defined]  # what torch's GradScaler tells a fused optimizer
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            ema.update(denoiser)
-            step += 1
+            state.step += 1
+            for average in state.averages.values():
+                average.update(denoiser, state.step, skipped)
+            state.meter.add_step(norm, settings.clip_norm)
+            state.meter.end_step(skipped)
+            clock.steps += 1
             progress.update(settings.global_batch_size)
 
+            # --- whether to go on, the same on all processes
+            stopped, skipped_in_a_row = requests.agreed(state.skips.in_a_row)
+            if skipped_in_a_row >= MAX_SKIPPED:
+                raise not_finite(
+                    f"{skipped_in_a_row} steps in a row had gradients that are no finite numbers", state.step, run_dir
+                )
+            last = state.step == settings.max_steps
+
             # --- log
-            if step == settings.max_steps or step % settings.log_every == 0:
-                row: dict[str, Any] = meter.means(accelerator)
-                if not math.isfinite(row["loss"]):
-                    raise not_finite(f"the loss is {row['loss']}", step, run_dir)
-                if step % settings.log_every == 0:
-                    meter.reset()
+            if last or state.step % settings.log_every == 0:
+                row: dict[str, Any] = state.row(clock.row(align and target is not None))
+                if state.step % settings.log_every == 0:
+                    state.meter.reset()
                 else:
                     row["partial"] = True  # a longer run will log the whole of it
-                seconds = time.perf_counter() - clock - pauses
-                row["lr"] = optimizer.param_groups[0]["lr"]
-                row["images_per_second"] = (step - clock_step) * settings.global_batch_size / seconds
-                progress.set_postfix(step=step, loss=f"{row['loss']:.4f}")
+                if "loss" in row:
+                    progress.set_postfix(step=state.step, loss=f"{row['loss']:.4f}")
                 if tracker is not None:
-                    tracker.log(step, row)
-                clock, clock_step, pauses = time.perf_counter(), step, 0.0
-            # --- save, before anything that could fail
-            pause = time.perf_counter()
-            if step == settings.max_steps or settings.due(settings.save_every, step):
-                if not all_finite(ema.model):
-                    raise not_finite("a weight is no finite number", step, run_dir)
-                train_state = {"optimizer": optimizer.state_dict(), "meter": meter.state(accelerator)}
-                if objective.alignment is not None:
-                    train_state["alignment"] = objective.alignment.state_dict()
+                    tracker.log(state.step, row)
+                clock.start()
+            # --- save, before anything that could fail; then measure the averaged weights
+            with clock.pause():
+                if last or stopped or settings.due(settings.save_every, state.step):
+                    if not state.finite():
+                        raise not_finite("a weight is no finite number", state.step, run_dir)
+                    saver.save(state, last=last or bool(stopped))
+                    requests.save_seconds = saver.seconds
+                if settings.due(settings.snapshot_every, state.step):
+                    saver.snapshot(state)
+                due = measure.due(state.step)
+                if due:
+                    measure(due, state.ema.network(), state.step, tracker)
                 if rank == 0:
-                    ckpt.write_checkpoint(
-                        ckpt.checkpoint_folder(run_dir, step),
-                        {"format_version": ckpt.FORMAT_VERSION, "step": step, **config},
-                        ema=ema.model.state_dict(),
-                        model=denoiser.state_dict(),
-                        train_state=train_state,
-                    )
-                accelerator.wait_for_everyone()
-            # --- validate, preview and evaluate the averaged weights
-            if len(held_out.labels) and settings.due(settings.validate_every, step):
-                loss = validation_loss(
-                    ema.model, objective.time_distribution, held_out, autoencoder, accelerator, shape, micro_batch_size
-                )
-                if tracker is not None:
-                    tracker.log(step, {"validation_loss": loss})
-            if tracker is not None and settings.due(settings.preview_every, step):
-                picture = run_dir / "previews" / f"step_{step:07d}.png"
-                write_preview(picture, ema.model, autoencoder, accelerator, shape, sampler)
-                tracker.image(step, "preview", picture)
-            if evaluation is not None and settings.due(settings.eval_every, step):
-                measured = evaluation(ema.model, step)
-                if tracker is not None:
-                    tracker.log(step, measured)
-            pauses += time.perf_counter() - pause  # images_per_second is the rate of training alone
-    finally:
-        progress.close()
-        if tracker is not None:
-            tracker.finish()
+                    saver.prune()
+        if stopped and state.step < settings.max_steps:
+            if rank == 0:
+                (run_dir / "STOP").unlink(missing_ok=True)  # it has been obeyed
+            raise Stopped(f"{run_dir}: stopped by {stopped} at step {state.step}; the same command goes on from there")
     if rank == 0:
-        log.info("trained to step %d: %s", step, ckpt.checkpoint_folder(run_dir, step))
+        log.info("trained to step %d: %s", state.step, ckpt.checkpoint_folder(run_dir, state.step))

@@ -20,7 +20,6 @@ from omegaconf import DictConfig
 
 from ddt import checkpoint as ckpt
 from ddt.errors import require
-from ddt.files import sha256
 from ddt.fitting import fit_schedule
 from ddt.receipts import circumstances
 from ddt.sampling import SamplerSettings
@@ -67,7 +66,7 @@ def fit(folder: Path, stored: dict[str, Any], settings: SamplerSettings, argumen
     out = Path(arguments["out"])
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(content, out.with_suffix(".png"))
-    origin = {"ema_sha256": sha256(folder / "ema.safetensors"), "dtype": dtype, **circumstances(device)}
+    origin = {"ema_sha256": ckpt.weights_sha256(folder, "ema"), "dtype": dtype, **circumstances(device)}
     similarity = content.pop("similarity")
     write_schedule(out, {**content, **origin, "similarity": similarity})
     steps = content["recompute_steps"]

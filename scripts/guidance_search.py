@@ -24,7 +24,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from omegaconf import DictConfig
 
-from ddt.checkpoint import WeightsName
 from ddt.errors import require
 from ddt.files import write_json
 from ddt.generation import Generator, locked
@@ -50,7 +49,7 @@ AS_STORED = Literal["checkpoint"]
 
 
 def check(
-    ckpt: list[str], weights: list[WeightsName], recompute: list[AS_STORED | Recompute],
+    ckpt: list[str], weights: list[str], recompute: list[AS_STORED | Recompute],
     timeshift: list[float | AS_STORED], cfg_scale: list[float | AS_STORED], cfg_interval: list[Interval | AS_STORED],
     num_samples: int, top: int, final_samples: int, repeats: int, metric: str | None, keep_samples: bool,
     reference: str, out: str, autoencoder: str, dtype: Dtype | None, batch_size: int, num_processes: int | None,

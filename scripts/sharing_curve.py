@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from ddt import checkpoint as ckpt
 from ddt.errors import require
-from ddt.files import sha256, write_json
+from ddt.files import write_json
 from ddt.generation import Generator, locked
 from ddt.metrics.scores import prepare
 from ddt.receipts import circumstances
@@ -67,7 +67,7 @@ def measure(config: dict[str, Any], folder: Path, stored: dict[str, Any], settin
     request = {
         **{key: config[key] for key in (*keys, "templates", "autoencoder", "inception_weights", "cache_gib")},
         "features": config["features"],
-        "ema_sha256": sha256(folder / "ema.safetensors"),
+        "ema_sha256": ckpt.weights_sha256(folder, "ema"),
         "sampler": dataclasses.asdict(settings),
         "dtype": dtype,
         "device": circumstances(device)["device"],

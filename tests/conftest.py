@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the entry points are modules of the repository; a copy of it tests itself
 
 import ddt  # noqa: E402
+from ddt.throughput import TIMINGS  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers side by side share the cores
@@ -101,7 +102,7 @@ def one_thread():
 def rows(run_dir):
     """The logged values of a run that are no timings."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
 
 
 def copy_repository(folder):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from ddt.alignment import Dispersive
 from ddt.checkpoint import FORMAT_VERSION, write_checkpoint
-from ddt.ema import EMA
+from ddt.ema import EMA, ConstantDecay
 from ddt.initial import initialise
 from ddt.objective import FlowMatching
 from ddt.released import architecture, read_state_dict
@@ -119,8 +119,8 @@ def test_a_published_file_gives_raw_and_averaged_weights():
     """The release's own numbers: EMA weights into the average, raw ones into the network that is trained."""
     sizes = architecture(read_state_dict(PATCH1), encoder_depth=1, patch_size=1, source="patch1")
     trained = objective(**sizes)
-    ema = EMA(trained.denoiser, 0.9)
-    initialise(str(PATCH1), network(**sizes), None, ["0"] * 5, trained, ema)
+    ema = EMA(trained.denoiser, ConstantDecay(0.9))
+    initialise(str(PATCH1), network(**sizes), None, ["0"] * 5, trained, {"ema": ema})
     state = torch.load(PATCH1, weights_only=True)["state_dict"]
     for prefix, model in (("ema_denoiser.", ema.model), ("denoiser.", trained.denoiser)):
         found = model.state_dict()
@@ -135,9 +135,9 @@ def test_a_converted_checkpoint_has_averaged_weights_alone(tmp_path, caplog):
     config = {"format_version": FORMAT_VERSION, "step": None, "network": network(num_classes=7)}
     write_checkpoint(tmp_path / "converted", {**config, "autoencoder_fingerprint": "other"}, ema=source.state_dict())
     trained = objective()
-    ema = EMA(trained.denoiser, 0.9)
+    ema = EMA(trained.denoiser, ConstantDecay(0.9))
     fresh = trained.denoiser.state_dict()[TABLE].clone()
-    initialise(str(tmp_path / "converted"), network(), "mine", ["0"] * 10, trained, ema)
+    initialise(str(tmp_path / "converted"), network(), "mine", ["0"] * 10, trained, {"ema": ema})
     assert torch.equal(trained.denoiser.state_dict()[TABLE][:-1], fresh[:-1])
     assert torch.equal(trained.denoiser.state_dict()[TABLE][-1], source.state_dict()[TABLE][-1])
     for key, value in source.state_dict().items():
@@ -163,11 +163,11 @@ def test_a_projector_is_taken_where_it_fits(tmp_path, caplog):
         tmp_path / "run", config, ema=state, model=state, train_state={"alignment": source.alignment.state_dict()}
     )
     fits, other = aligned(6), aligned(5)
-    initialise(str(tmp_path / "run"), network(), None, ["0"] * 10, fits, EMA(fits.denoiser, 0.9))
+    initialise(str(tmp_path / "run"), network(), None, ["0"] * 10, fits, {"ema": EMA(fits.denoiser, ConstantDecay(0.9))})
     assert torch.equal(fits.alignment.projector[4].weight, source.alignment.projector[4].weight)
     assert "projector loaded" in caplog.text
     assert "has as many classes, but others" in caplog.text
-    initialise(str(tmp_path / "run"), network(), None, ["0"] * 10, other, EMA(other.denoiser, 0.9))
+    initialise(str(tmp_path / "run"), network(), None, ["0"] * 10, other, {"ema": EMA(other.denoiser, ConstantDecay(0.9))})
     assert "projector new" in caplog.text
     assert Dispersive().build_loss().state_dict() == {}
 

@@ -1,0 +1,195 @@
+"""Checkpoints of a run: when one is written, what happens if it cannot be, and which ones stay."""
+
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
+
+from ddt import checkpoint as ckpt
+from ddt.errors import require
+from ddt.files import fsync, write_json
+from ddt.settings import TrainerSettings
+from ddt.state import TrainingState
+from ddt.tracking import read_rows
+
+log = logging.getLogger(__name__)
+MAX_FAILURES = 3  # saves in a row that cannot be written
+SPARE = 1.2  # free space that a checkpoint must find, in units of its size
+HIGHER_IS_BETTER = ("inception_score", "precision", "recall", "class_accuracy", "authenticity")
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; nobody ever sees half of it under its name."""
+    doomed = folder.with_name(f".del-{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove what a killed run left half written or half removed."""
+    for parent in (run_dir, run_dir / "checkpoints", run_dir / "snapshots"):
+        for pattern in (".tmp-*", ".del-*"):
+            for left in parent.glob(pattern):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def export(checkpoint: Path, target: Path) -> None:
+    """Put the averaged weights of a checkpoint with their config into a folder that sample.py reads: a hard link where
+    the disk has them, so that it costs no space and stays when the checkpoint goes.
+    """
+    temporary = ckpt.temporary_folder(target)
+    manifest = ckpt.read_manifest(checkpoint)
+    names = ["config.json", *ckpt.pieces(checkpoint, "ema.safetensors")]
+    for name in names:
+        try:
+            os.link(checkpoint / name, temporary / name)
+        except OSError:  # a disk without links
+            shutil.copyfile(checkpoint / name, temporary / name)
+            fsync(temporary / name)
+    write_json(temporary / "manifest.json", {**manifest, "files": {name: manifest["files"][name] for name in names}})
+    if target.exists():
+        target.rename(target.with_name(f".del-{target.name}"))
+    temporary.rename(target)
+    shutil.rmtree(target.with_name(f".del-{target.name}"), ignore_errors=True)
+
+
+class Saver:
+    """Writes the checkpoints of a run, on all processes together.
+
+    config: what each carries beside its step. `seconds`: what the latest one took.
+    """
+
+    def __init__(
+        self, run_dir: Path, settings: TrainerSettings, config: dict[str, Any], accelerator: Accelerator
+    ) -> None:
+        self.run_dir, self.settings, self.config, self.accelerator = run_dir, settings, config, accelerator
+        self.sharded = settings.parallelism == "fsdp"
+        self.seconds, self.failures = 0.0, 0
+
+    def size(self, state: TrainingState) -> int:
+        """Return the bytes of a checkpoint. All processes call it together."""
+        return sum(gather_object([state.bytes()])) if self.sharded else state.bytes()
+
+    def lack_of_space(self, size: int) -> str:
+        """Return what is wrong with the disk for a checkpoint of `size` bytes, or an empty text."""
+        free, needed = shutil.disk_usage(self.run_dir).free, SPARE * size
+        return "" if free >= needed else f"{needed / 2**30:.2g} GiB are needed, {free / 2**30:.2g} GiB are free"
+
+    def check_space(self, state: TrainingState) -> None:
+        """Raise UserError where the disk has no room for a checkpoint. All processes call it together."""
+        lack = broadcast_object_list([self.lack_of_space(self.size(state))])[0]
+        require(not lack, f"{self.run_dir}: no room for a checkpoint ({lack}); free some space")
+
+    def save(self, state: TrainingState, last: bool = False) -> bool:
+        """Write a checkpoint of a state and tell whether that worked, the same on all processes.
+
+        An attempt that fails for want of space leaves nothing behind and training goes on; after three in a row, or
+        with the last one, OSError.
+        """
+        started = time.perf_counter()
+        folder = ckpt.checkpoint_folder(self.run_dir, state.step)
+        problem = self.write(folder, state, state.weights(), state.train_state())
+        self.seconds = time.perf_counter() - started
+        if not problem:
+            self.failures = 0
+            if self.accelerator.is_main_process:
+                self.export_ema(folder)
+            return True
+        self.failures += 1
+        text = f"no checkpoint of step {state.step} could be written ({problem})"
+        if last or self.failures == MAX_FAILURES:
+            raise OSError(0, f"{text}, {self.failures} in a row", str(folder.parent))
+        if self.accelerator.is_main_process:
+            log.warning("warning: %s: %s; training goes on", folder.parent, text)
+        return False
+
+    def export_ema(self, folder: Path) -> None:
+        """Bring `export/` in the run folder up to date; without it nothing is lost."""
+        try:
+            export(folder, self.run_dir / "export")
+        except OSError as error:
+            log.warning("warning: %s: could not be written (%s)", self.run_dir / "export", error)
+
+    def snapshot(self, state: TrainingState) -> None:
+        """Keep the power-function averages of a step, from which scripts/posthoc_ema.py makes any other."""
+        folder = self.run_dir / "snapshots" / f"step_{state.step:07d}"
+        powers = {name: state.weights()[name] for name in state.averages if name.startswith("power_")}
+        if self.accelerator.is_main_process and folder.exists():
+            remove(folder)  # of steps that the run did before it went on from an earlier checkpoint
+        problem = self.write(folder, state, powers)
+        if problem and self.accelerator.is_main_process:
+            log.warning("warning: %s: could not be written (%s); training goes on", folder, problem)
+
+    def write(self, folder: Path, state: TrainingState, weights: Any, train_state: Any = None) -> str:
+        """Write a folder, each process its own files, and return what went wrong, or an empty text; the same on all."""
+        accelerator, size = self.accelerator, self.size(state)
+        main, temporary = accelerator.is_main_process, folder.parent / f".tmp-{folder.name}"
+        problem = ""
+        if main:
+            try:
+                problem = self.lack_of_space(size)
+                if not problem:
+                    ckpt.temporary_folder(folder)
+            except OSError as error:
+                problem = str(error)
+        if broadcast_object_list([problem])[0]:
+            return broadcast_object_list([problem])[0]
+        mine: dict[str, Any] | str = {}
+        if main or self.sharded:
+            piece = (accelerator.process_index, accelerator.num_processes) if self.sharded else None
+            try:
+                mine = ckpt.write_files(temporary, weights, train_state, piece)
+            except (
+                OSError,
+                RuntimeError,
+                SafetensorError,
+            ) as error:  # torch and safetensors have their own for a full disk
+                mine = str(error).splitlines()[0]
+        everyone = gather_object([mine])
+        problem = next((found for found in everyone if isinstance(found, str)), "")
+        if main:
+            try:
+                if not problem:
+                    files = {name: entry for found in everyone for name, entry in found.items()}
+                    config = {"format_version": ckpt.FORMAT_VERSION, "step": state.step, **self.config}
+                    ckpt.complete(temporary, folder, config, files)
+            except OSError as error:
+                problem = str(error)
+            if problem:
+                shutil.rmtree(temporary, ignore_errors=True)
+        return broadcast_object_list([problem])[0]
+
+    def prune(self) -> None:
+        """Remove the checkpoints that need not stay, on the main process: all but the last ones, those of every
+        `keep_every`-th step, and the best.
+        """
+        if self.settings.keep_last is None:
+            return
+        found = ckpt.checkpoints(self.run_dir)
+        kept = set(list(found)[-self.settings.keep_last :])
+        if self.settings.keep_every:
+            kept |= {step for step in found if step % self.settings.keep_every == 0}
+        best = None if self.settings.keep_best is None else self.best(found, self.settings.keep_best)
+        for step, folder in found.items():
+            if step not in kept and step != best:
+                remove(folder)
+
+    def best(self, found: dict[int, Path], metric: str) -> int | None:
+        """Return the step of the checkpoint with the best logged value of a metric, the first one where they tie."""
+        rows = read_rows(self.run_dir / "metrics.jsonl")
+        values = {row["step"]: row[metric] for row in rows if metric in row and row["step"] in found}
+        if not values and found:
+            known = sorted({key for row in rows if row["step"] in found for key in row} - {"step"})
+            log.warning(
+                "warning: trainer.keep_best=%s: was not measured at any checkpoint; there are %s",
+                metric,
+                ", ".join(known),
+            )
+        sign = -1 if metric.startswith(HIGHER_IS_BETTER) else 1
+        return min(values, key=lambda step: (sign * values[step], step), default=None)

@@ -1,0 +1,120 @@
+"""Everything that a training step changes, and so everything that a checkpoint holds."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ddt import checkpoint as ckpt
+from ddt.ema import EMA
+from ddt.errors import require
+from ddt.model import Denoiser
+from ddt.monitoring import Meter
+from ddt.objective import FlowMatching
+from ddt.parallel import like, load, local
+from ddt.stopping import Skips
+
+
+def pieces(tree: Any) -> Any:
+    """Return a nested state with this process's part of each sharded tensor in its place."""
+    if isinstance(tree, dict):
+        return {key: pieces(value) for key, value in tree.items()}
+    return local(tree) if isinstance(tree, Tensor) else tree
+
+
+class TrainingState:
+    """Weights, averages, optimizer, meters and counts of a run, after `step` steps.
+
+    averages: by the name of their weights in a checkpoint; "ema" is what previews and evaluations draw with.
+    """
+
+    def __init__(
+        self,
+        objective: FlowMatching,
+        optimizer: torch.optim.Optimizer,
+        averages: dict[str, EMA[Denoiser]],
+        accelerator: Accelerator,
+    ) -> None:
+        self.objective, self.optimizer, self.averages, self.accelerator = objective, optimizer, averages, accelerator
+        self.meter, self.skips = Meter(accelerator.device), Skips(accelerator.device)
+        self.step = 0
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+
+    @property
+    def ema(self) -> EMA[Denoiser]:
+        """The average that samples are drawn with."""
+        return self.averages["ema"]
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint; raise UserError where it is of no use for that."""
+        config, state = ckpt.read_config(folder), ckpt.read_train_state(folder)
+        load(self.objective.denoiser, ckpt.read_weights(folder, "model"))
+        for name, average in self.averages.items():
+            load(average.model, ckpt.read_weights(folder, name))
+        if self.objective.alignment is not None:
+            load(self.objective.alignment, state["alignment"])
+        parameters = list(self.objective.parameters())
+        for index, values in state["optimizer"]["state"].items():
+            for key, value in values.items():
+                if value.ndim:
+                    values[key] = like(value, parameters[index])
+        self.optimizer.load_state_dict(state["optimizer"])
+        accelerator = self.accelerator
+        self.meter = Meter(accelerator.device, accelerator.process_index, accelerator.num_processes, state["meter"])
+        self.skips, self.step = Skips(accelerator.device, state["skips"]), config["step"]
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """Return the state dicts of a checkpoint by name, of this process's parts where they are sharded."""
+        averages = {name: average.model.state_dict() for name, average in self.averages.items()}
+        return pieces({**averages, "model": self.objective.denoiser.state_dict()})
+
+    def train_state(self) -> dict[str, Any]:
+        """Return the rest of a checkpoint, in the same parts. All processes call it together."""
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "meter": self.meter.state(self.accelerator),
+            "skips": self.skips.state(),
+        }
+        if self.objective.alignment is not None:
+            state["alignment"] = self.objective.alignment.state_dict()
+        return pieces(state)
+
+    def finite(self) -> bool:
+        """Tell whether all weights and averages are finite numbers. All processes call it together."""
+        modules = [self.objective, *(average.model for average in self.averages.values())]
+        sound = torch.stack([local(p).isfinite().all() for module in modules for p in module.parameters()]).all()
+        return self.accelerator.reduce((~sound).float(), reduction="sum").item() == 0
+
+    def row(self, rates: dict[str, float]) -> dict[str, float]:
+        """Return a row of the log: means since the last one, and how far the average is from the weights. All processes
+        call it together.
+        """
+        row = self.meter.means(self.accelerator)
+        if "repa_loss" in row:
+            row["alignment_cosine"] = 1 - row["repa_loss"]
+        distances = self.ema.distance(self.objective.denoiser)
+        if self.ema.outline is not None:  # each process knows its parts
+            distances = self.accelerator.reduce(distances, reduction="sum")
+        apart, norm = distances.sqrt().tolist()
+        row["ema_distance"] = apart / norm
+        row["skipped_steps"] = self.skips.total.item()
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        return row | rates
+
+    def bytes(self) -> int:
+        """Return how many bytes this process writes in a checkpoint: weights, averages, and two moments a weight."""
+        numbers = sum(local(p).numel() for p in self.objective.parameters())
+        averaged = sum(local(p).numel() for average in self.averages.values() for p in average.model.parameters())
+        return 4 * (3 * numbers + averaged)
+
+
+def check_resumable(folder: Path) -> None:
+    """Raise UserError for a checkpoint that holds weights alone, or was written before `skips` were counted."""
+    require(
+        "skips" in ckpt.read_train_state(folder),
+        f"{folder}: was written by an earlier version; its weights can start a new run: init_from={folder} and another "
+        "name=",
+    )

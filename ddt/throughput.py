@@ -1,0 +1,110 @@
+"""How fast a run is, and what share of the device's arithmetic that is.
+
+Counts are analytic (`ddt.cost`): a training step costs three forwards of the network, and one of the frozen target.
+What activation checkpointing computes again, the autoencoder and everything element by element are not counted.
+"""
+
+import contextlib
+import copy
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddt.alignment import Target
+from ddt.cost import network_macs, weight_macs
+from ddt.objective import FlowMatching
+
+# Dense bf16 matrix products in FLOP/s, from the makers' data sheets; of float32 training no share is told
+PEAKS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
+    "RTX 4090": 165e12, "B200": 2250e12,
+}  # fmt: skip
+
+
+TIMINGS = (
+    "images_per_second", "data_wait", "tflops_per_process", "mfu", "mfu_with_target", "gpu_memory_gib",
+)  # fmt: skip
+
+
+def peak_of(device_name: str) -> float | None:
+    """Return a GPU's dense bf16 FLOP/s, or None where it is not known here."""
+    return next((peak for name, peak in PEAKS.items() if name in device_name), None)
+
+
+def training_flops(objective: FlowMatching, shape: tuple[int, int, int]) -> int:
+    """Return the FLOPs of an image in training, forward and backward, for latents of `shape` (C, H, W)."""
+    macs = network_macs(objective.denoiser, shape[1], shape[2]).total
+    if objective.alignment is not None:
+        tokens = (shape[1] // patch_size_of(objective)) * (shape[2] // patch_size_of(objective))
+        macs += tokens * weight_macs([objective.alignment])
+    return 6 * macs  # two operations a MAC; the backward pass is twice the forward
+
+
+def patch_size_of(objective: FlowMatching) -> int:
+    """Return the patch size of the denoiser."""
+    denoiser: Any = objective.denoiser
+    return getattr(denoiser, "decoder", denoiser).patch_size
+
+
+def target_flops(target: Target | None, channels: int, image_size: int) -> int:
+    """Return the FLOPs of an image in the alignment's target, forward alone, counted on a copy without weights."""
+    if target is None:
+        return 0
+    outline = copy.deepcopy(target).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        outline(torch.empty(1, channels, image_size, image_size, dtype=torch.uint8, device="meta"))
+    return counter.get_total_flops()
+
+
+class Clock:
+    """Tells images per second, the share of time spent waiting for data, and of the device's arithmetic used.
+
+    images_per_step: of all processes. flops, target_flops: of an image. dtype: the run's mixed precision.
+    """
+
+    def __init__(
+        self, device: torch.device, num_processes: int, images_per_step: int, flops: int, target_flops: int, dtype: str
+    ) -> None:
+        self.device, self.num_processes, self.images = device, num_processes, images_per_step
+        self.flops, self.target_flops = flops, target_flops
+        self.peak = peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" and dtype == "bf16" else None
+        self.start()
+
+    def start(self) -> None:
+        """Begin a new interval."""
+        self.began, self.waited, self.paused, self.steps = time.perf_counter(), 0.0, 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as spent waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave out the time inside: the rate is that of training alone."""
+        began = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - began
+
+    def row(self, aligned: bool) -> dict[str, float]:
+        """Return what a log row says of the interval. aligned: the target was used."""
+        seconds = time.perf_counter() - self.began - self.paused
+        rate = self.steps * self.images / seconds
+        each = rate / self.num_processes
+        found = {
+            "images_per_second": rate,
+            "data_wait": self.waited / seconds,
+            "tflops_per_process": each * self.flops / 1e12,
+        }
+        if self.peak is not None:
+            found["mfu"] = each * self.flops / self.peak
+            if self.target_flops and aligned:
+                found["mfu_with_target"] = each * (self.flops + self.target_flops) / self.peak
+        if self.device.type == "cuda":
+            found["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return found
