@@ -10,7 +10,7 @@ from ddt.images import Images
 from ddt.model import Denoiser
 from ddt.monitoring import validation_loss, write_preview
 from ddt.objective import FlowMatching
-from ddt.online import OnlineEvaluation
+from ddt.online import OnlineEvaluation, is_evaluation
 from ddt.sampling import SamplerSettings
 from ddt.settings import TrainerSettings
 from ddt.tracking import JsonlTracker, read_rows
@@ -18,15 +18,43 @@ from ddt.tracking import JsonlTracker, read_rows
 log = logging.getLogger(__name__)
 
 
+def preview_path(run_dir: Path, step: int) -> Path:
+    """Return where the preview grid of a step lies."""
+    return run_dir / "previews" / f"step_{step:07d}.png"
+
+
+def due(settings: TrainerSettings, held_out: Images, step: int) -> list[str]:
+    """Return what is to be measured after a step."""
+    periods = {
+        "validation": settings.validate_every if len(held_out.labels) else 0,
+        "preview": settings.preview_every,
+        "evaluation": settings.eval_every,
+    }
+    return [name for name, every in periods.items() if settings.due(every, step)]
+
+
+def missing(settings: TrainerSettings, held_out: Images, run_dir: Path, step: int) -> list[str]:
+    """Return what was to be measured after a step and is not on record: a run may be killed between its checkpoint and
+    its measurements.
+    """
+    path = run_dir / "metrics.jsonl"
+    known = {key for row in read_rows(path) if row["step"] == step for key in row} if path.is_file() else set()
+    there = {
+        "validation": "validation_loss" in known,
+        "preview": preview_path(run_dir, step).is_file(),
+        "evaluation": any(is_evaluation(key, settings.eval_samples) for key in known),
+    }
+    return [name for name in due(settings, held_out, step) if not there[name]]
+
+
 class Measurements:
-    """Measures at the steps that the settings name. Made and called on all processes; process 0 writes.
+    """Measures what is due. Made and called on all processes; process 0 writes.
 
     shape: (C, H, W) of a latent. batch_size: images a process takes at once. evaluation: None where there is none.
     """
 
     def __init__(
         self,
-        settings: TrainerSettings,
         run_dir: Path,
         objective: FlowMatching,
         autoencoder: Autoencoder,
@@ -37,37 +65,9 @@ class Measurements:
         evaluation: OnlineEvaluation | None,
         accelerator: Accelerator,
     ) -> None:
-        self.settings, self.run_dir, self.objective, self.autoencoder = settings, run_dir, objective, autoencoder
-        self.held_out, self.sampler, self.shape, self.batch_size = held_out, sampler, shape, batch_size
+        self.run_dir, self.objective, self.autoencoder, self.held_out = run_dir, objective, autoencoder, held_out
+        self.sampler, self.shape, self.batch_size = sampler, shape, batch_size
         self.evaluation, self.accelerator = evaluation, accelerator
-
-    def preview(self, step: int) -> Path:
-        """Return where the preview grid of a step lies."""
-        return self.run_dir / "previews" / f"step_{step:07d}.png"
-
-    def due(self, step: int) -> list[str]:
-        """Return what is to be measured after a step."""
-        settings = self.settings
-        periods = {
-            "validation": settings.validate_every if len(self.held_out.labels) else 0,
-            "preview": settings.preview_every,
-            "evaluation": settings.eval_every if self.evaluation is not None else 0,
-        }
-        return [name for name, every in periods.items() if settings.due(every, step)]
-
-    def missing(self, step: int) -> list[str]:
-        """Return what was to be measured after a step and is not on record: a run may be killed between its checkpoint
-        and its measurements.
-        """
-        path = self.run_dir / "metrics.jsonl"
-        rows = [row for row in read_rows(path) if row["step"] == step] if path.is_file() else []
-        known = {key for row in rows for key in row}
-        there = {
-            "validation": "validation_loss" in known,
-            "preview": self.preview(step).is_file(),
-            "evaluation": self.evaluation is not None and any(map(self.evaluation.logged, known)),
-        }
-        return [name for name in self.due(step) if not there[name]]
 
     def __call__(self, names: list[str], network: Denoiser, step: int, tracker: JsonlTracker | None) -> None:
         """Measure what `names` say of the averaged weights. All processes call it together."""
@@ -79,7 +79,7 @@ class Measurements:
             if tracker is not None:
                 tracker.log(step, {"validation_loss": loss})
         if "preview" in names and tracker is not None:
-            path = self.preview(step)
+            path = preview_path(self.run_dir, step)
             try:
                 write_preview(path, network, self.autoencoder, self.accelerator, self.shape, self.sampler)
                 tracker.image(step, "preview", path)

@@ -30,6 +30,16 @@ from ddt.sampling import SamplerSettings
 log = logging.getLogger(__name__)
 
 
+def suffix(num_samples: int) -> str:
+    """Return how the logged names of an evaluation end: the number of samples it is of, as in `fid_5k`."""
+    return f"_{short(num_samples).lower()}"
+
+
+def is_evaluation(name: str, num_samples: int) -> bool:
+    """Tell whether a logged value is one of an evaluation of so many samples."""
+    return name.endswith(suffix(num_samples))
+
+
 class GeneratedImages:
     """Images that are drawn as they are read; see `metrics.sources.ImageBatches`.
 
@@ -110,11 +120,7 @@ class OnlineEvaluation:
         names = labels(found, self.num_samples, self.prepared.reference, self.extractor, "float16")
         shown = (f"{names[name]} {value:.4g}" for name, value in found.items())
         log.info("step %d: %s", step, ", ".join(shown))
-        return {f"{name}_{short(self.num_samples).lower()}": value for name, value in found.items()}
-
-    def logged(self, name: str) -> bool:
-        """Tell whether a logged value is one of this evaluation's."""
-        return name.endswith(f"_{short(self.num_samples).lower()}")
+        return {f"{name}{suffix(self.num_samples)}": value for name, value in found.items()}
 
     def receipt(self) -> dict[str, Any]:
         """Return what the numbers of a run are of."""

@@ -166,10 +166,10 @@ class Saver:
         return broadcast_object_list([problem])[0]
 
     def prune(self) -> None:
-        """Remove the checkpoints that need not stay, on the main process: all but the last ones, those of every
-        `keep_every`-th step, and the best.
+        """Remove the checkpoints that need not stay: all but the last ones, those of every `keep_every`-th step, and
+        the best. The main process does it.
         """
-        if self.settings.keep_last is None:
+        if self.settings.keep_last is None or not self.accelerator.is_main_process:
             return
         found = ckpt.checkpoints(self.run_dir)
         kept = set(list(found)[-self.settings.keep_last :])
@@ -182,7 +182,8 @@ class Saver:
 
     def best(self, found: dict[int, Path], metric: str) -> int | None:
         """Return the step of the checkpoint with the best logged value of a metric, the first one where they tie."""
-        rows = read_rows(self.run_dir / "metrics.jsonl")
+        path = self.run_dir / "metrics.jsonl"
+        rows = read_rows(path) if path.is_file() else []
         values = {row["step"]: row[metric] for row in rows if metric in row and row["step"] in found}
         if not values and found:
             known = sorted({key for row in rows if row["step"] in found for key in row} - {"step"})

@@ -41,18 +41,27 @@ class JsonlTracker:
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
             temporary.replace(self.path)
-        self.file = self.path.open("a")
+        self.file = self.path.open("ab", buffering=0)
+        self.unwritten = b""  # of a full disk
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Record values of a step, flushed at once."""
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        """Record values of a step, at once; on a full disk they wait in memory for the next row."""
+        failed = bool(self.unwritten)
+        self.unwritten += f"{json.dumps({'step': step, **values})}\n".encode()
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            if not failed:
+                log.warning("warning: %s: cannot be written (%s); rows wait in memory", self.path, error.strerror)
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Take note of a picture: here it is a file of the run folder already."""
 
     def finish(self) -> None:
         """Close the record."""
+        if self.unwritten:
+            log.warning("warning: %s: lacks its last rows, for which there was no room", self.path)
         self.file.close()
 
 
@@ -82,6 +91,7 @@ class WandbTracker(JsonlTracker):
         arguments: dict[str, Any] = {
             "project": project,
             "name": config["name"],
+            "group": config["name"].rpartition("/")[0] or None,  # the runs of a sweep stand together
             "id": id_file.read_text(),
             "resume": "allow",
             "dir": str(run_dir),

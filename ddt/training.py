@@ -30,7 +30,7 @@ from ddt.errors import Stopped, UserError, first_line, require
 from ddt.files import write_json
 from ddt.images import Images
 from ddt.initial import initialise
-from ddt.measuring import Measurements
+from ddt.measuring import Measurements, due, missing
 from ddt.monitoring import to_latents
 from ddt.objective import FlowMatching
 from ddt.online import OnlineEvaluation
@@ -224,28 +224,20 @@ def train(
         autoencoder = autoencoder.to(device)
         target = target.to(device) if target is not None else None
         model, state = begin(settings, run_dir, config, objective, make_optimizer, init_from, accelerator)
-        if state.step >= settings.max_steps:
+        saver = Saver(run_dir, settings, config, accelerator)
+        saver.prune()
+        left = missing(settings, held_out, run_dir, state.step) if 0 < state.step <= settings.max_steps else []
+        if state.step >= settings.max_steps and not left:
             longer = (
                 "raise trainer.max_steps" if settings.lr_schedule == "constant" else "start another run with init_from="
             )
             log.info("%s: complete at step %d; %s to train longer", run_dir, state.step, longer)
             return
-        saver = Saver(run_dir, settings, config, accelerator)
         saver.check_space(state)
         evaluation = None if make_evaluation is None else make_evaluation(accelerator)
         measure = Measurements(
-            settings,
-            run_dir,
-            objective,
-            autoencoder,
-            held_out,
-            sampler,
-            shape,
-            micro_batch_size,
-            evaluation,
-            accelerator,
+            run_dir, objective, autoencoder, held_out, sampler, shape, micro_batch_size, evaluation, accelerator
         )
-        missing = measure.missing(state.step) if state.step else []
         accelerator.wait_for_everyone()  # nobody writes before all have read
 
         # --- the record and the data, both from this step on
@@ -292,7 +284,8 @@ def train(
             batch = to_latents(first, autoencoder, accelerator, target if align else None)
             accelerator.backward(model(**batch, align=align)["loss"])
             optimizer.zero_grad(set_to_none=True)
-        measure(missing, state.ema.network(), state.step, tracker)
+        if left:
+            measure(left, state.ema.network(), state.step, tracker)
         clock = Clock(device, num_processes, settings.global_batch_size, *flops, settings.mixed_precision)
         stopped = ""
         while state.step < settings.max_steps and not stopped:
@@ -352,11 +345,10 @@ def train(
                     requests.save_seconds = saver.seconds
                 if settings.due(settings.snapshot_every, state.step):
                     saver.snapshot(state)
-                due = measure.due(state.step)
-                if due:
-                    measure(due, state.ema.network(), state.step, tracker)
-                if rank == 0:
-                    saver.prune()
+                names = due(settings, held_out, state.step)
+                if names:
+                    measure(names, state.ema.network(), state.step, tracker)
+                saver.prune()
         if stopped and state.step < settings.max_steps:
             if rank == 0:
                 (run_dir / "STOP").unlink(missing_ok=True)  # it has been obeyed

@@ -115,6 +115,10 @@ def objective(**sizes):
     return FlowMatching(small_ddt(**settings), alignment=sizes.get("alignment"))
 
 
+def averages(trained):
+    return {"ema": EMA(trained.denoiser, ConstantDecay(0.9))}
+
+
 def test_a_published_file_gives_raw_and_averaged_weights():
     """The release's own numbers: EMA weights into the average, raw ones into the network that is trained."""
     sizes = architecture(read_state_dict(PATCH1), encoder_depth=1, patch_size=1, source="patch1")
@@ -163,11 +167,11 @@ def test_a_projector_is_taken_where_it_fits(tmp_path, caplog):
         tmp_path / "run", config, ema=state, model=state, train_state={"alignment": source.alignment.state_dict()}
     )
     fits, other = aligned(6), aligned(5)
-    initialise(str(tmp_path / "run"), network(), None, ["0"] * 10, fits, {"ema": EMA(fits.denoiser, ConstantDecay(0.9))})
+    initialise(str(tmp_path / "run"), network(), None, ["0"] * 10, fits, averages(fits))
     assert torch.equal(fits.alignment.projector[4].weight, source.alignment.projector[4].weight)
     assert "projector loaded" in caplog.text
     assert "has as many classes, but others" in caplog.text
-    initialise(str(tmp_path / "run"), network(), None, ["0"] * 10, other, {"ema": EMA(other.denoiser, ConstantDecay(0.9))})
+    initialise(str(tmp_path / "run"), network(), None, ["0"] * 10, other, averages(other))
     assert "projector new" in caplog.text
     assert Dispersive().build_loss().state_dict() == {}
 
