@@ -123,10 +123,10 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def sound_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint whose files are all as they were written, or None.
+    """Return the newest checkpoint whose files are all as they were written, or None where a run has none yet.
 
     Newer ones that are not are named and set aside as `damaged_step_…`: training goes on from the one before and will
-    write these steps again.
+    write these steps again. Raises UserError where none is left.
     """
     for folder in sorted((run_dir / "checkpoints").glob("step_*"), reverse=True):
         try:
@@ -142,6 +142,12 @@ def sound_checkpoint(run_dir: Path) -> Path | None:
             folder.rename(aside)
         else:
             return folder
+    damaged = sorted((run_dir / "checkpoints").glob("damaged_*"))
+    require(
+        not damaged,
+        f"{run_dir}: no sound checkpoint is left ({', '.join(folder.name for folder in damaged)}); give another name=, "
+        "or remove the folder to begin again",
+    )
     return None
 
 

@@ -66,7 +66,7 @@ class EMA(Generic[Network]):
     """A float32 copy of a network that follows it.
 
     Args:
-        model: the network; make the average after all processes hold the same weights.
+        model: the network, of the same weights on all processes.
         rule: how far it moves at each step.
 
     `model` is the averaged network, without gradients; of a sharded one each process holds a part, and `network`
@@ -78,10 +78,13 @@ class EMA(Generic[Network]):
         self.model: Network = copy.deepcopy(model).float().requires_grad_(False).eval()
         self.outline: Network | None = None  # the network without weights, where `model` is sharded
 
-    def shard(self) -> None:
-        """Keep this process's part of the average alone."""
-        self.outline = copy.deepcopy(self.model).to("meta")
-        shard(self.model)
+    def place(self, device: torch.device, sharded: bool) -> None:
+        """Move the average to where it is updated, or keep this process's part of it alone."""
+        if sharded:
+            self.outline = copy.deepcopy(self.model).to("meta")
+            shard(self.model)
+        else:
+            self.model.to(device)
 
     def network(self) -> Network:
         """Return the averaged network, whole. Of a sharded one every process gets a copy; all call it together."""

@@ -5,20 +5,36 @@ A sharded parameter is torch's DTensor, cut along its first dimension; `local` i
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ddt.errors import require
+from ddt.errors import UserError, require
 from ddt.layers import Block
 
 Network = TypeVar("Network", bound=nn.Module)
+Value = TypeVar("Value")
 FORWARD_METHODS = ("encode", "decode", "forward_with_hidden")
+
+
+def main_decides(accelerator: Accelerator, decide: Callable[[], Value]) -> Value:
+    """Return what `decide` returns on the main process, which alone calls it, on all; a UserError reaches all, too."""
+    told: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            told[0] = decide()
+        except UserError as error:
+            told[1] = str(error)
+    value, refused = broadcast_object_list(told)
+    if refused is not None:
+        raise UserError(refused)
+    return value
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -41,13 +57,12 @@ def prepare(objective: Any, accelerator: Accelerator, parallelism: Literal["ddp"
     Raises UserError where there is nothing to shard among.
     """
     if parallelism == "ddp":
-        return accelerator.prepare(objective)  # all processes leave this with the weights of process 0
+        return accelerator.prepare(objective)
     require(
         accelerator.num_processes > 1,
         "trainer.parallelism=fsdp: needs several processes to shard among; set trainer.num_processes, or leave it out",
     )
-    objective.to(accelerator.device)
-    shard(objective.denoiser)
+    shard(objective.denoiser)  # from the CPU, so that the whole never lies on one GPU
     fully_shard(objective)
     return Autocast(objective, accelerator)
 

@@ -15,7 +15,7 @@ from ddt import checkpoint as ckpt
 from ddt.errors import require
 from ddt.files import fsync, write_json
 from ddt.settings import TrainerSettings
-from ddt.state import TrainingState
+from ddt.state import TRAIN_FORMAT, TrainingState
 from ddt.tracking import read_rows
 
 log = logging.getLogger(__name__)
@@ -138,8 +138,9 @@ class Saver:
                     ckpt.temporary_folder(folder)
             except OSError as error:
                 problem = str(error)
-        if broadcast_object_list([problem])[0]:
-            return broadcast_object_list([problem])[0]
+        problem = broadcast_object_list([problem])[0]
+        if problem:
+            return problem
         mine: dict[str, Any] | str = {}
         if main or self.sharded:
             piece = (accelerator.process_index, accelerator.num_processes) if self.sharded else None
@@ -157,7 +158,8 @@ class Saver:
             try:
                 if not problem:
                     files = {name: entry for found in everyone for name, entry in found.items()}
-                    config = {"format_version": ckpt.FORMAT_VERSION, "step": state.step, **self.config}
+                    versions = {"format_version": ckpt.FORMAT_VERSION, "train_format": TRAIN_FORMAT}
+                    config = {**versions, "step": state.step, **self.config}
                     ckpt.complete(temporary, folder, config, files)
             except OSError as error:
                 problem = str(error)

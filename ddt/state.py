@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ddt import checkpoint as ckpt
 from ddt.ema import EMA
-from ddt.errors import require
 from ddt.model import Denoiser
 from ddt.monitoring import Meter
 from ddt.objective import FlowMatching
 from ddt.parallel import like, load, local
 from ddt.stopping import Skips
+
+TRAIN_FORMAT = 2  # of what `TrainingState` keeps beside the weights
 
 
 def pieces(tree: Any) -> Any:
@@ -49,7 +50,7 @@ class TrainingState:
         return self.averages["ema"]
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint; raise UserError where it is of no use for that."""
+        """Go on from a checkpoint that training wrote."""
         config, state = ckpt.read_config(folder), ckpt.read_train_state(folder)
         load(self.objective.denoiser, ckpt.read_weights(folder, "model"))
         for name, average in self.averages.items():
@@ -88,6 +89,17 @@ class TrainingState:
         sound = torch.stack([local(p).isfinite().all() for module in modules for p in module.parameters()]).all()
         return self.accelerator.reduce((~sound).float(), reduction="sum").item() == 0
 
+    def check_agreement(self) -> None:
+        """Raise RuntimeError where processes that each hold all weights do not hold the same: a fault of hardware, or
+        of this code, that no later step mends. All processes call it together.
+        """
+        modules = [self.objective, *(average.model for average in self.averages.values())]
+        sums = torch.stack([local(p).double().sum() for module in modules for p in module.parameters()])
+        if self.ema.outline is None:  # not sharded
+            everyone = self.accelerator.gather(sums[None])
+            if not torch.equal(everyone, everyone[:1].expand_as(everyone)):
+                raise RuntimeError(f"step {self.step}: the processes hold different weights; nothing is saved")
+
     def row(self, rates: dict[str, float]) -> dict[str, float]:
         """Return a row of the log: means since the last one, and how far the average is from the weights. All processes
         call it together.
@@ -109,12 +121,3 @@ class TrainingState:
         numbers = sum(local(p).numel() for p in self.objective.parameters())
         averaged = sum(local(p).numel() for average in self.averages.values() for p in average.model.parameters())
         return 4 * (3 * numbers + averaged)
-
-
-def check_resumable(folder: Path) -> None:
-    """Raise UserError for a checkpoint that holds weights alone, or was written before `skips` were counted."""
-    require(
-        "skips" in ckpt.read_train_state(folder),
-        f"{folder}: was written by an earlier version; its weights can start a new run: init_from={folder} and another "
-        "name=",
-    )

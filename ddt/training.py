@@ -34,11 +34,11 @@ from ddt.measuring import Measurements, due, missing
 from ddt.monitoring import to_latents
 from ddt.objective import FlowMatching
 from ddt.online import OnlineEvaluation
-from ddt.parallel import clip, gradient_norm, micro_batch, prepare
+from ddt.parallel import clip, gradient_norm, main_decides, micro_batch, prepare
 from ddt.sampling import SamplerSettings
 from ddt.saving import Saver, sweep
 from ddt.settings import TrainerSettings
-from ddt.state import TrainingState, check_resumable
+from ddt.state import TRAIN_FORMAT, TrainingState
 from ddt.stopping import MAX_SKIPPED, StopRequests, end_of_job, write_status
 from ddt.throughput import Clock, target_flops, training_flops
 from ddt.tracking import JsonlTracker
@@ -142,10 +142,14 @@ def begin(
     """
     if accelerator.is_main_process:
         sweep(run_dir)
-    newest = broadcast_object_list([ckpt.sound_checkpoint(run_dir) if accelerator.is_main_process else None])[0]
+    newest = main_decides(accelerator, lambda: ckpt.sound_checkpoint(run_dir))
     if newest is not None:
         saved = ckpt.read_config(newest)
-        check_resumable(newest)
+        require(
+            saved.get("train_format") == TRAIN_FORMAT,
+            f"{newest}: was written by another version, which kept other things for training; its weights can start a "
+            f"new run: init_from={newest} and another name=",
+        )
         check_same_training(saved["run"], config["run"], newest)
         require(
             saved["latent_shape"] == config["latent_shape"],
@@ -153,16 +157,14 @@ def begin(
             "this one another name=",
         )
     rules = average_rules(settings.ema_decay, settings.ema_decays, settings.ema_powers)
-    objective.to(accelerator.device)
     averages = {name: EMA(objective.denoiser, rule) for name, rule in rules.items()}
     if newest is None and init_from is not None:
         initialise(
             init_from, config["network"], config["autoencoder_fingerprint"], config["class_names"], objective, averages
         )
     model = prepare(objective, accelerator, settings.parallelism)
-    if settings.parallelism == "fsdp":
-        for average in averages.values():
-            average.shard()
+    for average in averages.values():
+        average.place(accelerator.device, sharded=settings.parallelism == "fsdp")
     state = TrainingState(objective, make_optimizer(objective.parameters()), averages, accelerator)
     if newest is not None:
         state.load(newest)
@@ -338,9 +340,11 @@ def train(
                 clock.start()
             # --- save, before anything that could fail; then measure the averaged weights
             with clock.pause():
-                if last or stopped or settings.due(settings.save_every, state.step):
+                saves = last or bool(stopped) or settings.due(settings.save_every, state.step)
+                if saves:
                     if not state.finite():
                         raise not_finite("a weight is no finite number", state.step, run_dir)
+                    state.check_agreement()
                     saver.save(state, last=last or bool(stopped))
                     requests.save_seconds = saver.seconds
                 if settings.due(settings.snapshot_every, state.step):
@@ -348,7 +352,8 @@ def train(
                 names = due(settings, held_out, state.step)
                 if names:
                     measure(names, state.ema.network(), state.step, tracker)
-                saver.prune()
+                if saves:
+                    saver.prune()
         if stopped and state.step < settings.max_steps:
             if rank == 0:
                 (run_dir / "STOP").unlink(missing_ok=True)  # it has been obeyed

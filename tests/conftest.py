@@ -1,13 +1,17 @@
 """Shared fixtures: golden numbers, small networks, and a way to run the entry points as a user does."""
 
+import contextlib
 import hashlib
 import importlib
+import io
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub; read when its client is imported
 
@@ -130,6 +134,25 @@ def succeed(script, *arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         module.main()
+
+
+def run_inside(script, *arguments):
+    """Call an entry point in this process, in the present folder; return its status and what it said, as `run` does."""
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    root, level, status = logging.getLogger(), logging.getLogger().level, 0
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        with contextlib.redirect_stderr(said):
+            succeed(script, *arguments)
+    except SystemExit as exit_:
+        status = exit_.code if isinstance(exit_.code, int) else 1
+        said.write(f"{exit_.code}\n")
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+    return SimpleNamespace(returncode=status, stderr=said.getvalue())
 
 
 def refusal(script, *arguments):

@@ -201,6 +201,18 @@ def test_a_damaged_newest_is_named_and_the_one_before_used(straight, saved_often
     assert_same_end(run, straight)
 
 
+def test_a_run_without_a_sound_checkpoint_is_not_begun_again(saved_often):
+    run = Path("runs/hopelessly_damaged")
+    shutil.copytree(saved_often, run)
+    for folder in (run / "checkpoints").iterdir():
+        flip(folder / "model.safetensors")
+    before = (run / "metrics.jsonl").read_text()
+    for _ in range(2):
+        message = refusal("train", *arguments("hopelessly_damaged"))
+        assert "runs/hopelessly_damaged: no sound checkpoint is left" in message
+    assert (run / "metrics.jsonl").read_text() == before
+
+
 def test_a_full_disk_costs_a_checkpoint_and_no_step(straight, caplog):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     log, limits = JsonlTracker.log, {4: 20_000, 8: before[0]}
