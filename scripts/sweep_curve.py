@@ -112,10 +112,8 @@ def panel(axes: Axes, found: list[Setting], metric: str, x: str) -> None:
             low, high = means[0] - deviations[0], means[0] + deviations[0]
             axes.axhspan(low, high, color=f"C{n}", alpha=0.15, linewidth=0)
             continue
-        places = np.array([one.x for one in own])
-        order = np.argsort(places)
         axes.errorbar(
-            places[order], means[order], deviations[order], color=f"C{n}", marker="o", markersize=5, capsize=4,
+            [one.x for one in own], means, deviations, color=f"C{n}", marker="o", markersize=5, capsize=4,
             label=label,
         )  # fmt: skip
         points = [(one.x, value) for one in own for value in one.values.values()]

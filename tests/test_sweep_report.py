@@ -122,6 +122,7 @@ def test_means_deviations_and_tables(sweep, tmp_path):
     assert len(lines) == 9
     line = next(line for line in lines if line["run"].endswith("depth=1/seed=1"))
     assert (line["fd_digits_1k"], line["fd_digits_500"], line["loss"]) == ("44.0", "45.0", "0.8")
+    assert not {"partial", "lr"} & set(line)
     assert (line["images_per_second"], line["state"], line["left_out"]) == ("200.0", "done", "")
     with Image.open(tmp_path / "out" / "curve.png") as picture:
         assert picture.width > picture.height
