@@ -15,7 +15,8 @@ from ddt.config import build, check_arguments
 from scripts.entry import CONF, checked
 
 MODELS = (
-    "nano b_4en8de b_6en6de b_8en4de b_10en2de l_10en14de l_12en12de l_16en8de l_20en4de xl_22en6de dit_b dit_l dit_xl"
+    "nano b_4en8de b_6en6de b_8en4de b_10en2de l_10en14de l_12en12de l_16en8de l_20en4de xl_22en6de dit_b dit_l dit_xl "
+    "dit_nano"
 )
 GROUPS = ("data", "autoencoder", "alignment", "objective", "optimizer", "sampler", "trainer", "tracker", "experiment")
 CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]

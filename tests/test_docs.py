@@ -8,7 +8,10 @@ from conftest import ROOT, copy_repository, run
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # they need a hub, ImageNet or your data, or half an hour
-ELSEWHERE = ("MCG-NJU", "checkpoints/xl_256", "PATH", "IMAGENET", "CACHE", "FOLDER", "fashion_mnist", "photos")
+ELSEWHERE = (
+    "MCG-NJU", "checkpoints/xl_256", "PATH", "IMAGENET", "CACHE", "FOLDER", "fashion_mnist", "photos",
+    "experiment=encoder_depth", "runs/encoder_depth",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
