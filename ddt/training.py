@@ -222,9 +222,9 @@ def train(
     with contextlib.ExitStack() as stack:
         # --- weights, averages and optimizer, from a checkpoint where there is one
         stack.enter_context(reserved(run_dir, accelerator))
-        flops = training_flops(objective, shape), target_flops(target, images.channels, images.image_size)
         autoencoder = autoencoder.to(device)
         target = target.to(device) if target is not None else None
+        flops = training_flops(objective, shape), target_flops(target, images.image_size)
         model, state = begin(settings, run_dir, config, objective, make_optimizer, init_from, accelerator)
         saver = Saver(run_dir, settings, config, accelerator)
         saver.prune()

@@ -38,14 +38,6 @@ def test_the_newest_complete_checkpoint_is_taken(tmp_path):
     assert ckpt.newest_checkpoint(tmp_path).name == "step_0000010"
 
 
-def test_a_folder_without_manifest_is_named_before_training_goes_on(tmp_path):
-    write(ckpt.checkpoint_folder(tmp_path, 4))
-    ckpt.refuse_incomplete(tmp_path)
-    (tmp_path / "checkpoints" / "step_0000004" / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"step_0000004: has no manifest\.json; remove the folder"):
-        ckpt.refuse_incomplete(tmp_path)
-
-
 def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
     def no_space(*args):
         raise OSError("No space left on device")
@@ -103,6 +95,30 @@ def test_a_checkpoint_cannot_name_code_to_run(tmp_path):
     ckpt.write_checkpoint(tmp_path / "a", config, ema={"w": torch.zeros(1)})
     with pytest.raises(UserError, match=r"model\._target_=subprocess\.Popen: unknown network"):
         ddt.load_model(tmp_path / "a")
+
+
+def test_pieces_of_processes_are_joined(tmp_path):
+    """As a sharded run writes them: cut along the first dimension, a process may have nothing of a short tensor."""
+    full = {"w": torch.arange(6.0).view(3, 2), "b": torch.tensor([7.0])}
+    moments = {0: {"step": torch.tensor(4.0), "exp_avg": torch.arange(5.0)}}
+    temporary, files = ckpt.temporary_folder(tmp_path / "a"), {}
+    for rank in (1, 0):
+        weights = {"w": full["w"][2 * rank : 2 * rank + 2], "b": full["b"][rank:]}
+        state = {0: {"step": moments[0]["step"], "exp_avg": moments[0]["exp_avg"][3 * rank : 3 * rank + 3]}}
+        train_state = {"optimizer": {"state": state}, "skips": [rank, rank]}
+        files |= ckpt.write_files(temporary, {"ema": weights, "ema_0.9": weights}, train_state, (rank, 2))
+    ckpt.complete(temporary, tmp_path / "a", {}, files)
+    for name in ("ema", "ema_0.9"):
+        found = ckpt.read_weights(tmp_path / "a", name)
+        assert all(torch.equal(found[key], full[key]) for key in full)
+    found = ckpt.read_train_state(tmp_path / "a")
+    assert torch.equal(found["optimizer"]["state"][0]["exp_avg"], moments[0]["exp_avg"])
+    assert found["optimizer"]["state"][0]["step"] == 4
+    assert found["skips"] == [0, 0]
+    assert ckpt.weights_names(tmp_path / "a") == ["ema", "ema_0.9"]
+    assert ckpt.weights_sha256(tmp_path / "a", "ema") == ckpt.weights_sha256(tmp_path / "a", "ema_0.9")
+    with pytest.raises(UserError, match=r"weights=model: .* has no model\.safetensors; choose from ema, ema_0\.9"):
+        ckpt.read_weights(tmp_path / "a", "model")
 
 
 def test_wrapped_names_are_never_saved(tmp_path):

@@ -65,6 +65,14 @@ def test_a_failing_wandb_stops_nothing(tmp_path, monkeypatch):
     assert rows(tmp_path)[-1] == {"step": 5, "loss": 1.0}
 
 
+def test_runs_of_a_sweep_stand_together(tmp_path, monkeypatch):
+    groups = []
+    monkeypatch.setattr("wandb.init", lambda **arguments: groups.append(arguments["group"]) or Run())
+    for name in ("alone", "depths/model.encoder_depth=3"):
+        WandbTracker(tmp_path, 0, {"name": name}).finish()
+    assert groups == [None, "depths"]
+
+
 def test_wandb_run_that_cannot_finish(tmp_path, monkeypatch):
     monkeypatch.setattr("wandb.init", lambda **_: Run())
     WandbTracker(tmp_path, 0, CONFIG).finish()

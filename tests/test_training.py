@@ -1,6 +1,7 @@
 """The loop: reproducible, resumable anywhere, the same on any number of processes and micro-batches."""
 
 import json
+import math
 import re
 import shutil
 
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import ddt
+from ddt import checkpoint as ckpt
 from ddt.autoencoder import Identity
 from ddt.errors import UserError
 from ddt.images import Digits
@@ -139,9 +141,16 @@ def test_another_training_is_refused_under_the_same_name(folder, straight):
     assert (straight / "config.json").read_text() == before
 
 
-def test_two_processes_train_what_one_does(folder, straight):
+@pytest.fixture(scope="module")
+def two(folder):
+    """The same on two processes."""
     path, done = train(folder, "two", "trainer.max_steps=30", "trainer.num_processes=2")
     assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_two_processes_train_what_one_does(two, straight):
+    path = two
     assert json.loads((path / "config.json").read_text())["num_processes"] == 2
     for a, b in zip(rows(path), rows(straight), strict=True):
         assert a["step"] == b["step"]
@@ -150,6 +159,35 @@ def test_two_processes_train_what_one_does(folder, straight):
     assert found.keys() == expected.keys()  # no wrapper's names
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=5e-4)
+
+
+def test_sharded_processes_train_what_whole_ones_do(folder, two):
+    """FSDP, stopped and gone on with: losses, weights and averages are DDP's, and one process can draw with them."""
+    for steps in (17, 30):
+        options = ["trainer.num_processes=2", "trainer.parallelism=fsdp", "trainer.validate_every=30"]
+        path, done = train(folder, "sharded", f"trainer.max_steps={steps}", "trainer.preview_every=30", *options)
+        assert done.returncode == 0, done.stderr
+    for a, b in zip((row for row in rows(path) if "loss" in row), rows(two), strict=True):
+        assert {key: pytest.approx(value, rel=1e-5) for key, value in b.items()} == a
+    newest = ckpt.newest_checkpoint(path)
+    assert sum(name.startswith("ema-0000") for name in ckpt.read_manifest(newest)["files"]) == 2
+    expected = weights(two)
+    for name in ("model", "ema"):
+        for key, value in ckpt.read_weights(newest, name).items():
+            torch.testing.assert_close(value, expected[f"{name}.{key}"], rtol=0, atol=1e-6)
+    assert (path / "previews" / "step_0000030.png").is_file()
+    assert rows(path)[-1]["validation_loss"] == pytest.approx(
+        validation_loss(
+            ddt.load_model(path), "lognorm", Digits("test"), Identity(), make_accelerator("no"), (1, 8, 8), 64
+        ),
+        rel=1e-5,
+    )
+
+
+def test_one_process_has_nothing_to_shard_among(folder):
+    _, done = train(folder, "unsharded", "trainer.parallelism=fsdp")
+    assert "trainer.parallelism=fsdp: needs several processes" in done.stderr
+    assert not (folder / "runs" / "unsharded").exists()
 
 
 def test_resume_on_three_processes_is_bit_for_bit(folder):
@@ -302,6 +340,9 @@ def test_learning_rate_schedules():
     assert [constant.lr_factor(s) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     linear = TrainerSettings(**SETTINGS | {"warmup_steps": 2, "lr_schedule": "linear"})
     assert [linear.lr_factor(s) for s in (0, 1, 2, 6, 9)] == [0.5, 1, 1, 0.5, 0.125]
+    cosine = TrainerSettings(**SETTINGS | {"warmup_steps": 2, "lr_schedule": "cosine"})
+    assert [cosine.lr_factor(s) for s in (0, 2, 6)] == pytest.approx([0.5, 1, 0.5])
+    assert cosine.lr_factor(4) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
     assert TrainerSettings(**SETTINGS).lr_factor(0) == 1
     short = TrainerSettings(**SETTINGS | {"max_steps": 2, "warmup_steps": 4, "lr_schedule": "linear"})
     assert [short.lr_factor(s) for s in range(2)] == [0.25, 0.5]  # a trial run ends within the warm-up
@@ -315,6 +356,21 @@ def test_learning_rate_schedules():
         ({"max_steps": 0}, r"trainer\.max_steps=0: must be at least 1"),
         ({"ema_decay": 1.0}, r"trainer\.ema_decay=1\.0"),
         ({"save_every": -1}, r"trainer\.save_every=-1"),
+        ({"keep_last": 1}, r"trainer\.keep_last=1: must be at least 2"),
+        ({"keep_every": 20}, r"trainer\.keep_every=20: has no effect without trainer\.keep_last="),
+        ({"keep_best": "fid_5k"}, r"trainer\.keep_best=fid_5k: has no effect without trainer\.keep_last="),
+        ({"keep_last": 2, "save_every": 4, "keep_every": 6}, r"trainer\.keep_every=6: must be a multiple"),
+        (
+            {"keep_last": 2, "keep_best": "fid_5k"},
+            r"trainer\.keep_best=fid_5k: is never measured; set trainer\.eval_every",
+        ),
+        ({"keep_last": 2, "save_every": 4, "keep_best": "validation_loss", "validate_every": 6}, "no multiple of"),
+        ({"clip_norm": 0.0}, r"trainer\.clip_norm=0\.0: must be above 0"),
+        ({"max_hours": -1.0}, r"trainer\.max_hours=-1\.0: must be above 0"),
+        ({"ema_decays": (1.0,)}, r"trainer\.ema_decays=\[1\.0\]: each must lie in 0\.\.1"),
+        ({"ema_decays": (0.9, 0.9)}, r"trainer\.ema_decays=\[0\.9, 0\.9\]: names a value twice"),
+        ({"ema_powers": (0.3,)}, r"trainer\.ema_powers=\[0\.3\]: each is a relative standard deviation"),
+        ({"snapshot_every": 5}, r"trainer\.snapshot_every=5: has no effect without trainer\.ema_powers="),
     ],
 )
 def test_impossible_settings_are_named(changes, message):
