@@ -93,6 +93,10 @@ def clean_process() -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
+class QueuedAgain(SystemExit):
+    """A job of submitit's that ends here to begin again later: no failure."""
+
+
 @contextlib.contextmanager
 def back_to_the_queue() -> Iterator[None]:
     """Let a job of Hydra's submitit launcher stop as any other, with everything saved, before it is queued again.
@@ -105,11 +109,17 @@ def back_to_the_queue() -> Iterator[None]:
         yield
         return
 
+    def queue_again() -> None:
+        try:
+            requeue(signal.SIGUSR2, None)  # ends this process, or raises an error that says why it cannot be queued
+        except SystemExit as ended:
+            raise QueuedAgain(ended.code) from None
+
     def stop(signum: int, frame: FrameType | None) -> None:
         if callable(signal.getsignal(signal.SIGUSR1)):
             os.kill(os.getpid(), signal.SIGUSR1)
         else:  # nothing runs yet that could be saved
-            requeue(signum, frame)
+            queue_again()
 
     signal.signal(signal.SIGUSR2, stop)
     try:
@@ -117,7 +127,7 @@ def back_to_the_queue() -> Iterator[None]:
     except Stopped as stopped:
         if re.search(r"\b(STOP|SIGTERM|SIGINT)\b", str(stopped)):
             raise
-        requeue(signal.SIGUSR2, None)  # ends this process, or raises an error that says why it cannot be queued
+        queue_again()
     finally:
         signal.signal(signal.SIGUSR2, requeue)
 
@@ -128,7 +138,7 @@ def told(error: BaseException, sweep: bool) -> str | None:
         return str(error)
     if isinstance(error, OSError):  # a folder that cannot be written, a full disk
         return os_error_line(error)
-    if not sweep:
+    if not sweep or isinstance(error, QueuedAgain):
         return None
     if isinstance(error, SystemExit) and error.code not in (0, None):
         return error.code if isinstance(error.code, str) else f"exit status {error.code}, see above"

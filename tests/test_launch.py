@@ -23,7 +23,7 @@ import train
 from ddt.errors import STOPPED_STATUS, Stopped, UserError
 from ddt.launch import launch
 from ddt.training import make_accelerator
-from scripts.jobs import Outcome, back_to_the_queue
+from scripts.jobs import Outcome
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
@@ -262,40 +262,55 @@ def test_the_second_job_of_a_sweep_is_bit_for_bit_that_job_alone(tmp_path, monke
 # --- Hydra's submitit launcher
 
 
-@pytest.mark.parametrize(
-    ("message", "queued"),
-    [("stopped at step 3 (SIGUSR1)", True), ("the time limit is near", True), ("runs/a/STOP was found", False)],
-)
-def test_a_job_of_submitit_is_queued_again_when_it_has_saved(monkeypatch, message, queued):
-    """submitit's own handler would end the job at the signal."""
+@pytest.fixture
+def submitit(monkeypatch):
+    """Be a process of submitit's: its handler of SIGUSR2 ends the process at once. Returns what happens in order."""
     events = []
-    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
 
     def requeue(signum, frame):
         events.append("queued")
-        sys.exit(255)
+        sys.exit(144)
 
-    def stopping(message):
-        with back_to_the_queue():
-            os.kill(os.getpid(), signal.SIGUSR2)
-            events.append("saved")
-            raise Stopped(message)
-
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
     before = signal.getsignal(signal.SIGUSR1), signal.signal(signal.SIGUSR2, requeue)
-    signal.signal(signal.SIGUSR1, lambda *_: events.append("asked"))
-    try:
-        with pytest.raises(SystemExit if queued else Stopped):
-            stopping(message)
-        assert events == ["asked", "saved", "queued"][: 3 if queued else 2]
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-        events.clear()
-        with pytest.raises(SystemExit):  # training has not begun
-            stopping(message)
-        assert events == ["queued"]
-        assert signal.getsignal(signal.SIGUSR2) is requeue
-    finally:
-        signal.signal(signal.SIGUSR1, before[0])
-        signal.signal(signal.SIGUSR2, before[1])
+    yield events
+    assert signal.getsignal(signal.SIGUSR2) is requeue
+    signal.signal(signal.SIGUSR1, before[0])
+    signal.signal(signal.SIGUSR2, before[1])
+
+
+@pytest.mark.parametrize(
+    ("message", "status", "expected"),
+    [
+        ("stopped at step 3 (SIGUSR1)", "144", ["asked", "saved", "queued"]),
+        ("the time limit is near", "144", ["asked", "saved", "queued"]),
+        ("runs/a/STOP was found", str(STOPPED_STATUS), ["asked", "saved"]),
+    ],
+)
+def test_a_job_of_submitit_is_queued_again_when_it_has_saved(
+    tmp_path, monkeypatch, submitit, message, status, expected
+):
+    def fake(function, num_processes, config):
+        signal.signal(signal.SIGUSR1, lambda *_: submitit.append("asked"))
+        os.kill(os.getpid(), signal.SIGUSR2)
+        submitit.append("saved")
+        raise Stopped(message)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "launch", fake)
+    assert refusal("train", "-m", "seed=0,1") == status
+    assert submitit == expected
+
+
+def test_a_job_of_submitit_with_nothing_to_save_is_queued_at_once(tmp_path, monkeypatch, submitit):
+    def fake(function, num_processes, config):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        submitit.append("went on")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "launch", fake)
+    assert refusal("train", "-m", "seed=0,1") == "144"
+    assert submitit == ["queued"]
 
 
 @pytest.mark.slow
@@ -469,8 +484,8 @@ def test_the_batch_script_trains_stops_and_goes_on(slurm, tmp_path):
     """The real training under the real torchrun, on two processes."""
     for name in ("train.py", "evaluate.py", "ddt", "scripts", "conf"):
         (tmp_path / name).symlink_to(ROOT / name)
-    last = 400
-    arguments = [*SMALL, f"trainer.max_steps={last}", "name=job", "trainer.log_every=10"]
+    last = 1200
+    arguments = [*SMALL, f"trainer.max_steps={last}", "name=job", "trainer.log_every=20"]
     run_dir, options = tmp_path / "runs" / "job", dict(fakes=("srun", "scontrol"), SLURM_GPUS_ON_NODE="2")
     job = slurm(*arguments, **options)
     wait_for(lambda: (run_dir / "metrics.jsonl").exists() and len(rows(run_dir)) > 1, 120)
@@ -487,4 +502,4 @@ def test_the_batch_script_trains_stops_and_goes_on(slurm, tmp_path):
     assert f"resuming at step {status['step']}" in output
     assert status_of(run_dir)["state"] == "done"
     assert json.loads((run_dir / "config.json").read_text())["num_processes"] == 2
-    assert [row["step"] for row in rows(run_dir)] == list(range(10, last + 1, 10))
+    assert [row["step"] for row in rows(run_dir)] == list(range(20, last + 1, 20))
