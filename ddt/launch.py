@@ -1,19 +1,32 @@
-"""Start a function on several processes of this machine, one for each GPU."""
+"""Start a function on several processes of this machine, one for each GPU, and pass on to them what this one is asked.
 
+SIGTERM and SIGUSR1 are passed on, and the processes end when and as they like. Ctrl-C reaches them from the terminal.
+"""
+
+import contextlib
 import logging
+import multiprocessing
 import os
+import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 from tqdm import tqdm
 
-from ddt.errors import UserError, os_error_line
+from ddt.errors import Stopped, UserError, os_error_line, require
 
 MAX_CPU_PROCESSES = 16  # whatever the number of cores
+GRACE_SECONDS = 10  # for the others to end by themselves when a process has failed, and again after SIGTERM
+ORPHAN_SECONDS = 120  # for a last checkpoint when the process that started this one is gone
 
 
 def default_processes() -> int:
@@ -27,9 +40,23 @@ def _free_port() -> int:
         return sock.getsockname()[1]
 
 
+def _end_with_parent() -> None:
+    """End this process some time after the one that started it, however that ended.
+
+    torch has Linux send SIGINT then, but training takes that for a request and stops when it next can; and nothing is
+    sent where the parent ends while this process still imports. The closed pipe waited for here is never missed.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    time.sleep(ORPHAN_SECONDS)
+    os._exit(1)
+
+
 def _worker(
     rank: int, function: Callable[..., None], num_processes: int, port: int, told: Any, args: tuple[Any, ...]
 ) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -44,13 +71,84 @@ def _worker(
     tqdm.set_lock(threading.RLock())  # its own would be a semaphore, which a process that is ended leaves behind
     try:
         function(*args)
-    except (UserError, FloatingPointError, OSError) as error:
-        with told.get_lock():  # the first process that fails tells why; the others fail for the same reason or for that
-            if not told.value:
-                sys.stderr.write(f"{os_error_line(error) if isinstance(error, OSError) else error}\n")
-                sys.stderr.flush()
-            told.value = 1
+    except Stopped as stopped:  # no failure: the others are left to finish
+        told.put(stopped)
+    except (UserError, FloatingPointError, KeyboardInterrupt) as error:
+        told.put(error)
         sys.exit(1)
+    except OSError as error:  # as the line that would be printed: not all kinds can be sent to another process
+        told.put(UserError(os_error_line(error)))
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def _relaying(children: list[Any], received: list[int]) -> Iterator[None]:
+    """Pass SIGTERM and SIGUSR1 on to the children, and leave the first Ctrl-C to them; the second one raises
+    KeyboardInterrupt. `received` gets the numbers of the signals.
+    """
+
+    def relay(signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT:  # the terminal sends it to the children too
+            if signum in received:
+                raise KeyboardInterrupt
+        else:
+            for child in children:
+                if child.is_alive():
+                    os.kill(child.pid, signum)
+        received.append(signum)
+
+    before = {number: signal.signal(number, relay) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _failure(error: ProcessException, received: list[int]) -> BaseException:
+    """Return what to raise for a process that failed without a line of its own."""
+    if signal.SIGINT in received:
+        return KeyboardInterrupt()
+    if not isinstance(error, ProcessExitedException):
+        return error  # unexpected, with its traceback
+    if error.signal_name is None:
+        return SystemExit(error.exit_code)
+    if signal.Signals[error.signal_name] in received:  # passed on to processes that take no requests
+        return Stopped(f"ended by {error.signal_name}; the same command goes on from what is complete")
+    return UserError(
+        f"process {error.error_index} was ended by {error.signal_name} (no memory?); run the same command again"
+    )
+
+
+def _spawn(function: Callable[..., None], num_processes: int, args: tuple[Any, ...]) -> None:
+    """Start the processes, wait for all of them and raise what the first failed one did."""
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # the cause is told below
+    told = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    children: list[Any] = []
+    received: list[int] = []
+    failure: BaseException | None = None
+    with _relaying(children, received):
+        try:
+            worker_args = (function, num_processes, _free_port(), told, args)
+            context = torch.multiprocessing.start_processes(_worker, worker_args, num_processes, join=False)
+            children += context.processes
+            for signum in set(received) - {signal.SIGINT}:  # came while they were started
+                os.kill(os.getpid(), signum)
+            while not context.join(grace_period=GRACE_SECONDS):
+                pass
+        except ProcessException as error:
+            failure = _failure(error, received)
+        finally:
+            for child in children:
+                child.kill()  # only a second Ctrl-C finds one alive
+                child.join()
+    errors = []
+    while not told.empty():
+        errors.append(told.get())
+    # the others fail for the same reason as the first one, or because of it
+    raised = next((error for error in errors if not isinstance(error, Stopped)), failure or next(iter(errors), None))
+    if raised is not None:
+        raise raised
 
 
 def launch(function: Callable[..., None], num_processes: int | None, *args: Any) -> None:
@@ -59,7 +157,8 @@ def launch(function: Callable[..., None], num_processes: int | None, *args: Any)
     None means every visible GPU, or one CPU process. One process is this one. Under `torchrun` or `accelerate launch`
     this process is one of theirs already, and nothing is started. The function and its arguments must be picklable.
 
-    Raises UserError for a number that cannot be; exits with status 1 where a process ends with a user's mistake.
+    Raises UserError for a number that cannot be, and what the function raises: of several processes the first
+    UserError, FloatingPointError, OSError (as a UserError) or Stopped; UserError where one is killed.
     """
     if num_processes is not None and num_processes < 1:
         raise UserError(f"num_processes={num_processes}: must be at least 1, or null for every visible GPU")
@@ -72,6 +171,12 @@ def launch(function: Callable[..., None], num_processes: int | None, *args: Any)
             )
         function(*args)
         return
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    require(
+        tasks == "1",
+        f"srun: started {tasks} tasks that know nothing of each other; start one a node, by `srun torchrun …` as in "
+        "scripts/slurm/train.sbatch, or a single one",
+    )
     num_processes = num_processes or default_processes()
     if num_processes == 1:
         function(*args)
@@ -82,13 +187,26 @@ def launch(function: Callable[..., None], num_processes: int | None, *args: Any)
         raise UserError(f"num_processes={num_processes}: choose at most {most} on this machine, which has no GPU")
     if 0 < gpus < num_processes:
         raise UserError(f"num_processes={num_processes}, but {gpus} GPUs are visible: choose at most {gpus}")
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # the cause has been told
-    told = torch.multiprocessing.get_context("spawn").Value("i", 0)
-    try:
-        torch.multiprocessing.spawn(_worker, (function, num_processes, _free_port(), told, args), nprocs=num_processes)
-    except torch.multiprocessing.ProcessExitedException as error:
-        if error.signal_name is not None:
-            sys.exit(
-                f"process {error.error_index} was ended by {error.signal_name} (no memory?); run the same command again"
-            )
-        sys.exit(error.exit_code or 1)
+    _spawn(function, num_processes, args)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict) and value
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def agree(accelerator: Accelerator, what: dict[str, Any]) -> None:
+    """Raise UserError on all processes where they do not hold the same values: they would train different things.
+
+    `what`: plain values by name, nested or not; the first name whose values differ is told, with the processes of each.
+    """
+    everyone = [_flat(values) for values in gather_object([what])]
+    for key in dict.fromkeys(key for values in everyone for key in values):
+        ranks: dict[str, list[str]] = {}
+        for rank, values in enumerate(everyone):
+            ranks.setdefault(repr(values[key]) if key in values else "not set", []).append(str(rank))
+        found = ", ".join(f"{value} (process {' '.join(numbers)})" for value, numbers in ranks.items())
+        require(len(ranks) == 1, f"{key}: is not the same on all processes: {found}; start all with the same command")

@@ -1,7 +1,7 @@
-"""What the Hydra entry points share: one-line errors, checked settings, a clean process after each job."""
+"""What the Hydra entry points share: one-line errors, checked settings; what surrounds a job is in scripts/jobs.py."""
 
 import contextlib
-import gc
+import importlib
 import inspect
 import logging
 import os
@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
-from accelerate.state import AcceleratorState
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
@@ -23,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddt.config import check_arguments, did_you_mean, locate
-from ddt.errors import UserError, os_error_line
+from ddt.errors import UserError
+from scripts.jobs import Outcome, kept_environment, report, run_job
 
 PATHS = (
     "ckpt", "out", "samples", "reference", "inception_weights", "released", "runs", "init_from", "autoencoder",
@@ -31,7 +30,8 @@ PATHS = (
     "features.weights",
     "data.root", "data.source_root", "autoencoder.source", "alignment.weights",
 )  # fmt: skip
-CONF = Path(__file__).resolve().parent.parent / "conf"
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
 
 
 def default_name(*, _root_: DictConfig) -> str:
@@ -194,45 +194,44 @@ def entry_point(config_name: str, folder: Path = CONF) -> Callable[[Callable[[Di
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
-        composed = False
+        jobs = 0
 
-        def job(cfg: DictConfig) -> None:
-            nonlocal composed
-            composed = True
-            try:
-                refuse_unknown(cfg, folder / f"{config_name}.yaml")
-                task(cfg)
-            except (UserError, FloatingPointError) as error:
-                sys.exit(str(error))
-            except OSError as error:  # a folder that cannot be written, a full disk
-                sys.exit(os_error_line(error))
-            finally:  # jobs of a sweep share this process
-                AcceleratorState._reset_state(reset_partial_state=True)
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+        def checked_task(cfg: DictConfig) -> None:
+            refuse_unknown(cfg, folder / f"{config_name}.yaml")
+            task(cfg)
+
+        def job(cfg: DictConfig) -> Outcome | None:
+            nonlocal jobs
+            jobs += 1
+            logging_setup()  # a launcher of Hydra's may have started this process
+            return run_job(checked_task, cfg)
 
         run = hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(job)
 
         def main() -> None:
-            nonlocal composed
-            composed = False
+            nonlocal jobs
+            file = Path(inspect.getfile(task)).resolve()
+            if task.__module__ == "__main__" and file.is_relative_to(ROOT):
+                # again as a module with a name, whose functions other processes can import
+                importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts)).main()
+                return
+            jobs = 0
+            Outcome.known.clear()
             logging_setup()
             sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":  # the user wants Hydra's own errors
-                run()
-                return
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of printing them
+            chosen = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user wants Hydra's own errors
+            # Hydra hands its errors to us instead of printing them; its launchers' processes find our modules
+            path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
             try:
-                run()
+                with kept_environment(HYDRA_FULL_ERROR="1", PYTHONPATH=path):
+                    run()
             except (HydraException, OmegaConfBaseException, ValueError) as error:
-                if composed and not isinstance(error, (HydraException, OmegaConfBaseException)):
+                if chosen or (jobs and not isinstance(error, (HydraException, OmegaConfBaseException))):
                     raise  # no mistake on the command line
                 sys.exit(one_line(error, folder, config_name))
             except KeyboardInterrupt:
                 sys.exit("interrupted; the same command goes on from what is complete")
-            finally:
-                os.environ.pop("HYDRA_FULL_ERROR", None)
+            report()
 
         return main
 

@@ -19,9 +19,9 @@ def test_conda_and_pip_install_the_same_packages():
     assert set(pip["pip"]) == {*PYPROJECT["project"]["dependencies"], "--editable ."}
 
 
-def test_the_tests_have_what_the_photos_need():
+def test_the_tests_have_what_the_photos_and_the_sweeps_on_slurm_need():
     extras = PYPROJECT["project"]["optional-dependencies"]
-    assert set(extras["photos"]) <= set(extras["dev"])
+    assert {*extras["photos"], *extras["slurm"]} <= set(extras["dev"])
 
 
 def test_every_import_is_a_declared_dependency():
@@ -56,7 +56,7 @@ def test_hydra_stops_at_the_entry_points():
 
 
 def test_scripts_are_executable_and_sound():
-    for path in [ROOT / ".ci" / "run", *(ROOT / "scripts").glob("*.sh")]:
+    for path in [ROOT / ".ci" / "run", *(ROOT / "scripts").glob("*.sh"), *(ROOT / "scripts").rglob("*.sbatch")]:
         assert os.access(path, os.X_OK), path
         subprocess.run(["bash", "-n", path], check=True)
     assert "scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
