@@ -19,7 +19,7 @@ from ddt.files import write_json
 
 log = logging.getLogger(__name__)
 
-REASONS = ("", "SIGTERM", "SIGUSR1", "Ctrl-C", "the file STOP", "the time limit")  # the code that processes exchange
+REASONS = ("", "SIGTERM", "SIGUSR1", "SIGINT", "the file STOP", "the time limit")  # the code that processes exchange
 SIGNALS = {signal.SIGTERM: 1, signal.SIGUSR1: 2, signal.SIGINT: 3}
 STOP_FILE, TIME_LIMIT = 4, 5
 MARGIN = 60  # seconds between the end of the last save and that of the job

@@ -30,6 +30,7 @@ from ddt.errors import Stopped, UserError, first_line, require
 from ddt.files import write_json
 from ddt.images import Images
 from ddt.initial import initialise
+from ddt.launch import agree
 from ddt.measuring import Measurements, due, missing
 from ddt.monitoring import to_latents
 from ddt.objective import FlowMatching
@@ -216,6 +217,7 @@ def train(
         settings.num_processes in (None, num_processes),
         f"trainer.num_processes={settings.num_processes}, but {num_processes} processes run: launch as many",
     )
+    agree(accelerator, {"run folder": str(run_dir.resolve()), **config["run"]})
     micro_batch_size, num_micro = settings.micro_batches(num_processes)
     shape: tuple[int, int, int] = tuple(config["latent_shape"])
 
