@@ -26,7 +26,7 @@ from ddt.config import check_arguments, did_you_mean, locate
 from ddt.errors import UserError, os_error_line
 
 PATHS = (
-    "ckpt", "out", "samples", "reference", "inception_weights", "released", "runs", "init_from", "autoencoder",
+    "ckpt", "out", "samples", "reference", "inception_weights", "released", "run", "runs", "init_from", "autoencoder",
     "guide", "recompute", "evaluator", "python", "graph",
     "features.weights",
     "data.root", "data.source_root", "autoencoder.source", "alignment.weights",

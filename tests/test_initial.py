@@ -163,11 +163,15 @@ def test_a_projector_is_taken_where_it_fits(tmp_path, caplog):
         tmp_path / "run", config, ema=state, model=state, train_state={"alignment": source.alignment.state_dict()}
     )
     fits, other = aligned(6), aligned(5)
-    initialise(str(tmp_path / "run"), network(), None, ["0"] * 10, fits, {"ema": EMA(fits.denoiser, ConstantDecay(0.9))})
+    initialise(
+        str(tmp_path / "run"), network(), None, ["0"] * 10, fits, {"ema": EMA(fits.denoiser, ConstantDecay(0.9))}
+    )
     assert torch.equal(fits.alignment.projector[4].weight, source.alignment.projector[4].weight)
     assert "projector loaded" in caplog.text
     assert "has as many classes, but others" in caplog.text
-    initialise(str(tmp_path / "run"), network(), None, ["0"] * 10, other, {"ema": EMA(other.denoiser, ConstantDecay(0.9))})
+    initialise(
+        str(tmp_path / "run"), network(), None, ["0"] * 10, other, {"ema": EMA(other.denoiser, ConstantDecay(0.9))}
+    )
     assert "projector new" in caplog.text
     assert Dispersive().build_loss().state_dict() == {}
 
