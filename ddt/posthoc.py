@@ -198,6 +198,7 @@ def combine(parts: Sequence[tuple[Path, str]], coefficients: Array) -> list[dict
             assert total.keys() == weights.keys(), f"{folder}: holds other tensors"
             for key, value in weights.items():
                 total[key].add_(value, alpha=coefficient)
+        del weights  # before the next ones are read
     for total in totals:
         for key in total:
             total[key] = total[key].float()

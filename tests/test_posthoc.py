@@ -72,7 +72,7 @@ def test_products_of_a_long_run_neither_overflow_nor_cancel():
     ("rule", "largest"), [(PowerFunction(0.07), 5e-4), (PowerFunction(0.15), 1e-3), (ConstantDecay(0.95), 2e-3)]
 )
 def test_reconstruction_is_the_average_that_was_tracked(rule, largest):
-    """Snapshots of two averages every 20 of 400 steps; errors relative to how far the average is from the last weights."""
+    """Snapshots of two averages every 20 of 400 steps; errors relative to what averaging changes."""
     weights, steps = walk(400), list(range(20, 401, 20))
     averages = [Profile(PowerFunction(std), step) for std in (0.05, 0.1) for step in steps]
     snapshots = np.concatenate([tracked(PowerFunction(std), weights, steps)[1] for std in (0.05, 0.1)])
@@ -230,10 +230,12 @@ def test_a_poor_average_is_warned_of(caplog):
 
 
 def test_the_command_line_refuses_in_one_line(run, tmp_path):
-    assert refusal("scripts.posthoc_ema", f"run={run}", "std=0.07", "step=41", f"out={tmp_path}/out").startswith(
-        "step=41:"
+    out = f"out={tmp_path}/out"
+    assert refusal("scripts.posthoc_ema", f"run={run}", "std=0.07", "step=41", out).startswith("step=41: ")
+    assert refusal("scripts.posthoc_ema", f"run={run}", "std=wide", out).startswith("std=wide: ")
+    assert refusal("scripts.posthoc_ema", "run=runs/depth=2,x", "std=0.07", out).startswith(
+        "run=runs/depth=2,x: no such"
     )
-    assert refusal("scripts.posthoc_ema", f"run={run}", "std=wide", f"out={tmp_path}/out").startswith("std=wide:")
 
 
 def test_a_snapshot_of_another_training_is_named(run, tmp_path):
