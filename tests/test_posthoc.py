@@ -181,6 +181,32 @@ def test_sums_are_float64(tmp_path):
     assert second["w"].item() == 2.0
 
 
+def test_snapshots_of_a_sharded_run(run, tmp_path):
+    """The same snapshots, each file in the pieces of two processes."""
+    whole = find_snapshots(run)
+    folders = {folder: tmp_path / "snapshots" / folder.name for folder, _ in whole.parts}
+    for folder, target in folders.items():
+        temporary, files = ckpt.temporary_folder(target), {}
+        for rank in range(2):
+            weights = {
+                name: {
+                    key: value.tensor_split(2)[rank] if value.ndim else value
+                    for key, value in ckpt.read_weights(folder, name).items()
+                }
+                for name in ckpt.weights_names(folder)
+            }
+            files |= ckpt.write_files(temporary, weights, piece=(rank, 2))
+        ckpt.complete(temporary, target, ckpt.read_config(folder), files)
+    sharded = find_snapshots(tmp_path)
+    assert sharded.averages == whole.averages
+    assert sharded.parts == tuple((folders[folder], name) for folder, name in whole.parts)
+    assert whole.bytes() <= sharded.bytes() < 1.1 * whole.bytes()
+    coefficients = np.full((1, len(whole.parts)), 0.1)
+    (one,), (other,) = combine(whole.parts, coefficients), combine(sharded.parts, coefficients)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
