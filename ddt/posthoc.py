@@ -112,11 +112,9 @@ def reconstruct(averages: Sequence[Profile], wanted: Profile) -> Reconstruction:
     """
     assert all(profile.step <= wanted.step for profile in averages)
     full = products([*averages, wanted])
-    scale = 1 / np.sqrt(full.diagonal()[:-1])  # profiles of length 1 make the cut-off mean the same for all
-    gram, target = full[:-1, :-1] * np.outer(scale, scale), full[:-1, -1] * scale
-    inverse = np.linalg.pinv(gram, rcond=CUTOFF, hermitian=True)
-    free, toward = inverse @ target, inverse @ scale
-    coefficients = scale * (free + toward * (1 - scale @ free) / (scale @ toward))
+    inverse = np.linalg.pinv(full[:-1, :-1], rcond=CUTOFF, hermitian=True)
+    free, uniform = inverse @ full[:-1, -1], inverse.sum(1)
+    coefficients = free + uniform * (1 - free.sum()) / uniform.sum()  # Lagrange's multiplier for the sum
     square = full[-1, -1] - 2 * coefficients @ full[:-1, -1] + coefficients @ full[:-1, :-1] @ coefficients
     return Reconstruction(wanted, tuple(averages), coefficients, float(np.sqrt(max(square, 0.0) / full[-1, -1])))
 
