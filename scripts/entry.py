@@ -25,7 +25,7 @@ from ddt.errors import UserError
 from scripts.jobs import Outcome, kept_environment, report, run_job
 
 PATHS = (
-    "ckpt", "out", "samples", "reference", "inception_weights", "released", "runs", "init_from", "autoencoder",
+    "ckpt", "out", "samples", "reference", "inception_weights", "released", "run", "runs", "init_from", "autoencoder",
     "guide", "recompute", "evaluator", "python", "graph",
     "features.weights",
     "data.root", "data.source_root", "autoencoder.source", "alignment.weights",
