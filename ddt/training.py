@@ -93,7 +93,8 @@ def train(
             under `run` the whole configuration, which a resumed run is compared with.
         objective: the denoiser with its loss, initialised alike on all processes.
         autoencoder, images, held_out: the border to pixels, the training images, the validation images (may be none).
-        make_optimizer: parameters → optimizer. make_tracker: (run_dir, step, config) → tracker, on process 0 alone.
+        make_optimizer: (name, parameter) pairs → optimizer. make_tracker: (run_dir, step, config) → tracker, on
+            process 0 alone.
         sampler: for the preview grids.
         alignment: how a hidden layer is aligned, where the objective does; target: the network whose features it is
             aligned to, where they do not come from a cache.
@@ -118,7 +119,7 @@ def train(
     target = target.to(device) if target is not None else None
     model = accelerator.prepare(objective)  # all processes leave this with the weights of process 0
     denoiser = objective.denoiser
-    optimizer = make_optimizer(objective.parameters())
+    optimizer = make_optimizer(objective.named_parameters())
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     ema = EMA(denoiser, settings.ema_decay)
     meter, step = Meter(device), 0
