@@ -166,7 +166,7 @@ def begin(
     model = prepare(objective, accelerator, settings.parallelism)
     for average in averages.values():
         average.place(accelerator.device, sharded=settings.parallelism == "fsdp")
-    state = TrainingState(objective, make_optimizer(objective.parameters()), averages, accelerator)
+    state = TrainingState(objective, make_optimizer(objective.named_parameters()), averages, accelerator)
     if newest is not None:
         state.load(newest)
     accelerator.wait_for_everyone()  # nobody writes before all have read
