@@ -120,11 +120,18 @@ class Saver:
         """Keep the power-function averages of a step, from which scripts/posthoc_ema.py makes any other."""
         folder = self.run_dir / "snapshots" / f"step_{state.step:07d}"
         powers = {name: state.weights()[name] for name in state.averages if name.startswith("power_")}
-        if self.accelerator.is_main_process and folder.exists():
-            remove(folder)  # of steps that the run did before it went on from an earlier checkpoint
         problem = self.write(folder, state, powers)
         if problem and self.accelerator.is_main_process:
             log.warning("warning: %s: could not be written (%s); training goes on", folder, problem)
+
+    def drop_snapshots(self, after: int) -> None:
+        """Remove snapshots of steps that the run did before it went on from an earlier checkpoint: it will do them
+        again, and may then keep others. The main process does it.
+        """
+        if self.accelerator.is_main_process:
+            for folder in (self.run_dir / "snapshots").glob("step_*"):
+                if int(folder.name.removeprefix("step_")) > after:
+                    remove(folder)
 
     def write(self, folder: Path, state: TrainingState, weights: Any, train_state: Any = None) -> str:
         """Write a folder, each process its own files, and return what went wrong, or an empty text; the same on all."""

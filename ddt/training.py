@@ -230,6 +230,7 @@ def train(
         model, state = begin(settings, run_dir, config, objective, make_optimizer, init_from, accelerator)
         saver = Saver(run_dir, settings, config, accelerator)
         saver.prune()
+        saver.drop_snapshots(after=state.step)
         left = missing(settings, held_out, run_dir, state.step) if 0 < state.step <= settings.max_steps else []
         if state.step >= settings.max_steps and not left:
             longer = (

@@ -292,6 +292,17 @@ def test_the_best_is_by_the_metrics_direction(tmp_path):
     assert saver.best({9: tmp_path}, "fid_5k") is None
 
 
+def test_snapshots_of_an_abandoned_stretch_do_not_stay():
+    options = ["trainer.snapshot_every=2", "trainer.save_every=4"]
+    run = train("abandoned", *options)
+    flip(run / "checkpoints" / "step_0000012" / "model.safetensors")
+    flip(run / "checkpoints" / "step_0000008" / "model.safetensors")
+    train("abandoned", "trainer.snapshot_every=3")
+    assert sorted(path.name for path in (run / "snapshots").iterdir()) == [
+        f"step_00000{k:02d}" for k in (2, 4, 6, 9, 12)
+    ]
+
+
 def test_the_export_holds_the_averaged_weights_and_stays():
     run = train("exported", "trainer.save_every=4", "trainer.keep_last=2")
     assert sorted(path.name for path in (run / "export").iterdir()) == [
