@@ -70,9 +70,7 @@ def check(config: dict[str, Any], run_dir: Path) -> None:
     with torch.device("meta"):
         network = attempt(build(config["model"]), in_channels=1, num_classes=1)
     attempt(build(config["objective"]), denoiser=network)
-    weights = {"denoiser.blocks.0.weight": torch.zeros(1, 1), "denoiser.blocks.0.bias": torch.zeros(1)}
-    named_parameters = [(name, torch.nn.Parameter(value)) for name, value in weights.items()]
-    attempt(build(config["optimizer"]), named_parameters=named_parameters)
+    attempt(build(config["optimizer"]), named_parameters=[("weight", torch.nn.Parameter(torch.zeros(1)))])
     alignment = attempt(build, config["alignment"])
     if alignment is not None and network is not None:
         attempt(check_depth, alignment.align_depth, num_aligned_blocks(network))
