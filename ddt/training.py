@@ -353,7 +353,7 @@ def train(
                 if settings.due(settings.snapshot_every, state.step):
                     saver.snapshot(state)
                 names = due(settings, held_out, state.step)
-                if names:
+                if names and not stopped:  # the call that goes on makes up for it: time may be short
                     measure(names, state.ema.network(), state.step, tracker)
                 if saves:
                     saver.prune()

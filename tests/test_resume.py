@@ -416,6 +416,12 @@ def test_a_step_without_finite_gradients_changes_nothing(monkeypatch):
     assert ["loss" in row for row in logged] == [True, True, False, True, True]
 
 
+def test_skipped_steps_are_kept_over_a_resume(monkeypatch):
+    poisoned(monkeypatch, [3])
+    train("kept_skips", "trainer.max_steps=4")
+    assert [row["skipped_steps"] for row in rows(train("kept_skips")) if "loss" in row] == [1, 1, 1]
+
+
 def test_many_of_them_end_the_run(monkeypatch):
     poisoned(monkeypatch, range(6, 99))
     message = refusal("train", *arguments("spoilt", "trainer.save_every=4", "trainer.validate_every=0"))
