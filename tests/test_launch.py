@@ -20,6 +20,7 @@ from test_training import SMALL
 
 import ddt.launch
 import train
+from ddt import checkpoint as ckpt
 from ddt.errors import STOPPED_STATUS, Stopped, UserError
 from ddt.launch import launch
 from ddt.training import make_accelerator
@@ -360,6 +361,33 @@ def test_torchrun_starts_the_processes_of_one_machine(tmp_path, one_process):
     _, errors = started.communicate(timeout=200)
     assert started.returncode == 0, errors
     assert_two_processes_trained_the_same(tmp_path, one_process)
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "status"),
+    [
+        ([TORCHRUN, "--standalone", "--nproc-per-node=2"], signal.SIGTERM, 1),  # torchrun has no other status
+        pytest.param([sys.executable], signal.SIGUSR1, STOPPED_STATUS, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_stop_at_one_step_with_a_checkpoint(tmp_path, command, number, status):
+    options = [*SMALL, "trainer.max_steps=100000", "trainer.log_every=1", "name=two"]
+    options += [] if status == 1 else ["trainer.num_processes=2"]
+    started = subprocess.Popen(
+        [*command, str(ROOT / "train.py"), *options], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    run_dir = tmp_path / "runs" / "two"
+    wait_for(lambda: (run_dir / "metrics.jsonl").is_file() and len((run_dir / "metrics.jsonl").read_text()) > 0)
+    started.send_signal(number)
+    _, errors = started.communicate(timeout=100)
+    assert started.returncode == status, errors
+    found = json.loads((run_dir / "status.json").read_text())
+    assert (found["state"], found["reason"].count(f"stopped by {number.name}")) == ("preempted", 1)
+    assert errors.count("the same command goes on from there") == 1
+    assert ckpt.sound_checkpoint(run_dir) == ckpt.checkpoint_folder(run_dir, found["step"])
+    assert rows(run_dir)[-1]["step"] == found["step"]
+    assert json.loads((run_dir / "config.json").read_text())["num_processes"] == 2
 
 
 @pytest.mark.slow

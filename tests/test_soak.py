@@ -39,6 +39,8 @@ def attempt(name, folder, seconds=0.0, number=None, begun=False):
             sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             succeed("train", *SMALL, f"name={name}")
             status = 0
+        except SystemExit as exit_:
+            status = exit_.code
         finally:
             os._exit(status)
     if number is not None:
