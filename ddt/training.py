@@ -87,7 +87,7 @@ def reserved(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
 
     The lock is the operating system's and goes with the process, however that ends.
     """
-    new, taken = not run_dir.exists(), False
+    new, taken = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()], False
     lock = filelock.FileLock(run_dir / ".lock")
     if accelerator.is_main_process:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,9 @@ def reserved(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
         if accelerator.is_main_process and not taken:
             if new and os.listdir(run_dir) == [".lock"]:  # refused before anything was written
                 (run_dir / ".lock").unlink()
-                run_dir.rmdir()
+                with contextlib.suppress(OSError):  # beside it another run may have begun
+                    for folder in new:
+                        folder.rmdir()
             lock.release()
 
 
@@ -173,6 +175,22 @@ def begin(
     return model, state
 
 
+def alignment_end(alignment: REPA | Dispersive | None) -> float:
+    """Return the step from which on the alignment is left out."""
+    if alignment is None:
+        return 0
+    return math.inf if alignment.until_step is None else alignment.until_step
+
+
+def progress_bar(settings: TrainerSettings, name: str, step: int, shown: bool) -> tqdm:
+    """Return the bar of a run, in images."""
+    size = settings.global_batch_size
+    total, initial = settings.max_steps * size, step * size
+    return tqdm(
+        total=total, initial=initial, unit="img", unit_scale=True, desc=name, disable=not shown, mininterval=1.0
+    )
+
+
 def train(
     settings: TrainerSettings,
     run_dir: Path,
@@ -233,9 +251,8 @@ def train(
         saver.drop_snapshots(after=state.step)
         left = missing(settings, held_out, run_dir, state.step) if 0 < state.step <= settings.max_steps else []
         if state.step >= settings.max_steps and not left:
-            longer = (
-                "raise trainer.max_steps" if settings.lr_schedule == "constant" else "start another run with init_from="
-            )
+            constant = settings.lr_schedule == "constant"
+            longer = "raise trainer.max_steps" if constant else "start another run with init_from="
             log.info("%s: complete at step %d; %s to train longer", run_dir, state.step, longer)
             return
         saver.check_space(state)
@@ -260,26 +277,14 @@ def train(
         if rank == 0:
             tracker = make_tracker(run_dir=run_dir, step=state.step, config=config["run"])
             stack.callback(tracker.finish)
-        align_until: float = 0  # step from which on the alignment is left out
-        if alignment is not None:
-            align_until = math.inf if alignment.until_step is None else alignment.until_step
+        layout = settings.global_batch_size, micro_batch_size, rank, num_processes
+        align_until = alignment_end(alignment)
         needs_target = alignment is not None and alignment.needs_target
         read_until = align_until * settings.global_batch_size if needs_target else 0
         stream = TrainingStream(images, config["run"]["seed"], shape, autoencoder.stochastic, read_until)
-        layout = settings.global_batch_size, micro_batch_size, rank, num_processes
         positions = PositionSampler(state.step, settings.max_steps, *layout)
         batches = load_batches(stream, positions, settings.num_workers, pin_memory=device.type == "cuda")
-        progress = stack.enter_context(
-            tqdm(
-                total=settings.max_steps * settings.global_batch_size,
-                initial=state.step * settings.global_batch_size,
-                unit="img",
-                unit_scale=True,
-                desc=run_dir.name,
-                disable=rank != 0,
-                mininterval=1.0,
-            )
-        )
+        progress = stack.enter_context(progress_bar(settings, run_dir.name, state.step, shown=rank == 0))
         denoiser, optimizer, parameters = objective.denoiser, state.optimizer, list(objective.parameters())
         if num_processes > 1:
             # DDP sorts its buckets anew after its first backward pass. One discarded pass over the run's first

@@ -39,9 +39,7 @@ def find_checkpoints(paths: list[str], weights: list[str]) -> list[Checkpoint]:
                 f"ckpt={other.folder}: has another {key} than {found[0].folder}; search them one by one",
             )
         for kind in weights:
-            require(
-                kind in other.hashes(), f"weights={kind}: {other.folder} has no {kind}.safetensors; leave {kind} out"
-            )
+            ckpt.check_weights(other.folder, kind)
     return found
 
 

@@ -34,8 +34,8 @@ def write_run(folder, step=3, target="ddt.model.DDT", channels=1, raw=True, clas
         "class_names": list("abcdefgh"[:classes]),
     }
     ema = small_ddt(in_channels=channels).state_dict()
-    model = {name: 1.5 * value for name, value in ema.items()} if raw else None
-    ckpt.write_checkpoint(ckpt.checkpoint_folder(folder, step), config, ema=ema, model=model)
+    model = {"model": {name: 1.5 * value for name, value in ema.items()}} if raw else {}
+    ckpt.write_checkpoint(ckpt.checkpoint_folder(folder, step), config, ema=ema, **model)
     return folder
 
 
@@ -297,7 +297,7 @@ def test_samples_are_kept_where_asked_and_one_repeat_has_no_deviation(run_folder
         (["cfg_interval=[null,[0.3]]"], "cfg_interval=[None, [0.3]]: "),
         (["cfg_scale=[-1]"], "cfg_scale=-1.0: must be a finite number"),
         (["cfg_scale=[x]"], "cfg_scale=['x']: input should be"),
-        (["weights=[ema,raw]"], "weights=['ema', 'raw']: input should be 'ema' or 'model'"),
+        (["weights=[ema,raw]"], "weights=raw: "),
         (["num_samples=1"], "num_samples=1: must lie in 2..1000000"),
         (["final_samples=1"], "final_samples=1: must lie in 2..1000000"),
         (["repeats=0"], "repeats=0: must be at least 1"),
@@ -336,7 +336,7 @@ def test_checkpoints_that_cannot_be_searched_are_one_line(run_folder, tmp_path):
     out = tmp_path / "out"
     line = refusal(SEARCH, *arguments(write_run(tmp_path / "averaged", raw=False), out))
     assert line.startswith("weights=model: ")
-    assert line.endswith("has no model.safetensors; leave model out")
+    assert line.endswith("has no model.safetensors; choose from ema")
     line = refusal(SEARCH, *arguments(write_run(tmp_path / "dit", target="ddt.model.DiT"), out, "recompute=uniform:2"))
     assert line == "recompute=uniform:2: this model has no encoder to share; give null"
     line = refusal(SEARCH, *arguments(write_run(tmp_path / "colour", channels=3), out))
