@@ -110,11 +110,16 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:07d}"
 
 
+def by_step(parent: Path) -> dict[int, Path]:
+    """Return the folders `step_0000700` of a folder by their step, in order; others are none of ours."""
+    steps = {int(m[1]): path for path in parent.glob("step_*") if (m := re.fullmatch(r"step_(\d{7,})", path.name))}
+    return {step: steps[step] for step in sorted(steps)}
+
+
 def checkpoints(run_dir: Path) -> dict[int, Path]:
     """Return a run's complete checkpoints by their step, in order."""
-    folders = (run_dir / "checkpoints").glob("step_*")
-    steps = {int(m[1]): folder for folder in folders if (m := re.fullmatch(r"step_(\d+)", folder.name))}
-    return {step: steps[step] for step in sorted(steps) if (steps[step] / "manifest.json").is_file()}
+    found = by_step(run_dir / "checkpoints")
+    return {step: folder for step, folder in found.items() if (folder / "manifest.json").is_file()}
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -128,13 +133,13 @@ def sound_checkpoint(run_dir: Path) -> Path | None:
     Newer ones that are not are named and set aside as `damaged_step_…`: training goes on from the one before and will
     write these steps again. Raises UserError where none is left.
     """
-    for folder in sorted((run_dir / "checkpoints").glob("step_*"), reverse=True):
+    for folder in reversed(by_step(run_dir / "checkpoints").values()):
         try:
             for name in read_manifest(folder)["files"]:
                 verified(folder, name)
         except OtherVersion:
             raise
-        except (UserError, OSError) as error:
+        except UserError as error:  # an error of the disk itself is no damage, and ends the command
             aside = folder.with_name(f"damaged_{folder.name}")
             while aside.exists():
                 aside = aside.with_name(f"{aside.name}_")
@@ -176,7 +181,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         version, _ = manifest["format_version"], manifest["files"].items()
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged; use another checkpoint of the run") from error
     if version != FORMAT_VERSION:
         raise OtherVersion(f"{folder}: format version {version}, this code reads {FORMAT_VERSION}; see CHANGELOG.md")
@@ -192,10 +197,10 @@ def verified(folder: Path, name: str) -> Path:
         expected is not None,
         f"{folder}: has no {name}; training can go on only from a checkpoint that training wrote",
     )
-    require(path.is_file(), f"{path}: is missing; remove {folder} to use the checkpoint before it")
+    require(path.is_file(), f"{path}: is missing; put it back, or remove {folder}")
     require(
         path.stat().st_size == expected["size"] and sha256(path) == expected["sha256"],
-        f"{path}: damaged (its checksum differs from the manifest's); remove {folder} to use the checkpoint before it",
+        f"{path}: damaged (its checksum differs from the manifest's); put it back, or remove {folder}",
     )
     return path
 

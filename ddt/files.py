@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 import re
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,12 @@ def write_json(path: Path, values: Any) -> None:
     """Write plain values as indented JSON, a list of numbers or words on one line, whole or not at all."""
     text = json.dumps(values, indent=2)
     text = re.sub(r"\[\n([^\[\]{}]*)\n\s*\]", lambda match: "[" + re.sub(r"\n\s*", " ", match[1].strip()) + "]", text)
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(f"{text}\n")
-    temporary.replace(path)
+    temporary = path.with_name(f".tmp-{platform.node()}-{os.getpid()}-{path.name}")  # several may write the same
+    try:
+        temporary.write_text(f"{text}\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def share(path: Path) -> None:

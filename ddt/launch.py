@@ -1,6 +1,7 @@
 """Start a function on several processes of this machine, one for each GPU, and pass on to them what this one is asked.
 
-SIGTERM and SIGUSR1 are passed on, and the processes end when and as they like. Ctrl-C reaches them from the terminal.
+SIGTERM and SIGUSR1 are passed on, and the processes end when and as they like; so is the first SIGINT, as SIGTERM, for
+a terminal's Ctrl-C has reached them already and a second SIGINT would end them at once.
 """
 
 import contextlib
@@ -83,18 +84,16 @@ def _worker(
 
 @contextlib.contextmanager
 def _relaying(children: list[Any], received: list[int]) -> Iterator[None]:
-    """Pass SIGTERM and SIGUSR1 on to the children, and leave the first Ctrl-C to them; the second one raises
-    KeyboardInterrupt. `received` gets the numbers of the signals.
+    """Pass signals on to the children, the first SIGINT as SIGTERM; the second one raises KeyboardInterrupt. `received`
+    gets the numbers of the signals.
     """
 
     def relay(signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGINT:  # the terminal sends it to the children too
-            if signum in received:
-                raise KeyboardInterrupt
-        else:
-            for child in children:
-                if child.is_alive():
-                    os.kill(child.pid, signum)
+        if signum == signal.SIGINT and signum in received:
+            raise KeyboardInterrupt
+        for child in children:
+            if child.is_alive():
+                os.kill(child.pid, signal.SIGTERM if signum == signal.SIGINT else signum)
         received.append(signum)
 
     before = {number: signal.signal(number, relay) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}

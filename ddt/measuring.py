@@ -10,9 +10,9 @@ from ddt.images import Images
 from ddt.model import Denoiser
 from ddt.monitoring import validation_loss, write_preview
 from ddt.objective import FlowMatching
-from ddt.online import OnlineEvaluation, is_evaluation
+from ddt.online import OnlineEvaluation
 from ddt.sampling import SamplerSettings
-from ddt.settings import TrainerSettings
+from ddt.settings import TrainerSettings, metric_suffix
 from ddt.tracking import JsonlTracker, read_rows
 
 log = logging.getLogger(__name__)
@@ -37,12 +37,14 @@ def missing(settings: TrainerSettings, held_out: Images, run_dir: Path, step: in
     """Return what was to be measured after a step and is not on record: a run may be killed between its checkpoint and
     its measurements.
     """
+    if not 0 < step <= settings.max_steps:
+        return []
     path = run_dir / "metrics.jsonl"
     known = {key for row in read_rows(path) if row["step"] == step for key in row} if path.is_file() else set()
     there = {
         "validation": "validation_loss" in known,
         "preview": preview_path(run_dir, step).is_file(),
-        "evaluation": any(is_evaluation(key, settings.eval_samples) for key in known),
+        "evaluation": any(key.endswith(metric_suffix(settings.eval_samples)) for key in known),
     }
     return [name for name in due(settings, held_out, step) if not there[name]]
 

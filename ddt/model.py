@@ -300,12 +300,16 @@ class DiT(BlockStack):
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the velocity (B, C, H, W) for x_t (B, C, H, W), t (B,), y (B,)."""
-        return self.forward_with_hidden(x_t, t, y, hidden_depth=0)[0]
+        return self.velocity_and_hidden(x_t, t, y, hidden_depth=0)[0]
 
     def forward_with_hidden(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int) -> tuple[Tensor, Tensor]:
         """Return the velocity (B, C, H, W) and the output (B, N, D) of block `hidden_depth` (1-based), which alignment
         reads.
         """
+        return self.velocity_and_hidden(x_t, t, y, hidden_depth)
+
+    def velocity_and_hidden(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int) -> tuple[Tensor, Tensor]:
+        """Do what both forwards do: apart from them, for a sharded network gathers its weights in each of them once."""
         at = self.positions(x_t)
         c = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))[:, None]  # (B, 1, D)
         h, hidden = self.run(x_t, c, at, hidden_depth)

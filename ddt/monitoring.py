@@ -62,7 +62,11 @@ class Meter:
         self.counts: dict[str, Tensor] = {}
         self.step: list[tuple[str, Tensor, Tensor]] = []  # of the step that is under way
         for key, (sums, counts) in (state or {}).items():
-            mine = (sums[rank], counts[rank]) if len(sums) == num_processes else (sums.mean(0), counts.mean(0))
+            if len(sums) == num_processes:
+                mine = sums[rank], counts[rank]
+            else:  # each process counts its steps, but its own samples
+                parts = num_processes if key == BY_T else len(sums)
+                mine = sums.sum(0) / parts, counts.sum(0) / parts
             self.sums[key], self.counts[key] = (value.to(device) for value in mine)
 
     def add(self, losses: dict[str, Tensor], weight: float) -> None:

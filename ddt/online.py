@@ -19,25 +19,16 @@ from ddt.autoencoder import Autoencoder
 from ddt.files import write_json
 from ddt.generation import Generator
 from ddt.image_set import ImageSet, image_set
-from ddt.metrics.comparability import labels, short
+from ddt.metrics.comparability import labels
 from ddt.metrics.features import Extractor, extract
 from ddt.metrics.reference import Reference, check_reference
 from ddt.metrics.scores import Prepared, prepare, score
 from ddt.model import Denoiser
 from ddt.receipts import without_paths
 from ddt.sampling import SamplerSettings
+from ddt.settings import metric_suffix
 
 log = logging.getLogger(__name__)
-
-
-def suffix(num_samples: int) -> str:
-    """Return how the logged names of an evaluation end: the number of samples it is of, as in `fid_5k`."""
-    return f"_{short(num_samples).lower()}"
-
-
-def is_evaluation(name: str, num_samples: int) -> bool:
-    """Tell whether a logged value is one of an evaluation of so many samples."""
-    return name.endswith(suffix(num_samples))
 
 
 class GeneratedImages:
@@ -109,7 +100,9 @@ class OnlineEvaluation:
         broken = self.accelerator.reduce((~source.finite).float(), reduction="sum").item() > 0
         if broken and self.accelerator.is_main_process:
             log.warning("warning: step %d: samples are not finite numbers, so there is nothing to measure", step)
-        if features is None or broken:
+        if broken:
+            return {f"not_finite{metric_suffix(self.num_samples)}": 1.0}
+        if features is None:
             return {}
         scores = score(features, np.array(images.classes), self.prepared, self.extractor, "float16")
         found = {
@@ -120,7 +113,7 @@ class OnlineEvaluation:
         names = labels(found, self.num_samples, self.prepared.reference, self.extractor, "float16")
         shown = (f"{names[name]} {value:.4g}" for name, value in found.items())
         log.info("step %d: %s", step, ", ".join(shown))
-        return {f"{name}{suffix(self.num_samples)}": value for name, value in found.items()}
+        return {f"{name}{metric_suffix(self.num_samples)}": value for name, value in found.items()}
 
     def receipt(self) -> dict[str, Any]:
         """Return what the numbers of a run are of."""

@@ -8,7 +8,6 @@ steps, where it is exact.
 Shapes: A averages at hand, R rules, E steps at which some average ends.
 """
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,8 +147,9 @@ def find_snapshots(run_dir: Path, step: int | None = None, powers: Collection[fl
     Raises UserError where there is no snapshot of the step, fewer than two up to it, or none of a power.
     """
     require(run_dir.is_dir(), f"run={run_dir}: no such folder; give that of a run, such as runs/digits_nano")
-    folders = {int(m[1]): f for f in (run_dir / "snapshots").glob("*") if (m := re.fullmatch(r"step_(\d+)", f.name))}
-    found = {number: folders[number] for number in sorted(folders) if (folders[number] / "manifest.json").is_file()}
+    found = ckpt.by_step(run_dir / "snapshots")
+    for folder in found.values():
+        ckpt.read_manifest(folder)
     require(
         len(found) > 0,
         f"run={run_dir}: has no snapshots; train with trainer.ema_powers=[0.05,0.1] and trainer.snapshot_every=, some "

@@ -1,6 +1,7 @@
 """Checkpoints of a run: when one is written, what happens if it cannot be, and which ones stay."""
 
 import logging
+import math
 import os
 import shutil
 import time
@@ -12,7 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 
 from ddt import checkpoint as ckpt
-from ddt.errors import require
+from ddt.errors import UserError, require
 from ddt.files import fsync, write_json
 from ddt.settings import TrainerSettings
 from ddt.state import TRAIN_FORMAT, TrainingState
@@ -24,11 +25,14 @@ SPARE = 1.2  # free space that a checkpoint must find, in units of its size
 HIGHER_IS_BETTER = ("inception_score", "precision", "recall", "class_accuracy", "authenticity")
 
 
-def remove(folder: Path) -> None:
-    """Remove a checkpoint; nobody ever sees half of it under its name."""
-    doomed = folder.with_name(f".del-{folder.name}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def remove(path: Path) -> None:
+    """Remove a folder or file; nobody ever sees half of it under its name. What cannot be removed is warned of."""
+    try:
+        if not path.name.startswith("."):
+            path = path.rename(path.with_name(f".del-{path.name}"))
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as error:  # a network disk keeps what someone still reads
+        log.warning("warning: %s: could not be removed (%s)", path, error)
 
 
 def sweep(run_dir: Path) -> None:
@@ -36,7 +40,7 @@ def sweep(run_dir: Path) -> None:
     for parent in (run_dir, run_dir / "checkpoints", run_dir / "snapshots"):
         for pattern in (".tmp-*", ".del-*"):
             for left in parent.glob(pattern):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                remove(left)
 
 
 def export(checkpoint: Path, target: Path) -> None:
@@ -94,7 +98,7 @@ class Saver:
         """
         started = time.perf_counter()
         folder = ckpt.checkpoint_folder(self.run_dir, state.step)
-        problem = self.write(folder, state, state.weights(), state.train_state())
+        problem = self.write(folder, state, self.size(state), state.weights(), state.train_state())
         self.seconds = time.perf_counter() - started
         if not problem:
             self.failures = 0
@@ -110,17 +114,23 @@ class Saver:
         return False
 
     def export_ema(self, folder: Path) -> None:
-        """Bring `export/` in the run folder up to date; without it nothing is lost."""
+        """Bring `export/` in the run folder up to date with a checkpoint; without it nothing is lost."""
+        target = self.run_dir / "export"
         try:
-            export(folder, self.run_dir / "export")
-        except OSError as error:
+            complete = (target / "manifest.json").is_file()
+            if complete and ckpt.weights_sha256(target, "ema") == ckpt.weights_sha256(folder, "ema"):
+                return
+            export(folder, target)
+        except (OSError, UserError) as error:
             log.warning("warning: %s: could not be written (%s)", self.run_dir / "export", error)
 
     def snapshot(self, state: TrainingState) -> None:
         """Keep the power-function averages of a step, from which scripts/posthoc_ema.py makes any other."""
         folder = self.run_dir / "snapshots" / f"step_{state.step:07d}"
-        powers = {name: state.weights()[name] for name in state.averages if name.startswith("power_")}
-        problem = self.write(folder, state, powers)
+        weights = state.weights()
+        powers = {name: weights[name] for name in state.averages if name.startswith("power_")}
+        mine = sum(4 * value.numel() for average in powers.values() for value in average.values())
+        problem = self.write(folder, state, sum(gather_object([mine])) if self.sharded else mine, powers)
         if problem and self.accelerator.is_main_process:
             log.warning("warning: %s: could not be written (%s); training goes on", folder, problem)
 
@@ -129,13 +139,23 @@ class Saver:
         again, and may then keep others. The main process does it.
         """
         if self.accelerator.is_main_process:
-            for folder in (self.run_dir / "snapshots").glob("step_*"):
-                if int(folder.name.removeprefix("step_")) > after:
+            for step, folder in ckpt.by_step(self.run_dir / "snapshots").items():
+                if step > after:
                     remove(folder)
 
-    def write(self, folder: Path, state: TrainingState, weights: Any, train_state: Any = None) -> str:
-        """Write a folder, each process its own files, and return what went wrong, or an empty text; the same on all."""
-        accelerator, size = self.accelerator, self.size(state)
+    def tidy(self, step: int) -> None:
+        """Bring the folder of a run that goes on after `step` to the state that it had then, whenever it was killed."""
+        newest = ckpt.newest_checkpoint(self.run_dir)
+        if newest is not None and self.accelerator.is_main_process:
+            self.export_ema(newest)
+        self.drop_snapshots(after=step)
+        self.prune()
+
+    def write(self, folder: Path, state: TrainingState, size: int, weights: Any, train_state: Any = None) -> str:
+        """Write a folder of `size` bytes, each process its own files, and return what went wrong, or an empty text; the
+        same on all.
+        """
+        accelerator = self.accelerator
         main, temporary = accelerator.is_main_process, folder.parent / f".tmp-{folder.name}"
         problem = ""
         if main:
@@ -185,6 +205,8 @@ class Saver:
         if self.settings.keep_every:
             kept |= {step for step in found if step % self.settings.keep_every == 0}
         best = None if self.settings.keep_best is None else self.best(found, self.settings.keep_best)
+        if self.settings.keep_best is not None and best is None:
+            return  # any of them may be the best
         for step, folder in found.items():
             if step not in kept and step != best:
                 remove(folder)
@@ -193,13 +215,12 @@ class Saver:
         """Return the step of the checkpoint with the best logged value of a metric, the first one where they tie."""
         path = self.run_dir / "metrics.jsonl"
         rows = read_rows(path) if path.is_file() else []
-        values = {row["step"]: row[metric] for row in rows if metric in row and row["step"] in found}
-        if not values and found:
-            known = sorted({key for row in rows if row["step"] in found for key in row} - {"step"})
+        measured = [row for row in rows if row["step"] in found]
+        values = {row["step"]: row[metric] for row in measured if metric in row and math.isfinite(row[metric])}
+        if not values and len(found) > 1:
+            known = ", ".join(sorted({key for row in measured for key in row} - {"step"})) or "no numbers"
             log.warning(
-                "warning: trainer.keep_best=%s: was not measured at any checkpoint; there are %s",
-                metric,
-                ", ".join(known),
+                "warning: trainer.keep_best=%s: no checkpoint has this number, so all stay; they have %s", metric, known
             )
         sign = -1 if metric.startswith(HIGHER_IS_BETTER) else 1
         return min(values, key=lambda step: (sign * values[step], step), default=None)

@@ -5,6 +5,13 @@ import math
 from typing import Literal
 
 from ddt.errors import require
+from ddt.metrics.comparability import short
+from ddt.stopping import MARGIN
+
+
+def metric_suffix(num_samples: int) -> str:
+    """Return how the logged names of an evaluation end: with the number of samples it is of, as in `fid_5k`."""
+    return f"_{short(num_samples).lower()}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +85,11 @@ class TrainerSettings:
         for key in ("clip_norm", "max_hours"):
             value = getattr(self, key)
             require(value is None or 0 < value < math.inf, f"trainer.{key}={value}: must be above 0, or null")
+        require(
+            self.max_hours is None or self.max_hours * 3600 > 2 * MARGIN,
+            f"trainer.max_hours={self.max_hours}: give more than {2 * MARGIN / 3600:.3f}, for the run stops {MARGIN} s "
+            "and two saves before",
+        )
         self.check_retention()
         self.micro_batches(self.num_processes or 1)
 
@@ -116,6 +128,11 @@ class TrainerSettings:
             f"trainer.keep_every={self.keep_every}: must be a multiple of trainer.save_every={self.save_every}",
         )
         if self.keep_best is not None:
+            require(
+                self.keep_best == "validation_loss" or self.keep_best.endswith(metric_suffix(self.eval_samples)),
+                f"trainer.keep_best={self.keep_best}: give validation_loss, or a metric of trainer.eval_samples="
+                f"{self.eval_samples} samples, such as fid{metric_suffix(self.eval_samples)}",
+            )
             measured = self.validate_every if self.keep_best == "validation_loss" else self.eval_every
             require(
                 measured > 0,

@@ -100,9 +100,9 @@ class TrainingState:
             if not torch.equal(everyone, everyone[:1].expand_as(everyone)):
                 raise RuntimeError(f"step {self.step}: the processes hold different weights; nothing is saved")
 
-    def row(self, rates: dict[str, float]) -> dict[str, float]:
+    def row(self) -> dict[str, float]:
         """Return a row of the log: means since the last one, and how far the average is from the weights. All processes
-        call it together.
+        call it together; it waits for the device.
         """
         row = self.meter.means(self.accelerator)
         if "repa_loss" in row:
@@ -114,7 +114,7 @@ class TrainingState:
         row["ema_distance"] = apart / norm
         row["skipped_steps"] = self.skips.total.item()
         row["lr"] = self.optimizer.param_groups[0]["lr"]
-        return row | rates
+        return row
 
     def bytes(self) -> int:
         """Return how many bytes this process writes in a checkpoint: weights, averages, and two moments a weight."""

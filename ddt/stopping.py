@@ -3,6 +3,7 @@
 Every process may have a reason; all learn of it together and end after the same step.
 """
 
+import json
 import logging
 import os
 import signal
@@ -22,15 +23,26 @@ log = logging.getLogger(__name__)
 REASONS = ("", "SIGTERM", "SIGUSR1", "SIGINT", "the file STOP", "the time limit")  # the code that processes exchange
 SIGNALS = {signal.SIGTERM: 1, signal.SIGUSR1: 2, signal.SIGINT: 3}
 STOP_FILE, TIME_LIMIT = 4, 5
-MARGIN = 60  # seconds between the end of the last save and that of the job
+MARGIN = 60  # seconds that are left for the last save, beside twice the longest pause so far
 MAX_SKIPPED = 5  # steps in a row without finite gradients
 State = Literal["running", "preempted", "done", "failed"]
 
 
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """Return a run's `status.json`, empty where it has none that can be read."""
+    try:
+        return json.loads((run_dir / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def write_status(run_dir: Path, state: State, step: int, reason: str = "") -> None:
-    """Write a run's `status.json`: its state, the steps it has done, and why it ended."""
+    """Write a run's `status.json`: its state, the steps it has done, and why it ended. A full disk is warned of."""
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    write_json(run_dir / "status.json", {"state": state, "step": step, "reason": reason, "time": now})
+    try:
+        write_json(run_dir / "status.json", {"state": state, "step": step, "reason": reason, "time": now})
+    except OSError as error:
+        log.warning("warning: %s: cannot be written (%s)", run_dir / "status.json", error.strerror)
 
 
 def end_of_job(max_hours: float | None, started: float) -> float | None:
@@ -57,7 +69,7 @@ class StopRequests:
             run_dir / "STOP", end, device, rank, num_processes,
         )  # fmt: skip
         self.code, self.looked = 0, 0.0
-        self.save_seconds = 0.0  # what the latest save took
+        self.pause_seconds = 0.0  # the longest that the loop was busy saving and measuring
         self.posted: tuple[Tensor, torch.cuda.Event | None] | None = None
         self.before: dict[signal.Signals, Any] = {}
 
@@ -80,7 +92,7 @@ class StopRequests:
         """Return this process's reason; process 0 looks for the file, once a second, and at the clock."""
         now = time.time()
         if self.code == 0 and self.rank == 0:
-            if self.end is not None and now > self.end - 2 * self.save_seconds - MARGIN:
+            if self.end is not None and now > self.end - 2 * self.pause_seconds - MARGIN:
                 self.code = TIME_LIMIT
             elif now - self.looked > 1:
                 self.looked = now

@@ -5,6 +5,7 @@ What activation checkpointing computes again, the autoencoder and everything ele
 """
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,8 +19,8 @@ from ddt.objective import FlowMatching
 
 # Dense bf16 matrix products in FLOP/s, from the makers' data sheets; of float32 training no share is told
 PEAKS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
-    "RTX 4090": 165e12, "B200": 2250e12,
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "B200": 2250e12,
 }  # fmt: skip
 
 
@@ -30,7 +31,7 @@ TIMINGS = (
 
 def peak_of(device_name: str) -> float | None:
     """Return a GPU's dense bf16 FLOP/s, or None where it is not known here."""
-    return next((peak for name, peak in PEAKS.items() if name in device_name), None)
+    return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def training_flops(objective: FlowMatching, shape: tuple[int, int, int]) -> int:
@@ -56,6 +57,12 @@ def target_flops(target: Target | None, image_size: int) -> int:
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         target(image)
     return counter.get_total_flops()
+
+
+class Pause:
+    """How long a pause was, known when it is over."""
+
+    seconds = 0.0
 
 
 class Clock:
@@ -84,14 +91,17 @@ class Clock:
         self.waited += time.perf_counter() - began
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> Iterator["Pause"]:
         """Leave out the time inside: the rate is that of training alone."""
-        began = time.perf_counter()
-        yield
-        self.paused += time.perf_counter() - began
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the step before is training
+        began, pause = time.perf_counter(), Pause()
+        yield pause
+        pause.seconds = time.perf_counter() - began
+        self.paused += pause.seconds
 
     def row(self, aligned: bool) -> dict[str, float]:
-        """Return what a log row says of the interval. aligned: the target was used."""
+        """Return what a log row says of the interval, once the device has finished it. aligned: the target was used."""
         seconds = time.perf_counter() - self.began - self.paused
         rate = self.steps * self.images / seconds
         each = rate / self.num_processes

@@ -6,7 +6,7 @@ import secrets
 from pathlib import Path
 from typing import Any, Literal
 
-from ddt.errors import require
+from ddt.errors import first_line, require
 
 log = logging.getLogger(__name__)
 
@@ -14,16 +14,19 @@ log = logging.getLogger(__name__)
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a `metrics.jsonl`; a last line that a kill cut short is left out with a warning.
 
-    Raises UserError naming any other line that is no JSON.
+    Raises UserError naming any other line that is none.
     """
-    lines = path.read_text().splitlines()
+    lines = path.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            require(number == len(lines), f"{path}: line {number} is damaged ({error}); remove it")
+            row = json.loads(line)
+        except ValueError as error:
+            require(number == len(lines), f"{path}: line {number} is damaged ({first_line(error)}); remove it")
             log.warning("%s: the last line was cut short and is left out", path)
+            continue
+        require(isinstance(row, dict) and "step" in row, f"{path}: line {number} is damaged (no step); remove it")
+        rows.append(row)
     return rows
 
 
@@ -31,13 +34,14 @@ class JsonlTracker:
     """Appends one line of JSON to `metrics.jsonl` for every logged step, and shows it to no one else.
 
     Made by the main process alone. On resume the rows after `step` are cut off, so that a step never stands twice, and
-    so is a `partial` row, which a run writes when it ends between two log rows: the resumed run logs the whole one.
+    so is a `partial` row, which a run writes when it ends between two log rows: the resumed run logs the whole one,
+    unless it has `ended` and only measures what was missing.
     """
 
-    def __init__(self, run_dir: Path, step: int, config: dict[str, Any]) -> None:
+    def __init__(self, run_dir: Path, step: int, config: dict[str, Any], ended: bool = False) -> None:
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
-            rows = [row for row in read_rows(self.path) if row["step"] <= step and "partial" not in row]
+            rows = [row for row in read_rows(self.path) if row["step"] <= step and (ended or "partial" not in row)]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
             temporary.replace(self.path)
@@ -58,8 +62,8 @@ class JsonlTracker:
     def image(self, step: int, name: str, path: Path) -> None:
         """Take note of a picture: here it is a file of the run folder already."""
 
-    def finish(self) -> None:
-        """Close the record."""
+    def finish(self, failed: bool = False) -> None:
+        """Close the record of a call that is done, or has stopped or `failed`."""
         if self.unwritten:
             log.warning("warning: %s: lacks its last rows, for which there was no room", self.path)
         self.file.close()
@@ -77,13 +81,14 @@ class WandbTracker(JsonlTracker):
         run_dir: Path,
         step: int,
         config: dict[str, Any],
+        ended: bool = False,
         project: str = "ddt",
         mode: Literal["online", "offline"] = "online",
         init_timeout: int = 60,
     ) -> None:
         import wandb
 
-        super().__init__(run_dir, step, config)
+        super().__init__(run_dir, step, config, ended)
         self.wandb = wandb
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
@@ -130,11 +135,11 @@ class WandbTracker(JsonlTracker):
         """Send a picture."""
         self._send({"step": step, name: self.wandb.Image(str(path))})
 
-    def finish(self) -> None:
-        """Close the record and the W&B run."""
+    def finish(self, failed: bool = False) -> None:
+        """Close the record and the W&B run, which its page then calls finished or failed."""
         super().finish()
         if self.run is not None:
             try:
-                self.run.finish()
+                self.run.finish(exit_code=int(failed))
             except Exception as error:  # as above
                 log.warning("W&B did not finish (%s); metrics.jsonl is complete", error)

@@ -6,6 +6,7 @@ Shapes: B micro-batch, C H W latent. Batches come from `data.TrainingStream`, so
 
 import contextlib
 import datetime
+import functools
 import logging
 import math
 import os
@@ -17,9 +18,10 @@ from typing import Any
 import filelock
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list
 from torch import nn
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ddt import checkpoint as ckpt
 from ddt.alignment import REPA, Dispersive, Target
@@ -40,7 +42,7 @@ from ddt.sampling import SamplerSettings
 from ddt.saving import Saver, sweep
 from ddt.settings import TrainerSettings
 from ddt.state import TRAIN_FORMAT, TrainingState
-from ddt.stopping import MAX_SKIPPED, StopRequests, end_of_job, write_status
+from ddt.stopping import MAX_SKIPPED, StopRequests, end_of_job, read_status, write_status
 from ddt.throughput import Clock, target_flops, training_flops
 from ddt.tracking import JsonlTracker
 
@@ -52,9 +54,21 @@ def make_accelerator(mixed_precision: str, patience: datetime.timedelta | None =
 
     patience: how long the processes wait for each other before they give up; None is torch's default.
     """
+    for name in ("USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "DYNAMO_BACKEND"):
+        require(
+            os.environ.get(f"ACCELERATE_{name}", "no").lower() in ("no", "false"),
+            f"ACCELERATE_{name}: is no way of this repository's; take it out of Accelerate's configuration (to shard: "
+            "trainer.parallelism=fsdp)",
+        )
     precision = "bf16" if mixed_precision == "bf16" else "no"
     handlers = [] if patience is None else [InitProcessGroupKwargs(timeout=patience)]
-    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=handlers)
+    return Accelerator(
+        mixed_precision=precision,
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=handlers,
+        # the loop divides losses itself; given as a plugin, the environment of accelerate launch does not change it
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
 
 
 def check_same_training(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
@@ -123,8 +137,12 @@ def reported(run_dir: Path, state: TrainingState) -> Iterator[None]:
         if main:
             write_status(run_dir, "preempted", state.step, str(stop))
         raise
-    except BaseException as error:  # told, and raised again; any process may be the one that fails
+    except (UserError, FloatingPointError, OSError) as error:  # any process may be the one that fails
         write_status(run_dir, "failed", state.step, first_line(error))
+        raise
+    except BaseException as error:  # it may be another process that failed, and that has told why
+        if read_status(run_dir).get("state") != "failed":
+            write_status(run_dir, "failed", state.step, first_line(error))
         raise
     if main:
         write_status(run_dir, "done", state.step)
@@ -165,6 +183,8 @@ def begin(
         initialise(
             init_from, config["network"], config["autoencoder_fingerprint"], config["class_names"], objective, averages
         )
+    # averages and sharded weights are never broadcast, so that all must begin alike
+    agree(accelerator, {"sum of the initial weights": sum(p.double().sum().item() for p in objective.parameters())})
     model = prepare(objective, accelerator, settings.parallelism)
     for average in averages.values():
         average.place(accelerator.device, sharded=settings.parallelism == "fsdp")
@@ -173,6 +193,11 @@ def begin(
         state.load(newest)
     accelerator.wait_for_everyone()  # nobody writes before all have read
     return model, state
+
+
+def finish(tracker: JsonlTracker, kind: type[BaseException] | None, *_: Any) -> None:
+    """Close a run's record, on the way out of its context."""
+    tracker.finish(failed=kind is not None)
 
 
 def alignment_end(alignment: REPA | Dispersive | None) -> float:
@@ -247,13 +272,14 @@ def train(
         flops = training_flops(objective, shape), target_flops(target, images.image_size)
         model, state = begin(settings, run_dir, config, objective, make_optimizer, init_from, accelerator)
         saver = Saver(run_dir, settings, config, accelerator)
-        saver.prune()
-        saver.drop_snapshots(after=state.step)
-        left = missing(settings, held_out, run_dir, state.step) if 0 < state.step <= settings.max_steps else []
+        saver.tidy(state.step)
+        left = main_decides(accelerator, lambda: missing(settings, held_out, run_dir, state.step))
         if state.step >= settings.max_steps and not left:
             constant = settings.lr_schedule == "constant"
             longer = "raise trainer.max_steps" if constant else "start another run with init_from="
             log.info("%s: complete at step %d; %s to train longer", run_dir, state.step, longer)
+            if rank == 0 and read_status(run_dir).get("state") != "done":  # it was killed in the last moment
+                write_status(run_dir, "done", state.step)
             return
         saver.check_space(state)
         evaluation = None if make_evaluation is None else make_evaluation(accelerator)
@@ -270,13 +296,15 @@ def train(
             if evaluation is not None:
                 evaluation.keep_receipt(run_dir / "evaluation.json")
         stack.enter_context(reported(run_dir, state))
+        stack.enter_context(logging_redirect_tqdm())  # no line is written into the bar
         requests = stack.enter_context(
             StopRequests(run_dir, end_of_job(settings.max_hours, started), device, rank, num_processes)
         )
         tracker = None
         if rank == 0:
-            tracker = make_tracker(run_dir=run_dir, step=state.step, config=config["run"])
-            stack.callback(tracker.finish)
+            ended = state.step >= settings.max_steps
+            tracker = make_tracker(run_dir=run_dir, step=state.step, config=config["run"], ended=ended)
+            stack.push(functools.partial(finish, tracker))
         layout = settings.global_batch_size, micro_batch_size, rank, num_processes
         align_until = alignment_end(alignment)
         needs_target = alignment is not None and alignment.needs_target
@@ -336,7 +364,8 @@ def train(
 
             # --- log
             if last or state.step % settings.log_every == 0:
-                row: dict[str, Any] = state.row(clock.row(align and target is not None))
+                row: dict[str, Any] = state.row()
+                row |= clock.row(align and target is not None)
                 if state.step % settings.log_every == 0:
                     state.meter.reset()
                 else:
@@ -347,24 +376,28 @@ def train(
                     tracker.log(state.step, row)
                 clock.start()
             # --- save, before anything that could fail; then measure the averaged weights
-            with clock.pause():
-                saves = last or bool(stopped) or settings.due(settings.save_every, state.step)
-                if saves:
-                    if not state.finite():
-                        raise not_finite("a weight is no finite number", state.step, run_dir)
-                    state.check_agreement()
-                    saver.save(state, last=last or bool(stopped))
-                    requests.save_seconds = saver.seconds
-                if settings.due(settings.snapshot_every, state.step):
-                    saver.snapshot(state)
-                names = due(settings, held_out, state.step)
-                if names and not stopped:  # the call that goes on makes up for it: time may be short
-                    measure(names, state.ema.network(), state.step, tracker)
-                if saves:
-                    saver.prune()
+            saves = last or bool(stopped) or settings.due(settings.save_every, state.step)
+            snaps = settings.due(settings.snapshot_every, state.step)
+            # what a stopped run has no time for, the call that goes on makes up for
+            names = due(settings, held_out, state.step) if last or not stopped else []
+            if saves or snaps or names:
+                with clock.pause() as pause:
+                    if saves or snaps:
+                        if not state.finite():
+                            raise not_finite("a weight is no finite number", state.step, run_dir)
+                        state.check_agreement()
+                    if snaps:
+                        saver.snapshot(state)  # first, for it goes again where the checkpoint does not come to be
+                    if saves:
+                        saver.save(state, last=last or bool(stopped))
+                    if names:
+                        measure(names, state.ema.network(), state.step, tracker)
+                    if saves:
+                        saver.prune()
+                requests.pause_seconds = max(requests.pause_seconds, pause.seconds)
+        if rank == 0:
+            (run_dir / "STOP").unlink(missing_ok=True)  # it has been obeyed, or came too late
         if stopped and state.step < settings.max_steps:
-            if rank == 0:
-                (run_dir / "STOP").unlink(missing_ok=True)  # it has been obeyed
             raise Stopped(f"{run_dir}: stopped by {stopped} at step {state.step}; the same command goes on from there")
     if rank == 0:
         log.info("trained to step %d: %s", state.step, ckpt.checkpoint_folder(run_dir, state.step))

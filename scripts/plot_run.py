@@ -32,6 +32,7 @@ def plot(runs: list[str] | str, keys: list[str] | str, out: str) -> None:
     """Write a picture with a panel for each logged key and in it a line a run, against the step."""
     require(Path(out).suffix in (".png", ".pdf", ".svg"), f"out={out}: give a .png, .pdf or .svg file")
     runs, keys = ([value] if isinstance(value, str) else value for value in (runs, keys))
+    require(len(runs) > 0, "runs=[]: name at least one run folder")
     require(len(keys) > 0, "keys=[]: name at least one logged value, such as loss")
     rows = {run: rows_of(run) for run in runs}
     known = {key for logged in rows.values() for row in logged for key in row} - {"step"}

@@ -23,7 +23,7 @@ FREE = {"name", "num_processes"} | {
     f"trainer.{key}"
     for key in (
         "num_processes", "micro_batch_size", "num_workers", "save_every", "log_every", "validate_every",
-        "preview_every",
+        "preview_every", "parallelism", "keep_last", "keep_every", "keep_best", "max_hours", "snapshot_every",
     )
 }  # fmt: skip
 
@@ -109,8 +109,6 @@ def read_run(folder: Path) -> Run:
     path = folder / "metrics.jsonl"
     require(path.is_file(), f"{path}: is missing; restore it or move the run's folder away")
     rows = read_rows(path)
-    for number, row in enumerate(rows, start=1):
-        require(isinstance(row, dict) and "step" in row, f"{path}: line {number} is damaged (no step); remove it")
     status = read_json(folder / "status.json") if (folder / "status.json").is_file() else {}
     metrics = {key: (row["step"], row[key]) for row in rows for key in row if key not in NO_METRICS}
     measured = dict.fromkeys(key for row in rows if "lr" not in row for key in row if key not in NO_METRICS)
@@ -142,7 +140,8 @@ def find_runs(sweep: list[str]) -> tuple[list[Run], dict[Path, str]]:
         require(root.is_dir(), f"sweep={root}: no such folder; give the folder of a sweep, such as runs/encoder_depth")
         files = [path for name in ("config.json", "status.json") for path in root.rglob(name)]
         inner = {path.relative_to(root).parent for path in files} - {Path()}
-        folders = sorted(root / path for path in inner if "checkpoints" not in path.parts)
+        # what a run keeps has a config.json, too
+        folders = sorted(root / path for path in inner if not {"checkpoints", "export", "snapshots"} & {*path.parts})
         require(
             any((folder / "config.json").is_file() for folder in folders),
             f"sweep={root}: there are no runs below it; give the folder of a sweep, such as runs/encoder_depth",

@@ -59,6 +59,14 @@ def test_a_meter_goes_on_where_it_was_and_with_fewer_processes():
     two = {key: tuple(torch.cat([part, 3 * part]) for part in parts) for key, parts in state.items()}
     assert Meter(torch.device("cpu"), 1, 2, two).sums["loss"] == 3
     assert Meter(torch.device("cpu"), 0, 1, two).sums["loss"] == 2
+    # one process at error 1, then two at 4: samples count alike
+    meters = [Meter(torch.device("cpu"), rank, 2, state) for rank in range(2)]
+    for other in meters:
+        other.add(losses(4.0), 1.0)
+        other.end_step(GOOD)
+    for key in ("loss", "fm_loss_by_t"):
+        mean = sum(m.sums[key].sum() for m in meters) / sum(m.counts[key].sum() for m in meters)
+        assert mean.item() == pytest.approx({"loss": 2.5, "fm_loss_by_t": 3.0}[key])
 
 
 def test_errors_by_sample_are_those_of_the_loss():
@@ -144,4 +152,7 @@ def test_training_costs_three_forwards():
 def test_known_gpus():
     assert peak_of("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_of("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_of("Some other card") is None
+    assert peak_of("NVIDIA H100 NVL") == 835e12
+    assert peak_of("NVIDIA L4") == 121e12
+    for other in ("Some other card", "NVIDIA L40", "NVIDIA A10G", "NVIDIA RTX A1000 Laptop GPU"):
+        assert peak_of(other) is None

@@ -1058,8 +1058,8 @@ MUTANTS = [
     (
         "steps compared as text",
         "ddt/checkpoint.py",
-        "for step in sorted(steps) if",
-        "for step in sorted(steps, key=str) if",
+        "for step in sorted(steps)}",
+        "for step in sorted(steps, key=str)}",
         "test_checkpoint.py -k newest",
     ),
     (
@@ -1248,8 +1248,8 @@ MUTANTS = [
     (
         "STOP stays",
         "ddt/training.py",
-        '                (run_dir / "STOP").unlink(missing_ok=True)',
-        "                pass",
+        '            (run_dir / "STOP").unlink(missing_ok=True)',
+        "            pass",
         "test_resume.py -k stops_on_request",
     ),
     (
@@ -1257,7 +1257,7 @@ MUTANTS = [
         "ddt/stopping.py",
         "            signal.signal(number, handler)",
         "            pass",
-        "test_resume.py -k stops_on_request",
+        "test_resume.py -k time_for_saving",
     ),
     (
         "a stopped run is done",
@@ -1290,7 +1290,7 @@ MUTANTS = [
     (
         "snapshots of an abandoned stretch stay",
         "ddt/saving.py",
-        'if int(folder.name.removeprefix("step_")) > after:',
+        "if step > after:",
         "if False:",
         "test_resume.py -k abandoned",
     ),
@@ -1300,6 +1300,76 @@ MUTANTS = [
         'config["name"].rpartition("/")[0] or None',
         "None",
         "test_tracking.py -k sweep",
+    ),
+    (
+        "a lost snapshot is not noticed",
+        "ddt/training.py",
+        "                    if snaps:\n                        saver.snapshot(state)  # first",
+        "                    if snaps and saves and False:\n                        saver.snapshot(state)  # first",
+        "test_resume.py -k between_snapshot",
+    ),
+    (
+        "the export stays old",
+        "ddt/saving.py",
+        "            self.export_ema(newest)",
+        "            pass",
+        "test_resume.py -k before_the_export",
+    ),
+    (
+        "a complete run stays running",
+        "ddt/training.py",
+        '                write_status(run_dir, "done", state.step)\n            return',
+        "                pass\n            return",
+        "test_resume.py -k whatever_its_status",
+    ),
+    (
+        "no time for measuring",
+        "ddt/stopping.py",
+        "self.end - 2 * self.pause_seconds - MARGIN",
+        "self.end - MARGIN",
+        "test_resume.py -k time_for_saving",
+    ),
+    (
+        "the best may be removed",
+        "ddt/saving.py",
+        "if self.settings.keep_best is not None and best is None:",
+        "if False:",
+        "test_resume.py -k best_is_unknown",
+    ),
+    (
+        "a number that is none is best",
+        "ddt/saving.py",
+        " and math.isfinite(row[metric])",
+        "",
+        "test_resume.py -k direction",
+    ),
+    (
+        "the last row goes with a measurement",
+        "ddt/training.py",
+        "ended=ended)",
+        "ended=False)",
+        "test_resume.py -k made_up",
+    ),
+    (
+        "averages are not looked at",
+        "ddt/state.py",
+        "modules = [self.objective, *(average.model for average in self.averages.values())]\n        sound",
+        "modules = [self.objective]\n        sound",
+        "test_resume.py -k never_saved",
+    ),
+    (
+        "the environment divides the loss",
+        "ddt/training.py",
+        "gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),",
+        "",
+        "test_training.py -k own_configuration",
+    ),
+    (
+        "exports are runs of a sweep",
+        "scripts/sweep_runs.py",
+        '{"checkpoints", "export", "snapshots"}',
+        '{"checkpoints"}',
+        "test_sweep_report.py -k end_to_end",
     ),
 ]
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 import ddt
 from ddt import checkpoint as ckpt
-from ddt import saving, stopping
+from ddt import saving, stopping, training
 from ddt.data import TrainingStream
+from ddt.ema import EMA, PowerFunction
 from ddt.errors import STOPPED_STATUS
 from ddt.objective import FlowMatching
 from ddt.tracking import JsonlTracker
@@ -123,6 +124,9 @@ def test_a_resumed_run_sees_the_same_images(straight, monkeypatch):
 
 
 POINTS = {
+    "between snapshot and checkpoint": (saving.Saver, "save", 0),
+    "before the export": (saving, "export", 0),
+    "before it is done": (training, "write_status", 0),
     "while files are written": (ckpt, "save_file", 2),
     "before the manifest": (ckpt, "write_json", 1),
     "before it has its name": (Path, "rename", 0),
@@ -135,8 +139,8 @@ POINTS = {
 def test_a_kill_while_saving_costs_nothing(straight, monkeypatch, point):
     """Killed at the checkpoint of step 8, then the same command."""
     owner, name, calls = POINTS[point]
-    original, options = getattr(owner, name), ["trainer.save_every=4", "trainer.keep_last=2"]
-    left = []
+    options = ["trainer.save_every=4", "trainer.keep_last=2", "trainer.snapshot_every=4"]
+    original, left, step = getattr(owner, name), [], 12 if name in ("rmtree", "write_status") else 8
 
     def killing(*args, **kwargs):
         if left:
@@ -145,22 +149,28 @@ def test_a_kill_while_saving_costs_nothing(straight, monkeypatch, point):
                 raise Killed
         return original(*args, **kwargs)
 
-    def armed(self, state, last=False):
-        if state.step == 8 + 4 * (name == "rmtree"):  # the third checkpoint is the first to remove another
+    def armed(self, state):
+        snapshot(self, state)
+        if state.step == step:  # the third checkpoint is the first to remove another
             left.append(calls)
-        return save(self, state, last)
 
-    save = saving.Saver.save
+    snapshot = saving.Saver.snapshot
     with monkeypatch.context() as patch:
-        patch.setattr(saving.Saver, "save", armed)
-        patch.setattr(owner, name, killing)
+        patch.setattr(saving.Saver, "snapshot", armed)
         patch.setattr("ddt.training.write_status", lambda *args: None)  # a killed process writes no status
+        patch.setattr(owner, name, killing)
         with pytest.raises(Killed):
-            train(f"killed {name}".replace(" ", "_"), *options)
-    run = train(f"killed {name}".replace(" ", "_"), *options)
+            train(f"killed_{name}", *options)
+    run = train(f"killed_{name}", *options)
     assert_same_end(run, straight)
     assert [path.name for path in sorted(run.rglob("*")) if path.name.startswith((".tmp", ".del"))] == []
     assert list(ckpt.checkpoints(run)) == [8, 12]
+    assert [folder.name for folder in sorted((run / "snapshots").iterdir())] == [
+        f"step_00000{k}" for k in ("04", "08", "12")
+    ]
+    assert ckpt.weights_sha256(run / "export", "ema") == ckpt.weights_sha256(
+        run / "checkpoints" / "step_0000012", "ema"
+    )
 
 
 def flip(path):
@@ -283,6 +293,8 @@ def test_the_best_is_by_the_metrics_direction(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": k, "fid_5k": abs(k - 3), "recall_5k": -abs(k - 2)}) + "\n" for k in range(6))
     )
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "fid_9k": NaN}\n{"step": 2, "fid_9k": 3.0}\n')
     saver = saving.Saver.__new__(saving.Saver)
     saver.run_dir = tmp_path
     found = {step: tmp_path for step in (1, 2, 3, 4)}
@@ -290,6 +302,7 @@ def test_the_best_is_by_the_metrics_direction(tmp_path):
     assert saver.best(found, "recall_5k") == 2
     assert saver.best({1: tmp_path}, "fid_5k") == 1
     assert saver.best({9: tmp_path}, "fid_5k") is None
+    assert saver.best(found, "fid_9k") == 2
 
 
 def test_snapshots_of_an_abandoned_stretch_do_not_stay():
@@ -376,8 +389,21 @@ def test_the_end_of_the_job_is_seen_coming(straight, monkeypatch):
     stopped("slurm", "stopped by the time limit")
     assert json.loads(Path("runs/slurm/status.json").read_text())["state"] == "preempted"
     monkeypatch.delenv("SLURM_JOB_END_TIME")
-    stopped("hours", "stopped by the time limit", "trainer.max_hours=0.01")
+    monkeypatch.setattr("ddt.stopping.MARGIN", 1000)
+    stopped("hours", "stopped by the time limit", "trainer.max_hours=0.04")
     assert_same_end(train("slurm"), straight)
+
+
+def test_time_for_saving_and_measuring_is_left(tmp_path, monkeypatch):
+    before = [signal.getsignal(number) for number in stopping.SIGNALS]
+    with stopping.StopRequests(tmp_path, 1000.0, torch.device("cpu"), 0, 1) as requests:
+        assert [signal.getsignal(number) for number in stopping.SIGNALS] != before
+    assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
+    monkeypatch.setattr(stopping.time, "time", lambda: 1000.0 - stopping.MARGIN - 100)
+    requests.pause_seconds = 49.0
+    assert requests.look() == 0
+    requests.pause_seconds = 51.0
+    assert stopping.REASONS[requests.look()] == "the time limit"
 
 
 def test_a_run_has_one_command_at_a_time(straight):
@@ -440,10 +466,20 @@ def test_weights_that_are_no_numbers_are_never_saved(monkeypatch):
         with torch.no_grad():
             self.param_groups[0]["params"][0].view(-1)[0] = float("inf")
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", breaking)
-    message = refusal("train", *arguments("broken", "trainer.save_every=1"))
-    assert "a weight is no finite number at step 1" in message
-    assert not list(Path("runs/broken").glob("checkpoints/step_*"))
+    def spoiling(self, *args, **kwargs):
+        update(self, *args, **kwargs)
+        if isinstance(self.rule, PowerFunction):
+            next(self.model.parameters()).view(-1)[0] = float("nan")
+
+    update = EMA.update
+    for name, owner, method, broken in (
+        ("broken", torch.optim.AdamW, "step", breaking), ("broken_average", EMA, "update", spoiling),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, method, broken)
+            message = refusal("train", *arguments(name, "trainer.save_every=1"))
+        assert "a weight is no finite number at step 1" in message
+        assert not list(Path("runs").glob(f"{name}/checkpoints/step_*"))
 
 
 def test_clipping_bounds_the_step_and_logs_the_norm_before():
@@ -467,7 +503,55 @@ def test_an_evaluation_missed_by_a_kill_is_made_up_for(straight, monkeypatch):
     shutil.copytree(straight, run)
     kept = [line for line in (run / "metrics.jsonl").read_text().splitlines(True) if "validation" not in line]
     (run / "metrics.jsonl").write_text("".join(kept))
-    shutil.rmtree(run / "previews", ignore_errors=True)
+    train("missed", "trainer.preview_every=12")  # it is complete but for these
+    assert [row["step"] for row in rows(run) if "validation_loss" in row] == [12]
+    assert (run / "previews" / "step_0000012.png").is_file()
     train("missed", "trainer.max_steps=13")
-    validated = [row["step"] for row in rows(run) if "validation_loss" in row]
-    assert validated == [12, 13]
+    assert [row["step"] for row in rows(run) if "validation_loss" in row] == [12, 13]
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().replace("validation", "other"))
+    train("missed", "trainer.max_steps=13")
+    assert [row["step"] for row in rows(run) if "partial" in row] == [13]  # the last row stays
+
+
+@pytest.mark.parametrize("state", ["running", "failed", None])
+def test_a_complete_run_is_done_whatever_its_status_says(straight, state):
+    (straight / "status.json").unlink()
+    if state is not None:
+        stopping.write_status(straight, state, 3)
+    train("straight")
+    assert stopping.read_status(straight)["state"] == "done"
+
+
+def test_only_folders_of_steps_are_checkpoints(saved_often, straight, caplog):
+    run = Path("runs/strangers")
+    shutil.copytree(saved_often, run)
+    for name in ("step_best", "step_4", "step_final"):
+        shutil.copytree(run / "checkpoints" / "step_0000004", run / "checkpoints" / name)
+    train("strangers")
+    assert_same_end(run, straight)
+    assert (run / "checkpoints" / "step_best" / "manifest.json").is_file()
+    assert "set aside" not in caplog.text
+
+
+def test_nothing_is_removed_while_the_best_is_unknown(saved_often, caplog):
+    run = Path("runs/unknown_best")
+    shutil.copytree(saved_often, run)
+    (run / "metrics.jsonl").unlink()
+    options = ["trainer.save_every=2", "trainer.keep_last=2", "trainer.keep_best=validation_loss"]
+    train("unknown_best", *options, "trainer.validate_every=12")
+    assert "no checkpoint has this number, so all stay" in caplog.text
+    assert list(ckpt.checkpoints(run)) == [10, 12]  # once step 12 has one, the others are known to have none
+
+
+def test_what_cannot_be_removed_costs_nothing(monkeypatch, caplog, straight):
+    remove = shutil.rmtree
+
+    def busy(path, **kwargs):
+        if path.name.startswith(".del-step"):
+            raise OSError(16, "busy")
+        remove(path, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    run = train("busy", "trainer.save_every=4", "trainer.keep_last=2")
+    assert_same_end(run, straight)
+    assert "could not be removed" in caplog.text
