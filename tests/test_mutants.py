@@ -1306,14 +1306,14 @@ MUTANTS = [
         "ddt/training.py",
         "                    if snaps:\n                        saver.snapshot(state)  # first",
         "                    if snaps and saves and False:\n                        saver.snapshot(state)  # first",
-        "test_resume.py -k between_snapshot",
+        "test_resume.py -k kill_while",
     ),
     (
         "the export stays old",
         "ddt/saving.py",
         "            self.export_ema(newest)",
         "            pass",
-        "test_resume.py -k before_the_export",
+        "test_resume.py -k kill_while",
     ),
     (
         "a complete run stays running",

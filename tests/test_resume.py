@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import numpy as np
@@ -533,14 +534,18 @@ def test_only_folders_of_steps_are_checkpoints(saved_often, straight, caplog):
     assert "set aside" not in caplog.text
 
 
-def test_nothing_is_removed_while_the_best_is_unknown(saved_often, caplog):
-    run = Path("runs/unknown_best")
-    shutil.copytree(saved_often, run)
-    (run / "metrics.jsonl").unlink()
-    options = ["trainer.save_every=2", "trainer.keep_last=2", "trainer.keep_best=validation_loss"]
-    train("unknown_best", *options, "trainer.validate_every=12")
+def test_nothing_is_removed_while_the_best_is_unknown(saved_often, tmp_path, caplog):
+    run = shutil.copytree(saved_often, tmp_path / "run")
+    shutil.copytree(run / "checkpoints" / "step_0000008", run / "checkpoints" / "step_0000009")
+    saver = saving.Saver.__new__(saving.Saver)
+    saver.run_dir, saver.accelerator = run, SimpleNamespace(is_main_process=True)
+    saver.settings = SimpleNamespace(keep_last=2, keep_every=0, keep_best="fid_5k")
+    saver.prune()
     assert "no checkpoint has this number, so all stay" in caplog.text
-    assert list(ckpt.checkpoints(run)) == [10, 12]  # once step 12 has one, the others are known to have none
+    assert list(ckpt.checkpoints(run)) == [4, 8, 9]
+    saver.settings.keep_best = None
+    saver.prune()
+    assert list(ckpt.checkpoints(run)) == [8, 9]
 
 
 def test_what_cannot_be_removed_costs_nothing(monkeypatch, caplog, straight):
