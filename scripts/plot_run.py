@@ -18,6 +18,8 @@ from ddt.errors import require
 from ddt.tracking import read_rows
 from scripts.entry import arguments_for, checked, entry_point
 
+COLUMNS = 3  # panels side by side
+
 
 def rows_of(run: str) -> list[dict[str, float]]:
     """Return the logged rows of a run; raise UserError where there are none."""
@@ -38,18 +40,18 @@ def plot(runs: list[str] | str, keys: list[str] | str, out: str) -> None:
     known = {key for logged in rows.values() for row in logged for key in row} - {"step"}
     for key in keys:
         require(key in known, f"keys={key}: no run has logged it; choose from {', '.join(sorted(known))}")
-    figure, panels = plt.subplots(
-        ncols=len(keys), figsize=(1 + 4.5 * len(keys), 4), layout="constrained", squeeze=False
-    )
-    for key, axes in zip(keys, panels[0], strict=True):
+    columns, lines = min(len(keys), COLUMNS), -(-len(keys) // COLUMNS)
+    figure = plt.figure(figsize=(1 + 4.5 * columns, 4 * lines), layout="constrained")
+    for number, key in enumerate(keys, start=1):
+        axes = figure.add_subplot(lines, columns, number)
         lowest = float("inf")
-        for number, (run, logged) in enumerate(rows.items()):
+        for color, (run, logged) in enumerate(rows.items()):
             points = [(row["step"], row[key]) for row in logged if key in row]
             if points:
                 steps, values = zip(*points, strict=True)
                 lowest = min(lowest, *values)
                 marker = {"marker": "o", "markersize": 3} if len(points) < 30 else {}
-                axes.plot(steps, values, color=f"C{number}", label=Path(run).name, **marker)
+                axes.plot(steps, values, color=f"C{color}", label=Path(run).name, **marker)
         axes.set(xlabel="step", title=key.replace("_", " "), yscale="log" if lowest > 0 else "linear")
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False)
