@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +63,14 @@ def export(checkpoint: Path, target: Path) -> None:
 
 
 class Saver:
-    """Writes the checkpoints of a run, on all processes together.
-
-    config: what each carries beside its step. `seconds`: what the latest one took.
-    """
+    """Writes the checkpoints of a run, on all processes together. config: what each carries beside its step."""
 
     def __init__(
         self, run_dir: Path, settings: TrainerSettings, config: dict[str, Any], accelerator: Accelerator
     ) -> None:
         self.run_dir, self.settings, self.config, self.accelerator = run_dir, settings, config, accelerator
         self.sharded = settings.parallelism == "fsdp"
-        self.seconds, self.failures = 0.0, 0
+        self.failures = 0  # in a row
 
     def size(self, state: TrainingState) -> int:
         """Return the bytes of a checkpoint. All processes call it together."""
@@ -90,28 +86,23 @@ class Saver:
         lack = broadcast_object_list([self.lack_of_space(self.size(state))])[0]
         require(not lack, f"{self.run_dir}: no room for a checkpoint ({lack}); free some space")
 
-    def save(self, state: TrainingState, last: bool = False) -> bool:
-        """Write a checkpoint of a state and tell whether that worked, the same on all processes.
-
-        An attempt that fails for want of space leaves nothing behind and training goes on; after three in a row, or
-        with the last one, OSError.
+    def save(self, state: TrainingState, last: bool = False) -> None:
+        """Write a checkpoint of a state. An attempt that fails leaves nothing behind, and training goes on; after three
+        in a row, or with the last one, OSError, the same on all processes.
         """
-        started = time.perf_counter()
         folder = ckpt.checkpoint_folder(self.run_dir, state.step)
         problem = self.write(folder, state, self.size(state), state.weights(), state.train_state())
-        self.seconds = time.perf_counter() - started
         if not problem:
             self.failures = 0
             if self.accelerator.is_main_process:
                 self.export_ema(folder)
-            return True
+            return
         self.failures += 1
         text = f"no checkpoint of step {state.step} could be written ({problem})"
         if last or self.failures == MAX_FAILURES:
             raise OSError(0, f"{text}, {self.failures} in a row", str(folder.parent))
         if self.accelerator.is_main_process:
             log.warning("warning: %s: %s; training goes on", folder.parent, text)
-        return False
 
     def export_ema(self, folder: Path) -> None:
         """Bring `export/` in the run folder up to date with a checkpoint; without it nothing is lost."""
@@ -122,7 +113,7 @@ class Saver:
                 return
             export(folder, target)
         except (OSError, UserError) as error:
-            log.warning("warning: %s: could not be written (%s)", self.run_dir / "export", error)
+            log.warning("warning: %s: could not be written (%s)", target, error)
 
     def snapshot(self, state: TrainingState) -> None:
         """Keep the power-function averages of a step, from which scripts/posthoc_ema.py makes any other."""
@@ -173,11 +164,7 @@ class Saver:
             piece = (accelerator.process_index, accelerator.num_processes) if self.sharded else None
             try:
                 mine = ckpt.write_files(temporary, weights, train_state, piece)
-            except (
-                OSError,
-                RuntimeError,
-                SafetensorError,
-            ) as error:  # torch and safetensors have their own for a full disk
+            except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, to Python, torch and safetensors
                 mine = str(error).splitlines()[0]
         everyone = gather_object([mine])
         problem = next((found for found in everyone if isinstance(found, str)), "")

@@ -47,6 +47,7 @@ from ddt.throughput import Clock, target_flops, training_flops
 from ddt.tracking import JsonlTracker
 
 log = logging.getLogger(__name__)
+PATIENCE = datetime.timedelta(hours=1)  # for process 0 to save and to score while the others wait
 
 
 def make_accelerator(mixed_precision: str, patience: datetime.timedelta | None = None) -> Accelerator:
@@ -90,9 +91,6 @@ def not_finite(what: str, step: int, run_dir: Path) -> FloatingPointError:
         f"{what} at step {step}: lower optimizer.lr or try another seed; "
         f"{f'the last good checkpoint is {good}' if good else 'there is no checkpoint yet'}"
     )
-
-
-PATIENCE = datetime.timedelta(hours=1)  # for process 0 to save and to score while the others wait
 
 
 @contextlib.contextmanager

@@ -61,6 +61,7 @@ def test_both_losses_are_logged_and_add_up(straight):
     for row in rows(straight):
         assert row["loss"] == pytest.approx(row["fm_loss"] + 0.5 * row["repa_loss"], rel=1e-5)
         assert 0 < row["repa_loss"] < 2
+        assert row["alignment_cosine"] == pytest.approx(1 - row["repa_loss"])
     config = json.loads((straight / "checkpoints/step_0000006/config.json").read_text())
     assert len(config["run"]["alignment"]["fingerprint"]) == 64
 
