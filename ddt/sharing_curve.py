@@ -100,7 +100,7 @@ class Curve:
     def run(self) -> list[dict[str, Any]]:
         """Draw the points that are missing and return the rows of all."""
         path = self.out / "points.jsonl"
-        rows = read_rows(path) if path.exists() else []
+        rows = read_rows(path, key="rule") if path.exists() else []
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows))  # without a line that a kill cut short
         temporary.replace(path)

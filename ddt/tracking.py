@@ -11,8 +11,9 @@ from ddt.errors import first_line, require
 log = logging.getLogger(__name__)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `metrics.jsonl`; a last line that a kill cut short is left out with a warning.
+def read_rows(path: Path, key: str = "step") -> list[dict[str, Any]]:
+    """Return the rows of a file with a JSON object a line, such as `metrics.jsonl`; each has a `key`. A last line that a
+    kill cut short is left out with a warning.
 
     Raises UserError naming any other line that is none.
     """
@@ -25,7 +26,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             require(number == len(lines), f"{path}: line {number} is damaged ({first_line(error)}); remove it")
             log.warning("%s: the last line was cut short and is left out", path)
             continue
-        require(isinstance(row, dict) and "step" in row, f"{path}: line {number} is damaged (no step); remove it")
+        require(isinstance(row, dict) and key in row, f"{path}: line {number} is damaged (no {key}); remove it")
         rows.append(row)
     return rows
 
