@@ -12,8 +12,8 @@ log = logging.getLogger(__name__)
 
 
 def read_rows(path: Path, key: str = "step") -> list[dict[str, Any]]:
-    """Return the rows of a file with a JSON object a line, such as `metrics.jsonl`; each has a `key`. A last line that a
-    kill cut short is left out with a warning.
+    """Return the rows of a file with a JSON object a line, such as `metrics.jsonl`; each has a `key`. A last line that
+    a kill cut short is left out with a warning.
 
     Raises UserError naming any other line that is none.
     """
