@@ -51,6 +51,19 @@ def shard(network: nn.Module) -> None:
         register_fsdp_forward_method(network, name)
 
 
+@torch.no_grad()
+def begin_alike(module: nn.Module, accelerator: Accelerator) -> None:
+    """Give all processes the weights of the main one: other processors may draw initial weights with other last bits.
+
+    Before sharding, and before averages are made.
+    """
+    if accelerator.num_processes > 1:
+        for parameter in module.parameters():
+            weights = parameter.to(accelerator.device)
+            torch.distributed.broadcast(weights, src=0)
+            parameter.copy_(weights)
+
+
 def prepare(objective: Any, accelerator: Accelerator, parallelism: Literal["ddp", "fsdp"]) -> nn.Module:
     """Return what the loop calls to get losses: the objective for many processes, under the run's autocast.
 

@@ -94,7 +94,8 @@ class TrainingState:
         of this code, that no later step mends. All processes call it together.
         """
         modules = [self.objective, *(average.model for average in self.averages.values())]
-        sums = torch.stack([local(p).double().sum() for module in modules for p in module.parameters()])
+        # of bits, as whole numbers: the same in any order of adding
+        sums = torch.stack([local(p).view(torch.int32).sum() for module in modules for p in module.parameters()])
         if self.ema.outline is None:  # not sharded
             everyone = self.accelerator.gather(sums[None])
             if not torch.equal(everyone, everyone[:1].expand_as(everyone)):

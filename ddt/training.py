@@ -37,7 +37,7 @@ from ddt.measuring import Measurements, due, missing
 from ddt.monitoring import to_latents
 from ddt.objective import FlowMatching
 from ddt.online import OnlineEvaluation
-from ddt.parallel import clip, gradient_norm, main_decides, micro_batch, prepare
+from ddt.parallel import begin_alike, clip, gradient_norm, main_decides, micro_batch, prepare
 from ddt.sampling import SamplerSettings
 from ddt.saving import Saver, sweep
 from ddt.settings import TrainerSettings
@@ -175,14 +175,13 @@ def begin(
             f"{newest}: was trained on latents of shape {saved['latent_shape']}, not {config['latent_shape']}; give "
             "this one another name=",
         )
+    begin_alike(objective, accelerator)
     rules = average_rules(settings.ema_decay, settings.ema_decays, settings.ema_powers)
     averages = {name: EMA(objective.denoiser, rule) for name, rule in rules.items()}
     if newest is None and init_from is not None:
         initialise(
             init_from, config["network"], config["autoencoder_fingerprint"], config["class_names"], objective, averages
         )
-    # averages and sharded weights are never broadcast, so that all must begin alike
-    agree(accelerator, {"sum of the initial weights": sum(p.double().sum().item() for p in objective.parameters())})
     model = prepare(objective, accelerator, settings.parallelism)
     for average in averages.values():
         average.place(accelerator.device, sharded=settings.parallelism == "fsdp")

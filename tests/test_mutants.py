@@ -1371,6 +1371,21 @@ MUTANTS = [
         '{"checkpoints"}',
         "test_sweep_report.py -k end_to_end",
     ),
+    (
+        "processes begin apart",
+        "ddt/parallel.py",
+        "            torch.distributed.broadcast(weights, src=0)",
+        "            pass",
+        "test_parallel.py -k begin_alike",
+    ),
+    (
+        "processes may part",
+        "ddt/state.py",
+        "            if not torch.equal(everyone,",
+        "            if False and not torch.equal(everyone,",
+        "test_parallel.py -k begin_alike",
+    ),
+    ("clipping scales small gradients up", "ddt/parallel.py", ".clamp(max=1.0)", "", "test_parallel.py -k norm_is"),
 ]
 
 
