@@ -58,6 +58,16 @@ def stack_macs(stack: BlockStack, tokens: int) -> int:
     return tokens * weights + products
 
 
+def num_tokens(model: Denoiser, height: int, width: int) -> int:
+    """Return N of latents (C, height, width); raise UserError where the patch size does not divide them."""
+    p = (model.decoder if isinstance(model, DDT) else model).patch_size
+    require(
+        height > 0 and width > 0 and height % p == 0 and width % p == 0,
+        f"model.patch_size={p} does not divide the latent size {height}×{width}",
+    )
+    return (height // p) * (width // p)
+
+
 def network_macs(model: Denoiser, height: int, width: int) -> NetworkMacs:
     """Count the MACs of one forward for one image, latents (C, height, width).
 
@@ -65,12 +75,7 @@ def network_macs(model: Denoiser, height: int, width: int) -> NetworkMacs:
     of it `modulations`, for they change with the time. Raises UserError where the patch size does not divide the
     latent. Source: method.md 2, last column of the table.
     """
-    p = (model.decoder if isinstance(model, DDT) else model).patch_size
-    require(
-        height > 0 and width > 0 and height % p == 0 and width % p == 0,
-        f"model.patch_size={p} does not divide the latent size {height}×{width}",
-    )
-    tokens = (height // p) * (width // p)
+    tokens = num_tokens(model, height, width)
     if not isinstance(model, DDT):  # one conditioning vector an image, for the output layer too
         once = weight_macs([model.t_embedder, model.output.adaln]) + modulation_weights(model)
         return NetworkMacs(0, stack_macs(model, tokens) + tokens * weight_macs([model.output.linear]) + once, 0)

@@ -8,13 +8,12 @@ import contextlib
 import re
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddt.alignment import Target
-from ddt.cost import network_macs, weight_macs
+from ddt.cost import network_macs, num_tokens, weight_macs
 from ddt.objective import FlowMatching
 
 # Dense bf16 matrix products in FLOP/s, from the makers' data sheets; of float32 training no share is told
@@ -36,17 +35,11 @@ def peak_of(device_name: str) -> float | None:
 
 def training_flops(objective: FlowMatching, shape: tuple[int, int, int]) -> int:
     """Return the FLOPs of an image in training, forward and backward, for latents of `shape` (C, H, W)."""
-    macs = network_macs(objective.denoiser, shape[1], shape[2]).total
+    size = objective.denoiser, shape[1], shape[2]
+    macs = network_macs(*size).total
     if objective.alignment is not None:
-        tokens = (shape[1] // patch_size_of(objective)) * (shape[2] // patch_size_of(objective))
-        macs += tokens * weight_macs([objective.alignment])
+        macs += num_tokens(*size) * weight_macs([objective.alignment])
     return 6 * macs  # two operations a MAC; the backward pass is twice the forward
-
-
-def patch_size_of(objective: FlowMatching) -> int:
-    """Return the patch size of the denoiser."""
-    denoiser: Any = objective.denoiser
-    return getattr(denoiser, "decoder", denoiser).patch_size
 
 
 def target_flops(target: Target | None, image_size: int) -> int:
@@ -57,12 +50,6 @@ def target_flops(target: Target | None, image_size: int) -> int:
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         target(image)
     return counter.get_total_flops()
-
-
-class Pause:
-    """How long a pause was, known when it is over."""
-
-    seconds = 0.0
 
 
 class Clock:
@@ -77,6 +64,7 @@ class Clock:
         self.device, self.num_processes, self.images = device, num_processes, images_per_step
         self.flops, self.target_flops = flops, target_flops
         self.peak = peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" and dtype == "bf16" else None
+        self.longest_pause = 0.0
         self.start()
 
     def start(self) -> None:
@@ -91,14 +79,15 @@ class Clock:
         self.waited += time.perf_counter() - began
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator["Pause"]:
-        """Leave out the time inside: the rate is that of training alone."""
+    def pause(self) -> Iterator[None]:
+        """Leave out the time inside: the rate is that of training alone. `longest_pause` is in seconds."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the step before is training
-        began, pause = time.perf_counter(), Pause()
-        yield pause
-        pause.seconds = time.perf_counter() - began
-        self.paused += pause.seconds
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self.paused += seconds
+        self.longest_pause = max(self.longest_pause, seconds)
 
     def row(self, aligned: bool) -> dict[str, float]:
         """Return what a log row says of the interval, once the device has finished it. aligned: the target was used."""

@@ -378,7 +378,7 @@ def train(
             # what a stopped run has no time for, the call that goes on makes up for
             names = due(settings, held_out, state.step) if last or not stopped else []
             if saves or snaps or names:
-                with clock.pause() as pause:
+                with clock.pause():
                     if saves or snaps:
                         if not state.finite():
                             raise not_finite("a weight is no finite number", state.step, run_dir)
@@ -391,7 +391,7 @@ def train(
                         measure(names, state.ema.network(), state.step, tracker)
                     if saves:
                         saver.prune()
-                requests.pause_seconds = max(requests.pause_seconds, pause.seconds)
+                requests.pause_seconds = clock.longest_pause
         if rank == 0:
             (run_dir / "STOP").unlink(missing_ok=True)  # it has been obeyed, or came too late
         if stopped and state.step < settings.max_steps:
