@@ -1283,8 +1283,8 @@ MUTANTS = [
     (
         "the projector costs nothing",
         "ddt/throughput.py",
-        "macs += tokens *",
-        "macs += 0 * tokens *",
+        "macs += num_tokens(*size) *",
+        "macs += 0 * num_tokens(*size) *",
         "test_monitoring.py -k three_forwards",
     ),
     (
