@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ddt.config import flat
 from ddt.errors import UserError, require
 from ddt.files import fsync, sha256, share, write_json
 from ddt.model import DDT, Denoiser, DiT
@@ -324,17 +325,7 @@ FROZEN_TRAINER = (
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the settings that differ between two configs, as dotted key → (old, new)."""
-
-    def flat(node: Any, prefix: str) -> dict[str, Any]:
-        if isinstance(node, dict) and node:
-            return {
-                k: v
-                for key, value in node.items()
-                for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()
-            }
-        return {prefix: node}
-
-    a, b = (flat(json.loads(json.dumps(config)), "") for config in (old, new))  # as a checkpoint holds them
+    a, b = (flat(json.loads(json.dumps(config))) for config in (old, new))  # as a checkpoint holds them
     return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
 
 

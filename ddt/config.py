@@ -27,6 +27,17 @@ def locate(target: str) -> Callable[..., Any]:
         raise ImportError(f"{target} does not exist") from error
 
 
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as dotted key → value."""
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    return {
+        inner: found
+        for key, value in node.items()
+        for inner, found in flat(value, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
 def build(node: dict[str, Any], **arguments: Any) -> Any:
     """Call what a node's `_target_` names with the node's values and `arguments`; None where `_target_` is null.
 

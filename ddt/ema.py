@@ -5,6 +5,7 @@ Diffusion Models" (EDM2), section 3 and appendix C, for power functions.
 """
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -17,6 +18,7 @@ from ddt.parallel import local, shard, whole
 Network = TypeVar("Network", bound=nn.Module)
 
 
+@functools.cache  # every step asks
 def power_exponent(std: float) -> float:
     """Return the exponent γ of the power-function average whose profile is `std` wide, relative to the length of
     training.

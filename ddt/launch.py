@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 from tqdm import tqdm
 
+from ddt.config import flat
 from ddt.errors import Stopped, UserError, os_error_line, require
 
 MAX_CPU_PROCESSES = 16  # whatever the number of cores
@@ -189,20 +190,12 @@ def launch(function: Callable[..., None], num_processes: int | None, *args: Any)
     _spawn(function, num_processes, args)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, dict) and value
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
-
-
 def agree(accelerator: Accelerator, what: dict[str, Any]) -> None:
     """Raise UserError on all processes where they do not hold the same values: they would train different things.
 
     `what`: plain values by name, nested or not; the first name whose values differ is told, with the processes of each.
     """
-    everyone = [_flat(values) for values in gather_object([what])]
+    everyone = [flat(values) for values in gather_object([what])]
     for key in dict.fromkeys(key for values in everyone for key in values):
         ranks: dict[str, list[str]] = {}
         for rank, values in enumerate(everyone):

@@ -1,4 +1,4 @@
-"""What is watched while training: means of the losses, validation loss, preview grids, and whether weights are finite.
+"""What is watched while training: means of the losses, validation loss, preview grids.
 
 Shapes: B batch, C H W latent.
 """

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from ddt import checkpoint as ckpt
 from ddt.errors import UserError, require
 from ddt.files import fsync, write_json
+from ddt.parallel import main_decides
 from ddt.settings import TrainerSettings
 from ddt.state import TRAIN_FORMAT, TrainingState
 from ddt.tracking import read_rows
@@ -83,8 +84,13 @@ class Saver:
 
     def check_space(self, state: TrainingState) -> None:
         """Raise UserError where the disk has no room for a checkpoint. All processes call it together."""
-        lack = broadcast_object_list([self.lack_of_space(self.size(state))])[0]
-        require(not lack, f"{self.run_dir}: no room for a checkpoint ({lack}); free some space")
+        size = self.size(state)
+
+        def check() -> None:
+            lack = self.lack_of_space(size)
+            require(not lack, f"{self.run_dir}: no room for a checkpoint ({lack}); free some space")
+
+        main_decides(self.accelerator, check)
 
     def save(self, state: TrainingState, last: bool = False) -> None:
         """Write a checkpoint of a state. An attempt that fails leaves nothing behind, and training goes on; after three

@@ -83,23 +83,27 @@ class TrainingState:
             state["alignment"] = self.objective.alignment.state_dict()
         return pieces(state)
 
+    def tensors(self) -> list[Tensor]:
+        """Return all weights and averages, of this process's parts where they are sharded."""
+        modules = [self.objective, *(average.model for average in self.averages.values())]
+        return [local(parameter) for module in modules for parameter in module.parameters()]
+
     def finite(self) -> bool:
         """Tell whether all weights and averages are finite numbers. All processes call it together."""
-        modules = [self.objective, *(average.model for average in self.averages.values())]
-        sound = torch.stack([local(p).isfinite().all() for module in modules for p in module.parameters()]).all()
+        sound = torch.stack([tensor.isfinite().all() for tensor in self.tensors()]).all()
         return self.accelerator.reduce((~sound).float(), reduction="sum").item() == 0
 
     def check_agreement(self) -> None:
         """Raise RuntimeError where processes that each hold all weights do not hold the same: a fault of hardware, or
         of this code, that no later step mends. All processes call it together.
         """
-        modules = [self.objective, *(average.model for average in self.averages.values())]
+        if self.accelerator.num_processes == 1 or self.ema.outline is not None:
+            return
         # of bits, as whole numbers: the same in any order of adding
-        sums = torch.stack([local(p).view(torch.int32).sum() for module in modules for p in module.parameters()])
-        if self.ema.outline is None:  # not sharded
-            everyone = self.accelerator.gather(sums[None])
-            if not torch.equal(everyone, everyone[:1].expand_as(everyone)):
-                raise RuntimeError(f"step {self.step}: the processes hold different weights; nothing is saved")
+        sums = torch.stack([tensor.view(torch.int32).sum() for tensor in self.tensors()])
+        everyone = self.accelerator.gather(sums[None])
+        if not torch.equal(everyone, everyone[:1].expand_as(everyone)):
+            raise RuntimeError(f"step {self.step}: the processes hold different weights; nothing is saved")
 
     def row(self) -> dict[str, float]:
         """Return a row of the log: means since the last one, and how far the average is from the weights. All processes

@@ -18,7 +18,7 @@ from typing import Any
 import filelock
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -99,22 +99,23 @@ def reserved(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
 
     The lock is the operating system's and goes with the process, however that ends.
     """
-    new, taken = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()], False
+    new = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     lock = filelock.FileLock(run_dir / ".lock")
-    if accelerator.is_main_process:
+
+    def take() -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
-        except filelock.Timeout:
-            taken = True
+        except filelock.Timeout as error:
+            raise UserError(
+                f"{run_dir}: another command is training in this folder; wait for it, or give this one another name="
+            ) from error
+
+    main_decides(accelerator, take)
     try:
-        require(
-            not broadcast_object_list([taken])[0],
-            f"{run_dir}: another command is training in this folder; wait for it, or give this one another name=",
-        )
         yield
     finally:
-        if accelerator.is_main_process and not taken:
+        if accelerator.is_main_process:
             if new and os.listdir(run_dir) == [".lock"]:  # refused before anything was written
                 (run_dir / ".lock").unlink()
                 with contextlib.suppress(OSError):  # beside it another run may have begun
@@ -283,7 +284,6 @@ def train(
         measure = Measurements(
             run_dir, objective, autoencoder, held_out, sampler, shape, micro_batch_size, evaluation, accelerator
         )
-        accelerator.wait_for_everyone()  # nobody writes before all have read
 
         # --- the record and the data, both from this step on
         if rank == 0:

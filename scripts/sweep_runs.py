@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ddt.checkpoint import build_network, newest_checkpoint, read_config
+from ddt.config import flat
 from ddt.errors import UserError, require
 from ddt.tracking import read_rows
 
@@ -68,17 +69,6 @@ class Run:
             return f"has no {metric}"
         step, value = self.metrics[metric]
         return f"has {metric} at step {step}, not at its end" if math.isfinite(value) else f"its {metric} is {value}"
-
-
-def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as dotted key → value."""
-    if not isinstance(node, dict) or not node:
-        return {prefix: node}
-    return {
-        inner: found
-        for key, value in node.items()
-        for inner, found in flat(value, f"{prefix}.{key}" if prefix else key).items()
-    }
 
 
 def read_json(path: Path) -> dict[str, Any]:

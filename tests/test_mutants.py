@@ -1353,8 +1353,8 @@ MUTANTS = [
     (
         "averages are not looked at",
         "ddt/state.py",
-        "modules = [self.objective, *(average.model for average in self.averages.values())]\n        sound",
-        "modules = [self.objective]\n        sound",
+        "modules = [self.objective, *(average.model for average in self.averages.values())]",
+        "modules = [self.objective]",
         "test_resume.py -k never_saved",
     ),
     (
@@ -1381,8 +1381,8 @@ MUTANTS = [
     (
         "processes may part",
         "ddt/state.py",
-        "            if not torch.equal(everyone,",
-        "            if False and not torch.equal(everyone,",
+        "        if not torch.equal(everyone,",
+        "        if False and not torch.equal(everyone,",
         "test_parallel.py -k begin_alike",
     ),
     ("clipping scales small gradients up", "ddt/parallel.py", ".clamp(max=1.0)", "", "test_parallel.py -k norm_is"),
