@@ -12,7 +12,7 @@ from ddt.ema import EMA
 from ddt.model import Denoiser
 from ddt.monitoring import Meter
 from ddt.objective import FlowMatching
-from ddt.parallel import like, load, local
+from ddt.parallel import clip, gradient_norm, like, load, local
 from ddt.stopping import Skips
 
 TRAIN_FORMAT = 2  # of what `TrainingState` keeps beside the weights
@@ -66,6 +66,25 @@ class TrainingState:
         accelerator = self.accelerator
         self.meter = Meter(accelerator.device, accelerator.process_index, accelerator.num_processes, state["meter"])
         self.skips, self.step = Skips(accelerator.device, state["skips"]), config["step"]
+
+    def update(self, clip_norm: float | None) -> None:
+        """Take the optimizer step of the gradients that lie ready, and move the averages. Gradients of a norm above
+        `clip_norm` are scaled down to it; those that are no finite numbers change nothing but the counts. Nobody waits
+        for the device.
+        """
+        parameters = list(self.objective.parameters())
+        norm = gradient_norm(parameters)
+        skipped = self.skips.check(norm)  # 1 where a gradient is no finite number: the step changes nothing
+        if clip_norm is not None:
+            clip(parameters, norm, clip_norm)
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # what GradScaler tells a fused optimizer
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        for average in self.averages.values():
+            average.update(self.objective.denoiser, self.step, skipped)
+        self.meter.add_step(norm, clip_norm)
+        self.meter.end_step(skipped)
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """Return the state dicts of a checkpoint by name, of this process's parts where they are sharded."""

@@ -37,7 +37,7 @@ from ddt.measuring import Measurements, due, missing
 from ddt.monitoring import to_latents
 from ddt.objective import FlowMatching
 from ddt.online import OnlineEvaluation
-from ddt.parallel import begin_alike, clip, gradient_norm, main_decides, micro_batch, prepare
+from ddt.parallel import begin_alike, main_decides, micro_batch, prepare
 from ddt.sampling import SamplerSettings
 from ddt.saving import Saver, sweep
 from ddt.settings import TrainerSettings
@@ -310,7 +310,7 @@ def train(
         positions = PositionSampler(state.step, settings.max_steps, *layout)
         batches = load_batches(stream, positions, settings.num_workers, pin_memory=device.type == "cuda")
         progress = stack.enter_context(progress_bar(settings, run_dir.name, state.step, shown=rank == 0))
-        denoiser, optimizer, parameters = objective.denoiser, state.optimizer, list(objective.parameters())
+        optimizer = state.optimizer
         if num_processes > 1:
             # DDP sorts its buckets anew after its first backward pass. One discarded pass over the run's first
             # positions makes the first step after a resume add gradients in the same order as the uninterrupted run.
@@ -336,18 +336,7 @@ def train(
                     losses = model(**batch, align=align)
                     accelerator.backward(losses["loss"] / num_micro)
                 state.meter.add(losses, 1 / num_micro)
-            norm = gradient_norm(parameters)
-            skipped = state.skips.check(norm)  # 1 where a gradient is no finite number: the step changes nothing
-            if settings.clip_norm is not None:
-                clip(parameters, norm, settings.clip_norm)
-            optimizer.found_inf = skipped  # type: ignore[attr-defined]  # what torch's GradScaler tells a fused optimizer
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            state.step += 1
-            for average in state.averages.values():
-                average.update(denoiser, state.step, skipped)
-            state.meter.add_step(norm, settings.clip_norm)
-            state.meter.end_step(skipped)
+            state.update(settings.clip_norm)
             clock.steps += 1
             progress.update(settings.global_batch_size)
 
