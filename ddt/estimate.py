@@ -32,7 +32,8 @@ from ddt.settings import TrainerSettings
 from ddt.throughput import PEAKS, peak_of, target_flops, training_flops
 
 FLOAT, HALF = 4, 2  # bytes
-# Bytes from the makers' data sheets, of the larger kind where there are two
+# Bytes from the makers' data sheets, of the larger kind where there are two. A sheet's 80 GB are 80 GiB in truth, which
+# leaves room for the CUDA context
 MEMORY = {
     "H200": 141e9, "H100 PCIe": 80e9, "H100 NVL": 94e9, "H100": 80e9, "A100": 80e9, "L40S": 48e9, "L4": 24e9,
     "A10": 24e9, "RTX 4090": 24e9, "B200": 180e9,
@@ -250,8 +251,9 @@ class LossOf(nn.Module):
 def activation_bytes(objective: FlowMatching, shape: tuple[int, int, int], bf16: bool) -> int:
     """Return what a training step holds between forward and backward pass, bytes an image, for latents (C, H, W).
 
-    It is the difference of two batches, so what does not grow with the batch is not in it. With activation
-    checkpointing it is the blocks' inputs, and what the one block saves that is computed again.
+    It is the difference of two batches, so what does not grow with the batch is not in it. Of a stack's blocks, which
+    all save the same, one and two are run and the others added. With activation checkpointing it is the blocks' inputs,
+    and what the one block saves that is computed again.
     """
     first, alignment = stacks(objective)[0], objective.alignment
     height, width = shape[1] // first.patch_size, shape[2] // first.patch_size
@@ -260,16 +262,27 @@ def activation_bytes(objective: FlowMatching, shape: tuple[int, int, int], bf16:
     if isinstance(alignment, AlignmentLoss):
         grid, channels = alignment.grid, list(alignment.projector.parameters())[-1].numel()
 
-    def loss(batch: int) -> int:
-        inputs = (batch, *shape), (batch,), (batch, grid[0] * grid[1], channels)
-        return saved_bytes(LossOf(objective), bf16, *inputs)
+    def loss(*depths: int) -> int:
+        shallow = LossOf(copy.deepcopy(objective))
+        for stack, depth in zip(stacks(shallow), depths, strict=True):
+            stack.blocks = stack.blocks[:depth]
+        small, large = (
+            saved_bytes(shallow, bf16, (batch, *shape), (batch,), (batch, grid[0] * grid[1], channels))
+            for batch in (2, 4)
+        )
+        return (large - small) // 2
 
     def block(batch: int) -> int:
         tokens, last = (batch, height * width, objective.denoiser.hidden_size), stacks(objective)[-1].blocks[-1]
         conditioned = tokens if isinstance(objective.denoiser, DDT) else (batch, 1, tokens[2])
         return saved_bytes(last, bf16, tokens, conditioned, at=at)
 
-    found = (loss(4) - loss(2)) // 2
+    depths = [len(stack.blocks) for stack in stacks(objective)]
+    ones = [1] * len(depths)
+    base = found = loss(*ones)
+    for place, depth in enumerate(depths):
+        if depth > 1:
+            found += (depth - 1) * (loss(*(number + (k == place) for k, number in enumerate(ones))) - base)
     return found + (block(4) - block(2)) // 2 if first.activation_checkpointing else found
 
 
@@ -460,11 +473,17 @@ def si(value: float, unit: str) -> str:
     return f"{value / 1000**power:.3g} {prefixes[power]}{unit}"
 
 
+def plain(value: float) -> str:
+    """Return a number with three digits, or with all before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def duration(each: float | None, gpus: int) -> str:
     """Return hours on all devices as hours, days and GPU hours."""
     if each is None:
         return "not known"
-    return f"{each:,.3g} hours = {each / 24:,.3g} days on {gpus} GPU{'s' * (gpus > 1)}, {each * gpus:,.4g} GPU hours"
+    days, all_hours = plain(each / 24), plain(each * gpus)
+    return f"{plain(each)} hours = {days} days on {gpus} GPU{'s' * (gpus > 1)}, {all_hours} GPU hours"
 
 
 def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -494,7 +513,7 @@ def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
         *(("", f"{name} {si(size, 'B')}") for name, size in parts.items()),
         ("rate", time["rate"]),
         ("training", duration(time["training_hours"], gpus)
-                     + ("" if speed is None else f", {speed:,.4g} images/s")),
+                     + ("" if speed is None else f", {plain(speed)} images/s")),
         ("sampling", f"{found['num_samples']:,} images of {si(work['sampling'], 'FLOP')}: "
                      f"{duration(time['sampling_hours'], gpus)}"),
     ]  # fmt: skip

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from ddt.alignment import REPA, AlignmentLoss, Dispersive, DispersiveLoss, Target, check_depth
 from ddt.autoencoder import DiffusersAutoencoder, Identity
 from ddt.config import build, locate
+from ddt.cost import num_tokens
 from ddt.errors import UserError, require
 from ddt.estimate import Rate, Recipe, assumed_rate, estimate, measured_rate, report, require_known
 from ddt.files import write_json
@@ -117,6 +118,7 @@ def recipe_of(config: dict[str, Any], choice: str, gpus: int, num_samples: int, 
     patch_size = config["model"]["patch_size"]
     with torch.device("meta"):
         network = build(config["model"])(in_channels=shape[0], num_classes=classes)
+    num_tokens(network, *shape[1:])  # raises where the patch size does not divide the latent
     require(
         sampler.recompute is None or hasattr(network, "encoder"),
         f"sampler.recompute={sampler.recompute}: this model has no encoder to share; give null",

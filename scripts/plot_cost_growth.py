@@ -69,13 +69,15 @@ def over_encoder_depth(settings: dict[str, Any], depths: list[int], sampler: Any
 def over_batches(objective: FlowMatching, recipe: Recipe) -> Curves:
     """Return GB of a device at each of BATCHES, with all activations and with the blocks' inputs alone."""
     found = memory(recipe)
-    rest, curves = found["total"] - found["activations"], {}
-    for name, again in {"all activations kept": False, "activation checkpointing": True}.items():
-        for stack in stacks(objective):
-            stack.activation_checkpointing = again
-        each = activation_bytes(objective, recipe.shape, recipe.bf16)
-        curves[name] = [1e-9 * (rest + batch * each) for batch in BATCHES]
-    return curves
+    micro, _ = recipe.trainer.micro_batches(recipe.gpus)
+    for stack in stacks(objective):
+        stack.activation_checkpointing = True
+    ways = {
+        "all activations kept": found["activations"] / micro,
+        "activation checkpointing": activation_bytes(objective, recipe.shape, recipe.bf16),
+    }
+    rest = found["total"] - found["activations"]
+    return {name: [1e-9 * (rest + batch * each) for batch in BATCHES] for name, each in ways.items()}
 
 
 def over_processes(recipe: Recipe) -> Curves:
@@ -90,7 +92,7 @@ def over_processes(recipe: Recipe) -> Curves:
 
 def curves_of(settings: dict[str, Any], trainer: Any, sampler: Any) -> dict[tuple[str, str], tuple[list[int], Curves]]:
     """Return what is drawn by axis and unit: the points along the axis, and the curves."""
-    model = network(settings)
+    model = network({**settings, "activation_checkpointing": False})
     require(isinstance(model, DDT), "model: the undivided baseline has no encoder depth; choose a DDT, as b_8en4de")
     objective = FlowMatching(model)
     recipe = Recipe(
