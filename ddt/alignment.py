@@ -67,11 +67,14 @@ def weights_overlay(weights: str, classifier: str | tuple[str, ...] | None) -> d
     }
 
 
-def load_network(name: str, weights: str | None, image_size: int) -> tuple[Any, Extract, int, int]:
+def load_network(
+    name: str, weights: str | None, image_size: int, pretrained: bool = True
+) -> tuple[Any, Extract, int, int]:
     """Load a frozen timm network; return it, its features as a function, their number F, and its input's side.
 
-    The function maps normalised images (B, 3, side, side) to (B, h·w, F). Raises UserError where the weights cannot be
-    had or are not exactly the network's, or where it has no feature map that fits.
+    The function maps normalised images (B, 3, side, side) to (B, h·w, F). pretrained=False leaves the weights as timm
+    makes them. Raises UserError where the weights cannot be had or are not exactly the network's, or where it has no
+    feature map that fits.
     """
     import timm
 
@@ -93,7 +96,7 @@ def load_network(name: str, weights: str | None, image_size: int) -> tuple[Any, 
         settings["weight_init"] = "skip"  # every weight comes from the file; drawing a billion first takes minutes
     overlay = None if weights is None else weights_overlay(weights, outline.pretrained_cfg.get("classifier"))
     try:
-        network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **settings)
+        network = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **settings)
     except Exception as error:  # of the hub client, of timm's filters or of load_state_dict: no common base
         if weights is not None:
             problem = f"alignment.weights={weights}: is not a file of {name} ({reason(error)})"
@@ -132,7 +135,7 @@ class Target:
 
     Args:
         name: of the timm model. weights: a local file (.safetensors, .pth, .bin); None takes timm's own from the hub.
-        image_size: H = W of the images. compiled: compile the network.
+        image_size: H = W of the images. compiled: compile the network. pretrained: False loads no weights.
 
     Attributes: num_features, F; grid, (h, w).
     Raises UserError where the weights cannot be had or fit not exactly, or an image is not of whole 16×16 cells.
@@ -142,13 +145,15 @@ class Target:
     num_features: int
     grid: tuple[int, int]
 
-    def __init__(self, name: str, weights: str | None, image_size: int, compiled: bool = False) -> None:
+    def __init__(
+        self, name: str, weights: str | None, image_size: int, compiled: bool = False, pretrained: bool = True
+    ) -> None:
         require(
             image_size >= CELL and image_size % CELL == 0,
             f"data.image_size={image_size}: alignment.target={name} needs a multiple of {CELL}",
         )
         with torch.random.fork_rng(devices=[]):  # timm draws initial weights; the caller's draws stay as they were
-            self.network, extract, self.num_features, self.side = load_network(name, weights, image_size)
+            self.network, extract, self.num_features, self.side = load_network(name, weights, image_size, pretrained)
         self.name, self.weights = name, weights
         self.extract: Extract = torch.compile(extract) if compiled else extract
         self.grid = (image_size // CELL, image_size // CELL)
@@ -330,6 +335,11 @@ class REPA:
     def build_target(self, image_size: int) -> Target:
         """Load the frozen network for images of `image_size` pixels a side; raise UserError as `Target` does."""
         return Target(self.target, self.weights, image_size, self.compile)
+
+    def outline_target(self, image_size: int) -> Target:
+        """Build the frozen network on the meta device, without weights: what its cost is counted on."""
+        with torch.device("meta"):
+            return Target(self.target, None, image_size, pretrained=False)
 
     def build_loss(
         self, hidden_size: int, num_features: int, grid: tuple[int, int], wanted_grid: tuple[int, int]

@@ -16,12 +16,27 @@ import abc
 import functools
 import hashlib
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from ddt.errors import UserError, first_line, require
+
+SD_VAE = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+# The parts of their config.json that are not diffusers' own defaults, so that their cost is counted without a hub
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "stabilityai/sd-vae-ft-ema": SD_VAE,
+    "stabilityai/sd-vae-ft-mse": SD_VAE,
+    "madebyollin/taesd": {"_class_name": "AutoencoderTiny"},
+}
 
 
 class Autoencoder(Protocol):
@@ -130,6 +145,28 @@ def load_diffusers(kind: str, source: str, revision: str | None) -> Any:
     return network.eval().requires_grad_(False)
 
 
+def outline_diffusers(kind: str, source: str) -> Any:
+    """Build a diffusers autoencoder of class `kind` on the meta device, as a local folder or `PUBLISHED` describes it.
+
+    Raises UserError for another source.
+    """
+    import diffusers
+
+    network_class = getattr(diffusers, kind)
+    require(
+        source in PUBLISHED or Path(source).is_dir(),
+        f"autoencoder.source={source}: its shape is not known here; give a local folder, or one of "
+        f"{', '.join(PUBLISHED)}",
+    )
+    try:
+        stored = PUBLISHED[source] if source in PUBLISHED else network_class.load_config(source)
+        with torch.device("meta"):
+            network = network_class.from_config(stored)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"autoencoder.source={source}: has no config.json of {kind} ({first_line(error)})") from error
+    return network.eval().requires_grad_(False)
+
+
 class DiffusersAutoencoder(abc.ABC):
     """A frozen diffusers autoencoder: what `KLAutoencoder` and `TinyAutoencoder` have in common.
 
@@ -157,12 +194,24 @@ class DiffusersAutoencoder(abc.ABC):
         encode_dtype: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         require(chunk_size >= 1, f"autoencoder.chunk_size={chunk_size}: must be at least 1")
-        self.network = load_diffusers(self.kind, source, revision)
-        self.chunk_size, self.encode_dtype = chunk_size, encode_dtype
-        config = self.network.config
+        self._hold(load_diffusers(self.kind, source, revision), chunk_size, encode_dtype)
+
+    def _hold(self, network: Any, chunk_size: int, encode_dtype: Literal["fp32", "bf16"]) -> None:
+        self.network, self.chunk_size, self.encode_dtype = network, chunk_size, encode_dtype
+        config = network.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         self.shift = torch.tensor(mean or [config.get("shift_factor") or 0.0]).reshape(-1, 1, 1)  # (C or 1, 1, 1)
         self.scale = float(config.scaling_factor) / torch.tensor(std or [1.0]).reshape(-1, 1, 1)
+
+    @classmethod
+    def outline(cls, source: str, encode_dtype: Literal["fp32", "bf16"] = "fp32") -> Self:
+        """Build one on the meta device, without weights and without a hub: what its cost is counted on.
+
+        Raises UserError where `source` is neither a local folder nor one of `PUBLISHED`.
+        """
+        made = cls.__new__(cls)
+        made._hold(outline_diffusers(cls.kind, source), 1, encode_dtype)
+        return made
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -49,13 +49,18 @@ def modulation_weights(stack: BlockStack) -> int:
     return weight_macs(parts(stack, "adaln"))
 
 
+def attention_macs(module: nn.Module, tokens: int) -> int:
+    """Return the MACs of both products of all attentions in `module`, for one image of N = `tokens`.
+
+    q·k and weights·v are N·N·d a head each, so N·N·D over all heads: what grows with N².
+    """
+    return sum(2 * tokens**2 * layer.qkv.in_features for layer in module.modules() if isinstance(layer, Attention))
+
+
 def stack_macs(stack: BlockStack, tokens: int) -> int:
     """Return the MACs of input projection and blocks without their modulations, for one image of N = `tokens`."""
-    mixers = parts(stack, "mixer")
-    weights = weight_macs([stack.input, *mixers, *parts(stack, "mlp")])
-    # q·k and weights·v: N·N·d a head each, so N·N·D over all heads
-    products = sum(2 * tokens**2 * mixer.qkv.in_features for mixer in mixers if isinstance(mixer, Attention))
-    return tokens * weights + products
+    weights = weight_macs([stack.input, *parts(stack, "mixer"), *parts(stack, "mlp")])
+    return tokens * weights + attention_macs(stack, tokens)
 
 
 def num_tokens(model: Denoiser, height: int, width: int) -> int:
