@@ -1,4 +1,4 @@
-"""What must hold on a device, each as a function from the place of a check to its findings; scripts/gpu_check.py runs them.
+"""What must hold on a device: functions from the place of a check to its findings, which scripts/gpu_check.py runs.
 
 Errors of vectors are relative, ‖a − b‖ / ‖b‖, over all their values. Shapes: B batch, C channels, H W size.
 """
@@ -59,9 +59,10 @@ class Size:
     """How large the networks of the checks are.
 
     models: the small and the large one, of conf/model. changes: to both. latent_size, batch_size: of their inputs.
-    image_size: of the autoencoder's and the target's. vae_channels: a level, and their group norm's groups. target: of timm.
-    run: settings of the runs of train.py on digits, which end at twice `steps`. benchmarks: what scripts/benchmark.py
-    gets, by name. short: settings of the short training. digits_alone: whether that looks for no larger pictures.
+    image_size: of the autoencoder's and the target's images. vae_channels: of its levels, in vae_groups. target: a
+    name of timm's. run: settings of the runs of train.py on digits, which end at twice `steps`. benchmarks: what
+    scripts/benchmark.py gets, by name. short: settings of the short training. digits_alone: whether that looks for no
+    larger pictures.
     """
 
     models: tuple[str, str]
@@ -351,13 +352,12 @@ def frozen_networks(place: Place) -> list[Finding]:
     save_file(random_values(extractor).state_dict(), place.scratch / "target.safetensors")
     found: list[list[Tensor]] = []
     for device in (place.device, cpu):
-        images = torch.randint(
-            256, (2, 3, size.image_size, size.image_size), generator=torch.Generator().manual_seed(2)
-        )
+        generator = torch.Generator().manual_seed(2)
+        images = torch.randint(256, (2, 3, size.image_size, size.image_size), generator=generator)
         pixels = images.to(torch.uint8).to(device)
         autoencoder = KLAutoencoder(str(place.scratch / "vae")).to(device)
         side = autoencoder.latent_shape(3, size.image_size)[1]
-        latents = torch.randn(2, CHANNELS, side, side, generator=torch.Generator().manual_seed(3)).to(device)
+        latents = torch.randn(2, CHANNELS, side, side, generator=generator).to(device)
         target = Target(size.target, str(place.scratch / "target.safetensors"), size.image_size).to(device)
         found.append([autoencoder.encode(pixels), autoencoder.decode(latents), target(pixels)])
     (moments, decoded, features), (moments_cpu, decoded_cpu, features_cpu) = found

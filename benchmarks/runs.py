@@ -1,4 +1,4 @@
-"""Checks that go through the entry points, each in a process of its own with a time limit; they write under `Place.out`."""
+"""Checks that go through the entry points, each in a process with a time limit; they write under `Place.out`."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def train(place: Place, name: str, *overrides: str) -> Path:
         "trainer.validate_every=0",
         "trainer.preview_every=0",
         "trainer.num_workers=0",
-        "trainer.save_every=100_000",
+        "trainer.save_every=0",
     )
     call(place, ROOT / "train.py", *quiet, *overrides, f"name={name}", name=name)
     return place.out / "runs" / name
@@ -140,6 +140,12 @@ def sampling(place: Place) -> list[Finding]:
     ]
 
 
+def rate(row: dict[str, Any]) -> str:
+    """Return a row's images a second as they stand in the table."""
+    images = row["images_per_second"]
+    return f"{images:,.0f} images/s" if images >= 100 else f"{images:.3g} images/s"
+
+
 def benchmark(place: Place, name: str) -> list[Finding]:
     """Run scripts/benchmark.py and return the fastest way of each part."""
     out = place.out / f"benchmark_{name}"
@@ -157,8 +163,7 @@ def benchmark(place: Place, name: str) -> list[Finding]:
     findings = []
     for part, row in best.items():
         share = row["share_of_matmul"]
-        rate = f"{row['images_per_second']:.3g} images/s"
-        text = rate if share is None else f"{rate}, {share:.0%} of a product's rate"
+        text = rate(row) if share is None else f"{rate(row)}, {share:.0%} of a product's rate"
         findings.append(Finding(f"{part}, {row['case']}, {row['way']}", text))
     return findings
 
@@ -195,5 +200,5 @@ def short_training(place: Place) -> list[Finding]:
     return [
         Finding(f"{name}: last loss over first ({last:.3f} over {first:.3f})", last / first, high=0.9),
         Finding(f"{name}: steps skipped", rows[-1]["skipped_steps"], high=0),
-        Finding(f"{name}: training", f"{rows[-1]['images_per_second']:.3g} images/s"),
+        Finding(f"{name}: training", rate(rows[-1])),
     ]
