@@ -18,6 +18,14 @@ log = logging.getLogger(__name__)
 LONG_LIST = 1000  # entries of a sampling receipt's list from which on its length is kept alone
 
 
+def version(package: str) -> str | None:
+    """Return the version of an installed package; None where it is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def circumstances(device: torch.device, packages: tuple[str, ...] = ("torch", "numpy", "diffusers")) -> dict[str, Any]:
     """Return what a receipt says of machine, versions and time."""
     return {
@@ -25,7 +33,7 @@ def circumstances(device: torch.device, packages: tuple[str, ...] = ("torch", "n
         "versions": {
             "ddt": __version__,
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
+            **{name: version(name) for name in packages},
         },
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

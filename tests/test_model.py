@@ -7,19 +7,16 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 import ddt
+from benchmarks.golden import BF16_ERROR, CASES, GRADIENT_TOLERANCE, NETWORKS, TOLERANCE, case
+from benchmarks.golden import network as golden_network
 from ddt.errors import UserError
 from ddt.objective import velocity_errors
 from ddt.released import our_name
 
-CASES = {"tiny": ("tiny.weights.safetensors", 3, 2), "patch1": ("patch1.lightning.ckpt", 1, 1)}
-TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 
-
-@pytest.mark.parametrize(("name", "i"), [("tiny", 0), ("tiny", 1), ("patch1", 0)])
+@pytest.mark.parametrize(("name", "i"), CASES)
 def test_network_matches_the_release(name, i):
-    file, encoder_depth, patch_size = CASES[name]
-    model = ddt.load_released(GOLDEN / file, encoder_depth, patch_size)
-    io = {k[2:]: v for k, v in load_file(GOLDEN / f"{name}.io.safetensors").items() if k.startswith(f"{i}.")}
+    model, io = golden_network(name), case(name, i)
     z = model.encode(io["x"], io["t"], io["y"])
     torch.testing.assert_close(z, io["z"], **TOLERANCE)
     torch.testing.assert_close(model(io["x"], io["t"], io["y"]), io["v"], **TOLERANCE)
@@ -32,21 +29,19 @@ def test_network_matches_the_release(name, i):
     norms = {k.removeprefix("gradnorm."): v for k, v in io.items() if k.startswith("gradnorm.")}
     assert len(norms) == len(parameters)
     for key, norm in norms.items():
-        gradient = parameters[our_name(key, encoder_depth)].grad
-        torch.testing.assert_close(gradient.norm(), norm, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+        gradient = parameters[our_name(key, len(model.encoder.blocks))].grad
+        torch.testing.assert_close(gradient.norm(), norm, **GRADIENT_TOLERANCE, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_bf16_autocast_stays_near_the_release(name):
-    file, encoder_depth, patch_size = CASES[name]
-    model = ddt.load_released(GOLDEN / file, encoder_depth, patch_size)
-    io = load_file(GOLDEN / f"{name}.io.safetensors")
+    model, io = golden_network(name), case(name, 0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        v = model(io["0.x"], io["0.t"], io["0.y"])
+        v = model(io["x"], io["t"], io["y"])
     assert v.dtype == torch.bfloat16
-    for reference in ("0.v", "0.v_bf16"):
+    for reference in ("v", "v_bf16"):
         error = (v.float() - io[reference].float()).square().mean().sqrt()
-        assert 0 < error <= 0.025 * io["0.v"].square().mean().sqrt()
+        assert 0 < error <= BF16_ERROR * io["v"].square().mean().sqrt()
 
 
 def test_undivided_baseline_matches_the_release():

@@ -1,12 +1,11 @@
 """Solvers, guidance and encoder sharing."""
 
-import json
-
 import pytest
 import torch
-from conftest import GOLDEN, inputs, small_ddt
+from conftest import inputs, small_ddt
 
 import ddt
+from benchmarks.golden import CLOSE, sampler_settings, trajectories
 from ddt.errors import UserError
 from ddt.flow import time_grid
 from ddt.guidance import Guidance
@@ -15,36 +14,11 @@ from ddt.sharing import GuidedVelocity
 from ddt.solvers import euler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CLOSE = {"adam3": 1e-4, "adam4": 1e-4}  # the release rounds their coefficients (tests/test_solvers.py); others 1e-5
 
 
-def golden_settings(name, case, samplers):
-    """Translate a golden run's settings; where the release names no interval, its own default is (0, 1)."""
-    every = case.get("state_refresh_rate")
-    settings = dict(
-        num_steps=case["num_steps"],
-        cfg_scale=case["guidance"],
-        cfg_interval=(case.get("guidance_interval_min", 0.0), case.get("guidance_interval_max", 1.0)),
-        last_step=case.get("last_step"),
-        timeshift=case.get("timeshift", 1.0),
-        recompute=ddt.uniform_schedule(case["num_steps"], every) if every else None,
-    )
-    if case.get("order", 1) > 1:
-        settings["solver"] = f"adams{case['order']}"
-    if name.startswith("sde"):  # sde_mean takes the mean at every step but the last: draws of zero
-        settings["solver"] = "sde_preserve" if name == "sde_preserve" else "sde"
-        settings["step_noise"] = samplers.get(f"{name}.draws", torch.zeros(11, *samplers["noise"].shape))
-        settings["sde_last"] = "mean" if "last_step_fn" in case else "euler"
-    if "recompute_timesteps" in case:  # found by the release from the template batch
-        similarity = samplers["dp_similarity"]
-        settings["recompute"] = ddt.optimal_schedule(similarity, len(case["recompute_timesteps"]))
-        assert settings["recompute"] == case["recompute_timesteps"]
-    return settings
-
-
-@pytest.mark.parametrize("name", json.loads((GOLDEN / "golden.json").read_text())["samplers"])
+@pytest.mark.parametrize("name", trajectories()[0])
 def test_trajectories_are_those_of_the_release(name, tiny, golden, samplers):
-    settings = golden_settings(name, golden["samplers"][name], samplers)
+    settings = sampler_settings(name, golden["samplers"][name], samplers)
     latents = ddt.sample(tiny, samplers["noise"], samplers["cond"], **settings)
     torch.testing.assert_close(latents, samplers[name], rtol=1e-4, atol=CLOSE.get(name, 1e-5))
 
