@@ -11,12 +11,13 @@ from omegaconf import DictConfig
 
 from ddt import checkpoint as ckpt
 from ddt.autoencoder import Autoencoder, build_autoencoder
+from ddt.compiling import compile_blocks, compiles
 from ddt.config import check_arguments
 from ddt.conversion import DOWNSAMPLING
 from ddt.errors import UserError, require
 from ddt.evaluation import evaluate
 from ddt.fitting import check_fitted
-from ddt.generation import Generator, sample_set
+from ddt.generation import Generator, cast_weights, sample_set
 from ddt.image_set import image_set
 from ddt.launch import launch
 from ddt.metrics.inception import InceptionSettings
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 SAMPLER_KEYS = [key for key in SamplerSettings.__dataclass_fields__ if key != "solver"]
 PUBLISHED = ("fid", "sfid", "inception_score", "precision", "recall")
 ADAPTIVE_IGNORES = ("last_step", "timeshift")
+COMPILE_FROM = 1_000  # images: fewer are drawn before a compilation pays
 
 
 def settings_of(
@@ -44,6 +46,7 @@ def settings_of(
     guide: str | None,
     autoencoder: str,
     dtype: Literal["bf16", "fp32"] | None,
+    compile: bool | None,
     batch_size: int,
     num_processes: int | None,
     cache_gib: float,
@@ -167,17 +170,27 @@ def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None
             "ema_sha256": ckpt.weights_sha256(guide_folder, "ema"),
             "step": ckpt.read_config(guide_folder)["step"],
         }
+    dtype = arguments["dtype"] or ("bf16" if device.type == "cuda" else "fp32")
+    many = len(arguments["images"].seeds) >= COMPILE_FROM
+    compiled = compiles("compile", arguments["compile"], device.type == "cuda" and many, device)
+    for network in filter(None, (model, guide)):
+        network.to(device)
+        if dtype == "bf16":
+            cast_weights(network)
+        if compiled:
+            compile_blocks(network, dynamic=True)  # batches of B and 2B, and a smaller last one
     sample_set(
         Generator(
-            model=model.to(device),
+            model=model,
             autoencoder=autoencoder.to(device),
             shape=tuple(stored["latent_shape"]),
             settings=arguments["sampler"],
             recompute=None,
-            dtype=arguments["dtype"] or ("bf16" if device.type == "cuda" else "fp32"),
+            dtype=dtype,
             device=device,
-            guide=None if guide is None else guide.to(device),
+            guide=guide,
             cache_bytes=arguments["cache_gib"] * 2**30,
+            compiled=compiled,
         ),
         images=arguments["images"],
         batch_size=arguments["batch_size"],

@@ -6,16 +6,32 @@ a head.
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ddt.errors import require
 
 MixerName = Literal["attention", "conv", "mlp"]
 AdaLNInit = Literal["release", "zero"]
+Checkpointing = bool | Literal["selective"]
+
+aten = torch.ops.aten
+PRODUCTS = frozenset(
+    {
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten.convolution.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
 
 
 class Positions(NamedTuple):
@@ -218,12 +234,23 @@ def make_mixer(name: MixerName, hidden_size: int, num_heads: int) -> nn.Module:
     return ConvMixer(hidden_size) if name == "conv" else MLPMixer(hidden_size)
 
 
+def keep_products(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Tell what of a block is kept for the backward pass: what products and attention return, and not what works
+    element by element.
+    """
+    return CheckpointPolicy.MUST_SAVE if operator in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Block(nn.Module):
     """A transformer block modulated by adaLN: token mixer, then SwiGLU, each normalised, shifted, scaled and gated.
 
     The conditioning c is one vector a sample, (B, 1, D), in the encoder, and z, (B, N, D), in the decoder; it has been
     through its SiLU already. `adaln_init="release"` leaves the modulation at torch's default initialisation, as the
     published weights were trained; "zero" starts it at zero (AdaLN-Zero, as the paper says). Source: method.md 2.
+
+    activation_checkpointing: True keeps the block's inputs alone for the backward pass and computes the rest again,
+    "selective" keeps what matrix products and attention return too; same numbers. It lies inside the block, where a
+    compiler sees it.
     """
 
     def __init__(
@@ -232,8 +259,10 @@ class Block(nn.Module):
         num_heads: int,
         mixer: MixerName = "attention",
         adaln_init: AdaLNInit = "release",
+        activation_checkpointing: Checkpointing = False,
     ) -> None:
         super().__init__()
+        self.activation_checkpointing = activation_checkpointing
         self.norm1 = RMSNorm(hidden_size)
         self.mixer = make_mixer(mixer, hidden_size, num_heads)
         self.norm2 = RMSNorm(hidden_size)
@@ -248,6 +277,15 @@ class Block(nn.Module):
 
         modulation: `adaln(c)`, (B, 1 or N, 6D), where it was computed before.
         """
+        if not self.activation_checkpointing or not torch.is_grad_enabled():
+            return self.compute(x, c, at, modulation)
+        options: dict[str, Any] = {"use_reentrant": False}
+        if self.activation_checkpointing == "selective":
+            options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_products)
+        return checkpoint(self.compute, x, c, at, modulation, **options)
+
+    def compute(self, x: Tensor, c: Tensor, at: Positions, modulation: Tensor | None) -> Tensor:
+        """Do what `forward` does, which chooses what of it is kept."""
         modulation = self.adaln(c) if modulation is None else modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.mixer(modulate(self.norm1(x), shift1, scale1), at)

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ddt.errors import UserError, require
 from ddt.layers import (
     AdaLNInit,
     Block,
+    Checkpointing,
     LabelEmbedder,
     MixerName,
     OutputLayer,
@@ -37,14 +37,14 @@ class BlockStack(nn.Module):
         depth: int,
         mixer: MixerName = "attention",
         adaln_init: AdaLNInit = "release",
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Checkpointing = False,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.head_dim = hidden_size // num_heads
-        self.activation_checkpointing = activation_checkpointing
         self.input = PatchProjection(in_channels, patch_size, hidden_size)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mixer, adaln_init) for _ in range(depth))
+        sizes = (hidden_size, num_heads, mixer, adaln_init, activation_checkpointing)
+        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(depth))
 
     def positions(self, x_t: Tensor) -> Positions:
         """Return the token grid of latents x_t (B, C, H, W), with its rotation tables.
@@ -67,10 +67,7 @@ class BlockStack(nn.Module):
         h = self.input(x_t)  # (B, N, D)
         hidden = h
         for number, block in enumerate(self.blocks, start=1):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, c, at, use_reentrant=False)
-            else:
-                h = block(h, c, at, modulations[number - 1] if number <= len(modulations) else None)
+            h = block(h, c, at, modulations[number - 1] if number <= len(modulations) else None)
             if number == hidden_depth:
                 hidden = h
         return h, hidden
@@ -88,7 +85,7 @@ class Encoder(BlockStack):
         depth: int,
         num_classes: int,
         adaln_init: AdaLNInit = "release",
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Checkpointing = False,
     ) -> None:
         super().__init__(
             in_channels,
@@ -124,7 +121,7 @@ class Decoder(BlockStack):
         depth: int,
         mixer: MixerName = "attention",
         adaln_init: AdaLNInit = "release",
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Checkpointing = False,
     ) -> None:
         super().__init__(
             in_channels,
@@ -201,7 +198,8 @@ class DDT(nn.Module):
         decoder_block: token mixer of the decoder's blocks: attention (the published model), conv or mlp (the
             paper's ablation).
         adaln_init: "release" (torch's default, as the published weights were trained) or "zero" (AdaLN-Zero).
-        activation_checkpointing: recompute each block in the backward pass to save memory; same numbers.
+        activation_checkpointing: True recomputes each block in the backward pass to save memory, "selective" what in
+            it works element by element; same numbers.
 
     Raises UserError for impossible sizes. Source: method.md 2; arXiv 2504.05741, section 3.
     """
@@ -217,7 +215,7 @@ class DDT(nn.Module):
         num_classes: int,
         decoder_block: MixerName = "attention",
         adaln_init: AdaLNInit = "release",
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Checkpointing = False,
     ) -> None:
         super().__init__()
         check_sizes(in_channels, patch_size, hidden_size, num_heads, depth, num_classes)
@@ -279,7 +277,7 @@ class DiT(BlockStack):
         depth: int,
         num_classes: int,
         adaln_init: AdaLNInit = "release",
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Checkpointing = False,
     ) -> None:
         check_sizes(in_channels, patch_size, hidden_size, num_heads, depth, num_classes)
         super().__init__(

@@ -22,7 +22,7 @@ class TrainerSettings:
     process takes at once (None: its whole share); gradients are accumulated over the rest. mixed_precision: "bf16"
     autocast over float32 weights, or "fp32" ("no", Accelerate's word, means the same). num_processes: None uses every
     visible GPU, or one CPU process. parallelism: "ddp" keeps the whole network on each process, "fsdp" shards weights,
-    averages and optimizer among them.
+    averages and optimizer among them. compile: the network's blocks (`ddt.compiling`); None compiles on GPUs.
 
     ema_decay: of the averaged weights. ema_decays: further averages kept beside; ema_powers: relative standard
     deviations of power-function averages (EDM2), of which `snapshot_every` so many steps a snapshot is kept, for any
@@ -53,6 +53,7 @@ class TrainerSettings:
     eval_every: int = 0
     eval_samples: int = 5_000
     parallelism: Literal["ddp", "fsdp"] = "ddp"
+    compile: bool | None = None
     ema_decays: tuple[float, ...] = ()
     ema_powers: tuple[float, ...] = ()
     snapshot_every: int = 0

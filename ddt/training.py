@@ -26,6 +26,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ddt import checkpoint as ckpt
 from ddt.alignment import REPA, Dispersive, Target
 from ddt.autoencoder import Autoencoder
+from ddt.compiling import compile_blocks, compiles
 from ddt.data import PositionSampler, TrainingStream, load_batches
 from ddt.ema import EMA, average_rules
 from ddt.errors import Stopped, UserError, first_line, require
@@ -155,8 +156,10 @@ def begin(
     make_optimizer: Callable[..., torch.optim.Optimizer],
     init_from: str | None,
     accelerator: Accelerator,
+    compiled: bool,
 ) -> tuple[nn.Module, TrainingState]:
-    """Return the model to call and the state of a run, from its newest sound checkpoint or from the start.
+    """Return the model to call and the state of a run, from its newest sound checkpoint or from the start. compiled:
+    whether the model's blocks are, those of averages never.
 
     Raises UserError where the checkpoint belongs to another training.
     """
@@ -183,6 +186,8 @@ def begin(
         initialise(
             init_from, config["network"], config["autoencoder_fingerprint"], config["class_names"], objective, averages
         )
+    if compiled:
+        compile_blocks(objective.denoiser, dynamic=False)  # all micro-batches are of one size
     model = prepare(objective, accelerator, settings.parallelism)
     for average in averages.values():
         average.place(accelerator.device, sharded=settings.parallelism == "fsdp")
@@ -260,6 +265,7 @@ def train(
     )
     agree(accelerator, {"run folder": str(run_dir.resolve()), **config["run"]})
     micro_batch_size, num_micro = settings.micro_batches(num_processes)
+    compiled = compiles("trainer.compile", settings.compile, device.type == "cuda", device)
     shape: tuple[int, int, int] = tuple(config["latent_shape"])
 
     with contextlib.ExitStack() as stack:
@@ -268,7 +274,7 @@ def train(
         autoencoder = autoencoder.to(device)
         target = target.to(device) if target is not None else None
         flops = training_flops(objective, shape), target_flops(target, images.image_size)
-        model, state = begin(settings, run_dir, config, objective, make_optimizer, init_from, accelerator)
+        model, state = begin(settings, run_dir, config, objective, make_optimizer, init_from, accelerator, compiled)
         saver = Saver(run_dir, settings, config, accelerator)
         saver.tidy(state.step)
         left = main_decides(accelerator, lambda: missing(settings, held_out, run_dir, state.step))
@@ -311,9 +317,10 @@ def train(
         batches = load_batches(stream, positions, settings.num_workers, pin_memory=device.type == "cuda")
         progress = stack.enter_context(progress_bar(settings, run_dir.name, state.step, shown=rank == 0))
         optimizer = state.optimizer
-        if num_processes > 1:
+        if state.step < settings.max_steps and (num_processes > 1 or compiled):
             # DDP sorts its buckets anew after its first backward pass. One discarded pass over the run's first
             # positions makes the first step after a resume add gradients in the same order as the uninterrupted run.
+            # It compiles, too, before the clock starts.
             align = align_until > 0
             first = stream[next(iter(PositionSampler(0, 1, *layout)))]
             batch = to_latents(first, autoencoder, accelerator, target if align else None)

@@ -1,5 +1,6 @@
 """Sets of images: exact, the same on any number of processes and in any batch size, and resumed after a kill."""
 
+import copy
 import json
 import logging
 import os
@@ -8,20 +9,24 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import filelock
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, refusal, run, small_ddt, small_vae, succeed
+from conftest import ROOT, inputs, refusal, run, small_ddt, small_vae, succeed
 from PIL import Image
 
+import ddt
 from ddt import checkpoint as ckpt
 from ddt import generation
 from ddt.autoencoder import Identity
-from ddt.generation import Generator, chunks_left, consecutive, sample_set
+from ddt.generation import Generator, cast_weights, chunks_left, consecutive, sample_set
 from ddt.image_set import image_set
+from ddt.layers import Block
+from ddt.model import DiT
 from ddt.parts import write_part
 from ddt.sampling import SamplerSettings
 from ddt.schedules import write_schedule
@@ -375,6 +380,87 @@ def test_a_set_that_another_command_finished_meanwhile_is_left_alone(tmp_path, m
     monkeypatch.setattr(Generator, "latents", lambda *_: (_ for _ in ()).throw(AssertionError))
     assert np.array_equal(draw(tmp_path / "a"), whole)
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["grid.png", "receipt.json", "samples.npz"]
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": [0, 2]}, {"recompute": [0, 2], "cache_bytes": 30_000}])
+@pytest.mark.parametrize("kind", ["ddt", "conv", "dit"])
+def test_cast_weights_give_the_bits_of_autocast(kind, options):
+    sizes = dict(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, num_classes=5)
+    model = DiT(**sizes) if kind == "dit" else small_ddt(decoder_block="conv" if kind == "conv" else "attention")
+    if kind == "dit":
+        options = {}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    x, t, y = inputs()
+    cast = copy.deepcopy(model)
+    cast_weights(cast)
+    dtypes = {name: parameter.dtype for name, parameter in cast.named_parameters()}
+    kept = [name for name, dtype in dtypes.items() if dtype == torch.float32]
+    assert all("norm" in name or "embedding_table" in name for name in kept)
+    assert len(kept) == (11 if kind == "conv" else 13)  # norms of blocks, q and k, and the table of classes
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model(x, t, y), cast(x, t, y))
+        counts = {}, {}
+        drawn = [
+            ddt.sample(network, x, y, num_steps=4, last_step=None, counts=count, **options)
+            for network, count in zip((model, cast), counts, strict=True)
+        ]
+    assert torch.equal(*drawn)
+    assert counts[0] == counts[1]
+    assert (0 < counts[0]["cached_bytes"] <= options.get("cache_bytes", 1e9)) == bool(options)
+
+
+def test_bf16_sets_are_drawn_with_cast_weights(run_folder, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("sample.sample_set", lambda generator, **_: seen.append(generator))
+    succeed(
+        "sample", f"ckpt={run_folder}", "num_samples=2", f"out={tmp_path / 'a'}", "dtype=bf16", f"guide={run_folder}"
+    )
+    succeed("sample", f"ckpt={run_folder}", "num_samples=2", f"out={tmp_path / 'a'}")
+    assert {p.dtype for p in seen[1].model.parameters()} == {torch.float32}
+    for network in (seen[0].model, seen[0].guide):
+        assert network.encoder.blocks[0].adaln.weight.dtype == torch.bfloat16
+    assert not seen[1].compiled
+
+
+def test_compiled_sets_are_told_apart(run_folder, tmp_path, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(Block, "compile", lambda block, **_: torch.nn.Module.compile(block, backend=counted))
+    graphs = []
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    arguments = [f"ckpt={run_folder}", "num_samples=3"]
+    succeed("sample", *arguments, f"out={tmp_path / 'plain'}")
+    assert not graphs
+    assert "holds another set" in refusal("sample", *arguments, "compile=true", f"out={tmp_path / 'plain'}")
+    succeed("sample", *arguments, "compile=true", f"out={tmp_path / 'compiled'}", f"guide={run_folder}")
+    assert graphs
+    compiled = json.loads((tmp_path / "compiled" / "receipt.json").read_text())["request"]
+    receipt = tmp_path / "plain" / "receipt.json"
+    plain = json.loads(receipt.read_text())
+    assert (plain["request"].pop("compile"), compiled["compile"]) == (False, True)
+    receipt.write_text(json.dumps(plain))  # as earlier versions wrote it
+    succeed("sample", *arguments, f"out={tmp_path / 'plain'}")
+
+
+def test_large_sets_are_compiled_on_gpus_alone(run_folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("sample.sample_set", lambda *_, **__: None)
+    monkeypatch.setattr("sample.compiles", lambda *arguments: bool(asked.append(arguments)))
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr("sample.make_accelerator", lambda *_, **__: accelerator)
+    succeed("sample", f"ckpt={run_folder}", "num_samples=1000", f"out={tmp_path / 'a'}")
+    monkeypatch.setattr("torch.nn.Module.to", lambda module, *_: module)
+    monkeypatch.setattr("ddt.autoencoder.Identity.to", lambda autoencoder, *_: autoencoder)
+    accelerator.device = torch.device("cuda")
+    for count in (999, 1000):
+        succeed("sample", f"ckpt={run_folder}", f"num_samples={count}", f"out={tmp_path / 'a'}")
+    assert [default for _, _, default, _ in asked] == [False, False, True]
+    assert {(key, chosen) for key, chosen, _, _ in asked} == {("compile", None)}
 
 
 def test_latents_that_are_not_finite_become_no_image(tmp_path):

@@ -5,6 +5,7 @@ import torch
 from conftest import GOLDEN, inputs, small_ddt
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import ddt
 from benchmarks.golden import BF16_ERROR, CASES, GRADIENT_TOLERANCE, NETWORKS, TOLERANCE, case
@@ -127,19 +128,27 @@ def test_train_mode_changes_nothing():
     assert torch.equal(model.train()(x, t, y), model.eval()(x, t, y))
 
 
-def test_activation_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", ["attention", "conv"])
+def test_activation_checkpointing_gives_the_same_gradients(block, dtype):
     x, t, y = inputs()
     noise = torch.randn_like(x)
-    gradients = []
-    for checkpointing in (False, True):
-        model = small_ddt(activation_checkpointing=checkpointing)
-        calls = []
-        model.encoder.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        velocity_errors(model(x, t, y), x, noise).mean().backward()
-        gradients.append([p.grad for p in model.parameters()])
-        assert len(calls) == (2 if checkpointing else 1)
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, checkpointed)
+    gradients, flops, norms = {}, {}, {}
+    for checkpointing in (False, True, "selective"):
+        model = small_ddt(decoder_block=block, activation_checkpointing=checkpointing)
+        norms[checkpointing] = 0
+        for each in (*model.encoder.blocks, *model.decoder.blocks):
+            each.norm1.register_forward_hook(lambda *_, key=checkpointing: norms.update({key: norms[key] + 1}))
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            loss = velocity_errors(model(x, t, y), x, noise).mean()
+        with FlopCounterMode(display=False) as counter:  # of what is computed again for the backward pass, too
+            loss.backward()
+        gradients[checkpointing] = [p.grad for p in model.parameters()]
+        flops[checkpointing] = counter.get_total_flops()
+    for checkpointing in (True, "selective"):
+        assert all(map(torch.equal, gradients[False], gradients[checkpointing]))
+    assert norms == {False: 3, True: 6, "selective": 6}
+    assert flops["selective"] == flops[False] < flops[True]
 
 
 @pytest.mark.parametrize("block", ["attention", "conv", "mlp"])
