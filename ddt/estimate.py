@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddt.alignment import AlignmentLoss, Target
@@ -24,7 +26,7 @@ from ddt.autoencoder import DiffusersAutoencoder, Identity
 from ddt.cost import network_macs, sampling_macs
 from ddt.ema import average_rules
 from ddt.errors import UserError, require
-from ddt.layers import Block, positions
+from ddt.layers import PRODUCTS, Block, Checkpointing, positions
 from ddt.model import DDT, BlockStack
 from ddt.objective import FlowMatching
 from ddt.sampling import SamplerSettings
@@ -93,14 +95,23 @@ class Recipe:
         return self.trainer.mixed_precision == "bf16"
 
     @property
-    def checkpointing(self) -> bool:
-        """Whether blocks are computed again in the backward pass."""
-        return any(stack.activation_checkpointing for stack in stacks(self.objective))
+    def checkpointing(self) -> Checkpointing:
+        """What of the blocks is computed again in the backward pass."""
+        return stacks(self.objective)[0].blocks[0].activation_checkpointing
 
 
 def stacks(module: nn.Module) -> list[BlockStack]:
     """Return the encoder and the decoder, or the undivided baseline."""
     return [part for part in module.modules() if isinstance(part, BlockStack)]
+
+
+def with_checkpointing(objective: FlowMatching, kind: Checkpointing) -> FlowMatching:
+    """Return a copy of an objective whose blocks keep this much for the backward pass."""
+    changed = copy.deepcopy(objective)
+    for stack in stacks(changed):
+        for block in stack.blocks:
+            block.activation_checkpointing = kind
+    return changed
 
 
 def count(module: nn.Module | None) -> int:
@@ -189,7 +200,7 @@ def flops(recipe: Recipe) -> dict[str, float]:
     forward = 2 * network_macs(denoiser, *size).total
     plain, aligned = 3 * forward, training_flops(recipe.objective, recipe.shape)
     target = target_flops(recipe.target, recipe.image_size)
-    recomputed = forward if recipe.checkpointing else 0
+    recomputed = forward if recipe.checkpointing is True else 0  # selective: no matrix product
     steps = min(trainer.max_steps, recipe.align_until)
     rest = trainer.max_steps - steps
     encode, decode = autoencoder_flops(recipe)
@@ -209,6 +220,21 @@ def flops(recipe: Recipe) -> dict[str, float]:
 
 
 # --- memory
+
+
+class Products(TorchDispatchMode):
+    """Adds up, in `bytes`, what the operators return whose results selective checkpointing keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call an operator and look at what it returns."""
+        out = func(*args, **(kwargs or {}))
+        if func in PRODUCTS:
+            self.bytes += sum(tensor.nbytes for tensor in tree_leaves(out) if isinstance(tensor, Tensor))
+        return out
 
 
 def saved_bytes(module: nn.Module, bf16: bool, *inputs: tuple[int, ...], **others: Any) -> int:
@@ -253,8 +279,11 @@ def activation_bytes(objective: FlowMatching, shape: tuple[int, int, int], bf16:
 
     It is the difference of two batches, so what does not grow with the batch is not in it. Of a stack's blocks, which
     all save the same, one and two are run and the others added. With activation checkpointing it is the blocks' inputs,
-    and what the one block saves that is computed again.
+    and what the one block saves that is computed again; with selective checkpointing also what its products return.
     """
+    kind = stacks(objective)[0].blocks[0].activation_checkpointing
+    if kind == "selective":
+        objective = with_checkpointing(objective, True)
     first, alignment = stacks(objective)[0], objective.alignment
     height, width = shape[1] // first.patch_size, shape[2] // first.patch_size
     at = positions(first.head_dim, height, width, torch.device("cpu"))
@@ -272,10 +301,16 @@ def activation_bytes(objective: FlowMatching, shape: tuple[int, int, int], bf16:
         )
         return (large - small) // 2
 
-    def block(batch: int) -> int:
-        tokens, last = (batch, height * width, objective.denoiser.hidden_size), stacks(objective)[-1].blocks[-1]
-        conditioned = tokens if isinstance(objective.denoiser, DDT) else (batch, 1, tokens[2])
-        return saved_bytes(last, bf16, tokens, conditioned, at=at)
+    def block(batch: int, stack: BlockStack, products: bool) -> int:
+        tokens, last = (batch, height * width, objective.denoiser.hidden_size), copy.deepcopy(stack.blocks[-1])
+        last.activation_checkpointing = False
+        per_token = isinstance(objective.denoiser, DDT) and stack is stacks(objective)[-1]
+        with Products() as returned:
+            saved = saved_bytes(last, bf16, tokens, tokens if per_token else (batch, 1, tokens[2]), at=at)
+        return returned.bytes if products else saved
+
+    def each(stack: BlockStack, products: bool) -> int:
+        return (block(4, stack, products) - block(2, stack, products)) // 2
 
     depths = [len(stack.blocks) for stack in stacks(objective)]
     ones = [1] * len(depths)
@@ -283,7 +318,11 @@ def activation_bytes(objective: FlowMatching, shape: tuple[int, int, int], bf16:
     for place, depth in enumerate(depths):
         if depth > 1:
             found += (depth - 1) * (loss(*(number + (k == place) for k, number in enumerate(ones))) - base)
-    return found + (block(4) - block(2)) // 2 if first.activation_checkpointing else found
+    if kind:
+        found += each(stacks(objective)[-1], products=False)
+    if kind == "selective":
+        found += sum(len(stack.blocks) * each(stack, products=True) for stack in stacks(objective))
+    return found
 
 
 def memory(recipe: Recipe) -> dict[str, float]:
@@ -333,14 +372,12 @@ def ways_to_fit(recipe: Recipe, found: dict[str, float], limit: float) -> str:
     smaller = largest(found["activations"] / micro)
     if smaller:
         ways.append(f"trainer.micro_batch_size={smaller}")
-    if not recipe.checkpointing:
-        again = copy.deepcopy(recipe.objective)
-        for stack in stacks(again):
-            stack.activation_checkpointing = True
-        size = largest(activation_bytes(again, recipe.shape, recipe.bf16))
+    kinds: dict[Checkpointing, tuple[Checkpointing, ...]] = {False: ("selective", True), "selective": (True,), True: ()}
+    for kind in kinds[recipe.checkpointing]:
+        size = largest(activation_bytes(with_checkpointing(recipe.objective, kind), recipe.shape, recipe.bf16))
         if size:
             with_it = "" if size == micro else f" trainer.micro_batch_size={size}"
-            ways.append(f"model.activation_checkpointing=true{with_it}")
+            ways.append(f"model.activation_checkpointing={str(kind).lower()}{with_it}")
     if not ways:
         ways.append("more gpus= with trainer.parallelism=fsdp" if rest > limit else "more gpus=")
         ways.append("a device with more memory")

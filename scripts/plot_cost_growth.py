@@ -22,7 +22,7 @@ from ddt.autoencoder import Identity
 from ddt.config import build
 from ddt.cost import attention_macs, network_macs, num_tokens, sampling_macs
 from ddt.errors import require
-from ddt.estimate import Recipe, activation_bytes, exchanged_bytes, memory, stacks
+from ddt.estimate import Recipe, activation_bytes, exchanged_bytes, memory, with_checkpointing
 from ddt.model import DDT
 from ddt.objective import FlowMatching
 from scripts.entry import arguments_for, checked, entry_point
@@ -67,15 +67,12 @@ def over_encoder_depth(settings: dict[str, Any], depths: list[int], sampler: Any
 
 
 def over_batches(objective: FlowMatching, recipe: Recipe) -> Curves:
-    """Return GB of a device at each of BATCHES, with all activations and with the blocks' inputs alone."""
+    """Return GB of a device at each of BATCHES, by what is kept between the passes."""
     found = memory(recipe)
     micro, _ = recipe.trainer.micro_batches(recipe.gpus)
-    for stack in stacks(objective):
-        stack.activation_checkpointing = True
-    ways = {
-        "all activations kept": found["activations"] / micro,
-        "activation checkpointing": activation_bytes(objective, recipe.shape, recipe.bf16),
-    }
+    ways = {"all activations kept": found["activations"] / micro}
+    for name, kind in {"selective checkpointing": "selective", "activation checkpointing": True}.items():
+        ways[name] = activation_bytes(with_checkpointing(objective, kind), recipe.shape, recipe.bf16)
     rest = found["total"] - found["activations"]
     return {name: [1e-9 * (rest + batch * each) for batch in BATCHES] for name, each in ways.items()}
 

@@ -2,17 +2,16 @@
 
 import contextlib
 import dataclasses
-import json
 
 import pytest
 import torch
-from conftest import inputs, refusal, small_ddt, succeed
+from conftest import inputs, small_ddt
 from test_config import config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import ddt
-from benchmarks.plain import plain_sample
+from benchmarks.plain import PlainDDT, plain_sample
 from ddt.config import build
 from ddt.cost import network_macs, sampling_macs
 from ddt.errors import UserError
@@ -177,15 +176,15 @@ def test_a_run_costs_what_torch_counts(settings, cached):
 
 
 @pytest.mark.parametrize("settings", RUNS[:6], ids=str)
-@pytest.mark.parametrize("cached", [True, False])
-def test_plain_sampling_draws_the_same_and_costs_what_torch_counts(settings, cached):
+def test_plain_sampling_draws_the_same_and_costs_what_torch_counts(settings):
     model = small_ddt()
+    plain = PlainDDT(model)
     x, _, y = inputs()
-    drawn = plain_sample(model, x, y, settings, cached)
+    drawn = plain_sample(plain, x, y, settings)
     torch.testing.assert_close(drawn, ddt.sample(model, x, y, **settings.arguments()), rtol=1e-4, atol=1e-5)
     with counted() as macs:
-        plain_sample(model, x[:1], y[:1], settings, cached)
-    assert macs == [sampling_macs(model, 8, 8, settings, cached, skip_unconditional=False)]
+        plain_sample(plain, x[:1], y[:1], settings)
+    assert macs == [sampling_macs(model, 8, 8, settings, cached=False, skip_unconditional=False)]
 
 
 def test_the_baseline_costs_a_forward_a_half():
@@ -207,36 +206,4 @@ def test_what_has_no_cost_beforehand_is_refused():
     with pytest.raises(UserError, match="recompute=dp:3: is fitted"):
         sampling_macs(model, 8, 8, SamplerSettings(num_steps=9, recompute="dp:3"))
     with pytest.raises(UserError, match="sampler=heun: plain sampling knows euler only"):
-        plain_sample(model, *inputs()[::2], SamplerSettings(solver="heun"))
-
-
-def test_the_benchmark_compares_four_ways(tmp_path):
-    small = ("model=nano", "latent_size=8", "num_steps=8", "repeats=3")
-    succeed("scripts.benchmark_sharing", *small, f"out={tmp_path / 'new'}")
-    found = json.loads((tmp_path / "new" / "sharing_cpu.json").read_text())
-    assert set(found["seconds"]) == set(found["cpu_seconds"]) == set(found["bound"]["plain"])
-    assert {len(values) for values in found["all_runs"]["seconds"].values()} == {3}
-    assert max(found["agreement"]["max_abs_difference"].values()) < 1e-5 < found["agreement"]["changed_by_sharing"]
-    assert found["bound"]["plain"]["sample"] > found["bound"]["plain_shared"]["sample"] > 1
-    # modulations of both halves: 2 decoder blocks and the output layer, 16 tokens of width 96, 4 bytes
-    assert found["cached_bytes"] == 2 * (2 * 6 + 2) * 96 * 16 * 4
-    assert found["settings"]["sampler"]["recompute"] == "uniform:4"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["every=0"], "every=0: must be at least 1"),
-        (["repeats=0"], "repeats=0: must be at least 1"),
-        (["num_steps=0"], "num_steps=0"),
-        (["threads=x"], "threads=x: "),
-        (["model=dit_b"], "model: the undivided baseline has no encoder to share"),
-        (["latent_size=9"], "model.patch_size=2 does not divide the latent size 9×9"),
-        (["steps=3"], "steps: no such setting; did you mean"),
-        (["out=README.md"], "out=README.md: is a file; give a folder"),
-    ],
-)
-def test_wrong_settings_of_the_benchmark_are_one_line(arguments, message):
-    said = refusal("scripts.benchmark_sharing", "model=nano", *arguments)
-    assert said.startswith(message)
-    assert "\n" not in said
+        plain_sample(PlainDDT(model), *inputs()[::2], SamplerSettings(solver="heun"))

@@ -184,6 +184,24 @@ def test_activation_checkpointing_keeps_the_inputs_of_blocks_and_computes_again(
     assert work["all_training"] == base["all_training"] * 4 / 3
 
 
+def test_selective_checkpointing_keeps_what_products_return():
+    deep, heads, tokens, width = {"depth": 8, "encoder_depth": 5}, 2, 16, 32
+    bytes_of = {
+        kind: memory(small_recipe(objective=FlowMatching(small_ddt(activation_checkpointing=kind, **deep).to("meta"))))[
+            "activations"
+        ]
+        for kind in (False, "selective", True)
+    }
+    inner = int(8 * width / 3)
+    # qkv, attention with a float32 sum a head and token, its projection, w1, w3, w2: in bf16
+    block = tokens * (2 * (3 * width + width + width + 2 * inner + width) + 4 * heads)
+    adaln = 6 * width * 2 * (5 + 3 * tokens)  # of 5 encoder blocks a vector, of 3 decoder blocks one a token
+    assert bytes_of["selective"] - bytes_of[True] == 8 * (8 * block + adaln)
+    assert bytes_of["selective"] < bytes_of[False]
+    selective = small_recipe(objective=FlowMatching(small_ddt(activation_checkpointing="selective").to("meta")))
+    assert flops(selective)["recomputed"] == 0
+
+
 def test_the_baseline_has_no_halves():
     model = DiT(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, num_classes=5)
     found = estimate(small_recipe(objective=FlowMatching(model.to("meta"))), RATE)
