@@ -61,8 +61,8 @@ class Size:
     models: the small and the large one, of conf/model. changes: to both. latent_size, batch_size: of their inputs.
     image_size: of the autoencoder's and the target's images. vae_channels: of its levels, in vae_groups. target: a
     name of timm's. run: settings of the runs of train.py on digits, which end at twice `steps`. benchmarks: what
-    scripts/benchmark.py gets, by name. short: settings of the short training. digits_alone: whether that looks for no
-    larger pictures.
+    scripts/benchmark.py gets, by name, after its share of the time. short: settings of the short training.
+    digits_alone: whether that looks for no larger pictures.
     """
 
     models: tuple[str, str]
@@ -75,12 +75,15 @@ class Size:
     target: str
     run: tuple[str, ...]
     steps: int
-    benchmarks: dict[str, tuple[str, ...]]
+    benchmarks: dict[str, tuple[float, tuple[str, ...]]]
     short: tuple[str, ...]
     digits_alone: bool
 
 
 FAST = ("dtype=bf16", "compile=true", "batch_size=max")
+FEW = ("parts=[training,sampling]", "sampling_batch_sizes=[32]", "num_steps=20", "ratios=[0,0.8]", "repeats=3")
+MOST = "[training,forward,sampling,target,autoencoder,average,optimizer,activations,candidates]"
+TINY = ("parts=[forward,optimizer]", "align_depth=1", "repeats=1")
 SMALL = ("model.hidden_size=32", "model.num_heads=2", "model.depth=2", "model.encoder_depth=1")
 SIZES = {
     "full": Size(
@@ -95,9 +98,9 @@ SIZES = {
         run=("trainer.global_batch_size=64",),
         steps=10,
         benchmarks={
-            "b": ("model=b_8en4de", *FAST),
-            "l": ("model=l_20en4de", *FAST),
-            "xl": ("model=xl_22en6de", *FAST),
+            "xl": (0.5, ("model=xl_22en6de", *FAST, *FEW)),
+            "b": (0.3, ("model=b_8en4de", *FAST, "sampling_batch_sizes=[1,32]", f"parts={MOST}")),
+            "l": (0.2, ("model=l_20en4de", *FAST, *FEW)),
         },
         short=("trainer.max_steps=1000", "trainer.warmup_steps=100"),
         digits_alone=False,
@@ -113,7 +116,7 @@ SIZES = {
         target="vit_tiny_patch16_224.augreg_in21k",
         run=("trainer.global_batch_size=8", "model.patch_size=4", *SMALL),
         steps=2,
-        benchmarks={"b": ("model=nano", "latent_size=8", "batch_size=2", "dtype=fp32", "compile=false", "repeats=1")},
+        benchmarks={"b": (1, ("model=nano", "latent_size=8", "batch_size=2", "dtype=fp32", "compile=false", *TINY))},
         short=("trainer.max_steps=40", "trainer.warmup_steps=0", "model.patch_size=4", *SMALL),
         digits_alone=True,
     ),

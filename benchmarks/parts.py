@@ -24,6 +24,7 @@ from ddt.cost import network_macs, sampling_macs
 from ddt.ema import EMA, ConstantDecay
 from ddt.errors import require
 from ddt.files import fsync, sha256
+from ddt.generation import cast_weights
 from ddt.layers import Attention
 from ddt.model import DDT
 from ddt.objective import FlowMatching
@@ -135,6 +136,8 @@ def forward(setup: Setup) -> Iterator[Case]:
     """One velocity, encoder and decoder, without gradients."""
     model = setup.network()
     plain = PlainDDT(model).to(setup.device).eval()
+    if setup.dtype == "bf16":  # as sample.py does
+        cast_weights(model)
     for n in dict.fromkeys([*setup.sampling_batch_sizes, setup.batch_size]):
         x, t, y = setup.noise(n), torch.rand(n, device=setup.device), torch.arange(n, device=setup.device) % CLASSES
 
@@ -245,7 +248,7 @@ def random_target(setup: Setup, compiled: bool = False) -> Target:
 
 def training(setup: Setup) -> Iterator[Case]:
     """A training step: losses, gradients, optimizer, average; with the alignment's target and without."""
-    for aligned in (False, True):
+    for aligned in (True, False):
         target = random_target(setup) if aligned else None
         ours = OurTraining(setup, setup.network(), target)
         plain = PlainSteps(setup, ours, setup.compile)
@@ -285,6 +288,8 @@ def sampling(setup: Setup) -> Iterator[Case]:
     """A set of latents by Euler's method, with and without the encoder's sharing and the guidance interval."""
     model = setup.network()
     plain = PlainDDT(model).to(setup.device).eval()
+    if setup.dtype == "bf16":
+        cast_weights(model)
     macs = functools.partial(sampling_macs, model, setup.latent_size, setup.latent_size)
     if setup.compile:
         compile_blocks(model, dynamic=True)

@@ -20,6 +20,7 @@ from ddt.tracking import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARK = ROOT / "scripts" / "benchmark.py"
+TRAINING_MINUTES = 2  # of the second stage, for the short training
 GRACE = 30  # seconds that a process which began in time may still take
 BF16_LOSS = 1e-2  # relative: two halves of a batch round to bf16 in other places
 
@@ -149,8 +150,9 @@ def rate(row: dict[str, Any]) -> str:
 def benchmark(place: Place, name: str) -> list[Finding]:
     """Run scripts/benchmark.py and return the fastest way of each part."""
     out = place.out / f"benchmark_{name}"
-    minutes = max(place.minutes - 3, 1) / 3  # three models, and three minutes for the training
-    settings = (*place.size.benchmarks[name], f"minutes={minutes:g}", f"out={out}")
+    share, chosen = place.size.benchmarks[name]
+    minutes = share * max(place.minutes - TRAINING_MINUTES, 1)
+    settings = (*chosen, f"minutes={minutes:g}", f"out={out}")
     call(place, BENCHMARK, *settings, name=f"benchmark_{name}", seconds=60 * minutes + GRACE)
     rows = json.loads((out / "benchmark.json").read_text())["rows"]
     best: dict[str, dict[str, Any]] = {}

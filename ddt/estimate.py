@@ -97,7 +97,7 @@ class Recipe:
     @property
     def checkpointing(self) -> Checkpointing:
         """What of the blocks is computed again in the backward pass."""
-        return stacks(self.objective)[0].blocks[0].activation_checkpointing
+        return blocks(self.objective)[0].activation_checkpointing
 
 
 def stacks(module: nn.Module) -> list[BlockStack]:
@@ -105,12 +105,16 @@ def stacks(module: nn.Module) -> list[BlockStack]:
     return [part for part in module.modules() if isinstance(part, BlockStack)]
 
 
+def blocks(module: nn.Module) -> list[Block]:
+    """Return the blocks of a denoiser, the encoder's first."""
+    return [part for part in module.modules() if isinstance(part, Block)]
+
+
 def with_checkpointing(objective: FlowMatching, kind: Checkpointing) -> FlowMatching:
     """Return a copy of an objective whose blocks keep this much for the backward pass."""
     changed = copy.deepcopy(objective)
-    for stack in stacks(changed):
-        for block in stack.blocks:
-            block.activation_checkpointing = kind
+    for block in blocks(changed):
+        block.activation_checkpointing = kind
     return changed
 
 
@@ -281,7 +285,7 @@ def activation_bytes(objective: FlowMatching, shape: tuple[int, int, int], bf16:
     all save the same, one and two are run and the others added. With activation checkpointing it is the blocks' inputs,
     and what the one block saves that is computed again; with selective checkpointing also what its products return.
     """
-    kind = stacks(objective)[0].blocks[0].activation_checkpointing
+    kind = blocks(objective)[0].activation_checkpointing
     if kind == "selective":
         objective = with_checkpointing(objective, True)
     first, alignment = stacks(objective)[0], objective.alignment
@@ -302,7 +306,7 @@ def activation_bytes(objective: FlowMatching, shape: tuple[int, int, int], bf16:
         return (large - small) // 2
 
     def block(batch: int, stack: BlockStack, products: bool) -> int:
-        tokens, last = (batch, height * width, objective.denoiser.hidden_size), copy.deepcopy(stack.blocks[-1])
+        tokens, last = (batch, height * width, objective.denoiser.hidden_size), copy.deepcopy(blocks(stack)[-1])
         last.activation_checkpointing = False
         per_token = isinstance(objective.denoiser, DDT) and stack is stacks(objective)[-1]
         with Products() as returned:
@@ -336,7 +340,7 @@ def memory(recipe: Recipe) -> dict[str, float]:
     averages = len(average_rules(trainer.ema_decay, trainer.ema_decays, trainer.ema_powers))
     parts = recipe.gpus if sharded else 1
     cast = [layer for layer in recipe.objective.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    block = max(count(module) for module in recipe.objective.modules() if isinstance(module, Block))
+    block = max(map(count, blocks(recipe.objective)))
     micro, _ = trainer.micro_batches(recipe.gpus)
     found = {
         "weights": FLOAT * trained / parts,
@@ -356,7 +360,7 @@ def memory(recipe: Recipe) -> dict[str, float]:
 
 def outside_blocks(objective: FlowMatching) -> int:
     """Return the parameters that are in no block."""
-    return count(objective) - sum(count(module) for module in objective.modules() if isinstance(module, Block))
+    return count(objective) - sum(map(count, blocks(objective)))
 
 
 def ways_to_fit(recipe: Recipe, found: dict[str, float], limit: float) -> str:

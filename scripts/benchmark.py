@@ -4,12 +4,12 @@ python scripts/benchmark.py [model=b_8en4de] [parts=[training,sampling]] [dtype=
 """
 
 import datetime
+import functools
 import importlib.metadata
 import logging
 import os
 import platform
 import shlex
-import shutil
 import sys
 import tempfile
 import time
@@ -31,6 +31,7 @@ from benchmarks.growth import growth
 from benchmarks.parts import OurTraining, PlainSteps, Setup, check_model, random_target
 from benchmarks.report import draw, markdown
 from benchmarks.timing import Case, Row, matmul_rate, measure
+from ddt.compiling import compiles
 from ddt.config import build
 from ddt.errors import UserError, first_line, require
 from ddt.files import check_writable, write_json
@@ -163,64 +164,70 @@ def said(row: Row) -> str:
     return f"{row['part']}, {row['case']}: {row['way']}: {1000 * row['seconds']:.4g} ms{faster}{share}"
 
 
-def benchmark(make_model: Callable[..., Any], model: str, settings: dict[str, Any]) -> bool:
-    """Measure, print, and write benchmark.json, benchmark.md and benchmark.png where asked to; tell whether all ran."""
-    started, out = time.monotonic(), None if settings["out"] is None else Path(settings["out"])
-    deadline = started + 60 * (settings["minutes"] or float("inf"))
+def write(found: dict[str, Any], out: Path) -> None:
+    """Write benchmark.json, benchmark.md and benchmark.png."""
+    write_json(out / "benchmark.json", found)
+    (out / "benchmark.md").write_text(markdown(found))
+    draw(found, out / "benchmark.png")
+
+
+def setup_of(make_model: Callable[..., Any], settings: dict[str, Any], folder: Path) -> Setup:
+    """Return what is measured, on this machine's device."""
     if settings["threads"] is not None:
         torch.set_num_threads(settings["threads"])
     cuda = torch.cuda.is_available()
     dtype = settings["dtype"] or ("bf16" if cuda else "fp32")
     accelerator = make_accelerator(dtype)
-    device, profiles = accelerator.device, None
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    if settings["profile"]:
-        assert out is not None
-        profiles = out / "profiles"
-        profiles.mkdir(exist_ok=True)
-    about, rows = machine(device), []
-    number = torch.bfloat16 if dtype == "bf16" else torch.float32
-    rate = matmul_rate(device, number, PRODUCT[device.type])
-    log.info("%s, %s: a product of matrices runs at %.3g TFLOP/s", about["device"], dtype, rate / 1e12)
-    folder = Path(tempfile.mkdtemp(prefix="benchmark_"))
-    compile_ = cuda if settings["compile"] is None else settings["compile"]
-    names = (
-        "latent_size", "batch_size", "sampling_batch_sizes", "num_steps", "ratios", "align_depth", "records",
-    )  # fmt: skip
+    names = ("latent_size", "batch_size", "sampling_batch_sizes", "num_steps", "ratios", "align_depth", "records")
     setup = Setup(
-        make_model=make_model, device=device, dtype=dtype, compile=compile_, folder=folder, accelerator=accelerator,
+        make_model=make_model, device=accelerator.device, dtype=dtype, folder=folder, accelerator=accelerator,
+        compile=compiles("compile", settings["compile"], cuda, accelerator.device),
         **{name: settings[name] for name in names},
     )  # fmt: skip
-    try:
-        if setup.batch_size == "max":
-            setup.batch_size = largest_batch(setup)
-            log.info("batch_size=max: %d", setup.batch_size)
-        for part in settings["parts"]:
-            if time.monotonic() > deadline:
-                rows.append({"part": part, "not_run": "out of time"})
-                log.info("%s", said(rows[-1]))
-                continue
-            for row in run_part(part, setup, rate, settings["repeats"], deadline, profiles):
-                log.info("%s", said(row))
-                rows.append(row)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    again = matmul_rate(device, number, PRODUCT[device.type])
-    found = {
-        "kind": "benchmark",
-        "rows": rows,
-        "matmul": {"flops_per_second": rate, "at_the_end": again, "dtype": dtype, "size": PRODUCT[device.type]},
-        "machine": about,
-        "settings": {**settings, "model": model, "dtype": dtype, "compile": compile_, "batch_size": setup.batch_size},
+    if setup.batch_size == "max":
+        setup.batch_size = largest_batch(setup)
+        log.info("batch_size=max: %d", setup.batch_size)
+    return setup
+
+
+def benchmark(make_model: Callable[..., Any], model: str, settings: dict[str, Any], folder: Path) -> bool:
+    """Measure, print, and write benchmark.json, benchmark.md and benchmark.png where asked to; tell whether all ran.
+
+    folder: for what is written for a while.
+    """
+    started, out = time.monotonic(), None if settings["out"] is None else Path(settings["out"])
+    deadline = started + 60 * (settings["minutes"] or float("inf"))
+    profiles = out / "profiles" if out is not None and settings["profile"] else None
+    for made in filter(None, (out, profiles)):
+        made.mkdir(parents=True, exist_ok=True)
+    setup = setup_of(make_model, settings, folder)
+    about, size = machine(setup.device), PRODUCT[setup.device.type]
+    product = functools.partial(
+        matmul_rate, setup.device, torch.bfloat16 if setup.dtype == "bf16" else torch.float32, size
+    )
+    rate = product()
+    log.info("%s, %s: a product of matrices runs at %.3g TFLOP/s", about["device"], setup.dtype, rate / 1e12)
+    used = {"model": model, "dtype": setup.dtype, "compile": setup.compile, "batch_size": setup.batch_size}
+    found: dict[str, Any] = {
+        "kind": "benchmark", "rows": [],
+        "matmul": {"flops_per_second": rate, "dtype": setup.dtype, "size": size},
+        "machine": about, "settings": {**settings, **used},
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "minutes": (time.monotonic() - started) / 60,
-    }
+    }  # fmt: skip
+    rows: list[Row] = found["rows"]
+    for part in settings["parts"]:
+        late = time.monotonic() > deadline
+        over: list[Row] = [{"part": part, "not_run": "out of time"}]
+        for row in over if late else run_part(part, setup, rate, settings["repeats"], deadline, profiles):
+            log.info("%s", said(row))
+            rows.append(row)
+        found["minutes"] = (time.monotonic() - started) / 60
+        if out is not None:  # after each part: whoever ends this keeps what there is
+            write(found, out)
+    found["matmul"]["at_the_end"] = product()  # whether the machine is still as fast
     if out is not None:
-        write_json(out / "benchmark.json", found)
-        (out / "benchmark.md").write_text(markdown(found))
-        draw(found, out / "benchmark.png")
+        write(found, out)
         log.info("written: %s", out / "benchmark.md")
     return not any("failed" in row for row in rows)
 
@@ -234,8 +241,9 @@ def main(cfg: DictConfig) -> None:
     make_model, name = build(config["model"]), HydraConfig.get().runtime.choices.model
     with torch.device("meta"):
         check_model(make_model(in_channels=1, num_classes=1), settings["align_depth"])
-    if not benchmark(make_model, name, settings):
-        raise UserError("parts failed: see the lines above")
+    with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
+        sound = benchmark(make_model, name, settings, Path(folder))
+    require(sound, "parts failed: see the lines above")
 
 
 if __name__ == "__main__":

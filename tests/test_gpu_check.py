@@ -90,7 +90,7 @@ def test_the_whole_check_passes_at_tiny_sizes(quick, tmp_path):
     (measured,) = [row for row in rows if row["check"] == "benchmark b"]
     assert measured["value"] == "5 images/s, 50% of a product's rate"  # the fastest way of the part
     given = json.loads((out / "benchmark_b" / "benchmark.json").read_text())["given"]
-    assert (given["model"], given["minutes"], given["batch_size"]) == ("nano", "2", "2")
+    assert (given["model"], given["minutes"], given["batch_size"]) == ("nano", "7", "2")
     assert done.stderr.endswith((out / "gpu_check.md").read_text() + "\n")  # the table comes last
     assert len(table((out / "gpu_check.md").read_text())) == len(rows) + 2
     machine = content["check"]["machine"]
