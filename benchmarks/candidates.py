@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.parts import OurTraining, Setup, adamw, probe, random_autoencoder, step_and_probe, with_gradients
-from benchmarks.plain import rotate as rotate_complex
-from benchmarks.plain import rotations
 from benchmarks.timing import Case, Way
 from ddt.ema import EMA, ConstantDecay
 from ddt.layers import positions, rotate
@@ -90,12 +88,17 @@ def attention(setup: Setup) -> Iterator[Case]:
         yield compared(f"attention, heads of {width}, batch {n}", setup, calls, n, 1e-3)
         side = setup.latent_size // 2
         at = positions(int(width), side, side, setup.device)
-        turns = rotations(int(width), side, side, setup.device)
         calls = {
-            "cos and sin": functools.partial(rotate, q, at.cos, at.sin),
-            "complex": functools.partial(rotate_complex, q, turns),
+            "complex": functools.partial(rotate, q, at.cos, at.sin),
+            "sines and cosines": functools.partial(turned, q, at.cos, at.sin),
         }
         yield compared(f"rotation, heads of {width}, batch {n}", setup, calls, n)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Do what `ddt.layers.rotate` does, without complex numbers."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
 def runs(call: Callable[[], Any]) -> bool:

@@ -108,12 +108,22 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def check(case: Case) -> dict[str, float]:
-    """Return by how much each way differs from its base; raise UserError where that is more than the tolerance."""
-    results: dict[str, Tensor] = {}
+def first_results(case: Case, device: torch.device) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return what must agree of each way, and the seconds of that first call: it allocates, chooses kernels, compiles."""
+    results, seconds = {}, {}
     for name, way in case.ways.items():
         with way.context():
+            start = time.perf_counter()
             results[name] = (way.check or way.call)()
+            synchronize(device)
+            seconds[name] = time.perf_counter() - start
+    return results, seconds
+
+
+def errors_of(case: Case, results: dict[str, Tensor]) -> dict[str, float]:
+    """Return by how much each way's result differs from its base's; raise UserError where that is more than the
+    tolerance.
+    """
     first = next(iter(case.ways))
     errors = {name: relative_error(results[name], results[way.base or first]) for name, way in case.ways.items()}
     for name, error in errors.items():
@@ -155,11 +165,9 @@ def measure(
     rate: FLOP/s of a matrix product. profiles: folder for a table of each way's longest operations.
     Raises UserError where they do not agree.
     """
-    first_calls: dict[str, float] = {}
-    for name, way in case.ways.items():  # allocates, chooses kernels, compiles
-        with way.context():
-            first_calls[name] = seconds_of(way.check or way.call, device)
-    errors = check(case)
+    results, first_calls = first_results(case, device)
+    errors = errors_of(case, results)
+    del results
     peaks = {name: peak_bytes(way, device) for name, way in case.ways.items()}
     times = rounds(case, device, repeats, deadline)
     first, found = next(iter(case.ways)), []

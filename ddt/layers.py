@@ -83,8 +83,12 @@ def positions(head_dim: int, height: int, width: int, device: torch.device) -> P
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the channel pairs (2k, 2k+1) of x (..., N, d) by the angles of cos, sin (N, d/2), in float32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (..., N, d/2) each
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    pairs = x.float().unflatten(-1, (-1, 2))  # (..., N, d/2, 2)
+    if torch.compiler.is_compiling():  # it makes no code for complex numbers, and one pass of this
+        even, odd = pairs.unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
     return turned.flatten(-2).type_as(x)  # (..., N, d)
 
 
