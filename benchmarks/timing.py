@@ -109,7 +109,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 
 def first_results(case: Case, device: torch.device) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return what must agree of each way, and the seconds of that first call: it allocates, chooses kernels, compiles."""
+    """Return what must agree of each way, and the seconds of that call: it allocates, chooses kernels, compiles."""
     results, seconds = {}, {}
     for name, way in case.ways.items():
         with way.context():
