@@ -68,7 +68,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 7) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 15) -> float:
     """Return the FLOP/s of the product of two random square matrices of `size`: what the hardware is held against."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = [seconds_of(lambda: a @ b, device) for _ in range(repeats)]

@@ -82,8 +82,11 @@ def check_arguments(
         try:
             converted[name] = adapter.validate_python(value)
         except ValidationError as error:
-            problem = error.errors()[0]
-            problems.append(f"{key}={value}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+            first, *others = error.errors()
+            words = [first, *(other for other in others if other["type"] == "literal_error")]  # of a union: true | word
+            problems.append(
+                f"{key}={value}: {', or '.join(each['msg'][0].lower() + each['msg'][1:] for each in words)}"
+            )
     return converted, problems
 
 

@@ -12,6 +12,7 @@ from omegaconf import open_dict
 
 import train
 from ddt.config import build, check_arguments
+from ddt.layers import Block
 from scripts.entry import CONF, checked
 
 MODELS = (
@@ -212,6 +213,12 @@ def test_values_are_converted_to_the_annotated_types():
     _, problems = check_arguments(function, {"count": "x", "nome": "y"}, "group")
     assert problems[0].startswith("group.count=x: ")
     assert problems[1] == "group.nome: no such setting; did you mean name?"
+
+
+def test_a_word_beside_true_and_false_is_named():
+    _, problems = check_arguments(Block, {"activation_checkpointing": "all"}, "model")
+    assert problems[0].startswith("model.activation_checkpointing=all: input should be a valid boolean")
+    assert problems[0].endswith(", or input should be 'selective'")
 
 
 def test_a_sweep_keeps_a_folder_for_each_job(tmp_path):
