@@ -108,7 +108,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def first_results(case: Case, device: torch.device) -> tuple[dict[str, Tensor], dict[str, float]]:
+def first_results(case: Case, device: torch.device, progress: tqdm) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return what must agree of each way, and the seconds of that call: it allocates, chooses kernels, compiles."""
     results, seconds = {}, {}
     for name, way in case.ways.items():
@@ -117,6 +117,7 @@ def first_results(case: Case, device: torch.device) -> tuple[dict[str, Tensor], 
             results[name] = (way.check or way.call)()
             synchronize(device)
             seconds[name] = time.perf_counter() - start
+        progress.update()
     return results, seconds
 
 
@@ -135,20 +136,21 @@ def errors_of(case: Case, results: dict[str, Tensor]) -> dict[str, float]:
     return errors
 
 
-def rounds(case: Case, device: torch.device, repeats: int, deadline: float) -> dict[str, list[float]]:
+def rounds(case: Case, device: torch.device, repeats: int, deadline: float, progress: tqdm) -> dict[str, list[float]]:
     """Return the seconds of each way in each round.
 
     Every second round goes backwards, so that no way always follows the same other one. After the deadline no further
     round begins.
     """
     seconds: dict[str, list[float]] = {name: [] for name in case.ways}
-    for repeat in tqdm(range(repeats), desc=f"{case.part}: {case.name}", unit="round", leave=False):
+    for repeat in range(repeats):
         if repeat and time.monotonic() > deadline:
             break
         for name in list(case.ways) if repeat % 2 == 0 else reversed(case.ways):
             way = case.ways[name]
             with way.context():
                 seconds[name].append(seconds_of(way.call, device))
+            progress.update()
     return seconds
 
 
@@ -165,11 +167,17 @@ def measure(
     rate: FLOP/s of a matrix product. profiles: folder for a table of each way's longest operations.
     Raises UserError where they do not agree.
     """
-    results, first_calls = first_results(case, device)
-    errors = errors_of(case, results)
-    del results
-    peaks = {name: peak_bytes(way, device) for name, way in case.ways.items()}
-    times = rounds(case, device, repeats, deadline)
+    # the first calls and those whose memory is looked at are not timed
+    total = (2 + repeats) * len(case.ways)
+    with tqdm(total=total, desc=f"{case.part}: {case.name}", unit="call", leave=False) as progress:
+        results, first_calls = first_results(case, device, progress)
+        errors = errors_of(case, results)
+        del results
+        peaks = {}
+        for name, way in case.ways.items():
+            peaks[name] = peak_bytes(way, device)
+            progress.update()
+        times = rounds(case, device, repeats, deadline, progress)
     first, found = next(iter(case.ways)), []
     for name, way in case.ways.items():
         seconds, base = statistics.median(times[name]), way.base or first

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from conftest import inputs, refusal, small_ddt, succeed
+from tqdm import tqdm
 
 from benchmarks import parts as measured_parts
 from benchmarks import timing
@@ -24,7 +25,7 @@ GOLDEN_INPUTS = ("x", "t", "y")
 
 def agreement(case):
     """How much the ways of a case differ; refused where that is more than rounding."""
-    results, _ = timing.first_results(case, CPU)
+    results, _ = timing.first_results(case, CPU, tqdm(disable=True))
     return timing.errors_of(case, results)
 
 
@@ -109,10 +110,10 @@ def test_ways_that_disagree_are_refused():
 def test_ways_take_turns_and_stop_in_time():
     calls = []
     case = case_of(**{name: Way(lambda name=name: calls.append(name)) for name in ("plain", "ours")})
-    times = timing.rounds(case, CPU, repeats=3, deadline=math.inf)
+    times = timing.rounds(case, CPU, repeats=3, deadline=math.inf, progress=tqdm(disable=True))
     assert calls == ["plain", "ours", "ours", "plain", "plain", "ours"]
     assert {name: len(values) for name, values in times.items()} == {"plain": 3, "ours": 3}
-    times = timing.rounds(case, CPU, repeats=3, deadline=time.monotonic() - 1)
+    times = timing.rounds(case, CPU, repeats=3, deadline=time.monotonic() - 1, progress=tqdm(disable=True))
     assert {name: len(values) for name, values in times.items()} == {"plain": 1, "ours": 1}
 
 
