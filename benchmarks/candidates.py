@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.parts import OurTraining, Setup, adamw, probe, random_autoencoder, step_and_probe, with_gradients
 from benchmarks.timing import Case, Way
+from ddt.compiling import compile_blocks
 from ddt.ema import EMA, ConstantDecay
-from ddt.layers import positions, rotate
+from ddt.layers import Block, positions, rotate
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -105,6 +106,8 @@ def runs(call: Callable[[], Any]) -> bool:
     """Tell whether this machine has a kernel for a call."""
     try:
         call()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # "No available kernel"
         return False
     return True
@@ -114,7 +117,7 @@ def updates(setup: Setup) -> Iterator[Case]:
     """Ways to move the averages and to take AdamW's step."""
     model = setup.network()
     weights = [p.detach() for p in model.parameters()]
-    rate = torch.tensor(1e-4, device=setup.device)
+    rate, none = torch.tensor(1e-4, device=setup.device), torch.zeros((), device=setup.device)
 
     def average() -> EMA[Any]:
         made = EMA(model, ConstantDecay(0.9999))
@@ -128,7 +131,7 @@ def updates(setup: Setup) -> Iterator[Case]:
 
     @torch.no_grad()
     def lerp() -> Tensor:
-        ours.update(model, 1)
+        ours.update(model, 1, none)
         return probe(ours.model.parameters())
 
     @torch.no_grad()
@@ -201,7 +204,20 @@ def graphs(setup: Setup) -> Iterator[Case]:
         yield compared(f"forward, batch {n}", setup, calls, n)
 
 
+def kernels(setup: Setup) -> Iterator[Case]:
+    """Blocks whose kernels are chosen by timing them, and as the code has them: the same in each process."""
+    if setup.device.type != "cuda" or not setup.compile:
+        return
+    fixed, timed = (OurTraining(setup, setup.network(), None) for _ in range(2))
+    compile_blocks(fixed.objective.denoiser, dynamic=False)
+    for block in [part for part in timed.objective.modules() if isinstance(part, Block)]:
+        block.compile(fullgraph=True, dynamic=False)
+    batch = setup.batch(setup.batch_size)
+    calls = {"fixed": functools.partial(fixed.gradients, batch), "timed": functools.partial(timed.gradients, batch)}
+    yield compared(f"kernels, batch {setup.batch_size}", setup, calls, setup.batch_size, 1e-3)
+
+
 def candidates(setup: Setup) -> Iterator[Case]:
     """Every candidate beside what the code does."""
-    for group in (linears, attention, updates, channels_last, accumulation, graphs):
+    for group in (linears, attention, updates, channels_last, accumulation, graphs, kernels):
         yield from group(setup)

@@ -81,7 +81,7 @@ class Size:
 
 
 FAST = ("dtype=bf16", "compile=true", "batch_size=max")
-FEW = ("parts=[training,sampling]", "sampling_batch_sizes=[32]", "num_steps=20", "ratios=[0,0.8]", "repeats=3")
+FEW = ("parts=[sampling,training]", "sampling_batch_sizes=[32]", "num_steps=20", "ratios=[0,0.8]", "repeats=3")
 MOST = "[training,forward,sampling,target,autoencoder,average,optimizer,activations,candidates]"
 TINY = ("parts=[forward,optimizer]", "align_depth=1", "repeats=1")
 SMALL = ("model.hidden_size=32", "model.num_heads=2", "model.depth=2", "model.encoder_depth=1")
@@ -339,18 +339,12 @@ def frozen_networks(place: Place) -> list[Finding]:
     from safetensors.torch import save_file
 
     from ddt.alignment import Target
-    from ddt.autoencoder import KLAutoencoder
+    from ddt.autoencoder import SD_VAE, KLAutoencoder
 
     torch.manual_seed(0)
     size, cpu = place.size, torch.device("cpu")
-    diffusers.AutoencoderKL(
-        block_out_channels=size.vae_channels,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=CHANNELS,
-        norm_num_groups=size.vae_groups,
-    ).save_pretrained(place.scratch / "vae")
+    widths = {"block_out_channels": size.vae_channels, "norm_num_groups": size.vae_groups}
+    diffusers.AutoencoderKL.from_config(SD_VAE | widths).save_pretrained(place.scratch / "vae")
     extractor = timm.create_model(size.target)
     save_file(random_values(extractor).state_dict(), place.scratch / "target.safetensors")
     found: list[list[Tensor]] = []

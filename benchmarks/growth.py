@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import statistics
@@ -13,6 +14,7 @@ import torch
 
 from benchmarks.parts import CHANNELS, OurTraining, Setup
 from benchmarks.timing import Row, seconds_of
+from ddt.compiling import compile_blocks
 from ddt.launch import launch
 from ddt.throughput import training_flops
 from ddt.training import make_accelerator
@@ -23,6 +25,8 @@ ENCODER_SHARE = 2 / 3  # of the blocks, where the depth varies
 def timed(setup: Setup, repeats: int) -> dict[str, float]:
     """Return the seconds of a training step, the median, and its FLOPs on this process."""
     ours, batch = OurTraining(setup, setup.network(), None), setup.batch(setup.batch_size)
+    if setup.compile:
+        compile_blocks(ours.objective.denoiser, dynamic=False)
     ours.step(batch)
     seconds = [seconds_of(functools.partial(ours.step, batch), setup.device) for _ in range(repeats)]
     shape = (CHANNELS, setup.latent_size, setup.latent_size)
@@ -39,6 +43,8 @@ def on_this_process(fields: dict[str, Any], repeats: int, file: str) -> None:
 
 def together(setup: Setup, processes: int, repeats: int) -> dict[str, float]:
     """Return `timed` of each of several processes that train together."""
+    gc.collect()
+    torch.cuda.empty_cache()  # for the other process on this GPU
     names = [field.name for field in dataclasses.fields(setup) if field.name not in ("device", "accelerator")]
     file = setup.folder / f"processes_{processes}.json"
     launch(on_this_process, processes, {name: getattr(setup, name) for name in names}, repeats, str(file))
@@ -63,9 +69,10 @@ def growth(setup: Setup, rate: float, repeats: int) -> Iterator[Row]:
 
     def row(what: str, value: float, images: int, found: dict[str, float], processes: int = 1) -> Row:
         seconds, flops = found["seconds"], found["flops"]
+        each = processes if setup.device.type == "cpu" else 1  # they share a CPU, whose rate this is
         return {
             "part": "growth", "case": what, "value": value, "images": images, "seconds": seconds, "flops": flops,
-            "images_per_second": images / seconds, "share_of_matmul": processes * flops / seconds / rate,
+            "images_per_second": images / seconds, "share_of_matmul": each * flops / seconds / rate,
         }  # fmt: skip
 
     for what, value, there in points(setup):

@@ -3,6 +3,7 @@
 Shapes: B batch, C H W latent, S = 8·H pixels a side. Weights and inputs are random, and nothing is read from a hub.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -18,7 +19,7 @@ from benchmarks.plain import PlainDDT, PlainTraining, plain_features, plain_samp
 from benchmarks.timing import Case, Way, eager
 from ddt import checkpoint as ckpt
 from ddt.alignment import REPA, Target
-from ddt.autoencoder import KLAutoencoder
+from ddt.autoencoder import SD_VAE, KLAutoencoder
 from ddt.compiling import compile_blocks
 from ddt.cost import network_macs, sampling_macs
 from ddt.ema import EMA, ConstantDecay
@@ -35,11 +36,6 @@ from ddt.throughput import target_flops, training_flops
 
 CHANNELS, CLASSES, CELL = 4, 1000, 8  # SD-VAE's latents and pixels a cell, ImageNet
 TARGET = "vit_base_patch14_dinov2.lvd142m"
-SD_VAE = {
-    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2, "latent_channels": CHANNELS,
-    "norm_num_groups": 32, "sample_size": 256,
-}  # fmt: skip
 INTERVALS = {"guided on (0.3, 1)": (0.3, 1.0), "guided always": None}
 
 
@@ -91,12 +87,18 @@ class Setup:
     def network(self, **changes: Any) -> DDT:
         """Build the network with random weights, also where a new one starts at zero: zero velocities all agree."""
         torch.manual_seed(0)
-        model = self.make_model(in_channels=CHANNELS, num_classes=CLASSES, **changes)
+        with self.device:
+            model = self.make_model(in_channels=CHANNELS, num_classes=CLASSES, **changes)
         with torch.no_grad():
             for parameter in model.parameters():
                 if not parameter.any():
                     parameter.normal_(std=0.02)
-        return model.to(self.device).eval()
+        return model.eval()
+
+    def plain(self, model: DDT) -> PlainDDT:
+        """Return the plain network of the same weights."""
+        with self.device:
+            return PlainDDT(model).eval()
 
     def noise(self, batch_size: int) -> Tensor:
         """Return noise (B, C, H, W)."""
@@ -123,10 +125,10 @@ def gradients(objective: torch.nn.Module) -> Tensor:
     """Return the norms of all gradients, and their products with fixed directions, in the order of the names; they are
     dropped.
     """
-    found = []
+    found, device = [], next(objective.parameters()).device
     for _, parameter in sorted(objective.named_parameters(), key=lambda item: item[0].rpartition("denoiser.")[2]):
         gradient = parameter.grad.flatten()
-        direction = torch.randn(len(gradient), generator=torch.Generator().manual_seed(0)).to(gradient.device)
+        direction = torch.randn(len(gradient), generator=torch.Generator(device).manual_seed(0), device=device)
         found += [gradient.norm(), gradient @ direction / len(gradient) ** 0.5]
         parameter.grad = None
     return torch.stack(found)
@@ -135,9 +137,12 @@ def gradients(objective: torch.nn.Module) -> Tensor:
 def forward(setup: Setup) -> Iterator[Case]:
     """One velocity, encoder and decoder, without gradients."""
     model = setup.network()
-    plain = PlainDDT(model).to(setup.device).eval()
+    plain = setup.plain(model)
     if setup.dtype == "bf16":  # as sample.py does
         cast_weights(model)
+    if setup.compile:
+        compile_blocks(model, dynamic=False)
+        compiled = torch.compile(plain, dynamic=False)
     for n in dict.fromkeys([*setup.sampling_batch_sizes, setup.batch_size]):
         x, t, y = setup.noise(n), torch.rand(n, device=setup.device), torch.arange(n, device=setup.device) % CLASSES
 
@@ -152,8 +157,7 @@ def forward(setup: Setup) -> Iterator[Case]:
             "ours": Way(functools.partial(call, model), flops, context=eager),
         }
         if setup.compile:
-            compile_blocks(model, dynamic=False)
-            ways["plain compiled"] = Way(functools.partial(call, torch.compile(plain, dynamic=False)), flops)
+            ways["plain compiled"] = Way(functools.partial(call, compiled), flops)
             ways["ours compiled"] = Way(functools.partial(call, model), flops)
         yield Case("forward", f"batch {n}", ways, n, setup.tolerance(1e-4))
 
@@ -162,6 +166,7 @@ class OurTraining:
     """One training step after the other, as the loop takes them."""
 
     def __init__(self, setup: Setup, model: DDT, target: Target | None) -> None:
+        setup.accelerator.free_memory()  # it holds on to all that it has prepared
         loss = None
         if target is not None:
             torch.manual_seed(3)
@@ -194,6 +199,11 @@ class OurTraining:
         self.backward(batch)
         self.state.update(clip_norm=None)
 
+    def there_and_back(self, batch: dict[str, Tensor]) -> None:
+        """Make the gradients of a batch and drop them."""
+        self.backward(batch)
+        self.objective.zero_grad(set_to_none=True)
+
     def gradients(self, batch: dict[str, Tensor]) -> Tensor:
         """Return what tells the gradients of a batch."""
         self.backward(batch)
@@ -207,7 +217,7 @@ class PlainSteps:
         self.setup, self.target = setup, ours.target
         loss = ours.objective.alignment
         projector, weight = (None, 0.0) if loss is None else (copy.deepcopy(loss.projector), loss.weight)
-        model = PlainDDT(ours.objective.denoiser).to(setup.device)
+        model = setup.plain(ours.objective.denoiser)
         self.training = PlainTraining(model, projector, setup.align_depth if projector else 0, weight, setup.dtype)
         self.eager, self.compiled = model, torch.compile(model, dynamic=False) if compiled else None
 
@@ -276,18 +286,18 @@ def activations(setup: Setup) -> Iterator[Case]:
     ways = {}
     for name, kept in {"all kept": False, "selective": "selective", "blocks computed again": True}.items():
         ours = OurTraining(setup, setup.network(activation_checkpointing=kept), None)
-        check = functools.partial(ours.gradients, batch)
-        ways[name] = Way(check, 0, context=eager)
+        call, check = (functools.partial(way, batch) for way in (ours.there_and_back, ours.gradients))
+        ways[name] = Way(call, context=eager, check=check)
         if setup.compile:
             compile_blocks(ours.objective.denoiser, dynamic=False)
-            ways[f"{name}, compiled"] = Way(check)
+            ways[f"{name}, compiled"] = Way(call, check=check)
     yield Case("activations", f"batch {n}", ways, n, setup.tolerance(1e-3))
 
 
 def sampling(setup: Setup) -> Iterator[Case]:
     """A set of latents by Euler's method, with and without the encoder's sharing and the guidance interval."""
     model = setup.network()
-    plain = PlainDDT(model).to(setup.device).eval()
+    plain = setup.plain(model)
     if setup.dtype == "bf16":
         cast_weights(model)
     macs = functools.partial(sampling_macs, model, setup.latent_size, setup.latent_size)
@@ -313,11 +323,18 @@ def sampling(setup: Setup) -> Iterator[Case]:
 
                 plain_flops = 2 * n * macs(settings, cached=False, skip_unconditional=False)
                 flops = 2 * n * macs(settings)
-                ways[own] = Way(plainly, plain_flops, own)
-                ways[f"ours {ratio:.2f}"] = Way(shared, flops, own, context=eager)
+                calls = {own: (plainly, plain_flops), f"ours {ratio:.2f}": (shared, flops)}
                 if setup.compile:
-                    ways[f"ours compiled {ratio:.2f}"] = Way(shared, flops, own)
+                    calls[f"ours compiled {ratio:.2f}"] = shared, flops
+                for name, (call, cost) in calls.items():
+                    context = eager if name.startswith("ours 0") else contextlib.nullcontext
+                    ways[name] = Way(call, cost, own, context, functools.partial(moved, call, noise))
             yield Case("sampling", f"batch {n}, {interval}", ways, n, setup.tolerance(1e-3))
+
+
+def moved(call: Callable[[], Tensor], noise: Tensor) -> Tensor:
+    """Return how far sampling went from the noise, which is most of the latents and the same whatever it does."""
+    return call() - noise
 
 
 def target(setup: Setup) -> Iterator[Case]:
@@ -381,7 +398,7 @@ def random_autoencoder(setup: Setup) -> KLAutoencoder:
     folder = setup.folder / "autoencoder"
     if not folder.exists():
         torch.manual_seed(5)
-        AutoencoderKL(**SD_VAE).save_pretrained(folder)
+        AutoencoderKL.from_config(SD_VAE).save_pretrained(folder)
     return KLAutoencoder(str(folder), encode_dtype=setup.dtype).to(setup.device)
 
 
@@ -423,7 +440,7 @@ def average(setup: Setup) -> Iterator[Case]:
     """A step of the averaged weights."""
     model = setup.network()
     plain, ours = (
-        PlainTraining(PlainDDT(model).to(setup.device), None, 0, 0.0, "fp32"),
+        PlainTraining(setup.plain(model), None, 0, 0.0, "fp32"),
         EMA(model, ConstantDecay(0.9999)),
     )
     with torch.no_grad():  # the averages are not the weights
@@ -431,18 +448,19 @@ def average(setup: Setup) -> Iterator[Case]:
             for parameter in module.parameters():
                 parameter.mul_(1.5)
     ours.place(setup.device, sharded=False)
+    none = torch.zeros((), device=setup.device)  # no skipped step, told on the device as the loop does
 
     def plainly() -> Tensor:
         plain.update_average()
         return probe(p for _, p in sorted(plain.average.named_parameters()))
 
     def our_way() -> Tensor:
-        ours.update(model, 1)
+        ours.update(model, 1, none)
         return probe(p for _, p in sorted(ours.model.named_parameters()))
 
     ways = {
         "plain": Way(plain.update_average, check=plainly),
-        "ours": Way(functools.partial(ours.update, model, 1), check=our_way),
+        "ours": Way(functools.partial(ours.update, model, 1, none), check=our_way),
     }
     yield Case("average", "a step", ways, 0, 1e-6)
 

@@ -42,8 +42,13 @@ def rotations(head_dim: int, height: int, width: int, device: torch.device) -> T
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Turn the channel pairs of x (B, heads, N, d)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # to be fair to the compiler, which makes no code for complex numbers
+        a, b = pairs.unbind(-1)
+        turned = torch.stack([a * turns.real - b * turns.imag, a * turns.imag + b * turns.real], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
+    return turned.flatten(-2).to(x.dtype)
 
 
 class PlainAttention(nn.Module):

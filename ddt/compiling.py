@@ -64,6 +64,8 @@ def compile_blocks(network: nn.Module, dynamic: bool) -> None:
     from torch._dynamo import config  # takes a second to import
 
     config.recompile_limit = RECOMPILE_LIMIT
+    # Under DDP torch would cut each block at DDP's buckets, to send gradients early; a graph a block does that already
+    config.optimize_ddp = False
     kinds = sum(isinstance(module, BlockStack) for module in network.modules())
     log.info("compiling %d kind%s of block at first use, which takes up to minutes", kinds, "s" if kinds > 1 else "")
     for block in [module for module in network.modules() if isinstance(module, Block)]:

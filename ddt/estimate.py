@@ -142,7 +142,7 @@ def assumed_rate(device: str, share: float, memory_gb: float | None, dtype: str)
 
 def fastest(rows: list[dict[str, Any]], part: str) -> dict[str, Any] | None:
     """Return the row of a part of a benchmark that did most arithmetic a second, plain ways left out; None: no row."""
-    found = [row for row in rows if row["part"] == part and not row["way"].startswith("plain")]
+    found = [row for row in rows if row["part"] == part and "seconds" in row and not row["way"].startswith("plain")]
     return max(found, key=lambda row: row["flops"] / row["seconds"], default=None)
 
 

@@ -24,6 +24,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells each s
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from torch.multiprocessing.spawn import ProcessException
 
 from benchmarks import parts as measured_parts
 from benchmarks.candidates import candidates
@@ -53,6 +54,7 @@ CASES: dict[str, Callable[[Setup], Iterator[Case]]] = {
     "candidates": candidates,
 }
 PARTS = (*CASES, "growth")
+MOST_MEMORY = 0.45  # of a batch that is the last one tried: twice as large it would not leave enough for compiled ways
 PRODUCT = {"cuda": 8192, "cpu": 2048}  # side of the matrices whose product's rate the others are held against
 
 
@@ -73,7 +75,9 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def largest_batch(setup: Setup) -> int:
-    """Return the largest power of two whose training step fits into the GPU's memory, plain and ours side by side."""
+    """Return the largest power of two whose training step fits into the GPU's memory, plain and ours side by side, and
+    leaves some of it.
+    """
     fits, n = 0, 4
     while True:
         setup.batch_size = n
@@ -90,6 +94,9 @@ def largest_batch(setup: Setup) -> int:
         finally:
             ours = plain = batch = None  # type: ignore[assignment]
             torch.cuda.empty_cache()
+        _, total = torch.cuda.mem_get_info(setup.device)
+        if torch.cuda.max_memory_allocated(setup.device) > MOST_MEMORY * total:
+            return n
         fits, n = n, 2 * n
 
 
@@ -148,7 +155,13 @@ def run_part(
                 yield {"part": part, "case": case.name, "not_run": f"{case.name} and what follows: out of time"}
                 return
             yield from measure(case, setup.device, rate, repeats, deadline, profiles)
-    except (UserError, torch.OutOfMemoryError, RuntimeError) as error:  # of a kernel or a compiler: the rest is told
+    except ImportError as error:
+        yield {"part": part, "not_run": first_line(error)}
+    except (
+        UserError,
+        RuntimeError,
+        ProcessException,
+    ) as error:  # of memory, kernel or compiler: others go on
         log.warning("%s", first_line(error))
         yield {"part": part, "not_run": first_line(error), "failed": True}
 
@@ -222,8 +235,10 @@ def benchmark(make_model: Callable[..., Any], model: str, settings: dict[str, An
         for row in over if late else run_part(part, setup, rate, settings["repeats"], deadline, profiles):
             log.info("%s", said(row))
             rows.append(row)
+            if out is not None:  # whoever ends this keeps what there is
+                write_json(out / "benchmark.json", found)
         found["minutes"] = (time.monotonic() - started) / 60
-        if out is not None:  # after each part: whoever ends this keeps what there is
+        if out is not None:
             write(found, out)
     found["matmul"]["at_the_end"] = product()  # whether the machine is still as fast
     if out is not None:

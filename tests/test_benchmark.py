@@ -1,9 +1,11 @@
 """The plain reference agrees with the project, and the benchmark measures what it says."""
 
 import contextlib
+import gc
 import json
 import math
 import time
+import weakref
 
 import pytest
 import torch
@@ -71,6 +73,57 @@ def test_a_plain_step_is_a_step_of_training(tmp_path, monkeypatch, aligned):
     apart = torch.cat([(mine[key] - theirs[key]).flatten() for key in start])
     assert apart.norm() < 0.02 * moved.norm()  # Adam turns a gradient near 0 into ± the learning rate
     assert moved.norm() > 0
+    averaged = [each.state_dict() for each in (ours.state.ema.model, plain.training.average)]
+    moved, other = (torch.cat([(average[key] - start[key]).flatten() for key in start]) for average in averaged)
+    assert (moved - other).norm() < 0.5 * moved.norm()  # steps of 1e-8, of which float32 keeps few digits
+
+
+def test_networks_of_former_cases_are_let_go(tmp_path):
+    setup = setup_of(tmp_path)
+    former = weakref.ref(OurTraining(setup, setup.network(), None).objective)
+    OurTraining(setup, setup.network(), None)
+    gc.collect()
+    assert former() is None
+
+
+def test_compiled_ways_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr(measured_parts, "TARGET", "vit_tiny_patch16_224")
+    compile_module, compile_function = torch.nn.Module.compile, torch.compile
+    cheap = {"options": None, "backend": "aot_eager"}  # traces as the real one does, and makes no C++
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compile_module(self, **{**kwargs, **cheap}))
+    monkeypatch.setattr(torch, "compile", lambda what, **kwargs: compile_function(what, **{**kwargs, **cheap}))
+    setup = setup_of(tmp_path, compile=True, ratios=[0, 0.5])
+    for part in ("forward", "training", "sampling", "activations"):
+        for case in getattr(measured_parts, part)(setup):
+            assert any("compiled" in name for name in case.ways)
+            agreement(case)
+    torch.compiler.reset()
+
+
+def test_sampling_in_bf16_would_see_another_schedule(tmp_path):
+    published, _ = measured_parts.sampling(setup_of(tmp_path, dtype="bf16"))
+    results, _ = timing.first_results(published, CPU, tqdm(disable=True))
+    timing.errors_of(published, results)
+    results["ours 0.80"] = results["ours 0.00"]
+    with pytest.raises(ValueError, match=r"ours 0\.80 is no nearer to plain 0\.80 than to plain 0\.00"):
+        timing.errors_of(published, results)
+
+
+def test_the_largest_batch_is_the_last_that_fits(tmp_path, monkeypatch):
+    from scripts import benchmark
+
+    def step(self, batch):
+        if len(batch["y"]) > 16:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(OurTraining, "step", step)
+    monkeypatch.setattr(PlainSteps, "step", lambda self, batch, network: None)
+    monkeypatch.setattr(benchmark, "random_target", lambda setup: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 100))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10)
+    assert benchmark.largest_batch(setup_of(tmp_path)) == 16
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 60)
+    assert benchmark.largest_batch(setup_of(tmp_path)) == 4  # twice as much would fit, and leave too little
 
 
 def test_plain_and_ours_see_the_same_averages(tmp_path):
@@ -165,7 +218,7 @@ SMALL = ("model=nano", "latent_size=8", "batch_size=2", "num_steps=8", "ratios=[
 def small_networks(monkeypatch):
     """A small target and a small autoencoder in place of the true ones."""
     monkeypatch.setattr(measured_parts, "TARGET", "vit_tiny_patch16_224")
-    small = {**measured_parts.SD_VAE, "block_out_channels": [8] * 4, "norm_num_groups": 4, "layers_per_block": 1}
+    small = measured_parts.SD_VAE | {"block_out_channels": [8] * 4, "norm_num_groups": 4, "layers_per_block": 1}
     monkeypatch.setattr(measured_parts, "SD_VAE", small)
 
 
@@ -179,7 +232,8 @@ def test_a_part_agrees_with_its_plain_reference(tmp_path, part):
 
 
 @pytest.mark.usefixtures("small_networks")
-def test_the_benchmark_writes_numbers_tables_and_a_picture(tmp_path):
+def test_the_benchmark_writes_numbers_tables_and_a_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
     out = tmp_path / "new" / "folder"
     parts = ["forward", "training", "loader", "growth"]
     succeed("scripts.benchmark", *SMALL, f"parts=[{','.join(parts)}]", "records=40", f"out={out}")

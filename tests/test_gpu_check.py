@@ -27,10 +27,11 @@ import json, pathlib, sys
 given = dict(argument.split("=") for argument in sys.argv[1:])
 out = pathlib.Path(given["out"])
 out.mkdir()
-rows = [("training", "eager", 3.0, 0.25), ("training", "compiled", 5.0, 0.5), ("training", "plain", 1.0, 0.125),
+rows = [("training", "ours", 3.0, 0.25), ("training", "ours compiled", 5.0, 0.5), ("training", "plain", 9.0, 0.125),
         ("optimizer", "ours", 0, None)]
 keys = ("part", "way", "images_per_second", "share_of_matmul")
-rows = [{**dict(zip(keys, row)), "case": given["model"]} for row in rows]
+others = {"case": given["model"], "base": "plain", "first": "plain", "ratio": 1.5, "ratio_to_first": 1.5}
+rows = [{**dict(zip(keys, row)), **others} for row in rows] + [{"part": "sampling", "not_run": "out of time"}]
 (out / "benchmark.json").write_text(json.dumps({"kind": "benchmark", "rows": rows, "given": given}))
 """
 
@@ -87,8 +88,10 @@ def test_the_whole_check_passes_at_tiny_sizes(quick, tmp_path):
     assert set(results) == {*gpu_check.CHECKS, "benchmark b", "short training"}
     assert {row["result"] for row in rows} == {"passed", "measured"}
     assert all(row["low"] is not None or row["high"] is not None for row in rows if row["result"] == "passed")
-    (measured,) = [row for row in rows if row["check"] == "benchmark b"]
-    assert measured["value"] == "5 images/s, 50% of a product's rate"  # the fastest way of the part
+    measured, missing = [row for row in rows if row["check"] == "benchmark b"]
+    # the fastest way of the part that is not plain
+    assert measured["value"] == "5 images/s, 50% of a product's rate, × 1.50 of plain"
+    assert missing["what"] == "sampling: not run: out of time"
     given = json.loads((out / "benchmark_b" / "benchmark.json").read_text())["given"]
     assert (given["model"], given["minutes"], given["batch_size"]) == ("nano", "7", "2")
     assert done.stderr.endswith((out / "gpu_check.md").read_text() + "\n")  # the table comes last

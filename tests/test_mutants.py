@@ -1497,6 +1497,8 @@ MUTANTS = [
         "    if done.returncode:",
         "    if False:",
         "test_gpu_check.py -k hangs",
+    ),
+    (
         "blocks are compiled in parts",
         "ddt/compiling.py",
         "fullgraph=True",
