@@ -283,6 +283,7 @@ def benchmark_file(tmp_path, **changes):
         {"part": "training", "way": "compiled", "seconds": 1.0, "flops": 3e12, **common},
         {"part": "training", "way": "plain", "seconds": 1.0, "flops": 9e12, **common},
         {"part": "sampling", "way": "ours", "seconds": 1.0, "flops": 5e12, **common},
+        {"part": "sampling", "not_run": "out of time"},
     ]
     content = {
         "kind": "benchmark", "rows": rows, "matmul": {"flops_per_second": 1e13, "dtype": "bf16"},
