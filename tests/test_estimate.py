@@ -401,7 +401,7 @@ def test_recipes_that_cannot_be_are_named(nano, key, value, message):
         (small_recipe, ({}, ("num_samples", 0)), "num_samples=0: must be at least 1"),
         (small_recipe, ({"parallelism": "fsdp"},), "trainer.parallelism=fsdp: needs several processes"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # the same in each process of the suite
 )
 def test_values_that_cannot_be_are_named(function, arguments, message):
     changes = {}
