@@ -93,7 +93,7 @@ def test_compiled_ways_agree(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compile_module(self, **{**kwargs, **cheap}))
     monkeypatch.setattr(torch, "compile", lambda what, **kwargs: compile_function(what, **{**kwargs, **cheap}))
     setup = setup_of(tmp_path, compile=True, ratios=[0, 0.5])
-    for part in ("forward", "training", "sampling", "activations"):
+    for part in ("training", "sampling"):
         for case in getattr(measured_parts, part)(setup):
             assert any("compiled" in name for name in case.ways)
             agreement(case)
