@@ -18,7 +18,7 @@ HEADS = (
     "× base",
     "bound",
     "× first",
-    "bound",
+    "bound of that",
     "images/s",
     "of a product's rate",
     "peak MiB",
@@ -75,8 +75,9 @@ def markdown(found: dict[str, Any]) -> str:
         f"{machine['torch']}, Python {machine['python']}.", "",
         f"A product of two square {product['dtype']} matrices of {product['size']} ran at "
         f"{product['flops_per_second'] / 1e12:.3g} TFLOP/s. FLOPs are counted (`ddt/cost.py`), not measured. Medians "
-        "of runs in turns; × base: how many times faster than the way in its place above whose line says 1; bound: the "
-        "ratio of the counts; error: relative difference from that way.",
+        "of runs in turns; × base: how many times as fast as the plain way of doing the same, whose own line says 1; × "
+        "first: as the first line of the case, where that does more; bound: the ratio of the counts; error: relative "
+        "difference from the plain way.",
     ]  # fmt: skip
     measured = [row for row in found["rows"] if "seconds" in row and row["part"] != "growth"]
     for part in dict.fromkeys(row["part"] for row in measured):

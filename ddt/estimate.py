@@ -140,14 +140,21 @@ def assumed_rate(device: str, share: float, memory_gb: float | None, dtype: str)
     return Rate(share * PEAKS[device], share * PEAKS[device], memory, text, False)
 
 
-def fastest(rows: list[dict[str, Any]], part: str) -> dict[str, Any] | None:
-    """Return the row of a part of a benchmark that did most arithmetic a second, plain ways left out; None: no row."""
+def fastest(rows: list[dict[str, Any]], part: str, aligned: bool) -> dict[str, Any] | None:
+    """Return the row of a part of a benchmark that did most arithmetic a second, plain ways left out; None: no row.
+
+    aligned: of training, rather a case with the alignment's target than without, or the other way round; its products
+    are larger than a small network's, and its rate higher.
+    """
     found = [row for row in rows if row["part"] == part and "seconds" in row and not row["way"].startswith("plain")]
-    return max(found, key=lambda row: row["flops"] / row["seconds"], default=None)
+    alike = [row for row in found if ("aligned" in row["case"]) == aligned] if part == "training" else found
+    return max(alike or found, key=lambda row: row["flops"] / row["seconds"], default=None)
 
 
-def measured_rate(path: str, memory_gb: float | None, dtype: str) -> Rate:
-    """Return the rate that a `benchmark.json` of scripts/benchmark.py holds.
+def measured_rate(path: str, memory_gb: float | None, dtype: str, model: str, aligned: bool) -> Rate:
+    """Return the rate that a `benchmark.json` of scripts/benchmark.py holds, for a recipe of conf/model/`model`.
+
+    aligned: whether an alignment's target runs in the recipe.
 
     Raises UserError where the file is none, or was measured in another arithmetic than `dtype`.
     """
@@ -155,22 +162,26 @@ def measured_rate(path: str, memory_gb: float | None, dtype: str) -> Rate:
     try:
         content = json.loads(Path(path).read_bytes())
         rows, device, date = content["rows"], content["machine"]["device"], content["date"][:10]
-        training, sampling = fastest(rows, "training"), fastest(rows, "sampling")
-        used = content["matmul"]["dtype"]
+        training, sampling = fastest(rows, "training", aligned), fastest(rows, "sampling", aligned)
+        used, whose = content["matmul"]["dtype"], content["settings"]["model"]
         rates = [None if row is None else row["flops"] / row["seconds"] for row in (training, sampling)]
         cases = [f"{row['part']} {row['case']}, {row['way']}" for row in (training, sampling) if row is not None]
         sound = content["kind"] == "benchmark" and all(rate is None or rate > 0 for rate in rates)
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         sound = False
     require(sound, f"measured={path}: is no result of scripts/benchmark.py; give its benchmark.json")
-    require(training is not None, f"measured={path}: measured no training; run scripts/benchmark.py with it")
+    require(
+        training is not None,
+        f"measured={path}: measured no training; run scripts/benchmark.py with parts=[training,sampling]",
+    )
     require(
         used == dtype,
-        f"measured={path}: was measured in {used}, this recipe computes in {dtype}; set trainer.mixed_precision={used}",
+        f"measured={path}: was measured in {used}, this recipe computes in {dtype}; measure with dtype={dtype}",
     )
     known = next((size for name, size in MEMORY.items() if peak_of(device) and re.search(rf"\b{name}\b", device)), None)
     memory = known if memory_gb is None else memory_gb * 1e9
-    return Rate(rates[0], rates[1], memory, f"measured: {device}, {date} ({'; '.join(cases)})", True)
+    other = "" if whose == model else f"; of {whose}, ASSUMED for {model} too"
+    return Rate(rates[0], rates[1], memory, f"measured: {device}, {date} ({'; '.join(cases)}){other}", True)
 
 
 # --- arithmetic

@@ -173,7 +173,7 @@ def said(row: Row) -> str:
     share = "" if row["share_of_matmul"] is None else f", {row['share_of_matmul']:.0%} of a product's rate"
     if row["part"] == "growth":
         return f"growth, {row['case']} {row['value']:g}: {row['images_per_second']:.3g} images/s{share}"
-    faster = "" if row["way"] == row["base"] else f", × {row['ratio']:.2f}"
+    faster = "" if row["way"] == row["base"] else f", × {row['ratio']:.2f} of {row['base']}"
     return f"{row['part']}, {row['case']}: {row['way']}: {1000 * row['seconds']:.4g} ms{faster}{share}"
 
 

@@ -58,14 +58,17 @@ def facts(node: dict[str, Any], choice: str, num_classes: int | None) -> Facts:
     return channels, size, classes or num_classes, images
 
 
-def rate(device: str | None, share: float | None, measured: str | None, memory_gb: float | None, dtype: str) -> Rate:
+def rate(
+    device: str | None, share: float | None, measured: str | None, memory_gb: float | None, dtype: str, model: str,
+    aligned: bool,
+) -> Rate:  # fmt: skip
     """Return the rate that is used: a measured one, or else an assumed one; never a mixture (UserError)."""
     require(memory_gb is None or memory_gb > 0, f"memory_gb={memory_gb}: must be above 0")
     if measured is None:
         return assumed_rate(device or "H100", 0.4 if share is None else share, memory_gb, dtype)
     for key, value in {"device": device, "share": share}.items():
         require(value is None, f"{key}={value}: has no effect with measured=, which brings its own; leave one out")
-    return measured_rate(measured, memory_gb, dtype)
+    return measured_rate(measured, memory_gb, dtype, model, aligned)
 
 
 def outline_autoencoder(node: dict[str, Any]) -> DiffusersAutoencoder | Identity:
@@ -150,8 +153,10 @@ def tell(
 ) -> None:  # fmt: skip
     """Check, count, print, and write the numbers to `out` where that is given."""
     require(out is None or Path(out).suffix == ".json", f"out={out}: give a .json file")
+    require(out is None or not Path(out).exists(), f"out={out}: exists already and is not written over; choose another")
     recipe = recipe_of(config, choice, gpus, num_samples, num_classes)
-    speed = rate(device, share, measured, memory_gb, "bf16" if recipe.bf16 else "fp32")
+    model, dtype = HydraConfig.get().runtime.choices.model, "bf16" if recipe.bf16 else "fp32"
+    speed = rate(device, share, measured, memory_gb, dtype, model, aligned=recipe.target is not None)
     found = estimate(recipe, speed)
     log.info("%s", report(found))
     if out is not None:

@@ -112,6 +112,7 @@ def curves_of(settings: dict[str, Any], trainer: Any, sampler: Any) -> dict[tupl
 def plot(model: dict[str, Any], trainer: Any, sampler: Any, out: str) -> None:
     """Count, print, and write a picture with a panel an axis."""
     require(Path(out).suffix in (".png", ".pdf", ".svg"), f"out={out}: give a .png, .pdf or .svg file")
+    require(not Path(out).exists(), f"out={out}: exists already and is not written over; choose another")
     found = curves_of(model, trainer, sampler)
     figure = plt.figure(figsize=(14, 8), layout="constrained")
     for number, ((axis, unit), (points, curves)) in enumerate(found.items(), start=1):

@@ -284,10 +284,12 @@ def benchmark_file(tmp_path, **changes):
         {"part": "training", "way": "plain", "seconds": 1.0, "flops": 9e12, **common},
         {"part": "sampling", "way": "ours", "seconds": 1.0, "flops": 5e12, **common},
         {"part": "sampling", "not_run": "out of time"},
+        {"part": "training", "way": "ours", "seconds": 1.0, "flops": 7e12, "images": 8, "case": "batch 8, aligned"},
     ]
     content = {
         "kind": "benchmark", "rows": rows, "matmul": {"flops_per_second": 1e13, "dtype": "bf16"},
-        "machine": {"device": "NVIDIA A100-SXM4-80GB"}, "command": "…", "date": "2026-01-02T03:04:05+00:00", **changes,
+        "machine": {"device": "NVIDIA A100-SXM4-80GB"}, "settings": {"model": "b_8en4de"}, "command": "…",
+        "date": "2026-01-02T03:04:05+00:00", **changes,
     }  # fmt: skip
     path = tmp_path / "benchmark.json"
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
@@ -295,7 +297,7 @@ def benchmark_file(tmp_path, **changes):
 
 
 def test_a_measured_rate_is_the_fastest_row_that_is_ours(tmp_path):
-    speed = measured_rate(str(benchmark_file(tmp_path)), None, "bf16")
+    speed = measured_rate(str(benchmark_file(tmp_path)), None, "bf16", "b_8en4de", False)
     assert (speed.training, speed.sampling, speed.memory, speed.measured) == (3e12, 5e12, 80e9, True)
     found = estimate(small_recipe(), speed)
     assert found["time"]["training_hours"] == found["flops"]["all_training"] / 3e12 / 3600
@@ -303,11 +305,18 @@ def test_a_measured_rate_is_the_fastest_row_that_is_ours(tmp_path):
     said = report(found)
     assert "measured: NVIDIA A100-SXM4-80GB, 2026-01-02 (training b_8en4de, batch 8, compiled; sampling" in said
     assert "ASSUMED" not in said
+    other = measured_rate(str(benchmark_file(tmp_path)), None, "bf16", "xl_22en6de", True)
+    assert (other.training, other.sampling) == (7e12, 5e12)
+    assert other.source.endswith("; of b_8en4de, ASSUMED for xl_22en6de too")
 
 
 def test_a_processor_that_was_measured_has_no_known_memory(tmp_path):
     path = benchmark_file(tmp_path, machine={"device": "AMD EPYC"}, matmul={"dtype": "fp32"})
-    said = report(estimate(small_recipe(trainer={"mixed_precision": "fp32"}), measured_rate(str(path), None, "fp32")))
+    said = report(
+        estimate(
+            small_recipe(trainer={"mixed_precision": "fp32"}), measured_rate(str(path), None, "fp32", "b_8en4de", False)
+        )
+    )
     assert "device unknown: give memory_gb=" in said
 
 
@@ -325,7 +334,7 @@ def test_a_processor_that_was_measured_has_no_known_memory(tmp_path):
 )
 def test_other_files_are_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        measured_rate(str(benchmark_file(tmp_path, **changes)), None, "bf16")
+        measured_rate(str(benchmark_file(tmp_path, **changes)), None, "bf16", "b_8en4de", False)
 
 
 def test_the_command_says_what_is_assumed_and_writes_the_numbers(tmp_path):
@@ -390,11 +399,19 @@ def test_recipes_that_cannot_be_are_named(nano, key, value, message):
 @pytest.mark.parametrize(
     ("function", "arguments", "message"),
     [
-        (rate, ("H100", 2.0, None, None, "bf16"), "share=2: must lie in 0..1"),
-        (rate, ("H900", None, None, None, "bf16"), "device=H900: its rate is not known here; choose from H200, "),
-        (rate, (None, None, None, 0.0, "bf16"), "memory_gb=0.0: must be above 0"),
-        (rate, (None, None, "nowhere.json", None, "bf16"), "measured=nowhere.json: no such file; give a benchmark"),
-        (rate, ("A100", None, "x.json", None, "bf16"), "device=A100: has no effect with measured="),
+        (rate, ("H100", 2.0, None, None, "bf16", "nano", False), "share=2: must lie in 0..1"),
+        (
+            rate,
+            ("H900", None, None, None, "bf16", "nano", False),
+            "device=H900: its rate is not known here; choose from H200, ",
+        ),
+        (rate, (None, None, None, 0.0, "bf16", "nano", False), "memory_gb=0.0: must be above 0"),
+        (
+            rate,
+            (None, None, "nowhere.json", None, "bf16", "nano", False),
+            "measured=nowhere.json: no such file; give a benchmark",
+        ),
+        (rate, ("A100", None, "x.json", None, "bf16", "nano", False), "device=A100: has no effect with measured="),
         (facts, ({"_target_": "ddt.images.Digits"}, "digits", 7), "num_classes=7: data=digits has 10; leave it out"),
         (facts, ({"_target_": "ddt.images.ImageFolder", "image_size": 8}, "folder", 0), "num_classes=0: must be at"),
         (small_recipe, ({}, ("gpus", 0)), "gpus=0: must be at least 1"),
