@@ -501,7 +501,8 @@ def checkpoint(setup: Setup) -> Iterator[Case]:
     plain_optimizer.step()
     folder, weights = setup.folder / "checkpoints", model.state_dict()
     folder.mkdir()
-    state = {"model": weights, "ema": weights, "optimizer": plain_optimizer.state_dict()}
+    averages = {name: value.clone() for name, value in weights.items()}  # torch.save writes what is shared once
+    state = {"model": weights, "ema": averages, "optimizer": plain_optimizer.state_dict()}
 
     def plainly(safe: bool) -> Path:
         path = folder / "plain.pt"
@@ -516,7 +517,7 @@ def checkpoint(setup: Setup) -> Iterator[Case]:
 
         path = folder / "ours"
         shutil.rmtree(path, ignore_errors=True)
-        ckpt.write_checkpoint(path, {}, {"optimizer": state["optimizer"]}, ema=weights, model=weights)
+        ckpt.write_checkpoint(path, {}, {"optimizer": state["optimizer"]}, ema=averages, model=weights)
         return path
 
     def read_plain(safe: bool) -> Tensor:
