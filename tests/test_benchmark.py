@@ -86,6 +86,7 @@ def test_networks_of_former_cases_are_let_go(tmp_path):
     assert former() is None
 
 
+@pytest.mark.slow
 def test_compiled_ways_agree(tmp_path, monkeypatch):
     monkeypatch.setattr(measured_parts, "TARGET", "vit_tiny_patch16_224")
     compile_module, compile_function = torch.nn.Module.compile, torch.compile

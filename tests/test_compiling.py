@@ -108,6 +108,7 @@ def test_checkpointed_blocks_compute_again_what_they_say(monkeypatch):
         torch.testing.assert_close(gradients[checkpointing], gradients[False])
 
 
+@pytest.mark.slow
 def test_sampling_with_a_guide_takes_more_graphs_than_torch_allows_by_default(counting):
     sizes = {"model": dict(depth=4), "guide": dict(hidden_size=16, depth=2, encoder_depth=1)}
     plain, compiled = ({name: small_ddt(**size) for name, size in sizes.items()} for _ in range(2))
