@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.parts import OurTraining, Setup, adamw, probe, random_autoencoder, step_and_probe, with_gradients
+from benchmarks.parts import RECIPE, OurTraining, Setup, probe, random_autoencoder, step_and_probe, with_gradients
 from benchmarks.timing import Case, Way
 from ddt.compiling import compile_blocks
 from ddt.ema import EMA, ConstantDecay
 from ddt.layers import Block, positions, rotate
+from ddt.optimizer import adamw
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -150,9 +151,9 @@ def updates(setup: Setup) -> Iterator[Case]:
         "average", setup, {"lerp": lerp, "foreach lerp": lerp_foreach, "foreach, three passes": three_passes}
     )
     ways = {}
-    for name, options in {"fused": {"fused": True}, "foreach": {"foreach": True}}.items():
-        made = adamw(with_gradients(setup), **options)
-        ways[name] = functools.partial(step_and_probe, made)
+    foreach_adamw = functools.partial(torch.optim.AdamW, foreach=True)
+    for name, make in {"fused": adamw, "foreach": foreach_adamw}.items():
+        ways[name] = functools.partial(step_and_probe, make(with_gradients(setup), **RECIPE))
     yield compared("AdamW", setup, ways)
 
 

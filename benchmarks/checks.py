@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 import ddt
 from benchmarks import golden
+from benchmarks.parts import CHANNELS, CLASSES, without_zeros
 from ddt.compiling import compile_blocks
 from ddt.config import build
 from ddt.objective import FlowMatching
 from ddt.released import our_name
 from scripts.entry import CONF, composing
 
-CHANNELS, CLASSES = 4, 1000  # SD-VAE's latents, ImageNet
 FLOAT32 = 1e-4  # of rounding through a deep network; TF32 gives 1e-3
 BF16 = (1e-3, 3e-2)  # below it nothing was rounded to bf16, above it more than operands
 BF16_LATENTS = (1e-4, 3e-2)  # which are for the most part the noise
@@ -164,12 +164,7 @@ def network_of(place: Place, name: str, device: torch.device) -> ddt.DDT:
         settings: Any = OmegaConf.to_container(hydra.compose("train", overrides).model, resolve=True)
     torch.manual_seed(0)
     with device:
-        network = build(settings)(in_channels=CHANNELS, num_classes=CLASSES)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.02)
-    return network
+        return without_zeros(build(settings)(in_channels=CHANNELS, num_classes=CLASSES))
 
 
 def batch_of(place: Place, device: torch.device) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -29,13 +30,15 @@ from ddt.generation import cast_weights
 from ddt.layers import Attention
 from ddt.model import DDT
 from ddt.objective import FlowMatching
+from ddt.optimizer import adamw
 from ddt.parallel import prepare
 from ddt.sampling import SamplerSettings, sample
 from ddt.state import TrainingState
-from ddt.throughput import target_flops, training_flops
+from ddt.throughput import counted_flops, target_flops, training_flops
 
 CHANNELS, CLASSES, CELL = 4, 1000, 8  # SD-VAE's latents and pixels a cell, ImageNet
 TARGET = "vit_base_patch14_dinov2.lvd142m"
+RECIPE: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.0}
 INTERVALS = {"guided on (0.3, 1)": (0.3, 1.0), "guided always": None}
 
 
@@ -47,6 +50,15 @@ def check_model(model: Any, align_depth: int) -> None:
     )
     depth = len(model.encoder.blocks)
     require(align_depth <= depth, f"align_depth={align_depth}: the encoder has {depth} blocks, choose 1..{depth}")
+
+
+@torch.no_grad()
+def without_zeros(model: Any) -> Any:
+    """Fill the weights that a new network starts at zero, and return it: zero velocities all agree."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.02)
+    return model
 
 
 @dataclasses.dataclass
@@ -85,15 +97,11 @@ class Setup:
         return max(fp32, 3e-2) if self.dtype == "bf16" else fp32
 
     def network(self, **changes: Any) -> DDT:
-        """Build the network with random weights, also where a new one starts at zero: zero velocities all agree."""
+        """Build the network with random weights."""
         torch.manual_seed(0)
         with self.device:
             model = self.make_model(in_channels=CHANNELS, num_classes=CLASSES, **changes)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if not parameter.any():
-                    parameter.normal_(std=0.02)
-        return model.eval()
+        return without_zeros(model).eval()
 
     def plain(self, model: DDT) -> PlainDDT:
         """Return the plain network of the same weights."""
@@ -179,9 +187,7 @@ class OurTraining:
         average = EMA(model, ConstantDecay(0.9999))
         average.place(setup.device, sharded=False)
         self.model = prepare(self.objective, self.accelerator, "ddp")
-        optimizer = torch.optim.AdamW(
-            self.objective.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
+        optimizer = adamw(self.objective.named_parameters(), **RECIPE)
         self.state = TrainingState(self.objective, optimizer, {"ema": average}, self.accelerator)
 
     def backward(self, batch: dict[str, Tensor]) -> None:
@@ -359,8 +365,6 @@ def target(setup: Setup) -> Iterator[Case]:
 
 def autoencoder(setup: Setup) -> Iterator[Case]:
     """Encoding and decoding with SD-VAE's architecture."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     ours, n = random_autoencoder(setup), min(setup.batch_size, 16)
     images, latents = setup.batch(n)["images"], setup.noise(n)
 
@@ -379,12 +383,7 @@ def autoencoder(setup: Setup) -> Iterator[Case]:
     def decoded() -> Tensor:  # before rounding to uint8, which is a step and no rounding error
         return (plain_decode().clamp(-1, 1) + 1) * 127.5
 
-    def flops(call: Callable[[], Any]) -> int:
-        with FlopCounterMode(display=False) as counter:
-            call()
-        return counter.get_total_flops()
-
-    encoding, decoding = flops(plain_encode), flops(plain_decode)
+    encoding, decoding = counted_flops(plain_encode), counted_flops(plain_decode)
     ways = {"plain": Way(plain_encode, encoding), "ours": Way(lambda: ours.encode(images), encoding)}
     yield Case("autoencoder", f"encode, batch {n}", ways, n, setup.tolerance(1e-4))
     ways = {"plain": Way(plain_decode, decoding, check=decoded), "ours": Way(decode, decoding)}
@@ -439,10 +438,8 @@ def probe(parameters: Any) -> Tensor:
 def average(setup: Setup) -> Iterator[Case]:
     """A step of the averaged weights."""
     model = setup.network()
-    plain, ours = (
-        PlainTraining(setup.plain(model), None, 0, 0.0, "fp32"),
-        EMA(model, ConstantDecay(0.9999)),
-    )
+    plain = PlainTraining(setup.plain(model), None, 0, 0.0, "fp32")
+    ours = EMA(model, ConstantDecay(0.9999))
     with torch.no_grad():  # the averages are not the weights
         for module in (plain.average, ours.model):
             for parameter in module.parameters():
@@ -465,18 +462,13 @@ def average(setup: Setup) -> Iterator[Case]:
     yield Case("average", "a step", ways, 0, 1e-6)
 
 
-def with_gradients(setup: Setup) -> list[torch.nn.Parameter]:
-    """Return the network's parameters with random gradients."""
-    parameters = list(setup.network().parameters())
+def with_gradients(setup: Setup) -> list[tuple[str, torch.nn.Parameter]]:
+    """Return the network's parameters, by name, with random gradients."""
+    parameters = list(setup.network().named_parameters())
     torch.manual_seed(6)
-    for parameter in parameters:
+    for _, parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     return parameters
-
-
-def adamw(parameters: list[torch.nn.Parameter], **options: Any) -> torch.optim.AdamW:
-    """Return the optimizer of the published recipe."""
-    return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, **options)
 
 
 def step_and_probe(optimizer: torch.optim.Optimizer) -> Tensor:
@@ -488,8 +480,8 @@ def step_and_probe(optimizer: torch.optim.Optimizer) -> Tensor:
 def optimizer(setup: Setup) -> Iterator[Case]:
     """AdamW's step: torch's default, and its fused one."""
     ways = {}
-    for name, options in {"plain": {}, "ours": {"fused": True}}.items():
-        made = adamw(with_gradients(setup), **options)
+    for name, make in {"plain": torch.optim.AdamW, "ours": adamw}.items():
+        made = make(with_gradients(setup), **RECIPE)
         ways[name] = Way(made.step, check=functools.partial(step_and_probe, made))
     yield Case("optimizer", "a step", ways, 0, 1e-5)
 
@@ -497,7 +489,7 @@ def optimizer(setup: Setup) -> Iterator[Case]:
 def checkpoint(setup: Setup) -> Iterator[Case]:
     """Writing weights, an average and the optimizer's state."""
     model = setup.network()
-    plain_optimizer = adamw(with_gradients(setup), fused=True)
+    plain_optimizer = adamw(with_gradients(setup), **RECIPE)
     plain_optimizer.step()
     folder, weights = setup.folder / "checkpoints", model.state_dict()
     folder.mkdir()
@@ -513,8 +505,6 @@ def checkpoint(setup: Setup) -> Iterator[Case]:
         return path
 
     def our_way() -> Path:
-        import shutil
-
         path = folder / "ours"
         shutil.rmtree(path, ignore_errors=True)
         ckpt.write_checkpoint(path, {}, {"optimizer": state["optimizer"]}, ema=averages, model=weights)

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from ddt.alignment import AlignmentLoss, Target
 from ddt.autoencoder import DiffusersAutoencoder, Identity
@@ -31,7 +29,7 @@ from ddt.model import DDT, BlockStack
 from ddt.objective import FlowMatching
 from ddt.sampling import SamplerSettings
 from ddt.settings import TrainerSettings
-from ddt.throughput import PEAKS, peak_of, target_flops, training_flops
+from ddt.throughput import PEAKS, counted_flops, peak_of, target_flops, training_flops
 
 FLOAT, HALF = 4, 2  # bytes
 # Bytes from the makers' data sheets, of the larger kind where there are two. A sheet's 80 GB are 80 GiB in truth, which
@@ -187,14 +185,6 @@ def measured_rate(path: str, memory_gb: float | None, dtype: str, model: str, al
 # --- arithmetic
 
 
-@torch.no_grad()
-def counted(function: Callable[..., Any], *inputs: Tensor) -> int:
-    """Return the FLOPs of a call, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
-        function(*inputs)
-    return counter.get_total_flops()
-
-
 def autoencoder_flops(recipe: Recipe) -> tuple[int, int]:
     """Return the FLOPs of encoding and of decoding an image."""
     if isinstance(recipe.autoencoder, Identity):
@@ -202,7 +192,7 @@ def autoencoder_flops(recipe: Recipe) -> tuple[int, int]:
     network, size = recipe.autoencoder.network, recipe.image_size
     pixels = torch.empty(1, network.config.in_channels, size, size, device="meta")
     latents = torch.empty(1, *recipe.shape, device="meta")
-    return counted(network.encode, pixels), counted(network.decode, latents)
+    return counted_flops(network.encode, pixels), counted_flops(network.decode, latents)
 
 
 def flops(recipe: Recipe) -> dict[str, float]:

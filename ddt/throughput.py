@@ -7,7 +7,8 @@ What activation checkpointing computes again, the autoencoder and everything ele
 import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,14 +43,20 @@ def training_flops(objective: FlowMatching, shape: tuple[int, int, int]) -> int:
     return 6 * macs  # two operations a MAC; the backward pass is twice the forward
 
 
+@torch.no_grad()
+def counted_flops(function: Callable[..., Any], *inputs: torch.Tensor) -> int:
+    """Return the FLOPs of a call, as torch counts them while it runs uncompiled."""
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    return counter.get_total_flops()
+
+
 def target_flops(target: Target | None, image_size: int) -> int:
     """Return the FLOPs of an image in the alignment's target, forward alone, counted while it sees one."""
     if target is None:
         return 0
     image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=target.mean.device)
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        target(image)
-    return counter.get_total_flops()
+    return counted_flops(target, image)
 
 
 class Clock:

@@ -80,7 +80,6 @@ def largest_batch(setup: Setup) -> int:
     """
     fits, n = 0, 4
     while True:
-        setup.batch_size = n
         try:
             target = random_target(setup)
             ours = OurTraining(setup, setup.network(), target)
@@ -157,11 +156,7 @@ def run_part(
             yield from measure(case, setup.device, rate, repeats, deadline, profiles)
     except ImportError as error:
         yield {"part": part, "not_run": first_line(error)}
-    except (
-        UserError,
-        RuntimeError,
-        ProcessException,
-    ) as error:  # of memory, kernel or compiler: others go on
+    except (UserError, RuntimeError, ProcessException) as error:  # memory, kernel, compiler: the other parts go on
         log.warning("%s", first_line(error))
         yield {"part": part, "not_run": first_line(error), "failed": True}
 
