@@ -18,10 +18,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from ddt.config import check_arguments, did_you_mean, locate
-from ddt.errors import UserError
+from ddt.config import check_arguments, did_you_mean, flat, locate
+from ddt.errors import UserError, require
+from ddt.survey import patch_size, survey
 from scripts.jobs import Outcome, kept_environment, report, run_job
 
 PATHS = (
@@ -35,15 +36,31 @@ CONF = ROOT / "conf"
 
 
 def default_name(*, _root_: DictConfig) -> str:
-    """Return DATA_MODEL of the chosen files.
+    """Return DATA_MODEL of the chosen files, with data=folder folder_NAME_MODEL of the folder.
 
     Hydra keeps the choices in the configuration while it lays out a sweep, and apart from it while a job runs.
     """
     choices = (_root_.hydra if "hydra" in _root_ else HydraConfig.get()).runtime.choices
-    return f"{choices.data}_{choices.model}"
+    if choices.data != "folder" or OmegaConf.is_missing(_root_.data, "root"):
+        return f"{choices.data}_{choices.model}"
+    folder = re.sub(r"[^\w.+-]", "_", Path(str(_root_.data.root)).resolve().name)
+    return f"folder_{folder}_{choices.model}"
+
+
+def found_in_folder(key: str, root: str) -> int:
+    """Return the setting `key` of data, image_size or channels, as the images of a folder suggest it."""
+    require(root != "", f"data.{key}: is found from the images; give it, or data.root=")
+    return int(getattr(survey(root), key))
+
+
+def found_patch_size(image_size: int, autoencoder: str) -> int:
+    """Return the patch size for a folder of images: found from their size, where they are trained on as pixels."""
+    return patch_size(int(image_size)) if autoencoder.endswith(".Identity") else 2
 
 
 OmegaConf.register_new_resolver("default_name", default_name, replace=True)
+OmegaConf.register_new_resolver("found_in_folder", found_in_folder, replace=True)
+OmegaConf.register_new_resolver("found_patch_size", found_patch_size, replace=True)
 
 
 @contextlib.contextmanager
@@ -101,8 +118,17 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
     Every node with a `_target_` is compared with the target's signature. Raises one UserError with a line for each
     problem found.
     """
-    problems = [f"{key}: not set; give {key}=…" for key in sorted(OmegaConf.missing_keys(cfg))]
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    written = flat(OmegaConf.to_container(cfg))  # missing_keys() would read what depends on a missing one
+    problems = [f"{key}: not set; give {key}=…" for key in sorted(written) if written[key] == "???"]
+    try:
+        config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    except InterpolationResolutionError as error:  # a setting that is found from one that is not set, or is wrong
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if not problems and cause is None:
+            raise
+        raise UserError("\n".join(problems) or str(cause)) from error
     for key, node in config.items():
         if not isinstance(node, dict) or node.get("_target_") is None:
             continue
@@ -151,7 +177,8 @@ def quoted(argument: str) -> str:
         return argument
     if key not in PATHS or re.fullmatch(r"[\w./:+-]*", value, re.ASCII) or value[:1] in "'\"[$":
         return argument
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    # a backslash is one but before a quote, where Hydra reads two as one
+    escaped = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), value)
     return f'{key}{equals}"{escaped}"'
 
 
@@ -218,6 +245,8 @@ def entry_point(config_name: str, folder: Path = CONF) -> Callable[[Callable[[Di
             jobs = 0
             Outcome.known.clear()
             logging_setup()
+            if config_name != "train" and {"-m", "--multirun"} & set(sys.argv):
+                sys.exit("-m: only train.py sweeps over settings; call this command once for each value")
             sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
             chosen = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user wants Hydra's own errors
             # Hydra hands its errors to us instead of printing them; its launchers' processes find our modules

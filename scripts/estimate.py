@@ -45,7 +45,7 @@ def facts(node: dict[str, Any], choice: str, num_classes: int | None) -> Facts:
         "Digits": (1, 8, 10, 1497),
         "FashionMNIST": (1, 32, 10, 60_000),
         "Photos": (3, node.get("image_size"), len(PHOTOS), len(PHOTOS) * node.get("crops", 0)),
-    }.get(kind, (3, node.get("image_size"), None, None))
+    }.get(kind, (node.get("channels", 3), node.get("image_size"), None, None))
     if choice in IMAGENET:
         classes, images = 1000, None if node.get("holdout_every") else 1_281_167
     require_known(size, "data.image_size", choice)

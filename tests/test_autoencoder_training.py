@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_ends_the_training():
         (["lr=0"], "lr=0.0: must be above 0"),
         (["kl_weight=-1"], "kl_weight=-1.0: must be at least 0"),
         (["block_out_channels=[]"], "block_out_channels=[]: give channels"),
-        (["block_out_channels=16"], "block_out_channels=16: input should be a valid list"),
+        (["block_out_channels=16"], "block_out_channels=16: give a list such as [a,b]"),
         (["block_out_channels=[8,8,8,8,8]"], "data: images of 8 px cannot be halved 4 times"),
         (["trainer.max_steps=9"], "trainer.max_steps=9: has no effect here; choose from data, out, steps"),
         (["model=xl_22en6de"], "model=xl_22en6de: has no effect here"),
