@@ -40,6 +40,19 @@ def test_functions_of_the_method_page_exist():
             assert re.search(rf"^\s*(def|class) {entry.split('.')[-1]}\b|^{entry}\b", text, re.M), f"{file}: {entry}"
 
 
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
+    """Each quoted message, but for what varies (…), stands in the source."""
+    files = [*ROOT.glob("*.py"), *(ROOT / "ddt").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in files))  # a text over several lines
+    first = re.findall(r"^\| ([^|]+) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+    messages = [text for cell in first for text in re.findall(r"`([^`]+)`", cell) if "…" in text or " " in text]
+    own = [text for text in messages if not text.startswith(("CUDA", "accelerate", "srun python"))]
+    assert len(own) > 20
+    for message in own:
+        for part in message.split("…"):
+            assert part.strip(" ()") in source, message
+
+
 def commands_of(page):
     """Return (command, whether it is marked as one that is not run) of each line of a page's bash blocks."""
     found = []
