@@ -1650,7 +1650,7 @@ MUTANTS = [
         "scripts/options.py",
         "chosen=whole.with_arguments({})",
         "chosen=chosen",
-        "test_options.py -k help_of_a_process",
+        "test_options.py -k default_data_set",
     ),
     (
         "a setting without a comment",
@@ -1671,7 +1671,7 @@ MUTANTS = [
         "scripts/entry.py",
         "if uses is not None:",
         "if False:",
-        "test_estimate.py -k no_use",
+        "test_estimate.py -k wrong_settings",
     ),
     (
         "completion imports torch",

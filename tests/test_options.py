@@ -45,11 +45,12 @@ def primary_of(found):
     return path
 
 
-def test_help_of_a_process():
-    done = run("train.py", "-h", "model=nothing", COLUMNS="80")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "trainer.max_steps=700" in done.stdout  # of the data set that is chosen without arguments
-    assert "xl_22en6de" in done.stdout
+def test_help_shows_what_the_default_data_set_chooses(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = help_text(command(ROOT / "train.py"))
+    assert "trainer.max_steps=700" in text
+    assert "xl_22en6de" in text
+    assert max(map(len, text.splitlines()[1:])) <= 80
 
 
 def test_a_script_shows_what_it_uses_of_the_configuration_of_training():
