@@ -260,7 +260,7 @@ def help_text(found: Command) -> str:
         lines += ["", "Settings (key=default; ??? has none and must be given)"]
         lines += rows([(f"{key}={setting.value}", setting.comment) for key, setting in found.settings.items()], width)
     if found.groups:
-        lines += ["", "Groups: each takes one file of conf/, and has settings of its own (GROUP.key=value)"]
+        lines += ["", "Groups: each takes one file of conf/; settings of its own are GROUP.key=value"]
         for name, group in found.groups.items():
             lines += ["", *rows([(f"{name}={found.chosen.get(name, 'null')}", found.comments.get(name, ""))], width)]
             if len(group.choices) > 12:
