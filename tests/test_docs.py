@@ -119,7 +119,11 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     pages = [page.read_text() for page in (tmp_path / "site").rglob("*.html")]
     assert len(pages) >= len(PAGES) - 1
-    for page in pages:  # nothing is fetched from elsewhere
+    equations = (tmp_path / "site" / "method.html").read_text()
+    assert equations.count('<svg class="equation"') > 50
+    for page in pages:  # equations are drawn, and nothing is fetched from elsewhere
+        assert "arithmatex" not in page
+        assert "<code>math" not in page
         assert not re.search(r'<(script|img)[^>]+src="?https?://|<link[^>]+stylesheet[^>]+href="?https?://', page)
 
 

@@ -1702,6 +1702,13 @@ MUTANTS = [
         "test_docs.py -k site_builds",
     ),
     (
+        "equations of the site are left as they are written",
+        "mkdocs.yml",
+        "hooks: [scripts/equations.py]",
+        "",
+        "test_docs.py -k site_builds",
+    ),
+    (
         "a page that the site does not show",
         "mkdocs.yml",
         "      - Optimizers: optimizers.md\n",
