@@ -24,15 +24,7 @@ from ddt.config import check_arguments, did_you_mean, flat, locate
 from ddt.errors import UserError, require
 from ddt.survey import patch_size, survey
 from scripts.jobs import Outcome, kept_environment, report, run_job
-
-PATHS = (
-    "ckpt", "out", "samples", "reference", "inception_weights", "released", "run", "runs", "init_from", "autoencoder",
-    "guide", "recompute", "evaluator", "python", "graph", "measured",
-    "features.weights",
-    "data.root", "data.source_root", "autoencoder.source", "alignment.weights",
-)  # fmt: skip
-ROOT = Path(__file__).resolve().parent.parent
-CONF = ROOT / "conf"
+from scripts.options import CONF, PATHS, ROOT, command, help_text, read
 
 
 def default_name(*, _root_: DictConfig) -> str:
@@ -206,18 +198,21 @@ def refuse_unknown(cfg: DictConfig, primary: Path) -> None:
 
 
 def only_settings(*allowed: str) -> None:
-    """Raise UserError for a setting on the command line that is none of `allowed`: a script that builds on train.py's
-    configuration has its groups, but not a use for all of them.
-    """
+    """Raise UserError for a setting on the command line that is none of `allowed`."""
     for override in HydraConfig.get().overrides.task:
         key = override.lstrip("+~").partition("=")[0].partition(".")[0]
         if key not in allowed:
             raise UserError(f"{override}: has no effect here; choose from {', '.join(allowed)}")
 
 
-def entry_point(config_name: str, folder: Path = CONF) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def entry_point(
+    config_name: str, folder: Path = CONF, uses: Collection[str] | None = None
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make a Hydra main of a function, with the primary config `folder/config_name.yaml`; a user's mistake ends it
     with status 1 and one line, without a traceback.
+
+    uses: of a script whose configuration builds on train.py's, the settings and groups of train.py that mean something
+    here; all others are refused. scripts/options.py reads these arguments from the source: write them out.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -225,6 +220,8 @@ def entry_point(config_name: str, folder: Path = CONF) -> Callable[[Callable[[Di
 
         def checked_task(cfg: DictConfig) -> None:
             refuse_unknown(cfg, folder / f"{config_name}.yaml")
+            if uses is not None:
+                only_settings(*uses, *read(folder / f"{config_name}.yaml").settings)
             task(cfg)
 
         def job(cfg: DictConfig) -> Outcome | None:
@@ -238,6 +235,10 @@ def entry_point(config_name: str, folder: Path = CONF) -> Callable[[Callable[[Di
         def main() -> None:
             nonlocal jobs
             file = Path(inspect.getfile(task)).resolve()
+            described = command(file)
+            if described is not None and {"-h", "--help"} & set(sys.argv[1:]):
+                print(help_text(described))
+                return
             if task.__module__ == "__main__" and file.is_relative_to(ROOT):
                 # again as a module with a name, whose functions other processes can import
                 importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts)).main()

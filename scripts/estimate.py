@@ -25,12 +25,10 @@ from ddt.estimate import Rate, Recipe, assumed_rate, estimate, measured_rate, re
 from ddt.files import write_json
 from ddt.model import Denoiser
 from ddt.photos import PHOTOS
-from scripts.entry import arguments_for, checked, entry_point, only_settings
+from scripts.entry import arguments_for, checked, entry_point
 from train import num_aligned_blocks
 
 log = logging.getLogger(__name__)
-GROUPS = ("model", "data", "autoencoder", "alignment", "objective", "sampler", "trainer", "experiment")
-OWN = ("gpus", "device", "share", "measured", "memory_gb", "num_samples", "num_classes", "out")
 IMAGENET = ("in256", "in256_latents", "in512", "in512_latents")
 Facts = tuple[int, int, int, int | None]
 
@@ -164,10 +162,12 @@ def tell(
         write_json(Path(out), {**found, "command": shlex.join(["python", *sys.argv])})
 
 
-@entry_point("estimate")
+@entry_point(
+    "estimate",
+    uses=("model", "data", "autoencoder", "alignment", "objective", "sampler", "trainer", "experiment"),
+)
 def main(cfg: DictConfig) -> None:
     """Compose, check, count."""
-    only_settings(*GROUPS, *OWN)
     if OmegaConf.is_missing(cfg.data, "root"):
         cfg.data.root = ""  # nothing is read from it
     config = checked(cfg)

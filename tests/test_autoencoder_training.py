@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_ends_the_training():
         (["block_out_channels=[]"], "block_out_channels=[]: give channels"),
         (["block_out_channels=16"], "block_out_channels=16: give a list such as [a,b]"),
         (["block_out_channels=[8,8,8,8,8]"], "data: images of 8 px cannot be halved 4 times"),
-        (["trainer.max_steps=9"], "trainer.max_steps=9: has no effect here; choose from data, out, steps"),
+        (["trainer.max_steps=9"], "trainer.max_steps=9: has no effect here; choose from data, seed, out, steps"),
         (["model=xl_22en6de"], "model=xl_22en6de: has no effect here"),
         (["stepz=9"], "stepz: no such setting; did you mean steps?"),
         (["data=photo"], "data=photo: no such choice; did you mean photos?"),
