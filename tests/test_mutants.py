@@ -1631,6 +1631,48 @@ MUTANTS = [
         "if False:",
         "test_estimate.py -k selective",
     ),
+    (
+        "the doctor lets any version pass",
+        "ddt/doctor.py",
+        "return all(COMPARE",
+        "return True or all(COMPARE",
+        "test_doctor.py -k bounds",
+    ),
+    (
+        "the doctor stops at the first broken package",
+        "ddt/doctor.py",
+        "    except Exception as error:  # a broken package",
+        "    except ImportError as error:  # a broken package",
+        "test_doctor.py -k breaks_in_any_way",
+    ),
+    (
+        "the doctor needs a torch that works",
+        "ddt/__init__.py",
+        "if TYPE_CHECKING:",
+        "if True:",
+        "test_doctor.py -k torch_is_broken",
+    ),
+    (
+        "the doctor is content without what training needs",
+        "ddt/doctor.py",
+        'return int(report["features"][TRAINING]["state"] != "ok")',
+        "return 0",
+        "test_doctor.py -k status",
+    ),
+    (
+        "the doctor's file stays on the disk",
+        "ddt/machine.py",
+        "tempfile.TemporaryFile(dir=folder, buffering=0)",
+        "tempfile.NamedTemporaryFile(dir=folder, buffering=0, delete=False)",
+        "test_doctor.py -k leaves_nothing",
+    ),
+    (
+        "the doctor takes any commit's autoencoder for the run's",
+        "ddt/doctor.py",
+        "try_to_load_from_cache(repository, file, revision=revision)",
+        "try_to_load_from_cache(repository, file)",
+        "test_doctor.py -k looked_for",
+    ),
 ]
 
 
