@@ -10,32 +10,32 @@ import torch
 from omegaconf import DictConfig
 
 from ddt import checkpoint as ckpt
-from ddt.autoencoder import Autoencoder, build_autoencoder
-from ddt.compiling import compile_blocks, compiles
-from ddt.config import check_arguments
+from ddt.compiling import compiles
 from ddt.conversion import DOWNSAMPLING
-from ddt.errors import UserError, require
+from ddt.errors import collected, require
 from ddt.evaluation import evaluate
-from ddt.fitting import check_fitted
-from ddt.generation import Generator, cast_weights, sample_set
-from ddt.image_set import image_set
+from ddt.generation import sample_set
 from ddt.launch import launch
 from ddt.metrics.inception import InceptionSettings
 from ddt.metrics.reference import check_reference
 from ddt.metrics.side_by_side import beside_published
 from ddt.metrics.sources import open_images
-from ddt.sampling import SamplerSettings
-from ddt.schedules import parse_schedule, read_schedule
-from ddt.solvers import STOCHASTIC
+from ddt.stored import (
+    check_guide_config,
+    checkpoint_receipt,
+    guide_receipt,
+    images_of,
+    load_generator,
+    sampler_of,
+    stored_autoencoder,
+)
 from ddt.training import make_accelerator
 from evaluate import load_reference
 from scripts.convert_checkpoint import convert_published, published_sampler
 from scripts.entry import CONF, arguments_for, checked, entry_point
 
 log = logging.getLogger(__name__)
-SAMPLER_KEYS = [key for key in SamplerSettings.__dataclass_fields__ if key != "solver"]
 PUBLISHED = ("fid", "sfid", "inception_score", "precision", "recall")
-ADAPTIVE_IGNORES = ("last_step", "timeshift")
 COMPILE_FROM = 1_000  # images: fewer are drawn before a compilation pays
 
 
@@ -82,127 +82,32 @@ def check(config: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     """Return the sampler and the images from the command line and the checkpoint's config; one line for each
     problem.
     """
-    chosen = {key: config[key] for key in SAMPLER_KEYS} | {"solver": config["sampler"]}
-    chosen = {key: value for key, value in chosen.items() if value != "checkpoint"}
-    sampler, problems = check_arguments(SamplerSettings, applicable(stored["sampler"] | chosen, chosen), "")
-    given = {key: config[key] for key in ("num_samples", "classes", "seeds", "seed")}
-    which, found = check_arguments(image_set, given, "")
-    problems += found
-    if problems:
-        raise UserError("\n".join(line.replace("solver=", "sampler=") for line in problems))
-    settings = SamplerSettings(**sampler)
-    for key in ADAPTIVE_IGNORES:
-        require(
-            settings.solver != "adaptive" or key not in chosen,
-            f"{key}={chosen.get(key)}: sampler=adaptive chooses its own steps; leave it out",
-        )
-    network = stored["network"]
-    require(
-        settings.recompute is None or network["_target_"].endswith(".DDT"),
-        f"recompute={settings.recompute}: this model has no encoder to share; give null",
-    )
-    if isinstance(settings.recompute, str) and parse_schedule(settings.recompute, settings.num_steps)[0] == "file":
-        check_fitted(read_schedule(Path(settings.recompute)), settings, None)
-    return {"sampler": settings, "images": image_set(network["num_classes"], **which)}
-
-
-def applicable(values: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
-    """Return a sampler's settings without those of the checkpoint that the chosen ones leave without effect."""
-    solver, idle = values.get("solver"), set()
-    if solver not in STOCHASTIC:
-        idle |= {"sde_diffusion", "sde_last"}
-    idle |= {"recompute", "cfg_steps", "forecast_order"} if solver == "adaptive" else {"tolerance"}
-    if values.get("recompute") is None:
-        idle.add("forecast_order")
-    return {key: value for key, value in values.items() if key in chosen or key not in idle}
-
-
-def check_guide_config(stored: dict[str, Any], guide: dict[str, Any], scale: float) -> None:
-    """Raise UserError where a guide's checkpoint speaks of other latents or classes, or guides nothing."""
-    require(scale != 1, "guide: has no effect with cfg_scale=1; choose another scale, or leave the guide out")
-    for key in ("latent_shape", "class_names", "autoencoder_fingerprint"):
-        ours, theirs = stored.get(key), guide.get(key)
-        require(
-            None in (ours, theirs) or ours == theirs,
-            f"guide: has another {key} than the model; give a weaker checkpoint of the same data",
-        )
-
-
-def stored_autoencoder(stored: dict[str, Any], chosen: str) -> Autoencoder:
-    """Return the autoencoder of a checkpoint, or the one chosen in its place.
-
-    Raises UserError where the checkpoint's is not there, or has other weights than in training, or other latents.
-    """
-    settings = stored["autoencoder"]
-    if chosen != "checkpoint":
-        require("source" in settings, f"autoencoder={chosen}: this model draws pixels; leave it out")
-        autoencoder = build_autoencoder({**settings, "source": chosen, "revision": None})
-    else:
-        try:
-            autoencoder = build_autoencoder(settings)
-        except UserError as error:
-            raise UserError(f"{error} (or sample with autoencoder=FOLDER)") from error
-        expected = stored.get("autoencoder_fingerprint")
-        require(
-            expected in (None, autoencoder.fingerprint),
-            f"autoencoder.source={settings.get('source')}: holds other weights than the run was trained with; name the "
-            "right ones with autoencoder=, or choose these explicitly by autoencoder=THIS_SOURCE",
-        )
-    channels = autoencoder.latent_channels
-    require(
-        channels in (None, stored["latent_shape"][0]),
-        f"autoencoder: has {channels} latent channels, the model {stored['latent_shape'][0]}; choose the model's own",
-    )
-    return autoencoder
+    sampler, images = collected(lambda: sampler_of(config, stored), lambda: images_of(config, stored))
+    return {"sampler": sampler, "images": images}
 
 
 def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None:
     """Load the checkpoint and draw the set, on each process."""
     accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))  # one GPU may be hours behind another
-    device = accelerator.device
-    autoencoder = stored_autoencoder(stored, arguments["autoencoder"])
-    model, guide = ckpt.load_model(folder, arguments["weights"]), None
-    guide_weights = None
-    if arguments["guide"] is not None:
-        guide_folder = arguments["guide"]
-        guide = ckpt.load_model(guide_folder)
-        guide_weights = {
-            "ema_sha256": ckpt.weights_sha256(guide_folder, "ema"),
-            "step": ckpt.read_config(guide_folder)["step"],
-        }
-    dtype = arguments["dtype"] or ("bf16" if device.type == "cuda" else "fp32")
     many = len(arguments["images"].seeds) >= COMPILE_FROM
-    compiled = compiles("compile", arguments["compile"], device.type == "cuda" and many, device)
-    for network in filter(None, (model, guide)):
-        network.to(device)
-        if dtype == "bf16":
-            cast_weights(network)
-        if compiled:
-            compile_blocks(network, dynamic=True)  # batches of B and 2B, and a smaller last one
+    on_gpu = accelerator.device.type == "cuda"
+    keys = ("weights", "guide", "dtype", "cache_gib")
+    generator = load_generator(
+        folder,
+        arguments["sampler"],
+        stored_autoencoder(stored, arguments["autoencoder"]),
+        accelerator.device,
+        compiled=compiles("compile", arguments["compile"], on_gpu and many, accelerator.device),
+        **{key: arguments[key] for key in keys},
+    )
     sample_set(
-        Generator(
-            model=model,
-            autoencoder=autoencoder.to(device),
-            shape=tuple(stored["latent_shape"]),
-            settings=arguments["sampler"],
-            recompute=None,
-            dtype=dtype,
-            device=device,
-            guide=guide,
-            cache_bytes=arguments["cache_gib"] * 2**30,
-            compiled=compiled,
-        ),
+        generator,
         images=arguments["images"],
         batch_size=arguments["batch_size"],
         out=arguments["out"],
-        checkpoint={
-            **ckpt.weights_receipt(folder, arguments["weights"]),
-            "step": stored["step"],
-            "class_names": stored["class_names"],
-            "autoencoder_sha256": autoencoder.fingerprint,
-        },
+        checkpoint=checkpoint_receipt(folder, arguments["weights"], generator),
         accelerator=accelerator,
-        guide=guide_weights,
+        guide=None if arguments["guide"] is None else guide_receipt(arguments["guide"]),
         png=arguments["png"],
     )
 

@@ -26,7 +26,7 @@ from ddt.cost import network_macs, sampling_macs
 from ddt.ema import EMA, ConstantDecay
 from ddt.errors import require
 from ddt.files import fsync, sha256
-from ddt.generation import cast_weights
+from ddt.generator import cast_weights
 from ddt.layers import Attention
 from ddt.model import DDT
 from ddt.objective import FlowMatching

@@ -24,9 +24,9 @@ from ddt.autoencoder import KLAutoencoder, from_uint8
 from ddt.data import TrainingStream
 from ddt.errors import require
 from ddt.files import fsync, share, write_json
-from ddt.generation import image_grid, write_png
 from ddt.images import Images
 from ddt.latent_cache import LatentCache
+from ddt.pictures import image_grid, write_png
 from ddt.version import __version__
 
 MAX_IMAGES = 2048  # that the latents' statistics, and the held-out PSNR, are measured on

@@ -1,5 +1,8 @@
 """What entry points print as a single line, without a traceback: a user's mistake, or a run that was asked to stop."""
 
+from collections.abc import Callable
+from typing import Any
+
 STOPPED_STATUS = 85  # exit status of a run that stopped on request and can go on; launchers may make 1 of it
 
 
@@ -18,6 +21,18 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def collected(*calls: Callable[[], Any]) -> list[Any]:
+    """Return what each call returns; raise one UserError with the lines of all of them that raise one."""
+    results, problems = [], []
+    for call in calls:
+        try:
+            results.append(call())
+        except UserError as error:
+            problems.append(str(error))
+    require(not problems, "\n".join(problems))
+    return results
 
 
 def first_line(error: BaseException) -> str:

@@ -24,88 +24,21 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from ddt.autoencoder import Autoencoder
 from ddt.errors import UserError, require
 from ddt.files import write_json
 from ddt.fitting import resolve_schedule
-from ddt.image_set import ImageSet, noise_of, write_numbers
-from ddt.model import Denoiser
+from ddt.generator import Generator
+from ddt.image_set import ImageSet, write_numbers
 from ddt.parts import drawn, merge_parts, rows, sound_parts, write_part
 from ddt.pictures import image_grid, readable, write_png, write_pngs
 from ddt.receipts import circumstances
-from ddt.sampling import SamplerSettings, sample
 from ddt.schedules import content_of
-from ddt.sharing import CACHE_BYTES
 
 log = logging.getLogger(__name__)
 GRID_ROWS = 10
-
-
-def cast_weights(model: nn.Module) -> None:
-    """Cast in place to bfloat16 those weights that autocast casts at every call: of linear layers and convolutions.
-
-    Under autocast the results stay the same bits, and weights take half the memory; norms and tables of embeddings,
-    which autocast leaves alone, stay float32.
-    """
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            layer.to(torch.bfloat16)
-
-
-@dataclasses.dataclass(frozen=True)
-class Generator:
-    """All that turns a class and a seed into an image.
-
-    model, guide: networks; guide is the weaker one of autoguidance, or None. shape: of a latent. settings: the sampler.
-    recompute: the steps at which the encoder runs, None for all. dtype: "bf16" runs networks and autoencoder under
-    autocast. compiled: the networks' blocks are (`ddt.compiling`), of which the receipt tells.
-    """
-
-    model: Denoiser
-    autoencoder: Autoencoder
-    shape: tuple[int, int, int]
-    settings: SamplerSettings
-    recompute: list[int] | None
-    dtype: Literal["bf16", "fp32"]
-    device: torch.device
-    guide: Denoiser | None = None
-    cache_bytes: float = CACHE_BYTES
-    compiled: bool = False
-
-    def autocast(self) -> torch.autocast:
-        """Return the context of the networks; every thread enters its own."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16")
-
-    def exact(self) -> contextlib.AbstractContextManager[None]:
-        """Return the context in which equal calls on one GPU give equal bits, and fp32 means float32."""
-        return torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=self.dtype == "bf16"
-        )
-
-    @torch.no_grad()
-    def latents(self, classes: list[int], seeds: list[int]) -> tuple[Tensor, dict[str, int]]:
-        """Return the latents (B, C, H, W) of some images, and the network calls each took."""
-        counts: dict[str, int] = {}
-        noise = noise_of(seeds, self.shape).to(self.device)
-        arguments = {**dataclasses.asdict(self.settings), "recompute": self.recompute}
-        y = torch.tensor(classes, device=self.device)
-        with self.autocast():
-            latents = sample(
-                self.model, noise, y, guide=self.guide, cache_bytes=self.cache_bytes, counts=counts, **arguments
-            )
-        return latents, counts
-
-    @torch.no_grad()
-    def pixels(self, latents: Tensor, ready: torch.cuda.Event | None, stream: torch.cuda.Stream | None) -> np.ndarray:
-        """Return uint8 images (B, H, W, C); on a GPU in a stream of its own, once `ready` has passed."""
-        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream), self.autocast():
-            if stream is not None and ready is not None:
-                stream.wait_event(ready)
-                latents.record_stream(stream)
-            return self.autoencoder.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def chunks_left(total: int, batch_size: int, done: np.ndarray) -> list[np.ndarray]:
@@ -246,13 +179,15 @@ def sample_set(
     accelerator: Accelerator,
     guide: dict[str, Any] | None = None,
     png: int | Literal["all"] = 0,
+    command: str | None = None,
 ) -> None:
     """Draw a set on all processes and write `samples.npz`, `grid.png` and `receipt.json` into `out`.
 
     `arr_0` is uint8 (n, H, W, C) and `arr_1` int64 (n,), the class of each image, both in the set's order. The first
     `png` images, or all, are written to `out/png` too. A set that was begun goes on from its last complete batch, one
     that is complete is left as it is, any other content of the folder is refused (UserError). `checkpoint` and `guide`
-    say which weights, for the receipt; `checkpoint["class_names"]` names the images of the grid.
+    say which weights, for the receipt; `checkpoint["class_names"]` names the images of the grid. `command` is the
+    one that the receipt tells, None for the running one.
     """
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
     rank, num_processes = accelerator.process_index, accelerator.num_processes
@@ -306,7 +241,7 @@ def sample_set(
             "images_of_an_earlier_call": len(done),
             "num_processes": num_processes,
             "batch_size": batch_size,
-            "command": shlex.join(sys.argv),
+            "command": command or shlex.join(sys.argv),
             **circumstances(generator.device),
         }
         finish_set(parts, out, receipt, images, checkpoint["class_names"])

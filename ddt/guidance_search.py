@@ -18,7 +18,8 @@ from accelerate.utils import broadcast_object_list
 from ddt import checkpoint as ckpt
 from ddt.errors import require
 from ddt.evaluation import evaluate
-from ddt.generation import Generator, sample_set
+from ddt.generation import sample_set
+from ddt.generator import Generator
 from ddt.image_set import image_set
 from ddt.metrics.features import Extractor
 from ddt.metrics.precision_recall import PrDtype

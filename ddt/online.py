@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from ddt.autoencoder import Autoencoder
 from ddt.files import write_json
-from ddt.generation import Generator
+from ddt.generator import Generator
 from ddt.image_set import ImageSet, image_set
 from ddt.metrics.comparability import labels
 from ddt.metrics.features import Extractor, extract

@@ -21,6 +21,7 @@ from ddt.solvers import DIFFUSIONS, SOLVERS, STOCHASTIC, DiffusionName, Velocity
 
 SolverName = Literal["euler", "heun", "midpoint", "adams2", "adams3", "adams4", "sde", "sde_preserve", "adaptive"]
 LastStep = Literal["mean", "euler"]
+Observer = Callable[[int, float | Tensor, Tensor, Tensor], None]  # step, t, x_t and v (B, C, H, W)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +188,17 @@ def solve(
     return SOLVERS[settings.solver](velocity_fn, noise, settings.grid(), **options)
 
 
+def observed(velocity: VelocityFn, observe: Observer) -> VelocityFn:
+    """Return a velocity that shows `observe` each of its calls."""
+
+    def call(x_t: Tensor, t: float | Tensor, step: int) -> Tensor:
+        v = velocity(x_t, t, step)
+        observe(step, t, x_t, v)
+        return v
+
+    return call
+
+
 @torch.no_grad()
 def sample(
     model: Denoiser,
@@ -209,6 +221,7 @@ def sample(
     guide: Denoiser | None = None,
     cache_bytes: float = CACHE_BYTES,
     counts: dict[str, int] | None = None,
+    observe: Observer | None = None,
 ) -> Tensor:
     """Draw latents from noise; return float32 (B, C, H, W).
 
@@ -231,6 +244,8 @@ def sample(
             depends on it.
         counts: a dict to which the network calls an image are added (`GuidedVelocity.calls`), and in which
             `cached_bytes` becomes the most memory that kept modulations have taken.
+        observe: called as (step, t, x_t, v) with every guided velocity v (B, C, H, W), before the solver uses it: for
+            progress, or for a look at the prediction of the clean latent, x_t + (1 − t)·v.
 
     Deterministic; the global random state stays; keeps the model's mode and gradients. Runs under the caller's
     autocast; the solver's arithmetic stays float32. The defaults are the published sampler at 256 px.
@@ -251,7 +266,7 @@ def sample(
     velocity = GuidedVelocity(
         model, y, settings.call_times(), settings.guidance(), settings.schedule(), forecast_order, guide, cache_bytes
     )
-    latents = solve(velocity, noise, settings, step_noise)
+    latents = solve(velocity if observe is None else observed(velocity, observe), noise, settings, step_noise)
     if counts is not None:
         for name, number in velocity.calls.items():
             counts[name] = counts.get(name, 0) + number

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddt.cost import sampling_macs
-from ddt.generation import Generator
+from ddt.generator import Generator
 from ddt.image_set import ImageSet, image_set
 from ddt.metrics.comparability import title
 from ddt.metrics.features import Extractor, to_device

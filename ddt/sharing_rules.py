@@ -6,7 +6,7 @@ import numpy as np
 
 from ddt.errors import UserError, require
 from ddt.fitting import fit_schedule
-from ddt.generation import Generator
+from ddt.generator import Generator
 from ddt.schedules import optimal_schedule, uniform_schedule
 
 Schedules = dict[str, dict[str, list[int]]]  # kind -> budget -> steps at which the encoder runs, as JSON holds them

@@ -21,11 +21,12 @@ from omegaconf import DictConfig
 from ddt import checkpoint as ckpt
 from ddt.errors import require
 from ddt.fitting import fit_schedule
+from ddt.generator import Dtype
 from ddt.receipts import circumstances
 from ddt.sampling import SamplerSettings
 from ddt.schedules import write_schedule
 from scripts.entry import CONF, arguments_for, checked, entry_point
-from scripts.unshared import Dtype, find_shareable, place, unshared_sampler
+from scripts.unshared import find_shareable, place, unshared_sampler
 
 log = logging.getLogger(__name__)
 

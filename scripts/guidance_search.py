@@ -26,7 +26,8 @@ from omegaconf import DictConfig
 
 from ddt.errors import require
 from ddt.files import write_json
-from ddt.generation import Generator, locked
+from ddt.generation import locked
+from ddt.generator import Dtype, Generator, usual_dtype
 from ddt.guidance_search import Search, best_of, chosen_metric, final_jobs, proxy_jobs
 from ddt.image_set import SEED_STRIDE
 from ddt.launch import launch
@@ -34,14 +35,13 @@ from ddt.metrics.precision_recall import PrDtype
 from ddt.metrics.scores import prepare
 from ddt.receipts import circumstances, without_paths
 from ddt.search_points import Checkpoint, Interval, Point, Recompute
+from ddt.stored import stored_autoencoder
 from ddt.training import make_accelerator
 from evaluate import features_of
-from sample import stored_autoencoder
 from scripts.entry import CONF, arguments_for, checked, entry_point
 from scripts.search_report import draw, result_of, tables
 from scripts.search_settings import AXES, find_checkpoints, listed, request_of, search_points
 from scripts.study import begin, comparison
-from scripts.unshared import Dtype
 
 log = logging.getLogger(__name__)
 RESULT, WORK = "search", ".search"
@@ -76,7 +76,7 @@ def run(config: dict[str, Any], checkpoints: list[Checkpoint], points: list[Poin
     accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))  # one GPU may be hours behind another
     plan: dict[str, Any] | None = None
     device, main, out = accelerator.device, accelerator.is_main_process, Path(config["out"])
-    dtype: Dtype = config["dtype"] or ("bf16" if device.type == "cuda" else "fp32")
+    dtype: Dtype = config["dtype"] or usual_dtype(device)
     request: dict[str, Any] = {}
     if main:  # it alone reads files for their hashes
         request = request_of(config, checkpoints, dtype, circumstances(device)["device"])

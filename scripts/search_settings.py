@@ -6,12 +6,11 @@ from typing import Any
 from ddt import checkpoint as ckpt
 from ddt.errors import require
 from ddt.files import sha256
+from ddt.generator import Dtype
 from ddt.sampling import SamplerSettings
 from ddt.schedules import content_of
 from ddt.search_points import Axes, Checkpoint, Point, points_of
-from sample import SAMPLER_KEYS
-from sample import check as check_sampler
-from scripts.unshared import Dtype
+from ddt.stored import SAMPLER_KEYS, sampler_of
 
 AXES = ("ckpt", "weights", "recompute", "timeshift", "cfg_scale", "cfg_interval")
 
@@ -46,13 +45,12 @@ def find_checkpoints(paths: list[str], weights: list[str]) -> list[Checkpoint]:
 def search_points(config: dict[str, Any], checkpoints: list[Checkpoint]) -> list[Point]:
     """Return the points, each with a sampler as sample.py makes it of the command line and the checkpoint."""
     shares = any(value is not None for value in config["recompute"])
-    images = {"num_samples": 1, "classes": None, "seeds": None, "seed": 0}
 
     def settings_of(checkpoint: Checkpoint, chosen: dict[str, Any]) -> SamplerSettings:
-        values = {**config, **chosen, **images}
+        values = {**config, **chosen}
         if shares and chosen["recompute"] is None:
             values["forecast_order"] = 0  # of the others
-        return check_sampler(values, checkpoint.stored)["sampler"]
+        return sampler_of(values, checkpoint.stored)
 
     axes = Axes(checkpoints, **{key: config[key] for key in AXES if key != "ckpt"})
     return points_of(axes, settings_of)

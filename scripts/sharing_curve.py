@@ -20,17 +20,18 @@ from omegaconf import DictConfig
 from ddt import checkpoint as ckpt
 from ddt.errors import require
 from ddt.files import write_json
-from ddt.generation import Generator, locked
+from ddt.generation import locked
+from ddt.generator import Dtype
 from ddt.metrics.scores import prepare
 from ddt.receipts import circumstances
 from ddt.sharing_curve import KEPT, Curve
 from ddt.sharing_rules import check_rules, schedules_of
+from ddt.stored import load_generator, stored_autoencoder
 from ddt.training import make_accelerator
-from sample import stored_autoencoder
 from scripts.entry import CONF, arguments_for, checked, entry_point
 from scripts.sharing_report import draw, summarise, table
 from scripts.study import begin, comparison
-from scripts.unshared import Dtype, find_shareable, place, unshared_sampler
+from scripts.unshared import find_shareable, place, unshared_sampler
 
 log = logging.getLogger(__name__)
 RESULT = "sharing_curve"
@@ -78,11 +79,7 @@ def measure(config: dict[str, Any], folder: Path, stored: dict[str, Any], settin
         return
     autoencoder = stored_autoencoder(stored, config["autoencoder"])
     reference, extractor = comparison(config, autoencoder, stored["latent_shape"], device)
-    generator = Generator(
-        model=ckpt.load_model(folder).to(device), autoencoder=autoencoder.to(device),
-        shape=tuple(stored["latent_shape"]), settings=settings, recompute=None, dtype=dtype, device=device,
-        cache_bytes=config["cache_gib"] * 2**30,
-    )  # fmt: skip
+    generator = load_generator(folder, settings, autoencoder, device, dtype=dtype, cache_gib=config["cache_gib"])
     with locked(out / KEPT):
         if plan is None:
             schedules = schedules_of(generator, config["rules"], config["budgets"], config["templates"])

@@ -1,16 +1,15 @@
 """What the scripts about sharing need of a checkpoint: its sampler without sharing, its place, its precision."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ddt import checkpoint as ckpt
 from ddt.errors import require
+from ddt.generator import Dtype, usual_dtype
 from ddt.sampling import SamplerSettings
-from sample import check
-
-Dtype = Literal["bf16", "fp32"]
+from ddt.stored import sampler_of
 
 
 def find_shareable(path: str) -> tuple[Path, dict[str, Any]]:
@@ -25,8 +24,7 @@ def find_shareable(path: str) -> tuple[Path, dict[str, Any]]:
 def unshared_sampler(config: dict[str, Any], stored: dict[str, Any]) -> SamplerSettings:
     """Return the sampler that the command line and the checkpoint describe, as sample.py does, without sharing."""
     alone = {"recompute": None, "forecast_order": 0}
-    images = {"num_samples": 1, "classes": None, "seeds": None, "seed": 0}
-    settings: SamplerSettings = check({**config, **alone, **images}, stored)["sampler"]
+    settings = sampler_of({**config, **alone}, stored)
     require(
         settings.solver != "adaptive",
         "sampler=adaptive: chooses its own steps, so there is no schedule for it; choose another sampler",
@@ -37,4 +35,4 @@ def unshared_sampler(config: dict[str, Any], stored: dict[str, Any]) -> SamplerS
 def place(dtype: Dtype | None) -> tuple[torch.device, Dtype]:
     """Return the device to run on, the GPU where there is one, and the precision that is used there."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return device, dtype or ("bf16" if device.type == "cuda" else "fp32")
+    return device, dtype or usual_dtype(device)

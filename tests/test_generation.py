@@ -23,7 +23,8 @@ import ddt
 from ddt import checkpoint as ckpt
 from ddt import generation
 from ddt.autoencoder import Identity
-from ddt.generation import Generator, cast_weights, chunks_left, consecutive, sample_set
+from ddt.generation import chunks_left, consecutive, sample_set
+from ddt.generator import Generator, cast_weights
 from ddt.image_set import image_set
 from ddt.layers import Block
 from ddt.model import DiT

@@ -533,7 +533,7 @@ MUTANTS = [
     ),
     (
         "changed autoencoder accepted",
-        "sample.py",
+        "ddt/stored.py",
         "expected in (None, autoencoder.fingerprint)",
         "True",
         "test_latent_cache.py -k changed_since",
@@ -871,7 +871,7 @@ MUTANTS = [
     ("overlapping parts", "ddt/parts.py", "if start < end:", "if False:", "test_parts.py -k alone"),
     (
         "an idle setting refuses",
-        "sample.py",
+        "ddt/stored.py",
         "if key in chosen or key not in idle",
         "if True",
         "test_generation.py -k give_way",
@@ -1542,14 +1542,14 @@ MUTANTS = [
     ),
     (
         "norms are cast",
-        "ddt/generation.py",
+        "ddt/generator.py",
         "if isinstance(layer, nn.Linear | nn.Conv2d):",
         "if not list(layer.children()):",
         "test_generation.py -k cast_weights_give",
     ),
     (
         "convolutions are not cast",
-        "ddt/generation.py",
+        "ddt/generator.py",
         "nn.Linear | nn.Conv2d",
         "nn.Linear",
         "test_generation.py -k cast_weights_give",

@@ -11,7 +11,7 @@ from conftest import refusal, rows, small_ddt, succeed
 
 from ddt.autoencoder import Identity
 from ddt.checkpoint import find_checkpoint, read_weights
-from ddt.generation import Generator
+from ddt.generator import Generator
 from ddt.image_set import image_set
 from ddt.images import Digits
 from ddt.metrics.classifier import ClassifierSettings

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from ddt.image_set import image_set
 from ddt.sampling import SamplerSettings
-from sample import SAMPLER_KEYS
+from ddt.stored import SAMPLER_KEYS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
