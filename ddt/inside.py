@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ddt.autoencoder import Autoencoder
 from ddt.config import build
 from ddt.data import validation_batch
-from ddt.errors import UserError, require
+from ddt.errors import UserError, first_line, require
 from ddt.fitting import fit_schedule, resolve_schedule
 from ddt.flow import clean
 from ddt.generator import Generator
@@ -223,7 +223,10 @@ def held_out(stored: dict[str, Any], root: str, autoencoder: Autoencoder) -> Ima
     if root != "checkpoint":
         require("root" in node, f"data.root={root}: this run's data have no folder; leave it out")
         node["root"] = root
-    train, test = (build(node)(split=split) for split in ("train", "test"))
+    try:
+        train, test = (build(node)(split=split) for split in ("train", "test"))
+    except (ImportError, TypeError) as error:
+        raise UserError(f"the run's data are of an earlier version of the code ({first_line(error)})") from error
     require(
         train.fingerprint == run["data"]["fingerprint"],
         f"data.root={node.get('root')}: holds other images than the run was trained on; give data.root=FOLDER",

@@ -23,7 +23,7 @@ def draw_similarities(found: Similarity, path: Path) -> None:
                                   layout="constrained")  # fmt: skip
     for axes, (name, steps) in zip(panels[0], found.schedules.items(), strict=True):
         image = draw_similarity(axes, found.values, steps)
-        axes.plot(np.array(steps) + 0.5, np.array(steps) + 0.5, ".", color="white", markersize=4)
+        axes.plot(np.array(steps) + 0.5, np.array(steps) + 0.5, ".", color="red", markersize=4)
         chosen = " (chosen)" if steps == found.chosen else ""
         axes.set_title(f"{name}{chosen}: mean similarity of z to the z in use {found.kept(name):.4f}", fontsize="small")
     figure.colorbar(image, ax=panels, label="cosine similarity of z")

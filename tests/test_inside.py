@@ -288,6 +288,12 @@ def test_moved_data_are_found_where_they_are_said_to_be(tmp_path):
         visualize.find_images(stored, {"root": str(moved)}, Identity())
 
 
+@pytest.mark.parametrize("change", [{"_target_": "ddt.data.Digits"}, {"gone": 1}], ids=str)
+def test_data_of_an_earlier_version_are_said_to_be(change):
+    with pytest.raises(UserError, match=r"^the run's data are of an earlier version of the code \("):
+        held_out({"run": {"data": DIGITS | change}}, "checkpoint", Identity())
+
+
 def test_a_run_that_held_nothing_out_says_so(tmp_path):
     root = picture_folder(tmp_path / "data", count=2)
     images = ImageFolder(str(root), 8, holdout_every=0)
