@@ -37,6 +37,11 @@ def score(v: Tensor, x_t: Tensor, t: float) -> Tensor:
     return (t * v - x_t) / (1 - t)
 
 
+def clean(v: Tensor, x_t: Tensor, t: float) -> Tensor:
+    """Return the clean latent `x_t + (1 − t)·v` that a velocity v predicts on this path. Source: method.md 1."""
+    return x_t + (1 - t) * v
+
+
 def training_times(normal: Tensor, distribution: TimeDistribution) -> Tensor:
     """Map standard normal draws (B,) to training times (B,) in (0, 1).
 

@@ -26,6 +26,7 @@ from ddt.receipts import circumstances
 from ddt.sampling import SamplerSettings
 from ddt.schedules import write_schedule
 from scripts.entry import CONF, arguments_for, checked, entry_point
+from scripts.sharing_report import draw_similarity
 from scripts.unshared import find_shareable, place, unshared_sampler
 
 log = logging.getLogger(__name__)
@@ -44,12 +45,9 @@ def check(ckpt: str, budget: int, out: str, templates: int, batch_size: int, dty
 def draw(content: dict[str, Any], path: Path) -> None:
     """Write a picture of the similarity of z between all steps, and over it the segments that share one."""
     similarity, steps = np.array(content["similarity"]), content["recompute_steps"]
-    num_steps = len(similarity)
     figure, axes = plt.subplots(figsize=(5.6, 4.8), layout="constrained")
-    image = axes.imshow(similarity, origin="lower", extent=(0, num_steps, 0, num_steps), cmap="viridis")
-    for start, end in zip(steps, [*steps[1:], num_steps], strict=True):
-        axes.plot([start, end, end, start, start], [start, start, end, end, start], color="white", linewidth=1.2)
-    axes.set(xlabel="step", ylabel="step", title=f"the encoder runs at {len(steps)} of {num_steps} steps")
+    image = draw_similarity(axes, similarity, steps)
+    axes.set_title(f"the encoder runs at {len(steps)} of {len(similarity)} steps")
     figure.colorbar(image, ax=axes, label="cosine similarity of z")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from benchmarks import checks, runs
 from benchmarks.checks import SIZES, Finding, NotRun, Place, Size
 from ddt.errors import UserError, first_line, require
 from ddt.files import check_writable, write_json
+from ddt.machine import output_of
 from scripts.entry import ROOT, arguments_for, checked, entry_point
 from scripts.jobs import kept_environment
 
@@ -91,14 +91,6 @@ def read_results(out: Path) -> dict[str, Any]:
         return json.loads(path.read_text())["stages"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is not a result of this script; choose another out=") from error
-
-
-def output_of(*command: str) -> str | None:
-    """Return what a command says, without its last line's end; None where it is not there or fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def machine(device: torch.device) -> dict[str, Any]:

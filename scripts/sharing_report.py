@@ -70,6 +70,16 @@ def table(summary: list[dict[str, Any]], name: str) -> str:
     return "\n".join(lines)
 
 
+def draw_similarity(axes: Any, similarity: np.ndarray, steps: list[int]) -> Any:
+    """Draw the similarity of z between all steps (T, T), and over it the segments that share one; return the image."""
+    num_steps = len(similarity)
+    image = axes.imshow(similarity, origin="lower", extent=(0, num_steps, 0, num_steps), cmap="viridis")
+    for start, end in zip(steps, [*steps[1:], num_steps], strict=True):
+        axes.plot([start, end, end, start, start], [start, start, end, end, start], color="white", linewidth=1.2)
+    axes.set(xlabel="step", ylabel="step")
+    return image
+
+
 def draw(summary: list[dict[str, Any]], name: str, path: Path) -> None:
     """Write a picture of two panels: Fréchet distance and rms difference of the pixels against the speed by MACs.
 
