@@ -4,16 +4,30 @@ import importlib.util
 
 import numpy as np
 import pytest
-from conftest import refusal
+from conftest import refusal, succeed
 from PIL import Image
 
 from ddt.errors import UserError
+from ddt.images import ImageFolder
 from ddt.photos import PHOTOS, Photos, photo
 
 
 @pytest.fixture(scope="module")
 def train():
     return Photos("train", image_size=16, crops=10)
+
+
+def test_the_crops_can_be_written_as_a_folder_of_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    succeed("scripts.write_photos", "out=mine", "crops=5", "image_size=16")
+    images = ImageFolder("mine", 16, holdout_every=0)
+    expected = Photos(image_size=16, crops=5)
+    assert images.class_names == sorted(expected.class_names)
+    assert len(images.names) == 45
+    chelsea = np.flatnonzero(images.labels == images.class_names.index("chelsea"))
+    crops = expected.load(np.flatnonzero(expected.labels == expected.class_names.index("chelsea")))
+    assert np.abs(images.load(chelsea).astype(int) - crops).mean() < 6  # JPEG
+    assert refusal("scripts.write_photos", "out=mine").startswith("out=mine: exists already and is not written over")
 
 
 def test_every_photo_gives_as_many_crops(train):
