@@ -1,6 +1,7 @@
 """Train a DDT: `python train.py [model=… data=… key=value …]`. The same command again resumes."""
 
 import functools
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from ddt.metrics.features import FeatureSettings
 from ddt.metrics.reference import data_reference
 from ddt.model import DDT, Denoiser
 from ddt.online import OnlineEvaluation, online_evaluation
+from ddt.survey import found, hints, survey
 from ddt.training import train
 from evaluate import check_weights, load_reference
 from scripts.entry import checked, entry_point
 
+log = logging.getLogger(__name__)
 RUN_SETTINGS = ("name", "seed", "init_from", "reference", "inception_weights")
 
 
@@ -222,11 +225,28 @@ def run(config: dict[str, Any]) -> None:
     )
 
 
+def tell_of_folder(config: dict[str, Any]) -> None:
+    """Say what was found in a folder of images, and what should be known before training on it."""
+    data, root = config["data"], str(config["data"]["root"])
+    looked_at = survey(root)
+    require(
+        not looked_at.broken,
+        f"{root}/{next(iter(looked_at.broken), '')}: cannot be opened, as {len(looked_at.broken)} of the images; "
+        "replace or remove them",
+    )
+    line = found(looked_at, data["image_size"], data["channels"], config["model"]["patch_size"])
+    log.info("data.root=%s: %s", root, line)
+    for hint in hints(looked_at, data["image_size"], data["channels"], data["holdout_every"]):
+        log.info("hint: %s", hint)
+
+
 @entry_point("train")
 def main(cfg: DictConfig) -> None:
     """Compose, check, train."""
     config = checked(cfg)
     hydra_config = HydraConfig.get()
+    if hydra_config.runtime.choices.data == "folder":
+        tell_of_folder(config)
     sweep = hydra_config.mode == RunMode.MULTIRUN
     run_dir = Path(hydra_config.runtime.output_dir) if sweep else Path("runs") / str(config["name"])
     check(config, run_dir)

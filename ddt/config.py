@@ -13,6 +13,17 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from ddt.errors import UserError
 
+WORDS = {  # beginnings of pydantic's kinds of errors
+    "int_": "a whole number",
+    "float_": "a number",
+    "finite_number": "a finite number",
+    "bool_": "true or false",
+    "list_type": "a list such as [a,b]",
+    "tuple_type": "a list such as [a,b]",
+    "is_instance_of": "a list such as [a,b]",
+    "dict_type": "settings such as {a:1}",
+    "string_": "text",
+}
 CONVERSION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
@@ -82,12 +93,48 @@ def check_arguments(
         try:
             converted[name] = adapter.validate_python(value)
         except ValidationError as error:
-            first, *others = error.errors()
-            words = [first, *(other for other in others if other["type"] == "literal_error")]  # of a union: true | word
-            problems.append(
-                f"{key}={value}: {', or '.join(each['msg'][0].lower() + each['msg'][1:] for each in words)}"
-            )
+            problems.append(f"{key}={shown(value)}: {asked_for(error, hints[name])}")
+        else:
+            if truth_as_number(value, converted[name]):
+                problems.append(f"{key}={shown(value)}: give a number")
     return converted, problems
+
+
+def shown(value: Any) -> str:
+    """Return a value as it is written on the command line: null, true, [1,2]."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(shown, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{shown(inner)}' for key, inner in value.items())}}}"
+    return str(value)
+
+
+def asked_for(error: ValidationError, hint: Any) -> str:
+    """Return what a setting should have been given, from pydantic's errors on its annotation `hint`."""
+    words: list[str] = []
+    for each in error.errors():
+        kind, context = each["type"], each.get("ctx", {})
+        fixed = next((text for start, text in WORDS.items() if kind.startswith(start)), None)
+        if kind in ("too_long", "too_short"):
+            fixed = f"{context.get('max_length', context.get('min_length'))} values"
+        elif kind == "missing":
+            pairs = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is tuple]
+            fixed = f"{len(typing.get_args(pairs[0]))} values" if pairs else None
+        elif kind == "literal_error":
+            fixed = str(context["expected"])
+        words.append(fixed or each["msg"][0].lower() + each["msg"][1:])
+    if type(None) in typing.get_args(hint):
+        words.append("null")
+    return f"give {' or '.join(dict.fromkeys(words))}"
+
+
+def truth_as_number(value: Any, converted: Any) -> bool:
+    """Tell whether true or false, or one in a list, was taken for a number."""
+    if isinstance(value, list | tuple) and isinstance(converted, list | tuple):
+        return any(truth_as_number(a, b) for a, b in zip(value, converted, strict=False))
+    return isinstance(value, bool) and not isinstance(converted, bool)
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 Shapes: n images in all, B batch, C channels, H W pixels.
 """
 
+import dataclasses
 import gzip
 import hashlib
 import os
@@ -167,20 +168,18 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 class FileImages:
-    """Image files read as RGB, ADM centre crop to `image_size`.
+    """Image files read as RGB or grey, ADM centre crop to `image_size`.
 
     Args:
         root: the folder that `names` are relative to.
-        names: relative paths, (n,). labels: (n,). image_size: pixels a side.
+        names: relative paths, (n,). labels: (n,). image_size: pixels a side. channels: C, 3 is RGB and 1 grey.
     """
 
-    channels = 3
-
     def __init__(
-        self, root: Path, names: list[str], labels: np.ndarray, class_names: list[str], image_size: int
+        self, root: Path, names: list[str], labels: np.ndarray, class_names: list[str], image_size: int, channels: int
     ) -> None:
         self.root, self.names, self.class_names, self.image_size = root, names, class_names, image_size
-        self.labels = labels.astype(np.int64)
+        self.labels, self.channels = labels.astype(np.int64), channels
 
     @property
     def fingerprint(self) -> str:
@@ -188,52 +187,95 @@ class FileImages:
         return list_hash(self.class_names, self.names, self.labels)
 
     def load(self, indices: np.ndarray) -> np.ndarray:
-        """Return the images at `indices` as uint8 (B, 3, H, W); raise UserError naming a file that cannot be read."""
-        pictures = [np.asarray(center_crop(read_image(self.root / self.names[i]), self.image_size)) for i in indices]
-        return np.stack(pictures).transpose(0, 3, 1, 2)
+        """Return the images at `indices` as uint8 (B, C, H, W); raise UserError naming a file that cannot be read."""
+        pictures = [center_crop(read_image(self.root / self.names[i]), self.image_size) for i in indices]
+        if self.channels == 1:
+            return np.stack([np.asarray(picture.convert("L")) for picture in pictures])[:, None]
+        return np.stack([np.asarray(picture) for picture in pictures]).transpose(0, 3, 1, 2)
+
+
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderList:
+    """What lies in a folder of images."""
+
+    class_names: list[str]
+    names: list[str]  # (n,) paths relative to the folder, class by class
+    labels: np.ndarray  # (n,) int64
+    others: Counter[str]  # files that are no images by their names: how many of each suffix
+
+
+def list_folder(root: str) -> FolderList:
+    """Return the images of a folder: its sub-folders are the classes, in sorted order, images are sorted by path. A
+    folder of images without sub-folders is one class of its own name.
+
+    Raises UserError for a missing folder, one whose sub-folders are splits, images beside sub-folders, and a class
+    without images.
+    """
+    folder = Path(root)
+    require(folder.is_dir(), f"data.root={root}: no such folder; give the one with a sub-folder of images a class")
+    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    classes = [path for path in inside if path.is_dir()]
+    beside = [path.name for path in inside if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    require(bool(classes or beside), f"data.root={root}: holds no images and no sub-folders of images")
+    require(
+        not (classes and beside),
+        f"data.root={root}: holds images ({', '.join(beside[:2])}) beside its sub-folders; put them into the "
+        "sub-folder of their class",
+    )
+    splits = [path.name for path in classes if path.name.lower() in SPLIT_NAMES]
+    require(
+        not splits or len(splits) < len(classes),
+        f"data.root={root}: its sub-folders {', '.join(splits)} are splits, not classes; give "
+        f"data.root={folder / (splits[0] if splits else '')}",
+    )
+    names: list[str] = []
+    labels: list[int] = []
+    others = Counter[str]()
+    for label, path in enumerate(classes or [folder]):
+        found = [Path(at) / name for at, _, names_there in os.walk(path, followlinks=True) for name in names_there]
+        visible = [file for file in found if not file.name.startswith(".")]
+        files = sorted(file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES)
+        others.update(f.suffix.lower() for f in visible if f.suffix.lower() not in IMAGE_SUFFIXES)
+        require(bool(files), f"{path}: holds no images; add some or remove the folder")
+        names += [file.relative_to(folder).as_posix() for file in files]
+        labels += [label] * len(files)
+    class_names = [path.name for path in classes or [folder.resolve()]]
+    return FolderList(class_names, names, np.array(labels), others)
 
 
 class ImageFolder(FileImages):
-    """A folder with one sub-folder of images a class.
+    """A folder with one sub-folder of images a class, or of images alone, which are one class (`list_folder`).
 
     Args:
-        root: the folder; classes are its sub-folders in sorted order, images are sorted by path.
+        root: the folder.
         image_size: pixels a side.
         holdout_every: every so-many-th image is held out as "test"; 0 trains on all and has no test set.
+        channels: 3 reads RGB, 1 grey.
 
-    Raises UserError for a missing folder and a class without images.
+    Raises UserError as `list_folder` does.
     """
 
-    def __init__(self, root: str, image_size: int, split: Split = "train", holdout_every: int = 20) -> None:
+    def __init__(
+        self,
+        root: str,
+        image_size: int,
+        split: Split = "train",
+        holdout_every: int = 20,
+        channels: Literal[1, 3] = 3,
+    ) -> None:
         require(image_size >= 1, f"data.image_size={image_size}: must be at least 1")
         require(
             holdout_every == 0 or holdout_every >= 2,
             f"data.holdout_every={holdout_every}: must be 0 or at least 2",
         )
-        folder = Path(root)
-        require(
-            folder.is_dir(),
-            f"data.root={root}: no such folder; give the one with a sub-folder of images for each class",
-        )
-        classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        require(
-            bool(classes),
-            f"data.root={root}: has no sub-folders; put the images of each class into one of its own",
-        )
-        names: list[str] = []
-        labels: list[int] = []
-        self.others = Counter[str]()  # files that are no images by their names: how many of each suffix
-        for label, path in enumerate(classes):
-            found = [Path(at) / name for at, _, names_there in os.walk(path, followlinks=True) for name in names_there]
-            visible = [file for file in found if not file.name.startswith(".")]
-            files = sorted(file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES)
-            self.others.update(f.suffix.lower() for f in visible if f.suffix.lower() not in IMAGE_SUFFIXES)
-            require(bool(files), f"{path}: holds no images; add some or remove the folder")
-            names += [file.relative_to(folder).as_posix() for file in files]
-            labels += [label] * len(files)
-        held_out = np.zeros(len(labels), dtype=bool)
+        listed = list_folder(root)
+        self.others = listed.others
+        held_out = np.zeros(len(listed.labels), dtype=bool)
         if holdout_every:
             held_out[::holdout_every] = True
         keep = np.flatnonzero(held_out if split == "test" else ~held_out)
-        class_names = [path.name for path in classes]
-        super().__init__(folder, [names[i] for i in keep], np.array(labels)[keep], class_names, image_size)
+        names, labels = [listed.names[i] for i in keep], listed.labels[keep]
+        super().__init__(Path(root), names, labels, listed.class_names, image_size, channels)

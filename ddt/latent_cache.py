@@ -207,5 +207,7 @@ class LatentCache:
             if root.is_dir():
                 for k in np.linspace(0, len(rows) - 1, min(len(rows), 64)).astype(int):  # are these the pictures?
                     check_size(root / rows[k].path, rows[k].bytes)
-            self._files = FileImages(root, [row.path for row in rows], self.labels, self.class_names, self.image_size)
+            self._files = FileImages(
+                root, [row.path for row in rows], self.labels, self.class_names, self.image_size, self.channels
+            )
         return self._files

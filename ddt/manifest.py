@@ -121,18 +121,19 @@ def make_manifest(out: Path, splits: dict[str, Images], num_workers: int, skip_b
         )
     if broken:
         log.warning("%d images that cannot be read are left out: %s", broken, out / "broken.csv")
-    for text in (*notable(modes, rotated), *unread(splits)):
+    for text in (*notable(modes, rotated, splits["train"].channels), *unread(splits)):
         log.info("%s", text)
     temporary["manifest"].replace(out / "manifest.csv")
 
 
-def notable(modes: Counter[str], rotated: int) -> list[str]:
+def notable(modes: Counter[str], rotated: int, channels: int) -> list[str]:
     """Return a line for each kind of image that is not read as it is."""
-    converted = {mode: count for mode, count in modes.items() if mode not in ("", "RGB")}
+    read_as = {1: "L", 3: "RGB"}[channels]
+    converted = {mode: count for mode, count in modes.items() if mode not in ("", read_as)}
     lines = []
     if converted:
         kinds = ", ".join(f"{count} {mode}" for mode, count in sorted(converted.items()))
-        lines.append(f"converted to RGB, transparency dropped: {kinds}")
+        lines.append(f"converted to {read_as}, transparency dropped: {kinds}")
     if rotated:
         lines.append(
             f"{rotated} images carry an EXIF rotation, which is not applied (nor was it by the published model)"

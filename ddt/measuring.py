@@ -1,6 +1,8 @@
 """What is measured of the averaged weights while a run trains: validation loss, preview grid, samples' metrics."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -8,7 +10,7 @@ from accelerate import Accelerator
 from ddt.autoencoder import Autoencoder
 from ddt.images import Images
 from ddt.model import Denoiser
-from ddt.monitoring import validation_loss, write_preview
+from ddt.monitoring import validation_loss, write_preview, write_training_images
 from ddt.objective import FlowMatching
 from ddt.online import OnlineEvaluation
 from ddt.sampling import SamplerSettings
@@ -49,6 +51,15 @@ def missing(settings: TrainerSettings, held_out: Images, run_dir: Path, step: in
     return [name for name in due(settings, held_out, step) if not there[name]]
 
 
+@contextlib.contextmanager
+def picture_or_warning(path: Path) -> Iterator[None]:
+    """Let a full disk cost a picture, not the run."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("warning: %s: could not be written (%s)", path, error)
+
+
 class Measurements:
     """Measures what is due. Made and called on all processes; process 0 writes.
 
@@ -71,6 +82,14 @@ class Measurements:
         self.sampler, self.shape, self.batch_size = sampler, shape, batch_size
         self.evaluation, self.accelerator = evaluation, accelerator
 
+    def show(self, images: Images, tracker: JsonlTracker) -> None:
+        """Write a picture of what is trained on. Process 0 alone calls it, before the first step."""
+        path = self.run_dir / "previews" / "training_images.png"
+        with picture_or_warning(path):
+            write_training_images(path, images, self.autoencoder, self.accelerator, self.shape)
+            tracker.image(0, "training_images", path)
+            log.info("what is trained on: %s", path)
+
     def __call__(self, names: list[str], network: Denoiser, step: int, tracker: JsonlTracker | None) -> None:
         """Measure what `names` say of the averaged weights. All processes call it together."""
         if "validation" in names:
@@ -82,11 +101,12 @@ class Measurements:
                 tracker.log(step, {"validation_loss": loss})
         if "preview" in names and tracker is not None:
             path = preview_path(self.run_dir, step)
-            try:
+            first = not any(path.parent.glob("step_*.png"))
+            with picture_or_warning(path):
                 write_preview(path, network, self.autoencoder, self.accelerator, self.shape, self.sampler)
                 tracker.image(step, "preview", path)
-            except OSError as error:  # a full disk costs a picture, not the run
-                log.warning("warning: %s: could not be written (%s)", path, error)
+                if first:
+                    log.info("first samples: %s", path)
         if "evaluation" in names and self.evaluation is not None:
             found = self.evaluation(network, step)
             if tracker is not None:

@@ -18,7 +18,7 @@ from ddt.flow import TimeDistribution, interpolate, training_times
 from ddt.images import Images
 from ddt.model import Denoiser
 from ddt.objective import velocity_errors
-from ddt.pictures import image_grid, write_png
+from ddt.pictures import image_grid, readable, write_png
 from ddt.sampling import SamplerSettings, sample
 
 MAX_VALIDATION_IMAGES = 2048
@@ -143,6 +143,27 @@ def validation_loss(
             v_pred = model(interpolate(batch["latents"], batch["noise"], t), t, batch["y"])
         total += velocity_errors(v_pred, batch["latents"], batch["noise"]).double().sum()
     return accelerator.reduce(total, reduction="sum").item() / count
+
+
+@torch.no_grad()
+def write_training_images(
+    path: Path,
+    images: Images,
+    autoencoder: Autoencoder,
+    accelerator: Accelerator,
+    shape: tuple[int, int, int],
+) -> None:
+    """Draw training images as they come back from the autoencoder to `path`: what the network is to learn, four of each
+    of the first ten classes, a class a column.
+
+    `shape` is (C, H, W) of a latent. One process alone calls it.
+    """
+    of_class = [np.flatnonzero(images.labels == label)[:4] for label in np.unique(images.labels)[:10]]
+    chosen = np.stack([np.resize(numbers, 4) for numbers in of_class], axis=1).ravel()  # row by row
+    batch = to_latents(validation_batch(images, shape, chosen), autoencoder, accelerator)
+    pictures = autoencoder.decode(batch["latents"])
+    names = readable(images.class_names)
+    write_png(path, image_grid(pictures.cpu(), len(of_class), [names[y] for y in batch["y"].tolist()]))
 
 
 @torch.no_grad()

@@ -89,7 +89,11 @@ def parse_schedule(recompute: str, num_steps: int) -> tuple[str, int]:
             f"recompute={recompute}: the encoder runs at 1..num_steps={num_steps} of the steps; choose such a number",
         )
     else:
-        require(int(number) >= 1, f"recompute={recompute}: must be at least 1 (uniform:1 shares nothing)")
+        require(
+            1 <= int(number) <= num_steps,
+            f"recompute={recompute}: choose 1..num_steps={num_steps} (uniform:1 shares nothing, uniform:{num_steps} "
+            "runs the encoder once)",
+        )
     return kind, int(number)
 
 

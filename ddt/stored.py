@@ -8,7 +8,7 @@ import torch
 from ddt import checkpoint as ckpt
 from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.compiling import compile_blocks
-from ddt.config import check_arguments
+from ddt.config import check_arguments, shown
 from ddt.errors import UserError, require
 from ddt.fitting import check_fitted
 from ddt.generator import Dtype, Generator, cast_weights, usual_dtype
@@ -44,6 +44,14 @@ def sampler_of(config: dict[str, Any], stored: dict[str, Any]) -> SamplerSetting
     )
     if isinstance(settings.recompute, str) and parse_schedule(settings.recompute, settings.num_steps)[0] == "file":
         check_fitted(read_schedule(Path(settings.recompute)), settings, None)
+    guiding = [key for key in ("cfg_interval", "cfg_steps") if chosen.get(key) is not None]
+    if guiding and settings.cfg_scale != 1 and settings.solver != "adaptive":
+        guidance, times = settings.guidance(), settings.call_times()
+        require(
+            any(guidance.active(t, step) for step, inside in enumerate(times) for t in inside),
+            f"{guiding[0]}={shown(chosen[guiding[0]])}: guides none of the {settings.num_steps} steps, whose times are "
+            f"{', '.join(f'{times[k][0]:.3f}' for k in range(min(3, len(times))))}, …; choose others, or cfg_scale=1",
+        )
     return settings
 
 

@@ -326,6 +326,8 @@ def train(
             batch = to_latents(first, autoencoder, accelerator, target if align else None)
             accelerator.backward(model(**batch, align=align)["loss"])
             optimizer.zero_grad(set_to_none=True)
+        if tracker is not None and state.step == 0:
+            measure.show(images, tracker)
         if left:
             measure(left, state.ema.network(), state.step, tracker)
         clock = Clock(device, num_processes, settings.global_batch_size, *flops, settings.mixed_precision)
@@ -394,3 +396,4 @@ def train(
             raise Stopped(f"{run_dir}: stopped by {stopped} at step {state.step}; the same command goes on from there")
     if rank == 0:
         log.info("trained to step %d: %s", state.step, ckpt.checkpoint_folder(run_dir, state.step))
+        log.info("draw images with: python sample.py ckpt=%s", run_dir)

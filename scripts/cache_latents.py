@@ -24,7 +24,7 @@ from ddt.latent_cache import LatentCache
 from ddt.launch import launch
 from ddt.manifest import make_manifest
 from ddt.training import make_accelerator
-from scripts.entry import checked, entry_point, only_settings
+from scripts.entry import checked, entry_point
 
 OWN = (*CacheSettings.__dataclass_fields__, "num_processes")
 GROUPS = ("data", "autoencoder", "alignment")
@@ -86,10 +86,9 @@ def run(config: dict[str, Any], settings: CacheSettings, splits: dict[str, Image
     )
 
 
-@entry_point("cache_latents")
+@entry_point("cache_latents", uses=("data", "autoencoder", "alignment"))
 def main(cfg: DictConfig) -> None:
     """Compose, check, look at every image, encode."""
-    only_settings(*GROUPS, *OWN)
     config = checked(cfg)
     settings, splits = check(config)
     build(config["autoencoder"]).latent_shape(splits["train"].channels, splits["train"].image_size)

@@ -18,32 +18,41 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from ddt.config import check_arguments, did_you_mean, locate
-from ddt.errors import UserError
+from ddt.config import check_arguments, did_you_mean, flat, locate
+from ddt.errors import UserError, require
+from ddt.survey import patch_size, survey
 from scripts.jobs import Outcome, kept_environment, report, run_job
-
-PATHS = (
-    "ckpt", "out", "samples", "reference", "inception_weights", "released", "run", "runs", "init_from", "autoencoder",
-    "guide", "recompute", "evaluator", "python", "graph", "measured",
-    "features.weights",
-    "data.root", "data.source_root", "autoencoder.source", "alignment.weights",
-)  # fmt: skip
-ROOT = Path(__file__).resolve().parent.parent
-CONF = ROOT / "conf"
+from scripts.options import CONF, PATHS, ROOT, command, help_text, read
 
 
 def default_name(*, _root_: DictConfig) -> str:
-    """Return DATA_MODEL of the chosen files.
+    """Return DATA_MODEL of the chosen files, with data=folder folder_NAME_MODEL of the folder.
 
     Hydra keeps the choices in the configuration while it lays out a sweep, and apart from it while a job runs.
     """
     choices = (_root_.hydra if "hydra" in _root_ else HydraConfig.get()).runtime.choices
-    return f"{choices.data}_{choices.model}"
+    if choices.data != "folder" or OmegaConf.is_missing(_root_.data, "root"):
+        return f"{choices.data}_{choices.model}"
+    folder = re.sub(r"[^\w.+-]", "_", Path(str(_root_.data.root)).resolve().name)
+    return f"folder_{folder}_{choices.model}"
+
+
+def found_in_folder(key: str, root: str) -> int:
+    """Return the setting `key` of data, image_size or channels, as the images of a folder suggest it."""
+    require(root != "", f"data.{key}: is found from the images; give it, or data.root=")
+    return int(getattr(survey(root), key))
+
+
+def found_patch_size(image_size: int, autoencoder: str) -> int:
+    """Return the patch size for a folder of images: found from their size, where they are trained on as pixels."""
+    return patch_size(int(image_size)) if autoencoder.endswith(".Identity") else 2
 
 
 OmegaConf.register_new_resolver("default_name", default_name, replace=True)
+OmegaConf.register_new_resolver("found_in_folder", found_in_folder, replace=True)
+OmegaConf.register_new_resolver("found_patch_size", found_patch_size, replace=True)
 
 
 @contextlib.contextmanager
@@ -101,8 +110,17 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
     Every node with a `_target_` is compared with the target's signature. Raises one UserError with a line for each
     problem found.
     """
-    problems = [f"{key}: not set; give {key}=…" for key in sorted(OmegaConf.missing_keys(cfg))]
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    written = flat(OmegaConf.to_container(cfg))  # missing_keys() would read what depends on a missing one
+    problems = [f"{key}: not set; give {key}=…" for key in sorted(written) if written[key] == "???"]
+    try:
+        config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    except InterpolationResolutionError as error:  # a setting that is found from one that is not set, or is wrong
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if not problems and cause is None:
+            raise
+        raise UserError("\n".join(problems) or str(cause)) from error
     for key, node in config.items():
         if not isinstance(node, dict) or node.get("_target_") is None:
             continue
@@ -151,7 +169,8 @@ def quoted(argument: str) -> str:
         return argument
     if key not in PATHS or re.fullmatch(r"[\w./:+-]*", value, re.ASCII) or value[:1] in "'\"[$":
         return argument
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    # a backslash is one but before a quote, where Hydra reads two as one
+    escaped = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), value)
     return f'{key}{equals}"{escaped}"'
 
 
@@ -179,18 +198,21 @@ def refuse_unknown(cfg: DictConfig, primary: Path) -> None:
 
 
 def only_settings(*allowed: str) -> None:
-    """Raise UserError for a setting on the command line that is none of `allowed`: a script that builds on train.py's
-    configuration has its groups, but not a use for all of them.
-    """
+    """Raise UserError for a setting on the command line that is none of `allowed`."""
     for override in HydraConfig.get().overrides.task:
         key = override.lstrip("+~").partition("=")[0].partition(".")[0]
         if key not in allowed:
             raise UserError(f"{override}: has no effect here; choose from {', '.join(allowed)}")
 
 
-def entry_point(config_name: str, folder: Path = CONF) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def entry_point(
+    config_name: str, folder: Path = CONF, uses: Collection[str] | None = None
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make a Hydra main of a function, with the primary config `folder/config_name.yaml`; a user's mistake ends it
     with status 1 and one line, without a traceback.
+
+    uses: of a script whose configuration builds on train.py's, the settings and groups of train.py that mean something
+    here; all others are refused. scripts/options.py reads these arguments from the source: write them out.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -198,6 +220,8 @@ def entry_point(config_name: str, folder: Path = CONF) -> Callable[[Callable[[Di
 
         def checked_task(cfg: DictConfig) -> None:
             refuse_unknown(cfg, folder / f"{config_name}.yaml")
+            if uses is not None:
+                only_settings(*uses, *read(folder / f"{config_name}.yaml").settings)
             task(cfg)
 
         def job(cfg: DictConfig) -> Outcome | None:
@@ -211,6 +235,10 @@ def entry_point(config_name: str, folder: Path = CONF) -> Callable[[Callable[[Di
         def main() -> None:
             nonlocal jobs
             file = Path(inspect.getfile(task)).resolve()
+            described = command(file)
+            if described is not None and {"-h", "--help"} & set(sys.argv[1:]):
+                print(help_text(described))
+                return
             if task.__module__ == "__main__" and file.is_relative_to(ROOT):
                 # again as a module with a name, whose functions other processes can import
                 importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts)).main()
@@ -218,6 +246,8 @@ def entry_point(config_name: str, folder: Path = CONF) -> Callable[[Callable[[Di
             jobs = 0
             Outcome.known.clear()
             logging_setup()
+            if config_name != "train" and {"-m", "--multirun"} & set(sys.argv):
+                sys.exit("-m: only train.py sweeps over settings; call this command once for each value")
             sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
             chosen = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user wants Hydra's own errors
             # Hydra hands its errors to us instead of printing them; its launchers' processes find our modules

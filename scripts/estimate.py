@@ -25,12 +25,10 @@ from ddt.estimate import Rate, Recipe, assumed_rate, estimate, measured_rate, re
 from ddt.files import write_json
 from ddt.model import Denoiser
 from ddt.photos import PHOTOS
-from scripts.entry import arguments_for, checked, entry_point, only_settings
+from scripts.entry import arguments_for, checked, entry_point
 from train import num_aligned_blocks
 
 log = logging.getLogger(__name__)
-GROUPS = ("model", "data", "autoencoder", "alignment", "objective", "sampler", "trainer", "experiment")
-OWN = ("gpus", "device", "share", "measured", "memory_gb", "num_samples", "num_classes", "out")
 IMAGENET = ("in256", "in256_latents", "in512", "in512_latents")
 Facts = tuple[int, int, int, int | None]
 
@@ -45,7 +43,7 @@ def facts(node: dict[str, Any], choice: str, num_classes: int | None) -> Facts:
         "Digits": (1, 8, 10, 1497),
         "FashionMNIST": (1, 32, 10, 60_000),
         "Photos": (3, node.get("image_size"), len(PHOTOS), len(PHOTOS) * node.get("crops", 0)),
-    }.get(kind, (3, node.get("image_size"), None, None))
+    }.get(kind, (node.get("channels", 3), node.get("image_size"), None, None))
     if choice in IMAGENET:
         classes, images = 1000, None if node.get("holdout_every") else 1_281_167
     require_known(size, "data.image_size", choice)
@@ -164,10 +162,12 @@ def tell(
         write_json(Path(out), {**found, "command": shlex.join(["python", *sys.argv])})
 
 
-@entry_point("estimate")
+@entry_point(
+    "estimate",
+    uses=("model", "data", "autoencoder", "alignment", "objective", "sampler", "trainer", "experiment"),
+)
 def main(cfg: DictConfig) -> None:
     """Compose, check, count."""
-    only_settings(*GROUPS, *OWN)
     if OmegaConf.is_missing(cfg.data, "root"):
         cfg.data.root = ""  # nothing is read from it
     config = checked(cfg)

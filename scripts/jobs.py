@@ -170,7 +170,9 @@ def run_job(task: Callable[[DictConfig], None], cfg: DictConfig) -> Outcome | No
             if failure is None:
                 raise
             if not sweep:
-                sys.exit(failure)
+                # until the processes of a launcher meet, those of one machine find the same mistake
+                same = os.environ.get("LOCAL_RANK", "0") != "0" and not torch.distributed.is_initialized()
+                sys.exit(1 if same else failure)
     if not sweep:
         return None
     outcome = Outcome(" ".join(HydraConfig.get().overrides.task), failure)

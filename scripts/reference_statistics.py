@@ -4,7 +4,6 @@ python scripts/reference_statistics.py data=NAME [data.root=FOLDER] features=inc
 """
 
 import datetime
-import inspect
 import logging
 import shlex
 import sys
@@ -29,7 +28,7 @@ from ddt.metrics.sources import DataImages
 from ddt.training import make_accelerator
 from ddt.version import __version__
 from evaluate import check_weights
-from scripts.entry import arguments_for, checked, entry_point, only_settings
+from scripts.entry import arguments_for, checked, entry_point
 
 log = logging.getLogger(__name__)
 CROP = "ADM centre crop: box halving, then bicubic to the size, then the centre square"
@@ -82,10 +81,9 @@ def run(config: dict[str, Any], name: str, command: str) -> None:
     log.info("%s: statistics of %d images, %d of them kept", config["out"], len(chosen), len(kept))
 
 
-@entry_point("reference_statistics")
+@entry_point("reference_statistics", uses=("data", "features", "inception_weights"))
 def main(cfg: DictConfig) -> None:
     """Compose, check, measure."""
-    only_settings("data", "features", "inception_weights", *inspect.signature(check).parameters)
     config = checked(cfg)
     values = arguments_for(check, config)
     check(**values)

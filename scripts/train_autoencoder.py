@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from ddt.autoencoder_training import AutoencoderSettings, train_autoencoder
 from ddt.config import build, check_arguments
 from ddt.errors import UserError
-from scripts.entry import checked, entry_point, only_settings
+from scripts.entry import checked, entry_point
 
 log = logging.getLogger(__name__)
 OWN = tuple(AutoencoderSettings.__dataclass_fields__)
@@ -25,10 +25,9 @@ def destination(out: str) -> None:
     """Hold the type of the setting that is not the autoencoder's."""
 
 
-@entry_point("train_autoencoder")
+@entry_point("train_autoencoder", uses=("data", "seed"))
 def main(cfg: DictConfig) -> None:
     """Compose, check, train, write."""
-    only_settings("data", "out", *OWN)
     config = checked(cfg)
     values, problems = check_arguments(AutoencoderSettings, {key: config[key] for key in OWN}, "")
     paths, more = check_arguments(destination, {"out": config["out"]}, "")

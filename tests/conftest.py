@@ -111,7 +111,7 @@ def rows(run_dir):
 
 def copy_repository(folder):
     """Copy what belongs to the repository, without what was made in it."""
-    made = (".venv", ".git", "runs", "cache", "checkpoints", ".*_cache", "__pycache__")
+    made = (".venv", ".git", "site", "runs", "cache", "checkpoints", ".*_cache", "__pycache__")
     return shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*made))
 
 

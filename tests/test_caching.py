@@ -421,7 +421,7 @@ def test_a_file_that_changed_since_the_manifest_is_named(folder, vae, tmp_path):
         ("model=nano", "model=nano: has no effect here"),
         ("trainer.max_steps=3", "trainer.max_steps=3: has no effect here"),
         ("shard_size=0", "shard_size=0: must be at least 1"),
-        ("dtype=float8", "dtype=float8: input should be 'float16' or 'float32'"),
+        ("dtype=float8", "dtype=float8: give 'float16' or 'float32'"),
         ("store_features=true", "store_features=true: needs an alignment with a target"),
         ("out=README.md", "out=README.md: is a file"),
         ("num_workers=-1", "num_workers=-1: must be at least 0"),

@@ -1,19 +1,22 @@
 """Every configuration composes, resolves and builds; every mistake is one line that names the key and the fix."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from conftest import ROOT, refusal, run
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import open_dict
 
 import train
 from ddt.config import build, check_arguments
 from ddt.layers import Block
-from scripts.entry import CONF, checked
+from scripts.entry import CONF, checked, quoted
 
 MODELS = (
     "nano b_4en8de b_6en6de b_8en4de b_10en2de l_10en14de l_12en12de l_16en8de l_20en4de xl_22en6de dit_b dit_l dit_xl "
@@ -43,7 +46,8 @@ def root(*overrides):
         "data.root",
     ) | {"autoencoder=kl": "autoencoder.source"}  # fmt: skip
     deep = ("alignment=dispersive", "alignment=repa_dinov2", "data=in")  # these align the 8th block of the encoder
-    extra = [f"{key}=somewhere" for choice, key in missing.items() if choice in overrides]
+    extra = [f"{key}=somewhere" for choice, key in missing.items() if choice in overrides and choice != "data=folder"]
+    extra += [f"data.root={ROOT / 'docs' / 'images'}"] if "data=folder" in overrides else []  # it is looked at
     extra += ["model=b_8en4de"] if any(o.startswith(deep) for o in overrides) else []
     extra += ["alignment.weights=null"] if "alignment=repa_efficientnet_lite0" in overrides else []
     return [*overrides, *extra]
@@ -156,8 +160,8 @@ def test_the_command_line_wins_over_the_data():
         (["+model.foo=1"], "model.foo: no such setting"),
         (["modle=nano"], "modle: no such setting; did you mean model?"),
         (["model=nanoo"], "model=nanoo: no such choice; did you mean nano?"),
-        (["trainer.max_steps=abc"], "trainer.max_steps=abc: input should be a valid integer"),
-        (["trainer.log_every=2.5"], "trainer.log_every=2.5: input should be a valid integer"),
+        (["trainer.max_steps=abc"], "trainer.max_steps=abc: give a whole number"),
+        (["trainer.log_every=2.5"], "trainer.log_every=2.5: give a whole number"),
         (
             ["model.encoder_depth=6"],
             "model.encoder_depth=6 leaves no encoder or no decoder: with model.depth=6 choose 1..5",
@@ -169,13 +173,13 @@ def test_the_command_line_wins_over_the_data():
         (["name=../elsewhere"], "name=../elsewhere: give a folder name"),
         (["seed=-1"], "seed=-1: must be at least 0"),
         (["objective.label_dropout=2"], "objective.label_dropout=2.0: must lie in 0..1"),
-        (["trainer.mixed_precision=fp8"], "trainer.mixed_precision=fp8: input should be 'bf16'"),
+        (["trainer.mixed_precision=fp8"], "trainer.mixed_precision=fp8: give 'bf16'"),
         (["trainer.max_steps"], "Error parsing override"),
-        (["optimizer.lr=abc"], "optimizer.lr=abc: input should be a valid number"),
+        (["optimizer.lr=abc"], "optimizer.lr=abc: give a number"),
         (["optimizer.lr=-1"], "optimizer.lr=-1.0: must be above 0"),
         (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9]: "),
         (["optimizer._target_=torch.optim.Foo"], "optimizer._target_=torch.optim.Foo: cannot be imported"),
-        (["sampler.cfg_scale=inf"], "sampler.cfg_scale=inf: input should be a finite number"),
+        (["sampler.cfg_scale=inf"], "sampler.cfg_scale=inf: give a finite number"),
         (["model=dit_b", "sampler.recompute=[0]"], "sampler.recompute=[0]: this model has no encoder to share"),
         (["model.patch_size=3"], "model.patch_size=3 does not divide the latent size 8×8"),
         (["model=_ddt"], "DDT.__init__() missing"),
@@ -215,10 +219,58 @@ def test_values_are_converted_to_the_annotated_types():
     assert problems[1] == "group.nome: no such setting; did you mean name?"
 
 
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"count": True}, "count=true: give a number"),
+        ({"pair": [False, 1]}, "pair=[false,1]: give a number"),
+        ({"pair": [0, 1, 2]}, "pair=[0,1,2]: give 2 values or null"),
+        ({"pair": [0]}, "pair=[0]: give 2 values or null"),
+        ({"pair": 3}, "pair=3: give a list such as [a,b] or null"),
+        ({"steps": 7}, "steps=7: give a list such as [a,b]"),
+        ({"steps": None}, "steps=null: give a list such as [a,b]"),
+        ({"flag": "maybe"}, "flag=maybe: give true or false"),
+        ({"numbers": {"a": "x"}}, "numbers={a:x}: give a number"),
+    ],
+)
+def test_mistakes_are_told_in_words_of_the_command_line(values, line):
+    def function(
+        count: int, pair: tuple[float, float] | None, steps: Sequence[int], flag: bool, numbers: dict[str, float]
+    ) -> None: ...
+
+    assert check_arguments(function, values, "")[1] == [line]
+
+
+def test_truth_values_stay_what_they_are():
+    def function(flag: bool, either: bool | Literal["selective"], nothing: bool | None) -> None: ...
+
+    given = {"flag": True, "either": False, "nothing": None}
+    assert check_arguments(function, given, "") == (given, [])
+
+
+@pytest.mark.parametrize("value", ["a b", r"a\b c", 'say "x"', r"a\"b", "ends with \\", r"C:\x y", "ü"])
+def test_paths_come_through_as_they_are(value):
+    (override,) = OverridesParser.create().parse_overrides([quoted(f"out={value}")])
+    assert override.value() == value
+
+
+@pytest.mark.parametrize("script", ["sample", "evaluate", "scripts.guidance_search"])
+def test_only_training_sweeps(tmp_path, monkeypatch, script):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(script, "-m", "ckpt=a,b").startswith("-m: only train.py sweeps")
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_of_a_launcher_tell_a_mistake_once(tmp_path):
+    command = ("-m", "torch.distributed.run", "--nproc-per-node=2", ROOT / "train.py", "trainer.max_steps=abc")
+    done = run(*command, cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("trainer.max_steps=abc: give a whole number") == 1
+
+
 def test_a_word_beside_true_and_false_is_named():
     _, problems = check_arguments(Block, {"activation_checkpointing": "all"}, "model")
-    assert problems[0].startswith("model.activation_checkpointing=all: input should be a valid boolean")
-    assert problems[0].endswith(", or input should be 'selective'")
+    assert problems[0] == "model.activation_checkpointing=all: give true or false or 'selective'"
 
 
 def test_a_sweep_keeps_a_folder_for_each_job(tmp_path):

@@ -1,20 +1,29 @@
 """What the documents name exists, and the commands they show run."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, copy_repository, run
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# they need a hub, ImageNet or your data, or half an hour
-ELSEWHERE = (
-    "MCG-NJU", "checkpoints/xl_256", "PATH", "IMAGENET", "CACHE", "FOLDER", "fashion_mnist", "photos",
-    "experiment=encoder_depth", "runs/encoder_depth",
-)  # fmt: skip
+from scripts.options import command
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MARK = (
+    r"# (needs|takes) \w"  # at the end of a line, or as the first line of a block: the command is not run by the test
+)
+PLACEHOLDER = r"[A-Z_]{2,}"  # NAME, PATH, IMAGENET/train: what a reader puts in
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def name(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
     for link in links:
@@ -23,32 +32,111 @@ def test_links_lead_somewhere(page):
 
 def test_functions_of_the_method_page_exist():
     entries = re.findall(r"`(ddt/[\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", (ROOT / "docs" / "method.md").read_text())
+    entries += re.findall(r"`(ddt/[\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", (ROOT / "docs" / "concepts.md").read_text())
     assert len(entries) > 15
     for file, names in entries:
         text = (ROOT / file).read_text()
-        for name in re.findall(r"`([\w.]+)`", names):
-            assert re.search(rf"^\s*(def|class) {name.split('.')[-1]}\b|^{name}\b", text, re.M), f"{file}: {name}"
+        for entry in re.findall(r"`([\w.]+)`", names):
+            assert re.search(rf"^\s*(def|class) {entry.split('.')[-1]}\b|^{entry}\b", text, re.M), f"{file}: {entry}"
 
 
-def documented_commands():
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
+    """Each quoted message, but for what varies (…), stands in the source."""
+    files = [*ROOT.glob("*.py"), *(ROOT / "ddt").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in files))  # a text over several lines
+    first = re.findall(r"^\| ([^|]+) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+    messages = [text for cell in first for text in re.findall(r"`([^`]+)`", cell) if "…" in text or " " in text]
+    own = [text for text in messages if not text.startswith(("CUDA", "accelerate", "srun python"))]
+    assert len(own) > 20
+    for message in own:
+        for part in message.split("…"):
+            assert part.strip(" ()") in source, message
+
+
+def commands_of(page):
+    """Return (command, whether it is marked as one that is not run) of each line of a page's bash blocks."""
+    found = []
+    for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M):
+        whole = re.match(MARK, block) is not None
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.strip() and not line.startswith("#"):
+                before, _, comment = line.partition("  #")
+                found.append((before.strip(), whole or re.match(MARK, f"#{comment}") is not None))
+    return found
+
+
+def words_of(text):
+    """Return the words of a command; those before a script, such as `torchrun --standalone`, are none of it."""
+    return shlex.split(text)
+
+
+def script_of(words):
+    for word in words:
+        if word.endswith((".py", ".sh", ".sbatch")):
+            return ROOT / word
+    return None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_documented_scripts_settings_and_choices_exist(page):
+    for text, _ in commands_of(page):
+        words = words_of(text)
+        script = script_of(words)
+        if script is None:
+            continue
+        assert script.is_file(), text
+        found = command(ROOT / "train.py" if script.suffix == ".sbatch" else script)
+        if found is None:
+            continue
+        given = [word.split("=", 1) for word in words[words.index(name(script)) + 1 :] if "=" in word]
+        chosen = found.with_arguments({key: value for key, value in given if key in found.groups})
+        known = {*found.settings, *found.groups}
+        for group in found.groups:
+            known |= set(found.settings_of(group, chosen))
+        for key, value in given:
+            assert key in known or key.startswith(("hydra.", "hydra/")), f"{text}: no setting {key}"
+            if key in found.groups and not re.search(PLACEHOLDER, value):
+                assert set(value.split(",")) <= set(found.groups[key].choices), f"{text}: no such {key}"
+
+
+def test_what_a_reader_must_put_in_is_marked():
+    """A command with a placeholder cannot be run as it stands."""
     for page in PAGES:
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S):
-            yield from (line.split("  #")[0].strip() for line in block.splitlines() if line.startswith("python "))
+        for text, marked in commands_of(page):
+            values = [word.partition("=")[2] for word in words_of(text)]
+            asks = any(re.match(PLACEHOLDER, value) for value in values) and not re.search(r"=(NAME|FOLDER)\b", text)
+            assert marked or not asks, f"{name(page)}: {text}: add a comment `# needs …`"
 
 
-def test_documented_scripts_and_keys_exist():
-    commands = list(documented_commands())
-    assert len(commands) > 10
-    for command in commands:
-        first, *others = shlex.split(command)[1:]
-        assert (ROOT / (f"{others[0].replace('.', '/')}.py" if first == "-m" else first)).is_file(), command
+def test_enough_commands_are_run():
+    run_by_test = [text for page in PAGES for text, marked in commands_of(page) if not marked]
+    assert len(run_by_test) > 40
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Links, anchors and the pages' place in the navigation: validation in mkdocs.yml."""
+    done = run("-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site", NO_MKDOCS_2_WARNING="1")
+    assert done.returncode == 0, done.stderr
+    pages = [page.read_text() for page in (tmp_path / "site").rglob("*.html")]
+    assert len(pages) >= len(PAGES) - 1
+    equations = (tmp_path / "site" / "method.html").read_text()
+    assert equations.count('<svg class="equation"') > 50
+    for page in pages:  # equations are drawn, and nothing is fetched from elsewhere
+        assert "arithmatex" not in page
+        assert "<code>math" not in page
+        assert not re.search(r'<(script|img)[^>]+src="?https?://|<link[^>]+stylesheet[^>]+href="?https?://', page)
 
 
 @pytest.mark.slow
 def test_documented_commands_run_in_order(tmp_path):
+    """All pages in one copy of the repository, each command as a shell runs it."""
     copy = copy_repository(tmp_path / "copy")
-    commands = [c for c in documented_commands() if not any(word in c for word in ELSEWHERE)]
-    assert len(commands) >= 7
-    for command in commands:
-        done = run(*shlex.split(command)[1:], cwd=copy, timeout=900, PYTHONPATH=str(copy))
-        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    for page in PAGES:
+        for text, marked in commands_of(page):
+            if not marked:
+                done = subprocess.run(
+                    ["bash", "-c", text], cwd=copy, env={**os.environ, "PATH": path, "PYTHONPATH": str(copy)},
+                    capture_output=True, text=True, timeout=900, check=False,
+                )  # fmt: skip
+                assert done.returncode == 0, f"{name(page)}: {text}\n{done.stderr[-2000:]}"

@@ -231,7 +231,7 @@ def test_samples_of_another_kind_and_another_evaluation_are_refused(evaluated, t
         (["samples=SAMPLES", "reference=y", "num_processes=0"], "num_processes=0: must be at least 1"),
         (["samples=SAMPLES", "reference=y", "num_processes=1000000000"], "num_processes=1000000000: choose at most "),
         (["samples=SAMPLES", "reference=y", "features.batch_size=99999999999999999999"], "features.batch_size=9"),
-        (["samples=x", "reference=y", "pr_dtype=float64"], "pr_dtype=float64: input should be 'float16' or 'float32'"),
+        (["samples=x", "reference=y", "pr_dtype=float64"], "pr_dtype=float64: give 'float16' or 'float32'"),
         (["samples=x", "reference=y", "features.batch_size=0"], "features.batch_size=0: "),
         (["samples=x", "reference=y", "features=none"], "features=none: measures nothing"),
         (["samples=x", "reference=data:digitz"], "reference=data:digitz: give data:NAME"),

@@ -195,7 +195,7 @@ def test_a_process_that_fails_or_hangs_is_told_in_one_line(tmp_path):
     ("arguments", "message"),
     [
         ([], "device=cuda: torch finds no GPU here; give device=cpu size=tiny to try the check itself"),
-        (["stage=bench", *TINY], "stage=bench: input should be 'check', 'benchmark' or 'all'"),
+        (["stage=bench", *TINY], "stage=bench: give 'check', 'benchmark' or 'all'"),
         (["minutes=0", *TINY], "minutes=0: must be above 0"),
     ],
 )

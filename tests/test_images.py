@@ -131,7 +131,7 @@ def test_a_picture_too_elongated_to_crop_is_named(tmp_path):
 def test_image_folder_names_what_is_wrong(tmp_path):
     with pytest.raises(UserError, match=r"data\.root=.*nowhere: no such folder"):
         ImageFolder(str(tmp_path / "nowhere"), 8)
-    with pytest.raises(UserError, match="has no sub-folders"):
+    with pytest.raises(UserError, match="holds no images and no sub-folders"):
         ImageFolder(str(tmp_path), 8)
     write_folder(tmp_path)
     (tmp_path / "empty").mkdir()

@@ -329,7 +329,9 @@ def test_bf16_baseline_previews_validation_and_wandb_offline(folder):
     validated = [row for row in logged if "validation_loss" in row]
     assert [row["step"] for row in validated] == [2, 4]
     assert all(0 < row["validation_loss"] < 10 for row in validated)
-    assert sorted(p.name for p in (path / "previews").iterdir()) == ["step_0000003.png", "step_0000004.png"]
+    assert sorted(p.name for p in (path / "previews").iterdir()) == [
+        "step_0000003.png", "step_0000004.png", "training_images.png",
+    ]  # fmt: skip
     assert list((path / "wandb").glob("offline-run-*"))
     first = next(iter(weights(path, 4).values()))
     assert first.dtype == torch.float32
