@@ -21,7 +21,7 @@ PATHS = (
     "ckpt", "out", "samples", "reference", "inception_weights", "released", "run", "runs", "init_from", "autoencoder",
     "guide", "recompute", "evaluator", "python", "graph", "measured",
     "features.weights",
-    "data.root", "data.source_root", "autoencoder.source", "alignment.weights",
+    "data.root", "data.source_root", "data_root", "autoencoder.source", "alignment.weights",
 )  # fmt: skip
 
 

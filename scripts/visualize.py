@@ -51,8 +51,9 @@ MOST_IMAGES = 16  # in a picture that a person looks at
 
 
 def check(
-    ckpt: str, out: str, columns: int, loss_images: int, batch_size: int, autoencoder: str, dtype: Dtype | None
-) -> None:
+    ckpt: str, out: str, columns: int, loss_images: int, batch_size: int, data_root: str, autoencoder: str,
+    dtype: Dtype | None,
+) -> None:  # fmt: skip
     """Refuse settings that cannot be, and a folder whose content would be written over."""
     for key, value in {"columns": columns, "loss_images": loss_images, "batch_size": batch_size}.items():
         require(value >= 1, f"{key}={value}: must be at least 1")
@@ -67,8 +68,8 @@ def check(
 
 def what_to_draw(config: dict[str, Any], stored: dict[str, Any]) -> tuple[SamplerSettings, ImageSet]:
     """Return sampler and images, as sample.py understands the same settings."""
-    alone = {**config, "num_samples": None, "seed": 0}
-    settings, images = collected(lambda: sampler_of(config, stored), lambda: images_of(alone, stored))
+    given = {**config, "num_samples": None, "seed": 0, "tolerance": "checkpoint"}
+    settings, images = collected(lambda: sampler_of(given, stored), lambda: images_of(given, stored))
     require(
         settings.solver != "adaptive",
         "sampler=adaptive: chooses its own steps, at another t for each image; choose another sampler",
@@ -80,16 +81,15 @@ def what_to_draw(config: dict[str, Any], stored: dict[str, Any]) -> tuple[Sample
     return settings, images
 
 
-def find_images(stored: dict[str, Any], data: Any, autoencoder: Autoencoder) -> tuple[Images | None, str]:
+def find_images(stored: dict[str, Any], root: str, autoencoder: Autoencoder) -> tuple[Images | None, str]:
     """Return the held-out images of the run, or None and why not; raise UserError where a folder was named."""
-    require(isinstance(data, dict), f"data={data}: is what the run was trained on; give data.root= where it lies now")
-    root = str(data["root"])
     try:
         return held_out(stored, root, autoencoder), ""
     except UserError as error:
+        reason = first_line(error).replace("data.root=", "data_root=")
         if root != "checkpoint":
-            raise
-        return None, first_line(error)
+            raise UserError(reason) from error
+        return None, reason
 
 
 def look_at_z(generator: Generator, ema_sha256: str) -> tuple[Similarity, dict[str, Any]]:
@@ -140,7 +140,7 @@ def main(cfg: DictConfig) -> None:
     settings, images = what_to_draw(config, stored)
     accelerator = make_accelerator("no")
     autoencoder = stored_autoencoder(stored, values["autoencoder"])
-    data, why = find_images(stored, config["data"], autoencoder)
+    data, why = find_images(stored, values["data_root"], autoencoder)
     generator = load_generator(folder, settings, autoencoder, accelerator.device, dtype=values["dtype"])
     left_out = {} if data is not None else {"loss_by_t": why}
     if not isinstance(generator.model, DDT):

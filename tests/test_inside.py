@@ -277,15 +277,17 @@ def test_moved_data_are_found_where_they_are_said_to_be(tmp_path):
     stored = {"run": {"data": {**data, "fingerprint": ImageFolder(str(root), 8, holdout_every=6).fingerprint}}}
     assert len(held_out(stored, "checkpoint", Identity()).labels) == 4
     moved = root.rename(tmp_path / "moved")
-    images, why = visualize.find_images(stored, {"root": "checkpoint"}, Identity())
+    images, why = visualize.find_images(stored, "checkpoint", Identity())
     assert images is None
-    assert why.startswith(f"data.root={root}: no such folder; give ")
-    assert len(visualize.find_images(stored, {"root": moved}, Identity())[0].labels) == 4
-    with pytest.raises(UserError, match=f"^data.root={tmp_path}/nowhere: no such folder"):
-        visualize.find_images(stored, {"root": f"{tmp_path}/nowhere"}, Identity())
+    assert why.startswith(f"data_root={root}: no such folder; give ")
+    assert len(visualize.find_images(stored, str(moved), Identity())[0].labels) == 4
+    with pytest.raises(UserError, match=f"^data_root={tmp_path}/nowhere: no such folder"):
+        visualize.find_images(stored, f"{tmp_path}/nowhere", Identity())
     shutil.rmtree(moved / "class1")
-    with pytest.raises(UserError, match=f"^data.root={moved}: holds other images than the run was trained on; give"):
-        visualize.find_images(stored, {"root": str(moved)}, Identity())
+    with pytest.raises(
+        UserError, match=f"^data_root={moved}: holds other images than the run was trained on; give data_root="
+    ):
+        visualize.find_images(stored, str(moved), Identity())
 
 
 @pytest.mark.parametrize("change", [{"_target_": "ddt.data.Digits"}, {"gone": 1}], ids=str)
@@ -308,7 +310,7 @@ def test_a_run_that_held_nothing_out_says_so(tmp_path):
     [
         (["columns=0"], "columns=0: must be at least 1"),
         (["sampler=adaptive"], "sampler=adaptive: chooses its own steps"),
-        (["data=digits"], "data=digits: is what the run was trained on; give data.root="),
+        (["data_root=x"], "data_root=x: this run's data have no folder; leave it out"),
         (["num_samples=3"], "num_samples: no such setting"),
     ],
     ids=str,
@@ -342,7 +344,9 @@ def test_settings_of_sampling_are_those_of_sample(run_folder, changes, message):
 
 def test_nothing_is_written_over(looked, tmp_path):
     (tmp_path / "file").touch()
-    usual = dict(ckpt="", columns=1, loss_images=1, batch_size=1, autoencoder="checkpoint", dtype=None)
+    usual = dict(
+        ckpt="", columns=1, loss_images=1, batch_size=1, data_root="checkpoint", autoencoder="checkpoint", dtype=None
+    )
     visualize.check(out=str(tmp_path / "new"), **usual)
     for out, message in (
         (looked, "holds files already and is not written over; choose another out="),
