@@ -26,7 +26,7 @@ from scripts.jobs import Outcome, kept_environment, report, run_job
 
 PATHS = (
     "ckpt", "out", "samples", "reference", "inception_weights", "released", "run", "runs", "init_from", "autoencoder",
-    "guide", "recompute", "evaluator", "python", "graph", "measured",
+    "guide", "recompute", "evaluator", "python", "graph", "measured", "metrics",
     "features.weights",
     "data.root", "data.source_root", "autoencoder.source", "alignment.weights",
 )  # fmt: skip
