@@ -109,14 +109,15 @@ class Steps:
 
     def __init__(self, pipeline: "DDTPipeline", progress: Any, callback: Callable[..., Any] | None) -> None:
         self.pipeline, self.progress, self.callback = pipeline, progress, callback
-        self.step, self.t = 0, 0.0
+        self.step, self.t = -1, 0.0  # none yet
 
     def observe(self, step: int, t: float | Tensor, x_t: Tensor, v: Tensor) -> None:
         """Notice the first velocity of a step: x_t (B, C, H, W) is then what the step before has made."""
-        if step > self.step:
+        if step == self.step:
+            return
+        if self.step >= 0:
             self.end(x_t)
-        if step > self.step or step == 0:
-            self.step, self.t = step, t if isinstance(t, float) else float(t.flatten()[0])
+        self.step, self.t = step, t if isinstance(t, float) else float(t.flatten()[0])
 
     def end(self, latents: Tensor) -> None:
         """Tell that a step is done, which made `latents` (B, C, H, W)."""

@@ -20,7 +20,7 @@ from ddt.export import Card, export, open_source, picture_of, read_metrics
 from ddt.files import check_writable
 from ddt.hub import check_push, push
 from ddt.released import SUFFIXES
-from scripts.entry import arguments_for, checked, entry_point
+from scripts.entry import CONF, arguments_for, checked, entry_point
 
 log = logging.getLogger(__name__)
 NEXT = {
@@ -53,7 +53,7 @@ def settings_of(
         require(value is None, f"{key}={value}: has no effect with format=released, which holds weights alone")
 
 
-@entry_point("export")
+@entry_point("export", CONF / "export")
 def main(cfg: DictConfig) -> None:
     """Compose, check everything, write, and upload where that is asked for."""
     chosen = arguments_for(settings_of, checked(cfg))
