@@ -9,7 +9,7 @@ from conftest import ROOT, copy_repository, run
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # they need a hub, ImageNet or your data, or half an hour
 ELSEWHERE = (
-    "MCG-NJU", "checkpoints/xl_256", "PATH", "IMAGENET", "CACHE", "FOLDER", "fashion_mnist", "photos",
+    "MCG-NJU", "checkpoints/xl_256", "PATH", "IMAGENET", "CACHE", "FOLDER", "OWNER", "fashion_mnist", "photos",
     "experiment=encoder_depth", "runs/encoder_depth",
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from safetensors.torch import load_file
 import ddt
 from ddt import checkpoint as ckpt
 from ddt.errors import UserError
-from ddt.export import Card, export, labels_of, open_source, without_places
+from ddt.export import Card, export, labels_of, open_source, picture_of, read_metrics, without_places
 from ddt.model_card import training
 from ddt.pictures import imagenet_synsets
 from ddt.schedules import write_schedule
+from scripts.export import settings_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RUN = {
@@ -218,12 +220,10 @@ def test_imagenet_is_named(tmp_path):
 def test_only_pictures_of_these_weights_are_shown(tmp_path):
     folder = small_checkpoint(tmp_path / "run" / "checkpoints" / "step_0000007")
     evaluation(tmp_path / "run" / "samples", "0" * 64)
-    arguments = [f"ckpt={tmp_path / 'run'}", "format=hub"]
-    run_inside("scripts.export", *arguments, f"out={tmp_path / 'a'}")
-    assert not (tmp_path / "a" / "samples.png").exists()
-    evaluation(tmp_path / "run" / "samples", ckpt.weights_sha256(folder, "ema"))
-    run_inside("scripts.export", *arguments, f"out={tmp_path / 'b'}")
-    assert (tmp_path / "b" / "samples.png").exists()
+    evaluation(tmp_path / "set", ckpt.weights_sha256(folder, "ema"))
+    places, sha256 = [tmp_path / "nowhere", tmp_path / "run" / "samples"], ckpt.weights_sha256(folder, "ema")
+    assert picture_of(places, sha256) is None
+    assert picture_of([*places, tmp_path / "set"], sha256) == tmp_path / "set" / "grid.png"
 
 
 def test_places_lose_all_but_their_last_name():
@@ -274,20 +274,11 @@ def checkpoint(tmp_path_factory):
     ("arguments", "message"),
     [
         (["format=foo"], "format=foo: input should be 'hub', 'diffusers' or 'released'"),
-        (["format=hub", "weights=model"], "weights=model: "),
         (["format=hub", "ckpt=nowhere"], "nowhere: no such folder"),
-        (["format=hub", "metrics=nowhere"], "metrics=nowhere: no such file"),
         (["format=hub", "metrics={there}/of_others"], "does not say that its samples were drawn with these weights"),
-        (["format=hub", "metrics={there}/without"], "does not say that its samples were drawn with these weights"),
-        (["format=hub", "metrics={there}/checkpoint/config.json"], "is no evaluation"),
-        (["format=hub", "metrics={there}/of_others/grid.png"], "damaged or no JSON"),
         (["format=hub", "autoencoder=a/b"], "autoencoder=a/b: this model draws pixels"),
         (["format=hub", "push=name"], "push=name: no name of a model; write owner/name"),
         (["format=hub", "out={there}"], "exists already and is not written over"),
-        (["format=released"], "is to be one file; give a name that ends in .ckpt or .safetensors"),
-        (["format=released", "out={there}/x.ckpt", "push=a/b"], "push=a/b: has no effect with format=released"),
-        (["format=released", "out={there}/x.ckpt", "license=mit"], "license=mit: has no effect"),
-        (["format=released", "out={there}/x.ckpt", "autoencoder=a/b"], "autoencoder=a/b: has no effect"),
         (["format=hub", "weight=ema"], "weight: no such setting; did you mean weights?"),
     ],
 )
@@ -302,3 +293,30 @@ def test_mistakes_are_one_line(checkpoint, arguments, message):
     assert message in said
     assert "\n" not in said
     assert sorted(there.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("nowhere", "metrics=nowhere: no such file"),
+        ("checkpoint", "metrics=.*metrics.json: no such file"),
+        ("without", "does not say that its samples were drawn with these weights"),
+        ("checkpoint/config.json", "is no evaluation"),
+        ("of_others/grid.png", "damaged or no JSON"),
+    ],
+)
+def test_what_is_no_evaluation_of_these_weights_is_refused(checkpoint, file, message, monkeypatch):
+    monkeypatch.chdir(checkpoint.parent)
+    with pytest.raises(UserError, match=message):
+        read_metrics(Path(file), "1" * 64)
+
+
+@pytest.mark.parametrize("key", ["push", "license", "autoencoder", "metrics"])
+def test_the_published_format_holds_weights_alone(tmp_path, key):
+    chosen = dict(ckpt="x", format="released", out=str(tmp_path / "x.ckpt"), weights="ema", autoencoder="checkpoint")
+    chosen |= dict(metrics=None, license=None, push=None)
+    settings_of(**chosen)
+    with pytest.raises(UserError, match=f"{key}=a/b: has no effect with format=released"):
+        settings_of(**{**chosen, key: "a/b"})
+    with pytest.raises(UserError, match=r"is to be one file; give a name that ends in \.ckpt or \.safetensors"):
+        settings_of(**{**chosen, "out": str(tmp_path / "x")})

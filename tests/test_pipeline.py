@@ -135,6 +135,10 @@ def test_noise_may_come_from_seeds_generators_or_a_tensor(pipeline):
     assert torch.equal(single, wanted)
 
 
+def test_latents_are_decoded_in_the_checkpoints_chunks(pipeline):
+    assert pipeline.config.decode_chunk_size == pipeline._autoencoder().chunk_size == 2
+
+
 def test_forms_of_the_images(pipeline):
     call = {"class_labels": [0, 1], "seeds": [1, 2]}
     pictures = uint8(pipeline(**call).images)
