@@ -15,6 +15,7 @@ from ddt.conversion import DOWNSAMPLING
 from ddt.errors import collected, require
 from ddt.evaluation import evaluate
 from ddt.generation import sample_set
+from ddt.hub import is_hub_id
 from ddt.launch import launch
 from ddt.metrics.inception import InceptionSettings
 from ddt.metrics.reference import check_reference
@@ -158,6 +159,10 @@ def main(cfg: DictConfig) -> None:
         require("RANK" not in os.environ, f"ckpt={others['ckpt']}: convert it first, by scripts/convert_checkpoint.py")
         check(config, to_come(others["encoder_depth"], others["resolution"]))
         convert_published(others["released"], others["encoder_depth"], others["resolution"], Path(others["ckpt"]))
+    require(
+        others["out"] is not None or not is_hub_id(others["ckpt"]),
+        f"out: not set; ckpt={others['ckpt']} is a model of the hub, so give the folder for its images",
+    )
     folder = ckpt.find_checkpoint(others["ckpt"])
     stored = ckpt.read_config(folder)
     out = Path(others["out"] or folder / "samples")

@@ -204,6 +204,13 @@ class DiffusersAutoencoder(abc.ABC):
         self.scale = float(config.scaling_factor) / torch.tensor(std or [1.0]).reshape(-1, 1, 1)
 
     @classmethod
+    def around(cls, network: Any, chunk_size: int) -> Self:
+        """Make one of a diffusers network that is loaded already."""
+        made = cls.__new__(cls)
+        made._hold(network, chunk_size, "fp32")
+        return made
+
+    @classmethod
     def outline(cls, source: str, encode_dtype: Literal["fp32", "bf16"] = "fp32") -> Self:
         """Build one on the meta device, without weights and without a hub: what its cost is counted on.
 

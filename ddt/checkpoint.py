@@ -7,7 +7,8 @@ A checkpoint is a folder:
     model.safetensors   raw weights           (only in checkpoints that training can go on from)
     train_state.pt      optimizer and meters  (likewise)
     ema_0.999.safetensors, power_0.05.safetensors   further averages, where the run keeps them
-    manifest.json       written last: format version, size and SHA-256 of each file
+    manifest.json       written last: format version, size and SHA-256 of each file; in an export (`ddt.export`), whose
+                        weights a model hub wants in model.safetensors, also `names`: what that file is called here
 
 A run that shards its weights writes each but the first and last in pieces, `ema-00000-of-00002.safetensors` being that
 of process 0 of 2; joined along the first dimension they are the whole.
@@ -32,11 +33,14 @@ from torch import Tensor
 from ddt.config import flat
 from ddt.errors import UserError, require
 from ddt.files import fsync, sha256, share, write_json
+from ddt.hub import download, is_hub_id
 from ddt.model import DDT, Denoiser, DiT
 from ddt.version import __version__
 
 log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
+AUTOENCODER = "autoencoder"  # the folder of the autoencoder that an export carries …
+CARRIED = f"./{AUTOENCODER}"  # … and what its config calls it
 NETWORKS: dict[str, type[DDT] | type[DiT]] = {"ddt.model.DDT": DDT, "ddt.model.DiT": DiT}
 
 
@@ -47,6 +51,11 @@ def file_name(name: str, piece: Piece | None) -> str:
     """Return what a file of a checkpoint is called, such as `ema.safetensors`, or the piece of it."""
     stem, suffix = name.rsplit(".", 1)
     return name if piece is None else f"{stem}-{piece[0]:05d}-of-{piece[1]:05d}.{suffix}"
+
+
+def entry(path: Path) -> dict[str, Any]:
+    """Return what a manifest says of a file."""
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def write_files(
@@ -69,7 +78,7 @@ def write_files(
         torch.save(train_state, written[-1])
     for path in written:
         fsync(path)
-    return {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in written}
+    return {path.name: entry(path) for path in written}
 
 
 def temporary_folder(folder: Path) -> Path:
@@ -80,17 +89,28 @@ def temporary_folder(folder: Path) -> Path:
     return temporary
 
 
-def complete(temporary: Path, folder: Path, config: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-    """Add config and manifest to a checkpoint whose files are written, and give it its name."""
-    write_json(temporary / "config.json", config)
-    path = temporary / "config.json"
-    files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)}, **dict(sorted(files.items()))}
-    manifest = {"format_version": FORMAT_VERSION, "ddt_version": __version__, "files": files}
-    write_json(temporary / "manifest.json", manifest)
-    for path in (temporary / "config.json", temporary / "manifest.json", temporary):
+def write_manifest(folder: Path, config: dict[str, Any], files: dict[str, dict[str, Any]], **more: Any) -> None:
+    """Add config and manifest, with `more` in it, to a folder whose files are written, and force them to disk."""
+    write_json(folder / "config.json", config)
+    path = folder / "config.json"
+    files = {path.name: entry(path), **dict(sorted(files.items()))}
+    manifest = {"format_version": FORMAT_VERSION, "ddt_version": __version__, **more, "files": files}
+    write_json(folder / "manifest.json", manifest)
+    for path in (folder / "config.json", folder / "manifest.json"):
         fsync(path)
+
+
+def give_name(temporary: Path, folder: Path) -> None:
+    """Give a folder that is complete its name, on disk."""
+    fsync(temporary)
     temporary.rename(folder)
     fsync(folder.parent)
+
+
+def complete(temporary: Path, folder: Path, config: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+    """Add config and manifest to a checkpoint whose files are written, and give it its name."""
+    write_manifest(temporary, config, files)
+    give_name(temporary, folder)
 
 
 def write_checkpoint(
@@ -158,10 +178,14 @@ def sound_checkpoint(run_dir: Path) -> Path | None:
 
 
 def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
-    """Return the checkpoint folder that a path means: itself, or the newest of a run. Raises UserError for neither."""
+    """Return the checkpoint folder that a path means: itself, or the newest of a run; of what is no path here but the
+    name of a model on the hub, `owner/name` or `owner/name@revision`, the downloaded one. Raises UserError for neither.
+    """
     path = Path(run_or_checkpoint)
     if (path / "manifest.json").is_file():
         return path
+    if is_hub_id(str(run_or_checkpoint)):
+        return download(str(run_or_checkpoint))
     newest = newest_checkpoint(path)
     if newest is None:
         state = "holds no complete checkpoint" if path.is_dir() else "no such folder"
@@ -210,7 +234,9 @@ def pieces(folder: Path, name: str) -> list[str]:
     """Return the files that a file of a checkpoint consists of: itself, or its pieces in order."""
     stem, suffix = name.rsplit(".", 1)
     pattern = re.compile(rf"{re.escape(stem)}-\d+-of-\d+\.{suffix}")
-    return sorted(file for file in read_manifest(folder)["files"] if pattern.fullmatch(file)) or [name]
+    manifest = read_manifest(folder)
+    whole = next((file for file, ours in manifest.get("names", {}).items() if ours == name), name)
+    return sorted(file for file in manifest["files"] if pattern.fullmatch(file)) or [whole]
 
 
 def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -225,10 +251,10 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def weights_names(folder: Path) -> list[str]:
     """Return the weights that a checkpoint holds: "ema", and "model" or further averages where it has them."""
-    files = read_manifest(folder)["files"]
-    return sorted(
-        {re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", file) for file in files if file.endswith(".safetensors")}
-    )
+    manifest = read_manifest(folder)
+    files = {manifest.get("names", {}).get(file, file) for file in manifest["files"]}
+    own = [file for file in files if file.endswith(".safetensors") and "/" not in file]  # not an autoencoder's
+    return sorted({re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", file) for file in own})
 
 
 def weights_sha256(folder: Path, name: str) -> str:
@@ -240,7 +266,8 @@ def weights_sha256(folder: Path, name: str) -> str:
 
 def weights_receipt(folder: Path, name: str) -> dict[str, str]:
     """Return what a receipt says of a checkpoint's weights: their hash, and what people call them."""
-    return {f"{name}_sha256": weights_sha256(folder, name), "weights": {"ema": "EMA", "model": "raw"}.get(name, name)}
+    told = read_config(folder).get("export", {}).get("weights", name)  # an export's `ema` may have been another average
+    return {f"{name}_sha256": weights_sha256(folder, name), "weights": {"ema": "EMA", "model": "raw"}.get(told, told)}
 
 
 def check_weights(folder: Path, name: str) -> None:
@@ -250,8 +277,13 @@ def check_weights(folder: Path, name: str) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's config.json, checked against its manifest."""
-    return json.loads(verified(folder, "config.json").read_text())
+    """Return a checkpoint's config.json, checked against its manifest; an autoencoder that an export carries is named
+    by where it lies now.
+    """
+    config = json.loads(verified(folder, "config.json").read_text())
+    if config.get("autoencoder", {}).get("source") == CARRIED:
+        config["autoencoder"]["source"] = str(folder / AUTOENCODER)
+    return config
 
 
 def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
@@ -290,14 +322,19 @@ def build_network(settings: dict[str, Any]) -> Denoiser:
     return NETWORKS[target](**arguments)
 
 
-def load_model(run_or_checkpoint: str | Path, weights: str = "ema") -> Denoiser:
-    """Load one of this project's networks from a run or checkpoint: float32, on the CPU, in eval mode.
+def load_model(run_or_checkpoint: str | Path, weights: str = "ema", revision: str | None = None) -> Denoiser:
+    """Load one of this project's networks from a run, a checkpoint, an export or the hub (`owner/name`): float32, on
+    the CPU, in eval mode.
 
     weights: "ema" are the averaged ones, "model" the raw ones, "ema_0.999" or "power_0.05" a further average that the
-    run kept. Settings come from inside the checkpoint.
+    run kept. revision: commit, branch or tag on the hub. Settings come from inside the checkpoint.
     Raises UserError for a path that is neither, for weights that it lacks, and for damaged files.
     """
-    folder = find_checkpoint(run_or_checkpoint)
+    require(
+        revision is None or is_hub_id(str(run_or_checkpoint)),
+        f"revision={revision}: has no effect with {run_or_checkpoint}, which is no model of the hub; leave it out",
+    )
+    folder = find_checkpoint(run_or_checkpoint if revision is None else f"{run_or_checkpoint}@{revision}")
     config = read_config(folder)
     with torch.device("meta"):
         model = build_network(config["network"])

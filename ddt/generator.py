@@ -68,11 +68,14 @@ class Generator:
             enabled=True, benchmark=False, deterministic=True, allow_tf32=self.dtype == "bf16"
         )
 
-    @torch.no_grad()
     def latents(self, classes: list[int], seeds: list[int]) -> tuple[Tensor, dict[str, int]]:
         """Return the latents (B, C, H, W) of some images, and the network calls each took."""
+        return self.from_noise(noise_of(seeds, self.shape).to(self.device), classes)
+
+    @torch.no_grad()
+    def from_noise(self, noise: Tensor, classes: list[int]) -> tuple[Tensor, dict[str, int]]:
+        """Return what `latents` does, of the noise (B, C, H, W) itself."""
         counts: dict[str, int] = {}
-        noise = noise_of(seeds, self.shape).to(self.device)
         arguments = {**dataclasses.asdict(self.settings), "recompute": self.recompute}
         y = torch.tensor(classes, device=self.device)
         with self.autocast():

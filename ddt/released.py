@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddt.errors import UserError, first_line, require
+from ddt.files import fsync, share
 from ddt.model import DDT, Denoiser, DiT
 
 EMA_PREFIX = "ema_denoiser."
@@ -140,6 +141,49 @@ def our_name(key: str, encoder_depth: int | None) -> str | None:
     if encoder_depth is None or index < encoder_depth:
         return f"{encoder}blocks.{index}.{rest}"
     return f"decoder.blocks.{index - encoder_depth}.{rest}"
+
+
+def their_name(name: str, encoder_depth: int | None) -> str:
+    """Translate a name of this project's network into the release's: the inverse of `our_name`."""
+    half, rest = ("", name) if encoder_depth is None else name.split(".", 1)
+    head, _, tail = rest.partition(".")
+    tail = tail.replace("adaln.", "adaLN_modulation.0.")
+    if head == "blocks":
+        index, _, tail = tail.partition(".")
+        shift = encoder_depth or 0 if half == "decoder" else 0
+        return f"blocks.{int(index) + shift}.{re.sub(r'^mixer[.]', 'attn.', tail)}"
+    if head == "input":
+        return f"{'s' if half == 'encoder' else 'x'}_embedder.{tail}"
+    return f"final_layer.{tail}" if head == "output" else f"{head}.{tail}"
+
+
+def check_releasable(network: dict[str, Any]) -> None:
+    """Raise UserError where a network of these settings has weights that the release has no names for."""
+    block = network.get("decoder_block", "attention")
+    require(
+        block == "attention",
+        f"model.decoder_block={block}: the published format knows attention alone; choose format=hub or diffusers",
+    )
+
+
+def write_released(path: Path, state: dict[str, Tensor], encoder_depth: int | None) -> None:
+    """Write weights under the release's names: `.safetensors` without prefix, or a `.ckpt` with those of Lightning.
+
+    state: float32 weights under this project's names. encoder_depth None is the undivided baseline. Written under
+    another name first. `load_released` reads them back bit for bit.
+    """
+    theirs = {their_name(name, encoder_depth): value.contiguous() for name, value in state.items()}
+    for name in state:
+        assert our_name(their_name(name, encoder_depth), encoder_depth) == name, f"{name}: has no name in the release"
+    temporary = path.with_name(f".tmp-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file(theirs, temporary)
+        share(temporary)
+    else:
+        torch.save({"state_dict": {f"{EMA_PREFIX}{key}": value for key, value in theirs.items()}}, temporary)
+    fsync(temporary)
+    temporary.rename(path)
 
 
 def shape_of(state: dict[str, Tensor], key: str, source: str) -> torch.Size:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import ddt
 from ddt.errors import UserError
-from ddt.released import architecture, find_released
+from ddt.released import architecture, check_releasable, find_released, read_parts, their_name, write_released
 from ddt.sampling import SamplerSettings
 
 LIGHTNING = GOLDEN / "patch1.lightning.ckpt"
@@ -139,6 +139,33 @@ def test_find_released(tmp_path):
         find_released("nobody/nothing")
     with pytest.raises(UserError, match="no hub id"):
         find_released("/no/such/place")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize(("name", "depth"), [("tiny", 3), ("baseline", None)])
+def test_weights_go_back_to_the_published_names(tmp_path, name, depth, suffix):
+    golden = load_file(GOLDEN / f"{name}.weights.safetensors")
+    state = ddt.load_released(GOLDEN / f"{name}.weights.safetensors", depth).state_dict()
+    out = tmp_path / "new" / f"out{suffix}"
+    write_released(out, state, depth)
+    found = read_parts(out).ema
+    assert found.keys() == golden.keys()
+    assert all(torch.equal(found[key], golden[key]) for key in golden)
+    if suffix == ".ckpt":
+        content = torch.load(out, weights_only=True)
+        assert set(content["state_dict"]) == {f"ema_denoiser.{key}" for key in golden}
+    again = ddt.load_released(out, depth).state_dict()
+    assert all(torch.equal(again[key], state[key]) for key in state)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_what_the_release_has_no_names_for_is_refused():
+    check_releasable({"decoder_block": "attention"})
+    with pytest.raises(UserError, match=r"model\.decoder_block=conv: the published format knows attention alone"):
+        check_releasable({"decoder_block": "conv"})
+    assert their_name("decoder.blocks.1.mixer.qkv.weight", 3) == "blocks.4.attn.qkv.weight"
+    with pytest.raises(AssertionError, match="has no name in the release"):
+        write_released(None, {"decoder.elsewhere.weight": torch.zeros(1)}, 3)
 
 
 def test_conversion_end_to_end(tmp_path):

@@ -1,0 +1,342 @@
+"""The model as a diffusers pipeline: `DDTPipeline`, its network and its sampler as components.
+
+Nothing is computed here that is not computed in `ddt.sampling` and `ddt.autoencoder`: a pipeline draws the images that
+sample.py draws. Shapes: B images, C H W.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from ddt.autoencoder import Autoencoder, DiffusersAutoencoder, Identity, KLAutoencoder, TinyAutoencoder
+from ddt.config import did_you_mean
+from ddt.errors import UserError, require
+from ddt.fitting import resolve_schedule
+from ddt.generator import Dtype, Generator
+from ddt.image_set import MAX_SEED, noise_of
+from ddt.layers import AdaLNInit, MixerName
+from ddt.model import DDT, Denoiser, DiT
+from ddt.sampling import SamplerSettings, SolverName
+from ddt.solvers import DiffusionName
+from ddt.stored import SAMPLER_KEYS, sampler_of
+
+Stored = Literal["checkpoint"]
+DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+OUTPUTS = ("pil", "np", "pt", "latent")
+# arguments of a call by their names in diffusers, and what they are called everywhere else here
+NAMES = {"num_inference_steps": "num_steps", "guidance_scale": "cfg_scale", "guidance_interval": "cfg_interval"}
+
+
+class DDTTransformer2DModel(ModelMixin, ConfigMixin):
+    """A `DDT`, or with encoder_depth None a `DiT`, as a diffusers model. Arguments as there; sample_size: H and W of
+    the latents.
+    """
+
+    # what autocast leaves in float32, so that the weights loaded in bfloat16 give the bits of sample.py dtype=bf16
+    _keep_in_fp32_modules: ClassVar = ["norm", "norm1", "norm2", "q_norm", "k_norm", "embedding_table"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: tuple[int, int],
+        in_channels: int,
+        patch_size: int,
+        hidden_size: int,
+        num_heads: int,
+        depth: int,
+        encoder_depth: int | None,
+        num_classes: int,
+        decoder_block: MixerName = "attention",
+        adaln_init: AdaLNInit = "release",
+    ) -> None:
+        super().__init__()
+        sizes = (in_channels, patch_size, hidden_size, num_heads, depth)
+        self.network: Denoiser = (
+            DiT(*sizes, num_classes, adaln_init)
+            if encoder_depth is None
+            else DDT(*sizes, encoder_depth, num_classes, decoder_block, adaln_init)
+        )
+
+    @apply_forward_hook
+    def denoiser(self) -> Denoiser:
+        """Return the network, on the device where diffusers' offloading wants it to run."""
+        return self.network
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        """Return the velocity (B, C, H, W) for x_t (B, C, H, W), t (B,) in [0, 1], 0 is noise, and classes (B,)."""
+        return self.network(hidden_states, timestep, class_labels)
+
+
+class DDTScheduler(SchedulerMixin, ConfigMixin):
+    """The sampler's settings as a diffusers component, under the names of `SamplerSettings`; `ddt.sampling` does the
+    steps.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        solver: SolverName = "euler",
+        num_steps: int = 250,
+        cfg_scale: float = 2.0,
+        cfg_interval: tuple[float, float] | None = (0.3, 1.0),
+        cfg_steps: Sequence[int] | None = None,
+        last_step: float | None = 0.04,
+        timeshift: float = 1.0,
+        recompute: str | Sequence[int] | None = None,
+        forecast_order: int = 0,
+        sde_diffusion: DiffusionName = "sigma",
+        sde_last: Literal["mean", "euler"] = "mean",
+        tolerance: float = 1e-3,
+    ) -> None:
+        pass
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of `SamplerSettings`."""
+        return {name: self.config[name] for name in SamplerSettings.__dataclass_fields__}
+
+
+class Steps:
+    """Turns the velocities that a sampler observes into diffusers' "end of a step": progress, and the callback."""
+
+    def __init__(self, pipeline: "DDTPipeline", progress: Any, callback: Callable[..., Any] | None) -> None:
+        self.pipeline, self.progress, self.callback = pipeline, progress, callback
+        self.step, self.t = -1, 0.0  # none yet
+
+    def observe(self, step: int, t: float | Tensor, x_t: Tensor, v: Tensor) -> None:
+        """Notice the first velocity of a step: x_t (B, C, H, W) is then what the step before has made."""
+        if step == self.step:
+            return
+        if self.step >= 0:
+            self.end(x_t)
+        self.step, self.t = step, t if isinstance(t, float) else float(t.flatten()[0])
+
+    def end(self, latents: Tensor) -> None:
+        """Tell that a step is done, which made `latents` (B, C, H, W)."""
+        self.progress.update()
+        if self.callback is None:
+            return
+        returned = self.callback(self.pipeline, self.step, self.t, {"latents": latents})
+        require(
+            not isinstance(returned, dict) or returned.get("latents", latents) is latents,
+            "callback_on_step_end: returns other latents; it can watch the steps, not change them",
+        )
+
+
+class DDTPipeline(DiffusionPipeline):
+    """Draws images of classes with a Decoupled Diffusion Transformer; the images of `sample.py`.
+
+    Args:
+        transformer: the network. vae: diffusers' AutoencoderKL or AutoencoderTiny; None for a model of pixels.
+        scheduler: the sampler's settings.
+        id2label: class → name, several names separated by commas, as in diffusers' DiTPipeline.
+        decode_chunk_size: latents that are decoded at once: what bounds the memory.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components: ClassVar = ["vae"]
+
+    def __init__(
+        self,
+        transformer: DDTTransformer2DModel,
+        vae: Any,
+        scheduler: DDTScheduler,
+        id2label: dict[str, str] | None = None,
+        decode_chunk_size: int = 16,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_to_config(id2label=id2label, decode_chunk_size=decode_chunk_size)
+
+    @property
+    def labels(self) -> dict[str, list[int]]:
+        """The classes of each name. ImageNet has two "crane"s."""
+        found: dict[str, list[int]] = {}
+        for k, names in (self.config.id2label or {}).items():
+            for name in dict.fromkeys([names, *(part.strip() for part in names.split(","))]):
+                found.setdefault(name, []).append(int(k))
+        return dict(sorted(found.items()))
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Return the classes that names mean; raise UserError for an unknown name, and for that of several classes."""
+        labels, found = self.labels, []
+        for name in [label] if isinstance(label, str) else label:
+            require(name in labels, f"class_labels={name}: no such class{did_you_mean(name, labels)}")
+            ids = labels[name]
+            numbers = " and ".join(map(str, ids))
+            require(len(ids) == 1, f"class_labels={name}: is the name of classes {numbers}; give the number")
+            found += ids
+        return found
+
+    def _classes(self, class_labels: int | str | Sequence[int | str], num_images_per_class: int) -> list[int]:
+        """Return the class of each image; raise UserError for what is none."""
+        given = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        require(len(given) > 0, "class_labels=[]: name at least one class")
+        require(num_images_per_class >= 1, f"num_images_per_class={num_images_per_class}: must be at least 1")
+        classes = [self.get_label_ids(label)[0] if isinstance(label, str) else int(label) for label in given]
+        last = self.transformer.config.num_classes - 1
+        wrong = [k for k in classes if not 0 <= k <= last]
+        require(not wrong, f"class_labels={wrong[:3]}: the model has classes 0..{last}")
+        return [k for k in classes for _ in range(num_images_per_class)]
+
+    def _shape(self) -> tuple[int, int, int]:
+        """Return (C, H, W) of the latents."""
+        height, width = self.transformer.config.sample_size
+        return self.transformer.config.in_channels, height, width
+
+    def _noise(self, count: int, seeds: int | Sequence[int] | None, generator: Any, latents: Tensor | None) -> Tensor:
+        """Return the noise (B, C, H, W) of `count` images, float32; raise UserError where it does not fit."""
+        given = [name for name, value in (("seeds", seeds), ("generator", generator), ("latents", latents))
+                 if value is not None]  # fmt: skip
+        require(len(given) <= 1, f"{', '.join(given)}: all of them say what the noise is; give one")
+        shape = self._shape()
+        if latents is not None:
+            wanted = (count, *shape)
+            require(tuple(latents.shape) == wanted, f"latents: have shape {tuple(latents.shape)}, expected {wanted}")
+            return latents.to(self._execution_device, torch.float32)
+        if seeds is not None:
+            numbers = [seeds] if isinstance(seeds, int) else list(seeds)
+            require(len(numbers) == count, f"seeds: {len(numbers)} of them for {count} images; give one for each image")
+            wrong = [s for s in numbers if not 0 <= s < MAX_SEED]
+            require(not wrong, f"seeds={wrong[:3]}: a seed must lie in 0..{MAX_SEED - 1}")
+            return noise_of(numbers, shape).to(self._execution_device)
+        return randn_tensor((count, *shape), generator=generator, device=self._execution_device, dtype=torch.float32)
+
+    def _dtype(self) -> Dtype:
+        """Return the precision of the networks; raise UserError for one that they were never run in."""
+        dtype = self.transformer.dtype
+        require(
+            dtype in DTYPES, f"torch_dtype={dtype}: the networks run in torch.float32 or torch.bfloat16; choose one"
+        )
+        return DTYPES[dtype]
+
+    def _settings(self, chosen: dict[str, Any]) -> SamplerSettings:
+        """Return the scheduler's settings with those of a call in their place, but for those that are "checkpoint"."""
+        ours = {NAMES.get(name, name): value for name, value in chosen.items()}
+        config = {**dict.fromkeys(SAMPLER_KEYS, "checkpoint"), **ours, "sampler": ours["solver"]}
+        network = {"_target_": f"ddt.model.{type(self.transformer.network).__name__}"}
+        try:
+            return sampler_of(config, {"sampler": self.scheduler.settings(), "network": network})
+        except UserError as error:
+            text = str(error).replace("sampler=", "solver=")
+            for theirs, name in NAMES.items():
+                text = text.replace(f"{name}=", f"{theirs}=")
+            raise UserError(text) from error
+
+    def _autoencoder(self) -> Autoencoder:
+        """Return what decodes latents, around the `vae` component."""
+        if self.vae is None:
+            return Identity()
+        name = type(self.vae).__name__
+        kinds: dict[str, type[DiffusersAutoencoder]] = {kind.kind: kind for kind in (KLAutoencoder, TinyAutoencoder)}
+        require(name in kinds, f"vae: is a {name}; give an {' or an '.join(kinds)}")
+        return kinds[name].around(self.vae, self.config.decode_chunk_size).to(self._execution_device)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str],
+        num_images_per_class: int = 1,
+        seeds: int | Sequence[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        num_inference_steps: int | Stored = "checkpoint",
+        guidance_scale: float | Stored = "checkpoint",
+        guidance_interval: tuple[float, float] | Stored | None = "checkpoint",
+        recompute: str | Sequence[int] | None = "checkpoint",
+        forecast_order: int | Stored = "checkpoint",
+        solver: SolverName | Stored = "checkpoint",
+        timeshift: float | Stored = "checkpoint",
+        last_step: float | Stored | None = "checkpoint",
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., Any] | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw images, all in one batch.
+
+        Args:
+            class_labels: a class or several, by number or by name (`labels`). num_images_per_class: of each, one after
+                the other.
+            seeds: one for each image, the same as in sample.py. generator: torch's, one or one an image. latents: the
+                starting noise itself (B, C, H, W). With none of them the noise is torch's next.
+            num_inference_steps, guidance_scale, guidance_interval (None: guided at every time), recompute (None: the
+                encoder at every step; "uniform:5"; "dp:10", fitted at each call; a list of steps; a schedule file),
+                forecast_order, solver, timeshift, last_step (None: 1/num_inference_steps): as in sample.py;
+                "checkpoint" is what the model was exported with.
+            output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), float32 in [0, 1]; "latent" (B, C, H, W).
+            callback_on_step_end: called as (pipeline, step, t, {"latents": x}) with what each step made; it cannot
+                change it.
+
+        Returns `ImagePipelineOutput`, or with return_dict False a tuple of the images. Weights in bfloat16 run under
+        autocast, the solver in float32. Raises UserError, a ValueError, for arguments that cannot be.
+        """
+        require(output_type in OUTPUTS, f"output_type={output_type}: choose from {', '.join(OUTPUTS)}")
+        channels = 3 if self.vae is not None else self.transformer.config.in_channels
+        require(
+            output_type != "pil" or channels in (1, 3),
+            f"output_type=pil: there are no pictures of {channels} channels; give np, pt or latent",
+        )
+        settings = self._settings(
+            {
+                "num_inference_steps": num_inference_steps,
+                "guidance_scale": guidance_scale,
+                "guidance_interval": guidance_interval,
+                "recompute": recompute,
+                "forecast_order": forecast_order,
+                "solver": solver,
+                "timeshift": timeshift,
+                "last_step": last_step,
+            }
+        )
+        classes = self._classes(class_labels, num_images_per_class)
+        noise = self._noise(len(classes), seeds, generator, latents)
+        device, model = self._execution_device, self.transformer.denoiser()
+        drawing = Generator(
+            model=model,
+            autoencoder=self._autoencoder(),
+            shape=self._shape(),
+            settings=settings,
+            recompute=None,
+            dtype=self._dtype(),
+            device=device,
+        )
+        with drawing.exact(), self.progress_bar(total=settings.num_steps) as progress:
+            with drawing.autocast():
+                steps, _ = resolve_schedule(model, drawing.shape, settings, device)
+            watch = Steps(self, progress, callback_on_step_end)
+            drawing = dataclasses.replace(drawing, recompute=steps, observe=watch.observe)
+            drawn, _ = drawing.from_noise(noise, classes)
+            watch.end(drawn)
+            images: Any = drawn if output_type == "latent" else drawing.pixels(drawn, None, None)
+        self.maybe_free_model_hooks()
+        if output_type == "pil":
+            images = [Image.fromarray(image[..., 0] if channels == 1 else image) for image in images]
+        elif output_type != "latent":
+            images = images.astype(np.float32) / 255
+            images = torch.from_numpy(images).permute(0, 3, 1, 2) if output_type == "pt" else images
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def build_pipeline(
+    model: Denoiser, stored: dict[str, Any], autoencoder: Autoencoder, id2label: dict[str, str]
+) -> DDTPipeline:
+    """Return the pipeline of a network with what its checkpoint says of it; the network is used as it is."""
+    arguments = {key: value for key, value in stored["network"].items() if not key.startswith("_")}
+    arguments.pop("activation_checkpointing", None)  # of training alone
+    with torch.device("meta"):
+        transformer = DDTTransformer2DModel(
+            sample_size=stored["latent_shape"][1:], **{"encoder_depth": None, **arguments}
+        )
+    transformer.network = model
+    scheduler = DDTScheduler(**stored["sampler"])
+    if not isinstance(autoencoder, DiffusersAutoencoder):
+        return DDTPipeline(transformer.eval(), None, scheduler, id2label)
+    return DDTPipeline(transformer.eval(), autoencoder.network, scheduler, id2label, autoencoder.chunk_size)
