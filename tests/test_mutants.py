@@ -1773,6 +1773,8 @@ MUTANTS = [
         "      - Optimizers: optimizers.md\n",
         "",
         "test_docs.py -k site_builds",
+    ),
+    (
         "the doctor lets any version pass",
         "ddt/doctor.py",
         "return all(COMPARE",
