@@ -1892,6 +1892,8 @@ MUTANTS = [
         "not folder.exists() or not any(folder.iterdir())",
         "True",
         "test_inside.py -k written_over",
+    ),
+    (
         "blocks of the decoder keep their number in the release",
         "ddt/released.py",
         'shift = encoder_depth or 0 if half == "decoder" else 0',
