@@ -232,6 +232,17 @@ def test_places_lose_all_but_their_last_name():
     assert without_places(values) == expected
 
 
+@pytest.mark.parametrize("form", ["hub", "diffusers", "released"])
+def test_an_export_is_never_written_over(tmp_path, form):
+    source = open_source(small_checkpoint(tmp_path / "checkpoint"), form)
+    out = tmp_path / "out.ckpt"
+    export(source, form, out, Card("x"))
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="exists already and is not written over"):
+        export(source, form, out, Card("x"))
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("form", ["hub", "diffusers"])
 def test_an_interrupted_export_leaves_nothing(tmp_path, form, monkeypatch):
     folder = small_checkpoint(tmp_path / "checkpoint")

@@ -1955,7 +1955,7 @@ MUTANTS = [
         "ddt/export.py",
         "        weights_sha256 in drawn.values(),",
         "        True,",
-        "test_export.py -k metrics",
+        "test_export.py -k evaluation",
     ),
     (
         "raw weights are called averaged",
@@ -1973,10 +1973,10 @@ MUTANTS = [
     ),
     (
         "an export is written over",
-        "scripts/export.py",
-        "require(not Path(out).exists(),",
+        "ddt/export.py",
+        "require(not out.exists(),",
         "require(True,",
-        "test_export.py -k mistakes",
+        "test_export.py -k written_over",
     ),
     (
         "the pipeline does not share",
