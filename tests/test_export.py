@@ -284,7 +284,7 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["format=foo"], "format=foo: input should be 'hub', 'diffusers' or 'released'"),
+        (["format=foo"], "format=foo: give 'hub', 'diffusers' or 'released'"),
         (["format=hub", "ckpt=nowhere"], "nowhere: no such folder"),
         (["format=hub", "metrics={there}/of_others"], "does not say that its samples were drawn with these weights"),
         (["format=hub", "autoencoder=a/b"], "autoencoder=a/b: this model draws pixels"),

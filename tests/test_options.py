@@ -19,7 +19,7 @@ COMMANDS = commands()
 
 def test_every_primary_config_has_a_command():
     def is_primary(path):
-        return path.parent.name in ("conf", "sample", "study") and path.stem not in ("encoder_depth",)
+        return path.parent.name in ("conf", "sample", "study", "export") and path.stem not in ("encoder_depth",)
 
     primaries = {p.stem for p in CONF.rglob("*.yaml") if is_primary(p)}
     assert {found.script.stem for found in COMMANDS} == primaries
@@ -41,7 +41,9 @@ def test_help_names_every_setting_and_starts_nothing(found, monkeypatch, capsys)
 
 
 def primary_of(found):
-    (path,) = (p for p in CONF.rglob(f"{found.script.stem}.yaml") if p.parent.name in ("conf", "sample", "study"))
+    (path,) = (
+        p for p in CONF.rglob(f"{found.script.stem}.yaml") if p.parent.name in ("conf", "sample", "study", "export")
+    )
     return path
 
 
