@@ -55,11 +55,13 @@ def settings_of(
         f"ckpt: not set, and there is no {DEMO}; run bash scripts/demo.sh first, or give ckpt=RUN_OR_CHECKPOINT",
     )
     try:
-        socket.create_server((host, port)).close()
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was left a moment ago is free
+            probe.bind((host, port))
     except socket.gaierror as error:
         raise UserError(f"host={host}: no such address here; leave it out for 127.0.0.1, or give 0.0.0.0") from error
     except OSError as error:
-        raise UserError(f"host={host} port={port}: {error.strerror}; choose another port=") from error
+        raise UserError(f"port={port}: {error.strerror} on host={host}; choose another port=") from error
 
 
 def serve(studio: Studio, host: str, port: int, max_queue: int, root: Path) -> None:

@@ -138,7 +138,9 @@ def outputs_of() -> list[gr.components.Component]:
     return [
         gr.HTML("Choose what to draw, and press Generate.", label="Numbers", padding=False),
         gr.HTML("", label="Pictures", min_height=200, padding=False),
-        gr.Textbox(label="The same on the command line", visible=False, interactive=False, buttons=["copy"]),
+        gr.Textbox(
+            label="The same on the command line", visible=False, interactive=False, buttons=["copy"], elem_id="command"
+        ),
         gr.File(label="Files", visible=False, interactive=False, file_count="multiple"),
     ]
 

@@ -34,7 +34,7 @@ def test_every_import_is_a_declared_dependency():
     }
     aliases |= {"huggingface_hub": "huggingface-hub"}
     extras = PYPROJECT["project"]["optional-dependencies"]
-    named = PYPROJECT["project"]["dependencies"] + extras["adaptive"] + extras["app"]
+    named = PYPROJECT["project"]["dependencies"] + extras["adaptive"] + extras["app"] + extras["dev"]
     declared = {re.split(r"[<>=\[]", d)[0] for d in named}
     used = set()
     for path in [
