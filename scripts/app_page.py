@@ -136,8 +136,8 @@ def drawing(studio: Studio, stopping: set[str | None]) -> Callable[..., list[Any
 def outputs_of() -> list[gr.components.Component]:
     """Lay out where a result is shown: numbers, pictures, the command, files."""
     return [
-        gr.HTML("Choose what to draw, and press Generate.", label="Numbers", padding=False),
-        gr.HTML("", label="Pictures", min_height=200, padding=False),
+        gr.HTML("Choose what to draw, and press Generate.", label="Numbers"),
+        gr.HTML("", label="Pictures", min_height=200),
         gr.Textbox(
             label="The same on the command line", visible=False, interactive=False, buttons=["copy"], elem_id="command"
         ),

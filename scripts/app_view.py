@@ -12,6 +12,7 @@ from scripts.app_jobs import Drawn, Result, Studio
 
 CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+.html-container { padding: 0 !important; }
 .tiles { display: flex; gap: 12px; flex-wrap: wrap; }
 .tile { flex: 1 1 130px; padding: 10px 14px; border: 1px solid var(--border-color-primary); border-radius: 8px;
         background: var(--block-background-fill); }
@@ -21,16 +22,18 @@ CSS = """
 .set { flex: 1 1 300px; padding: 12px 14px; border: 1px solid var(--border-color-primary); border-radius: 8px;
        background: var(--block-background-fill); }
 .set h3 { margin: 0 0 10px; font-size: 14px; font-weight: 600; }
-.grid { display: grid; gap: 10px; }
-.grid figure, .grid img { margin: 0 !important; }
-.grid img { display: block; width: 100%; border-radius: 4px; }
-.grid figcaption { font-size: 12px; text-align: center; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-                   color: var(--body-text-color-subdued); }
+.pictures { display: grid; gap: 10px; }
+.pictures figure, .pictures img { margin: 0 !important; }
+.pictures a { display: block; padding: 0; }
+.pictures img { display: block; width: 100%; border-radius: 4px; }
+.pictures figcaption { font-size: 12px; text-align: center; color: var(--body-text-color-subdued);
+                       overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .strip { margin-top: 12px; font-size: 12px; color: var(--body-text-color-subdued); }
 .strip svg { display: block; width: 100%; height: 14px; margin-top: 4px; }
 .strip .run { fill: var(--primary-500); }
 .strip .rest { fill: var(--border-color-primary); }
 """
+COLUMNS = 6  # classes that have a column each
 
 
 def summary(studio: Studio) -> str:
@@ -63,8 +66,8 @@ def numbers_of(result: Result) -> str:
         tiles.append(tile("Speed by sharing", f"{times:.2f} ×", f"{plain.seconds:.2f} s without"))
     saved = 1 - calls["encoder"] / calls["decoder"]  # without sharing, each runs at every call
     shared = "" if steps is None else f"{saved:.0%} of {calls['decoder']:g} saved"
-    tiles.append(tile("Encoder calls/picture", f"{calls['encoder']:g}", shared))
-    tiles.append(tile("Decoder calls/picture", f"{calls['decoder']:g}"))
+    tiles.append(tile("Encoder calls", f"{calls['encoder']:g}", shared or "a picture"))
+    tiles.append(tile("Decoder calls", f"{calls['decoder']:g}", "a picture"))
     if result.difference is not None:
         tiles.append(tile("Change by sharing", f"{result.difference:.2f}", "mean a pixel, of 255"))
     strip = "" if steps is None else strip_of(steps, result.request.settings.num_steps)
@@ -85,9 +88,9 @@ def strip_of(steps: list[int], num_steps: int) -> str:
 
 def pictures_of(result: Result, class_names: list[str]) -> str:
     """Return the pictures with their classes, a class a column where there are few, both sets side by side, as HTML."""
-    images, names = result.request.images, dict((label, name) for name, label in class_choices(class_names))
-    classes, most = len(set(images.classes)), 10 if result.plain is None else 5
-    columns = classes if classes <= most else 5
+    images, names = result.request.images, {label: name for name, label in class_choices(class_names)}
+    classes = len(set(images.classes))
+    columns = classes if classes <= COLUMNS else 5
 
     def panel(drawn: Drawn, title: str) -> str:
         figures = "".join(
@@ -97,7 +100,7 @@ def pictures_of(result: Result, class_names: list[str]) -> str:
             for path, label, seed in zip(drawn.pictures, images.classes, images.seeds, strict=True)
         )
         style = f"grid-template-columns: repeat({columns}, minmax(0, {result.side}px))"
-        return f'<section class="set"><h3>{title}</h3><div class="grid" style="{style}">{figures}</div></section>'
+        return f'<section class="set"><h3>{title}</h3><div class="pictures" style="{style}">{figures}</div></section>'
 
     sharing = result.drawn.receipt["recompute_steps"] is not None
     panels = panel(result.drawn, "With sharing" if sharing else "Pictures")

@@ -45,10 +45,10 @@ def page(address):
 
 def generate(page):
     page.get_by_role("button", name="Generate").click()
-    page.wait_for_function("document.querySelectorAll('.grid img').length > 0")
+    page.wait_for_function("document.querySelectorAll('.pictures img').length > 0")
     page.get_by_role("button", name="Generate", disabled=False).wait_for()
-    page.wait_for_function("[...document.querySelectorAll('.grid img')].every(image => image.naturalWidth >= 128)")
-    return page.locator(".grid img").evaluate_all("images => images.map(image => image.alt)")
+    page.wait_for_function("[...document.querySelectorAll('.pictures img')].every(image => image.naturalWidth >= 128)")
+    return page.locator(".pictures img").evaluate_all("images => images.map(image => image.alt)")
 
 
 def choose(page, *names):

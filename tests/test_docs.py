@@ -11,6 +11,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = (
     "MCG-NJU", "checkpoints/xl_256", "PATH", "IMAGENET", "CACHE", "FOLDER", "fashion_mnist", "photos",
     "experiment=encoder_depth", "runs/encoder_depth",
+    "scripts/app.py",  # serves until it is ended: tests/test_app_browser.py
 )  # fmt: skip
 
 
