@@ -108,12 +108,13 @@ class Studio:
         self.image_shape = self.warm_up(1)
 
     def warm_up(self, count: int) -> tuple[int, ...]:
-        """Draw `count` images in two steps, with and without sharing, so that no time told later is that of a first
+        """Draw `count` images in four steps, with and without sharing, so that no time told later is that of a first
         call; return the shape (H, W, C) of an image.
         """
-        settings = SamplerSettings(num_steps=2, last_step=None, cfg_scale=2.0, cfg_interval=(0.25, 1.0))
-        for recompute in [None, [0]] if isinstance(self.generator.model, DDT) else [None]:
-            generator = dataclasses.replace(self.generator, settings=settings, recompute=recompute)
+        plain = SamplerSettings(num_steps=4, last_step=None, cfg_scale=2.0, cfg_interval=(0.3, 1.0))
+        shared = dataclasses.replace(plain, recompute=[0, 1], forecast_order=1)
+        for settings in [shared, plain] if isinstance(self.generator.model, DDT) else [plain]:
+            generator = dataclasses.replace(self.generator, settings=settings, recompute=settings.schedule())
             with generator.exact():
                 latents, _ = generator.latents([0] * count, list(range(count)))
                 shape = generator.pixels(latents, None, None).shape[1:]

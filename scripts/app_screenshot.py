@@ -63,7 +63,7 @@ def take(ckpt: str | None, out: str, port: int, browser: str) -> None:
     require(Path(out).suffix == ".png", f"out={out}: give a .png file")
     chosen = [] if ckpt is None else [f"ckpt={ckpt}"]
     with served(port, *chosen) as address, chromium(browser) as page:
-        page.goto(address)
+        page.goto(address, wait_until="networkidle")  # loading it would take from what is timed
         page.get_by_label("fitted to the model").check()
         page.get_by_label("a line").check()
         page.get_by_label("Side by side with sharing off").check()
