@@ -139,21 +139,25 @@ def locked(parts: Path) -> Iterator[None]:
         lock.release()
 
 
-def plan(generator: Generator, request: dict[str, Any], parts: Path, begun: bool) -> dict[str, Any]:
+def plan(
+    generator: Generator, request: dict[str, Any], parts: Path, begun: bool, fitted: list[int] | None
+) -> dict[str, Any]:
     """Return the plan of a set, `recompute_steps` and `warnings` in it: the one that a begun set left, or a new one."""
     path = parts / "plan.json"
     if begun:
         return json.loads(path.read_text())
     for left in (path, *parts.glob("[0-9]*-[0-9]*.npz")):  # of a plan of which nothing was drawn, or of none
         left.unlink(missing_ok=True)
-    with generator.autocast():
-        steps, warnings = resolve_schedule(
-            generator.model,
-            generator.shape,
-            generator.settings,
-            generator.device,
-            request["checkpoint"].get("ema_sha256"),
-        )
+    steps, warnings = fitted, list[str]()
+    if fitted is None:
+        with generator.autocast():
+            steps, warnings = resolve_schedule(
+                generator.model,
+                generator.shape,
+                generator.settings,
+                generator.device,
+                request["checkpoint"].get("ema_sha256"),
+            )
     for warning in warnings:
         log.warning("%s", warning)
     content = {"request": request, "recompute_steps": steps, "warnings": warnings}
@@ -161,12 +165,12 @@ def plan(generator: Generator, request: dict[str, Any], parts: Path, begun: bool
     return content
 
 
-def begin(generator: Generator, request: dict[str, Any], out: Path, parts: Path) -> list[Any]:
+def begin(generator: Generator, request: dict[str, Any], out: Path, parts: Path, fitted: list[int] | None) -> list[Any]:
     """Return the plan of a set and the numbers of its images that are drawn; None for both if it is complete."""
     state = state_of(out, request)
     if state == "complete":
         return [None, None]
-    planned = plan(generator, request, parts, state == "begun")
+    planned = plan(generator, request, parts, state == "begun", fitted)
     return [planned, drawn(parts) if sound_parts(parts) else []]
 
 
@@ -180,6 +184,7 @@ def sample_set(
     guide: dict[str, Any] | None = None,
     png: int | Literal["all"] = 0,
     command: str | None = None,
+    fitted: list[int] | None = None,
 ) -> None:
     """Draw a set on all processes and write `samples.npz`, `grid.png` and `receipt.json` into `out`.
 
@@ -187,7 +192,8 @@ def sample_set(
     `png` images, or all, are written to `out/png` too. A set that was begun goes on from its last complete batch, one
     that is complete is left as it is, any other content of the folder is refused (UserError). `checkpoint` and `guide`
     say which weights, for the receipt; `checkpoint["class_names"]` names the images of the grid. `command` is the
-    one that the receipt tells, None for the running one.
+    one that the receipt tells, None for the running one. `fitted` are the steps of a schedule that was fitted to these
+    settings before; None fits it here.
     """
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
     rank, num_processes = accelerator.process_index, accelerator.num_processes
@@ -208,7 +214,7 @@ def sample_set(
         state_of(out, request)  # refused before anything is written
     with locked(parts) if rank == 0 else contextlib.nullcontext():
         # one process decides, and only now: until here another command may have drawn the set
-        found = begin(generator, request, out, parts) if rank == 0 else [None, None]
+        found = begin(generator, request, out, parts, fitted) if rank == 0 else [None, None]
         planned, done = broadcast_object_list(found)
         if planned is None:
             if rank == 0:

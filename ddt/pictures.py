@@ -35,17 +35,23 @@ def readable(class_names: list[str]) -> list[str]:
     ]
 
 
+def enlarged(images: Tensor, min_side: int) -> Tensor:
+    """Return uint8 images (n, C, H, W) of at least `min_side` px a side, enlarged by a whole factor, bicubically: 8 px
+    are easier to read smooth than as squares.
+    """
+    factor = math.ceil(min_side / images.shape[-1])
+    if factor == 1:
+        return images
+    larger = nn.functional.interpolate(images.float(), scale_factor=factor, mode="bicubic")
+    return larger.round().clamp(0, 255).byte()
+
+
 def image_grid(images: Tensor, columns: int, captions: list[str] | None = None, min_cell: int = 48) -> np.ndarray:
     """Lay uint8 images (n, C, H, W) out as one picture (H', W', 3), with a caption under each where given.
 
-    Images smaller than `min_cell` px are enlarged by a whole factor, bicubically: 8 px are easier to read smooth
-    than as squares.
+    Images smaller than `min_cell` px are `enlarged`.
     """
-    factor = math.ceil(min_cell / images.shape[-1])
-    if factor > 1:
-        images = (
-            nn.functional.interpolate(images.float(), scale_factor=factor, mode="bicubic").round().clamp(0, 255).byte()
-        )
+    images = enlarged(images, min_cell)
     if captions is None:
         return make_grid(images, nrow=columns, padding=PADDING, pad_value=255).permute(1, 2, 0).numpy()
     n, channels, height, width = images.shape

@@ -19,9 +19,9 @@ def test_conda_and_pip_install_the_same_packages():
     assert set(pip["pip"]) == {*PYPROJECT["project"]["dependencies"], "--editable ."}
 
 
-def test_the_tests_have_what_the_photos_the_pages_and_the_sweeps_on_slurm_need():
+def test_the_tests_have_what_the_photos_the_app_the_pages_and_the_sweeps_on_slurm_need():
     extras = PYPROJECT["project"]["optional-dependencies"]
-    assert {*extras["photos"], *extras["docs"], *extras["slurm"]} <= set(extras["dev"])
+    assert {*extras["photos"], *extras["app"], *extras["docs"], *extras["slurm"]} <= set(extras["dev"])
 
 
 def test_every_import_is_a_declared_dependency():
@@ -35,7 +35,7 @@ def test_every_import_is_a_declared_dependency():
     }
     aliases |= {"huggingface_hub": "huggingface-hub"}
     extras = PYPROJECT["project"]["optional-dependencies"]
-    named = PYPROJECT["project"]["dependencies"] + extras["adaptive"]
+    named = PYPROJECT["project"]["dependencies"] + extras["adaptive"] + extras["app"] + extras["dev"]
     declared = {re.split(r"[<>=\[]", d)[0] for d in named}
     used = set()
     for path in [
