@@ -233,6 +233,7 @@ def test_a_part_agrees_with_its_plain_reference(tmp_path, part):
 
 
 @pytest.mark.usefixtures("small_networks")
+@pytest.mark.slow
 def test_the_benchmark_writes_numbers_tables_and_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     out = tmp_path / "new" / "folder"

@@ -77,6 +77,7 @@ def table(text):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
+@pytest.mark.slow
 def test_the_whole_check_passes_at_tiny_sizes(quick, tmp_path):
     out = tmp_path / "out"
     done = run_inside("scripts.gpu_check", f"out={out}", *TINY)

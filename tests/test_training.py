@@ -200,6 +200,7 @@ def test_one_process_has_nothing_to_shard_among(folder):
     assert not (folder / "runs" / "unsharded").exists()
 
 
+@pytest.mark.slow
 def test_resume_on_three_processes_is_bit_for_bit(folder):
     """Three summands show in which order gradients are added; two would not."""
     parts = {"three": [6], "three_resumed": [3, 6]}
