@@ -294,7 +294,7 @@ def test_samples_are_kept_where_asked_and_one_repeat_has_no_deviation(run_folder
         (["cfg_scale=[2,2.0]"], "cfg_scale: names [2.0] twice; name each value once"),
         (["cfg_interval=[[0.3,1],[0.3,1.0]]"], "cfg_interval: names [(0.3, 1.0)] twice"),
         (["cfg_interval=[1,0.3]"], "cfg_interval=[1.0,0.3]: needs 0 <= lo < hi <= 1"),
-        (["cfg_interval=[null,[0.3]]"], "cfg_interval=[None, [0.3]]: "),
+        (["cfg_interval=[null,[0.3]]"], "cfg_interval=[null,[0.3]]: "),
         (["cfg_scale=[-1]"], "cfg_scale=-1.0: must be a finite number"),
         (["cfg_scale=[x]"], "cfg_scale=[x]: give"),
         (["weights=[ema,raw]"], "weights=raw: "),

@@ -85,6 +85,7 @@ def test_other_classes_get_a_new_table_and_keep_the_null_row(place, monkeypatch,
         "data=folder",
         f"data.root={picture_folder(tmp_path / 'pictures', count=4, classes=3)}",
         "data.image_size=8",
+        "model.patch_size=2",
     ]
     colour = [o for o in SMALL if "lr_schedule" not in o] + ["trainer.lr_schedule=constant", *grey]
     succeed("train", *colour, "name=source", "trainer.max_steps=2")

@@ -265,7 +265,8 @@ def picture_folder(root, broken=None):
         for k in range(8):
             Image.new("RGB", (9, 9), (90 * label, 10 * k, 5)).save(root / f"class{label}" / f"{k}.png")
     if broken:
-        (root / broken).write_bytes(b"no picture")
+        picture = root / broken
+        picture.write_bytes(picture.read_bytes()[:-30])  # its head can be read, its pixels cannot
     return ["data=folder", f"data.root={root}", "data.image_size=8", "data.holdout_every=0"]
 
 
