@@ -229,11 +229,11 @@ def tell_of_folder(config: dict[str, Any]) -> None:
     """Say what was found in a folder of images, and what should be known before training on it."""
     data, root = config["data"], str(config["data"]["root"])
     looked_at = survey(root)
-    require(
-        not looked_at.broken,
-        f"{root}/{next(iter(looked_at.broken), '')}: cannot be opened, as {len(looked_at.broken)} of the images; "
-        "replace or remove them",
-    )
+    if looked_at.broken:
+        raise UserError(
+            f"{root}/{looked_at.broken[0]}: cannot be opened, as {len(looked_at.broken)} of the images; replace or "
+            "remove them"
+        )
     line = found(looked_at, data["image_size"], data["channels"], config["model"]["patch_size"])
     log.info("data.root=%s: %s", root, line)
     for hint in hints(looked_at, data["image_size"], data["channels"], data["holdout_every"]):

@@ -24,7 +24,7 @@ from ddt.autoencoder import KLAutoencoder, from_uint8
 from ddt.data import TrainingStream
 from ddt.errors import require
 from ddt.files import fsync, share, write_json
-from ddt.images import Images
+from ddt.images import Images, spread
 from ddt.latent_cache import LatentCache
 from ddt.pictures import image_grid, write_png
 from ddt.version import __version__
@@ -152,17 +152,11 @@ def fit(network: Any, images: Images, settings: AutoencoderSettings, device: tor
     return errors
 
 
-def spread(images: Images, limit: int) -> np.ndarray:
-    """Return the indices of at most `limit` images, evenly spread: all classes, where they are sorted."""
-    count = len(images.labels)
-    return np.linspace(0, count - 1, min(count, limit)).astype(np.int64)
-
-
 def normalise(network: Any, images: Images) -> None:
     """Write shift and scale into the network's config so that latents of `images` have mean 0 and variance 1, taken
     over all channels together.
     """
-    chosen = spread(images, MAX_IMAGES)
+    chosen = spread(len(images.labels), MAX_IMAGES)
     total, squares, count = 0.0, 0.0, 0
     for indices in np.array_split(chosen, math.ceil(len(chosen) / 64)):
         with torch.no_grad():
@@ -236,7 +230,7 @@ def train_autoencoder(
     for path in temporary.glob("*.safetensors"):
         share(path)
     autoencoder = KLAutoencoder(str(temporary))  # what is measured is what was written
-    originals = torch.from_numpy(held_out.load(spread(held_out, MAX_IMAGES)))
+    originals = torch.from_numpy(held_out.load(spread(len(held_out.labels), MAX_IMAGES)))
     reconstructions = reconstruct(autoencoder, originals)
     write_png(temporary / "reconstructions.png", comparison(originals, reconstructions))
     report = {

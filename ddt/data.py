@@ -165,13 +165,18 @@ def load_batches(dataset: Dataset, batches: Iterable, num_workers: int, pin_memo
         raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
 
 
+def golden_sequence(numbers: np.ndarray) -> np.ndarray:
+    """Return frac((i + ½)·0.618…) of numbers i (n,): any number of them in a row covers [0, 1) evenly."""
+    return (numbers + 0.5) * 0.6180339887498949 % 1
+
+
 def validation_batch(images: Images, latent_shape: tuple[int, int, int], indices: np.ndarray) -> dict[str, Tensor]:
     """Return held-out images with fixed times and noise, whatever the run's seed, in the form of a training batch.
 
     Time i lies at the quantile frac((i + ½)·0.618…) of the training distribution, a golden-ratio sequence, so that
     any number of images covers all times evenly; labels are kept (dropout_uniform is 1).
     """
-    quantiles = (indices + 0.5) * 0.6180339887498949 % 1
+    quantiles = golden_sequence(indices)
     generators = [draws(0, VALIDATION, int(i)) for i in indices]
     noise = np.stack([g.standard_normal(latent_shape, dtype=np.float32) for g in generators])
     posterior = np.stack([g.standard_normal(latent_shape, dtype=np.float32) for g in generators])

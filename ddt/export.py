@@ -15,7 +15,6 @@ That of diffusers is what `DDTPipeline.save_pretrained` writes, with card, `ddt.
 import dataclasses
 import json
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from ddt.autoencoder import Autoencoder, DiffusersAutoencoder, build_autoencoder
 from ddt.errors import UserError, require
 from ddt.files import fsync, sha256, share, write_json
 from ddt.hub import is_hub_id
+from ddt.machine import ROOT, output_of
 from ddt.metrics.side_by_side import is_evaluation
 from ddt.model_card import model_card
 from ddt.pictures import imagenet_synsets
@@ -68,14 +68,7 @@ def without_places(values: Any) -> Any:
 
 def commit() -> str | None:
     """Return the commit of this code, where it is a clone; None elsewhere."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    return output_of("git", "-C", str(ROOT), "rev-parse", "HEAD") if (ROOT / ".git").exists() else None
 
 
 def exported_config(stored: dict[str, Any], autoencoder: dict[str, Any], receipt: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from ddt.errors import UserError, require
 
 Split = Literal["train", "test"]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+# what Pillow raises for a file that is no picture, or a damaged one
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 MAX_ASPECT = 100  # beyond it the resized picture fills the memory before it is cropped
 
 
@@ -43,6 +45,11 @@ class Images(Protocol):
 def list_hash(class_names: list[str], names: list[str], labels: np.ndarray) -> str:
     """Return a hash of a list of images: their classes, names and labels (n,), in order."""
     return hashlib.sha256(repr((class_names, names)).encode() + labels.tobytes()).hexdigest()[:16]
+
+
+def spread(count: int, limit: int) -> np.ndarray:
+    """Return the indices of at most `limit` of `count` images, evenly spread: all classes, where they are sorted."""
+    return np.linspace(0, count - 1, min(count, limit)).astype(np.int64)
 
 
 class ArrayImages:
@@ -149,7 +156,7 @@ def read_image(path: Path) -> Image.Image:
             return image.convert("RGB")
     except UserError:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: not a readable image ({error}); replace or remove it") from error
 
 
@@ -207,6 +214,11 @@ class FolderList:
     others: Counter[str]  # files that are no images by their names: how many of each suffix
 
 
+def suffixes_in_words(others: Counter[str]) -> str:
+    """Return how many files there are of each suffix, as a person reads it."""
+    return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(others.items()))
+
+
 def list_folder(root: str) -> FolderList:
     """Return the images of a folder: its sub-folders are the classes, in sorted order, images are sorted by path. A
     folder of images without sub-folders is one class of its own name.
@@ -226,11 +238,11 @@ def list_folder(root: str) -> FolderList:
         "sub-folder of their class",
     )
     splits = [path.name for path in classes if path.name.lower() in SPLIT_NAMES]
-    require(
-        not splits or len(splits) < len(classes),
-        f"data.root={root}: its sub-folders {', '.join(splits)} are splits, not classes; give "
-        f"data.root={folder / (splits[0] if splits else '')}",
-    )
+    if splits and len(splits) == len(classes):
+        raise UserError(
+            f"data.root={root}: its sub-folders {', '.join(splits)} are splits, not classes; give "
+            f"data.root={folder / splits[0]}"
+        )
     names: list[str] = []
     labels: list[int] = []
     others = Counter[str]()
@@ -244,6 +256,11 @@ def list_folder(root: str) -> FolderList:
         labels += [label] * len(files)
     class_names = [path.name for path in classes or [folder.resolve()]]
     return FolderList(class_names, names, np.array(labels), others)
+
+
+def held_out(count: int, holdout_every: int) -> np.ndarray:
+    """Tell of each of `count` images whether it is held out: every so-many-th, none with 0. Returns bool (count,)."""
+    return np.arange(count) % holdout_every == 0 if holdout_every else np.zeros(count, dtype=bool)
 
 
 class ImageFolder(FileImages):
@@ -273,9 +290,7 @@ class ImageFolder(FileImages):
         )
         listed = list_folder(root)
         self.others = listed.others
-        held_out = np.zeros(len(listed.labels), dtype=bool)
-        if holdout_every:
-            held_out[::holdout_every] = True
-        keep = np.flatnonzero(held_out if split == "test" else ~held_out)
+        test = held_out(len(listed.labels), holdout_every)
+        keep = np.flatnonzero(test if split == "test" else ~test)
         names, labels = [listed.names[i] for i in keep], listed.labels[keep]
         super().__init__(Path(root), names, labels, listed.class_names, image_size, channels)

@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from ddt.autoencoder import Autoencoder
 from ddt.config import build
-from ddt.data import validation_batch
+from ddt.data import golden_sequence, validation_batch
 from ddt.errors import UserError, first_line, require
 from ddt.fitting import fit_schedule, resolve_schedule
 from ddt.flow import clean
 from ddt.generator import Generator
 from ddt.image_set import ImageSet
-from ddt.images import Images
+from ddt.images import Images, spread
 from ddt.latent_cache import LatentCache
 from ddt.model import DDT
 from ddt.monitoring import T_BINS, to_latents
@@ -31,7 +31,6 @@ from ddt.schedules import parse_schedule, uniform_schedule
 
 COLOURS = 3  # principal components in a picture
 USUAL_SHARE = 5  # steps to a run of the encoder in a schedule to look at: the paper's ratio 0.80
-GOLDEN = 0.6180339887498949
 
 
 # --- sampling, watched
@@ -266,9 +265,9 @@ def loss_by_t(generator: Generator, images: Images, accelerator: Accelerator, co
     validation loss and the same in all bins; its time within them follows a golden-ratio sequence over the images.
     """
     objective = FlowMatching(generator.model, time_distribution="uniform", label_dropout=0.0)
-    count = min(count, len(images.labels))
-    chosen = np.linspace(0, len(images.labels) - 1, count).astype(np.int64)  # all classes, where they are sorted
-    within = (np.arange(count) + 0.5) * GOLDEN % 1
+    chosen = spread(len(images.labels), count)
+    count = len(chosen)
+    within = golden_sequence(np.arange(count))
     errors = np.empty((count, T_BINS))
     with tqdm(total=count, unit="img", desc="loss by t", mininterval=1.0) as progress:
         for start in range(0, count, batch_size):

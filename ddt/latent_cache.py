@@ -19,7 +19,7 @@ import numpy as np
 from ddt.autoencoder import Autoencoder
 from ddt.errors import UserError, require
 from ddt.files import sha256
-from ddt.images import FileImages, Split
+from ddt.images import FileImages, Split, spread
 from ddt.manifest import check_size, read_manifest
 
 CACHE_FORMAT_VERSION = 1
@@ -205,7 +205,7 @@ class LatentCache:
             root = Path(self.source_root or stored)
             rows = read_manifest(self.root)[self.first : self.first + len(self.labels)]
             if root.is_dir():
-                for k in np.linspace(0, len(rows) - 1, min(len(rows), 64)).astype(int):  # are these the pictures?
+                for k in spread(len(rows), 64):  # are these the pictures?
                     check_size(root / rows[k].path, rows[k].bytes)
             self._files = FileImages(
                 root, [row.path for row in rows], self.labels, self.class_names, self.image_size, self.channels

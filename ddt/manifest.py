@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddt.errors import UserError, require
-from ddt.images import FileImages, ImageFolder, Images, read_image
+from ddt.images import FileImages, ImageFolder, Images, read_image, suffixes_in_words
 
 log = logging.getLogger(__name__)
 ORIENTATION = 0x0112  # EXIF tag
@@ -145,8 +145,7 @@ def unread(splits: dict[str, Images]) -> list[str]:
     """Return a line for files in the folder that are no images by their names."""
     images = splits["train"]
     others = images.others if isinstance(images, ImageFolder) else Counter[str]()
-    kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(others.items()))
-    return [f"not read, because they are no images by their names: {kinds}"] if others else []
+    return [f"not read, because they are no images by their names: {suffixes_in_words(others)}"] if others else []
 
 
 def check_manifest(out: Path, manifest: list[Row], splits: dict[str, Images]) -> None:

@@ -15,7 +15,7 @@ from ddt.alignment import Target
 from ddt.autoencoder import Autoencoder
 from ddt.data import PREVIEW, draws, validation_batch
 from ddt.flow import TimeDistribution, interpolate, training_times
-from ddt.images import Images
+from ddt.images import Images, spread
 from ddt.model import Denoiser
 from ddt.objective import velocity_errors
 from ddt.pictures import image_grid, readable, write_png
@@ -131,8 +131,7 @@ def validation_loss(
     At most 2,048 images, evenly spread over the split, keep their labels. `shape` is (C, H, W) of a latent;
     `batch_size` does not change the result. All processes call it together, each takes its share, all get the mean.
     """
-    count = min(len(images.labels), MAX_VALIDATION_IMAGES)
-    chosen = np.linspace(0, len(images.labels) - 1, count).astype(np.int64)  # all classes, where they are sorted
+    chosen = spread(len(images.labels), MAX_VALIDATION_IMAGES)
     mine = chosen[accelerator.process_index :: accelerator.num_processes]
     total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     for start in range(0, len(mine), batch_size):
@@ -142,7 +141,7 @@ def validation_loss(
         with accelerator.autocast():
             v_pred = model(interpolate(batch["latents"], batch["noise"], t), t, batch["y"])
         total += velocity_errors(v_pred, batch["latents"], batch["noise"]).double().sum()
-    return accelerator.reduce(total, reduction="sum").item() / count
+    return accelerator.reduce(total, reduction="sum").item() / len(chosen)
 
 
 @torch.no_grad()

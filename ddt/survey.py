@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import struct
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ddt.errors import require
-from ddt.images import FolderList, list_folder
+from ddt.images import UNREADABLE, FolderList, held_out, list_folder, spread, suffixes_in_words
 
 MAX_OPENED = 20_000  # more pictures than that are known by so many of them, evenly spread
 SMALL = 64  # pixels a side that are trained on as they are
@@ -49,7 +48,7 @@ def head(path: Path) -> tuple[tuple[int, int], str] | None:
     try:
         with Image.open(path) as image:
             return image.size, image.mode
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError):
+    except UNREADABLE:
         return None
 
 
@@ -58,7 +57,7 @@ def survey(root: str) -> Survey:
     """Look at a folder of images, once a process. Raises UserError as `list_folder`, and where none can be opened."""
     listed = list_folder(root)
     count = len(listed.names)
-    chosen = [listed.names[k] for k in np.unique(np.linspace(0, count - 1, min(count, MAX_OPENED)).astype(int))]
+    chosen = [listed.names[k] for k in spread(count, MAX_OPENED)]
     with ThreadPoolExecutor() as pool:
         heads = dict(zip(chosen, pool.map(head, [Path(root) / name for name in chosen]), strict=True))
     seen = [each for each in heads.values() if each is not None]
@@ -93,8 +92,9 @@ def sizes_in_words(sizes: Counter[tuple[int, int]]) -> str:
 def found(survey: Survey, image_size: int, channels: int, patch_size: int) -> str:
     """Return the line that tells what was found in a folder and what it is trained as."""
     listed = survey.listed
+    classes = len(listed.class_names)
     return (
-        f"{len(listed.names):,} images in {len(listed.class_names)} class{'es'[: 2 * (len(listed.class_names) != 1)]}, "
+        f"{len(listed.names):,} images in {classes} {'class' if classes == 1 else 'classes'}, "
         f"{sizes_in_words(survey.sizes)}; trained at data.image_size={image_size}, data.channels={channels} "
         f"({'RGB' if channels == 3 else 'grey'}), model.patch_size={patch_size}"
     )
@@ -116,10 +116,8 @@ def hints(survey: Survey, image_size: int, channels: int, holdout_every: int) ->
     if small and len(each) > 1:
         more = f" and {len(small) - 5} more" if len(small) > 5 else ""
         lines.append(f"classes of fewer than {FEW_OF_A_CLASS} images: {', '.join(small[:5])}{more}")
-    held = np.arange(total) % holdout_every == 0 if holdout_every else np.zeros(total, dtype=bool)
-    untrained = [
-        listed.class_names[k] for k in np.flatnonzero(np.bincount(listed.labels[~held], minlength=len(each)) == 0)
-    ]
+    trained = np.bincount(listed.labels[~held_out(total, holdout_every)], minlength=len(each))
+    untrained = [listed.class_names[k] for k in np.flatnonzero(trained == 0)]
     if untrained:
         lines.append(
             f"{', '.join(untrained[:5])}: the only image is held out for validation; add images, or give "
@@ -135,7 +133,5 @@ def hints(survey: Survey, image_size: int, channels: int, holdout_every: int) ->
     if transparent:
         lines.append(f"{transparent} images have an alpha channel, which is dropped: what lies behind it is seen")
     if listed.others:
-        lines.append(
-            f"not read: {', '.join(f'{n} {suffix or chr(45)}' for suffix, n in sorted(listed.others.items()))}"
-        )
+        lines.append(f"not read: {suffixes_in_words(listed.others)}")
     return lines

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ddt.config import check_arguments
+from ddt.config import check_arguments, shown
 from ddt.errors import collected, require
 from ddt.image_set import MAX_SEED, ImageSet
 from ddt.pictures import readable
@@ -161,17 +161,11 @@ def settings_for(controls: Controls, shareable: bool) -> dict[str, Any]:
 
 def as_command(settings: dict[str, Any], source: Source) -> str:
     """Return the line of a shell that draws the same set; its folder is named after what it will hold."""
-
-    def written(value: Any) -> str:
-        if isinstance(value, list):
-            return f"[{','.join(map(str, value))}]"
-        return "null" if value is None else str(value)
-
     given = {"weights": source.weights, "autoencoder": source.autoencoder, "dtype": source.dtype}
     usual = Source(source.folder)
     given = {key: value for key, value in given.items() if value != getattr(usual, key)}
     values = {"ckpt": source.folder, **given, **settings, "batch_size": source.batch_size}
-    words = [f"{key}={written(value)}" for key, value in values.items()]
+    words = [f"{key}={shown(value)}" for key, value in values.items()]
     name = hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
     return shlex.join(["python", "sample.py", *words, f"out=outputs/{name}"])
 

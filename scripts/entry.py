@@ -235,8 +235,9 @@ def entry_point(
         def main() -> None:
             nonlocal jobs
             file = Path(inspect.getfile(task)).resolve()
-            described = command(file)
-            if described is not None and {"-h", "--help"} & set(sys.argv[1:]):
+            # all of conf/ is read for it, so nothing else waits for that
+            described = command(file) if {"-h", "--help"} & set(sys.argv[1:]) else None
+            if described is not None:
                 print(help_text(described))
                 return
             if task.__module__ == "__main__" and file.is_relative_to(ROOT):

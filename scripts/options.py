@@ -19,7 +19,7 @@ CONF = ROOT / "conf"
 # settings whose values are files or folders
 PATHS = (
     "ckpt", "out", "samples", "reference", "inception_weights", "released", "run", "runs", "init_from", "autoencoder",
-    "guide", "recompute", "evaluator", "python", "graph", "measured", "metrics", "data_root",
+    "guide", "recompute", "evaluator", "python", "graph", "measured", "metrics",
     "features.weights",
     "data.root", "data.source_root", "data_root", "autoencoder.source", "alignment.weights",
 )  # fmt: skip

@@ -834,8 +834,8 @@ MUTANTS = [
     (
         "splits taken for classes",
         "ddt/images.py",
-        "not splits or len(splits) < len(classes)",
-        "True",
+        "if splits and len(splits) == len(classes):",
+        "if False:",
         "test_survey.py -k otherwise",
     ),
     (
