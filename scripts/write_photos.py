@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from tqdm import tqdm
 
-from ddt.errors import require
+from ddt.errors import UserError, require
 from ddt.photos import Photos
 from scripts.entry import arguments_for, checked, entry_point
 
@@ -25,7 +25,10 @@ def write_photos(out: str, image_size: int, crops: int) -> None:
     """Write `crops` pictures a photo, of `image_size` pixels a side, into the folder `out`, which must not exist."""
     folder = Path(out)
     require(not folder.exists(), f"out={out}: exists already and is not written over; choose another folder")
-    photos = Photos(image_size=image_size, crops=crops)
+    try:
+        photos = Photos(image_size=image_size, crops=crops)
+    except UserError as error:  # which names the settings of data=photos
+        raise UserError(str(error).removeprefix("data.")) from error
     for name in photos.class_names:
         (folder / name).mkdir(parents=True)
     for k in tqdm(range(len(photos.labels)), unit="img", desc="writing", mininterval=1.0):

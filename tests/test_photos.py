@@ -28,6 +28,7 @@ def test_the_crops_can_be_written_as_a_folder_of_images(tmp_path, monkeypatch):
     crops = expected.load(np.flatnonzero(expected.labels == expected.class_names.index("chelsea")))
     assert np.abs(images.load(chelsea).astype(int) - crops).mean() < 6  # JPEG
     assert refusal("scripts.write_photos", "out=mine").startswith("out=mine: exists already and is not written over")
+    assert refusal("scripts.write_photos", "out=other", "crops=2").startswith("crops=2: must be at least 5")
 
 
 def test_every_photo_gives_as_many_crops(train):
