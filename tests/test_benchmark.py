@@ -233,6 +233,15 @@ def test_a_part_agrees_with_its_plain_reference(tmp_path, part):
 
 
 @pytest.mark.usefixtures("small_networks")
+def test_an_aligned_step_counts_its_target(tmp_path):
+    setup = setup_of(tmp_path)
+    aligned, bare = measured_parts.training(setup)
+    (target,) = measured_parts.target(setup)
+    extra = aligned.ways["ours"].flops - bare.ways["ours"].flops
+    assert extra > target.ways["ours"].flops > 0
+
+
+@pytest.mark.usefixtures("small_networks")
 @pytest.mark.slow
 def test_the_benchmark_writes_numbers_tables_and_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)

@@ -261,7 +261,6 @@ def test_only_training_sweeps(tmp_path, monkeypatch, script):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_processes_of_a_launcher_tell_a_mistake_once(tmp_path):
     command = ("-m", "torch.distributed.run", "--nproc-per-node=2", ROOT / "train.py", "trainer.max_steps=abc")
     done = run(*command, cwd=tmp_path)
