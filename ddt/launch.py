@@ -55,6 +55,16 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _call(function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    """Call the function of one process of several, and end the process group where it made one.
+
+    A group that is left to the end of Python still has threads then, which may abort the process; NCCL warns of it.
+    """
+    function(*args)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _worker(
     rank: int, function: Callable[..., None], num_processes: int, port: int, told: Any, args: tuple[Any, ...]
 ) -> None:
@@ -72,7 +82,7 @@ def _worker(
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
     tqdm.set_lock(threading.RLock())  # its own would be a semaphore, which a process that is ended leaves behind
     try:
-        function(*args)
+        _call(function, args)
     except Stopped as stopped:  # no failure: the others are left to finish
         told.put(stopped)
     except (UserError, FloatingPointError, KeyboardInterrupt) as error:
@@ -169,7 +179,7 @@ def launch(function: Callable[..., None], num_processes: int | None, *args: Any)
                 f"num_processes={num_processes}: {world} processes were launched already; leave it out, or start the "
                 "command without a launcher"
             )
-        function(*args)
+        _call(function, args)
         return
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     require(

@@ -1,10 +1,12 @@
 """What the processes of test_launch.py do: apart from it, so that they start without what it imports."""
 
+import atexit
 import json
 import os
 import signal
 import time
 
+import torch
 from accelerate import Accelerator
 
 import ddt.launch
@@ -47,6 +49,12 @@ def survive(folder):
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     wait_long(folder)
+
+
+def end_together(folder):
+    """Say at the very end whether this process still belongs to a group."""
+    Accelerator(cpu=True).wait_for_everyone()
+    atexit.register(lambda: (folder / os.environ["RANK"]).write_text(str(torch.distributed.is_initialized())))
 
 
 def disagree(folder):

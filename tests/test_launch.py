@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, refusal, rows, run, succeed
-from processes import disagree, stop_on_request, survive, wait_for, wait_long
+from processes import disagree, end_together, stop_on_request, survive, wait_for, wait_long
 from safetensors.torch import load_file
 from test_training import SMALL
 
@@ -99,6 +99,12 @@ def test_the_first_interrupt_is_the_childrens_and_the_second_ends_all(tmp_path):
     thread.join()
     assert not raised
     assert not any(map(alive, pids(tmp_path)))
+
+
+def test_no_process_ends_in_a_group(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launch(end_together, 2, tmp_path)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["False"] * 2
 
 
 @pytest.mark.slow

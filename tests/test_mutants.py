@@ -74,6 +74,13 @@ MUTANTS = [
         "test_model.py -k checkpointing",
     ),
     (
+        "process group left open",
+        "ddt/launch.py",
+        "        torch.distributed.destroy_process_group()",
+        "        pass",
+        "test_launch.py -k ends_in_a_group",
+    ),
+    (
         "mlp mixer mixes",
         "ddt/layers.py",
         "return super().forward(x)",
