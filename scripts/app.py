@@ -49,6 +49,7 @@ def settings_of(
     )
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
     require(max_queue >= 1, f"max_queue={max_queue}: must be at least 1")
+    require(host != "", "host=: is empty; leave it out for 127.0.0.1, or give 0.0.0.0")
     require(1 <= port <= 65535, f"port={port}: must lie in 1..65535")
     require(
         ckpt is not None or Path(DEMO).exists(),

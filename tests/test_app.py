@@ -21,7 +21,7 @@ import scripts.app
 from ddt import checkpoint as ckpt
 from ddt.errors import UserError
 from ddt.model import DiT
-from scripts import app_jobs
+from scripts import app_jobs, app_page
 from scripts.app_controls import Limits, Source, class_choices, defaults_of, request_of, sharing_choices
 from scripts.app_jobs import Interrupted, Studio
 from scripts.app_page import LAUNCH, build
@@ -166,6 +166,8 @@ def test_side_by_side_shows_both_and_tells_the_difference(page):
     ours = array(files["samples.npz"]).astype(int)
     assert np.array_equal(ours, array(alone[3]["samples.npz"]))
     assert f"<b>{np.abs(ours - plain).mean():.2f}</b>" in numbers
+    times = json.loads(files["receipt.json"].read_text())["images_per_second"] / receipt["images_per_second"]
+    assert f"<span>Speed by sharing</span><b>{times:.2f} ×</b>" in numbers
 
 
 def test_numbers_are_those_of_the_receipt(page):
@@ -218,6 +220,7 @@ WRONG = [
     ({"Steps": 0}, "num_steps=0: must lie in 1.."),
     ({"Steps": 2.5}, "num_steps=2.5: "),
     ({"Guidance": -1}, "cfg_scale=-1.0: "),
+    ({"Guidance": 1e300}, "is not finite: try"),
     ({"From t": 0.9, "To t": 0.1}, "cfg_interval=[0.9,0.1]: needs 0 &lt;= lo"),
     ({"Last step": "<b>"}, "last_step=&lt;b&gt;: "),
     ({"Time shift": 0}, "timeshift=0.0: must be above 0"),
@@ -323,6 +326,21 @@ def test_the_disk_is_bounded(folder, tmp_path, monkeypatch):
     assert len(list(studio.root.glob("set-*"))) == 2
 
 
+def test_the_weights_and_precision_of_the_start_draw_and_are_in_the_command(folder, tmp_path):
+    ema = ckpt.read_weights(folder, "ema")
+    raw = {key: 1.2 * value for key, value in ema.items()}
+    ckpt.write_checkpoint(tmp_path / "both", ckpt.read_config(folder), ema=ema, model=raw)
+    drawn = []
+    for chosen in ({}, {"weights": "model"}, {"dtype": "bf16"}):
+        studio = Studio(Source(tmp_path / "both", **chosen), LIMITS, tmp_path, Accelerator(cpu=True))
+        result = studio.draw(asdict(studio.defaults), lambda *_: None, bool)
+        said = settings(result.request.command)
+        assert {key: said[key] for key in ("weights", "dtype") if key in said} == chosen
+        assert result.drawn.receipt["request"]["dtype"] == chosen.get("dtype", "fp32")
+        drawn.append(array(result.drawn.folder / "samples.npz"))
+    assert not np.array_equal(drawn[0], drawn[1])
+
+
 def test_a_model_without_encoder_is_not_offered_sharing(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     folder = write_run(tmp_path / "run", DiT(**NETWORK))
@@ -395,6 +413,7 @@ def test_it_says_what_is_missing_before_anything_is_loaded(folder, tmp_path, mon
         ("max_queue=0", "max_queue=0: must be at least 1"),
         ("batch_size=0", "batch_size=0: must be at least 1"),
         ("port=0", "port=0: must lie in 1..65535"),
+        ("host=", "host=: is empty; leave it out"),
         ("host=no.such.host.invalid", "host=no.such.host.invalid: no such address"),
         ("weights=model", "weights=model: "),
         ("dtype=fp16", "dtype=fp16: "),
@@ -410,6 +429,31 @@ def test_it_says_what_is_missing_before_anything_is_loaded(folder, tmp_path, mon
         )
     monkeypatch.setattr(scripts.app.importlib.util, "find_spec", lambda name: None)
     assert "needs gradio; install it with pip install -e '.[app]'" in refusal("scripts.app", run)
+
+
+def test_it_listens_where_it_is_told_and_draws_one_request_at_a_time(tmp_path, monkeypatch):
+    told = {}
+
+    class Page:
+        def queue(self, **options):
+            told.update(options)
+            return self
+
+        def launch(self, **options):
+            told.update(options)
+            raise KeyboardInterrupt
+
+        def close(self, **_):
+            told["closed"] = True
+
+    monkeypatch.setattr(app_page, "build", lambda studio: Page())
+    monkeypatch.setattr(scripts.app.signal, "signal", lambda *_: None)
+    for key in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR"):
+        monkeypatch.setenv(key, "")
+    scripts.app.serve(None, "127.0.0.1", 7860, 3, tmp_path)
+    wanted = {"max_size": 3, "default_concurrency_limit": 1, "server_name": "127.0.0.1", "server_port": 7860}
+    wanted |= {"share": False, "allowed_paths": [str(tmp_path)], "closed": True}
+    assert {key: told.get(key) for key in wanted} == wanted
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])

@@ -16,7 +16,7 @@ import ddt
 from ddt import checkpoint as ckpt
 from ddt.errors import UserError
 from ddt.export import Card, export, labels_of, open_source, picture_of, read_metrics, without_places
-from ddt.model_card import training
+from ddt.model_card import dataset, metrics_section, training
 from ddt.pictures import imagenet_synsets
 from ddt.schedules import write_schedule
 from scripts.export import settings_of
@@ -161,6 +161,15 @@ def test_which_weights_they_were_is_told(tmp_path):
     assert torch.equal(ddt.load_model(out).decoder.output.linear.bias, raw["decoder.output.linear.bias"])
     assert ckpt.weights_receipt(out, "ema")["weights"] == "raw"
     assert ckpt.weights_receipt(hub(out, tmp_path / "again"), "ema")["weights"] == "raw"
+    export(open_source(tmp_path / "both", "diffusers", "model"), "diffusers", tmp_path / "pipeline", Card("x"))
+    written = load_file(tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(written["network.decoder.output.linear.bias"], raw["decoder.output.linear.bias"])
+    for weights, state in (("ema", ema), ("model", raw)):
+        out = tmp_path / f"{weights}.safetensors"
+        export(open_source(tmp_path / "both", "released", weights), "released", out, Card("x"))
+        sums = [sorted(value.sum().item() for value in each.values()) for each in (load_file(out), state)]
+        assert sums[0][0] == sums[1][0]
+        assert sums[0][-1] == sums[1][-1]
     with pytest.raises(UserError, match=r"weights=ema_0\.9: .* choose from ema, model"):
         open_source(tmp_path / "both", "hub", weights="ema_0.9")
 
@@ -177,6 +186,7 @@ def test_the_card_says_what_the_model_is(tmp_path):
     folder = small_checkpoint(tmp_path / "checkpoint", run=RUN)
     sha256 = ckpt.weights_sha256(folder, "ema")
     metrics = evaluation(tmp_path / "set", sha256)
+    parameters = sum(value.numel() for value in ckpt.read_weights(folder, "ema").values())
     arguments = [f"ckpt={folder}", f"metrics={metrics}", "license=mit"]
     for form in ("hub", "diffusers"):
         done = run_inside("scripts.export", *arguments, f"format={form}", f"out={tmp_path / form}")
@@ -193,6 +203,10 @@ def test_the_card_says_what_the_model_is(tmp_path):
             "| seed | 3 |",
             "| started from | step_0000001 |",
             "| classes | 5: a, b, c, d, e |",
+            "| precision | fp32 |",
+            "| num_steps | 4 |",
+            f"| parameters | {parameters:,} |",
+            f'("{form}")',
             f'"made_from_sha256": "{sha256}"',
             "![samples of this model](samples.png)",
         ):
@@ -214,7 +228,23 @@ def test_imagenet_is_named(tmp_path):
         "source": {},
     }
     assert "| classes | 1000: tench, goldfish" in training(config)
+    assert dataset(config) == "ILSVRC/imagenet-1k"
     assert labels_of(imagenet_synsets())["0"] == "tench, Tinca tinca"
+
+
+def test_a_guide_is_told(tmp_path):
+    metrics = json.loads((evaluation(tmp_path / "set", "0" * 64) / "metrics.json").read_text())
+    assert "Guided away" not in metrics_section(metrics)
+    metrics["receipt"]["sampling"]["request"]["guide"] = {"ema_sha256": "1" * 64, "step": 1}
+    assert f"Guided away from the weights `{'1' * 64}`." in metrics_section(metrics)
+
+
+def test_the_grid_of_a_runs_own_samples_is_shown(tmp_path):
+    folder = small_checkpoint(tmp_path / "run" / "checkpoints" / "step_0000007")
+    evaluation(tmp_path / "run" / "samples", ckpt.weights_sha256(folder, "ema"))
+    done = run_inside("scripts.export", f"ckpt={tmp_path / 'run'}", "format=hub", f"out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "samples.png").read_bytes() == (tmp_path / "run" / "samples" / "grid.png").read_bytes()
 
 
 def test_only_pictures_of_these_weights_are_shown(tmp_path):

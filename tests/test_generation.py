@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, inputs, refusal, run, small_ddt, small_vae, succeed
+from conftest import ROOT, inputs, refusal, run, small_checkpoint, small_ddt, small_vae, succeed
 from PIL import Image
 
 import ddt
@@ -324,6 +324,25 @@ def test_a_schedule_file_counts_by_what_it_holds(run_folder, tmp_path, capfd):
     other = written("other.json", [0, 2], SamplerSettings(num_steps=5).grid())
     assert "was fitted to another time grid" in refusal("sample", *arguments[:2], f"out={tmp_path / 'b'}", other)
     assert not (tmp_path / "b" / "samples.npz").exists()
+
+
+def test_the_weights_asked_for_draw(tmp_path):
+    folder = small_checkpoint(tmp_path / "checkpoint")
+    ema = ckpt.read_weights(folder, "ema")
+    raw = {key: 1.2 * value for key, value in ema.items()}
+    config = ckpt.read_config(folder)
+    ckpt.write_checkpoint(tmp_path / "both", config, ema=ema, model=raw)
+    ckpt.write_checkpoint(tmp_path / "raw", config, ema=raw)
+    drawn = {}
+    for name, chosen in (("both", "model"), ("both", "ema"), ("raw", "ema")):
+        out = tmp_path / f"{name}_{chosen}"
+        succeed(
+            "sample", f"ckpt={tmp_path / name}", f"weights={chosen}", "num_samples=3", "num_processes=1", f"out={out}"
+        )
+        with np.load(out / "samples.npz") as file:
+            drawn[out.name] = file["arr_0"]
+    assert np.array_equal(drawn["both_model"], drawn["raw_ema"])
+    assert not np.array_equal(drawn["both_model"], drawn["both_ema"])
 
 
 def test_autoguidance_by_a_weaker_checkpoint(run_folder, tmp_path):

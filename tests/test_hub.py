@@ -121,6 +121,14 @@ def test_a_folder_goes_to_a_new_private_model(api, exported):
     ]
 
 
+def test_an_export_goes_to_the_hub_where_that_is_asked_for(api, tmp_path):
+    folder = small_checkpoint(tmp_path / "checkpoint")
+    done = run_inside("scripts.export", f"ckpt={folder}", "format=hub", f"out={tmp_path / 'out'}", "push=owner/name")
+    assert done.returncode == 0, done.stderr
+    assert [call[:2] for call in api.told] == [("create", "owner/name"), ("upload", "owner/name")]
+    assert 'ddt.load_model("owner/name")' in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_mistakes_with_the_hub_are_one_line(api, exported):
     with pytest.raises(UserError, match="push=name: no name of a model; write owner/name"):
         hub.check_push("name")

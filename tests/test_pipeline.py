@@ -172,6 +172,15 @@ def test_the_callback_sees_what_each_step_made(pipeline, solver):
         pipeline(0, callback_on_step_end=lambda *_: {"latents": torch.zeros(1)})
 
 
+def test_progress_counts_the_steps(pipeline, monkeypatch):
+    bars = []
+    make = pipeline.progress_bar
+    monkeypatch.setattr(pipeline, "progress_bar", lambda **options: bars.append(make(**options)) or bars[-1])
+    pipeline.set_progress_bar_config(disable=False)
+    pipeline(0, seeds=3, solver="heun", num_inference_steps=5)
+    assert [(bar.n, bar.total) for bar in bars] == [(5, 5)]
+
+
 def test_names_of_classes(pipeline):
     pipeline.register_to_config(id2label={"0": "crane, a bird", "1": "tench, Tinca tinca", "2": "crane"})
     assert pipeline.get_label_ids(["tench", "Tinca tinca", "a bird", "tench, Tinca tinca"]) == [1, 1, 0, 1]
@@ -222,5 +231,7 @@ def test_bfloat16_is_that_of_sample_py(places, tmp_path):
     pipeline = DDTPipeline.from_pretrained(places[1], torch_dtype={"transformer": torch.bfloat16})
     found = uint8(pipeline(**CALL).images)
     assert np.array_equal(found, drawn(places[0], tmp_path / "half", "dtype=bf16"))
+    fitted = uint8(pipeline(**CALL, recompute="dp:2").images)
+    assert np.array_equal(fitted, drawn(places[0], tmp_path / "fitted", "dtype=bf16", "recompute=dp:2"))
     with pytest.raises(UserError, match=r"torch_dtype=torch\.float16: the networks run in"):
         DDTPipeline.from_pretrained(places[1], torch_dtype=torch.float16)(0)
