@@ -36,10 +36,10 @@ def test_links_lead_somewhere(page):
         assert link.startswith("https://") or (page.parent / link).is_file(), link
 
 
-def test_functions_of_the_method_page_exist():
-    entries = re.findall(r"`(ddt/[\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", (ROOT / "docs" / "method.md").read_text())
-    entries += re.findall(r"`(ddt/[\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", (ROOT / "docs" / "concepts.md").read_text())
-    assert len(entries) > 15
+def test_functions_that_the_pages_name_exist():
+    names = r"`((?:ddt|scripts)/[\w/]+\.py)`:\s+((?:`[\w.]+`(?:,\s+)?)+)"
+    entries = [entry for page in PAGES for entry in re.findall(names, page.read_text())]
+    assert len(entries) > 50
     for file, names in entries:
         text = (ROOT / file).read_text()
         for entry in re.findall(r"`([\w.]+)`", names):
