@@ -89,8 +89,8 @@ def not_finite(what: str, step: int, run_dir: Path) -> FloatingPointError:
     """Return the error that ends a diverged run, with the last checkpoint whose weights were finite."""
     good = ckpt.newest_checkpoint(run_dir)
     return FloatingPointError(
-        f"{what} at step {step}: lower optimizer.lr or try another seed; "
-        f"{f'the last good checkpoint is {good}' if good else 'there is no checkpoint yet'}"
+        f"{what} at step {step}: try a lower optimizer.lr or another seed in a run of another name; "
+        f"{f'the last good checkpoint, for init_from, is {good}' if good else 'there is no checkpoint yet'}"
     )
 
 

@@ -130,8 +130,8 @@ def defaults_of(stored: dict[str, Any], limits: Limits) -> Controls:
         timeshift=own.timeshift,
         last_step=own.last_step,
         sharing="checkpoint" if kind == "file" else kind,
-        every=number if kind == "uniform" else 5,
-        budget=number if kind == "dp" else max(1, steps // 5),
+        every=min(number, steps) if kind == "uniform" else 5,
+        budget=min(number, steps) if kind == "dp" else max(1, steps // 5),
         forecast_order=own.forecast_order,
     )
 

@@ -396,6 +396,13 @@ def test_the_page_begins_with_the_checkpoints_sampler(studio, sampler, expected)
     assert ("checkpoint" in sharing_choices(stored)) == isinstance(recompute, list)
 
 
+@pytest.mark.parametrize("recompute", ["dp:30", "uniform:30"])
+def test_stored_sharing_is_kept_within_the_limit_of_steps(studio, recompute):
+    stored = {**studio.stored, "sampler": SAMPLER | {"num_steps": 50, "recompute": recompute}}
+    request = request_of(asdict(defaults_of(stored, LIMITS)), stored, LIMITS, studio.source)
+    assert (request.settings.num_steps, request.settings.recompute) == (20, f"{recompute.split(':')[0]}:20")
+
+
 def test_many_classes_begin_with_a_few_spread_over_all(studio):
     stored = {**studio.stored, "network": {**studio.stored["network"], "num_classes": 1000}}
     assert defaults_of(stored, LIMITS).classes == [0, 250, 500, 750]

@@ -453,7 +453,7 @@ def test_many_of_them_end_the_run(monkeypatch):
     poisoned(monkeypatch, range(6, 99))
     message = refusal("train", *arguments("spoilt", "trainer.save_every=4", "trainer.validate_every=0"))
     assert "5 steps in a row had gradients that are no finite numbers" in message
-    assert "the last good checkpoint is runs/spoilt/checkpoints/step_0000008" in message
+    assert "the last good checkpoint, for init_from, is runs/spoilt/checkpoints/step_0000008" in message
     status = json.loads(Path("runs/spoilt/status.json").read_text())
     assert status["state"] == "failed"
     assert all(value.isfinite().all() for value in whole(Path("runs/spoilt"), 8).values())
