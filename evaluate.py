@@ -1,7 +1,7 @@
 """Evaluate samples: `python evaluate.py samples=… reference=… features=… [out=DIR]`.
 
-With `features=inception` the metrics are ADM's, with `features=dinov2` those of DINOv2, with the features of a small
-data set's classifier the reference is `data:NAME`.
+With `features=inception` the metrics are ADM's, with `features=dinov2` those of DINOv2, with the
+features of a small data set's classifier the reference is `data:NAME`.
 """
 
 import datetime
@@ -12,20 +12,20 @@ from typing import Any
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
+from ddt.cli import CONF, arguments_for, checked, entry_point
 from ddt.config import build
+from ddt.data.images import Images
+from ddt.distributed.launch import launch
+from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, require
-from ddt.evaluation import evaluate
-from ddt.images import Images
-from ddt.launch import launch
 from ddt.metrics.classifier import ClassifierSettings
+from ddt.metrics.evaluate import evaluate
 from ddt.metrics.features import Extractor, FeatureSettings
 from ddt.metrics.folder import FolderImages
 from ddt.metrics.npz import NpzImages
 from ddt.metrics.precision_recall import PrDtype
 from ddt.metrics.reference import Reference, data_reference, read_reference
 from ddt.metrics.sources import open_images
-from ddt.training import make_accelerator
-from scripts.entry import CONF, arguments_for, checked, entry_point
 
 log = logging.getLogger(__name__)
 DATA = "data:"  # before the name of a data set
@@ -39,8 +39,8 @@ def evaluation(
 
 
 def reference_node(reference: str) -> dict[str, Any] | None:
-    """Return the settings of the data set that `reference` names, None where it is a path; UserError for one that does
-    not exist.
+    """Return the settings of the data set that `reference` names, None where it is a path;
+    UserError for one that does not exist.
     """
     if not reference.startswith(DATA):
         return None
@@ -68,7 +68,9 @@ def check_weights(settings: FeatureSettings | None, inception_weights: str | Non
 
 
 def features_of(config: dict[str, Any]) -> FeatureSettings:
-    """Return the settings of the features; raise UserError where they measure nothing, or do not suit the reference."""
+    """Return the settings of the features; raise UserError where they measure nothing, or do not
+    suit the reference.
+    """
     settings: FeatureSettings | None = build(config["features"])
     reference = config["reference"]
     if settings is None:
@@ -105,7 +107,9 @@ def load_reference(
 
 
 def beside(samples: NpzImages | FolderImages) -> Path:
-    """Return the folder for the results of a set: that of its npz; a folder of pictures stays as it is."""
+    """Return the folder for the results of a set: that of its npz; a folder of pictures stays as it
+    is.
+    """
     if isinstance(samples, FolderImages):
         return samples.path.with_name(f"{samples.path.resolve().name}_evaluation")
     return samples.path.parent

@@ -9,19 +9,15 @@ from typing import Any, Literal
 import torch
 from omegaconf import DictConfig
 
-from ddt import checkpoint as ckpt
-from ddt.compiling import compiles
-from ddt.conversion import DOWNSAMPLING
+from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint.convert import DOWNSAMPLING
+from ddt.checkpoint.hub import is_hub_id
+from ddt.cli import CONF, arguments_for, checked, entry_point
+from ddt.distributed.compile import compiles
+from ddt.distributed.launch import launch
+from ddt.distributed.prepare import make_accelerator
 from ddt.errors import collected, require
-from ddt.evaluation import evaluate
-from ddt.generation import sample_set
-from ddt.hub import is_hub_id
-from ddt.launch import launch
-from ddt.metrics.inception import InceptionSettings
-from ddt.metrics.reference import check_reference
-from ddt.metrics.side_by_side import beside_published
-from ddt.metrics.sources import open_images
-from ddt.stored import (
+from ddt.generation.load import (
     check_guide_config,
     checkpoint_receipt,
     guide_receipt,
@@ -30,10 +26,14 @@ from ddt.stored import (
     sampler_of,
     stored_autoencoder,
 )
-from ddt.training import make_accelerator
+from ddt.generation.sample_set import sample_set
+from ddt.metrics.evaluate import evaluate
+from ddt.metrics.inception import InceptionSettings
+from ddt.metrics.reference import check_reference
+from ddt.metrics.side_by_side import beside_published
+from ddt.metrics.sources import open_images
 from evaluate import load_reference
 from scripts.convert_checkpoint import convert_published, published_sampler
-from scripts.entry import CONF, arguments_for, checked, entry_point
 
 log = logging.getLogger(__name__)
 PUBLISHED = ("fid", "sfid", "inception_score", "precision", "recall")
@@ -80,8 +80,8 @@ def settings_of(
 
 
 def check(config: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the sampler and the images from the command line and the checkpoint's config; one line for each
-    problem.
+    """Return the sampler and the images from the command line and the checkpoint's config; one line
+    for each problem.
     """
     sampler, images = collected(lambda: sampler_of(config, stored), lambda: images_of(config, stored))
     return {"sampler": sampler, "images": images}
@@ -114,7 +114,9 @@ def run(folder: Path, stored: dict[str, Any], arguments: dict[str, Any]) -> None
 
 
 def to_come(encoder_depth: int | None, resolution: int | None) -> dict[str, Any]:
-    """Return what is known of a published checkpoint before it is read, so that a slip costs no conversion."""
+    """Return what is known of a published checkpoint before it is read, so that a slip costs no
+    conversion.
+    """
     network = {"_target_": f"ddt.model.{'DiT' if encoder_depth is None else 'DDT'}", "num_classes": 1000}
     return {"sampler": published_sampler(resolution), "network": network}
 
@@ -134,8 +136,8 @@ def check_released(settings: dict[str, Any], stored: dict[str, Any]) -> None:
 
 
 def evaluate_set(arguments: dict[str, Any], out: Path) -> None:
-    """Evaluate the set in `out` as evaluate.py does, on each process, and lay the result beside the published
-    numbers.
+    """Evaluate the set in `out` as evaluate.py does, on each process, and lay the result beside the
+    published numbers.
     """
     accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))
     features = InceptionSettings(weights=arguments["inception_weights"])

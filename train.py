@@ -12,25 +12,25 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from ddt.alignment import REPA, AlignmentLoss, Dispersive, DispersiveLoss, Target, check_depth
 from ddt.autoencoder import Autoencoder
-from ddt.checkpoint import newest_checkpoint
+from ddt.checkpoint.folder import newest_checkpoint
+from ddt.cli import checked, entry_point
 from ddt.config import build, check_arguments
+from ddt.data.images import Images
+from ddt.data.latent_cache import LatentCache
+from ddt.data.survey import found, hints, survey
+from ddt.distributed.launch import default_processes, launch
 from ddt.errors import UserError, require
 from ddt.files import sha256
-from ddt.images import Images
-from ddt.initial import find_source
-from ddt.latent_cache import LatentCache
-from ddt.launch import default_processes, launch
 from ddt.metrics.classifier import ClassifierSettings
 from ddt.metrics.features import FeatureSettings
 from ddt.metrics.reference import data_reference
 from ddt.model import DDT, Denoiser
-from ddt.online import OnlineEvaluation, online_evaluation
-from ddt.survey import found, hints, survey
-from ddt.training import train
+from ddt.objective.alignment import REPA, AlignmentLoss, Dispersive, DispersiveLoss, Target, check_depth
+from ddt.training.evaluation import OnlineEvaluation, online_evaluation
+from ddt.training.init_from import find_source
+from ddt.training.loop import train
 from evaluate import check_weights, load_reference
-from scripts.entry import checked, entry_point
 
 log = logging.getLogger(__name__)
 RUN_SETTINGS = ("name", "seed", "init_from", "reference", "inception_weights")
@@ -92,17 +92,20 @@ def check(config: dict[str, Any], run_dir: Path) -> None:
 
 
 def num_aligned_blocks(network: Denoiser) -> int:
-    """Return how many blocks an alignment can choose from: the encoder's, or all of the undivided baseline's."""
+    """Return how many blocks an alignment can choose from: the encoder's, or all of the undivided
+    baseline's.
+    """
     return len(network.encoder.blocks if isinstance(network, DDT) else network.blocks)
 
 
 def build_alignment(
     alignment: REPA | Dispersive | None, network: Denoiser, images: Images, grid: tuple[int, int]
 ) -> tuple[AlignmentLoss | DispersiveLoss | None, Target | None, str | None]:
-    """Return the alignment's trained half, its frozen target (None where features are cached or there is none) and the
-    hash of the target's weights. `grid` is that of the latent's tokens.
+    """Return the alignment's trained half, its frozen target (None where features are cached or
+    there is none) and the hash of the target's weights. `grid` is that of the latent's tokens.
 
-    Raises UserError where the images are not what the target takes, or the cached features are another target's.
+    Raises UserError where the images are not what the target takes, or the cached features are
+    another target's.
     """
     if alignment is None:
         return None, None, None
@@ -131,7 +134,9 @@ def build_alignment(
 
 
 def check_evaluation(features: FeatureSettings | None, data: str, reference: str | None, eval_every: int) -> None:
-    """Raise UserError where an evaluation while training cannot be, or settings of it have no effect."""
+    """Raise UserError where an evaluation while training cannot be, or settings of it have no
+    effect.
+    """
     if features is None:
         require(eval_every == 0, f"trainer.eval_every={eval_every}: needs features=, such as inception or {data}")
         require(reference is None, f"reference={reference}: has no effect without features=; leave it out")
@@ -191,7 +196,8 @@ def run(config: dict[str, Any]) -> None:
     alignment = build(config["alignment"])
     grid = (shape[1] // patch_size, shape[2] // patch_size)
     alignment_loss, target, target_hash = build_alignment(alignment, network, images, grid)
-    # what data and frozen weights are, wherever they lie, stands beside the settings that a resumed run must share
+    # what data and frozen weights are, wherever they lie, stands beside the settings that a resumed
+    # run must share
     found = {"data": images.fingerprint, "autoencoder": autoencoder.fingerprint, "alignment": target_hash}
     identified = {group: {**config[group], "fingerprint": value} for group, value in found.items()}
     network_settings = {key: value for key, value in config["model"].items() if key != "_partial_"} | sizes

@@ -7,11 +7,12 @@ from ddt.errors import UserError
 from ddt.version import __version__
 
 if TYPE_CHECKING:
-    from ddt.checkpoint import load_model
+    from ddt.checkpoint.folder import load_model
+    from ddt.checkpoint.published import load_released
     from ddt.model import DDT, DiT
-    from ddt.released import load_released
-    from ddt.sampling import SamplerSettings, sample
-    from ddt.schedules import optimal_schedule, uniform_schedule
+    from ddt.sampling.sample import sample
+    from ddt.sampling.schedules import optimal_schedule, uniform_schedule
+    from ddt.sampling.settings import SamplerSettings
 
 __all__ = [
     "DDT",
@@ -26,13 +27,16 @@ __all__ = [
     "uniform_schedule",
 ]
 HOMES = {
-    "DDT": "model", "DiT": "model", "SamplerSettings": "sampling", "load_model": "checkpoint",
-    "load_released": "released", "optimal_schedule": "schedules", "sample": "sampling", "uniform_schedule": "schedules",
+    "DDT": "model", "DiT": "model", "SamplerSettings": "sampling.settings", "load_model": "checkpoint.folder",
+    "load_released": "checkpoint.published", "optimal_schedule": "sampling.schedules", "sample": "sampling.sample",
+    "uniform_schedule": "sampling.schedules",
 }  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: `ddt.doctor` must run where torch is missing or broken."""
+    """Import a public name when it is first asked for: `scripts.doctor` must run where torch is
+    missing or broken.
+    """
     if name not in HOMES:
         raise AttributeError(f"module 'ddt' has no attribute '{name}'")
     return getattr(importlib.import_module(f"ddt.{HOMES[name]}"), name)

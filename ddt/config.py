@@ -1,7 +1,9 @@
-"""Checking settings against the signature of what they are for, before anything is built."""
+"""Typed settings: plain values compared with the signature of what they are for, before anything is
+built.
+"""
 
+import dataclasses
 import difflib
-import functools
 import importlib
 import inspect
 import typing
@@ -12,6 +14,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 from ddt.errors import UserError
+
+Kind = typing.TypeVar("Kind")
 
 WORDS = {  # beginnings of pydantic's kinds of errors
     "int_": "a whole number",
@@ -28,8 +32,8 @@ CONVERSION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
 def locate(target: str) -> Callable[..., Any]:
-    """Return the class or function that a dotted name such as `ddt.model.DDT` means; ImportError where there is
-    none.
+    """Return the class or function that a dotted name such as `ddt.model.DDT` means; ImportError
+    where there is none.
     """
     module, _, name = target.rpartition(".")
     try:
@@ -49,18 +53,55 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def build(node: dict[str, Any], **arguments: Any) -> Any:
-    """Call what a node's `_target_` names with the node's values and `arguments`; None where `_target_` is null.
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The chosen file of a config group: what its `_target_` names, and settings of the right
+    types.
 
-    With `_partial_: true` the call is left to be made, when the missing arguments are known.
+    It is built when the arguments that settings cannot hold are known: `model.build(in_channels=4,
+    num_classes=1000)`.
     """
-    if "_target_" not in node:
-        raise UserError(f"{node}: has no _target_; choose a whole file of the group, not a part of one")
-    if node["_target_"] is None:
-        return None
-    values = {name: value for name, value in node.items() if not name.startswith("_")} | arguments
-    function = locate(node["_target_"])
-    return functools.partial(function, **values) if node.get("_partial_") else function(**values)
+
+    target: str
+    settings: dict[str, Any]
+
+    def build(self, **arguments: Any) -> Any:
+        """Call the target with the settings and `arguments`."""
+        return locate(self.target)(**self.settings, **arguments)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings as checkpoints hold them, `_target_` among them."""
+        return {"_target_": self.target, **self.settings}
+
+
+def parse(kind: type[Kind], values: dict[str, Any], prefix: str = "") -> Kind:
+    """Build a settings dataclass of plain values, each compared with its annotation.
+
+    A value for a field of another settings dataclass is a dict; one that names a `_target_` is
+    built of what that names, or kept as a `Choice` where the field asks for one. Raises one
+    UserError with a line for each problem, which names the key as `prefix.name`: an unknown key, a
+    missing one, a value of another type, one that the dataclass itself refuses.
+    """
+    found, problems = parsed(kind, values, prefix)
+    if found is None:
+        raise UserError("\n".join(problems))
+    return found
+
+
+def parsed(kind: Callable[..., Kind], values: dict[str, Any], prefix: str) -> tuple[Kind | None, list[str]]:
+    """Return what `parse` does, or None and the problems."""
+    arguments, problems = check_arguments(kind, values, prefix)
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in values:
+            key = f"{prefix}.{name}" if prefix else name
+            problems.append(f"{key}: not set; give {key}=…")
+    if problems:
+        return None, problems
+    try:
+        return kind(**arguments), []
+    except UserError as error:
+        start = f"{prefix}." if prefix else ""
+        return None, [line if line.startswith(start) else start + line for line in str(error).splitlines()]
 
 
 def check_arguments(
@@ -68,36 +109,61 @@ def check_arguments(
 ) -> tuple[dict[str, Any], list[str]]:
     """Compare arguments with the names and annotations of a function or class.
 
-    Returns the arguments converted to the annotated types ("400000" and 4e5 become the integer 400000), and one line
-    for each problem, which names the key as `prefix.name`. Arguments that are missing are not a problem here: some
-    are known only at run time.
+    Returns the arguments converted to the annotated types ("400000" and 4e5 become the integer
+    400000), and one line for each problem, which names the key as `prefix.name`. Arguments that are
+    missing are not a problem here: some are known only at run time.
     """
     parameters = inspect.signature(function).parameters
     hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     converted: dict[str, Any] = {}
     problems: list[str] = []
     for name, value in arguments.items():
         key = f"{prefix}.{name}" if prefix else name
-        if name not in parameters:
-            if not takes_any:
-                problems.append(f"{key}: no such setting{did_you_mean(name, parameters)}")
-            continue
-        converted[name] = value
-        if name not in hints:
-            continue
-        try:
-            adapter: TypeAdapter[Any] = TypeAdapter(hints[name], config=CONVERSION)
-        except PydanticSchemaGenerationError:  # a run-time object, which no config holds
-            continue
-        try:
-            converted[name] = adapter.validate_python(value)
-        except ValidationError as error:
-            problems.append(f"{key}={shown(value)}: {asked_for(error, hints[name])}")
+        if name in parameters:
+            converted[name], found = convert(value, hints.get(name, Any), key)
+            problems += found
         else:
-            if truth_as_number(value, converted[name]):
-                problems.append(f"{key}={shown(value)}: give a number")
+            problems.append(f"{key}: no such setting{did_you_mean(name, parameters)}")
     return converted, problems
+
+
+def convert(value: Any, hint: Any, key: str) -> tuple[Any, list[str]]:
+    """Return a value as its annotation wants it, and one line for each problem."""
+    kinds = [part for part in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(part)]
+    if isinstance(value, dict) and "_target_" in value:
+        return convert_node(value, Choice in kinds, key)
+    if isinstance(value, dict) and kinds:
+        if Choice in kinds:
+            return None, [f"{key}={shown(value)}: has no _target_; choose a whole file of the group, not a part of one"]
+        return parsed(kinds[0], value, key)
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(hint, config=None if kinds else CONVERSION)
+    except PydanticSchemaGenerationError:  # a run-time object, which no config holds
+        return value, []
+    try:
+        converted = adapter.validate_python(value)
+    except ValidationError as error:
+        return value, [f"{key}={shown(value)}: {asked_for(error, hint)}"]
+    if truth_as_number(value, converted):
+        return value, [f"{key}={shown(value)}: give a number"]
+    return converted, []
+
+
+def convert_node(node: dict[str, Any], is_choice: bool, key: str) -> tuple[Any, list[str]]:
+    """Return what a node with a `_target_` means: a `Choice`, or the settings dataclass that it
+    names; None where `_target_` is null.
+    """
+    if node["_target_"] is None:
+        return None, []
+    settings = {name: value for name, value in node.items() if not name.startswith("_")}
+    try:
+        target = locate(node["_target_"])
+    except ImportError as error:
+        return None, [f"{key}._target_={node['_target_']}: cannot be imported ({error})"]
+    if not is_choice:
+        return parsed(target, settings, key)
+    converted, problems = check_arguments(target, settings, key)
+    return Choice(node["_target_"], converted), problems
 
 
 def shown(value: Any) -> str:
@@ -112,7 +178,9 @@ def shown(value: Any) -> str:
 
 
 def asked_for(error: ValidationError, hint: Any) -> str:
-    """Return what a setting should have been given, from pydantic's errors on its annotation `hint`."""
+    """Return what a setting should have been given, from pydantic's errors on its annotation
+    `hint`.
+    """
     words: list[str] = []
     for each in error.errors():
         kind, context = each["type"], each.get("ctx", {})
@@ -138,7 +206,9 @@ def truth_as_number(value: Any, converted: Any) -> bool:
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
-    """Return "; did you mean …?" with the closest known name, or the list of all where none is close."""
+    """Return "; did you mean …?" with the closest known name, or the list of all where none is
+    close.
+    """
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     if close:

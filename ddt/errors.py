@@ -1,4 +1,6 @@
-"""What entry points print as a single line, without a traceback: a user's mistake, or a run that was asked to stop."""
+"""What entry points print as a single line, without a traceback: a user's mistake, or a run that
+was asked to stop.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +13,8 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """A run ended before its last step because it was asked to, with everything saved; the same command goes on.
+    """A run ended before its last step because it was asked to, with everything saved; the same
+    command goes on.
 
     Entry points print the message and exit with `STOPPED_STATUS`.
     """
@@ -24,7 +27,9 @@ def require(condition: bool, message: str) -> None:
 
 
 def collected(*calls: Callable[[], Any]) -> list[Any]:
-    """Return what each call returns; raise one UserError with the lines of all of them that raise one."""
+    """Return what each call returns; raise one UserError with the lines of all of them that raise
+    one.
+    """
     results, problems = [], []
     for call in calls:
         try:

@@ -18,7 +18,9 @@ def sha256(path: Path) -> str:
 
 
 def check_writable(out: Path) -> None:
-    """Raise UserError unless a file or folder `out` can be made, before anything is measured for it."""
+    """Raise UserError unless a file or folder `out` can be made, before anything is measured for
+    it.
+    """
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     folder = parent if parent.is_dir() or parent == out else None
     require(
@@ -28,7 +30,9 @@ def check_writable(out: Path) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write plain values as indented JSON, a list of numbers or words on one line, whole or not at all."""
+    """Write plain values as indented JSON, a list of numbers or words on one line, whole or not at
+    all.
+    """
     text = json.dumps(values, indent=2)
     text = re.sub(r"\[\n([^\[\]{}]*)\n\s*\]", lambda match: "[" + re.sub(r"\n\s*", " ", match[1].strip()) + "]", text)
     temporary = path.with_name(f".tmp-{platform.node()}-{os.getpid()}-{path.name}")  # several may write the same
@@ -40,7 +44,9 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def share(path: Path) -> None:
-    """Give a file the permissions that any new one gets: safetensors writes files that nobody else may read."""
+    """Give a file the permissions that any new one gets: safetensors writes files that nobody else
+    may read.
+    """
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)

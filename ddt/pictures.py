@@ -24,7 +24,9 @@ def imagenet_synsets() -> list[str]:
 
 
 def readable(class_names: list[str]) -> list[str]:
-    """Return class names as people read them: ImageNet's synsets by their first word in timm's list."""
+    """Return class names as people read them: ImageNet's synsets by their first word in timm's
+    list.
+    """
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
@@ -36,8 +38,8 @@ def readable(class_names: list[str]) -> list[str]:
 
 
 def enlarged(images: Tensor, min_side: int) -> Tensor:
-    """Return uint8 images (n, C, H, W) of at least `min_side` px a side, enlarged by a whole factor, bicubically: 8 px
-    are easier to read smooth than as squares.
+    """Return uint8 images (n, C, H, W) of at least `min_side` px a side, enlarged by a whole
+    factor, bicubically: 8 px are easier to read smooth than as squares.
     """
     factor = math.ceil(min_side / images.shape[-1])
     if factor == 1:
@@ -47,7 +49,8 @@ def enlarged(images: Tensor, min_side: int) -> Tensor:
 
 
 def image_grid(images: Tensor, columns: int, captions: list[str] | None = None, min_cell: int = 48) -> np.ndarray:
-    """Lay uint8 images (n, C, H, W) out as one picture (H', W', 3), with a caption under each where given.
+    """Lay uint8 images (n, C, H, W) out as one picture (H', W', 3), with a caption under each where
+    given.
 
     Images smaller than `min_cell` px are `enlarged`.
     """
@@ -80,7 +83,9 @@ def write_png(path: Path, picture: np.ndarray) -> None:
 
 
 def write_pngs(folder: Path, images: Iterable[np.ndarray], count: int) -> None:
-    """Write `count` images (H, W, C) as `000000.png`, `000001.png`, …; a file that is there already stays."""
+    """Write `count` images (H, W, C) as `000000.png`, `000001.png`, …; a file that is there already
+    stays.
+    """
     if count == 0:
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """The model as a diffusers pipeline: `DDTPipeline`, its network and its sampler as components.
 
-Nothing is computed here that is not computed in `ddt.sampling` and `ddt.autoencoder`: a pipeline draws the images that
-sample.py draws. Shapes: B images, C H W.
+Nothing is computed here that is not computed in `ddt.sampling.sample` and `ddt.autoencoder`: a
+pipeline draws the images that sample.py draws. Shapes: B images, C H W.
 """
 
 import dataclasses
@@ -17,17 +17,19 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from ddt.autoencoder import Autoencoder, DiffusersAutoencoder, Identity, KLAutoencoder, TinyAutoencoder
+from ddt.autoencoder import Autoencoder, Identity, KLAutoencoder, TinyAutoencoder
+from ddt.autoencoder.diffusers import DiffusersAutoencoder
 from ddt.config import did_you_mean
+from ddt.draws import noise_of
 from ddt.errors import UserError, require
-from ddt.fitting import resolve_schedule
-from ddt.generator import Dtype, Generator
-from ddt.image_set import MAX_SEED, noise_of
-from ddt.layers import AdaLNInit, MixerName
+from ddt.generation.generator import Dtype, Generator
+from ddt.generation.image_set import MAX_SEED
+from ddt.generation.load import SAMPLER_KEYS, sampler_of
 from ddt.model import DDT, Denoiser, DiT
-from ddt.sampling import SamplerSettings, SolverName
-from ddt.solvers import DiffusionName
-from ddt.stored import SAMPLER_KEYS, sampler_of
+from ddt.model.layers import AdaLNInit, MixerName
+from ddt.sampling.fitting import resolve_schedule
+from ddt.sampling.settings import SamplerSettings, SolverName
+from ddt.sampling.solvers import DiffusionName
 
 Stored = Literal["checkpoint"]
 DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -37,11 +39,12 @@ NAMES = {"num_inference_steps": "num_steps", "guidance_scale": "cfg_scale", "gui
 
 
 class DDTTransformer2DModel(ModelMixin, ConfigMixin):
-    """A `DDT`, or with encoder_depth None a `DiT`, as a diffusers model. Arguments as there; sample_size: H and W of
-    the latents.
+    """A `DDT`, or with encoder_depth None a `DiT`, as a diffusers model. Arguments as there;
+    sample_size: H and W of the latents.
     """
 
-    # what autocast leaves in float32, so that the weights loaded in bfloat16 give the bits of sample.py dtype=bf16
+    # what autocast leaves in float32, so that the weights loaded in bfloat16 give the bits of
+    # sample.py dtype=bf16
     _keep_in_fp32_modules: ClassVar = ["norm", "norm1", "norm2", "q_norm", "k_norm", "embedding_table"]
 
     @register_to_config
@@ -72,13 +75,15 @@ class DDTTransformer2DModel(ModelMixin, ConfigMixin):
         return self.network
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        """Return the velocity (B, C, H, W) for x_t (B, C, H, W), t (B,) in [0, 1], 0 is noise, and classes (B,)."""
+        """Return the velocity (B, C, H, W) for x_t (B, C, H, W), t (B,) in [0, 1], 0 is noise, and
+        classes (B,).
+        """
         return self.network(hidden_states, timestep, class_labels)
 
 
 class DDTScheduler(SchedulerMixin, ConfigMixin):
-    """The sampler's settings as a diffusers component, under the names of `SamplerSettings`; `ddt.sampling` does the
-    steps.
+    """The sampler's settings as a diffusers component, under the names of `SamplerSettings`;
+    `ddt.sampling.sample` does the steps.
     """
 
     @register_to_config
@@ -105,14 +110,18 @@ class DDTScheduler(SchedulerMixin, ConfigMixin):
 
 
 class Steps:
-    """Turns the velocities that a sampler observes into diffusers' "end of a step": progress, and the callback."""
+    """Turns the velocities that a sampler observes into diffusers' "end of a step": progress, and
+    the callback.
+    """
 
     def __init__(self, pipeline: "DDTPipeline", progress: Any, callback: Callable[..., Any] | None) -> None:
         self.pipeline, self.progress, self.callback = pipeline, progress, callback
         self.step, self.t = -1, 0.0  # none yet
 
     def observe(self, step: int, t: float | Tensor, x_t: Tensor, v: Tensor) -> None:
-        """Notice the first velocity of a step: x_t (B, C, H, W) is then what the step before has made."""
+        """Notice the first velocity of a step: x_t (B, C, H, W) is then what the step before has
+        made.
+        """
         if step == self.step:
             return
         if self.step >= 0:
@@ -135,7 +144,8 @@ class DDTPipeline(DiffusionPipeline):
     """Draws images of classes with a Decoupled Diffusion Transformer; the images of `sample.py`.
 
     Args:
-        transformer: the network. vae: diffusers' AutoencoderKL or AutoencoderTiny; None for a model of pixels.
+        transformer: the network. vae: diffusers' AutoencoderKL or AutoencoderTiny; None for a model
+        of pixels.
         scheduler: the sampler's settings.
         id2label: class → name, several names separated by commas, as in diffusers' DiTPipeline.
         decode_chunk_size: latents that are decoded at once: what bounds the memory.
@@ -166,7 +176,9 @@ class DDTPipeline(DiffusionPipeline):
         return dict(sorted(found.items()))
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """Return the classes that names mean; raise UserError for an unknown name, and for that of several classes."""
+        """Return the classes that names mean; raise UserError for an unknown name, and for that of
+        several classes.
+        """
         labels, found = self.labels, []
         for name in [label] if isinstance(label, str) else label:
             require(name in labels, f"class_labels={name}: no such class{did_you_mean(name, labels)}")
@@ -193,7 +205,9 @@ class DDTPipeline(DiffusionPipeline):
         return self.transformer.config.in_channels, height, width
 
     def _noise(self, count: int, seeds: int | Sequence[int] | None, generator: Any, latents: Tensor | None) -> Tensor:
-        """Return the noise (B, C, H, W) of `count` images, float32; raise UserError where it does not fit."""
+        """Return the noise (B, C, H, W) of `count` images, float32; raise UserError where it does
+        not fit.
+        """
         given = [name for name, value in (("seeds", seeds), ("generator", generator), ("latents", latents))
                  if value is not None]  # fmt: skip
         require(len(given) <= 1, f"{', '.join(given)}: all of them say what the noise is; give one")
@@ -211,7 +225,9 @@ class DDTPipeline(DiffusionPipeline):
         return randn_tensor((count, *shape), generator=generator, device=self._execution_device, dtype=torch.float32)
 
     def _dtype(self) -> Dtype:
-        """Return the precision of the networks; raise UserError for one that they were never run in."""
+        """Return the precision of the networks; raise UserError for one that they were never run
+        in.
+        """
         dtype = self.transformer.dtype
         require(
             dtype in DTYPES, f"torch_dtype={dtype}: the networks run in torch.float32 or torch.bfloat16; choose one"
@@ -219,7 +235,9 @@ class DDTPipeline(DiffusionPipeline):
         return DTYPES[dtype]
 
     def _settings(self, chosen: dict[str, Any]) -> SamplerSettings:
-        """Return the scheduler's settings with those of a call in their place, but for those that are "checkpoint"."""
+        """Return the scheduler's settings with those of a call in their place, but for those that
+        are "checkpoint".
+        """
         ours = {NAMES.get(name, name): value for name, value in chosen.items()}
         config = {**dict.fromkeys(SAMPLER_KEYS, "checkpoint"), **ours, "sampler": ours["solver"]}
         network = {"_target_": f"ddt.model.{type(self.transformer.network).__name__}"}
@@ -263,20 +281,24 @@ class DDTPipeline(DiffusionPipeline):
         """Draw images, all in one batch.
 
         Args:
-            class_labels: a class or several, by number or by name (`labels`). num_images_per_class: of each, one after
-                the other.
-            seeds: one for each image, the same as in sample.py. generator: torch's, one or one an image. latents: the
-                starting noise itself (B, C, H, W). With none of them the noise is torch's next.
-            num_inference_steps, guidance_scale, guidance_interval (None: guided at every time), recompute (None: the
-                encoder at every step; "uniform:5"; "dp:10", fitted at each call; a list of steps; a schedule file),
-                forecast_order, solver, timeshift, last_step (None: 1/num_inference_steps): as in sample.py;
-                "checkpoint" is what the model was exported with.
-            output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), float32 in [0, 1]; "latent" (B, C, H, W).
-            callback_on_step_end: called as (pipeline, step, t, {"latents": x}) with what each step made; it cannot
-                change it.
+            class_labels: a class or several, by number or by name (`labels`). num_images_per_class:
+                of each, one after the other.
+            seeds: one for each image, the same as in sample.py. generator: torch's, one or one an
+                image. latents: the starting noise itself (B, C, H, W). With none of them the noise
+                is torch's next.
+            num_inference_steps, guidance_scale, guidance_interval (None: guided at every time),
+                recompute (None: the encoder at every step; "uniform:5"; "dp:10", fitted at each
+                call; a list of steps; a schedule file), forecast_order, solver, timeshift,
+                last_step (None: 1/num_inference_steps): as in sample.py; "checkpoint" is what the
+                model was exported with.
+            output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), float32 in [0, 1]; "latent"
+            (B, C, H, W).
+            callback_on_step_end: called as (pipeline, step, t, {"latents": x}) with what each step
+                made; it cannot change it.
 
-        Returns `ImagePipelineOutput`, or with return_dict False a tuple of the images. Weights in bfloat16 run under
-        autocast, the solver in float32. Raises UserError, a ValueError, for arguments that cannot be.
+        Returns `ImagePipelineOutput`, or with return_dict False a tuple of the images. Weights in
+        bfloat16 run under autocast, the solver in float32. Raises UserError, a ValueError, for
+        arguments that cannot be.
         """
         require(output_type in OUTPUTS, f"output_type={output_type}: choose from {', '.join(OUTPUTS)}")
         channels = 3 if self.vae is not None else self.transformer.config.in_channels
@@ -328,7 +350,9 @@ class DDTPipeline(DiffusionPipeline):
 def build_pipeline(
     model: Denoiser, stored: dict[str, Any], autoencoder: Autoencoder, id2label: dict[str, str]
 ) -> DDTPipeline:
-    """Return the pipeline of a network with what its checkpoint says of it; the network is used as it is."""
+    """Return the pipeline of a network with what its checkpoint says of it; the network is used as
+    it is.
+    """
     arguments = {key: value for key, value in stored["network"].items() if not key.startswith("_")}
     arguments.pop("activation_checkpointing", None)  # of training alone
     with torch.device("meta"):

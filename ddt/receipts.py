@@ -45,8 +45,8 @@ def without_paths(values: Any) -> Any:
 
 
 def refuse_other_evaluation(out: Path, inputs: dict[str, Any]) -> None:
-    """Raise UserError where `out` is a file or holds the metrics of other samples, of another reference or of other
-    features. What a file is called makes no difference.
+    """Raise UserError where `out` is a file or holds the metrics of other samples, of another
+    reference or of other features. What a file is called makes no difference.
     """
     require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
     path = out / "metrics.json"
@@ -72,7 +72,9 @@ def write_metrics(out: Path, metrics: dict[str, Any], inputs: dict[str, Any], de
 
 
 def shortened(values: Any) -> Any:
-    """Return plain values in which the length of a long list stands for it: 50,000 seeds tell a reader nothing."""
+    """Return plain values in which the length of a long list stands for it: 50,000 seeds tell a
+    reader nothing.
+    """
     if isinstance(values, dict):
         return {key: shortened(value) for key, value in values.items()}
     if isinstance(values, list):
@@ -81,8 +83,9 @@ def shortened(values: Any) -> Any:
 
 
 def sampling_receipt(samples: Path, count: int) -> dict[str, Any]:
-    """Return `{"sampling": …}`, the receipt that sample.py wrote beside its samples.npz of `count` images, or nothing
-    where there is none. Raises UserError for a damaged one, and for that of another set.
+    """Return `{"sampling": …}`, the receipt that sample.py wrote beside its samples.npz of `count`
+    images, or nothing where there is none. Raises UserError for a damaged one, and for that of
+    another set.
     """
     path = samples.with_name("receipt.json")
     if samples.name != "samples.npz" or not path.is_file():

@@ -1,4 +1,5 @@
-"""Encode a data set once: python scripts/cache_latents.py data=NAME [autoencoder=NAME] [out=FOLDER] [key=value …].
+"""Encode a data set once: python scripts/cache_latents.py data=NAME [autoencoder=NAME] [out=FOLDER]
+[key=value …].
 
 The same command again goes on where it stopped; on a complete cache it compares every checksum.
 """
@@ -16,15 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from omegaconf import DictConfig
 
-from ddt.caching import CacheSettings, cache_latents
+from ddt.cli import checked, entry_point
 from ddt.config import build, check_arguments
+from ddt.data.cache_writer import CacheSettings, cache_latents
+from ddt.data.images import FileImages, Images
+from ddt.data.latent_cache import LatentCache
+from ddt.data.manifest import make_manifest
+from ddt.distributed.launch import launch
+from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, require
-from ddt.images import FileImages, Images
-from ddt.latent_cache import LatentCache
-from ddt.launch import launch
-from ddt.manifest import make_manifest
-from ddt.training import make_accelerator
-from scripts.entry import checked, entry_point
 
 OWN = (*CacheSettings.__dataclass_fields__, "num_processes")
 GROUPS = ("data", "autoencoder", "alignment")
@@ -61,7 +62,9 @@ def check(config: dict[str, Any]) -> tuple[CacheSettings, dict[str, Images]]:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the folder against a second call of this command; raise UserError where another holds it."""
+    """Hold the folder against a second call of this command; raise UserError where another holds
+    it.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("a") as file:
         try:

@@ -1,6 +1,7 @@
 """Lay evaluations side by side and say what in their receipts makes two differ.
 
-python scripts/compare_metrics.py metrics=[A,B,…] [published={fid:1.26,inception_score:310.6}] [out=FILE.md]
+python scripts/compare_metrics.py metrics=[A,B,…] [published={fid:1.26,inception_score:310.6}]
+[out=FILE.md]
 """
 
 import json
@@ -13,16 +14,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from omegaconf import DictConfig
 
+from ddt.cli import arguments_for, checked, entry_point
 from ddt.config import did_you_mean
 from ddt.errors import UserError, require
 from ddt.metrics.side_by_side import FIRST_ROWS, is_evaluation, numbers_of, side_by_side
-from scripts.entry import arguments_for, checked, entry_point
 
 log = logging.getLogger(__name__)
 
 
 def read_evaluation(entry: str) -> tuple[Path, dict[str, Any]]:
-    """Return the file that an entry of `metrics` means and its content; raise UserError where it is no evaluation."""
+    """Return the file that an entry of `metrics` means and its content; raise UserError where it is
+    no evaluation.
+    """
     path = Path(entry) / "metrics.json" if Path(entry).is_dir() else Path(entry)
     held = "the folder has no metrics.json" if Path(entry).is_dir() else "no such file"
     require(

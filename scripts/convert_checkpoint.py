@@ -1,7 +1,7 @@
 """Convert a published checkpoint into this project's format.
 
-python scripts/convert_checkpoint.py released=FILE_OR_HUB_ID encoder_depth=22 resolution=256 [autoencoder=sd_ft_ema]
-out=DIR
+python scripts/convert_checkpoint.py released=FILE_OR_HUB_ID encoder_depth=22 resolution=256
+[autoencoder=sd_ft_ema] out=DIR
 """
 
 import logging
@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
-from ddt.conversion import convert
+from ddt.checkpoint.convert import convert
+from ddt.cli import CONF, arguments_for, checked, composing, entry_point
 from ddt.errors import UserError
-from scripts.entry import CONF, arguments_for, checked, composing, entry_point
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,9 @@ def conversion(released: str, encoder_depth: int | None, patch_size: int, resolu
 
 
 def published_sampler(resolution: int | None) -> dict[str, Any]:
-    """Return the published sampler's settings at a resolution; raise UserError where no model was published."""
+    """Return the published sampler's settings at a resolution; raise UserError where no model was
+    published.
+    """
     known = sorted(int(path.stem.removeprefix("xl_")) for path in (CONF / "sampler").glob("xl_*.yaml"))
     if resolution not in known:
         raise UserError(f"resolution={resolution}: published models exist at {' and '.join(map(str, known))} px")

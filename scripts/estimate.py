@@ -1,6 +1,7 @@
 """Tell what a recipe costs before anyone starts it: parameters, FLOPs, memory, time, disk.
 
-python scripts/estimate.py model=xl_22en6de data=in256 [gpus=8] [device=H100 share=0.4] [measured=FILE] [key=value …]
+python scripts/estimate.py model=xl_22en6de data=in256 [gpus=8] [device=H100 share=0.4]
+[measured=FILE] [key=value …]
 """
 
 import logging
@@ -16,16 +17,17 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from ddt.alignment import REPA, AlignmentLoss, Dispersive, DispersiveLoss, Target, check_depth
-from ddt.autoencoder import DiffusersAutoencoder, Identity
+from ddt.autoencoder import Identity
+from ddt.autoencoder.diffusers import DiffusersAutoencoder
+from ddt.cli import arguments_for, checked, entry_point
 from ddt.config import build, locate
-from ddt.cost import num_tokens
+from ddt.data.photos import PHOTOS
 from ddt.errors import UserError, require
-from ddt.estimate import Rate, Recipe, assumed_rate, estimate, measured_rate, report, require_known
 from ddt.files import write_json
 from ddt.model import Denoiser
-from ddt.photos import PHOTOS
-from scripts.entry import arguments_for, checked, entry_point
+from ddt.model.cost import num_tokens
+from ddt.objective.alignment import REPA, AlignmentLoss, Dispersive, DispersiveLoss, Target, check_depth
+from ddt.training.estimate import Rate, Recipe, assumed_rate, estimate, measured_rate, report, require_known
 from train import num_aligned_blocks
 
 log = logging.getLogger(__name__)
@@ -34,9 +36,11 @@ Facts = tuple[int, int, int, int | None]
 
 
 def facts(node: dict[str, Any], choice: str, num_classes: int | None) -> Facts:
-    """Return channels, pixels a side, classes and training images of data that are not opened; None: nobody knows.
+    """Return channels, pixels a side, classes and training images of data that are not opened;
+    None: nobody knows.
 
-    Raises UserError where sizes or classes must be told, and for a number of classes that is known already.
+    Raises UserError where sizes or classes must be told, and for a number of classes that is known
+    already.
     """
     kind = node["_target_"].rpartition(".")[2]
     channels, size, classes, images = {
@@ -60,7 +64,9 @@ def rate(
     device: str | None, share: float | None, measured: str | None, memory_gb: float | None, dtype: str, model: str,
     aligned: bool,
 ) -> Rate:  # fmt: skip
-    """Return the rate that is used: a measured one, or else an assumed one; never a mixture (UserError)."""
+    """Return the rate that is used: a measured one, or else an assumed one; never a mixture
+    (UserError).
+    """
     require(memory_gb is None or memory_gb > 0, f"memory_gb={memory_gb}: must be above 0")
     if measured is None:
         return assumed_rate(device or "H100", 0.4 if share is None else share, memory_gb, dtype)
@@ -78,7 +84,9 @@ def outline_autoencoder(node: dict[str, Any]) -> DiffusersAutoencoder | Identity
 def outline_alignment(
     alignment: REPA | Dispersive | None, network: Denoiser, image_size: int, grid: tuple[int, int]
 ) -> tuple[AlignmentLoss | DispersiveLoss | None, Target | None]:
-    """Return the alignment's trained half and its frozen target, without weights. grid: of the latent's tokens."""
+    """Return the alignment's trained half and its frozen target, without weights. grid: of the
+    latent's tokens.
+    """
     if alignment is None:
         return None, None
     check_depth(alignment.align_depth, num_aligned_blocks(network))
@@ -104,7 +112,8 @@ def sampler_of(config: dict[str, Any]) -> Any:
 
 
 def recipe_of(config: dict[str, Any], choice: str, gpus: int, num_samples: int, num_classes: int | None) -> Recipe:
-    """Return the recipe that train.py would run with a checked configuration; nothing of it is opened.
+    """Return the recipe that train.py would run with a checked configuration; nothing of it is
+    opened.
 
     choice: the name of the data. Raises UserError as train.py does, as far as that needs no data.
     """

@@ -1,8 +1,10 @@
-"""Export a checkpoint: a folder for a model hub, a diffusers pipeline, or the published key names (docs/export.md).
+"""Export a checkpoint: a folder for a model hub, a diffusers pipeline, or the published key names
+(docs/export.md).
 
-python scripts/export.py ckpt=RUN_OR_CHECKPOINT format=hub out=FOLDER [metrics=METRICS_JSON] [license=…] [push=NAME]
-python scripts/export.py ckpt=RUN_OR_CHECKPOINT format=diffusers out=FOLDER [metrics=…] [license=…] [push=…]
-python scripts/export.py ckpt=RUN_OR_CHECKPOINT format=released out=FILE
+python scripts/export.py ckpt=RUN_OR_CHECKPOINT format=hub out=FOLDER [metrics=METRICS_JSON]
+[license=…] [push=NAME] python scripts/export.py ckpt=RUN_OR_CHECKPOINT format=diffusers out=FOLDER
+[metrics=…] [license=…] [push=…] python scripts/export.py ckpt=RUN_OR_CHECKPOINT format=released
+out=FILE
 """
 
 import logging
@@ -14,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from omegaconf import DictConfig
 
-from ddt.checkpoint import find_checkpoint
+from ddt.checkpoint.folder import find_checkpoint
+from ddt.checkpoint.hub import check_push, push
+from ddt.checkpoint.published import SUFFIXES
+from ddt.cli import CONF, arguments_for, checked, entry_point
 from ddt.errors import require
-from ddt.export import Card, export, open_source, picture_of, read_metrics
+from ddt.export.export import Card, export, open_source, picture_of, read_metrics
 from ddt.files import check_writable
-from ddt.hub import check_push, push
-from ddt.released import SUFFIXES
-from scripts.entry import CONF, arguments_for, checked, entry_point
 
 log = logging.getLogger(__name__)
 NEXT = {

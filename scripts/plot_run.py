@@ -1,6 +1,7 @@
 """Draw the losses of one or more runs.
 
-python scripts/plot_run.py runs=[runs/digits_nano,runs/other] [keys=[loss,validation_loss]] out=curves.png
+python scripts/plot_run.py runs=[runs/digits_nano,runs/other] [keys=[loss,validation_loss]]
+out=curves.png
 """
 
 import sys
@@ -14,9 +15,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from omegaconf import DictConfig
 
+from ddt.cli import arguments_for, checked, entry_point
 from ddt.errors import require
-from ddt.tracking import read_rows
-from scripts.entry import arguments_for, checked, entry_point
+from ddt.training.tracking import read_rows
 
 COLUMNS = 3  # panels side by side
 

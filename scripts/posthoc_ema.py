@@ -1,4 +1,5 @@
-"""Make averaged weights of any length from the snapshots of a run (post-hoc EMA), as checkpoints to sample from.
+"""Make averaged weights of any length from the snapshots of a run (post-hoc EMA), as checkpoints to
+sample from.
 
 python scripts/posthoc_ema.py run=runs/x std=0.07 [decay=0.9999] [step=700] out=DIR
 python scripts/posthoc_ema.py run=runs/x std=[0.03,0.05,0.1] out=DIR   # DIR/std_0.03 …
@@ -18,12 +19,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from omegaconf import DictConfig
 
-from ddt.checkpoint import write_checkpoint
-from ddt.ema import ConstantDecay, PowerFunction
+from ddt.checkpoint.folder import write_checkpoint
+from ddt.cli import arguments_for, checked, entry_point
 from ddt.errors import require
 from ddt.files import check_writable
-from ddt.posthoc import LARGEST_RESIDUAL, Profile, Reconstruction, combine, find_snapshots, note, reconstruct
-from scripts.entry import arguments_for, checked, entry_point
+from ddt.training.ema import ConstantDecay, PowerFunction
+from ddt.training.posthoc import LARGEST_RESIDUAL, Profile, Reconstruction, combine, find_snapshots, note, reconstruct
 
 log = logging.getLogger(__name__)
 NOTABLE_RESIDUAL = 0.05  # above it a warning
@@ -32,7 +33,9 @@ NOTABLE_RESIDUAL = 0.05  # above it a warning
 def wanted_rules(
     std: list[float] | float | None, decay: list[float] | float | None
 ) -> dict[str, ConstantDecay | PowerFunction]:
-    """Return the rules asked for by the name of their folder; raise UserError for lengths that cannot be."""
+    """Return the rules asked for by the name of their folder; raise UserError for lengths that
+    cannot be.
+    """
     stds, decays = ([value] if isinstance(value, float) else value or [] for value in (std, decay))
     require(len(stds) + len(decays) > 0, "std: not set; give std= (such as 0.07), decay= (such as 0.9999), or both")
     for value in stds:
@@ -78,7 +81,9 @@ def posthoc(
     run: str, std: list[float] | float | None, decay: list[float] | float | None, step: int | None,
     powers: list[float] | None, out: str,
 ) -> None:  # fmt: skip
-    """Check all that needs no weights, then read each snapshot once and write a checkpoint for each length."""
+    """Check all that needs no weights, then read each snapshot once and write a checkpoint for each
+    length.
+    """
     rules = wanted_rules(std, decay)
     single = isinstance(std, float) != isinstance(decay, float) and len(rules) == 1
     folders = {name: Path(out) if single else Path(out) / name for name in rules}

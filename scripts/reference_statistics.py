@@ -1,6 +1,8 @@
-"""Write the reference statistics of a data set, in ADM's format: mu, sigma, mu_s, sigma_s, and some images.
+"""Write the reference statistics of a data set, in ADM's format: mu, sigma, mu_s, sigma_s, and some
+images.
 
-python scripts/reference_statistics.py data=NAME [data.root=FOLDER] features=inception [out=FILE.npz] [key=value …]
+python scripts/reference_statistics.py data=NAME [data.root=FOLDER] features=inception
+[out=FILE.npz] [key=value …]
 """
 
 import datetime
@@ -15,20 +17,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from ddt.cli import arguments_for, checked, entry_point
 from ddt.config import build
+from ddt.data.images import FileImages, Images
+from ddt.data.latent_cache import LatentCache
+from ddt.distributed.launch import launch
+from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require
 from ddt.files import check_writable
-from ddt.images import FileImages, Images
-from ddt.latent_cache import LatentCache
-from ddt.launch import launch
 from ddt.metrics.classifier import ClassifierSettings
 from ddt.metrics.features import check_images, extract
 from ddt.metrics.reference import choose, write_reference
 from ddt.metrics.sources import DataImages
-from ddt.training import make_accelerator
 from ddt.version import __version__
 from evaluate import check_weights
-from scripts.entry import arguments_for, checked, entry_point
 
 log = logging.getLogger(__name__)
 CROP = "ADM centre crop: box halving, then bicubic to the size, then the centre square"

@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from ddt.autoencoder_training import AutoencoderSettings, train_autoencoder
+from ddt.cli import checked, entry_point
 from ddt.config import build, check_arguments
 from ddt.errors import UserError
-from scripts.entry import checked, entry_point
+from ddt.training.autoencoder import AutoencoderSettings, train_autoencoder
 
 log = logging.getLogger(__name__)
 OWN = tuple(AutoencoderSettings.__dataclass_fields__)

@@ -1,4 +1,6 @@
-"""Shared fixtures: golden numbers, small networks, and a way to run the entry points as a user does."""
+"""Shared fixtures: golden numbers, small networks, and a way to run the entry points as a user
+does.
+"""
 
 import contextlib
 import hashlib
@@ -25,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the entry points are modules of the repository; a copy of it tests itself
 
 import ddt  # noqa: E402
-from ddt.throughput import TIMINGS  # noqa: E402
+from ddt.training.throughput import TIMINGS  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers side by side share the cores
@@ -89,7 +91,9 @@ def small_vae(folder, channels=4, levels=4, **config):
 
 
 def small_checkpoint(folder, vae=None, model=None, **changes):
-    """A checkpoint folder of a small network of pixels or, with the folder of an autoencoder, of its latents."""
+    """A checkpoint folder of a small network of pixels or, with the folder of an autoencoder, of
+    its latents.
+    """
     model = model or small_ddt(in_channels=1 if vae is None else 4)
     network = dict(patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2, num_classes=5)
     identity = {"_target_": "ddt.autoencoder.Identity"}
@@ -104,7 +108,7 @@ def small_checkpoint(folder, vae=None, model=None, **changes):
         "sampler": {"num_steps": 4, "cfg_interval": [0.0, 0.9], "last_step": None},
         "class_names": list("abcde"),
     }
-    ddt.checkpoint.write_checkpoint(folder, {**config, **changes}, ema=model.state_dict())
+    ddt.checkpoint.folder.write_checkpoint(folder, {**config, **changes}, ema=model.state_dict())
     return folder
 
 
@@ -157,7 +161,9 @@ def succeed(script, *arguments):
 
 
 def run_inside(script, *arguments):
-    """Call an entry point in this process, in the present folder; return its status and what it said, as `run` does."""
+    """Call an entry point in this process, in the present folder; return its status and what it
+    said, as `run` does.
+    """
     said = io.StringIO()
     handler = logging.StreamHandler(said)
     root, level, status = logging.getLogger(), logging.getLogger().level, 0
@@ -176,7 +182,9 @@ def run_inside(script, *arguments):
 
 
 def refusal(script, *arguments):
-    """Call an entry point in this process with arguments that it must refuse; return what it says on exit."""
+    """Call an entry point in this process with arguments that it must refuse; return what it says
+    on exit.
+    """
     module = importlib.import_module(script)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
@@ -188,7 +196,9 @@ def refusal(script, *arguments):
 
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory):
-    """Random weights of the whole Inception network, in the file format of the real ones; 95 MB, so drawn anew."""
+    """Random weights of the whole Inception network, in the file format of the real ones; 95 MB, so
+    drawn anew.
+    """
     expected = json.loads((GOLDEN / "eval" / "expected.json").read_text())["e2e_random_inception"]
     rng = np.random.RandomState(expected["weights_seed"])  # the generator of the golden numbers
     state, digest = {}, hashlib.sha256()

@@ -1,4 +1,6 @@
-"""Every configuration composes, resolves and builds; every mistake is one line that names the key and the fix."""
+"""Every configuration composes, resolves and builds; every mistake is one line that names the key
+and the fix.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,9 +16,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import open_dict
 
 import train
+from ddt.cli import CONF, checked, quoted
 from ddt.config import build, check_arguments
-from ddt.layers import Block
-from scripts.entry import CONF, checked, quoted
+from ddt.model.layers import Block
 
 MODELS = (
     "nano b_4en8de b_6en6de b_8en4de b_10en2de l_10en14de l_12en12de l_16en8de l_20en4de xl_22en6de dit_b dit_l dit_xl "
@@ -84,7 +86,7 @@ def test_default_run_is_the_nano_model_on_digits():
     values = config()
     assert values["name"] == "digits_nano"
     assert (values["model"]["depth"], values["model"]["encoder_depth"]) == (6, 4)
-    assert values["data"]["_target_"] == "ddt.images.Digits"
+    assert values["data"]["_target_"] == "ddt.data.images.Digits"
 
 
 def test_xl_on_imagenet_is_the_published_recipe():
@@ -98,7 +100,7 @@ def test_xl_on_imagenet_is_the_published_recipe():
     assert values["objective"]["time_distribution"] == "lognorm"
     assert values["objective"]["label_dropout"] == 0.1
     optimizer = values["optimizer"]
-    assert optimizer["_target_"] == "ddt.optimizer.adamw"
+    assert optimizer["_target_"] == "ddt.training.optimizer.adamw"
     assert (optimizer["lr"], tuple(optimizer["betas"]), optimizer["weight_decay"]) == (1e-4, (0.9, 0.95), 0)
     trainer = build(values["trainer"])
     assert (trainer.max_steps, trainer.global_batch_size, trainer.mixed_precision) == (400_000, 256, "bf16")
@@ -108,7 +110,7 @@ def test_xl_on_imagenet_is_the_published_recipe():
     assert values["data"]["holdout_every"] == 0
     assert values["autoencoder"]["source"] == "stabilityai/sd-vae-ft-ema"
     assert values["alignment"] == dict(
-        _target_="ddt.alignment.REPA",
+        _target_="ddt.objective.alignment.REPA",
         target="vit_base_patch14_dinov2.lvd142m",
         weights=None,
         align_depth=8,
@@ -254,7 +256,7 @@ def test_paths_come_through_as_they_are(value):
     assert override.value() == value
 
 
-@pytest.mark.parametrize("script", ["sample", "evaluate", "scripts.guidance_search"])
+@pytest.mark.parametrize("script", ["sample", "evaluate", "scripts.studies.guidance"])
 def test_only_training_sweeps(tmp_path, monkeypatch, script):
     monkeypatch.chdir(tmp_path)
     assert refusal(script, "-m", "ckpt=a,b").startswith("-m: only train.py sweeps")

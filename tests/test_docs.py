@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT, copy_repository, run
 from test_config import config
 
-from ddt.alignment import check_depth
 from ddt.config import build
+from ddt.objective.alignment import check_depth
 from scripts.options import command
 from train import num_aligned_blocks
 
@@ -60,7 +60,9 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
 
 
 def commands_of(page):
-    """Return (command, whether it is marked as one that is not run) of each line of a page's bash blocks."""
+    """Return (command, whether it is marked as one that is not run) of each line of a page's bash
+    blocks.
+    """
     found = []
     for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M):
         whole = re.match(MARK, block) is not None
@@ -72,7 +74,9 @@ def commands_of(page):
 
 
 def words_of(text):
-    """Return the words of a command; those before a script, such as `torchrun --standalone`, are none of it."""
+    """Return the words of a command; those before a script, such as `torchrun --standalone`, are
+    none of it.
+    """
     return shlex.split(text)
 
 
@@ -106,7 +110,9 @@ def test_documented_scripts_settings_and_choices_exist(page):
 
 
 def jobs_of(words):
-    """Return the overrides of each job of a train.py command, one for each combination of a sweep's values."""
+    """Return the overrides of each job of a train.py command, one for each combination of a sweep's
+    values.
+    """
     sweep = "-m" in words
     overrides = [word for word in words if "=" in word]
     values = [[f"{key}={one}" for one in value.split(",")] if sweep else [f"{key}={value}"]
@@ -115,7 +121,9 @@ def jobs_of(words):
 
 
 def test_trainings_of_the_published_numbers_have_the_block_that_they_align():
-    """They need ImageNet and GPUs, so no test runs them; a sweep over the encoder's depth is where this goes wrong."""
+    """They need ImageNet and GPUs, so no test runs them; a sweep over the encoder's depth is where
+    this goes wrong.
+    """
     lines = [shlex.split(text) for text, _ in commands_of(ROOT / "docs" / "reproduce.md")]
     jobs = [job for words in lines if "train.py" in words for job in jobs_of(words)]
     assert len(jobs) > 10

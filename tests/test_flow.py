@@ -21,8 +21,8 @@ def test_path_runs_from_noise_to_data():
 
 
 def test_score_of_a_gaussian():
-    """Data N(0, s²): x_t ~ N(0, t²s² + (1−t)²), whose score is −x/variance, and the velocity is known in closed
-    form.
+    """Data N(0, s²): x_t ~ N(0, t²s² + (1−t)²), whose score is −x/variance, and the velocity is
+    known in closed form.
     """
     x_t, t, s = torch.randn(64, dtype=torch.float64), 0.3, 0.7
     variance = t**2 * s**2 + (1 - t) ** 2

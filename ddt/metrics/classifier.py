@@ -12,18 +12,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddt.autoencoder import from_uint8, weights_hash
-from ddt.data import draws
+from ddt.autoencoder.base import from_uint8, weights_hash
+from ddt.data.images import Images
+from ddt.draws import draws
 from ddt.errors import require
-from ddt.images import Images
 from ddt.metrics.inception import exact_arithmetic
 
 NUM_FEATURES = 64
-CLASSIFIER_STREAM = 16  # beside the streams of ddt.data
+CLASSIFIER_STREAM = 16  # beside the streams of ddt.data.stream
 
 
 class SmallClassifier(nn.Module):
-    """Three convolutions, one hidden layer of F = 64 features, K classes, for images of a few dozen pixels."""
+    """Three convolutions, one hidden layer of F = 64 features, K classes, for images of a few dozen
+    pixels.
+    """
 
     def __init__(self, channels: int, image_size: int, num_classes: int, num_features: int = NUM_FEATURES) -> None:
         super().__init__()
@@ -51,8 +53,8 @@ class SmallClassifier(nn.Module):
 class ClassifierSettings:
     """How the classifier of a data set is trained: the same for the same data.
 
-    data: name of the data set. epochs: passes over its training images. batch_size, learning_rate: of AdamW, with
-    linear decay.
+    data: name of the data set. epochs: passes over its training images. batch_size, learning_rate:
+    of AdamW, with linear decay.
     """
 
     data: str
@@ -71,14 +73,16 @@ class ClassifierSettings:
         return self.data
 
     def extractor(self, device: torch.device, train: Images | None = None) -> "ClassifierFeatures":
-        """Return the classifier of a data set's training images; it is trained when it is first asked."""
+        """Return the classifier of a data set's training images; it is trained when it is first
+        asked.
+        """
         assert train is not None, "a classifier is trained on a data set's images"
         return ClassifierFeatures(self, train, device)
 
 
 def trained(settings: ClassifierSettings, train: Images) -> SmallClassifier:
-    """Train a classifier from a fixed seed, on the CPU with one thread, so that neither the machine's cores nor the
-    number of processes change it; the global random state stays as it was.
+    """Train a classifier from a fixed seed, on the CPU with one thread, so that neither the
+    machine's cores nor the number of processes change it; the global random state stays as it was.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -153,7 +157,9 @@ class ClassifierFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Return features (B, F), probabilities (B, K) and pixels in [0, 1] (B, C·H·W) of uint8 images (B, C, H, W)."""
+        """Return features (B, F), probabilities (B, K) and pixels in [0, 1] (B, C·H·W) of uint8
+        images (B, C, H, W).
+        """
         with exact_arithmetic(), torch.autocast(images.device.type, enabled=False):
             features, logits = self.model(images)
             return {

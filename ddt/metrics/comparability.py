@@ -67,8 +67,8 @@ def remarks_on(
 def labels(
     metrics: dict[str, Any], count: int, reference: Reference, extractor: Extractor, pr_dtype: str
 ) -> dict[str, str]:
-    """Return for each metric of `count` samples a label that says by itself what may not be compared: the number of
-    samples, and what is unusual about it.
+    """Return for each metric of `count` samples a label that says by itself what may not be
+    compared: the number of samples, and what is unusual about it.
     """
     found = {}
     for name in metrics:
@@ -88,14 +88,18 @@ def chosen(reference: Reference) -> bool:
 
 
 def reference_count(reference: Reference) -> float:
-    """Return how many images a reference's statistics are of; of a file that does not say, infinitely many."""
+    """Return how many images a reference's statistics are of; of a file that does not say,
+    infinitely many.
+    """
     if reference.made is not None:
         return reference.made["count"]
     return float("inf") if reference.statistics or reference.images is None else len(reference.images)
 
 
 def order_matters(metrics: dict[str, Any]) -> bool:
-    """Tell whether the Inception Score is an artefact of the order of the samples, by class as a rule."""
+    """Tell whether the Inception Score is an artefact of the order of the samples, by class as a
+    rule.
+    """
     score, shuffled = metrics.get("inception_score"), metrics.get("inception_score_shuffled")
     return score is not None and shuffled is not None and abs(score - shuffled) > ORDER_TOLERANCE * shuffled
 
@@ -124,7 +128,9 @@ def obstacles(
     metrics: dict[str, Any], count: int, size: tuple[int, int], reference: Reference, extractor: Extractor,
     pr_dtype: str,
 ) -> list[str]:  # fmt: skip
-    """Return the reasons, one line each, for which the metrics of `count` samples compare with no published ones."""
+    """Return the reasons, one line each, for which the metrics of `count` samples compare with no
+    published ones.
+    """
     if extractor.own_classes:
         return [f"features={extractor.name} are those of a small classifier of this project"]
     found, main = [], next(iter(extractor.distances))

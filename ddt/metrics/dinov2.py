@@ -1,7 +1,9 @@
-"""Features of DINOv2 ViT-L/14, in which FD-DINOv2 is measured: the class token after the final norm.
+"""Features of DINOv2 ViT-L/14, in which FD-DINOv2 is measured: the class token after the final
+norm.
 
 Shapes: B batch, H W pixels, F features (1024 of ViT-L).
-Source: Stein et al., arXiv 2306.04675, and its evaluator dgm-eval; EDM2's evaluator, whose way of resizing is taken.
+Source: Stein et al., arXiv 2306.04675, and its evaluator dgm-eval; EDM2's evaluator, whose way of
+resizing is taken.
 """
 
 import copy
@@ -16,11 +18,11 @@ from torch import Tensor
 from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from ddt.alignment import reason
-from ddt.autoencoder import weights_hash
+from ddt.autoencoder.base import weights_hash
 from ddt.errors import UserError, require
 from ddt.files import sha256
 from ddt.metrics.inception import exact_arithmetic
+from ddt.objective.alignment import reason
 
 MODEL = "vit_large_patch14_dinov2.lvd142m"
 MODELS = "vit_*_patch14_dinov2*"  # those with registers follow another rule for positions
@@ -38,9 +40,11 @@ def weights_advice(model: str, key: str) -> str:
 
 
 def hub_positions(table: Tensor) -> Tensor:
-    """Return a table of positions (1, 1 + s², F) resampled to (1, 1 + 16², F) by the rule of DINOv2's hub model.
+    """Return a table of positions (1, 1 + s², F) resampled to (1, 1 + 16², F) by the rule of
+    DINOv2's hub model.
 
-    Bicubic without antialiasing, at a scale of (16 + 0.1)/s and not of 16/s; the class token's row stays as it is.
+    Bicubic without antialiasing, at a scale of (16 + 0.1)/s and not of 16/s; the class token's row
+    stays as it is.
     Source: `interpolate_pos_encoding` of facebookresearch/dinov2, for its models without registers.
     """
     side = math.isqrt(table.shape[1] - 1)
@@ -53,8 +57,9 @@ def hub_positions(table: Tensor) -> Tensor:
 def load_network(model: str, weights: str | None, key: str = "features.weights") -> Any:
     """Load a frozen DINOv2 of timm for images of 224×224, with the hub's positions.
 
-    `weights` is a file with timm's names or the hub's, None takes timm's own file from its hub. Raises UserError, which
-    calls the file `key`, where it cannot be had or read, or holds not exactly the network's tensors.
+    `weights` is a file with timm's names or the hub's, None takes timm's own file from its hub.
+    Raises UserError, which calls the file `key`, where it cannot be had or read, or holds not
+    exactly the network's tensors.
     """
     import timm
 
@@ -106,13 +111,16 @@ def class_tokens(network: Any, images: Tensor) -> Tensor:
 
 
 class FeatureExtractorDINOv2(FeatureExtractorBase):
-    """The same features for `torch_fidelity.calculate_metrics`, by the name that importing this module registers.
+    """The same features for `torch_fidelity.calculate_metrics`, by the name that importing this
+    module registers.
 
-    torch-fidelity's own DINOv2 resizes otherwise: distances in it are not FD-DINOv2. A subclass may name another model.
+    torch-fidelity's own DINOv2 resizes otherwise: distances in it are not FD-DINOv2. A subclass may
+    name another model.
 
     Args:
         name, features_list: torch-fidelity's. feature_extractor_weights_path: see `load_network`.
-        feature_extractor_internal_dtype: float32 alone. Others of torch-fidelity's arguments are not looked at.
+        feature_extractor_internal_dtype: float32 alone. Others of torch-fidelity's arguments are
+        not looked at.
     """
 
     model = MODEL
@@ -156,7 +164,9 @@ register_feature_extractor("dinov2-vit-l-14-timm", FeatureExtractorDINOv2)
 
 
 class DINOv2:
-    """The class tokens of a network of timm; see `features.Extractor`. Raises UserError as `load_network` does."""
+    """The class tokens of a network of timm; see `features.Extractor`. Raises UserError as
+    `load_network` does.
+    """
 
     name, channels, image_size = "dinov2", 3, None
     rows = ("features",)
@@ -187,7 +197,9 @@ class DINOv2:
         return copy.deepcopy(self._identity)
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Return {"features": (B, F)}, float32, of uint8 images (B, 3, H, W) on the network's device."""
+        """Return {"features": (B, F)}, float32, of uint8 images (B, 3, H, W) on the network's
+        device.
+        """
         return {"features": class_tokens(self.network, images)}
 
 
@@ -197,9 +209,11 @@ class DINOv2Settings:
 
     Args:
         weights: a local file (.safetensors, .pth, .bin); None takes timm's own from its hub.
-        batch_size: images the network takes at once. model: of timm; distances in any but ViT-L are no FD-DINOv2.
+        batch_size: images the network takes at once. model: of timm; distances in any but ViT-L are
+        no FD-DINOv2.
 
-    Raises UserError for a file that is not there, an empty batch, or a model that is no DINOv2 without registers.
+    Raises UserError for a file that is not there, an empty batch, or a model that is no DINOv2
+    without registers.
     """
 
     weights: str | None = None
@@ -223,5 +237,7 @@ class DINOv2Settings:
         )
 
     def extractor(self, device: torch.device, train: object = None) -> DINOv2:
-        """Load the network onto a device; `train`, the images that a classifier is trained on, is not needed."""
+        """Load the network onto a device; `train`, the images that a classifier is trained on, is
+        not needed.
+        """
         return DINOv2(self.model, self.weights, self.batch_size, device)

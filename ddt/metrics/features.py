@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from ddt.data.images import Images
 from ddt.errors import UserError, require
-from ddt.images import Images
 from ddt.metrics.sources import ImageBatches, ImageSource
 from ddt.metrics.statistics import Moments
 
@@ -38,7 +38,9 @@ class Extractor(Protocol):
         """Return what a receipt says of it: plain values, `name` and what its features depend on."""
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the features float32 (B, F) of each space of uint8 images (B, C, H, W) on its device."""
+        """Return the features float32 (B, F) of each space of uint8 images (B, C, H, W) on its
+        device.
+        """
 
 
 class FeatureSettings(Protocol):
@@ -52,7 +54,9 @@ class FeatureSettings(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSet:
-    """Features of `count` images: by space the vectors (n, F) that are kept, and the moments of all."""
+    """Features of `count` images: by space the vectors (n, F) that are kept, and the moments of
+    all.
+    """
 
     count: int
     rows: dict[str, Tensor]
@@ -84,7 +88,9 @@ def ahead(batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def to_device(batch: np.ndarray, device: torch.device) -> Tensor:
-    """Return images (B, H, W, C) as a tensor (B, C, H, W) on a device, on a GPU without waiting for it."""
+    """Return images (B, H, W, C) as a tensor (B, C, H, W) on a device, on a GPU without waiting for
+    it.
+    """
     pixels = torch.tensor(batch)
     if device.type == "cuda":
         pixels = pixels.pin_memory()
@@ -102,8 +108,8 @@ class Gatherer:
         self.start = 0  # the first image of the step
 
     def __call__(self, values: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the place and the values (B, F) of each batch of a step, on every process; `values` are this one's
-        own, None where the set has ended. All processes call it together.
+        """Yield the place and the values (B, F) of each batch of a step, on every process; `values`
+        are this one's own, None where the set has ended. All processes call it together.
         """
         world = self.accelerator.num_processes
         if world > 1:
@@ -123,12 +129,12 @@ class Gatherer:
 def extract(
     images: ImageBatches, extractor: Extractor, accelerator: Accelerator, desc: str, batch_size: int | None = None
 ) -> FeatureSet | None:
-    """Read a set of images once and return its features on the main process, None on the others. batch_size: images at
-    once; None is the extractor's.
+    """Read a set of images once and return its features on the main process, None on the others.
+    batch_size: images at once; None is the extractor's.
 
-    All processes call it together. Each measures its share; rows and sums are put together batch by batch in the order
-    of the set, so that the result does not depend on the number of processes, to the last bit.
-    Raises UserError where features are not finite.
+    All processes call it together. Each measures its share; rows and sums are put together batch by
+    batch in the order of the set, so that the result does not depend on the number of processes, to
+    the last bit. Raises UserError where features are not finite.
     """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     main, count, batch_size = rank == 0, len(images), batch_size or extractor.batch_size

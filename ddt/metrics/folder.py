@@ -25,8 +25,8 @@ def image_files(folder: Path) -> list[Path]:
 
 
 class FolderImages:
-    """The images of a folder, PNG or JPEG, all grey or all RGB and of one size, in the order of their names; see
-    `sources.ImageSource`.
+    """The images of a folder, PNG or JPEG, all grey or all RGB and of one size, in the order of
+    their names; see `sources.ImageSource`.
 
     Args:
         path: the folder, which holds an image. key: the setting that it came from, for messages.

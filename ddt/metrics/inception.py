@@ -1,4 +1,5 @@
-"""Features of the Inception network that FID is defined by: torch-fidelity's port of the 2015 TensorFlow graph.
+"""Features of the Inception network that FID is defined by: torch-fidelity's port of the 2015
+TensorFlow graph.
 
 Shapes: B batch, H W pixels, 2048 pool features, 2023 spatial ones (17 × 17 × 7), 1008 classes.
 Source: the evaluator of openai/guided-diffusion (ADM), whose numbers are the published ones.
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ddt.autoencoder import weights_hash
+from ddt.autoencoder.base import weights_hash
 from ddt.errors import UserError, first_line, require
 from ddt.files import sha256
 from ddt.metrics.inception_graph import read_graph
@@ -40,8 +41,8 @@ NUM_SPATIAL = 17 * 17 * NUM_SPATIAL_CHANNELS
 
 
 def find_weights(weights: Path | None) -> Path:
-    """Return the weights file: the given one, or torch-fidelity's own, downloaded into torch's cache where it is
-    missing.
+    """Return the weights file: the given one, or torch-fidelity's own, downloaded into torch's
+    cache where it is missing.
 
     Raises UserError for a file that is not there, and where the download fails.
     """
@@ -116,8 +117,8 @@ def exact_arithmetic() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class InceptionSettings:
-    """What `features=inception` lets a user choose. weights: torch-fidelity's .pth file or ADM's .pb graph, None
-    downloads the former. batch_size: images the network takes at once.
+    """What `features=inception` lets a user choose. weights: torch-fidelity's .pth file or ADM's
+    .pb graph, None downloads the former. batch_size: images the network takes at once.
     """
 
     weights: str | None = None
@@ -135,8 +136,8 @@ class InceptionSettings:
 
 
 class InceptionFeatures:
-    """Pool features, spatial features and class probabilities of RGB images of any size, as ADM's evaluator reads
-    them; see `features.Extractor`.
+    """Pool features, spatial features and class probabilities of RGB images of any size, as ADM's
+    evaluator reads them; see `features.Extractor`.
 
     Args:
         weights: a file, see `load_network`. batch_size: images at once. device: of the network.
@@ -175,10 +176,11 @@ class InceptionFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Return pool (B, 2048), spatial (B, 2023) and probabilities (B, 1008), float32, of uint8 images (B, 3, H, W).
+        """Return pool (B, 2048), spatial (B, 2023) and probabilities (B, 1008), float32, of uint8
+        images (B, 3, H, W).
 
-        The spatial features are flattened H, W, C, the order of ADM's `mu_s`. The probabilities are of the logits
-        without their bias.
+        The spatial features are flattened H, W, C, the order of ADM's `mu_s`. The probabilities are
+        of the logits without their bias.
         """
         with exact_arithmetic(), torch.autocast(images.device.type, enabled=False):
             pool, logits = self.network(images)

@@ -1,7 +1,10 @@
-"""Weights of the Inception network in TensorFlow's frozen graph, which ADM's evaluator uses, read without TensorFlow.
+"""Weights of the Inception network in TensorFlow's frozen graph, which ADM's evaluator uses, read
+without TensorFlow.
 
-The file is a protobuf message GraphDef, whose nodes hold the weights: NodeDef → AttrValue → TensorProto.
-Source: classify_image_graph_def.pb of inception-2015-12-05; its names, torch-fidelity's converter of that file.
+The file is a protobuf message GraphDef, whose nodes hold the weights: NodeDef → AttrValue →
+TensorProto.
+Source: classify_image_graph_def.pb of inception-2015-12-05; its names, torch-fidelity's converter
+of that file.
 """
 
 import math
@@ -91,7 +94,9 @@ BATCH_NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", 
 
 
 def convolutions() -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return every convolution's module and its kernel's shape in the graph, HWIO, by the prefix of its nodes."""
+    """Return every convolution's module and its kernel's shape in the graph, HWIO, by the prefix of
+    its nodes.
+    """
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for folder, block, rows, sizes in BLOCKS:
         for row in rows.strip().splitlines():
@@ -106,7 +111,9 @@ class GraphError(ValueError):
 
 
 def _varint(data: memoryview, start: int) -> tuple[int, int]:
-    """Return the integer that begins at `start`, seven bits a byte, and where it ends; GraphError without an end."""
+    """Return the integer that begins at `start`, seven bits a byte, and where it ends; GraphError
+    without an end.
+    """
     value = 0
     for i, byte in enumerate(data[start : start + 10]):  # no integer of 64 bits is longer
         value |= (byte & 127) << 7 * i
@@ -116,7 +123,8 @@ def _varint(data: memoryview, start: int) -> tuple[int, int]:
 
 
 def _fields(data: memoryview) -> tuple[dict[int, int], dict[int, list[memoryview]]]:
-    """Return a message's fields by number: the last of its integers; of all others the bytes, not copied.
+    """Return a message's fields by number: the last of its integers; of all others the bytes, not
+    copied.
 
     Raises GraphError where the bytes are no message, or end before it does.
     """
@@ -140,7 +148,9 @@ def _fields(data: memoryview) -> tuple[dict[int, int], dict[int, list[memoryview
 
 
 def _constants(graph: memoryview) -> dict[bytes, memoryview]:
-    """Return the TensorProto of every constant by its node's name; GraphError where the file is damaged."""
+    """Return the TensorProto of every constant by its node's name; GraphError where the file is
+    damaged.
+    """
     constants = {}
     for node in _fields(graph)[1].get(1, []):
         _, of_node = _fields(node)  # 1 name, 2 op, 5 attributes, which are entries of a map: 1 key, 2 value
@@ -153,7 +163,9 @@ def _constants(graph: memoryview) -> dict[bytes, memoryview]:
 
 
 def _values(node: str, tensor: memoryview, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a TensorProto's values, a view of the file's; GraphError where they are no float32 of that shape."""
+    """Return a TensorProto's values, a view of the file's; GraphError where they are no float32 of
+    that shape.
+    """
     integers, contents = _fields(tensor)  # 1 dtype, 2 shape, 4 bytes, 5 numbers, in one field or in one each
     dims = [dim for part in contents.get(2, []) for dim in _fields(part)[1].get(2, [])]
     found = tuple(_fields(dim)[0].get(1, 0) for dim in dims)
@@ -171,7 +183,8 @@ def _values(node: str, tensor: memoryview, shape: tuple[int, ...]) -> np.ndarray
 
 
 def read_graph(path: Path) -> dict[str, Tensor]:
-    """Return the state dict, float32, of torch-fidelity's "inception-v3-compat" from the file of TensorFlow's graph.
+    """Return the state dict, float32, of torch-fidelity's "inception-v3-compat" from the file of
+    TensorFlow's graph.
 
     Raises UserError for a file that cannot be read, is damaged or no graph, or lacks a weight.
     """

@@ -6,7 +6,9 @@ from ddt.metrics.statistics import Moments, Statistics
 
 
 def frechet_distance(a: Moments | Statistics, b: Moments | Statistics) -> float:
-    """Return the Fréchet distance `|μ1 − μ2|² + tr(Σ1 + Σ2 − 2(Σ1Σ2)^½)` of two sets of features, by torch-fidelity."""
+    """Return the Fréchet distance `|μ1 − μ2|² + tr(Σ1 + Σ2 − 2(Σ1Σ2)^½)` of two sets of features,
+    by torch-fidelity.
+    """
     from torch_fidelity.metric_fid import fid_statistics_to_metric
 
     statistics = [{"mu": m.mean, "sigma": m.covariance} for m in (a, b)]
@@ -17,8 +19,9 @@ def frechet_distance(a: Moments | Statistics, b: Moments | Statistics) -> float:
 def inception_score(probabilities: np.ndarray, split: int = 5000) -> float:
     """Return the Inception Score of class probabilities (n, K), by the rule of ADM's evaluator.
 
-    Consecutive rows in chunks of `split`, the last one as long as it is; the mean over chunks, each with the same
-    weight, of `exp(E[KL(p(y|x) ‖ p(y))])`. The order of the rows matters. NaN where a probability is exactly 0.
+    Consecutive rows in chunks of `split`, the last one as long as it is; the mean over chunks, each
+    with the same weight, of `exp(E[KL(p(y|x) ‖ p(y))])`. The order of the rows matters. NaN where a
+    probability is exactly 0.
     """
     scores = []
     for start in range(0, len(probabilities), split):
@@ -30,5 +33,7 @@ def inception_score(probabilities: np.ndarray, split: int = 5000) -> float:
 
 
 def accuracy(probabilities: np.ndarray, intended: np.ndarray) -> float:
-    """Return the share of rows of class probabilities (n, K) whose highest is that of the intended class (n,)."""
+    """Return the share of rows of class probabilities (n, K) whose highest is that of the intended
+    class (n,).
+    """
     return float((probabilities.argmax(axis=1) == intended).mean())

@@ -1,4 +1,6 @@
-"""Memorisation: how near samples come to training images. Shapes: n samples, m training images, F features."""
+"""Memorisation: how near samples come to training images. Shapes: n samples, m training images, F
+features.
+"""
 
 import torch
 from torch import Tensor
@@ -10,11 +12,11 @@ CHUNK = 1024  # vectors a side of a block of distances
 
 @torch.no_grad()
 def nearest(vectors: Tensor, training: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return each vector's distance to its nearest training vector, root mean square over features (n,), and which one
-    that is, int64 (n,).
+    """Return each vector's distance to its nearest training vector, root mean square over features
+    (n,), and which one that is, int64 (n,).
 
-    vectors (n, F); training (m, F). own, int64 (n,): where the vectors are training vectors themselves, their places,
-    which do not count.
+    vectors (n, F); training (m, F). own, int64 (n,): where the vectors are training vectors
+    themselves, their places, which do not count.
     """
     squares = training.square().sum(dim=1)
     which = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
@@ -39,10 +41,11 @@ def nearest(vectors: Tensor, training: Tensor, own: Tensor | None = None) -> tup
 
 
 def authenticity(distances: Tensor, which: Tensor, training: Tensor) -> float:
-    """Return the share of samples that are farther from their nearest training image than that image is from the
-    nearest other one: low for memorised sets.
+    """Return the share of samples that are farther from their nearest training image than that
+    image is from the nearest other one: low for memorised sets.
 
-    distances, which (n,): of `nearest`; training (m, F), m ≥ 2. Source: Alaa et al., arXiv 2102.08921.
+    distances, which (n,): of `nearest`; training (m, F), m ≥ 2. Source: Alaa et al., arXiv
+    2102.08921.
     """
     hit, place = which.unique(return_inverse=True)
     apart, _ = nearest(training[hit], training, own=hit)

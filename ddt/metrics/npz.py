@@ -48,8 +48,8 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray], images: Iterable[np.ndarray], shape: tuple[int, ...]) -> None:
-    """Write an npz of some arrays and, as `arr_0`, uint8 images of `shape` (n, H, W, C) that come batch by batch; whole
-    or not at all. No images, no `arr_0`.
+    """Write an npz of some arrays and, as `arr_0`, uint8 images of `shape` (n, H, W, C) that come
+    batch by batch; whole or not at all. No images, no `arr_0`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")  # what a kill leaves is written over by the next call
@@ -68,7 +68,8 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray], images: Iterable[np.nda
 
 
 class NpzImages:
-    """The images `arr_0`, uint8 (n, H, W, C), of an npz file, plain or compressed; see `sources.ImageSource`.
+    """The images `arr_0`, uint8 (n, H, W, C), of an npz file, plain or compressed; see
+    `sources.ImageSource`.
 
     Args:
         path: the file. key: the setting that it came from, for messages.
@@ -109,7 +110,9 @@ class NpzImages:
         return sha256(self.path)
 
     def labels(self) -> np.ndarray | None:
-        """Return the class of each image, `arr_1`, int64 (n,), or None; UserError where it is something else."""
+        """Return the class of each image, `arr_1`, int64 (n,), or None; UserError where it is
+        something else.
+        """
         if not self.has_labels:
             return None
         with readable(self.path, self.key), np.load(self.path, allow_pickle=False) as file:

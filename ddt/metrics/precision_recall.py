@@ -1,8 +1,10 @@
 """Precision and recall of two sets of features, in the arithmetic of ADM's evaluator.
 
-Around each feature vector of a set lies a ball that reaches to its k-th nearest neighbour in the same set. Precision
-is the share of samples inside a ball of the reference, recall the share of the reference inside a ball of the samples.
-Shapes: n and m vectors of F features. Source: Kynkäänniemi et al., arXiv 1904.06991; the evaluator's numbers.
+Around each feature vector of a set lies a ball that reaches to its k-th nearest neighbour in the
+same set. Precision is the share of samples inside a ball of the reference, recall the share of the
+reference inside a ball of the samples.
+Shapes: n and m vectors of F features. Source: Kynkäänniemi et al., arXiv 1904.06991; the
+evaluator's numbers.
 """
 
 from collections.abc import Iterator
@@ -19,9 +21,11 @@ NUM_NEIGHBOURS = 3
 
 
 def half_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Return squared distances (n, m) of a (n, F) and b (m, F), every operation rounded to float16, sums in float32.
+    """Return squared distances (n, m) of a (n, F) and b (m, F), every operation rounded to float16,
+    sums in float32.
 
-    The products are taken in float32, where they are exact, so that the GPU's reduced-precision sums stay out.
+    The products are taken in float32, where they are exact, so that the GPU's reduced-precision
+    sums stay out.
     """
     a, b = a.half(), b.half()
     norm_a, norm_b = ((v * v).float().sum(dim=1).half() for v in (a, b))
@@ -35,7 +39,9 @@ def single_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def squared_distances(a: Tensor, b: Tensor, dtype: PrDtype) -> Tensor:
-    """Return squared distances (n, m) as float32 values; a float16 block with an overflow is taken in float32."""
+    """Return squared distances (n, m) as float32 values; a float16 block with an overflow is taken
+    in float32.
+    """
     if dtype == "float16":
         distances = half_distances(a, b)
         if bool(distances.isfinite().all()):
@@ -51,8 +57,8 @@ def blocks(features: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 def squared_radii(features: Tensor, k: int, dtype: PrDtype, block: int) -> Tensor:
-    """Return each vector's squared distance to its k-th nearest neighbour in the set (n,): the (k + 1)-th smallest,
-    for the vector itself is among them.
+    """Return each vector's squared distance to its k-th nearest neighbour in the set (n,): the (k +
+    1)-th smallest, for the vector itself is among them.
     """
     radii = torch.empty(len(features), device=features.device)
     for rows, a in blocks(features, block):
@@ -69,7 +75,8 @@ def squared_radii(features: Tensor, k: int, dtype: PrDtype, block: int) -> Tenso
 def precision_recall(
     reference: Tensor, samples: Tensor, dtype: PrDtype = "float16", k: int = NUM_NEIGHBOURS, block: int = BLOCK
 ) -> tuple[float, float]:
-    """Return precision and recall of samples (m, F) against a reference (n, F), float32, each of more than k vectors.
+    """Return precision and recall of samples (m, F) against a reference (n, F), float32, each of
+    more than k vectors.
 
     At most one block of distances, block × block, is in memory.
     """

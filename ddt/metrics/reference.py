@@ -1,8 +1,9 @@
-"""What samples are compared with: a reference file in ADM's format, a folder of images, or a data set.
+"""What samples are compared with: a reference file in ADM's format, a folder of images, or a data
+set.
 
-ADM's file holds the statistics of a whole data set, `mu` and `sigma` in pool features, `mu_s` and `sigma_s` in spatial
-ones, and in `arr_0` some of its images, for precision and recall. Ours (scripts/reference_statistics.py) is one that
-also says how it was made.
+ADM's file holds the statistics of a whole data set, `mu` and `sigma` in pool features, `mu_s` and
+`sigma_s` in spatial ones, and in `arr_0` some of its images, for precision and recall. Ours
+(scripts/reference_statistics.py) is one that also says how it was made.
 Shapes: F features.
 """
 
@@ -14,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from ddt.data.images import Images
 from ddt.errors import UserError, first_line, require
 from ddt.files import sha256
-from ddt.images import Images
 from ddt.metrics.features import Extractor, FeatureSet, check_images
 from ddt.metrics.npz import NpzImages, names, readable, write_npz
 from ddt.metrics.sources import DataImages, ImageSource, open_images
@@ -30,7 +31,8 @@ MAX_IMAGES = 200_000  # whose features are held in memory
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A reference. statistics: by distance, those that the file holds. images: real images, or None where it has none.
+    """A reference. statistics: by distance, those that the file holds. images: real images, or None
+    where it has none.
     held_out: other real images, what a perfect model would draw. made: how a file of ours was made.
     """
 
@@ -42,7 +44,9 @@ class Reference:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """A hash of what it is: of the file, of a folder's images, of a data set's list. Read when it is asked for."""
+        """A hash of what it is: of the file, of a folder's images, of a data set's list. Read when
+        it is asked for.
+        """
         return sha256(Path(self.name)) if self.images is None else self.images.sha256
 
     def identity(self) -> dict[str, Any]:
@@ -64,8 +68,8 @@ class Reference:
         }
 
     def balls(self, count: int) -> np.ndarray:
-        """Return which of its `count` images precision and recall are of: all of a file's, as in ADM's evaluator, of a
-        data set as many as ADM's files hold.
+        """Return which of its `count` images precision and recall are of: all of a file's, as in
+        ADM's evaluator, of a data set as many as ADM's files hold.
         """
         if not isinstance(self.images, DataImages) or count <= MAX_BALLS:
             return np.arange(count)
@@ -110,8 +114,8 @@ def read_reference(path: Path, distances: dict[str, int], features: str) -> Refe
     """Open a reference npz, or a folder of a samples.npz or of images; images stay on disk.
 
     distances: the Fréchet distances of features=`features`, main one first, and the F of each.
-    Raises UserError for a file that is damaged, that holds half of a pair of statistics or those of other features, or
-    nothing that can be used.
+    Raises UserError for a file that is damaged, that holds half of a pair of statistics or those of
+    other features, or nothing that can be used.
     """
     images: ImageSource | None = open_images(path, "reference") if path.is_dir() else None
     if images is not None and not isinstance(images, NpzImages):
@@ -153,8 +157,8 @@ def read_reference(path: Path, distances: dict[str, int], features: str) -> Refe
 
 
 def data_reference(name: str, train: Images, test: Images) -> Reference:
-    """Return the training images of a data set as a reference, with its other images held out. name: `data:` and the
-    data set's.
+    """Return the training images of a data set as a reference, with its other images held out.
+    name: `data:` and the data set's.
     """
     require(len(train.labels) >= 2, f"reference={name}: has {len(train.labels)} images; statistics need at least 2")
     require(
@@ -167,7 +171,9 @@ def data_reference(name: str, train: Images, test: Images) -> Reference:
 
 
 def choose(total: int, count: int | None) -> np.ndarray:
-    """Return which of `total` images stand for all: so many of them, chosen by a fixed seed, sorted; None is all."""
+    """Return which of `total` images stand for all: so many of them, chosen by a fixed seed,
+    sorted; None is all.
+    """
     if count is None or count >= total:
         return np.arange(total)
     return np.sort(np.random.default_rng(0).choice(total, count, replace=False))
@@ -176,8 +182,8 @@ def choose(total: int, count: int | None) -> np.ndarray:
 def write_reference(
     path: Path, images: DataImages, kept: DataImages, features: FeatureSet, extractor: Extractor, made: dict[str, Any]
 ) -> None:
-    """Write a reference file in ADM's format: statistics of `images` by their `features`, the pixels of those `kept`,
-    and how it was made.
+    """Write a reference file in ADM's format: statistics of `images` by their `features`, the
+    pixels of those `kept`, and how it was made.
     """
     arrays: dict[str, np.ndarray] = {}
     for pair, space in zip(KEYS, extractor.distances.values(), strict=False):

@@ -20,9 +20,11 @@ from ddt.metrics.statistics import Moments, Statistics
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A reference made ready for many sets of samples: what the main process holds; on the others it is empty.
+    """A reference made ready for many sets of samples: what the main process holds; on the others
+    it is empty.
 
-    statistics: by distance. features: of its images, None where it has none. real: metrics of held-out real images.
+    statistics: by distance. features: of its images, None where it has none. real: metrics of
+    held-out real images.
     """
 
     reference: Reference
@@ -75,7 +77,9 @@ def baseline(
 
 
 def apart(training: Tensor, most: int = 2000) -> float:
-    """Return the median distance of training vectors (m, F) to the nearest other one, of at most so many of them."""
+    """Return the median distance of training vectors (m, F) to the nearest other one, of at most so
+    many of them.
+    """
     count = min(most, len(training))
     chosen = torch.arange(count, device=training.device) * len(training) // count
     return nearest(training[chosen], training, own=chosen)[0].median().item()
@@ -83,8 +87,9 @@ def apart(training: Tensor, most: int = 2000) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """metrics: by name, None where the input does not allow one, and then `reasons` says why. distances, nearest (n,):
-    of each sample to its nearest training image, and which one that is; None where the reference has no images.
+    """metrics: by name, None where the input does not allow one, and then `reasons` says why.
+    distances, nearest (n,): of each sample to its nearest training image, and which one that is;
+    None where the reference has no images.
     """
 
     metrics: dict[str, float | None]
@@ -96,15 +101,17 @@ class Scores:
 def score(
     samples: FeatureSet, labels: np.ndarray | None, prepared: Prepared, extractor: Extractor, pr_dtype: PrDtype
 ) -> Scores:
-    """Return all metrics of a set of samples. labels (n,): the class that each was drawn of, None if not known.
+    """Return all metrics of a set of samples. labels (n,): the class that each was drawn of, None
+    if not known.
 
-        fid, sfid, fd_dinov2, fd_D  Fréchet distances; D a data set, in the features of its classifier
-        inception_score             by ADM's rule, which reads chunks of 5,000 images in the file's order
-        inception_score_shuffled    the same of shuffled images: what the score should be
-        class_accuracy              share of samples that the data set's classifier assigns to their class
-        precision, recall           of 3 nearest neighbours, in the arithmetic pr_dtype
-        nearest_train_distance      median distance to the nearest training image
-        authenticity                share of samples that lie apart from the training images (`nearest.authenticity`)
+        fid, sfid, fd_dinov2, fd_D  Fréchet distances; D a data set, in the features of its
+        classifier inception_score             by ADM's rule, which reads chunks of 5,000 images in
+        the file's order inception_score_shuffled    the same of shuffled images: what the score
+        should be class_accuracy              share of samples that the data set's classifier
+        assigns to their class precision, recall           of 3 nearest neighbours, in the
+        arithmetic pr_dtype nearest_train_distance      median distance to the nearest training
+        image authenticity                share of samples that lie apart from the training images
+        (`nearest.authenticity`)
 
     A name with `_real` is the same of held-out real images: what a perfect model would reach.
     """

@@ -1,4 +1,6 @@
-"""Evaluations side by side: a table of their numbers, and what in their receipts explains that they differ."""
+"""Evaluations side by side: a table of their numbers, and what in their receipts explains that they
+differ.
+"""
 
 import json
 import math
@@ -14,8 +16,8 @@ FIRST_ROWS = (
     "nearest_train_distance", "nearest_train_distance_real", "authenticity",
 )  # fmt: skip
 NO_METRICS = {"labels": dict, "comparable": bool, "not_comparable_because": list, "reasons": dict, "receipt": dict}
-# What a receipt records, by dotted key or the beginning of one, and its name in words. First stands what changes the
-# numbers most: other features make another metric, another device the last digits.
+# What a receipt records, by dotted key or the beginning of one, and its name in words. First stands
+# what changes the numbers most: other features make another metric, another device the last digits.
 REASONS = {
     "features.name": "features",
     "features.weights.tensors_sha256": "weights of the features",
@@ -62,20 +64,26 @@ LONG = 60  # characters of a value from which on a part of it is shown
 
 
 def in_order(names: Collection[str]) -> list[str]:
-    """Return names of metrics in the order of the table, each once: distances, the other first rows, then all else."""
+    """Return names of metrics in the order of the table, each once: distances, the other first
+    rows, then all else.
+    """
     distances = [name for name in names if name.startswith("fd_") and not name.endswith("_real")]
     return list(dict.fromkeys([*distances, *sorted(set(names) & set(FIRST_ROWS), key=FIRST_ROWS.index), *names]))
 
 
 def numbers_of(metrics: dict[str, Any]) -> dict[str, float | None]:
-    """Return the metrics of an evaluation; None, as for null and NaN, is one that could not be computed."""
+    """Return the metrics of an evaluation; None, as for null and NaN, is one that could not be
+    computed.
+    """
     names = [name for name in metrics if name not in NO_METRICS]
     held = {name: metrics[name] for name in names if metrics[name] is None or type(metrics[name]) in (int, float)}
     return {name: v if v is not None and math.isfinite(v) else None for name, v in held.items()}
 
 
 def is_evaluation(content: Any) -> bool:
-    """Tell whether what a JSON file holds is what evaluate.py writes: at least one known metric, and sound types."""
+    """Tell whether what a JSON file holds is what evaluate.py writes: at least one known metric,
+    and sound types.
+    """
     if not isinstance(content, dict):
         return False
     known = {name for name in content if name in FIRST_ROWS or name == "class_accuracy" or name.startswith("fd_")}
@@ -84,8 +92,8 @@ def is_evaluation(content: Any) -> bool:
 
 
 def short_names(paths: list[Path]) -> list[str]:
-    """Return the parts of absolute paths that tell them apart, at least one of each: "a" and "b" for
-    runs/a/metrics.json and runs/b/metrics.json.
+    """Return the parts of absolute paths that tell them apart, at least one of each: "a" and "b"
+    for runs/a/metrics.json and runs/b/metrics.json.
     """
     parts = [list(path.parts) for path in paths]
     if all(path.name == "metrics.json" for path in paths):
@@ -97,11 +105,12 @@ def short_names(paths: list[Path]) -> list[str]:
 
 
 def table(names: list[str], evaluations: list[dict[str, Any]], published: dict[str, float]) -> list[str]:
-    """Return the lines of a Markdown table with a row for each metric and a column for each evaluation.
+    """Return the lines of a Markdown table with a row for each metric and a column for each
+    evaluation.
 
-    With published numbers, they and each evaluation's difference to them are the last columns. A label that all
-    evaluations share stands in the row's head; where labels differ, or a published number without any stands in the
-    row, each cell has its own.
+    With published numbers, they and each evaluation's difference to them are the last columns. A
+    label that all evaluations share stands in the row's head; where labels differ, or a published
+    number without any stands in the row, each cell has its own.
     """
     numbers = [numbers_of(metrics) for metrics in evaluations]
     head = ["", *names] + (["published", *(f"{name} − published" for name in names)] if published else [])
@@ -127,10 +136,11 @@ def table(names: list[str], evaluations: list[dict[str, Any]], published: dict[s
 
 
 def differences(first: dict[str, Any], other: dict[str, Any], within: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return the values that differ between two receipts, by dotted key, MISSING for one that is not recorded.
+    """Return the values that differ between two receipts, by dotted key, MISSING for one that is
+    not recorded.
 
-    Left out is what changes no number: paths, dates, commands, speeds, numbers of processes, batch sizes; and the
-    SHA-256 of a file of weights where both receipts know that of its tensors.
+    Left out is what changes no number: paths, dates, commands, speeds, numbers of processes, batch
+    sizes; and the SHA-256 of a file of weights where both receipts know that of its tensors.
     """
     found: dict[str, tuple[Any, Any]] = {}
     both_know = None not in (first.get("tensors_sha256"), other.get("tensors_sha256"))
@@ -160,7 +170,9 @@ def reason_of(dotted: str) -> tuple[int, str]:
 
 
 def shown(*values: Any) -> list[str]:
-    """Return values as text: a SHA-256 by its first digits, long ones from shortly before where they part."""
+    """Return values as text: a SHA-256 by its first digits, long ones from shortly before where
+    they part.
+    """
     texts = [v if isinstance(v, str) else "none" if v is None else json.dumps(v, ensure_ascii=False) for v in values]
     texts = [f"{v[:12]}…" if re.fullmatch("[0-9a-f]{64}", v) else v for v in texts]
     texts = [f"{v:,}" if type(v) is int else text for v, text in zip(values, texts, strict=True)]
@@ -172,7 +184,9 @@ def shown(*values: Any) -> list[str]:
 
 
 def numbers_apart(first: dict[str, Any], other: dict[str, Any]) -> str:
-    """Return by how much each number of an evaluation differs from the first one's, and which are equal."""
+    """Return by how much each number of an evaluation differs from the first one's, and which are
+    equal.
+    """
     ours, theirs = numbers_of(first), numbers_of(other)
     both = [(name, ours[name], theirs.get(name)) for name in in_order(ours)]
     apart = {name: b - a for name, a, b in both if a is not None and b is not None}
@@ -184,7 +198,9 @@ def numbers_apart(first: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def reasons_apart(names: tuple[str, str], first: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Return lines that say what differs between the receipts of two evaluations, the weightiest first."""
+    """Return lines that say what differs between the receipts of two evaluations, the weightiest
+    first.
+    """
     receipts = [metrics.get("receipt") or {} for metrics in (first, other)]
     lacking = [name for name, receipt in zip(names, receipts, strict=True) if not receipt]
     if lacking:
@@ -209,8 +225,8 @@ def reasons_apart(names: tuple[str, str], first: dict[str, Any], other: dict[str
 
 
 def side_by_side(paths: list[Path], evaluations: list[dict[str, Any]], published: dict[str, float]) -> str:
-    """Return a Markdown text: the table, each later evaluation against the first, and what compares with no published
-    number.
+    """Return a Markdown text: the table, each later evaluation against the first, and what compares
+    with no published number.
     """
     names = short_names(paths)
     lines = table(names, evaluations, published)
@@ -222,7 +238,9 @@ def side_by_side(paths: list[Path], evaluations: list[dict[str, Any]], published
 
 
 def not_comparable(names: list[str], evaluations: list[dict[str, Any]]) -> list[str]:
-    """Return the lines that say which evaluations compare with no published number, and why; none where all do."""
+    """Return the lines that say which evaluations compare with no published number, and why; none
+    where all do.
+    """
     obstacles = []
     for name, metrics in zip(names, evaluations, strict=True):
         reasons = metrics.get("not_comparable_because") or []

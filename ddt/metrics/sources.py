@@ -11,9 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
-from ddt.checkpoint import find_checkpoint
+from ddt.checkpoint.folder import find_checkpoint
+from ddt.data.images import Images
 from ddt.errors import require
-from ddt.images import Images
 from ddt.metrics.folder import SUFFIXES, FolderImages, image_files
 from ddt.metrics.npz import NpzImages
 
@@ -22,7 +22,9 @@ NUM_THREADS = min(16, os.cpu_count() or 1)  # that decode pictures
 
 
 class ImageBatches(Protocol):
-    """Images in a fixed order. `len()` is n. on_disk: reading them can go on while others are measured."""
+    """Images in a fixed order. `len()` is n. on_disk: reading them can go on while others are
+    measured.
+    """
 
     on_disk: bool
 
@@ -35,8 +37,8 @@ class ImageBatches(Protocol):
     def batches(self, batch_size: int, rank: int = 0, num_processes: int = 1) -> Iterator[np.ndarray]:
         """Yield the batches of one of several processes, uint8 (B, H, W, C), B at most batch_size.
 
-        The set is cut into slices of batch_size, dealt to the processes in turn: they are the same whatever the number
-        of processes, so that no feature depends on it.
+        The set is cut into slices of batch_size, dealt to the processes in turn: they are the same
+        whatever the number of processes, so that no feature depends on it.
         """
 
 
@@ -55,7 +57,9 @@ class ImageSource(ImageBatches, Protocol):
 
 
 class DataImages:
-    """The images of a data set, or those at `chosen` (m,); see `ImageSource`. name: `data:` and the data set's."""
+    """The images of a data set, or those at `chosen` (m,); see `ImageSource`. name: `data:` and the
+    data set's.
+    """
 
     on_disk = True
 
@@ -87,8 +91,8 @@ class DataImages:
 
 
 def open_images(path: Path, key: str) -> NpzImages | FolderImages:
-    """Open an npz file, a folder's samples.npz, those of the run or checkpoint that it is, or else its image files;
-    pixels stay on disk.
+    """Open an npz file, a folder's samples.npz, those of the run or checkpoint that it is, or else
+    its image files; pixels stay on disk.
 
     Raises UserError naming `key` where there is none of them.
     """
@@ -116,8 +120,8 @@ def open_images(path: Path, key: str) -> NpzImages | FolderImages:
 
 
 def pick(images: ImageSource, indices: list[int], batch_size: int = 64) -> np.ndarray:
-    """Return some images of a set, in the order of `indices`, uint8 (len(indices), H, W, C); reads the set up to the
-    last of them.
+    """Return some images of a set, in the order of `indices`, uint8 (len(indices), H, W, C); reads
+    the set up to the last of them.
     """
     found: dict[int, np.ndarray] = {}
     for number, batch in enumerate(images.batches(batch_size)):

@@ -1,0 +1,23 @@
+"""Latent spaces: one file a kind, registered here."""
+
+from typing import Any
+
+from ddt.autoencoder.base import Autoencoder
+from ddt.autoencoder.diffusers import KLAutoencoder, TinyAutoencoder
+from ddt.autoencoder.identity import Identity
+from ddt.errors import UserError
+
+AUTOENCODERS: dict[str, Any] = {
+    f"ddt.autoencoder.{kind.__name__}": kind for kind in (Identity, KLAutoencoder, TinyAutoencoder)
+}
+
+
+def build_autoencoder(settings: dict[str, Any]) -> Autoencoder:
+    """Build the autoencoder that a checkpoint's settings describe: `_target_`, one of
+    `AUTOENCODERS`, and its arguments.
+    """
+    arguments = dict(settings)
+    target = arguments.pop("_target_", None)
+    if target not in AUTOENCODERS:
+        raise UserError(f"autoencoder._target_={target}: unknown, choose from {', '.join(AUTOENCODERS)}")
+    return AUTOENCODERS[target](**arguments)

@@ -1,0 +1,234 @@
+"""Autoencoders of the diffusers library: AutoencoderKL and AutoencoderTiny.
+
+Shapes: B batch, C channels, H W.
+"""
+
+import abc
+import functools
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from ddt.autoencoder.base import from_uint8, to_uint8, weights_hash
+from ddt.errors import UserError, first_line, require
+
+SD_VAE = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+# The parts of their config.json that are not diffusers' own defaults, so that their cost is counted
+# without a hub
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "stabilityai/sd-vae-ft-ema": SD_VAE,
+    "stabilityai/sd-vae-ft-mse": SD_VAE,
+    "madebyollin/taesd": {"_class_name": "AutoencoderTiny"},
+}
+
+
+def load_diffusers(kind: str, source: str, revision: str | None) -> Any:
+    """Load a frozen diffusers autoencoder of class `kind` from the hub or a local folder, every
+    weight accounted for.
+
+    Raises UserError naming `source` where it cannot be had, is of another class, or lacks weights.
+    """
+    import diffusers
+
+    network_class = getattr(diffusers, kind)
+    local = Path(source).is_dir()
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
+    require(local or not looks_local, f"autoencoder.source={source}: no such folder, and no hub name (owner/name)")
+    try:
+        stored = network_class.load_config(source, revision=None if local else revision)
+        found = stored.get("_class_name")
+        require(found == kind, f"autoencoder.source={source}: is of class {found}, expected {kind}")
+        network, info = network_class.from_pretrained(
+            source, revision=None if local else revision, use_safetensors=True, output_loading_info=True
+        )
+    except UserError:
+        raise
+    except Exception as error:  # the hub client's errors have no common base across its versions
+        raise UserError(
+            f"autoencoder.source={source}: cannot be loaded ({first_line(error)}); on a machine without a hub "
+            "give a local folder"
+        ) from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        require(not info[problem], f"autoencoder.source={source}: {problem.replace('_', ' ')} {info[problem][:3]}")
+    return network.eval().requires_grad_(False)
+
+
+def outline_diffusers(kind: str, source: str) -> Any:
+    """Build a diffusers autoencoder of class `kind` on the meta device, as a local folder or
+    `PUBLISHED` describes it.
+
+    Raises UserError for another source.
+    """
+    import diffusers
+
+    network_class = getattr(diffusers, kind)
+    require(
+        source in PUBLISHED or Path(source).is_dir(),
+        f"autoencoder.source={source}: its shape is not known here; give a local folder, or one of "
+        f"{', '.join(PUBLISHED)}",
+    )
+    try:
+        stored = PUBLISHED[source] if source in PUBLISHED else network_class.load_config(source)
+        with torch.device("meta"):
+            network = network_class.from_config(stored)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"autoencoder.source={source}: has no config.json of {kind} ({first_line(error)})") from error
+    return network.eval().requires_grad_(False)
+
+
+class DiffusersAutoencoder(abc.ABC):
+    """A frozen diffusers autoencoder: what `KLAutoencoder` and `TinyAutoencoder` have in common.
+
+    Channels, downsampling and normalisation are read from its config: latents are `(sample −
+    shift)·scale`, where shift and scale are numbers or, as `latents_mean` and `latents_std`, one a
+    channel. Source: method.md 3.
+
+    Args:
+        source: hub name (owner/name) or local folder. revision: commit on the hub, pinned so that
+            the weights cannot change; without meaning for a folder.
+        chunk_size: images encoded or decoded at once: what bounds the memory.
+        encode_dtype: "fp32", or "bf16" autocast when encoding. Decoding follows the caller's
+        autocast.
+
+    Raises UserError where the weights cannot be had.
+    """
+
+    kind: str
+    stochastic: bool
+    levels: str  # key of the config with an entry a level of the encoder
+
+    def __init__(
+        self,
+        source: str,
+        revision: str | None = None,
+        chunk_size: int = 16,
+        encode_dtype: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        require(chunk_size >= 1, f"autoencoder.chunk_size={chunk_size}: must be at least 1")
+        self._hold(load_diffusers(self.kind, source, revision), chunk_size, encode_dtype)
+
+    def _hold(self, network: Any, chunk_size: int, encode_dtype: Literal["fp32", "bf16"]) -> None:
+        self.network, self.chunk_size, self.encode_dtype = network, chunk_size, encode_dtype
+        config = network.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        self.shift = torch.tensor(mean or [config.get("shift_factor") or 0.0]).reshape(-1, 1, 1)  # (C or 1, 1, 1)
+        self.scale = float(config.scaling_factor) / torch.tensor(std or [1.0]).reshape(-1, 1, 1)
+
+    @classmethod
+    def around(cls, network: Any, chunk_size: int) -> Self:
+        """Make one of a diffusers network that is loaded already."""
+        made = cls.__new__(cls)
+        made._hold(network, chunk_size, "fp32")
+        return made
+
+    @classmethod
+    def outline(cls, source: str, encode_dtype: Literal["fp32", "bf16"] = "fp32") -> Self:
+        """Build one on the meta device, without weights and without a hub: what its cost is counted
+        on.
+
+        Raises UserError where `source` is neither a local folder nor one of `PUBLISHED`.
+        """
+        made = cls.__new__(cls)
+        made._hold(outline_diffusers(cls.kind, source), 1, encode_dtype)
+        return made
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights and of the normalisation."""
+        return weights_hash(self.network, shift=self.shift, scale=self.scale)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.network.config.latent_channels)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a side of a latent's cell: one halving between two levels."""
+        return 2 ** (len(self.network.config[self.levels]) - 1)
+
+    def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
+        """Return (C, H, W) of the latents; raise UserError where the image size is no multiple of
+        the downsampling.
+        """
+        config, factor = self.network.config, self.downsampling
+        if channels != config.in_channels or image_size % factor:
+            raise UserError(
+                f"data: images of {channels} channels and {image_size} px do not fit this autoencoder, which takes "
+                f"{config.in_channels} channels and multiples of {factor} px"
+            )
+        return config.latent_channels, image_size // factor, image_size // factor
+
+    @abc.abstractmethod
+    def _moments(self, pixels: Tensor) -> Tensor:
+        """Return the moments of pixels (B, 3, H, W) in [−1, 1]."""
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Return moments, float32, of uint8 images (B, 3, H, W), `chunk_size` at a time."""
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.encode_dtype == "bf16"):
+            return torch.cat([self._moments(from_uint8(c)).float() for c in images.split(self.chunk_size)])
+
+    def sample(self, moments: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
+        """Return float32 latents (B, C, h, w) of moments (B, 2C or C, h, w).
+
+        With a posterior: `mean + exp(logvar/2)·noise`, logvar clamped to [−30, 20], noise (B, C, h,
+        w). Source: method.md 3.
+        """
+        moments = moments.float()
+        if self.stochastic:
+            assert posterior_noise is not None, "the posterior needs noise"
+            mean, logvar = moments.chunk(2, dim=1)
+            moments = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior_noise
+        return (moments - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return uint8 images (B, 3, H, W), `chunk_size` at a time, under the caller's autocast.
+
+        Raises UserError for latents of another number of channels.
+        """
+        require(
+            latents.shape[1] == self.latent_channels,
+            f"autoencoder: has {self.latent_channels} latent channels, the model {latents.shape[1]}; choose the "
+            "model's own",
+        )
+        chunks = (latents / self.scale + self.shift).split(self.chunk_size)
+        return torch.cat([to_uint8(self.network.decode(chunk).sample) for chunk in chunks])
+
+    def to(self, device: torch.device) -> "DiffusersAutoencoder":
+        """Move the network to a device and return itself."""
+        self.network.to(device)
+        self.shift, self.scale = self.shift.to(device), self.scale.to(device)
+        return self
+
+
+class KLAutoencoder(DiffusersAutoencoder):
+    """A diffusers `AutoencoderKL`: SD-VAE and its relatives with 4, 16 or 32 channels. See
+    `DiffusersAutoencoder`.
+    """
+
+    kind, stochastic, levels = "AutoencoderKL", True, "block_out_channels"
+
+    def _moments(self, pixels: Tensor) -> Tensor:
+        return self.network.encode(pixels).latent_dist.parameters  # (B, 2C, h, w): mean, logvar
+
+
+class TinyAutoencoder(DiffusersAutoencoder):
+    """A diffusers `AutoencoderTiny` (TAESD and its relatives): deterministic. See
+    `DiffusersAutoencoder`.
+    """
+
+    kind, stochastic, levels = "AutoencoderTiny", False, "encoder_block_out_channels"
+
+    def _moments(self, pixels: Tensor) -> Tensor:
+        return self.network.encode(pixels).latents  # (B, C, h, w)

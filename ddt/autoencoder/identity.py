@@ -1,0 +1,34 @@
+"""Pixels as latents."""
+
+import torch
+from torch import Tensor
+
+from ddt.autoencoder.base import from_uint8, to_uint8
+
+
+class Identity:
+    """Pixels as latents, so that the same path trains on either."""
+
+    stochastic = False
+    fingerprint = None
+    latent_channels = None
+
+    def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
+        """Return (channels, image_size, image_size)."""
+        return channels, image_size, image_size
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return float32 pixels in [−1, 1], (B, C, H, W), of uint8 images."""
+        return from_uint8(images)
+
+    def sample(self, moments: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
+        """Return the pixels as they are: there is no posterior to draw from."""
+        return moments.float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return uint8 images (B, C, H, W)."""
+        return to_uint8(latents)
+
+    def to(self, device: torch.device) -> "Identity":
+        """Return itself: there is nothing to move."""
+        return self

@@ -1,0 +1,81 @@
+"""The model hub: which names are of it, what comes from it, what goes to it. The only place that
+speaks with it for checkpoints of this project; the published ones are `ddt.checkpoint.published`'s.
+"""
+
+import re
+from pathlib import Path
+
+from ddt.errors import UserError, first_line, require
+
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
+FILES = ("*.json", "*.safetensors")  # what loading reads; * takes sub-folders in
+
+
+def is_hub_id(source: str) -> bool:
+    """Tell whether a name is the hub's, `owner/name` or `owner/name@revision`, and no path here: a
+    slip in the name of a run, `runs/digit_nano`, is never looked for elsewhere while there is a
+    folder `runs`.
+    """
+    named = re.fullmatch(rf"{HUB_ID}(@[\w./-]+)?", source) is not None
+    return named and not Path(source).exists() and not Path(source.split("/")[0]).exists()
+
+
+def download(source: str) -> Path:
+    """Return the local folder of a hub's model, `owner/name` or `owner/name@revision`, downloaded
+    where it is not yet.
+
+    Raises UserError where the hub does not give it, or it is none of this project's.
+    """
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = source.partition("@")
+    try:
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FILES)))
+    except Exception as error:  # the hub client's errors have no common base across its versions
+        raise UserError(
+            f"{source}: no such folder here, and the hub did not give it ({first_line(error)}); give a run folder such "
+            "as runs/digits_nano, one of its checkpoints/step_*, or the name of a model on the hub"
+        ) from error
+    require(
+        (folder / "manifest.json").is_file(),
+        f"{source}: is on the hub, but no model of this project (no manifest.json); a published checkpoint goes "
+        "through scripts/convert_checkpoint.py",
+    )
+    return folder
+
+
+def check_push(name: str) -> None:
+    """Raise UserError unless a new model `name` can be made on the hub: a good name, a token, none
+    of that name.
+    """
+    require(re.fullmatch(HUB_ID, name) is not None, f"push={name}: no name of a model; write owner/name")
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.whoami()
+        exists = api.repo_exists(name)
+    except Exception as error:  # see above
+        raise UserError(
+            f"push={name}: the hub does not take it ({first_line(error)}); log in by `hf auth login`, or leave it out"
+        ) from error
+    require(not exists, f"push={name}: exists already and is not written over; choose another name")
+
+
+def push(folder: Path, name: str) -> str:
+    """Make the private model `name` on the hub, upload a folder as it is, and return where it lies.
+
+    Raises UserError, which says how to go on, where that fails.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(name, private=True, exist_ok=False)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # see above
+        raise UserError(
+            f"push={name}: {folder} is written, but the hub did not take it ({first_line(error)}); upload it by "
+            f"`hf upload {name} {folder}`"
+        ) from error
+    return f"https://huggingface.co/{name}"

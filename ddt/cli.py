@@ -1,0 +1,309 @@
+"""Commands: Hydra composes the settings, a mistake ends with one line, each job of a sweep is a
+process of its own.
+
+The only module that imports Hydra. Nothing here imports torch, so that `--help` and `--cfg job`
+answer at once.
+"""
+
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ddt.config import did_you_mean, flat, locate, parse
+from ddt.errors import STOPPED_STATUS, Stopped, UserError, first_line, os_error_line, require
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+# Logging and output folders are ours.
+HYDRA = ("hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.run.dir=.")
+# Settings whose values are paths, which may hold characters that Hydra's grammar gives a meaning of
+# their own.
+PATHS = (
+    "ckpt", "out", "samples", "reference", "inception_weights", "released", "run", "runs", "init_from", "autoencoder",
+    "guide", "recompute", "evaluator", "python", "graph", "measured", "metrics", "features.weights",
+    "data.root", "data.source_root", "data_root", "autoencoder.source", "alignment.weights",
+)  # fmt: skip
+
+
+def default_name(*, _root_: DictConfig) -> str:
+    """Return DATA_MODEL of the chosen files, with data=folder folder_NAME_MODEL of the folder."""
+    # a sweep is laid out before Hydra takes its own part out of the configuration
+    choices = (_root_.hydra if "hydra" in _root_ else HydraConfig.get()).runtime.choices
+    if choices.data != "folder" or OmegaConf.is_missing(_root_.data, "root"):
+        return f"{choices.data}_{choices.model}"
+    folder = re.sub(r"[^\w.+-]", "_", Path(str(_root_.data.root)).resolve().name)
+    return f"folder_{folder}_{choices.model}"
+
+
+OmegaConf.register_new_resolver("default_name", default_name, replace=True)
+
+
+def command(
+    config_name: str, settings: str, folder: Path = CONF, sweeps: bool = False
+) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+    """Make a command of a function of its settings.
+
+    config_name: the primary config, `folder/config_name.yaml`. settings: dotted name of the
+    dataclass that the composed values are parsed to (`ddt.config.parse`); a field `choices` gets
+    the names of the chosen files by group.
+    sweeps: whether `-m` is allowed.
+
+    A UserError, and an error of the system such as a full disk, ends the command with status 1 and
+    its lines, without a traceback; `Stopped` with status 85.
+    """
+
+    def decorate(task: Callable[[Any], None]) -> Callable[[], None]:
+        def job(cfg: DictConfig) -> None:
+            logging_setup()  # a launcher of Hydra's may have started this process
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                run_job(str(cfg.name))
+            else:
+                one_line_errors(lambda: task(typed(cfg, settings)))
+
+        run = hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(job)
+
+        def main() -> None:
+            logging_setup()
+            if not sweeps and {"-m", "--multirun"} & set(sys.argv):
+                sys.exit("-m: only train.py sweeps over settings; call this command once for each value")
+            arguments = sys.argv[1:]
+            sys.argv[1:] = [*HYDRA, *map(quoted, arguments)]
+            own_errors = os.environ.get("HYDRA_FULL_ERROR")
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
+            try:
+                run()
+            except JobFailed as failed:
+                sys.exit(failed.report())
+            except (HydraException, OmegaConfBaseException) as error:
+                if own_errors == "1":
+                    raise
+                sys.exit(mistake(error, arguments, folder, config_name))
+            except KeyboardInterrupt:
+                sys.exit("interrupted; run the same command again to resume from what is complete")
+            finally:
+                sys.argv[1:] = arguments
+                del os.environ["HYDRA_FULL_ERROR"]
+                if own_errors is not None:
+                    os.environ["HYDRA_FULL_ERROR"] = own_errors
+
+        return main
+
+    return decorate
+
+
+def typed(cfg: DictConfig, settings: str) -> Any:
+    """Return the composed configuration as the dataclass of a command; raise one UserError with all
+    problems.
+    """
+    kind = locate(settings)
+    fields: dict[str, Any] = kind.__dataclass_fields__
+    given = HydraConfig.get().overrides.task
+    for override in given:
+        key = override.lstrip("+~").partition("=")[0]
+        require(not override.startswith("~"), f"{override}: a setting cannot be removed; leave it out for its default")
+        top = key.partition(".")[0].partition("@")[0]
+        if top in cfg and top not in fields:
+            raise UserError(
+                f"{key}: has no effect here; choose from {', '.join(name for name in fields if name in cfg)}"
+            )
+    written = {
+        key: value for key, value in flat(OmegaConf.to_container(cfg)).items() if key.partition(".")[0] in fields
+    }
+    missing = [f"{key}: not set; give {key}=…" for key in sorted(written) if written[key] == "???"]
+    require(not missing, "\n".join(missing))
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    unknown = {
+        str(override).lstrip("+").partition("=")[0].partition(".")[0] for override in given if override[0] == "+"
+    }
+    values = {key: value for key, value in values.items() if key in fields or key in unknown}
+    if "choices" in fields:
+        values["choices"] = {
+            group: name for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group
+        }
+    return parse(kind, values)
+
+
+def one_line_errors(task: Callable[[], None]) -> None:
+    """Call a task; end the process with one line, on the first process of a machine alone, for a
+    user's mistake.
+    """
+    try:
+        task()
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":  # under a launcher all processes stop alike
+            sys.stderr.write(f"{stopped}\n")
+        sys.exit(STOPPED_STATUS)
+    except (UserError, FloatingPointError) as error:
+        sys.exit(1 if is_echo() else str(error))
+    except OSError as error:  # a folder that cannot be written, a full disk
+        sys.exit(1 if is_echo() else os_error_line(error))
+
+
+def is_echo() -> bool:
+    """Tell whether another process of this machine prints the same mistake: none has joined a
+    process group yet.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return False
+    import torch
+
+    return not torch.distributed.is_initialized()
+
+
+# --- a sweep
+
+
+class JobFailed(Exception):
+    """A job of a sweep failed; Hydra runs the others and raises this in the end."""
+
+    failures: list[str] = []  # noqa: RUF012  # of the jobs that this process started
+    jobs = 0
+
+    def report(self) -> str:
+        """Return what a sweep ends with: a line for each job that failed."""
+        failures, jobs = JobFailed.failures or [str(self)], max(JobFailed.jobs, 1)
+        JobFailed.failures, JobFailed.jobs = [], 0
+        return "\n".join([f"{len(failures)} of {jobs} jobs failed:", *failures])
+
+
+def run_job(name: str) -> None:
+    """Run one job of a sweep as the plain command that it is, in a process of its own: run folder
+    runs/NAME/OVERRIDES.
+
+    A job that stops on request ends the sweep with status 85; one that fails does not.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        line = "-m: a sweep starts its own processes (trainer.num_processes); leave torchrun or accelerate launch out"
+        sys.exit(line if os.environ.get("RANK", "0") == "0" else 1)
+    config = HydraConfig.get()
+    overrides = [override for override in config.overrides.task if not override.startswith("name=")]
+    job = config.job.override_dirname
+    script = config.runtime.cwd and str(Path(sys.modules["__main__"].__file__ or "").resolve())
+    script = os.environ.get("DDT_SWEEP_SCRIPT", script)
+    arguments = [sys.executable, script, *overrides, quoted(f"out={name}/{job}").replace("out=", "name=", 1)]
+    JobFailed.jobs += 1
+    log = logging.getLogger(__name__)
+    log.info("job: %s", shlex.join([Path(script).name, *arguments[2:]]))
+    status = wait_for([*arguments, "hydra.mode=RUN"])
+    if status == STOPPED_STATUS:
+        sys.exit(STOPPED_STATUS)
+    if status != 0:
+        failure = f"{' '.join(overrides)}: exit status {status}, see above"
+        JobFailed.failures.append(failure)
+        raise JobFailed(failure)
+
+
+def wait_for(arguments: list[str]) -> int:
+    """Run a command and return its status. SIGTERM and SIGUSR1 are passed on; so is the SIGUSR2 by
+    which submitit announces the time limit, as SIGUSR1, and when the command has saved and stopped,
+    the job is queued again.
+    """
+    process = subprocess.Popen(arguments)
+    received: list[int] = []
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        process.send_signal(signal.SIGUSR1 if signum == signal.SIGUSR2 else signum)
+
+    requeue: Any = signal.getsignal(signal.SIGUSR2)
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        while True:
+            try:
+                status = process.wait()
+                break
+            except KeyboardInterrupt:  # the terminal has sent it to the command too, which saves and stops
+                continue
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if status == STOPPED_STATUS and signal.SIGUSR2 in received and callable(requeue):
+        requeue(signal.SIGUSR2, None)
+    return status
+
+
+# --- what Hydra refuses
+
+
+def quoted(argument: str) -> str:
+    """Return an argument whose value is a path in Hydra's quotes where it needs them, as a sweep's
+    folders do.
+    """
+    key, equals, value = argument.partition("=")
+    if {"-m", "--multirun"} & set(sys.argv):  # a comma separates the values of a sweep
+        return argument
+    if key not in PATHS or re.fullmatch(r"[\w./:+-]*", value, re.ASCII) or value[:1] in "'\"[$":
+        return argument
+    # a backslash is one but before a quote, where Hydra reads two as one
+    escaped = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), value)
+    return f'{key}{equals}"{escaped}"'
+
+
+def mistake(error: Exception, arguments: list[str], folder: Path, config_name: str) -> str:
+    """Return a mistake on the command line as one line that names the key and the fix: Hydra says
+    that there is one, and the overrides are compared with the groups and settings that exist.
+    """
+    try:
+        overrides = OverridesParser.create().parse_overrides([a for a in arguments if "=" in a and a[0] != "-"])
+    except HydraException:
+        return " ".join(str(error).split())
+    groups: dict[str, str] = {}
+    for override in overrides:
+        group, name = override.key_or_group, override.get_value_element_as_str()
+        if not (folder / group).is_dir() or "," in name:
+            continue
+        known = sorted(path.stem for path in (folder / group).glob("*.yaml") if not path.stem.startswith("_"))
+        if name not in known and name != "null":
+            return f"{group}={name}: no such choice{did_you_mean(name, known)}"
+        groups[group] = name
+    with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+        try:
+            composed = hydra.compose(config_name, overrides=[f"{group}={name}" for group, name in groups.items()])
+        except HydraException as second:
+            return first_line(second).rstrip(".")
+    for override in overrides:
+        key = override.key_or_group
+        if key in groups or key.startswith("hydra"):
+            continue
+        node: Any = composed
+        *parents, name = key.split(".")
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, DictConfig) else None
+        inner = override.value() if isinstance(node, DictConfig) and name in node else None
+        unknown = [n for n in inner if n not in node[name]] if isinstance(inner, dict) and node.get(name) else []
+        if isinstance(node, DictConfig) and name in node and not unknown:
+            continue
+        if unknown:
+            parents, name, node = [*parents, name], unknown[0], node[name]
+        beside = (
+            [".".join([*parents, str(k)]) for k in node if str(k)[0] != "_"] if isinstance(node, DictConfig) else []
+        )
+        full = ".".join([*parents, name])
+        return f"{full}: no such setting{did_you_mean(full, beside)}"
+    return " ".join(str(error).split())
+
+
+def logging_setup() -> None:
+    """Show the program's own messages as they are, and warnings on one line."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s")
+    for chatty in ("httpx", "filelock", "torch", "accelerate", "timm"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

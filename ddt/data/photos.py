@@ -1,0 +1,90 @@
+"""Square crops of nine colour photos that scikit-image and scikit-learn bring along: colour data
+without a download.
+
+Shapes: n crops in all, S pixels a side.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ddt.data.images import ArrayImages, Split, read_image
+from ddt.draws import draws
+from ddt.errors import UserError, require
+
+# CC0 or public domain; china and flower CC-BY-2.0
+PHOTOS = {
+    "astronaut": ("skimage", "data/astronaut.png"),
+    "chelsea": ("skimage", "data/chelsea.png"),
+    "coffee": ("skimage", "data/coffee.png"),
+    "rocket": ("skimage", "data/rocket.jpg"),
+    "hubble_deep_field": ("skimage", "data/hubble_deep_field.jpg"),
+    "ihc": ("skimage", "data/ihc.png"),
+    "retina": ("skimage", "data/retina.jpg"),
+    "china": ("sklearn", "datasets/images/china.jpg"),
+    "flower": ("sklearn", "datasets/images/flower.jpg"),
+}
+STREAMS: dict[Split, int] = {
+    "train": 17,
+    "test": 18,
+}  # of draws, beside those of ddt.data.stream and ddt.metrics.features
+SHARES = (0.4, 1.0)  # a crop's side, as shares of its photo's shorter side
+
+
+def photo(name: str) -> Image.Image:
+    """Return one of `PHOTOS` as RGB, read from the installed package; raise UserError where that is
+    missing.
+    """
+    module, inside = PHOTOS[name]
+    spec = importlib.util.find_spec(module)  # finds the folder without the seconds that importing it takes
+    folders = spec.submodule_search_locations if spec else None
+    path = Path(folders[0]) / inside if folders else None
+    if path is None or not path.is_file():
+        package = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[module]
+        raise UserError(f"data=photos: {package} is missing; run pip install -e '.[photos]'")
+    return read_image(path)
+
+
+class Photos(ArrayImages):
+    """Random square crops of the nine photos, uint8 (n, 3, S, S); the class is which photo a crop
+    is from.
+
+    A crop's side lies between 0.4 and 1.0 of its photo's shorter side. Crop k of a photo is the
+    same in every run and whatever `crops` is; photos take turns. "test" holds other crops of the
+    same photos, so they overlap the training crops in content: this set shows that a colour
+    pipeline works end to end and overfits; it measures nothing else.
+
+    Args:
+        split: "train" has `crops` crops a photo, "test" a fifth of that.
+        image_size: S. crops: training crops a photo.
+
+    Raises UserError where scikit-image is missing, and for sizes that cannot be.
+    """
+
+    def __init__(self, split: Split = "train", image_size: int = 64, crops: int = 200) -> None:
+        require(image_size >= 1, f"data.image_size={image_size}: must be at least 1")
+        require(crops >= 5, f"data.crops={crops}: must be at least 5, a fifth of which is held out")
+        pictures = {name: photo(name) for name in PHOTOS}
+        count = (crops if split == "train" else crops // 5) * len(PHOTOS)
+        labels = np.arange(count) % len(PHOTOS)
+        images = np.empty((count, 3, image_size, image_size), dtype=np.uint8)
+        names = []
+        for position, label in enumerate(labels):
+            name = list(PHOTOS)[label]
+            picture = pictures[name]
+            generator = draws(0, STREAMS[split], position)
+            side = round(min(picture.size) * generator.uniform(*SHARES))
+            left = int(generator.integers(picture.width - side, endpoint=True))
+            top = int(generator.integers(picture.height - side, endpoint=True))
+            crop = picture.resize(
+                (image_size, image_size),
+                Image.Resampling.BICUBIC,
+                box=(left, top, left + side, top + side),
+                reducing_gap=2.0,
+            )
+            images[position] = np.asarray(crop).transpose(2, 0, 1)
+            names.append(f"{name}/{side}+{left}+{top}")
+        super().__init__(images, labels, list(PHOTOS))
+        self.names = names  # where in which photo: what tells one set of crops from another

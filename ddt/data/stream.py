@@ -1,0 +1,184 @@
+"""The training stream: everything a step sees is a function of (seed, position).
+
+Position p counts images since the start of training; step s of a run with global batch G holds the
+positions s·G … s·G + G − 1. Which image stands at p, its noise, its time and its label dropout are
+drawn from counters, never from a state, so a run resumes anywhere and on any number of processes
+with the same data and the same noise.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ddt.data.images import Images
+from ddt.data.latent_cache import LatentCache
+from ddt.draws import PERMUTATION, TRAINING, VALIDATION, draws, golden_sequence
+from ddt.errors import UserError, require
+
+
+def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    """Return the order in which an epoch visits `length` images."""
+    return draws(seed, PERMUTATION, epoch).permutation(length)
+
+
+def read_inputs(images: Images, indices: np.ndarray, flipped: np.ndarray, aligned: bool) -> dict[str, np.ndarray]:
+    """Return what a step reads from a data set: `images`, uint8 (B, C, H, W); from a latent cache
+    `moments` instead, and with `aligned` also the `images` or cached `features` that an alignment
+    compares with.
+    """
+    if not isinstance(images, LatentCache):
+        return {"images": images.load(indices)}
+    inputs = {"moments": images.load_moments(indices, flipped)}
+    if aligned and images.features is not None:
+        inputs["features"] = images.load_features(indices, flipped)
+    elif aligned:
+        pixels = images.load(indices)
+        inputs["images"] = np.where(flipped[:, None, None, None], pixels[..., ::-1], pixels)
+    return inputs
+
+
+class TrainingStream(Dataset):
+    """The endless training stream, addressed by position.
+
+    `stream[positions]` returns a batch, a dict of
+
+        images, moments, features  what `read_inputs` gives for these images y               int64
+        (B,) noise           float32 (B, *latent_shape), standard normal time_normal     float32
+        (B,), standard normal: `flow.training_times` turns it into t dropout_uniform float32 (B,) in
+        [0, 1): below the dropout rate the label is dropped posterior_noise float32 (B,
+        *latent_shape), only with `posterior`: for a stochastic autoencoder
+
+    A latent cache with mirror images gives each with chance ½. `aligned_until`: position from which
+    on no alignment needs images or features any more (math.inf: it always does).
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        seed: int,
+        latent_shape: tuple[int, int, int],
+        posterior: bool = False,
+        aligned_until: float = 0,
+    ) -> None:
+        require(len(images.labels) > 0, "data: there are no training images")
+        self.images, self.seed, self.latent_shape, self.posterior = images, seed, latent_shape, posterior
+        self.aligned_until = aligned_until
+        self.mirrored = isinstance(images, LatentCache) and images.flips == 2
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def index(self, position: int) -> int:
+        """Return the index of the image at a position: epochs are whole permutations, one after the
+        other.
+        """
+        epoch, offset = divmod(position, len(self.images.labels))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.seed, epoch, len(self.images.labels))
+        return int(self._order[offset])
+
+    def __getitem__(self, positions: list[int]) -> dict[str, Tensor]:
+        """Return the batch at `positions`, in that order."""
+        indices = np.array([self.index(p) for p in positions])
+        shape = (len(positions), *self.latent_shape)
+        noise = np.empty(shape, dtype=np.float32)
+        posterior = np.empty(shape if self.posterior else (0,), dtype=np.float32)
+        time_normal = np.empty(len(positions), dtype=np.float32)
+        dropout = np.empty(len(positions), dtype=np.float32)
+        flipped = np.zeros(len(positions), dtype=bool)
+        for row, position in enumerate(positions):
+            generator = draws(self.seed, TRAINING, position)
+            generator.standard_normal(out=noise[row], dtype=np.float32)
+            time_normal[row] = generator.standard_normal(dtype=np.float32)
+            dropout[row] = generator.random(dtype=np.float32)
+            if self.posterior:
+                generator.standard_normal(out=posterior[row], dtype=np.float32)
+            if self.mirrored:
+                flipped[row] = generator.random() < 0.5
+        aligned = positions[0] < self.aligned_until
+        batch = {
+            **read_inputs(self.images, indices, flipped, aligned),
+            "y": self.images.labels[indices],
+            "noise": noise,
+            "time_normal": time_normal,
+            "dropout_uniform": dropout,
+        }
+        if self.posterior:
+            batch["posterior_noise"] = posterior
+        return {key: torch.from_numpy(value) for key, value in batch.items()}
+
+
+def micro_batch_positions(
+    step: int, global_batch_size: int, micro_batch_size: int, rank: int, num_processes: int
+) -> list[list[int]]:
+    """Return the positions of each micro-batch of a process in a step; over all processes they are
+    the step's positions, once.
+    """
+    start = step * global_batch_size
+    across = micro_batch_size * num_processes
+    return [
+        list(range(first + rank * micro_batch_size, first + (rank + 1) * micro_batch_size))
+        for first in range(start, start + global_batch_size, across)
+    ]
+
+
+class PositionSampler(Sampler[list[int]]):
+    """Yields the micro-batches of one process from step `start` to `end`, as lists of positions."""
+
+    def __init__(
+        self,
+        start: int,
+        end: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self.steps = range(start, end)
+        self.sizes = (global_batch_size, micro_batch_size, rank, num_processes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            yield from micro_batch_positions(step, *self.sizes)
+
+
+def load_batches(dataset: Dataset, batches: Iterable, num_workers: int, pin_memory: bool = False) -> Iterator:
+    """Iterate over `dataset[batch]` for each of `batches` with `num_workers` loading processes; the
+    global random state is left alone. Raises a loading process's UserError as its one line.
+    """
+    loader = DataLoader(
+        dataset,
+        sampler=batches,
+        batch_size=None,  # the data set is indexed with a whole batch
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(0),
+    )
+    try:
+        yield from loader
+    except UserError as error:  # a loading process hands its error over with the whole traceback as text
+        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+
+
+def validation_batch(images: Images, latent_shape: tuple[int, int, int], indices: np.ndarray) -> dict[str, Tensor]:
+    """Return held-out images with fixed times and noise, whatever the run's seed, in the form of a
+    training batch.
+
+    Time i lies at the quantile frac((i + ½)·0.618…) of the training distribution, a golden-ratio
+    sequence, so that any number of images covers all times evenly; labels are kept (dropout_uniform
+    is 1).
+    """
+    quantiles = golden_sequence(indices)
+    generators = [draws(0, VALIDATION, int(i)) for i in indices]
+    noise = np.stack([g.standard_normal(latent_shape, dtype=np.float32) for g in generators])
+    posterior = np.stack([g.standard_normal(latent_shape, dtype=np.float32) for g in generators])
+    inputs = read_inputs(images, indices, np.zeros(len(indices), dtype=bool), aligned=False)
+    return {
+        **{key: torch.from_numpy(value) for key, value in inputs.items()},
+        "y": torch.from_numpy(images.labels[indices]),
+        "noise": torch.from_numpy(noise),
+        "posterior_noise": torch.from_numpy(posterior),
+        "time_normal": torch.special.ndtri(torch.from_numpy(quantiles)).float(),
+        "dropout_uniform": torch.ones(len(indices)),
+    }

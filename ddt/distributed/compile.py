@@ -1,0 +1,80 @@
+"""Compiled blocks: all blocks of a kind share one compilation, so that it takes as long for any
+depth.
+"""
+
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ddt.errors import require
+from ddt.model.layers import Block, BlockStack
+
+log = logging.getLogger(__name__)
+# Graphs of one piece of code, which all blocks are: with and without kept modulations, of model and
+# guide, of one image and of several, of the runs of a sweep. torch's own limit, 8, is less than
+# sampling with a guide needs.
+RECOMPILE_LIMIT = 64
+
+
+def lacking(device: torch.device) -> str | None:
+    """Return what torch's compiler needs for a device and does not find, in words, or None where it
+    finds all.
+    """
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton"
+        compilers, words = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"], "C compiler"
+    else:
+        compilers = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+        words = "C++ compiler"
+    if not any(map(shutil.which, compilers)):
+        return f"a {words} ({' or '.join(compilers)})"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's headers (Python.h)"
+    return None
+
+
+def compiles(key: str, chosen: bool | None, default: bool, device: torch.device) -> bool:
+    """Tell whether to compile: as `chosen`, or where that is None by `default`, if the device has a
+    compiler.
+
+    Raises UserError, naming the setting `key`, where compiling was chosen and cannot be.
+    """
+    if not (default if chosen is None else chosen):
+        return False
+    missing = lacking(device)
+    require(
+        missing is None or chosen is None,
+        f"{key}=true: torch's compiler needs {missing}, which is not found; install it, or give {key}=false",
+    )
+    if missing is not None:
+        log.info("blocks are not compiled: torch's compiler needs %s, which is not found", missing)
+    return missing is None
+
+
+def compile_blocks(network: nn.Module, dynamic: bool) -> None:
+    """Have each block of a denoiser compiled in place, when it is first called. Names of weights
+    stay as they are, and copies of the network are not compiled.
+
+    dynamic: one graph serves batches of any size, instead of one for each size. What cannot be
+    compiled whole is an
+    error: nothing falls back to uncompiled code unnoticed.
+    """
+    from torch._dynamo import config  # takes a second to import
+
+    config.recompile_limit = RECOMPILE_LIMIT
+    # Under DDP torch would cut each block at DDP's buckets, to send gradients early; a graph a
+    # block does that already
+    config.optimize_ddp = False
+    kinds = sum(isinstance(module, BlockStack) for module in network.modules())
+    log.info("compiling %d kind%s of block at first use, which takes up to minutes", kinds, "s" if kinds > 1 else "")
+    for block in [module for module in network.modules() if isinstance(module, Block)]:
+        # torch would choose among kernels by timing them: other bits in each process
+        block.compile(fullgraph=True, dynamic=dynamic, options={"deterministic": True})

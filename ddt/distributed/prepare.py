@@ -1,0 +1,188 @@
+"""One network on many processes: whole on each (DDP), or sharded among them (FSDP2).
+
+A sharded parameter is torch's DTensor, cut along its first dimension; `local` is the part of this
+process.
+"""
+
+import contextlib
+import copy
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ddt.errors import UserError, require
+from ddt.model.layers import Block
+
+Network = TypeVar("Network", bound=nn.Module)
+Value = TypeVar("Value")
+FORWARD_METHODS = ("encode", "decode", "forward_with_hidden")
+
+
+def make_accelerator(mixed_precision: str, patience: datetime.timedelta | None = None) -> Accelerator:
+    """Return the Accelerator of this process: its GPU where there is one, else the CPU (gloo
+    between processes).
+
+    patience: how long the processes wait for each other before they give up; None is torch's
+    default.
+    """
+    for name in ("USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "DYNAMO_BACKEND"):
+        require(
+            os.environ.get(f"ACCELERATE_{name}", "no").lower() in ("no", "false"),
+            f"ACCELERATE_{name}: is no way of this repository's; take it out of Accelerate's configuration (to shard: "
+            "trainer.parallelism=fsdp)",
+        )
+    precision = "bf16" if mixed_precision == "bf16" else "no"
+    handlers = [] if patience is None else [InitProcessGroupKwargs(timeout=patience)]
+    return Accelerator(
+        mixed_precision=precision,
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=handlers,
+        # the loop divides losses itself; given as a plugin, the environment of accelerate launch
+        # does not change it
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
+
+
+def main_decides(accelerator: Accelerator, decide: Callable[[], Value]) -> Value:
+    """Return what `decide` returns on the main process, which alone calls it, on all; a UserError
+    reaches all, too.
+    """
+    told: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            told[0] = decide()
+        except UserError as error:
+            told[1] = str(error)
+    value, refused = broadcast_object_list(told)
+    if refused is not None:
+        raise UserError(refused)
+    return value
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor, which is the tensor itself unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard(network: nn.Module) -> None:
+    """Shard a denoiser among all processes: each block is gathered when it runs, the rest with the
+    whole.
+    """
+    for block in [module for module in network.modules() if isinstance(module, Block)]:
+        fully_shard(block)
+    fully_shard(network)
+    for name in FORWARD_METHODS:
+        register_fsdp_forward_method(network, name)
+
+
+@torch.no_grad()
+def begin_alike(module: nn.Module, accelerator: Accelerator) -> None:
+    """Give all processes the weights of the main one: other processors may draw initial weights
+    with other last bits.
+
+    Before sharding, and before averages are made.
+    """
+    if accelerator.num_processes > 1:
+        for parameter in module.parameters():
+            weights = parameter.to(accelerator.device)
+            torch.distributed.broadcast(weights, src=0)
+            parameter.copy_(weights)
+
+
+def prepare(objective: Any, accelerator: Accelerator, parallelism: Literal["ddp", "fsdp"]) -> nn.Module:
+    """Return what the loop calls to get losses: the objective for many processes, under the run's
+    autocast.
+
+    Raises UserError where there is nothing to shard among.
+    """
+    if parallelism == "ddp":
+        return accelerator.prepare(objective)
+    require(
+        accelerator.num_processes > 1,
+        "trainer.parallelism=fsdp: needs several processes to shard among; set trainer.num_processes, or leave it out",
+    )
+    shard(objective.denoiser)  # from the CPU, so that the whole never lies on one GPU
+    fully_shard(objective)
+    return Autocast(objective, accelerator)
+
+
+class Autocast(nn.Module):
+    """Calls a sharded module under the run's autocast, as Accelerate does for a module that it
+    prepares.
+    """
+
+    def __init__(self, module: Any, accelerator: Accelerator) -> None:
+        super().__init__()
+        self.module, self.accelerator = module, accelerator
+
+    def forward(self, **batch: Any) -> dict[str, Tensor]:
+        """Return the losses of a batch."""
+        with self.accelerator.autocast():
+            return self.module(**batch)
+
+
+@contextlib.contextmanager
+def micro_batch(model: nn.Module, accelerator: Accelerator, last: bool) -> Iterator[None]:
+    """Run a micro-batch forward and backward; gradients are exchanged after the last of a step
+    alone.
+    """
+    if isinstance(model, Autocast):
+        model.module.set_requires_gradient_sync(last)
+        yield
+    else:
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            yield
+
+
+def whole(network: nn.Module, outline: Network) -> Network:
+    """Return a copy of a sharded network with all its weights, on every process; all call it
+    together.
+
+    outline: the same network on the meta device.
+    """
+    full = copy.deepcopy(outline)
+    state = {key: value.full_tensor() for key, value in network.state_dict().items()}
+    full.load_state_dict(state, strict=True, assign=True)
+    return full.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def load(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Fill a module, sharded or not, with whole tensors; names and shapes must be equal."""
+    own = dict(module.named_parameters())
+    assert own.keys() == state.keys(), "a checkpoint's names are those of the module"
+    for name, parameter in own.items():
+        assert parameter.shape == state[name].shape, f"{name}: {tuple(state[name].shape)}"
+        local(parameter).copy_(local(like(state[name], parameter)))
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return a whole tensor sharded as a parameter is, without talking to the other processes."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    moved = tensor.to(parameter.device)
+    return distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Return the norm of all gradients, a float32 scalar on the device, the same on all processes."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+@torch.no_grad()
+def clip(parameters: list[nn.Parameter], norm: Tensor, largest: float) -> None:
+    """Scale gradients of norm `norm` down to `largest` where it is larger; nobody waits for the
+    device.
+    """
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))

@@ -1,0 +1,107 @@
+"""Which images make a set: a class and a seed for each, and the noise that a seed means."""
+
+import dataclasses
+import re
+
+from ddt.draws import draws
+from ddt.errors import UserError, require
+
+SEED_STRIDE = 1_000_000
+MAX_SEED = 2**32  # torch's CPU generator uses no more bits than that
+DEFAULT_SEEDS = list(range(8))
+CLASS_STREAM = 17  # of random classes, beside the streams of ddt.data.stream
+Numbers = int | str | list[int | str]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Which images to draw: class and seed of each, in the order of the file. Classes are
+    interleaved, never grouped.
+    """
+
+    classes: list[int]  # (n,)
+    seeds: list[int]  # (n,)
+
+
+def read_numbers(key: str, value: Numbers) -> list[int]:
+    """Return the whole numbers that a setting names: 7, "0-49", "1,5,9-12", or a list of such.
+
+    Raises UserError naming `key` for anything else, and for a number named twice.
+    """
+    numbers: list[int] = []
+    shown = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value
+    for piece in value if isinstance(value, list) else [value]:
+        for word in str(piece).split(","):
+            match = re.fullmatch(r"\s*(-?\d+)(?:\s*-\s*(\d+))?\s*", word)
+            if match is None:
+                more = ", or random" if key == "classes" else ""
+                raise UserError(f"{key}={shown}: {word} is no whole number; write [1,5,7], 0-49 or [0-9,20]{more}")
+            first, last = int(match[1]), int(match[2] or match[1])
+            require(first <= last, f"{key}={shown}: {word} runs backwards; write the smaller number first")
+            require(last < first + SEED_STRIDE, f"{key}={shown}: {word} is longer than {SEED_STRIDE} numbers")
+            numbers += range(first, last + 1)
+    require(len(numbers) > 0, f"{key}=[]: name at least one, or leave it out")
+    require(len(set(numbers)) == len(numbers), f"{key}={shown}: names a number twice")
+    return numbers
+
+
+def write_numbers(numbers: list[int]) -> str:
+    """Return numbers in their order as text with ranges, "0-49,60": short for what a set usually
+    holds.
+    """
+    pieces: list[list[int]] = []
+    for number in numbers:
+        if pieces and number == pieces[-1][1] + 1:
+            pieces[-1][1] = number
+        else:
+            pieces.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in pieces)
+
+
+def image_set(
+    num_classes: int,
+    num_samples: int | None = None,
+    classes: Numbers | None = None,
+    seeds: Numbers | None = None,
+    seed: int = 0,
+) -> ImageSet:
+    """Return the set that the arguments describe (docs: contract of sample.py).
+
+    With `seeds`, every seed with every class, seed by seed. With `num_samples` alone, image k has
+    class `classes[k % K]` and seed `seed·1,000,000 + k`. With neither, seeds 0..7. `classes`
+    defaults to all; "random" gives each seed one image, of a class drawn from that seed.
+
+    Raises UserError for an unknown class, a seed out of 0..2³²−1, and counts that disagree.
+    """
+    require(
+        seed == 0 or (seeds is None and num_samples is not None),
+        f"seed={seed}: numbers the images of num_samples= alone; give that, or choose seeds=",
+    )
+    if seeds is not None:
+        which = read_numbers("seeds", seeds)
+        wrong = [s for s in which if not 0 <= s < MAX_SEED]
+        require(not wrong, f"seeds={wrong[:3]}: a seed must lie in 0..{MAX_SEED - 1}")
+    elif num_samples is not None:
+        require(1 <= num_samples <= SEED_STRIDE, f"num_samples={num_samples}: must lie in 1..{SEED_STRIDE}")
+        last = MAX_SEED // SEED_STRIDE - 2  # the seeds beyond are those of templates (ddt.sampling.fitting)
+        require(0 <= seed <= last, f"seed={seed}: must lie in 0..{last}")
+        which = [seed * SEED_STRIDE + k for k in range(num_samples)]
+    else:
+        which = DEFAULT_SEEDS
+    if classes == "random":
+        labels = [int(draws(0, CLASS_STREAM, s).integers(num_classes)) for s in which]
+        total = len(which)
+    else:
+        chosen = list(range(num_classes)) if classes is None else read_numbers("classes", classes)
+        wrong = [c for c in chosen if not 0 <= c < num_classes]
+        require(not wrong, f"classes={wrong[:3]}: the model has classes 0..{num_classes - 1}")
+        if seeds is None and num_samples is not None:
+            return ImageSet([chosen[k % len(chosen)] for k in range(num_samples)], which)
+        labels = [c for _ in which for c in chosen]
+        which = [s for s in which for _ in chosen]
+        total = len(labels)
+    require(
+        num_samples in (None, total),
+        f"num_samples={num_samples}: disagrees with seeds= and classes=, which make {total} images; leave it out",
+    )
+    return ImageSet(labels, which)

@@ -1,0 +1,112 @@
+"""A set of images on its way to disk: part files of a few images each, joined into one npz as a
+stream.
+
+Shapes: n images of the set, m of a part, H W C pixels.
+"""
+
+import json
+import logging
+import os
+import platform
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ddt.files import fsync
+
+log = logging.getLogger(__name__)
+EPOCH = (1980, 1, 1, 0, 0, 0)  # of the files inside an npz, so that equal sets are equal bytes
+
+
+def write_part(folder: Path, start: int, images: np.ndarray, counts: dict[str, int]) -> None:
+    """Write images start, start + 1, … of a set, uint8 (m, H, W, C), whole or not at all, with the
+    network calls each took.
+    """
+    path = folder / f"{start:08d}-{start + len(images):08d}.npz"
+    temporary = folder / f".tmp-{platform.node()}-{os.getpid()}.npz"
+    np.savez(temporary, images=images, counts=np.array(json.dumps(counts)))
+    fsync(temporary)
+    temporary.replace(path)
+
+
+def read_part(path: Path) -> tuple[int, np.ndarray, dict[str, int]]:
+    """Return the number of a part's first image, its images (m, H, W, C) and its counts.
+
+    Raises ValueError, OSError or zipfile.BadZipFile where the file is damaged.
+    """
+    start, stop = map(int, path.stem.split("-"))
+    with np.load(path, allow_pickle=False) as file:
+        images, counts = file["images"], json.loads(str(file["counts"]))
+    if len(images) != stop - start:
+        raise ValueError(f"{path}: holds {len(images)} images")
+    return start, images, counts
+
+
+def sound_parts(folder: Path) -> dict[int, Path]:
+    """Return the part files by their first image, reading each; one that is damaged, or that holds
+    an image of the one before it, is removed, to be drawn again.
+    """
+    parts, end = {}, 0
+    for path in sorted(folder.glob("[0-9]*-[0-9]*.npz")):
+        try:
+            start, images, _ = read_part(path)
+            if start < end:
+                raise ValueError("overlaps")
+            parts[start], end = path, start + len(images)
+        except (ValueError, OSError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
+            log.warning("%s: damaged or double, its images are drawn again", path)
+            path.unlink()
+    for left in folder.glob(".tmp-*"):  # of a process that was killed while writing
+        left.unlink()
+    return parts
+
+
+def drawn(folder: Path) -> np.ndarray:
+    """Return the numbers of the images that part files hold, sorted."""
+    spans = [path.stem.split("-") for path in folder.glob("[0-9]*-[0-9]*.npz")]
+    return np.sort(np.concatenate([np.arange(int(a), int(b)) for a, b in spans] or [np.empty(0, dtype=np.int64)]))
+
+
+def merge_parts(folder: Path, target: Path, classes: list[int]) -> dict[str, float]:
+    """Join the parts into `target`, an npz with `arr_0` (n, H, W, C) uint8 and `arr_1` (n,) int64,
+    one part in memory at a time.
+
+    Returns the mean of each count an image, `cached_bytes` its maximum. Equal images give equal
+    bytes.
+    """
+    total = len(classes)
+    parts = sorted(folder.glob("[0-9]*-[0-9]*.npz"))
+    assert np.array_equal(drawn(folder), np.arange(total)), "every image of the set is drawn, and once"
+    sums: dict[str, float] = {}
+    temporary = target.with_name(f".tmp-{target.name}")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open(zipfile.ZipInfo("arr_0.npy", EPOCH), "w", force_zip64=True) as file:
+            for path in parts:
+                start, images, counts = read_part(path)
+                if start == 0:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (total, *images.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(images).data)
+                for name, number in counts.items():
+                    if name == "cached_bytes":
+                        sums[name] = max(sums.get(name, 0), number)
+                    else:
+                        sums[name] = sums.get(name, 0) + number * len(images) / total
+        with archive.open(zipfile.ZipInfo("arr_1.npy", EPOCH), "w", force_zip64=True) as file:
+            np.lib.format.write_array(file, np.array(classes, dtype=np.int64), allow_pickle=False)
+    fsync(temporary)
+    temporary.replace(target)
+    return {name: round(number, 6) for name, number in sums.items()}
+
+
+def rows(path: Path) -> Iterator[np.ndarray]:
+    """Yield the images (H, W, C) of an npz that `merge_parts` wrote, one at a time."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        size = int(np.prod(shape[1:])) * dtype.itemsize
+        for _ in range(shape[0]):
+            yield np.frombuffer(file.read(size), dtype=dtype).reshape(shape[1:])

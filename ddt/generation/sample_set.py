@@ -1,0 +1,277 @@
+"""From seeds to files: how each image of a set is drawn, and what lies in the folder afterwards.
+
+Image k is a function of (seed k, class k): the batch size and the number of processes do not change
+it.
+Shapes: n images, B batch, C H W.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import shlex
+import shutil
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from tqdm import tqdm
+
+from ddt.errors import UserError, require
+from ddt.files import write_json
+from ddt.generation.generator import Generator
+from ddt.generation.image_set import ImageSet, write_numbers
+from ddt.generation.parts import drawn, merge_parts, rows, sound_parts, write_part
+from ddt.pictures import image_grid, readable, write_png, write_pngs
+from ddt.receipts import circumstances
+from ddt.sampling.fitting import resolve_schedule
+from ddt.sampling.schedules import content_of
+
+log = logging.getLogger(__name__)
+GRID_ROWS = 10
+
+
+def chunks_left(total: int, batch_size: int, done: np.ndarray) -> list[np.ndarray]:
+    """Return the batches of a set that are still to be drawn, each the numbers of its images.
+
+    Batches are slices of the whole set, whatever the number of processes, so that a set drawn in
+    one go, by several processes, or after a kill passes through the network in the same batches.
+    """
+    left = np.setdiff1d(np.arange(total), done)
+    slices = np.split(left, np.searchsorted(left, np.arange(batch_size, total, batch_size)))
+    return [numbers for numbers in slices if len(numbers)]
+
+
+def consecutive(numbers: np.ndarray) -> Iterator[slice]:
+    """Yield the slices of sorted numbers (m,) within which each follows the one before."""
+    cuts = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
+    yield from (slice(a, b) for a, b in itertools.pairwise(cuts))
+
+
+def generate(
+    generator: Generator, images: ImageSet, batches: list[np.ndarray], parts: Path, progress: tqdm, share: int = 1
+) -> None:
+    """Draw batches of a set and write each to `parts` as soon as it is done.
+
+    While one batch is decoded and written, the next is sampled. progress grows by `share` images
+    for each drawn.
+    """
+    stream = torch.cuda.Stream(generator.device) if generator.device.type == "cuda" else None
+
+    def finish(latents: Tensor, ready: torch.cuda.Event | None, numbers: np.ndarray, counts: dict[str, int]) -> None:
+        pixels = generator.pixels(latents, ready, stream)
+        if not bool(latents.isfinite().all()):  # looked at here, where waiting for the device costs nothing
+            raise FloatingPointError(
+                f"image {numbers[0]} or one of the {len(numbers) - 1} after it is not finite: try dtype=fp32, "
+                "forecast_order=0 or a smaller cfg_scale"
+            )
+        for run in consecutive(numbers):
+            write_part(parts, int(numbers[run.start]), pixels[run], counts)
+        progress.update(min(share * len(numbers), int(progress.total or 0) - progress.n))
+
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        pending: Future[None] | None = None
+        for numbers in batches:
+            latents, counts = generator.latents(
+                [images.classes[k] for k in numbers], [images.seeds[k] for k in numbers]
+            )
+            ready = torch.cuda.current_stream(generator.device).record_event() if stream else None
+            if pending is not None:
+                pending.result()
+            pending = worker.submit(finish, latents, ready, numbers, counts)
+        if pending is not None:
+            pending.result()
+
+
+def state_of(out: Path, request: dict[str, Any]) -> Literal["new", "begun", "complete"]:
+    """Tell how much of the requested set `out` holds; raise UserError where it holds anything else.
+
+    A set of which no image was drawn is new: what was asked for may still be changed.
+    """
+    require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
+    parts = out / ".parts"
+    empty = not out.exists() or not any(path != parts for path in out.iterdir())
+    if empty and (len(drawn(parts)) == 0 or not (parts / "plan.json").exists()):
+        return "new"
+
+    def same(path: Path) -> bool:
+        try:
+            return {"compile": False} | json.loads(path.read_text())["request"] == request  # older ones do not tell
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    npz = out / "samples.npz"
+    finished = npz.exists()  # the last file to be written
+    ours = same(out / "receipt.json" if finished or not (parts / "plan.json").exists() else parts / "plan.json")
+    require(ours, f"out={out}: holds another set or other files and is not written over; choose another out=")
+    require(
+        not finished or zipfile.is_zipfile(npz),
+        f"{npz}: damaged; remove it, and the same command draws the set again",
+    )
+    if not finished and not (parts / "plan.json").exists():
+        return "new"  # this very set, of which only the npz was taken away
+    return "complete" if finished else "begun"
+
+
+@contextlib.contextmanager
+def locked(parts: Path) -> Iterator[None]:
+    """Hold the lock of a set while it is drawn; raise UserError where another command holds it."""
+    parts.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(parts / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UserError(
+            f"out={parts.parent}: another command is drawing this set; wait for it, or choose another out="
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def plan(
+    generator: Generator, request: dict[str, Any], parts: Path, begun: bool, fitted: list[int] | None
+) -> dict[str, Any]:
+    """Return the plan of a set, `recompute_steps` and `warnings` in it: the one that a begun set
+    left, or a new one.
+    """
+    path = parts / "plan.json"
+    if begun:
+        return json.loads(path.read_text())
+    for left in (path, *parts.glob("[0-9]*-[0-9]*.npz")):  # of a plan of which nothing was drawn, or of none
+        left.unlink(missing_ok=True)
+    steps, warnings = fitted, list[str]()
+    if fitted is None:
+        with generator.autocast():
+            steps, warnings = resolve_schedule(
+                generator.model,
+                generator.shape,
+                generator.settings,
+                generator.device,
+                request["checkpoint"].get("ema_sha256"),
+            )
+    for warning in warnings:
+        log.warning("%s", warning)
+    content = {"request": request, "recompute_steps": steps, "warnings": warnings}
+    write_json(path, content)
+    return content
+
+
+def begin(generator: Generator, request: dict[str, Any], out: Path, parts: Path, fitted: list[int] | None) -> list[Any]:
+    """Return the plan of a set and the numbers of its images that are drawn; None for both if it is
+    complete.
+    """
+    state = state_of(out, request)
+    if state == "complete":
+        return [None, None]
+    planned = plan(generator, request, parts, state == "begun", fitted)
+    return [planned, drawn(parts) if sound_parts(parts) else []]
+
+
+def sample_set(
+    generator: Generator,
+    images: ImageSet,
+    batch_size: int,
+    out: Path,
+    checkpoint: dict[str, Any],
+    accelerator: Accelerator,
+    guide: dict[str, Any] | None = None,
+    png: int | Literal["all"] = 0,
+    command: str | None = None,
+    fitted: list[int] | None = None,
+) -> None:
+    """Draw a set on all processes and write `samples.npz`, `grid.png` and `receipt.json` into
+    `out`.
+
+    `arr_0` is uint8 (n, H, W, C) and `arr_1` int64 (n,), the class of each image, both in the set's
+    order. The first `png` images, or all, are written to `out/png` too. A set that was begun goes
+    on from its last complete batch, one that is complete is left as it is, any other content of the
+    folder is refused (UserError). `checkpoint` and `guide` say which weights, for the receipt;
+    `checkpoint["class_names"]` names the images of the grid. `command` is the one that the receipt
+    tells, None for the running one. `fitted` are the steps of a schedule that was fitted to these
+    settings before; None fits it here.
+    """
+    require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    settings = generator.settings
+    request = {
+        "checkpoint": checkpoint,
+        "guide": guide,
+        "sampler": {**dataclasses.asdict(settings), "recompute": content_of(settings.recompute)},
+        "dtype": generator.dtype,
+        "compile": generator.compiled,
+        "classes": write_numbers(images.classes),
+        "seeds": write_numbers(images.seeds),
+    }
+    request = json.loads(json.dumps(request))  # as it will be read back
+    total, parts = len(images.seeds), out / ".parts"
+    num_pngs = total if png == "all" else min(png, total)
+    if rank == 0:
+        state_of(out, request)  # refused before anything is written
+    with locked(parts) if rank == 0 else contextlib.nullcontext():
+        # one process decides, and only now: until here another command may have drawn the set
+        found = begin(generator, request, out, parts, fitted) if rank == 0 else [None, None]
+        planned, done = broadcast_object_list(found)
+        if planned is None:
+            if rank == 0:
+                log.info("%s: complete, nothing to do", out / "samples.npz")
+                shutil.rmtree(parts)
+                write_pngs(out / "png", rows(out / "samples.npz"), num_pngs)
+            return
+        steps = planned["recompute_steps"]
+        generator = dataclasses.replace(generator, recompute=steps)
+        batches = chunks_left(total, batch_size, np.array(done, dtype=np.int64))
+        started, left = time.perf_counter(), total - len(done)
+        bar = tqdm(total=total, initial=len(done), unit="img", desc="sampling", disable=rank != 0, mininterval=1.0)
+        with generator.exact(), bar as progress:
+            generate(generator, images, batches[rank::num_processes], parts, progress, num_processes)
+        accelerator.wait_for_everyone()
+        if rank != 0:
+            return
+        seconds = time.perf_counter() - started
+        counts = merge_parts(parts, parts / "samples.npz", images.classes)
+        receipt = {
+            "request": request,
+            "samples": total,
+            "time_grid": generator.settings.grid(),
+            "recompute": generator.settings.recompute,
+            "recompute_steps": steps,
+            "warnings": planned["warnings"],
+            "cached_modulations_bytes": int(counts.pop("cached_bytes")),
+            "network_calls_an_image": counts,
+            "images_per_second": left / seconds if left else None,
+            "images_of_an_earlier_call": len(done),
+            "num_processes": num_processes,
+            "batch_size": batch_size,
+            "command": command or shlex.join(sys.argv),
+            **circumstances(generator.device),
+        }
+        finish_set(parts, out, receipt, images, checkpoint["class_names"])
+    write_pngs(out / "png", rows(out / "samples.npz"), num_pngs)
+    log.info("%d images: %s, %s", total, out / "samples.npz", out / "grid.png")
+
+
+def finish_set(parts: Path, out: Path, receipt: dict[str, Any], images: ImageSet, class_names: list[str]) -> None:
+    """Write receipt and grid, then move the npz to its place and remove the parts: a kill before
+    leaves a begun set.
+    """
+    write_json(out / "receipt.json", receipt)
+    columns = len(set(images.classes)) if len(set(images.classes)) <= 16 else 10
+    shown = np.stack(list(itertools.islice(rows(parts / "samples.npz"), GRID_ROWS * columns)))
+    names = readable(class_names)
+    captions = [names[c] for c in images.classes[: len(shown)]]
+    write_png(out / "grid.png", image_grid(torch.from_numpy(shown).permute(0, 3, 1, 2), columns, captions))
+    (parts / "samples.npz").rename(out / "samples.npz")
+    shutil.rmtree(parts)

@@ -1,0 +1,193 @@
+"""The Decoupled Diffusion Transformer: a condition encoder and a velocity decoder.
+
+Shapes: B batch, C latent channels, H W latent size, p patch size, N = H·W/p² tokens, D width, K
+classes. The network knows nothing of paths, guidance or losses, and `model.train()` changes nothing
+in what it computes.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ddt.errors import require
+from ddt.model.layers import (
+    AdaLNInit,
+    BlockStack,
+    Checkpointing,
+    LabelEmbedder,
+    MixerName,
+    OutputLayer,
+    TimestepEmbedder,
+    check_sizes,
+)
+
+
+class Encoder(BlockStack):
+    """The condition encoder: noisy latent, time and class → self-condition z_t (method.md 2)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        hidden_size: int,
+        num_heads: int,
+        depth: int,
+        num_classes: int,
+        adaln_init: AdaLNInit = "release",
+        activation_checkpointing: Checkpointing = False,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            patch_size,
+            hidden_size,
+            num_heads,
+            depth,
+            adaln_init=adaln_init,
+            activation_checkpointing=activation_checkpointing,
+        )
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int = 0) -> tuple[Tensor, Tensor]:
+        """Return z_t = SiLU(t_emb + s), (B, N, D), for x_t (B, C, H, W), t (B,), y (B,), and the
+        tokens (B, N, D) after `hidden_depth` blocks.
+        """
+        t_emb = self.t_embedder(t)[:, None]  # (B, 1, D)
+        c = nn.functional.silu(t_emb + self.y_embedder(y)[:, None])  # (B, 1, D)
+        s, hidden = self.run(x_t, c, self.positions(x_t), hidden_depth)  # (B, N, D)
+        return nn.functional.silu(t_emb + s), hidden
+
+
+class Decoder(BlockStack):
+    """The velocity decoder: noisy latent and z_t → velocity. It sees the time only through z_t
+    (method.md 2).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        hidden_size: int,
+        num_heads: int,
+        depth: int,
+        mixer: MixerName = "attention",
+        adaln_init: AdaLNInit = "release",
+        activation_checkpointing: Checkpointing = False,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            patch_size,
+            hidden_size,
+            num_heads,
+            depth,
+            mixer,
+            adaln_init,
+            activation_checkpointing,
+        )
+        self.output = OutputLayer(hidden_size, patch_size, in_channels)
+
+    def modulations(self, z_t: Tensor, max_bytes: float = math.inf) -> list[Tensor]:
+        """Compute what the blocks, in their order, and then the output layer read of z_t (B, N, D).
+
+        Returns (B, N, 6D) for each block and (B, N, 2D) for the output layer, or the first of them
+        that fit into max_bytes. They stay the same as long as z_t does (method.md 4).
+        """
+        kept: list[Tensor] = []
+        autocast = torch.is_autocast_enabled(z_t.device.type)
+        dtype = torch.get_autocast_dtype(z_t.device.type) if autocast else self.output.adaln.weight.dtype
+        for layer in (*self.blocks, self.output):
+            max_bytes -= z_t[..., 0].numel() * layer.adaln.out_features * dtype.itemsize
+            if max_bytes < 0:
+                break
+            kept.append(layer.adaln(z_t))
+        return kept
+
+    def forward(self, x_t: Tensor, z_t: Tensor, modulations: Sequence[Tensor] = ()) -> Tensor:
+        """Return the velocity (B, C, H, W) for x_t (B, C, H, W) and z_t (B, N, D).
+
+        modulations: what `modulations(z_t)` returned; the layers that it leaves out compute theirs.
+        """
+        at = self.positions(x_t)
+        h, _ = self.run(x_t, z_t, at, modulations=modulations)
+        depth = len(self.blocks)
+        return self.output(h, z_t, at, modulations[depth] if len(modulations) > depth else None)
+
+
+class DDT(nn.Module):
+    """Decoupled Diffusion Transformer: an encoder of `encoder_depth` blocks and a decoder of the
+    remaining ones.
+
+    Args:
+        in_channels: C, channels of the latent (of the pixels, with the identity autoencoder).
+        patch_size: p; H and W must be multiples of it.
+        hidden_size: D. num_heads: heads, dividing D into widths that are multiples of 4.
+        depth: blocks of both halves together. encoder_depth: blocks of the encoder, 1..depth−1; the
+            decoder has the rest, so that a sweep over encoder_depth keeps the total.
+        num_classes: K; label K is the null label.
+        decoder_block: token mixer of the decoder's blocks: attention (the published model), conv or
+            mlp (the paper's ablation).
+        adaln_init: "release" (torch's default, as the published weights were trained) or "zero"
+        (AdaLN-Zero).
+        activation_checkpointing: True recomputes each block in the backward pass to save memory,
+            "selective" what in it works element by element; same numbers.
+
+    Raises UserError for impossible sizes. Source: method.md 2; arXiv 2504.05741, section 3.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        hidden_size: int,
+        num_heads: int,
+        depth: int,
+        encoder_depth: int,
+        num_classes: int,
+        decoder_block: MixerName = "attention",
+        adaln_init: AdaLNInit = "release",
+        activation_checkpointing: Checkpointing = False,
+    ) -> None:
+        super().__init__()
+        check_sizes(in_channels, patch_size, hidden_size, num_heads, depth, num_classes)
+        require(
+            1 <= encoder_depth <= depth - 1,
+            f"model.encoder_depth={encoder_depth} leaves no encoder or no decoder: "
+            f"with model.depth={depth} choose 1..{depth - 1}",
+        )
+        self.in_channels = in_channels
+        self.hidden_size = hidden_size
+        self.num_classes = num_classes
+        sizes = (in_channels, patch_size, hidden_size, num_heads)
+        self.encoder = Encoder(*sizes, encoder_depth, num_classes, adaln_init, activation_checkpointing)
+        self.decoder = Decoder(*sizes, depth - encoder_depth, decoder_block, adaln_init, activation_checkpointing)
+
+    def encode(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Return the self-condition z_t (B, N, D).
+
+        x_t: noisy latents (B, C, H, W); t: times (B,) in [0, 1], 0 is noise; y: classes (B,) int64,
+        `num_classes` is the null label. Source: paper eq. 7; method.md 2.
+        """
+        return self.encoder(x_t, t, y)[0]
+
+    def decode(self, x_t: Tensor, z_t: Tensor, modulations: Sequence[Tensor] = ()) -> Tensor:
+        """Return the velocity (B, C, H, W) from x_t (B, C, H, W) and z_t (B, N, D), which may come
+        from an earlier step.
+
+        modulations: what `decoder.modulations(z_t)` returned, for several decodings with one z_t;
+        same result.
+        Source: paper eq. 10; method.md 2 and 4.
+        """
+        return self.decoder(x_t, z_t, modulations)
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Return the velocity (B, C, H, W): `decode(x_t, encode(x_t, t, y))`."""
+        return self.decode(x_t, self.encode(x_t, t, y))
+
+    def forward_with_hidden(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int) -> tuple[Tensor, Tensor]:
+        """Return the velocity (B, C, H, W) and the output (B, N, D) of encoder block `hidden_depth`
+        (1-based), which alignment reads.
+        """
+        z_t, hidden = self.encoder(x_t, t, y, hidden_depth)
+        return self.decode(x_t, z_t), hidden

@@ -1,0 +1,83 @@
+"""The undivided diffusion transformer that DDT is compared with.
+
+Shapes: B batch, C latent channels, H W latent size, N tokens, D width.
+"""
+
+from torch import Tensor, nn
+
+from ddt.errors import UserError
+from ddt.model.layers import (
+    AdaLNInit,
+    BlockStack,
+    Checkpointing,
+    LabelEmbedder,
+    OutputLayer,
+    TimestepEmbedder,
+    check_sizes,
+)
+
+
+class DiT(BlockStack):
+    """The undivided baseline of the paper ("Improved-SiT", and with alignment "Improved-REPA").
+
+    The same blocks in one stack with one input projection; every block and the output layer are
+    conditioned on c = SiLU(t_emb + y_emb), one vector a sample. It answers "is it the split or the
+    alignment?". It has no z_t to
+    share: `encode` and `decode` raise UserError. Arguments as in `DDT`. Source: method.md 2,
+    baseline.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        hidden_size: int,
+        num_heads: int,
+        depth: int,
+        num_classes: int,
+        adaln_init: AdaLNInit = "release",
+        activation_checkpointing: Checkpointing = False,
+    ) -> None:
+        check_sizes(in_channels, patch_size, hidden_size, num_heads, depth, num_classes)
+        super().__init__(
+            in_channels,
+            patch_size,
+            hidden_size,
+            num_heads,
+            depth,
+            adaln_init=adaln_init,
+            activation_checkpointing=activation_checkpointing,
+        )
+        self.in_channels = in_channels
+        self.hidden_size = hidden_size
+        self.num_classes = num_classes
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.output = OutputLayer(hidden_size, patch_size, in_channels)
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Return the velocity (B, C, H, W) for x_t (B, C, H, W), t (B,), y (B,)."""
+        return self.velocity_and_hidden(x_t, t, y, hidden_depth=0)[0]
+
+    def forward_with_hidden(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int) -> tuple[Tensor, Tensor]:
+        """Return the velocity (B, C, H, W) and the output (B, N, D) of block `hidden_depth`
+        (1-based), which alignment reads.
+        """
+        return self.velocity_and_hidden(x_t, t, y, hidden_depth)
+
+    def velocity_and_hidden(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int) -> tuple[Tensor, Tensor]:
+        """Do what both forwards do: apart from them, for a sharded network gathers its weights in
+        each of them once.
+        """
+        at = self.positions(x_t)
+        c = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))[:, None]  # (B, 1, D)
+        h, hidden = self.run(x_t, c, at, hidden_depth)
+        return self.output(h, c, at), hidden
+
+    def encode(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Refuse: there is no encoder to share."""
+        raise UserError("DiT is the undivided baseline and has no encoder to share: use recompute=null, or a DDT model")
+
+    def decode(self, x_t: Tensor, z_t: Tensor) -> Tensor:
+        """Refuse: there is no decoder apart."""
+        raise UserError("DiT is the undivided baseline and has no separate decoder: call the model itself")

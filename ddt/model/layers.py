@@ -1,0 +1,422 @@
+"""Building blocks of the network (method: docs/method.md, section "Network").
+
+Shapes: B batch, C channels, H W height and width of the latent, p patch size, N = H·W/p² tokens, D
+width, d width of a head.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ddt.errors import UserError, require
+
+MixerName = Literal["attention", "conv", "mlp"]
+AdaLNInit = Literal["release", "zero"]
+Checkpointing = bool | Literal["selective"]
+
+aten = torch.ops.aten
+PRODUCTS = frozenset(
+    {
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten.convolution.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+
+
+class Positions(NamedTuple):
+    """The token grid and its rotation tables, shared by all blocks of a forward pass."""
+
+    cos: Tensor  # (N, d/2)
+    sin: Tensor  # (N, d/2)
+    height: int  # tokens down
+    width: int  # tokens across
+
+
+def rope_table(head_dim: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Compute cosine and sine of the 2-D rotary angles of a token grid.
+
+    Frequencies are 10000^(−4i/d), i = 0..d/4−1. Positions run over `linspace(0, 16)` in both
+    directions whatever the grid, so that 512 px keeps the range of 256 px. Channel pair 2i turns by
+    the x angle, pair 2i+1 by the y angle.
+
+    Returns two float32 tensors of shape (height·width, head_dim/2), tokens row by row.
+    Source: method.md 2, RoPE.
+    """
+    require(head_dim % 4 == 0, f"model.num_heads: head width {head_dim} is no multiple of 4, which 2-D RoPE needs")
+    frequencies = 1.0 / (10000.0 ** (torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim))  # (d/4,)
+    x = torch.linspace(0, 16, width).repeat(height)  # (N,)
+    y = torch.linspace(0, 16, height).repeat_interleave(width)  # (N,)
+    angles = torch.stack([torch.outer(x, frequencies), torch.outer(y, frequencies)], dim=-1)  # (N, d/4, 2)
+    angles = angles.flatten(1)  # (N, d/2)
+    return angles.cos(), angles.sin()
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(head_dim: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    # On the CPU, so that every device turns by the same angles, and outside of inference mode, so
+    # that a table first met while sampling can be saved for a backward pass later.
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        cos, sin = rope_table(head_dim, height, width)
+    return cos.to(device), sin.to(device)
+
+
+def positions(head_dim: int, height: int, width: int, device: torch.device) -> Positions:
+    """Return the `Positions` of a token grid `height`×`width` for heads of width `head_dim` on
+    `device`.
+
+    The tables are made once and kept; a compiled graph, which may serve grids of any size, computes
+    them inside.
+    """
+    if torch.compiler.is_compiling():
+        cos, sin = rope_table(head_dim, height, width)
+        return Positions(cos.to(device), sin.to(device), height, width)
+    return Positions(*_tables(head_dim, height, width, device), height, width)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the channel pairs (2k, 2k+1) of x (..., N, d) by the angles of cos, sin (N, d/2), in
+    float32.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))  # (..., N, d/2, 2)
+    if torch.compiler.is_compiling():  # it makes no code for complex numbers, and one pass of this
+        even, odd = pairs.unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return turned.flatten(-2).type_as(x)  # (..., N, d)
+
+
+def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10.0) -> Tensor:
+    """Embed times t (B,) in [0, 1] as `[cos(t·f), sin(t·f)]`, f_i = exp(−ln(max_period)·i/(dim/2)).
+
+    Returns float32 (B, dim). Source: method.md 2, t_emb; the maximal period is 10 and t is not
+    scaled.
+    """
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t.float()[:, None] * torch.exp(-math.log(max_period) * exponents)  # (B, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Turn times (B,) into vectors (B, D): sinusoid of width 256, Linear, SiLU, Linear (method.md
+    2).
+    """
+
+    def __init__(self, hidden_size: int, frequency_dim: int = 256) -> None:
+        super().__init__()
+        self.frequency_dim = frequency_dim
+        first, second = nn.Linear(frequency_dim, hidden_size), nn.Linear(hidden_size, hidden_size)
+        nn.init.normal_(first.weight, std=0.02)
+        nn.init.normal_(second.weight, std=0.02)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Return (B, D) for t (B,)."""
+        return self.mlp(timestep_embedding(t, self.frequency_dim))
+
+
+class LabelEmbedder(nn.Module):
+    """Look up classes (B,) in a table of num_classes + 1 rows; the last row is the null label
+    (method.md 2).
+
+    Label dropout is no business of the network: the objective replaces labels, once
+    (docs/method.md).
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return (B, D) for y (B,) int64 in 0..num_classes."""
+        return self.embedding_table(y)
+
+
+class PatchProjection(nn.Module):
+    """Cut (B, C, H, W) into p×p patches, flattened channel first, and project each: (B, N, D)
+    (method.md 2).
+    """
+
+    def __init__(self, in_channels: int, patch_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(in_channels * patch_size**2, hidden_size)
+        nn.init.xavier_uniform_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return tokens (B, N, D), row by row."""
+        b, c, h, w = x.shape
+        p = self.patch_size
+        tokens = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)  # (B, H/p, W/p, C, p, p)
+        return self.proj(tokens.reshape(b, (h // p) * (w // p), c * p * p))  # (B, N, D)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis with a learned weight, computed in float32
+    (method.md 2).
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (..., dim) normalised, in the dtype it came in."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return `x·(1 + scale) + shift`; shift and scale are (B, 1, D) or, per token, (B, N, D)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class Attention(nn.Module):
+    """Softmax attention with RMSNorm over each head of q and k and 2-D RoPE (method.md 2).
+
+    qkv has no bias, the output projection has one.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        head_dim = hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.q_norm = RMSNorm(head_dim)
+        self.k_norm = RMSNorm(head_dim)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, at: Positions) -> Tensor:
+        """Return (B, N, D) for x (B, N, D)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, d) each
+        q = rotate(self.q_norm(q), at.cos, at.sin)
+        k = rotate(self.k_norm(k), at.cos, at.sin)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class ConvMixer(nn.Module):
+    """Mix tokens by a 3×3 convolution over the token grid: the "conv" decoder block of the paper's
+    ablation.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(hidden_size, hidden_size, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor, at: Positions) -> Tensor:
+        """Return (B, N, D) for x (B, N, D)."""
+        grid = x.transpose(1, 2).unflatten(-1, (at.height, at.width))  # (B, D, H/p, W/p)
+        return self.conv(grid).flatten(2).transpose(1, 2)  # (B, N, D)
+
+
+class SwiGLU(nn.Module):
+    """`w2(SiLU(w1 x)·w3 x)` without biases, hidden width int(2·4D/3) (method.md 2)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        inner = int(2 * 4 * hidden_size / 3)
+        self.w1 = nn.Linear(hidden_size, inner, bias=False)
+        self.w2 = nn.Linear(inner, hidden_size, bias=False)
+        self.w3 = nn.Linear(hidden_size, inner, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., D) for x (..., D)."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class MLPMixer(SwiGLU):
+    """A SwiGLU where attention would be, so that no token sees another: the "mlp" block of the
+    paper's ablation.
+    """
+
+    def forward(self, x: Tensor, at: Positions) -> Tensor:  # type: ignore[override]
+        """Return (B, N, D) for x (B, N, D); positions play no part."""
+        return super().forward(x)
+
+
+def make_mixer(name: MixerName, hidden_size: int, num_heads: int) -> nn.Module:
+    """Build the token mixer of a block: attention, or one of the paper's decoder ablations."""
+    if name == "attention":
+        return Attention(hidden_size, num_heads)
+    return ConvMixer(hidden_size) if name == "conv" else MLPMixer(hidden_size)
+
+
+def keep_products(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Tell what of a block is kept for the backward pass: what products and attention return, and
+    not what works element by element.
+    """
+    return CheckpointPolicy.MUST_SAVE if operator in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class Block(nn.Module):
+    """A transformer block modulated by adaLN: token mixer, then SwiGLU, each normalised, shifted,
+    scaled and gated.
+
+    The conditioning c is one vector a sample, (B, 1, D), in the encoder, and z, (B, N, D), in the
+    decoder; it has been through its SiLU already. `adaln_init="release"` leaves the modulation at
+    torch's default initialisation, as the published weights were trained; "zero" starts it at zero
+    (AdaLN-Zero, as the paper says). Source: method.md 2.
+
+    activation_checkpointing: True keeps the block's inputs alone for the backward pass and computes
+    the rest again, "selective" keeps what matrix products and attention return too; same numbers.
+    It lies inside the block, where a compiler sees it.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mixer: MixerName = "attention",
+        adaln_init: AdaLNInit = "release",
+        activation_checkpointing: Checkpointing = False,
+    ) -> None:
+        super().__init__()
+        self.activation_checkpointing = activation_checkpointing
+        self.norm1 = RMSNorm(hidden_size)
+        self.mixer = make_mixer(mixer, hidden_size, num_heads)
+        self.norm2 = RMSNorm(hidden_size)
+        self.mlp = SwiGLU(hidden_size)
+        self.adaln = nn.Linear(hidden_size, 6 * hidden_size)
+        if adaln_init == "zero":
+            nn.init.zeros_(self.adaln.weight)
+            nn.init.zeros_(self.adaln.bias)
+
+    def forward(self, x: Tensor, c: Tensor, at: Positions, modulation: Tensor | None = None) -> Tensor:
+        """Return (B, N, D) for tokens x (B, N, D) and conditioning c (B, 1 or N, D).
+
+        modulation: `adaln(c)`, (B, 1 or N, 6D), where it was computed before.
+        """
+        if not self.activation_checkpointing or not torch.is_grad_enabled():
+            return self.compute(x, c, at, modulation)
+        options: dict[str, Any] = {"use_reentrant": False}
+        if self.activation_checkpointing == "selective":
+            options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_products)
+        return checkpoint(self.compute, x, c, at, modulation, **options)
+
+    def compute(self, x: Tensor, c: Tensor, at: Positions, modulation: Tensor | None) -> Tensor:
+        """Do what `forward` does, which chooses what of it is kept."""
+        modulation = self.adaln(c) if modulation is None else modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        x = x + gate1 * self.mixer(modulate(self.norm1(x), shift1, scale1), at)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class OutputLayer(nn.Module):
+    """LayerNorm without affine, shift and scale from c, Linear to pixels, patches folded back
+    (method.md 2).
+
+    Both linears start at zero, so that a new network predicts zero velocity.
+    """
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.adaln = nn.Linear(hidden_size, 2 * hidden_size)
+        self.linear = nn.Linear(hidden_size, out_channels * patch_size**2)
+        for layer in (self.adaln, self.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, c: Tensor, at: Positions, modulation: Tensor | None = None) -> Tensor:
+        """Return (B, C, H, W) for tokens x (B, N, D) and conditioning c (B, 1 or N, D).
+
+        modulation: `adaln(c)`, (B, 1 or N, 2D), where it was computed before.
+        """
+        modulation = self.adaln(c) if modulation is None else modulation
+        shift, scale = modulation.chunk(2, dim=-1)
+        patches = self.linear(modulate(self.norm(x), shift, scale))  # (B, N, C·p²)
+        p = self.patch_size
+        grid = patches.reshape(x.shape[0], at.height, at.width, -1, p, p).permute(0, 3, 1, 4, 2, 5)
+        return grid.reshape(x.shape[0], -1, at.height * p, at.width * p)  # (B, C, H, W)
+
+
+class BlockStack(nn.Module):
+    """Input projection and transformer blocks: what the encoder, the decoder and the baseline have
+    in common.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        hidden_size: int,
+        num_heads: int,
+        depth: int,
+        mixer: MixerName = "attention",
+        adaln_init: AdaLNInit = "release",
+        activation_checkpointing: Checkpointing = False,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.head_dim = hidden_size // num_heads
+        self.input = PatchProjection(in_channels, patch_size, hidden_size)
+        sizes = (hidden_size, num_heads, mixer, adaln_init, activation_checkpointing)
+        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(depth))
+
+    def positions(self, x_t: Tensor) -> Positions:
+        """Return the token grid of latents x_t (B, C, H, W), with its rotation tables.
+
+        Raises UserError where the patch size does not divide H and W.
+        """
+        height, width = x_t.shape[-2:]
+        p = self.patch_size
+        if height % p or width % p:  # no call that builds the message on the good path
+            raise UserError(f"model.patch_size={p} does not divide the latent size {height}×{width}")
+        return positions(self.head_dim, height // p, width // p, x_t.device)
+
+    def run(
+        self, x_t: Tensor, c: Tensor, at: Positions, hidden_depth: int = 0, modulations: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Return the tokens (B, N, D) after all blocks, and those after `hidden_depth` of them (0:
+        the input's).
+
+        x_t: (B, C, H, W); conditioning c: (B, 1 or N, D); modulations: of the first blocks, where
+        computed before.
+        """
+        h = self.input(x_t)  # (B, N, D)
+        hidden = h
+        for number, block in enumerate(self.blocks, start=1):
+            h = block(h, c, at, modulations[number - 1] if number <= len(modulations) else None)
+            if number == hidden_depth:
+                hidden = h
+        return h, hidden
+
+
+def check_sizes(
+    in_channels: int, patch_size: int, hidden_size: int, num_heads: int, depth: int, num_classes: int
+) -> None:
+    """Raise UserError for sizes that make no network, naming the key and the fix."""
+    for key, value in {
+        "in_channels": in_channels,
+        "patch_size": patch_size,
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "depth": depth,
+        "num_classes": num_classes,
+    }.items():
+        require(value >= 1, f"model.{key}={value}: must be at least 1")
+    require(
+        hidden_size % num_heads == 0,
+        f"model.num_heads={num_heads} does not divide model.hidden_size={hidden_size}: choose a divisor",
+    )
+    require(
+        (hidden_size // num_heads) % 4 == 0,
+        f"model.num_heads={num_heads} gives heads of width {hidden_size // num_heads}: 2-D RoPE needs a multiple of 4",
+    )

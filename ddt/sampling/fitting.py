@@ -1,0 +1,170 @@
+"""Fitting a recompute schedule to a model: statistics of a few template images, then the best
+schedule for a budget.
+
+Shapes: B batch of templates, C H W latent, N tokens, D width, T steps.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddt.draws import noise_of
+from ddt.errors import UserError, require
+from ddt.model import DDT, Denoiser
+from ddt.sampling.sample import solve
+from ddt.sampling.schedules import optimal_schedule, parse_schedule, read_schedule
+from ddt.sampling.settings import SamplerSettings
+from ddt.sampling.sharing import GuidedVelocity
+
+TEMPLATES = 8  # of the release
+TEMPLATE_SEED = 2**32 - 1_000_000  # the templates' seeds count from here, far from those of a set
+GRAM_BYTES = 2**28  # bounds the float64 copy of z
+
+
+def templates(
+    model: Denoiser, shape: tuple[int, int, int], count: int, batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield noise (B, C, H, W) and classes (B,) of `count` template images, classes spread evenly
+    over all.
+    """
+    for start in range(0, count, batch_size):
+        chosen = range(start, min(start + batch_size, count))
+        noise = noise_of([TEMPLATE_SEED + k for k in chosen], shape)
+        y = torch.tensor([k * model.num_classes // count for k in chosen])
+        yield noise.to(device), y.to(device)
+
+
+def trajectory(model: DDT, noise: Tensor, y: Tensor, settings: SamplerSettings) -> list[Tensor]:
+    """Sample at full cost; return the latents (B, C, H, W) at the start of each of the T steps."""
+    velocity = GuidedVelocity(model, y, settings.call_times(), settings.guidance())
+    x: list[Tensor] = []
+
+    def recording(x_t: Tensor, t: float, step: int) -> Tensor:
+        if len(x) == step:  # the first call of this step
+            x.append(x_t)
+        return velocity(x_t, t, step)
+
+    solve(recording, noise, settings)
+    return x
+
+
+@torch.no_grad()
+def z_similarity(model: DDT, noise: Tensor, y: Tensor, settings: SamplerSettings) -> np.ndarray:
+    """Return the cosine similarity of z between all pairs of steps, (T, T) float64.
+
+    Averaged over tokens and noise (B, C, H, W) of classes y (B,), conditional and unconditional
+    half alike. Holds T·2B·N·D numbers. Source: method.md 4.
+    """
+    labels = torch.cat([y, torch.full_like(y, model.num_classes)])
+    grid = settings.grid()
+    tokens = []
+    for x_t, t in zip(trajectory(model, noise, y, settings), grid[:-1], strict=True):
+        z = model.encode(x_t.repeat(2, 1, 1, 1), torch.full((len(labels),), t, device=x_t.device), labels)
+        tokens.append(z.flatten(0, 1))  # (2B·N, D)
+    steps, total = len(tokens), len(tokens[0])
+    gram = torch.zeros(steps, steps, dtype=torch.float64, device=noise.device)
+    at_once = max(1, GRAM_BYTES // (8 * steps * tokens[0].shape[1]))
+    for start in range(0, total, at_once):
+        z = torch.stack([z[start : start + at_once] for z in tokens]).double()  # (T, some, D)
+        unit = torch.nn.functional.normalize(z, dim=-1).flatten(1)
+        gram += unit @ unit.T
+    return (gram / total).cpu().numpy()
+
+
+def fit_schedule(
+    model: Denoiser,
+    shape: tuple[int, int, int],
+    settings: SamplerSettings,
+    budget: int,
+    device: torch.device,
+    num_templates: int = TEMPLATES,
+    batch_size: int = TEMPLATES,
+) -> dict[str, Any]:
+    """Choose the `budget` steps of a sampler at which the encoder should run, from `num_templates`
+    template images.
+
+    `shape` is that of a latent. Runs under the caller's autocast. Source: method.md 4.
+
+    Returns the content of a schedule file: `recompute_steps`, `budget`, `time_grid`, `solver`,
+    `guidance`, `templates`, `similarity` (T, T). Raises UserError for a model without an encoder,
+    and impossible numbers.
+    """
+    if not isinstance(model, DDT):
+        raise UserError(
+            f"recompute: {type(model).__name__} has no encoder to share: use recompute=null, or a DDT model"
+        )
+    require(settings.solver != "adaptive", "sampler=adaptive: chooses its own steps; fit a schedule to another sampler")
+    require(num_templates >= 1, f"templates={num_templates}: must be at least 1")
+    steps = settings.num_steps
+    require(1 <= budget <= steps, f"budget={budget}: must lie in 1..num_steps={steps}")
+    similarity = np.zeros((steps, steps))
+    with tqdm(total=num_templates, unit="img", desc="templates", mininterval=1.0) as progress:
+        for noise, y in templates(model, shape, num_templates, batch_size, device):
+            similarity += z_similarity(model, noise, y, settings) * (len(y) / num_templates)
+            progress.update(len(y))
+    return {
+        "budget": budget,
+        "recompute_steps": optimal_schedule(similarity, budget),
+        "solver": settings.solver,
+        "time_grid": settings.grid(),
+        "guidance": guidance_of(settings),
+        "templates": {"count": num_templates, "first_seed": TEMPLATE_SEED},
+        "similarity": [[float(f"{value:.8g}") for value in row] for row in similarity],
+    }
+
+
+def guidance_of(settings: SamplerSettings) -> dict[str, Any]:
+    """Return the settings of guidance as they stand in a schedule file."""
+    interval, steps = settings.cfg_interval, settings.cfg_steps
+    return {
+        "cfg_scale": settings.cfg_scale,
+        "cfg_interval": None if interval is None else list(interval),
+        "cfg_steps": None if steps is None else list(steps),
+    }
+
+
+def check_fitted(content: dict[str, Any], settings: SamplerSettings, ema_sha256: str | None) -> list[str]:
+    """Compare a schedule file with the sampler that is to use it; return what differs without
+    forbidding its use.
+
+    Raises UserError for another time grid.
+    """
+    name, grid = settings.recompute, settings.grid()
+    require(
+        content["time_grid"] == grid,
+        f"recompute={name}: was fitted to another time grid ({len(content['time_grid']) - 1} steps up to "
+        f"t = {content['time_grid'][-2]:.3f}, here {len(grid) - 1} up to {grid[-2]:.3f}): fit one to this sampler with "
+        "scripts/studies/sharing/fit.py",
+    )
+    ours = {"solver": settings.solver, "guidance": guidance_of(settings), "ema_sha256": ema_sha256}
+    names = {"solver": "solver", "guidance": "guidance", "ema_sha256": "checkpoint"}
+    return [f"recompute={name}: was fitted to another {names[key]}" for key in ours if content.get(key) != ours[key]]
+
+
+def resolve_schedule(
+    model: Denoiser,
+    shape: tuple[int, int, int],
+    settings: SamplerSettings,
+    device: torch.device,
+    ema_sha256: str | None = None,
+) -> tuple[list[int] | None, list[str]]:
+    """Return the steps at which the encoder runs, whatever form `settings.recompute` has, and
+    warnings in words.
+
+    "dp:50" is fitted here, to 8 templates. Raises UserError as `read_schedule` and `check_fitted`.
+    """
+    if not isinstance(settings.recompute, str):
+        return settings.schedule(), []
+    kind, number = parse_schedule(settings.recompute, settings.num_steps)
+    if kind == "file":
+        content = read_schedule(Path(settings.recompute))
+        return content["recompute_steps"], check_fitted(content, settings, ema_sha256)
+    if kind == "dp":
+        content = fit_schedule(model, shape, settings, number, device)
+        return content["recompute_steps"], []
+    return settings.schedule(), []

@@ -1,0 +1,71 @@
+"""Guidance: when a velocity is guided, and how it is combined with the one it is guided away from.
+
+Source: method.md 4.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from torch import Tensor
+
+from ddt.errors import require
+
+
+def as_float32(value: float) -> float:
+    """Round to float32, as times and the interval's bounds are before they are compared (method.md
+    4).
+    """
+    return float(np.float32(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """Guidance of strength `scale` where lo < t < hi (strict) and, with `steps`, in these steps
+    alone.
+
+    Elsewhere, and everywhere with scale 1, the conditional velocity alone is used, so the other one
+    need not be computed. interval None puts no bound on the time, steps None none on the step.
+    Raises UserError for a scale below 0 or an interval that is none. Source: method.md 4;
+    Kynkäänniemi et al., arXiv 2404.07724 (interval).
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] | None = None
+    steps: frozenset[int] | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.scale < math.inf,
+            f"cfg_scale={self.scale}: must be a finite number of at least 0 (1 means no guidance)",
+        )
+        if self.interval is not None:
+            lo, hi = self.interval
+            require(
+                0 <= lo < hi <= 1,
+                f"cfg_interval=[{lo},{hi}]: needs 0 <= lo < hi <= 1, as in cfg_interval=[0.3,1.0]; null guides always",
+            )
+
+    def active(self, t: float, step: int = 0) -> bool:
+        """Tell whether the velocity at time t in a step is guided."""
+        if self.scale == 1 or (self.steps is not None and step not in self.steps):
+            return False
+        if self.interval is None:
+            return True
+        lo, hi = self.interval
+        return as_float32(lo) < as_float32(t) < as_float32(hi)
+
+    def mask(self, t: Tensor) -> Tensor:
+        """Tell of each time in t (B,) whether the velocity is guided: `active` where every image
+        has its own time.
+        """
+        lo, hi = (-1.0, 2.0) if self.interval is None else self.interval
+        t = t.float()
+        return (t > as_float32(lo)) & (t < as_float32(hi)) & (self.scale != 1)
+
+    def combine(self, v: Tensor, v_guide: Tensor) -> Tensor:
+        """Return `v_guide + scale·(v − v_guide)`, (B, ...): away from v_guide, which is
+        unconditional (classifier-free guidance, arXiv 2207.12598) or a weaker model's
+        (autoguidance, arXiv 2406.02507).
+        """
+        return v_guide + self.scale * (v - v_guide)

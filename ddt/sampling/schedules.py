@@ -1,0 +1,133 @@
+"""Recompute schedules: the steps at which a shared encoder runs. Source: method.md 4.
+
+A schedule is written as `uniform:5` (every 5th step), `dp:50` (50 steps, fitted to the model), a
+list of steps, or the JSON file that `scripts/studies/sharing/fit.py` wrote. Shapes: N steps.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddt.errors import UserError, require
+from ddt.files import write_json
+
+FORMAT_VERSION = 1
+FORMS = "write uniform:5, dp:50, a list of steps [0,5,10], a schedule file SOMETHING.json, or null"
+
+
+def uniform_schedule(num_steps: int, every: int) -> list[int]:
+    """Return the steps 0, every, 2·every, … below num_steps at which the encoder runs. Source:
+    method.md 4.
+
+    Raises UserError where num_steps or every is below 1.
+    """
+    require(num_steps >= 1, f"num_steps={num_steps}: must be at least 1")
+    require(every >= 1, f"recompute every {every} steps: must be at least 1 (1 means no sharing)")
+    return list(range(0, num_steps, every))
+
+
+def optimal_schedule(similarity: np.ndarray, budget: int) -> list[int]:
+    """Choose the `budget` steps, 0 among them, that minimise `Σ over segments [a, b) of Σ_l (1 −
+    similarity[a, l])`.
+
+    similarity: (N, N), how alike z is at two steps. Exact, by dynamic programming in O(N²·budget).
+    Returns the steps in order. Raises UserError for an array that is not square or not finite, and
+    a budget out of 1..N.
+    Source: method.md 4.
+    """
+    similarity = np.asarray(similarity, dtype=np.float64)
+    require(
+        similarity.ndim == 2 and similarity.shape[0] == similarity.shape[1] and similarity.size > 0,
+        f"similarity has shape {similarity.shape}: expected (N, N)",
+    )
+    require(bool(np.isfinite(similarity).all()), "similarity: holds values that are not finite")
+    num_steps = len(similarity)
+    require(1 <= budget <= num_steps, f"budget={budget}: must lie in 1..{num_steps}, the number of steps")
+    cost = np.full((num_steps, num_steps + 1), np.inf)  # cost[a, b] of the segment [a, b)
+    for a in range(num_steps):
+        cost[a, a + 1 :] = np.cumsum(1 - similarity[a, a:])
+    best = cost[0]  # best[b]: the least cost of the steps 0..b−1 in the segments so far
+    choices = []  # for each further segment and b, where that segment starts
+    for _ in range(budget - 1):
+        through = best[:num_steps, None] + cost  # (start, end)
+        choices.append(through.argmin(axis=0))
+        best = through.min(axis=0)
+    starts = [num_steps]
+    for choice in reversed(choices):
+        starts.append(int(choice[starts[-1]]))
+    return [0, *reversed(starts[1:])]
+
+
+def check_schedule(recompute: Sequence[int], num_steps: int) -> list[int]:
+    """Return the schedule as a sorted list; raise UserError unless it is a set of steps in range
+    that holds step 0.
+    """
+    steps = sorted(set(recompute))
+    require(len(steps) == len(recompute), f"recompute={list(recompute)}: a step is named twice")
+    require(
+        bool(steps) and steps[0] == 0,
+        f"recompute={list(recompute)}: step 0 must be among them, there is no z yet",
+    )
+    require(
+        steps[-1] < num_steps,
+        f"recompute={list(recompute)}: step {steps[-1]} does not exist, num_steps={num_steps}",
+    )
+    return steps
+
+
+def parse_schedule(recompute: str, num_steps: int) -> tuple[str, int]:
+    """Return kind and number of a schedule written as `uniform:5` or `dp:50`; ("file", 0) for a
+    file.
+
+    Raises UserError for anything else, and for a number that num_steps does not allow.
+    """
+    kind, _, number = recompute.partition(":")
+    if recompute.endswith(".json"):
+        return "file", 0
+    if kind not in ("uniform", "dp") or not number.isdecimal():
+        raise UserError(f"recompute={recompute}: {FORMS}")
+    if kind == "dp":
+        require(
+            1 <= int(number) <= num_steps,
+            f"recompute={recompute}: the encoder runs at 1..num_steps={num_steps} of the steps; choose such a number",
+        )
+    else:
+        require(
+            1 <= int(number) <= num_steps,
+            f"recompute={recompute}: choose 1..num_steps={num_steps} (uniform:1 shares nothing, uniform:{num_steps} "
+            "runs the encoder once)",
+        )
+    return kind, int(number)
+
+
+def write_schedule(path: Path, content: dict[str, Any]) -> None:
+    """Write a fitted schedule (`fitting.fit_schedule`) as JSON."""
+    write_json(path, {"format_version": FORMAT_VERSION, **content})
+
+
+def read_schedule(path: Path) -> dict[str, Any]:
+    """Return the content of a schedule file; raise UserError where it is none."""
+    try:
+        content = json.loads(path.read_text())
+        steps, grid = content["recompute_steps"], content["time_grid"]
+        sound = content["format_version"] == FORMAT_VERSION and all(type(step) is int for step in steps)
+        sound = sound and all(isinstance(t, float) for t in grid) and isinstance(content["guidance"], dict)
+    except FileNotFoundError as error:
+        raise UserError(f"recompute={path}: no such file; scripts/studies/sharing/fit.py writes schedules") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"recompute={path}: is no schedule file; fit it again with fit_sharing_schedule.py") from error
+    require(sound, f"recompute={path}: is no schedule file of this version; fit it again with fit_sharing_schedule.py")
+    check_schedule(steps, len(grid) - 1)
+    return content
+
+
+def content_of(recompute: str | Sequence[int] | None) -> str | Sequence[int] | None:
+    """Return a schedule as it is written, but for a file the steps in it: what it holds counts, not
+    its name.
+    """
+    if isinstance(recompute, str) and recompute.endswith(".json"):
+        return read_schedule(Path(recompute))["recompute_steps"]
+    return recompute

@@ -1,0 +1,264 @@
+"""Trains a small diffusers `AutoencoderKL` on any of the data sets, for where no published one can
+be had.
+
+It is no match for SD-VAE: it makes latents of one data set, in minutes on a CPU, so that training,
+caching and sampling in latents run for real.
+
+Shapes: B batch, C channels, H W pixels, c h w those of latents.
+"""
+
+import dataclasses
+import datetime
+import math
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddt.autoencoder import KLAutoencoder
+from ddt.autoencoder.base import from_uint8
+from ddt.data.images import Images, spread
+from ddt.data.latent_cache import LatentCache
+from ddt.data.stream import TrainingStream
+from ddt.errors import require
+from ddt.files import fsync, share, write_json
+from ddt.pictures import image_grid, write_png
+from ddt.version import __version__
+
+MAX_IMAGES = 2048  # that the latents' statistics, and the held-out PSNR, are measured on
+MAX_GRADIENT_NORM = 1.0
+QUIET_LOGVAR = -4.0  # of the untrained posterior: at 0 its noise drowns the mean, and the first steps learn nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderSettings:
+    """How large an autoencoder, and how it is trained; see conf/train_autoencoder.yaml.
+
+    steps: optimizer steps. batch_size: images a step. lr: AdamW's peak learning rate, after a
+    warm-up over the first twentieth of the steps; a cosine to 0 follows. block_out_channels:
+    channels at each level; between two levels the image is halved. latent_channels: c. kl_weight:
+    of the divergence from the standard normal, mean over a latent's numbers, beside the squared
+    error, mean over pixels in [−1, 1]. layers_per_block: residual blocks a level, and one more in
+    the decoder. seed: of weights, order and posterior noise.
+
+    Raises UserError for values that cannot be.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    block_out_channels: list[int]
+    latent_channels: int
+    kl_weight: float
+    layers_per_block: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "latent_channels", "layers_per_block"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        require(self.lr > 0, f"lr={self.lr}: must be above 0")
+        require(self.kl_weight >= 0, f"kl_weight={self.kl_weight}: must be at least 0")
+        require(0 <= self.seed < 2**63, f"seed={self.seed}: must be at least 0")
+        require(
+            len(self.block_out_channels) > 0 and min(self.block_out_channels) >= 1,
+            f"block_out_channels={self.block_out_channels}: give channels of at least 1 for one level or more",
+        )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a side of a latent's cell."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of step `step`, counted from 0."""
+        warmup = max(1, self.steps // 20)
+        return self.lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+
+
+def build_network(settings: AutoencoderSettings, channels: int, image_size: int) -> Any:
+    """Return an untrained `AutoencoderKL`, its weights a function of the seed; the global random
+    state is left alone.
+
+    Without attention in the middle, which costs much and brings little at this size.
+    """
+    from diffusers import AutoencoderKL
+
+    levels = len(settings.block_out_channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        network = AutoencoderKL(
+            in_channels=channels,
+            out_channels=channels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(settings.block_out_channels),
+            layers_per_block=settings.layers_per_block,
+            latent_channels=settings.latent_channels,
+            norm_num_groups=math.gcd(*settings.block_out_channels, 8),
+            sample_size=image_size,
+            mid_block_add_attention=False,
+        )
+    with torch.no_grad():
+        network.quant_conv.bias[settings.latent_channels :] = QUIET_LOGVAR
+    return network
+
+
+def autoencoder_loss(network: Any, pixels: Tensor, noise: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
+    """Return the loss and, of it, the squared error alone, both scalars.
+
+    pixels: (B, C, H, W) in [−1, 1]; noise: (B, c, h, w), standard normal, draws from the posterior.
+    """
+    posterior = network.encode(pixels).latent_dist
+    reconstruction = network.decode(posterior.mean + posterior.std * noise).sample
+    error = (reconstruction - pixels).square().mean()
+    divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    return error + kl_weight * divergence, error
+
+
+def fit(network: Any, images: Images, settings: AutoencoderSettings, device: torch.device) -> list[float]:
+    """Train a network on `images`; return the squared error of each step.
+
+    Which image and noise a step sees depends on (seed, position) alone. Raises FloatingPointError
+    where the loss stops being finite.
+    """
+    network.to(device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, betas=(0.9, 0.99))
+    side = images.image_size // settings.downsampling
+    shape = (settings.latent_channels, side, side)
+    stream = TrainingStream(images, settings.seed, shape, posterior=True)
+    errors = []
+    progress = tqdm(
+        total=settings.steps * settings.batch_size, unit="img", unit_scale=True, desc="autoencoder", mininterval=1.0
+    )
+    for step in range(settings.steps):
+        batch = stream[list(range(step * settings.batch_size, (step + 1) * settings.batch_size))]
+        pixels, noise = from_uint8(batch["images"]).to(device), batch["posterior_noise"].to(device)
+        loss, error = autoencoder_loss(network, pixels, noise, settings.kl_weight)
+        if not math.isfinite(loss.item()):
+            progress.close()
+            raise FloatingPointError(f"the loss is not finite at step {step}; nothing was written; lower lr")
+        optimizer.param_groups[0]["lr"] = settings.lr_at(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
+        optimizer.step()
+        errors.append(error.item())
+        progress.update(settings.batch_size)
+        progress.set_postfix(error=f"{np.mean(errors[-50:]):.4f}", refresh=False)
+    progress.close()
+    network.cpu().eval().requires_grad_(False)
+    return errors
+
+
+def normalise(network: Any, images: Images) -> None:
+    """Write shift and scale into the network's config so that latents of `images` have mean 0 and
+    variance 1, taken over all channels together.
+    """
+    chosen = spread(len(images.labels), MAX_IMAGES)
+    total, squares, count = 0.0, 0.0, 0
+    for indices in np.array_split(chosen, math.ceil(len(chosen) / 64)):
+        with torch.no_grad():
+            posterior = network.encode(from_uint8(torch.from_numpy(images.load(indices)))).latent_dist
+        mean, variance = posterior.mean.double(), posterior.var.double()
+        total += mean.sum().item()
+        squares += (mean.square() + variance).sum().item()  # of a draw, averaged over the noise
+        count += mean.numel()
+    shift = total / count
+    network.register_to_config(shift_factor=shift, scaling_factor=1 / math.sqrt(squares / count - shift**2))
+
+
+def psnr(originals: Tensor, reconstructions: Tensor) -> float:
+    """Return the mean over images of the peak signal-to-noise ratio in dB of uint8 images (B, C, H,
+    W).
+    """
+    error = (originals.double() - reconstructions.double()).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
+    return float((10 * torch.log10(255**2 / error)).mean())
+
+
+def reconstruct(autoencoder: KLAutoencoder, images: Tensor) -> Tensor:
+    """Return what decoding gives of the latents of uint8 images (B, C, H, W), drawn with fixed
+    noise.
+    """
+    shape = (len(images), *autoencoder.latent_shape(images.shape[1], images.shape[2]))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return autoencoder.decode(autoencoder.sample(autoencoder.encode(images), noise))
+
+
+def comparison(originals: Tensor, reconstructions: Tensor) -> np.ndarray:
+    """Return a picture (H', W', 3), up to 8 images across: each row of originals above that of
+    their reconstructions.
+
+    Both are uint8 (n, C, H, W); up to 16 of them, chosen at random but always the same, are shown.
+    """
+    columns = min(len(originals), 8)
+    count = min(len(originals) // columns, 2) * columns
+    shown = torch.randperm(len(originals), generator=torch.Generator().manual_seed(0))[:count]
+    rows = [
+        part
+        for pair in zip(originals[shown].split(columns), reconstructions[shown].split(columns), strict=True)
+        for part in pair
+    ]
+    return image_grid(torch.cat(rows), columns)
+
+
+def train_autoencoder(
+    images: Images, held_out: Images, settings: AutoencoderSettings, out: Path, data: dict[str, Any]
+) -> dict[str, Any]:
+    """Train an autoencoder and write it to the folder `out`, whole or not at all; return what
+    training.json holds.
+
+    `out` is a diffusers folder (config.json, diffusion_pytorch_model.safetensors) that
+    `KLAutoencoder` reads, with
+
+        reconstructions.png   held-out originals, each row above their reconstructions training.json
+        settings, `data` (the settings of the data set), PSNR in dB on at most 2,048 held-out
+                              images, encoded with posterior noise as training sees them, seconds,
+                              versions
+
+    Raises UserError for an `out` that exists, images that do not fit, and a data set without
+    held-out images.
+    """
+    require(not out.exists(), f"out={out}: exists already and is not written over; choose another folder")
+    require(not isinstance(images, LatentCache), "data: is a latent cache already; give the images")
+    require(len(held_out.labels) > 0, "data: there are no held-out images to measure on; give data.holdout_every=20")
+    require(
+        images.image_size % settings.downsampling == 0,
+        f"data: images of {images.image_size} px cannot be halved {len(settings.block_out_channels) - 1} times; "
+        "choose another data.image_size, or fewer levels in block_out_channels",
+    )
+    temporary = out.parent / f".tmp-{out.name}"
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed while writing
+    temporary.mkdir(parents=True)  # a place that cannot be written is found out before the training
+    begin = time.monotonic()
+    network = build_network(settings, images.channels, images.image_size)
+    errors = fit(network, images, settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    normalise(network, images)
+    network.save_pretrained(temporary)
+    for path in temporary.glob("*.safetensors"):
+        share(path)
+    autoencoder = KLAutoencoder(str(temporary))  # what is measured is what was written
+    originals = torch.from_numpy(held_out.load(spread(len(held_out.labels), MAX_IMAGES)))
+    reconstructions = reconstruct(autoencoder, originals)
+    write_png(temporary / "reconstructions.png", comparison(originals, reconstructions))
+    report = {
+        "psnr": psnr(originals, reconstructions),
+        "held_out_images": len(originals),
+        "training_images": len(images.labels),
+        "squared_error": {"first": errors[0], "last": float(np.mean(errors[-50:]))},
+        "seconds": round(time.monotonic() - begin, 1),
+        "settings": dataclasses.asdict(settings),
+        "data": data,
+        "versions": {"ddt": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    write_json(temporary / "training.json", report)
+    for path in temporary.iterdir():
+        fsync(path)
+    temporary.rename(out)
+    return report

@@ -1,0 +1,122 @@
+"""Averages of the weights over training: constant decay, and EDM2's power functions.
+
+Source: method.md 3 for the published constant decay; Karras et al., "Analyzing and Improving the
+Training Dynamics of Diffusion Models" (EDM2), section 3 and appendix C, for power functions.
+"""
+
+import copy
+import functools
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddt.distributed.prepare import local, shard, whole
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@functools.cache  # every step asks
+def power_exponent(std: float) -> float:
+    """Return the exponent γ of the power-function average whose profile is `std` wide, relative to
+    the length of training.
+
+    The profile of weights over training time, ∝ t^γ on (0, 1], has the variance (γ + 1) / ((γ +
+    2)²(γ + 3)); the exponent is that polynomial's largest root. std: in (0, 0.289), 0.289 = 1/√12
+    being γ = 0. Source: EDM2, eq. 126.
+    """
+    return float(np.roots([1, 7, 16 - std**-2, 12 - std**-2]).real.max())
+
+
+@dataclass(frozen=True)
+class ConstantDecay:
+    """`average ← decay·average + (1 − decay)·weights`; published 0.9999."""
+
+    decay: float
+
+    def rate(self, step: int) -> float:
+        """Return how far the average moves towards the weights after step `step`, counted from 1."""
+        return 1 - self.decay
+
+
+@dataclass(frozen=True)
+class PowerFunction:
+    """An average whose window grows with training: weights of time t count ∝ t^γ (EDM2, eq. 121 to
+    123).
+    """
+
+    std: float
+
+    def rate(self, step: int) -> float:
+        """Return how far the average moves towards the weights after step `step`, counted from 1;
+        at first all the way.
+        """
+        return 1 - (1 - 1 / step) ** (power_exponent(self.std) + 1)
+
+
+def average_rules(
+    decay: float, decays: tuple[float, ...], powers: tuple[float, ...]
+) -> dict[str, ConstantDecay | PowerFunction]:
+    """Return the averages of a run by the name that their weights have in a checkpoint; "ema" is
+    the first.
+    """
+    return {
+        "ema": ConstantDecay(decay),
+        **{f"ema_{value:g}": ConstantDecay(value) for value in decays},
+        **{f"power_{value:g}": PowerFunction(value) for value in powers},
+    }
+
+
+class EMA(Generic[Network]):
+    """A float32 copy of a network that follows it.
+
+    Args:
+        model: the network, of the same weights on all processes.
+        rule: how far it moves at each step.
+
+    `model` is the averaged network, without gradients; of a sharded one each process holds a part,
+    and `network` gathers it. The update runs on the stream of the training step, so the next step
+    waits for it.
+    """
+
+    def __init__(self, model: Network, rule: ConstantDecay | PowerFunction) -> None:
+        self.rule = rule
+        self.model: Network = copy.deepcopy(model).float().requires_grad_(False).eval()
+        self.outline: Network | None = None  # the network without weights, where `model` is sharded
+
+    def place(self, device: torch.device, sharded: bool) -> None:
+        """Move the average to where it is updated, or keep this process's part of it alone."""
+        if sharded:
+            self.outline = copy.deepcopy(self.model).to("meta")
+            shard(self.model)
+        else:
+            self.model.to(device)
+
+    def network(self) -> Network:
+        """Return the averaged network, whole. Of a sharded one every process gets a copy; all call
+        it together.
+        """
+        return self.model if self.outline is None else whole(self.model, self.outline)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int, skipped: Tensor | float = 0.0) -> None:
+        """Move the average towards the weights of `model` after step `step`, counted from 1.
+
+        skipped: 1 where the step was left out and the average stays as it is, a scalar on the
+        device that nobody waits for.
+        """
+        rate = torch.as_tensor(self.rule.rate(step) * (1 - skipped), dtype=torch.float32)
+        for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
+            local(average).lerp_(local(weight).float(), rate.to(weight.device))
+
+    @torch.no_grad()
+    def distance(self, model: nn.Module) -> Tensor:
+        """Return this process's part of (‖average − weights‖², ‖weights‖²), two float32 numbers on
+        the device.
+        """
+        averages = [local(parameter) for parameter in self.model.parameters()]
+        weights = [local(parameter) for parameter in model.parameters()]
+        apart = torch._foreach_norm(torch._foreach_sub(averages, weights))
+        return torch.stack([torch.stack(norms).square().sum() for norms in (apart, torch._foreach_norm(weights))])

@@ -1,0 +1,165 @@
+"""Evaluation while a model trains: a few thousand samples of the averaged weights, measured as
+evaluate.py does.
+
+Shapes: n images, B batch, H W C pixels.
+"""
+
+import dataclasses
+import itertools
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from ddt.autoencoder import Autoencoder
+from ddt.files import write_json
+from ddt.generation.generator import Generator
+from ddt.generation.image_set import ImageSet, image_set
+from ddt.metrics.comparability import labels
+from ddt.metrics.features import Extractor, extract
+from ddt.metrics.reference import Reference, check_reference
+from ddt.metrics.scores import Prepared, prepare, score
+from ddt.model import Denoiser
+from ddt.receipts import without_paths
+from ddt.sampling.settings import SamplerSettings
+from ddt.training.settings import metric_suffix
+
+log = logging.getLogger(__name__)
+
+
+class GeneratedImages:
+    """Images that are drawn as they are read; see `metrics.sources.ImageBatches`.
+
+    Args:
+        generator: draws them. images: classes and seeds. batch_size: images drawn at once.
+
+    `finite` tells whether all that this process has drawn were finite numbers.
+    """
+
+    on_disk = False  # drawing them is the network's work, as measuring them is
+    name = "the model's samples"
+
+    def __init__(self, generator: Generator, images: ImageSet, batch_size: int) -> None:
+        self.generator, self.images, self.batch_size = generator, images, batch_size
+        self.finite = torch.ones((), dtype=torch.bool, device=generator.device)
+
+    def __len__(self) -> int:
+        return len(self.images.seeds)
+
+    def draw(self, start: int, stop: int) -> np.ndarray:
+        """Return some of the images, uint8 (B, H, W, C)."""
+        latents, _ = self.generator.latents(self.images.classes[start:stop], self.images.seeds[start:stop])
+        self.finite &= latents.isfinite().all()
+        return self.generator.pixels(latents, None, None)
+
+    def batches(self, batch_size: int, rank: int = 0, num_processes: int = 1) -> Iterator[np.ndarray]:
+        """Yield the batches of a process, uint8 (B, H, W, C)."""
+        for start in range(rank * batch_size, len(self), batch_size * num_processes):
+            stop = min(start + batch_size, len(self))
+            cuts = [*range(start, stop, self.batch_size), stop]
+            yield np.concatenate([self.draw(a, b) for a, b in itertools.pairwise(cuts)])
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineEvaluation:
+    """What is measured while a model trains. Made on each process; all call it together.
+
+    num_samples: images of each evaluation, always the same classes and noise: classes in turns,
+    seeds of `num_samples=` of sample.py. batch_size: images drawn at once. dtype: arithmetic of the
+    network.
+    """
+
+    extractor: Extractor
+    prepared: Prepared
+    autoencoder: Autoencoder
+    shape: tuple[int, int, int]
+    sampler: SamplerSettings
+    num_samples: int
+    batch_size: int
+    dtype: str
+    accelerator: Accelerator
+
+    def __call__(self, model: Denoiser, step: int) -> dict[str, float]:
+        """Return the metrics of a network's samples, named after their number as in `fid_5k`, on
+        the main process, and nothing on the others. No random state is touched.
+        """
+        generator = Generator(
+            model, self.autoencoder, self.shape, self.sampler, self.sampler.schedule(),
+            "bf16" if self.dtype == "bf16" else "fp32", self.accelerator.device,
+        )  # fmt: skip
+        images = image_set(model.num_classes, self.num_samples)
+        source = GeneratedImages(generator, images, self.batch_size)
+        share = -(-self.num_samples // self.accelerator.num_processes)  # small sets are drawn by all processes too
+        with generator.exact():
+            features = extract(
+                source, self.extractor, self.accelerator, f"step {step}: samples", min(self.extractor.batch_size, share)
+            )
+        broken = self.accelerator.reduce((~source.finite).float(), reduction="sum").item() > 0
+        if broken and self.accelerator.is_main_process:
+            log.warning("warning: step %d: samples are not finite numbers, so there is nothing to measure", step)
+        if broken:
+            return {f"not_finite{metric_suffix(self.num_samples)}": 1.0}
+        if features is None:
+            return {}
+        scores = score(features, np.array(images.classes), self.prepared, self.extractor, "float16")
+        found = {
+            name: value
+            for name, value in scores.metrics.items()
+            if value is not None and not name.endswith(("_real", "_shuffled"))
+        }
+        names = labels(found, self.num_samples, self.prepared.reference, self.extractor, "float16")
+        shown = (f"{names[name]} {value:.4g}" for name, value in found.items())
+        log.info("step %d: %s", step, ", ".join(shown))
+        return {f"{name}{metric_suffix(self.num_samples)}": value for name, value in found.items()}
+
+    def receipt(self) -> dict[str, Any]:
+        """Return what the numbers of a run are of."""
+        return {
+            "reference": self.prepared.reference.identity(),
+            "features": self.extractor.identity(),
+            "sampler": dataclasses.asdict(self.sampler),
+            "num_samples": self.num_samples,
+            "dtype": self.dtype,
+        }
+
+    def keep_receipt(self, path: Path) -> None:
+        """Write the receipt beside the numbers, and warn where those of an earlier call were of
+        something else.
+        """
+        now = json.loads(json.dumps(without_paths(self.receipt())))
+        before = json.loads(path.read_text()) if path.is_file() else now
+        if before != now:
+            changed = [key for key in now if before.get(key) != now[key]]
+            log.warning(
+                "warning: %s: the evaluation changed in %s: its numbers do not compare with those logged before",
+                path.parent, ", ".join(changed),
+            )  # fmt: skip
+        write_json(path, now)
+
+
+def online_evaluation(
+    reference: Reference,
+    extractor: Extractor,
+    autoencoder: Autoencoder,
+    shape: tuple[int, int, int],
+    sampler: SamplerSettings,
+    num_samples: int,
+    batch_size: int,
+    dtype: str,
+    accelerator: Accelerator,
+) -> OnlineEvaluation:
+    """Measure the reference on all processes and return the evaluation. shape: (C, H, W) of a
+    latent.
+
+    Raises UserError where the extractor does not suit the reference.
+    """
+    check_reference(reference, extractor)
+    prepared = prepare(reference, extractor, accelerator)
+    return OnlineEvaluation(
+        extractor, prepared, autoencoder, shape, sampler, num_samples, batch_size, dtype, accelerator
+    )

@@ -1,0 +1,127 @@
+"""How fast a run is, and what share of the device's arithmetic that is.
+
+Counts are analytic (`ddt.model.cost`): a training step costs three forwards of the network, and one
+of the frozen target. What activation checkpointing computes again, the autoencoder and everything
+element by element are not counted.
+"""
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddt.model.cost import network_macs, num_tokens, weight_macs
+from ddt.objective import FlowMatching
+from ddt.objective.alignment import Target
+
+# Dense bf16 matrix products in FLOP/s, from the makers' data sheets; of float32 training no share
+# is told
+PEAKS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "B200": 2250e12,
+}  # fmt: skip
+
+
+TIMINGS = (
+    "images_per_second", "data_wait", "tflops_per_process", "mfu", "mfu_with_target", "gpu_memory_gib",
+)  # fmt: skip
+
+
+def peak_of(device_name: str) -> float | None:
+    """Return a GPU's dense bf16 FLOP/s, or None where it is not known here."""
+    return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
+
+
+def training_flops(objective: FlowMatching, shape: tuple[int, int, int]) -> int:
+    """Return the FLOPs of an image in training, forward and backward, for latents of `shape` (C, H,
+    W).
+    """
+    size = objective.denoiser, shape[1], shape[2]
+    macs = network_macs(*size).total
+    if objective.alignment is not None:
+        macs += num_tokens(*size) * weight_macs([objective.alignment])
+    return 6 * macs  # two operations a MAC; the backward pass is twice the forward
+
+
+@torch.no_grad()
+def counted_flops(function: Callable[..., Any], *inputs: torch.Tensor) -> int:
+    """Return the FLOPs of a call, as torch counts them while it runs uncompiled."""
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    return counter.get_total_flops()
+
+
+def target_flops(target: Target | None, image_size: int) -> int:
+    """Return the FLOPs of an image in the alignment's target, forward alone, counted while it sees
+    one.
+    """
+    if target is None:
+        return 0
+    image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=target.mean.device)
+    return counted_flops(target, image)
+
+
+class Clock:
+    """Tells images per second, the share of time spent waiting for data, and of the device's
+    arithmetic used.
+
+    images_per_step: of all processes. flops, target_flops: of an image. dtype: the run's mixed
+    precision.
+    """
+
+    def __init__(
+        self, device: torch.device, num_processes: int, images_per_step: int, flops: int, target_flops: int, dtype: str
+    ) -> None:
+        self.device, self.num_processes, self.images = device, num_processes, images_per_step
+        self.flops, self.target_flops = flops, target_flops
+        self.peak = peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" and dtype == "bf16" else None
+        self.longest_pause = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Begin a new interval."""
+        self.began, self.waited, self.paused, self.steps = time.perf_counter(), 0.0, 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as spent waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave out the time inside: the rate is that of training alone. `longest_pause` is in
+        seconds.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the step before is training
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self.paused += seconds
+        self.longest_pause = max(self.longest_pause, seconds)
+
+    def row(self, aligned: bool) -> dict[str, float]:
+        """Return what a log row says of the interval, once the device has finished it. aligned: the
+        target was used.
+        """
+        seconds = time.perf_counter() - self.began - self.paused
+        rate = self.steps * self.images / seconds
+        each = rate / self.num_processes
+        found = {
+            "images_per_second": rate,
+            "data_wait": self.waited / seconds,
+            "tflops_per_process": each * self.flops / 1e12,
+        }
+        if self.peak is not None:
+            found["mfu"] = each * self.flops / self.peak
+            if self.target_flops and aligned:
+                found["mfu_with_target"] = each * (self.flops + self.target_flops) / self.peak
+        if self.device.type == "cuda":
+            found["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return found

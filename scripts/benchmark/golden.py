@@ -1,0 +1,74 @@
+"""The golden numbers of the release (tests/golden), as the tests and scripts/benchmark/gpu_check.py
+read them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import ddt
+
+GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
+NETWORKS = {"tiny": ("tiny.weights.safetensors", 3, 2), "patch1": ("patch1.lightning.ckpt", 1, 1)}
+CASES = (("tiny", 0), ("tiny", 1), ("patch1", 0))  # of inputs and outputs, by network
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
+BF16_ERROR = 0.025  # of the velocity under autocast, relative
+CLOSE = {
+    "adam3": 1e-4,
+    "adam4": 1e-4,
+}  # the release rounds their coefficients (tests/sampling/test_solvers.py); others 1e-5
+
+
+def network(name: str) -> ddt.DDT:
+    """Return one of `NETWORKS`."""
+    file, encoder_depth, patch_size = NETWORKS[name]
+    model = ddt.load_released(GOLDEN / file, encoder_depth, patch_size)
+    assert isinstance(model, ddt.DDT)
+    return model
+
+
+def case(name: str, number: int) -> dict[str, Tensor]:
+    """Return inputs and outputs of a network: x, t, y, z, v, x_shared, v_shared, target, loss,
+    gradnorm.WEIGHT.
+    """
+    stored = load_file(GOLDEN / f"{name}.io.safetensors")
+    return {key[2:]: value for key, value in stored.items() if key.startswith(f"{number}.")}
+
+
+def trajectories() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the settings of the sampling runs by name, and their tensors: noise, cond and the
+    latents by name.
+    """
+    return (
+        json.loads((GOLDEN / "golden.json").read_text())["samplers"],
+        load_file(GOLDEN / "samplers.safetensors"),
+    )
+
+
+def sampler_settings(name: str, case: dict[str, Any], samplers: dict[str, Tensor]) -> dict[str, Any]:
+    """Translate a run's settings; where the release names no interval, its own default is (0, 1)."""
+    every = case.get("state_refresh_rate")
+    settings: dict[str, Any] = {
+        "num_steps": case["num_steps"],
+        "cfg_scale": case["guidance"],
+        "cfg_interval": (case.get("guidance_interval_min", 0.0), case.get("guidance_interval_max", 1.0)),
+        "last_step": case.get("last_step"),
+        "timeshift": case.get("timeshift", 1.0),
+        "recompute": ddt.uniform_schedule(case["num_steps"], every) if every else None,
+    }
+    if case.get("order", 1) > 1:
+        settings["solver"] = f"adams{case['order']}"
+    if name.startswith("sde"):  # sde_mean takes the mean at every step but the last: draws of zero
+        settings["solver"] = "sde_preserve" if name == "sde_preserve" else "sde"
+        settings["step_noise"] = samplers.get(f"{name}.draws", torch.zeros(11, *samplers["noise"].shape))
+        settings["sde_last"] = "mean" if "last_step_fn" in case else "euler"
+    if "recompute_timesteps" in case:  # found by the release from the template batch
+        similarity = samplers["dp_similarity"]
+        settings["recompute"] = ddt.optimal_schedule(similarity, len(case["recompute_timesteps"]))
+        assert settings["recompute"] == case["recompute_timesteps"]
+    return settings

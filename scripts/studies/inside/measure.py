@@ -1,0 +1,293 @@
+"""A look inside sampling and loss: what z is like over time, what the network predicts on the way,
+where it errs.
+
+Shapes: T steps, K of them shown, B images, C H W latent, N = h·w tokens, D width.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from ddt.autoencoder import Autoencoder
+from ddt.config import build
+from ddt.data.images import Images, spread
+from ddt.data.latent_cache import LatentCache
+from ddt.data.stream import validation_batch
+from ddt.draws import golden_sequence
+from ddt.errors import UserError, first_line, require
+from ddt.flow import clean
+from ddt.generation.generator import Generator
+from ddt.generation.image_set import ImageSet
+from ddt.model import DDT
+from ddt.objective import FlowMatching
+from ddt.sampling.fitting import fit_schedule, resolve_schedule
+from ddt.sampling.schedules import parse_schedule, uniform_schedule
+from ddt.training.monitoring import T_BINS, to_latents
+
+COLOURS = 3  # principal components in a picture
+USUAL_SHARE = 5  # steps to a run of the encoder in a schedule to look at: the paper's ratio 0.80
+
+
+# --- sampling, watched
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """What sampling passed through, float32 on the CPU.
+
+    times: T floats. x_t, v: (T, B, C, H, W), at the beginning of each step, v guided. latents: (B,
+    C, H, W), the end.
+    """
+
+    times: list[float]
+    x_t: Tensor
+    v: Tensor
+    latents: Tensor
+
+
+def walk(generator: Generator, images: ImageSet) -> Trajectory:
+    """Draw images as `sample.py` does, all in one batch, and keep the way there; raise UserError
+    where they are not finite.
+    """
+    times: list[float] = []
+    x: list[Tensor] = []
+    velocities: list[Tensor] = []
+
+    def keep(step: int, t: float | Tensor, x_t: Tensor, v: Tensor) -> None:
+        if len(x) == step:  # the first call of this step
+            assert not isinstance(t, Tensor), "the solver walks a grid"
+            times.append(t)
+            x.append(x_t.cpu())
+            velocities.append(v.cpu())
+            progress.update()
+
+    with (
+        tqdm(total=generator.settings.num_steps, unit="step", desc="sampling", mininterval=1.0) as progress,
+        generator.exact(),
+    ):
+        latents, _ = dataclasses.replace(generator, observe=keep).latents(images.classes, images.seeds)
+    require(bool(latents.isfinite().all()), "samples are not finite: try dtype=fp32 or a smaller cfg_scale")
+    return Trajectory(times, torch.stack(x), torch.stack(velocities), latents.cpu())
+
+
+def shown_steps(num_steps: int, columns: int) -> list[int]:
+    """Return up to `columns` steps, evenly spread from the first to the last."""
+    return sorted({round(step) for step in np.linspace(0, num_steps - 1, columns)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """Pictures on the way, uint8. predicted: of the clean image, (K, B, H, W, C). noisy: x_t, the
+    same shape. samples: (B, H, W, C), what `sample.py` draws.
+    """
+
+    predicted: np.ndarray
+    noisy: np.ndarray
+    samples: np.ndarray
+
+
+def film(generator: Generator, path: Trajectory, steps: list[int]) -> Film:
+    """Decode what lies on the way at K steps, and its end."""
+
+    def pixels(latents: Tensor) -> np.ndarray:
+        with generator.exact():
+            return generator.pixels(latents.to(generator.device), None, None)
+
+    return Film(
+        np.stack([pixels(clean(path.v[step], path.x_t[step], path.times[step])) for step in steps]),
+        np.stack([pixels(path.x_t[step]) for step in steps]),
+        pixels(path.latents),
+    )
+
+
+def distances(path: Trajectory) -> list[float]:
+    """Return, for each of the T steps, how far the prediction of the clean latent is from the
+    sample: rms over images and the latent's numbers.
+    """
+    steps = zip(path.v, path.x_t, path.times, strict=True)
+    return [(clean(v, x_t, t) - path.latents).square().mean().sqrt().item() for v, x_t, t in steps]
+
+
+# --- z
+
+
+def principal_components(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean (D,), the first three principal components (3, D) and the variances (D,) along
+    all of them, the largest first, of vectors that come in batches (n, D); float64.
+
+    Signs are fixed: the entry of largest size in each component is positive.
+    """
+    count, total, outer = 0, torch.zeros(()), torch.zeros(())
+    for batch in batches:
+        vectors = batch.double()
+        count, total, outer = count + len(vectors), total + vectors.sum(0), outer + vectors.T @ vectors
+    mean = total / count
+    variances, vectors = torch.linalg.eigh(outer / count - mean[:, None] * mean)  # the smallest first
+    components = vectors.T.flip(0)[:COLOURS]
+    largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+    return mean, components * largest.sign(), variances.flip(0).clamp(min=0)
+
+
+@torch.no_grad()
+def z_colours(generator: Generator, path: Trajectory, y: list[int], steps: list[int]) -> tuple[np.ndarray, list[float]]:
+    """Return z at K steps as RGB pictures (K, B, h, w, 3) in [0, 1], and the share of all variance
+    that each of the three colours shows.
+
+    z is what the encoder makes of x_t, t and class y (B,), whether sampling shared z or not.
+    Colours are its principal components over all T steps, images and tokens; two standard
+    deviations either way span a colour.
+    """
+    model, device = generator.model, generator.device
+    assert isinstance(model, DDT), "only a DDT has z"
+    labels = torch.tensor(y, device=device)
+
+    def encode(step: int) -> Tensor:
+        t = torch.full((len(y),), path.times[step], device=device)
+        with generator.autocast():
+            return model.encode(path.x_t[step].to(device), t, labels).float()  # (B, N, D)
+
+    count = len(path.times)
+    with tqdm(range(count), unit="step", desc="components of z", mininterval=1.0) as progress:
+        mean, components, variances = principal_components(encode(step).flatten(0, 1) for step in progress)
+    projected = torch.stack([(encode(step).double() - mean) @ components.T for step in steps])  # (K, B, N, 3)
+    height, width = (size // model.encoder.patch_size for size in path.x_t.shape[-2:])
+    spread = variances[:COLOURS].sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    colours = (0.5 + projected / (4 * spread)).clamp(0, 1).unflatten(2, (height, width))
+    return colours.cpu().numpy(), (variances[:COLOURS] / variances.sum()).tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Similarity:
+    """How alike z is at two steps, and schedules over it.
+
+    values: (T, T), `fitting.z_similarity`. schedules: the steps at which the encoder runs, by name.
+    chosen: those of the sampler, None where it shares nothing. warnings: in words, of a schedule
+    that is used.
+    """
+
+    values: np.ndarray
+    schedules: dict[str, list[int]]
+    chosen: list[int] | None
+    warnings: list[str]
+
+    def kept(self, name: str) -> float:
+        """Return the mean similarity, over all steps, of z with the z that a schedule uses in its
+        place.
+        """
+        steps = self.schedules[name]
+        ends = [*steps[1:], len(self.values)]
+        return float(np.mean([self.values[a, s] for a, b in zip(steps, ends, strict=True) for s in range(a, b)]))
+
+
+def similarity(generator: Generator, ema_sha256: str) -> Similarity:
+    """Compare z at all steps of the templates' sampling at full cost, and lay schedules over it:
+    the sampler's own, the uniform one and the fitted one of as many runs of the encoder. Where
+    nothing is shared, these have a fifth of the steps.
+    """
+    model, shape, settings, device = generator.model, generator.shape, generator.settings, generator.device
+    steps, written = settings.num_steps, settings.recompute
+    fitted = isinstance(written, str) and parse_schedule(written, steps)[0] == "dp"
+    chosen: list[int] | None = None
+    warnings: list[str] = []
+    if fitted:
+        budget = parse_schedule(str(written), steps)[1]
+    else:
+        chosen, warnings = resolve_schedule(model, shape, settings, device, ema_sha256)
+        budget = math.ceil(steps / USUAL_SHARE) if chosen is None else len(chosen)
+    with generator.autocast():
+        content = fit_schedule(model, shape, settings, budget, device)  # of sampling that shares nothing
+    if fitted:
+        chosen = content["recompute_steps"]
+    every = math.ceil(steps / budget)
+    schedules = {f"uniform:{every}": uniform_schedule(steps, every), f"dp:{budget}": content["recompute_steps"]}
+    if chosen is not None and chosen not in schedules.values():
+        schedules["as given"] = chosen
+    return Similarity(np.array(content["similarity"]), schedules, chosen, warnings)
+
+
+# --- the loss
+
+
+def held_out(stored: dict[str, Any], root: str, autoencoder: Autoencoder) -> Images:
+    """Return the held-out images of a checkpoint's run, from `root` or, where that is "checkpoint",
+    from where they lay.
+
+    Raises UserError where the checkpoint names no data, where they are not there, are others than
+    in training or latents of another autoencoder, or none was held out.
+    """
+    run = stored.get("run")
+    if run is None:
+        raise UserError("the checkpoint was not trained here and names no data")
+    node = {key: value for key, value in run["data"].items() if key != "fingerprint"}
+    if root != "checkpoint":
+        require("root" in node, f"data.root={root}: this run's data have no folder; leave it out")
+        node["root"] = root
+    try:
+        train, test = (build(node)(split=split) for split in ("train", "test"))
+    except (ImportError, TypeError) as error:
+        raise UserError(f"the run's data are of an earlier version of the code ({first_line(error)})") from error
+    require(
+        train.fingerprint == run["data"]["fingerprint"],
+        f"data.root={node.get('root')}: holds other images than the run was trained on; give data.root=FOLDER",
+    )
+    if isinstance(test, LatentCache):
+        test.check_autoencoder(autoencoder)
+    require(len(test.labels) > 0, "the run held no images out (data.holdout_every=0)")
+    return test
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """Flow-matching losses by time. edges: of the bins of t, ten and one. errors: (n, 10), of each
+    image in each bin.
+    """
+
+    edges: list[float]
+    errors: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        """The loss in each bin, (10,)."""
+        return self.errors.mean(axis=0)
+
+    @property
+    def standard_error(self) -> np.ndarray:
+        """The standard error of the loss over images, (10,); 0 of a single image."""
+        count = len(self.errors)
+        return self.errors.std(axis=0, ddof=1) / math.sqrt(count) if count > 1 else np.zeros(self.errors.shape[1])
+
+
+@torch.no_grad()
+def loss_by_t(generator: Generator, images: Images, accelerator: Accelerator, count: int, batch_size: int) -> Losses:
+    """Return the flow-matching loss of up to `count` images, evenly spread over all, in ten bins of
+    t.
+
+    Training's own loss (`objective.FlowMatching`), labels kept, at fixed draws: the noise of an
+    image is that of the validation loss and the same in all bins; its time within them follows a
+    golden-ratio sequence over the images.
+    """
+    objective = FlowMatching(generator.model, time_distribution="uniform", label_dropout=0.0)
+    chosen = spread(len(images.labels), count)
+    count = len(chosen)
+    within = golden_sequence(np.arange(count))
+    errors = np.empty((count, T_BINS))
+    with tqdm(total=count, unit="img", desc="loss by t", mininterval=1.0) as progress:
+        for start in range(0, count, batch_size):
+            rows = slice(start, start + batch_size)
+            batch = to_latents(
+                validation_batch(images, generator.shape, chosen[rows]), generator.autoencoder, accelerator
+            )
+            for k in range(T_BINS):
+                t = torch.from_numpy((k + within[rows]) / T_BINS)
+                batch["time_normal"] = torch.special.ndtri(t).float().to(accelerator.device)
+                with generator.autocast():
+                    errors[rows, k] = objective(**batch)["errors"].cpu().numpy()
+            progress.update(len(chosen[rows]))
+    return Losses([k / T_BINS for k in range(T_BINS + 1)], errors)

@@ -1,0 +1,97 @@
+"""Pictures of what scripts/studies/inside/__main__.py finds inside a model."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from scripts.studies.inside.measure import Film, Losses, Similarity
+from scripts.studies.sharing.report import draw_similarity
+
+CELL = 0.85  # inches a side of a small picture
+
+
+def draw_similarities(found: Similarity, path: Path) -> None:
+    """Write a panel for each schedule: the similarity of z between all steps, the segments that
+    share one, and at their corners the steps at which the encoder runs.
+    """
+    figure, panels = plt.subplots(ncols=len(found.schedules), figsize=(4.6 * len(found.schedules), 4.4), squeeze=False,
+                                  layout="constrained")  # fmt: skip
+    for axes, (name, steps) in zip(panels[0], found.schedules.items(), strict=True):
+        image = draw_similarity(axes, found.values, steps)
+        axes.plot(np.array(steps) + 0.5, np.array(steps) + 0.5, ".", color="red", markersize=4)
+        chosen = " (chosen)" if steps == found.chosen else ""
+        axes.set_title(f"{name}{chosen}: mean similarity of z to the z in use {found.kept(name):.4f}", fontsize="small")
+    figure.colorbar(image, ax=panels, label="cosine similarity of z")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def draw_grid(pictures: np.ndarray, titles: list[str], names: list[str], title: str, path: Path) -> None:
+    """Write small pictures (rows, columns, H, W, 1 or 3), uint8 or colours in [0, 1], under a title
+    a column and beside a name a row.
+    """
+    rows, columns = pictures.shape[:2]
+    figure, panels = plt.subplots(rows, columns, figsize=(CELL * columns + 0.8, CELL * rows + 0.7), squeeze=False,
+                                  layout="constrained")  # fmt: skip
+    for row, name in enumerate(names):
+        for column, heading in enumerate(titles):
+            axes, picture = panels[row, column], pictures[row, column]
+            axes.imshow(picture if picture.shape[-1] == 3 else picture[..., 0], cmap="gray", interpolation="nearest",
+                        vmin=0, vmax=255)  # fmt: skip
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if row == 0:
+                axes.set_title(heading, fontsize="small")
+        panels[row, 0].set_ylabel(name, fontsize="small")
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def at(times: list[float]) -> list[str]:
+    """Return the titles of columns that show some times."""
+    return [f"t = {t:.2f}" for t in times]
+
+
+def draw_components(colours: np.ndarray, times: list[float], names: list[str], shares: list[float], path: Path) -> None:
+    """Write z at K times as pictures, from colours (K, B, h, w, 3): an image a row, a time a
+    column.
+    """
+    words = ", ".join(f"{share:.0%}" for share in shares)
+    title = f"z: first three principal components as red, green, blue ({words} of the variance)"
+    draw_grid(colours.swapaxes(0, 1), at(times), names, title, path)
+
+
+def draw_film(film: Film, times: list[float], names: list[str], path: Path) -> None:
+    """Write two rows an image: the clean image as it is predicted at each time, x_t, and at the end
+    of both the sample.
+    """
+    ends = film.samples[:, None]  # (B, 1, H, W, C)
+    strips = [np.concatenate([part.swapaxes(0, 1), ends], axis=1) for part in (film.predicted, film.noisy)]
+    pictures = np.stack(strips, axis=1).reshape(-1, *strips[0].shape[1:])  # image by image, prediction above x_t
+    words = [name for each in names for name in (f"{each}\npredicted", "x_t")]
+    draw_grid(pictures, [*at(times), "sample"], words, "the clean image as predicted on the way, and x_t", path)
+
+
+def draw_losses(found: Losses, path: Path) -> None:
+    """Write the loss in each bin of t, with its standard error over images."""
+    edges = np.array(found.edges)
+    figure, axes = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
+    axes.errorbar((edges[1:] + edges[:-1]) / 2, found.mean, found.standard_error, np.diff(edges) / 2, fmt="o",
+                  markersize=4, capsize=3)  # fmt: skip
+    axes.set(xlabel="t (0 is noise, 1 is data)", ylabel="flow-matching loss", xlim=(0, 1), ylim=(0, None),
+             title=f"{len(found.errors)} held-out images, EMA weights")  # fmt: skip
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def numbers(values: Any) -> list[Any]:
+    """Return an array as nested lists of numbers of five digits."""
+    array = np.asarray(values)
+    return [numbers(row) for row in array] if array.ndim > 1 else [float(f"{value:.5g}") for value in array]

@@ -1,0 +1,46 @@
+"""What the scripts about sharing need of a checkpoint: its sampler without sharing, its place, its
+precision.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddt.checkpoint import folder as ckpt
+from ddt.errors import require
+from ddt.generation.generator import Dtype, usual_dtype
+from ddt.generation.load import sampler_of
+from ddt.sampling.settings import SamplerSettings
+
+
+def find_shareable(path: str) -> tuple[Path, dict[str, Any]]:
+    """Return the folder and the config of a checkpoint whose network has an encoder; no weights are
+    read.
+    """
+    folder = ckpt.find_checkpoint(path)
+    stored = ckpt.read_config(folder)
+    name = str(stored["network"].get("_target_")).rpartition(".")[2]
+    require(name == "DDT", f"ckpt={path}: {name} has no encoder to share; choose a DDT")
+    return folder, stored
+
+
+def unshared_sampler(config: dict[str, Any], stored: dict[str, Any]) -> SamplerSettings:
+    """Return the sampler that the command line and the checkpoint describe, as sample.py does,
+    without sharing.
+    """
+    alone = {"recompute": None, "forecast_order": 0}
+    settings = sampler_of({**config, **alone}, stored)
+    require(
+        settings.solver != "adaptive",
+        "sampler=adaptive: chooses its own steps, so there is no schedule for it; choose another sampler",
+    )
+    return settings
+
+
+def place(dtype: Dtype | None) -> tuple[torch.device, Dtype]:
+    """Return the device to run on, the GPU where there is one, and the precision that is used
+    there.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, dtype or usual_dtype(device)

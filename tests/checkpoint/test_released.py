@@ -1,0 +1,196 @@
+"""Published checkpoints are read strictly."""
+
+import warnings
+
+import pytest
+import torch
+from conftest import GOLDEN, run
+from safetensors.torch import load_file, save_file
+
+import ddt
+from ddt.checkpoint.published import (
+    architecture,
+    check_releasable,
+    find_released,
+    read_parts,
+    their_name,
+    write_released,
+)
+from ddt.errors import UserError
+from ddt.sampling.settings import SamplerSettings
+
+LIGHTNING = GOLDEN / "patch1.lightning.ckpt"
+
+
+def changed(tmp_path, change, source="tiny.weights.safetensors"):
+    state = load_file(GOLDEN / source)
+    change(state)
+    save_file(state, tmp_path / "changed.safetensors")
+    return tmp_path / "changed.safetensors"
+
+
+def test_ema_weights_are_taken_from_a_lightning_file():
+    state = torch.load(LIGHTNING, weights_only=True)["state_dict"]
+    model = ddt.load_released(LIGHTNING, encoder_depth=1, patch_size=1)
+    weight = model.decoder.blocks[1].mixer.qkv.weight
+    assert torch.equal(weight, state["ema_denoiser.blocks.2.attn.qkv.weight"])
+    assert not torch.equal(weight, state["denoiser.blocks.2.attn.qkv.weight"])
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_architecture_is_read_from_the_shapes():
+    model = ddt.load_released(GOLDEN / "tiny.weights.safetensors", encoder_depth=3)
+    assert (model.in_channels, model.num_classes) == (4, 10)
+    assert (len(model.encoder.blocks), len(model.decoder.blocks)) == (3, 2)
+    assert model.encoder.blocks[0].mixer.num_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update(extra=torch.zeros(1)), "unknown key extra"),
+        (lambda s: s.update({"blocks.0.attn.rope": torch.zeros(1)}), r"unknown key blocks\.0\.attn\.rope"),
+        (lambda s: s.pop("blocks.1.norm1.weight"), r"encoder\.blocks\.1\.norm1\.weight are missing"),
+        (lambda s: s.pop("final_layer.linear.weight"), r"key final_layer\.linear\.weight is missing"),
+        (
+            lambda s: s.pop("y_embedder.embedding_table.weight"),
+            r"key y_embedder\.embedding_table\.weight is missing",
+        ),
+        (
+            lambda s: s.update({"blocks.0.norm1.weight": torch.ones(65)}),
+            r"blocks\.0\.norm1\.weight has shape \(65,\)",
+        ),
+        (
+            lambda s: [s.pop(k) for k in list(s) if k.startswith("blocks.2.")],
+            "4 blocks, numbered up to 4: some are missing",
+        ),
+        (lambda s: s.update({"blocks.0.norm1.weight": torch.full((64,), torch.nan)}), "no finite numbers"),
+        (lambda s: s.update({"blocks.99999999999.x": torch.zeros(1)}), "some are missing"),
+    ],
+)
+def test_every_key_is_used_or_refused_by_name(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        ddt.load_released(changed(tmp_path, change), encoder_depth=3)
+
+
+def test_an_unknown_prefix_is_refused(tmp_path):
+    state = torch.load(LIGHTNING, weights_only=True)
+    state["state_dict"]["vae.weight"] = torch.zeros(1)
+    torch.save(state, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=r"unknown key \['vae\.weight'\]"):
+        ddt.load_released(tmp_path / "x.ckpt", encoder_depth=1, patch_size=1)
+
+
+@pytest.mark.parametrize("depth", [0, 5, -1])
+def test_encoder_depth_out_of_range(depth):
+    with pytest.raises(UserError, match=rf"encoder_depth={depth}: .* choose 1\.\.4"):
+        ddt.load_released(GOLDEN / "tiny.weights.safetensors", encoder_depth=depth)
+
+
+def test_patch_size_must_divide_the_output():
+    with pytest.raises(UserError, match="patch_size=3: its square does not divide the 16 output rows"):
+        ddt.load_released(GOLDEN / "tiny.weights.safetensors", encoder_depth=3, patch_size=3)
+
+
+def test_baseline_and_ddt_are_told_apart():
+    with pytest.raises(UserError, match="undivided baseline: give encoder_depth=null"):
+        ddt.load_released(GOLDEN / "baseline.weights.safetensors", encoder_depth=3)
+    with pytest.raises(UserError, match="give encoder_depth"):
+        ddt.load_released(GOLDEN / "tiny.weights.safetensors", encoder_depth=None)
+
+
+def test_an_unusual_encoder_depth_is_warned_of():
+    with torch.device("meta"):
+        model = ddt.DDT(4, 2, 768, 12, 12, 8, 1000)
+    release = {"s_embedder.proj.weight": torch.empty(0)}
+    release |= {"final_layer.linear.weight": model.decoder.output.linear.weight}
+    release |= {"y_embedder.embedding_table.weight": model.encoder.y_embedder.embedding_table.weight}
+    release |= {f"blocks.{i}.attn.q_norm.weight": model.encoder.blocks[0].mixer.q_norm.weight for i in range(12)}
+    with pytest.warns(UserWarning, match=r"encoder_depth=9 is unusual for width 768 and 12 blocks"):
+        architecture(release, 9, 2, "b.ckpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert architecture(release, 8, 2, "b.ckpt")["encoder_depth"] == 8
+
+
+def test_unreadable_files_are_named(tmp_path):
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(LIGHTNING.read_bytes()[:5000])
+    half = tmp_path / "half.safetensors"
+    half.write_bytes((GOLDEN / "tiny.weights.safetensors").read_bytes()[:5000])
+    code = tmp_path / "code.ckpt"
+    torch.save({"state_dict": {}, "callback": print}, code)
+    other = tmp_path / "other.ckpt"
+    torch.save({"weights": {}}, other)
+    for path, message in (
+        (cut, "cannot be read"),
+        (half, "cannot be read"),
+        (code, "more than weights"),
+        (other, "state_dict"),
+    ):
+        with pytest.raises(UserError, match=rf"{path.name}: .*{message}"):
+            ddt.load_released(path, encoder_depth=1, patch_size=1)
+    with pytest.raises(UserError, match="no such file"):
+        ddt.load_released(tmp_path / "absent.ckpt", encoder_depth=1)
+
+
+def test_find_released(tmp_path):
+    with pytest.raises(UserError, match="holds 0"):
+        find_released(str(tmp_path))
+    (tmp_path / "a.ckpt").touch()
+    assert find_released(str(tmp_path)) == find_released(str(tmp_path / "a.ckpt")) == tmp_path / "a.ckpt"
+    (tmp_path / "b.safetensors").touch()
+    with pytest.raises(UserError, match="holds 2"):
+        find_released(str(tmp_path))
+    with pytest.raises(UserError, match="the hub did not give it"):
+        find_released("nobody/nothing")
+    with pytest.raises(UserError, match="no hub id"):
+        find_released("/no/such/place")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize(("name", "depth"), [("tiny", 3), ("baseline", None)])
+def test_weights_go_back_to_the_published_names(tmp_path, name, depth, suffix):
+    golden = load_file(GOLDEN / f"{name}.weights.safetensors")
+    state = ddt.load_released(GOLDEN / f"{name}.weights.safetensors", depth).state_dict()
+    out = tmp_path / "new" / f"out{suffix}"
+    write_released(out, state, depth)
+    found = read_parts(out).ema
+    assert found.keys() == golden.keys()
+    assert all(torch.equal(found[key], golden[key]) for key in golden)
+    if suffix == ".ckpt":
+        content = torch.load(out, weights_only=True)
+        assert set(content["state_dict"]) == {f"ema_denoiser.{key}" for key in golden}
+    again = ddt.load_released(out, depth).state_dict()
+    assert all(torch.equal(again[key], state[key]) for key in state)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_what_the_release_has_no_names_for_is_refused():
+    check_releasable({"decoder_block": "attention"})
+    with pytest.raises(UserError, match=r"model\.decoder_block=conv: the published format knows attention alone"):
+        check_releasable({"decoder_block": "conv"})
+    assert their_name("decoder.blocks.1.mixer.qkv.weight", 3) == "blocks.4.attn.qkv.weight"
+    with pytest.raises(AssertionError, match="has no name in the release"):
+        write_released(None, {"decoder.elsewhere.weight": torch.zeros(1)}, 3)
+
+
+def test_conversion_end_to_end(tmp_path):
+    out = tmp_path / "converted"
+    arguments = [f"released={LIGHTNING}", "encoder_depth=1", "patch_size=1", "resolution=512", f"out={out}"]
+    done = run("scripts/convert_checkpoint.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    model = ddt.load_model(out)
+    reference = ddt.load_released(LIGHTNING, encoder_depth=1, patch_size=1)
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(a, b)
+    config = ddt.checkpoint.folder.read_config(out)
+    assert config["latent_shape"] == [8, 64, 64]
+    published = dict(
+        solver="euler", num_steps=250, cfg_scale=3.0, cfg_interval=[0.3, 1.0], last_step=0.04, timeshift=1.0
+    )
+    assert SamplerSettings(**config["sampler"]) == SamplerSettings(**published, recompute=None)
+    assert config["autoencoder"]["source"] == "stabilityai/sd-vae-ft-ema"
+    again = run("scripts/convert_checkpoint.py", *arguments)
+    assert again.returncode != 0
+    assert again.stderr.strip() == f"out={out}: exists already and is not written over; choose another folder"

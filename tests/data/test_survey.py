@@ -1,0 +1,181 @@
+"""What is found in a folder of images, and what is told of it."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT, picture, picture_folder, refusal, run_inside
+from PIL import Image
+
+from ddt.data import survey as surveying
+from ddt.data.images import ImageFolder, list_folder
+from ddt.data.survey import found, hints, patch_size, survey
+from ddt.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def write(path, width, height, mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(len(str(path)), width, height).convert(mode).save(path)
+
+
+def test_small_squares_of_one_size_are_trained_on_as_they_are(tmp_path):
+    for k in range(3):
+        write(tmp_path / "a" / f"{k}.png", 28, 28, "L")
+    seen = survey(str(tmp_path))
+    assert (seen.image_size, seen.channels) == (28, 1)
+    images = ImageFolder(str(tmp_path), seen.image_size, holdout_every=0, channels=1)
+    assert images.load(np.arange(3)).shape == (3, 1, 28, 28)
+    pixels = np.asarray(Image.open(tmp_path / "a" / "1.png"))
+    assert np.array_equal(images.load(np.array([1]))[0, 0], pixels)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([(47, 47)], 44),
+        ([(64, 64)], 64),
+        ([(65, 65)], 32),
+        ([(28, 28), (28, 29)], 32),
+        ([(40, 30)], 32),
+        ([(640, 480), (300, 900)], 32),
+    ],
+)
+def test_other_sizes_are_brought_to_a_usual_one(tmp_path, sizes, expected):
+    for k, (width, height) in enumerate(sizes):
+        write(tmp_path / "a" / f"{k}.png", width, height)
+    assert survey(str(tmp_path)).image_size == expected
+
+
+def test_one_coloured_picture_makes_all_rgb(tmp_path):
+    write(tmp_path / "a" / "0.png", 8, 8, "L")
+    write(tmp_path / "b" / "0.png", 8, 8)
+    assert survey(str(tmp_path)).channels == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "patch"), [(4, 1), (8, 1), (10, 2), (16, 2), (28, 4), (32, 4), (44, 4), (64, 8), (256, 8)]
+)
+def test_patches_make_a_grid_of_at_most_eight_where_they_can(size, patch):
+    assert patch_size(size) == patch
+
+
+def test_a_size_without_a_useful_patch_is_refused():
+    with pytest.raises(
+        UserError, match=r"data\.image_size=47: give a multiple of 4, 44 or 48, or a model\.patch_size="
+    ):
+        patch_size(47)
+
+
+def test_images_without_sub_folders_are_one_class(tmp_path):
+    for k in range(3):
+        write(tmp_path / "flowers" / f"{k}.png", 9, 8)
+    listed = list_folder(str(tmp_path / "flowers"))
+    assert (listed.class_names, listed.names) == (["flowers"], ["0.png", "1.png", "2.png"])
+    assert listed.labels.tolist() == [0, 0, 0]
+
+
+def test_a_folder_that_is_laid_out_otherwise_is_named(tmp_path):
+    picture_folder(tmp_path / "train", count=1)
+    picture_folder(tmp_path / "val", count=1)
+    with pytest.raises(
+        UserError, match=r"its sub-folders train, val are splits, not classes; give data\.root=.*/train$"
+    ):
+        list_folder(str(tmp_path))
+    write(tmp_path / "train" / "beside.png", 8, 8)
+    with pytest.raises(UserError, match=r"holds images \(beside\.png\) beside its sub-folders"):
+        list_folder(str(tmp_path / "train"))
+
+
+def test_what_should_be_known_is_said(tmp_path):
+    for k in range(25):
+        write(tmp_path / "many" / f"{k}.png", 40, 30)
+    write(tmp_path / "alone" / "0.png", 20, 50, "RGBA")
+    (tmp_path / "many" / "notes.txt").touch()
+    text = "\n".join(hints(survey(str(tmp_path)), 32, 3, holdout_every=20))
+    assert "26 images are few" in text
+    assert "classes of fewer than 20 images: alone (1)\n" in text
+    assert "alone: the only image is held out" in text
+    assert "26 images are smaller than data.image_size=32" in text
+    assert "1 images have an alpha channel" in text
+    assert "not read: 1 .txt" in text
+    assert "data.channels=1 drops" not in text
+    others = "\n".join(hints(survey(str(tmp_path)), 20, 1, 0))
+    assert "26 images have colours, which data.channels=1 drops" in others
+    assert "enlarged" not in others
+    line = found(survey(str(tmp_path)), 32, 3, 4)
+    assert line.startswith("26 images in 2 classes, 20×50 to 40×30 px; trained at ")
+    assert line.endswith("data.image_size=32, data.channels=3 (RGB), model.patch_size=4")
+
+
+def test_nothing_is_said_where_nothing_needs_to(tmp_path, monkeypatch):
+    picture_folder(tmp_path, count=21)
+    monkeypatch.setattr(surveying, "FEW_IMAGES", 40)
+    assert hints(survey(str(tmp_path)), 16, 3, 20) == []
+
+
+def test_large_folders_are_known_by_some_of_their_pictures(tmp_path, monkeypatch):
+    picture_folder(tmp_path, count=5)
+    monkeypatch.setattr(surveying, "MAX_OPENED", 4)
+    seen = survey(str(tmp_path))
+    assert sum(seen.sizes.values()) == 4
+    assert len(seen.listed.names) == 10
+
+
+def test_a_folder_is_trained_on_with_what_was_found_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for k in range(6):
+        write(tmp_path / "my cats" / f"class{k % 2}" / f"{k}.png", 12, 12, "L")
+    small = ["trainer.max_steps=2", "trainer.global_batch_size=4", "trainer.preview_every=1", "sampler.num_steps=2"]
+    done = run_inside("train", "data=folder", f"data.root={tmp_path / 'my cats'}", *small, "model.hidden_size=32")
+    assert done.returncode == 0, done.stderr
+    assert "6 images in 2 classes, 12×12 px; trained at data.image_size=12" in done.stderr
+    assert "hint: 6 images are few" in done.stderr
+    run_dir = tmp_path / "runs" / "folder_my_cats_nano"
+    assert f"first samples: {run_dir.relative_to(tmp_path) / 'previews' / 'step_0000001.png'}" in done.stderr
+    assert done.stderr.count("first samples") == 1
+    stored = json.loads((run_dir / "config.json").read_text())
+    assert (stored["data"]["image_size"], stored["data"]["channels"], stored["model"]["patch_size"]) == (12, 1, 2)
+    shown = Image.open(run_dir / "previews" / "training_images.png")
+    assert shown.width > 2 * 48  # a column a class
+    again = run_inside("train", "data=folder", f"data.root={tmp_path / 'my cats'}", *small, "model.hidden_size=32")
+    assert "complete at step 2" in again.stderr
+
+
+def test_training_refuses_what_cannot_be_opened_before_it_begins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture_folder(tmp_path / "pictures", count=2)
+    (tmp_path / "pictures" / "class1" / "zz.jpg").write_text("no picture")
+    message = refusal("train", "data=folder", f"data.root={tmp_path / 'pictures'}")
+    assert message.splitlines()[-1].endswith(
+        "class1/zz.jpg: cannot be opened, as 1 of the images; replace or remove them"
+    )
+    assert not (tmp_path / "runs").exists()
+    shutil.rmtree(tmp_path / "pictures" / "class0")
+    for path in (tmp_path / "pictures" / "class1").glob("*.png"):
+        path.unlink()
+    survey.cache_clear()
+    assert "none of its 1 images can be opened" in refusal("train", "data=folder", f"data.root={tmp_path / 'pictures'}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data=folder"], "data.root: not set; give data.root=…"),
+        (["data=folder", "data.root="], "data.image_size: is found from the images; give it, or data.root="),
+        (["data=folder", "data.root=NOWHERE"], "data.root=NOWHERE: no such folder"),
+        (["data=folder", "data.root=NOWHERE", "data.image_size=8", "data.channels=2"], "data.channels=2: give 1 or 3"),
+    ],
+)
+def test_a_wrong_folder_is_one_line(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (line,) = refusal("train", *arguments).splitlines()
+    assert line.startswith(message)
+
+
+def test_the_published_data_are_not_looked_at(monkeypatch):
+    """A million files are not opened to learn what their configuration says."""
+    assert "found_in" not in (ROOT / "conf" / "data" / "in256.yaml").read_text()
+    assert "found_in" not in (ROOT / "conf" / "data" / "folder_256.yaml").read_text()

@@ -1,0 +1,34 @@
+"""What the processes of test_parallel.py do."""
+
+import os
+
+import torch
+
+from ddt.distributed.prepare import begin_alike, make_accelerator
+from ddt.model import DDT
+from ddt.objective import FlowMatching
+from ddt.training.ema import EMA, ConstantDecay
+from ddt.training.state import TrainingState
+
+
+def begin_apart(folder):
+    """Start with other weights on each process, become alike, and part again on the second one."""
+    rank = int(os.environ["RANK"])
+    accelerator = make_accelerator("no")
+    torch.manual_seed(rank)
+    sizes = {"patch_size": 2, "hidden_size": 8, "num_heads": 2, "depth": 2, "encoder_depth": 1}
+    objective = FlowMatching(DDT(in_channels=1, num_classes=2, **sizes))
+    before = next(objective.parameters()).clone()
+    begin_alike(objective, accelerator)
+    assert (rank == 0) == torch.equal(before, next(objective.parameters()))
+    averages = {"ema": EMA(objective.denoiser, ConstantDecay(0.9))}
+    state = TrainingState(objective, torch.optim.AdamW(objective.parameters()), averages, accelerator)
+    state.check_agreement()
+    if rank == 1:
+        with torch.no_grad():
+            parameter = next(averages["ema"].model.parameters()).view(-1)
+            parameter[0] = torch.nextafter(parameter[0], torch.tensor(9.0))
+    try:
+        state.check_agreement()
+    except RuntimeError as error:
+        (folder / str(rank)).write_text(str(error))

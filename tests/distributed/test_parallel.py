@@ -1,0 +1,47 @@
+"""What processes share: equal beginnings, equal weights."""
+
+import os
+
+import pytest
+import torch
+from conftest import small_ddt
+from parting import begin_apart
+
+from ddt.distributed.launch import launch
+from ddt.distributed.prepare import clip, gradient_norm, main_decides, make_accelerator
+from ddt.errors import UserError
+from ddt.objective import FlowMatching
+from ddt.training.ema import EMA, ConstantDecay
+from ddt.training.state import TrainingState
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_processes_begin_alike_and_notice_when_they_part(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launch(begin_apart, 2, tmp_path)
+    first, second = ((tmp_path / str(rank)).read_text() for rank in range(2))
+    assert first == second
+    assert first.endswith("step 0: the processes hold different weights; nothing is saved")
+
+
+def test_one_process_agrees_with_itself():
+    assert "RANK" not in os.environ
+    accelerator, objective = make_accelerator("no"), FlowMatching(small_ddt())
+    averages = {"ema": EMA(objective.denoiser, ConstantDecay(0.9))}
+    TrainingState(objective, torch.optim.AdamW(objective.parameters()), averages, accelerator).check_agreement()
+    assert main_decides(accelerator, lambda: 3) == 3
+    with pytest.raises(UserError, match="no"):
+        main_decides(accelerator, lambda: (_ for _ in ()).throw(UserError("no")))
+
+
+def test_the_norm_is_of_all_gradients_and_clipping_keeps_their_direction():
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 2, 1)]
+    parameters[0].grad, parameters[1].grad = torch.tensor([1.0, 2.0, 2.0]), torch.tensor([0.0, 4.0])
+    norm = gradient_norm(parameters)
+    assert norm.item() == 5
+    clip(parameters, norm, 10.0)
+    assert parameters[1].grad.tolist() == [0, 4]
+    clip(parameters, norm, 1.0)
+    torch.testing.assert_close(parameters[0].grad, torch.tensor([0.2, 0.4, 0.4]))
+    torch.testing.assert_close(parameters[1].grad, torch.tensor([0.0, 0.8]))

@@ -1,0 +1,368 @@
+"""Exports hold all that sampling needs, say what they are, and are written whole or not at all."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, refusal, run_inside, small_checkpoint, small_ddt, small_vae
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+
+import ddt
+from ddt.checkpoint import folder as ckpt
+from ddt.errors import UserError
+from ddt.export.export import Card, export, labels_of, open_source, picture_of, read_metrics, without_places
+from ddt.export.model_card import dataset, metrics_section, training
+from ddt.pictures import imagenet_synsets
+from ddt.sampling.schedules import write_schedule
+from scripts.export import settings_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RUN = {
+    "name": "x",
+    "seed": 3,
+    "init_from": "/home/me/other/step_0000001",
+    "data": {
+        "_target_": "ddt.data.images.ImageFolder",
+        "root": "/home/me/birds",
+        "image_size": 16,
+        "fingerprint": "f00",
+    },
+    "alignment": {"_target_": None, "weights": "/home/me/w.pth"},
+    "optimizer": {"_target_": "ddt.training.optimizer.adamw", "lr": 0.001},
+    "trainer": {"global_batch_size": 4, "lr_schedule": "constant", "mixed_precision": "fp32"},
+}
+
+
+def hub(folder, out, card=None, **arguments):
+    export(open_source(folder, "hub", **arguments), "hub", out, card or Card(out.name))
+    return out
+
+
+def drawn(checkpoint, out):
+    done = run_inside("sample", f"ckpt={checkpoint}", f"out={out}", "num_processes=1", "num_samples=3")
+    assert done.returncode == 0, done.stderr
+    with np.load(out / "samples.npz") as file:
+        return file["arr_0"]
+
+
+def evaluation(folder, weights_sha256, **changes):
+    """A metrics.json of samples of some weights, with their receipt and grid beside it."""
+    folder.mkdir(exist_ok=True)
+    request = {
+        "checkpoint": {"ema_sha256": weights_sha256},
+        "guide": None,
+        "dtype": "fp32",
+        "sampler": {"solver": "heun"},
+    }
+    content = {
+        "fid": 12.3456,
+        "labels": {"fid": "FID-5K (validation images)"},
+        "comparable": False,
+        "not_comparable_because": ["5,000 samples instead of 50,000"],
+        "receipt": {"samples": {}, "reference": {}, "features": {}, "sampling": {"request": request}},
+    }
+    (folder / "metrics.json").write_text(json.dumps({**content, **changes}))
+    (folder / "receipt.json").write_text(json.dumps({"request": request}))
+    Image.new("RGB", (4, 4)).save(folder / "grid.png")
+    return folder
+
+
+def test_the_folder_of_a_hub_is_a_checkpoint(tmp_path):
+    folder = small_checkpoint(tmp_path / "checkpoint", run=RUN)
+    out = tmp_path / "new" / "exported"
+    done = run_inside("scripts.export", f"ckpt={folder}", "format=hub", f"out={out}")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+    ]
+    assert [path.name for path in out.parent.iterdir()] == ["exported"]
+    assert load_file(out / "model.safetensors").keys() == ddt.load_model(folder).state_dict().keys()
+    assert np.array_equal(drawn(out, tmp_path / "a"), drawn(folder, tmp_path / "b"))
+    receipts = [json.loads((tmp_path / name / "receipt.json").read_text())["request"] for name in "ab"]
+    assert receipts[0] == receipts[1]
+    again = hub(out, tmp_path / "again")
+    assert ckpt.read_config(again) == ckpt.read_config(out)
+
+
+def test_a_damaged_export_is_named(tmp_path):
+    out = hub(small_checkpoint(tmp_path / "checkpoint"), tmp_path / "exported")
+    content = bytearray((out / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (out / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+        ddt.load_model(out)
+
+
+def test_a_local_autoencoder_goes_along(tmp_path):
+    vae = small_vae(tmp_path / "vae", levels=2, scaling_factor=0.5)
+    folder = small_checkpoint(tmp_path / "checkpoint", vae=vae, run={**RUN, "autoencoder": {"source": vae}})
+    before = drawn(folder, tmp_path / "before")
+    out = hub(folder, tmp_path / "exported")
+    shutil.rmtree(vae)
+    out = out.rename(tmp_path / "elsewhere")
+    assert np.array_equal(drawn(out, tmp_path / "after"), before)
+    texts = [path.read_text() for path in out.rglob("*") if path.suffix in (".json", ".md")]
+    assert len(texts) == 4
+    assert not any(str(tmp_path) in text or "/home/me" in text for text in texts)
+    listed = ckpt.read_manifest(out)["files"]
+    assert "autoencoder/diffusion_pytorch_model.safetensors" in listed
+    assert ckpt.weights_names(out) == ["ema"]
+    with pytest.raises(UserError, match=r"autoencoder\.source=.*no such folder"):
+        open_source(folder, "hub")
+
+
+def test_another_autoencoder_than_in_training_is_refused(tmp_path):
+    folder = small_checkpoint(tmp_path / "checkpoint", vae=small_vae(tmp_path / "vae", levels=2))
+    shutil.rmtree(tmp_path / "vae")
+    moved = small_vae(tmp_path / "vae", levels=2, scaling_factor=0.5)
+    with pytest.raises(UserError, match="holds other weights than the run was trained with"):
+        open_source(folder, "hub")
+    out = hub(folder, tmp_path / "exported", autoencoder=moved)
+    stored = ckpt.read_config(out)
+    assert stored["autoencoder"]["source"] == str(out / "autoencoder")
+    assert ddt.autoencoder.build_autoencoder(stored["autoencoder"]).fingerprint == stored["autoencoder_fingerprint"]
+
+
+def test_an_autoencoder_of_the_hub_stays_a_name(tmp_path):
+    named = {"_target_": "ddt.autoencoder.KLAutoencoder", "source": "stabilityai/sd-vae-ft-ema", "revision": "abc"}
+    model = small_ddt(in_channels=4)
+    source = {"file": "model.ckpt", "sha256": "0" * 64}
+    folder = small_checkpoint(tmp_path / "checkpoint", model=model, autoencoder=named, source=source, step=None)
+    out = hub(folder, tmp_path / "exported")
+    assert ckpt.read_config(out)["autoencoder"] == named
+    text = (out / "README.md").read_text()
+    assert "| published file | model.ckpt |" in text
+    assert "| resolution | 64×64 |" in text
+    assert "does not say what it was trained on" in text
+
+
+def test_pieces_become_one_file(tmp_path):
+    folder = small_checkpoint(tmp_path / "checkpoint")
+    state = ckpt.read_weights(folder, "ema")
+    sharded = ckpt.temporary_folder(tmp_path / "sharded")
+    halves = [{k: v.chunk(2)[piece] for k, v in state.items() if piece < len(v.chunk(2))} for piece in range(2)]
+    files = {}
+    for piece, half in enumerate(halves):
+        files |= ckpt.write_files(sharded, {"ema": half}, piece=(piece, 2))
+    ckpt.complete(sharded, tmp_path / "sharded", ckpt.read_config(folder), files)
+    found = ddt.load_model(hub(tmp_path / "sharded", tmp_path / "exported")).state_dict()
+    assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_which_weights_they_were_is_told(tmp_path):
+    base = small_checkpoint(tmp_path / "base")
+    ema = ckpt.read_weights(base, "ema")
+    raw = {key: value + 1 for key, value in ema.items()}
+    ckpt.write_checkpoint(tmp_path / "both", ckpt.read_config(base), ema=ema, model=raw)
+    out = hub(tmp_path / "both", tmp_path / "exported", weights="model")
+    assert torch.equal(ddt.load_model(out).decoder.output.linear.bias, raw["decoder.output.linear.bias"])
+    assert ckpt.weights_receipt(out, "ema")["weights"] == "raw"
+    assert ckpt.weights_receipt(hub(out, tmp_path / "again"), "ema")["weights"] == "raw"
+    export(open_source(tmp_path / "both", "diffusers", "model"), "diffusers", tmp_path / "pipeline", Card("x"))
+    written = load_file(tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(written["network.decoder.output.linear.bias"], raw["decoder.output.linear.bias"])
+    for weights, state in (("ema", ema), ("model", raw)):
+        out = tmp_path / f"{weights}.safetensors"
+        export(open_source(tmp_path / "both", "released", weights), "released", out, Card("x"))
+        sums = [sorted(value.sum().item() for value in each.values()) for each in (load_file(out), state)]
+        assert sums[0][0] == sums[1][0]
+        assert sums[0][-1] == sums[1][-1]
+    with pytest.raises(UserError, match=r"weights=ema_0\.9: .* choose from ema, model"):
+        open_source(tmp_path / "both", "hub", weights="ema_0.9")
+
+
+def test_a_schedule_file_becomes_its_steps(tmp_path):
+    path = tmp_path / "schedule.json"
+    write_schedule(path, {"recompute_steps": [0, 2], "time_grid": [0.0, 0.25, 0.5, 0.75, 1.0], "guidance": {}})
+    sampler = {"num_steps": 4, "cfg_interval": None, "last_step": None, "recompute": str(path)}
+    out = hub(small_checkpoint(tmp_path / "checkpoint", sampler=sampler), tmp_path / "exported")
+    assert ckpt.read_config(out)["sampler"]["recompute"] == [0, 2]
+
+
+def test_the_card_says_what_the_model_is(tmp_path):
+    folder = small_checkpoint(tmp_path / "checkpoint", run=RUN)
+    sha256 = ckpt.weights_sha256(folder, "ema")
+    metrics = evaluation(tmp_path / "set", sha256)
+    parameters = sum(value.numel() for value in ckpt.read_weights(folder, "ema").values())
+    arguments = [f"ckpt={folder}", f"metrics={metrics}", "license=mit"]
+    for form in ("hub", "diffusers"):
+        done = run_inside("scripts.export", *arguments, f"format={form}", f"out={tmp_path / form}")
+        assert done.returncode == 0, done.stderr
+        card = ModelCard.load(tmp_path / form / "README.md")
+        assert card.data.license == "mit"
+        assert card.data.library_name == {"hub": "ddt", "diffusers": "diffusers"}[form]
+        assert {"ddt", "arxiv:2504.05741"} <= set(card.data.tags)
+        for line in (
+            "| FID-5K (validation images) | 12.3456 |",
+            "No comparison with published numbers: 5,000 samples instead of 50,000.",
+            "Drawn with solver heun, fp32.",
+            "| steps | 7 of 4 images each, 28 images seen |",
+            "| seed | 3 |",
+            "| started from | step_0000001 |",
+            "| classes | 5: a, b, c, d, e |",
+            "| precision | fp32 |",
+            "| num_steps | 4 |",
+            f"| parameters | {parameters:,} |",
+            f'("{form}")',
+            f'"made_from_sha256": "{sha256}"',
+            "![samples of this model](samples.png)",
+        ):
+            assert line in card.text, line
+        assert (tmp_path / form / "samples.png").read_bytes() == (metrics / "grid.png").read_bytes()
+    hub(folder, tmp_path / "plain")
+    plain = ModelCard.load(tmp_path / "plain" / "README.md")
+    assert plain.data.license is None
+    assert "Not stated: ask whoever shared this model." in plain.text
+    assert "Not measured for this card." in plain.text
+    assert "samples.png" not in plain.text
+
+
+def test_imagenet_is_named(tmp_path):
+    config = {
+        "class_names": imagenet_synsets(),
+        "latent_shape": [4, 32, 32],
+        "autoencoder": {"source": "a/b"},
+        "source": {},
+    }
+    assert "| classes | 1000: tench, goldfish" in training(config)
+    assert dataset(config) == "ILSVRC/imagenet-1k"
+    assert labels_of(imagenet_synsets())["0"] == "tench, Tinca tinca"
+
+
+def test_a_guide_is_told(tmp_path):
+    metrics = json.loads((evaluation(tmp_path / "set", "0" * 64) / "metrics.json").read_text())
+    assert "Guided away" not in metrics_section(metrics)
+    metrics["receipt"]["sampling"]["request"]["guide"] = {"ema_sha256": "1" * 64, "step": 1}
+    assert f"Guided away from the weights `{'1' * 64}`." in metrics_section(metrics)
+
+
+def test_the_grid_of_a_runs_own_samples_is_shown(tmp_path):
+    folder = small_checkpoint(tmp_path / "run" / "checkpoints" / "step_0000007")
+    evaluation(tmp_path / "run" / "samples", ckpt.weights_sha256(folder, "ema"))
+    done = run_inside("scripts.export", f"ckpt={tmp_path / 'run'}", "format=hub", f"out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "samples.png").read_bytes() == (tmp_path / "run" / "samples" / "grid.png").read_bytes()
+
+
+def test_only_pictures_of_these_weights_are_shown(tmp_path):
+    folder = small_checkpoint(tmp_path / "run" / "checkpoints" / "step_0000007")
+    evaluation(tmp_path / "run" / "samples", "0" * 64)
+    evaluation(tmp_path / "set", ckpt.weights_sha256(folder, "ema"))
+    places, sha256 = [tmp_path / "nowhere", tmp_path / "run" / "samples"], ckpt.weights_sha256(folder, "ema")
+    assert picture_of(places, sha256) is None
+    assert picture_of([*places, tmp_path / "set"], sha256) == tmp_path / "set" / "grid.png"
+
+
+def test_places_lose_all_but_their_last_name():
+    values = {"data": {"root": "/home/me/birds", "size": 8}, "init_from": "MCG-NJU/DDT-XL", "name": "a/b", "x": ["/y"]}
+    expected = {**values, "data": {"root": "birds", "size": 8}}
+    assert without_places(values) == expected
+
+
+@pytest.mark.parametrize("form", ["hub", "diffusers", "released"])
+def test_an_export_is_never_written_over(tmp_path, form):
+    source = open_source(small_checkpoint(tmp_path / "checkpoint"), form)
+    out = tmp_path / "out.ckpt"
+    export(source, form, out, Card("x"))
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="exists already and is not written over"):
+        export(source, form, out, Card("x"))
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("form", ["hub", "diffusers"])
+def test_an_interrupted_export_leaves_nothing(tmp_path, form, monkeypatch):
+    folder = small_checkpoint(tmp_path / "checkpoint")
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Card, "write", fail)
+    with pytest.raises(KeyboardInterrupt):
+        export(open_source(folder, form), form, tmp_path / "new" / "exported", Card("x"))
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_the_published_names_of_a_converted_file(tmp_path):
+    model = ddt.load_released(GOLDEN / "tiny.weights.safetensors", 3)
+    network = dict(_target_="ddt.model.DDT", in_channels=4, patch_size=2, hidden_size=64, num_heads=4, depth=5)
+    network |= {"encoder_depth": 3, "num_classes": 10}
+    folder = small_checkpoint(tmp_path / "checkpoint", model=model, network=network)
+    done = run_inside("scripts.export", f"ckpt={folder}", "format=released", f"out={tmp_path / 'out.safetensors'}")
+    assert done.returncode == 0, done.stderr
+    assert "encoder_depth=3, patch_size=2" in done.stderr
+    golden, found = load_file(GOLDEN / "tiny.weights.safetensors"), load_file(tmp_path / "out.safetensors")
+    assert found.keys() == golden.keys()
+    assert all(torch.equal(found[key], golden[key]) for key in golden)
+    network["decoder_block"] = "conv"
+    folder = small_checkpoint(tmp_path / "conv", model=model, network=network)
+    message = refusal("scripts.export", f"ckpt={folder}", "format=released", f"out={tmp_path / 'b.ckpt'}")
+    assert message.startswith("model.decoder_block=conv: the published format knows attention alone")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("module")
+    evaluation(folder / "of_others", "0" * 64)
+    evaluation(folder / "without", "0" * 64, receipt={"samples": {}, "reference": {}, "features": {}})
+    return small_checkpoint(folder / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["format=foo"], "format=foo: give 'hub', 'diffusers' or 'released'"),
+        (["format=hub", "ckpt=nowhere"], "nowhere: no such folder"),
+        (["format=hub", "metrics={there}/of_others"], "does not say that its samples were drawn with these weights"),
+        (["format=hub", "autoencoder=a/b"], "autoencoder=a/b: this model draws pixels"),
+        (["format=hub", "push=name"], "push=name: no name of a model; write owner/name"),
+        (["format=hub", "out={there}"], "exists already and is not written over"),
+        (["format=hub", "weight=ema"], "weight: no such setting; did you mean weights?"),
+    ],
+)
+def test_mistakes_are_one_line(checkpoint, arguments, message):
+    there = checkpoint.parent
+    chosen = [argument.format(there=there) for argument in arguments]
+    before = sorted(there.iterdir())
+    for key, default in (("ckpt", checkpoint), ("out", there / "out")):
+        if not any(argument.startswith(f"{key}=") for argument in chosen):
+            chosen.append(f"{key}={default}")
+    said = refusal("scripts.export", *chosen)
+    assert message in said
+    assert "\n" not in said
+    assert sorted(there.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("nowhere", "metrics=nowhere: no such file"),
+        ("checkpoint", "metrics=.*metrics.json: no such file"),
+        ("without", "does not say that its samples were drawn with these weights"),
+        ("checkpoint/config.json", "is no evaluation"),
+        ("of_others/grid.png", "damaged or no JSON"),
+    ],
+)
+def test_what_is_no_evaluation_of_these_weights_is_refused(checkpoint, file, message, monkeypatch):
+    monkeypatch.chdir(checkpoint.parent)
+    with pytest.raises(UserError, match=message):
+        read_metrics(Path(file), "1" * 64)
+
+
+@pytest.mark.parametrize("key", ["push", "license", "autoencoder", "metrics"])
+def test_the_published_format_holds_weights_alone(tmp_path, key):
+    chosen = dict(ckpt="x", format="released", out=str(tmp_path / "x.ckpt"), weights="ema", autoencoder="checkpoint")
+    chosen |= dict(metrics=None, license=None, push=None)
+    settings_of(**chosen)
+    with pytest.raises(UserError, match=f"{key}=a/b: has no effect with format=released"):
+        settings_of(**{**chosen, key: "a/b"})
+    with pytest.raises(UserError, match=r"is to be one file; give a name that ends in \.ckpt or \.safetensors"):
+        settings_of(**{**chosen, "out": str(tmp_path / "x")})

@@ -1,0 +1,220 @@
+"""The network against the golden numbers of the release, and its properties."""
+
+import pytest
+import torch
+from conftest import GOLDEN, inputs, small_ddt
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+import ddt
+from ddt.checkpoint.published import our_name
+from ddt.errors import UserError
+from ddt.objective.flow_matching import velocity_errors
+from scripts.benchmark.golden import BF16_ERROR, CASES, GRADIENT_TOLERANCE, NETWORKS, TOLERANCE, case
+from scripts.benchmark.golden import network as golden_network
+
+
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_network_matches_the_release(name, i):
+    model, io = golden_network(name), case(name, i)
+    z = model.encode(io["x"], io["t"], io["y"])
+    torch.testing.assert_close(z, io["z"], **TOLERANCE)
+    torch.testing.assert_close(model(io["x"], io["t"], io["y"]), io["v"], **TOLERANCE)
+    torch.testing.assert_close(model.decode(io["x_shared"], z), io["v_shared"], **TOLERANCE)
+
+    loss = (model(io["x"], io["t"], io["y"]) - io["target"]).square().mean()
+    loss.backward()
+    torch.testing.assert_close(loss, io["loss"], **TOLERANCE)
+    parameters = dict(model.named_parameters())
+    norms = {k.removeprefix("gradnorm."): v for k, v in io.items() if k.startswith("gradnorm.")}
+    assert len(norms) == len(parameters)
+    for key, norm in norms.items():
+        gradient = parameters[our_name(key, len(model.encoder.blocks))].grad
+        torch.testing.assert_close(gradient.norm(), norm, **GRADIENT_TOLERANCE, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bf16_autocast_stays_near_the_release(name):
+    model, io = golden_network(name), case(name, 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        v = model(io["x"], io["t"], io["y"])
+    assert v.dtype == torch.bfloat16
+    for reference in ("v", "v_bf16"):
+        error = (v.float() - io[reference].float()).square().mean().sqrt()
+        assert 0 < error <= BF16_ERROR * io["v"].square().mean().sqrt()
+
+
+def test_undivided_baseline_matches_the_release():
+    model = ddt.load_released(GOLDEN / "baseline.weights.safetensors", encoder_depth=None)
+    io = load_file(GOLDEN / "baseline.io.safetensors")
+    assert isinstance(model, ddt.DiT)
+    torch.testing.assert_close(model(io["x"], io["t"], io["y"]), io["v"], **TOLERANCE)
+
+
+def test_undivided_baseline_has_nothing_to_share():
+    model = ddt.load_released(GOLDEN / "baseline.weights.safetensors", encoder_depth=None)
+    x, t, y = inputs(channels=4)
+    for call in (
+        lambda: model.encode(x, t, y),
+        lambda: model.decode(x, x),
+        lambda: ddt.sample(model, x, y, recompute=[0]),
+    ):
+        with pytest.raises(UserError, match="DiT"):
+            call()
+    assert ddt.sample(model, x, y, num_steps=2).shape == x.shape
+
+
+def test_parameter_counts_are_those_of_the_release(golden):
+    counts = golden["param_counts"] | golden["baseline_param_counts"]
+    assert len(counts) == 6
+    for name, expected in counts.items():
+        with initialize_config_dir(str(GOLDEN.parent.parent / "conf"), version_base="1.3"):
+            settings = dict(compose("train", overrides=[f"model={name}"]).model)
+        network = ddt.DiT if settings.pop("_target_") == "ddt.model.DiT" else ddt.DDT
+        settings.pop("_partial_")
+        with torch.device("meta"):
+            model = network(in_channels=4, num_classes=1000, **settings)
+        assert sum(p.numel() for p in model.parameters()) == expected, name
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (4, 10), (12, 6)])
+def test_any_size_the_patch_divides(height, width):
+    model = small_ddt()
+    x, t, y = inputs(height=height, width=width)
+    assert model(x, t, y).shape == x.shape
+    assert model.encode(x, t, y).shape == (3, height * width // 4, 32)
+
+
+def test_a_size_the_patch_does_not_divide_is_named():
+    x, t, y = inputs(height=5)
+    with pytest.raises(UserError, match=r"model\.patch_size=2 does not divide the latent size 5×8"):
+        small_ddt()(x, t, y)
+
+
+def test_forward_is_decode_of_encode_and_no_sample_sees_another():
+    model = small_ddt()
+    x, t, y = inputs()
+    assert torch.equal(model(x, t, y), model.decode(x, model.encode(x, t, y)))
+    torch.testing.assert_close(model(x[1:2], t[1:2], y[1:2]), model(x, t, y)[1:2])
+
+
+@pytest.mark.parametrize("model", ["ddt", "dit"])
+def test_the_hidden_layer_is_the_output_of_the_block_counted_from_one(model):
+    network = small_ddt()
+    if model == "dit":
+        network = ddt.DiT(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, num_classes=5)
+    x, t, y = inputs()
+    blocks, outputs = network.encoder.blocks if model == "ddt" else network.blocks, []
+    for block in blocks:
+        block.register_forward_hook(lambda _, __, output: outputs.append(output))
+    for depth in range(1, len(blocks) + 1):
+        outputs.clear()
+        v, hidden = network.forward_with_hidden(x, t, y, depth)
+        assert torch.equal(hidden, outputs[depth - 1])
+        assert torch.equal(v, network(x, t, y))
+
+
+def test_decoder_sees_the_time_only_through_z():
+    model = small_ddt()
+    x, t, y = inputs()
+    assert not [name for name, _ in model.decoder.named_parameters() if "embedder" in name]
+    assert not torch.allclose(model(x, t, y), model(x, 1 - t, y))
+
+
+def test_train_mode_changes_nothing():
+    model = small_ddt()
+    x, t, y = inputs()
+    assert torch.equal(model.train()(x, t, y), model.eval()(x, t, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", ["attention", "conv"])
+def test_activation_checkpointing_gives_the_same_gradients(block, dtype):
+    x, t, y = inputs()
+    noise = torch.randn_like(x)
+    gradients, flops, norms = {}, {}, {}
+    for checkpointing in (False, True, "selective"):
+        model = small_ddt(decoder_block=block, activation_checkpointing=checkpointing)
+        norms[checkpointing] = 0
+        for each in (*model.encoder.blocks, *model.decoder.blocks):
+            each.norm1.register_forward_hook(lambda *_, key=checkpointing: norms.update({key: norms[key] + 1}))
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            loss = velocity_errors(model(x, t, y), x, noise).mean()
+        with FlopCounterMode(display=False) as counter:  # of what is computed again for the backward pass, too
+            loss.backward()
+        gradients[checkpointing] = [p.grad for p in model.parameters()]
+        flops[checkpointing] = counter.get_total_flops()
+    for checkpointing in (True, "selective"):
+        assert all(map(torch.equal, gradients[False], gradients[checkpointing]))
+    assert norms == {False: 3, True: 6, "selective": 6}
+    assert flops["selective"] == flops[False] < flops[True]
+
+
+@pytest.mark.parametrize("block", ["attention", "conv", "mlp"])
+def test_compiles_as_one_graph(block):
+    model = small_ddt(decoder_block=block)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for height, width in ((8, 8), (12, 12), (4, 10)):
+        x, t, y = inputs(height=height, width=width)
+        torch.testing.assert_close(compiled(x, t, y), model(x, t, y))
+
+
+def reach(block):
+    """The tokens of the decoder's output that change when one token of x_t does, its z kept, on a
+    5×5 grid.
+    """
+    model = small_ddt(decoder_block=block, encoder_depth=2, depth=3)
+    x, t, y = inputs(height=10, width=10)
+    z = model.encode(x, t, y)
+    moved = x.clone()
+    moved[:, :, 4:6, 4:6] += 1
+    changed = (model.decode(moved, z) - model.decode(x, z)).abs().amax(dim=(0, 1))
+    return changed.unflatten(0, (5, 2)).unflatten(2, (5, 2)).amax(dim=(1, 3)) > 1e-7
+
+
+def test_decoder_blocks_mix_what_their_names_say():
+    expected = torch.zeros(5, 5, dtype=torch.bool)
+    expected[2, 2] = True
+    assert torch.equal(reach("mlp"), expected)
+    expected[1:4, 1:4] = True
+    assert torch.equal(reach("conv"), expected)
+    assert reach("attention").all()
+
+
+def test_new_network_predicts_zero_and_adaln_can_start_at_zero():
+    x, t, y = inputs()
+    sizes = dict(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2, num_classes=5)
+    release, zero = ddt.DDT(**sizes), ddt.DDT(**sizes, adaln_init="zero")
+    assert not release(x, t, y).any()
+    assert release.encoder.blocks[0].adaln.weight.any()
+    dit = ddt.DiT(**{k: v for k, v in sizes.items() if k != "encoder_depth"}, adaln_init="zero")
+    for network in (zero, dit):
+        for name, parameter in network.named_parameters():
+            if ".adaln." in name:
+                assert not parameter.any(), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder_depth": 0}, r"model\.encoder_depth=0 .* choose 1\.\.2"),
+        ({"encoder_depth": 3}, r"model\.encoder_depth=3 .* choose 1\.\.2"),
+        ({"num_heads": 3}, r"model\.num_heads=3 does not divide model\.hidden_size=32"),
+        ({"num_heads": 16}, r"model\.num_heads=16 gives heads of width 2"),
+        ({"patch_size": 0}, r"model\.patch_size=0: must be at least 1"),
+    ],
+)
+def test_impossible_sizes_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        small_ddt(**changes)
+
+
+def test_training_after_sampling_under_inference_mode():
+    model = small_ddt()
+    x, t, y = inputs(height=14, width=6)  # a grid no other test has made a table for
+    with torch.inference_mode():
+        model(x, t, y)
+    model(x, t, y).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())

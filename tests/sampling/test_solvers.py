@@ -1,0 +1,151 @@
+"""Solvers: orders measured on fields with known solutions, calls, and the arithmetic of the
+stochastic ones.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ddt.errors import UserError
+from ddt.flow import time_grid
+from ddt.sampling.solvers import DIFFUSIONS, SOLVERS, adams_weights, adaptive, call_times, euler, sde
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ORDERS = {"euler": 1, "heun": 2, "midpoint": 2, "adams2": 2, "adams3": 3, "adams4": 4}
+
+
+def solution(t):
+    """1 + exp(1 − 1/t), flat at t = 0: there an Adams solver has no past yet, and its first steps
+    are of low order.
+    """
+    return 1 + math.exp(1 - 1 / t) if t else 1.0
+
+
+def end_error(solver, num_steps, timeshift):
+    """Error at t = 1 of dx/dt = x*'(t) − (x − x*(t)), whose solution from x(0) = 1 is x* =
+    `solution`.
+    """
+    t = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    grid = (t / (t + (1 - t) * timeshift)).tolist()
+
+    def velocity(x, t, step):
+        return ((solution(t) - 1) / t**2 if t else 0.0) - (x - solution(t))
+
+    end = SOLVERS[solver](velocity, torch.ones(1, dtype=torch.float64), grid)
+    return abs(end.item() - solution(1.0))
+
+
+@pytest.mark.parametrize("timeshift", [1.0, 2.0])
+@pytest.mark.parametrize("solver", ORDERS)
+def test_halving_the_step_shows_the_order(solver, timeshift):
+    measured = math.log2(end_error(solver, 128, timeshift) / end_error(solver, 256, timeshift))
+    assert abs(measured - ORDERS[solver]) < 0.2
+
+
+@pytest.mark.parametrize("solver", ORDERS)
+def test_constant_fields_are_solved_exactly(solver):
+    x = torch.randn(3, 2, dtype=torch.float64)
+    field = torch.randn(3, 2, dtype=torch.float64)
+    for grid in (time_grid(1), time_grid(7), time_grid(5, 0.04, 2.0)):
+        torch.testing.assert_close(SOLVERS[solver](lambda x_t, t, step: field, x, grid), x + field)
+
+
+@pytest.mark.parametrize("solver", [*ORDERS, "sde"])
+def test_call_times_are_the_times_of_the_calls(solver):
+    grid, seen = [0.0, 0.25, 0.75, 1.0], []
+
+    def velocity(x, t, step):
+        seen.append((step, t))
+        return torch.zeros(1)
+
+    options = {"draw": lambda step: torch.zeros(1)} if solver == "sde" else {}
+    SOLVERS[solver](velocity, torch.zeros(1), grid, **options)
+    expected = [(step, t) for step, times in enumerate(call_times(solver, grid)) for t in times]
+    assert seen == expected
+    assert len(seen) == {"heun": 5, "midpoint": 6}.get(solver, 3)
+
+
+def test_adams_weights_integrate_polynomials_exactly():
+    times, t_next = [0.1, 0.25, 0.3, 0.55], 0.8
+    for degree in range(4):
+        weights = adams_weights(times, t_next)
+        integral = (t_next ** (degree + 1) - times[-1] ** (degree + 1)) / (degree + 1)
+        assert (weights * np.array(times) ** degree).sum() * (t_next - times[-1]) == pytest.approx(integral, rel=1e-12)
+    assert adams_weights([0.0, 0.1], 0.2) == pytest.approx([-0.5, 1.5])
+
+
+def test_adams_coefficients_are_those_of_the_release_up_to_its_rounding(golden):
+    """The release computes them in float32, where differences of cubes and fourth powers cancel."""
+    for name, tolerance in (("adam2", 2e-7), ("adam3", 3e-4), ("adam4", 6e-4)):
+        case = golden["samplers"][name]
+        grid = case["timesteps"]
+        for step, expected in enumerate(case["solver_coeffs"]):
+            ours = adams_weights(grid[step + 1 - len(expected) : step + 1], grid[step + 1])
+            assert np.abs(ours - expected).max() < tolerance
+
+
+def walk(velocity, x, grid, draws, **options):
+    return sde(velocity, x, grid, draw=lambda step: draws[step], **options)
+
+
+def test_a_stochastic_step_is_the_formula():
+    x, v, n = (torch.randn(4, dtype=torch.float64) for _ in range(3))
+    t, dt, w = 0.5, 0.25, 0.5
+    score = (t * v - x) / (1 - t)
+    grid = [t, t + dt, 1.0]
+    calls = iter([v, torch.zeros_like(v)])
+    end = walk(lambda *_: next(calls), x, grid, [n], last="euler")
+    torch.testing.assert_close(end, x + v * dt + score * w * dt + (2 * w * dt) ** 0.5 * n)
+    calls = iter([v, torch.zeros_like(v)])
+    end = walk(lambda *_: next(calls), x, grid, [n], last="euler", strength=0.5)
+    torch.testing.assert_close(end, x + v * dt + 0.5 * score * w * dt + (w * dt) ** 0.5 * n)
+
+
+def test_the_last_stochastic_step_draws_nothing():
+    x, v = torch.randn(4), torch.randn(4)
+    score = 0.75 * v - x  # at t = 0.75: (t·v − x)/(1 − t), and w = 1 − t takes the denominator away
+    torch.testing.assert_close(walk(lambda *_: v, x, [0.75, 1.0], []), x + v * 0.25 + score * 0.25)
+    torch.testing.assert_close(walk(lambda *_: v, x, [0.75, 1.0], [], last="euler"), x + v * 0.25)
+
+
+@pytest.mark.parametrize("diffusion", DIFFUSIONS)
+def test_every_diffusion_keeps_the_distribution(diffusion):
+    """Data N(0, ½²): velocity and score are linear in x, and the spread at t = 1 must be ½ with any
+    noise schedule.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, generator=generator, dtype=torch.float64)
+
+    def velocity(x_t, t, step):
+        variance = (t * 0.5) ** 2 + (1 - t) ** 2
+        return x_t * (t * 0.25 - (1 - t)) / variance
+
+    draws = torch.randn(200, 20_000, generator=generator, dtype=torch.float64)
+    end = walk(velocity, x, time_grid(200), draws, diffusion=diffusion)
+    assert end.std().item() == pytest.approx(0.5, rel=0.03)
+
+
+def test_adaptive_meets_its_tolerance_image_by_image():
+    """dx/dt = −r·x with rates that ask for different step sizes."""
+    rates = torch.tensor([0.1, 1.0, 30.0], dtype=torch.float64)[:, None]
+    x = torch.ones(3, 2, dtype=torch.float64)
+
+    def velocity(x_t, t, step):
+        return -rates[: len(x_t)] * x_t
+
+    for tolerance in (1e-3, 1e-6):
+        end = adaptive(velocity, x, [0.0, 1.0], tolerance=tolerance)
+        assert (end - torch.exp(-rates)).abs().max() < 10 * tolerance
+    alone = adaptive(velocity, x[:1], [0.0, 1.0], tolerance=1e-3)
+    torch.testing.assert_close(alone, adaptive(velocity, x, [0.0, 1.0], tolerance=1e-3)[:1], rtol=1e-12, atol=0)
+
+
+def test_adaptive_says_when_it_does_not_arrive():
+    with pytest.raises(UserError, match="t = 1 was not reached in num_steps=2 steps; raise num_steps or tolerance"):
+        adaptive(lambda x, t, step: -300 * x, torch.ones(1, 2), [0.0, 1.0], max_steps=2)
+
+
+def test_euler_walks_in_the_dtype_it_is_given():
+    assert euler(lambda x, t, step: x, torch.ones(2), time_grid(3)).dtype == torch.float32

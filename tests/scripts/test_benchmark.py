@@ -1,0 +1,330 @@
+"""The plain reference agrees with the project, and the benchmark measures what it says."""
+
+import contextlib
+import gc
+import json
+import math
+import time
+import weakref
+
+import pytest
+import torch
+from conftest import inputs, refusal, small_ddt, succeed
+from tqdm import tqdm
+
+from ddt.distributed.prepare import make_accelerator
+from ddt.training.throughput import training_flops
+from scripts.benchmark import parts as measured_parts
+from scripts.benchmark import timing
+from scripts.benchmark.parts import OurTraining, PlainSteps, Setup
+from scripts.benchmark.plain import PlainDDT
+from scripts.benchmark.timing import Case, Way
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+GOLDEN_INPUTS = ("x", "t", "y")
+
+
+def agreement(case):
+    """How much the ways of a case differ; refused where that is more than rounding."""
+    results, _ = timing.first_results(case, CPU, tqdm(disable=True))
+    return timing.errors_of(case, results)
+
+
+def setup_of(tmp_path, **changes):
+    """A setup of a small network."""
+
+    def make_model(in_channels, num_classes, **sizes):
+        return small_ddt(**{**sizes, "in_channels": in_channels, "num_classes": num_classes})
+
+    settings = dict(
+        make_model=make_model, device=CPU, dtype="fp32", compile=False, latent_size=8, batch_size=3,
+        sampling_batch_sizes=[2], num_steps=10, ratios=[0, 0.8], align_depth=1, records=8, folder=tmp_path,
+        accelerator=make_accelerator("fp32"),
+    )  # fmt: skip
+    return Setup(**{**settings, **changes})
+
+
+def test_the_plain_network_is_the_network(tiny):
+    for model in (small_ddt(patch_size=1, depth=4), tiny):
+        x, t, y = inputs(channels=model.in_channels)
+        plain = PlainDDT(model)
+        with torch.no_grad():
+            v, hidden = plain(x, t, y, 2)
+            wanted, wanted_hidden = model.forward_with_hidden(x, t, y, 2)
+        torch.testing.assert_close(v, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(hidden, wanted_hidden, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_plain_step_is_a_step_of_training(tmp_path, monkeypatch, aligned):
+    monkeypatch.setattr(measured_parts, "TARGET", "vit_tiny_patch16_224")
+    setup = setup_of(tmp_path)
+    target = measured_parts.random_target(setup) if aligned else None
+    ours = OurTraining(setup, setup.network(), target)
+    plain, batch = PlainSteps(setup, ours, compiled=False), setup.batch(3)
+    torch.testing.assert_close(plain.gradients(batch, plain.eager), ours.gradients(batch), rtol=1e-3, atol=1e-5)
+    for _ in range(3):
+        ours.step(batch)
+        plain.step(batch, plain.eager)
+    mine, theirs = ours.objective.denoiser.state_dict(), plain.eager.state_dict()
+    start = setup.network().state_dict()
+    moved = torch.cat([(mine[key] - start[key]).flatten() for key in start])
+    apart = torch.cat([(mine[key] - theirs[key]).flatten() for key in start])
+    assert apart.norm() < 0.02 * moved.norm()  # Adam turns a gradient near 0 into ± the learning rate
+    assert moved.norm() > 0
+    averaged = [each.state_dict() for each in (ours.state.ema.model, plain.training.average)]
+    moved, other = (torch.cat([(average[key] - start[key]).flatten() for key in start]) for average in averaged)
+    assert (moved - other).norm() < 0.5 * moved.norm()  # steps of 1e-8, of which float32 keeps few digits
+
+
+def test_networks_of_former_cases_are_let_go(tmp_path):
+    setup = setup_of(tmp_path)
+    former = weakref.ref(OurTraining(setup, setup.network(), None).objective)
+    OurTraining(setup, setup.network(), None)
+    gc.collect()
+    assert former() is None
+
+
+@pytest.mark.slow
+def test_compiled_ways_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr(measured_parts, "TARGET", "vit_tiny_patch16_224")
+    compile_module, compile_function = torch.nn.Module.compile, torch.compile
+    cheap = {"options": None, "backend": "aot_eager"}  # traces as the real one does, and makes no C++
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compile_module(self, **{**kwargs, **cheap}))
+    monkeypatch.setattr(torch, "compile", lambda what, **kwargs: compile_function(what, **{**kwargs, **cheap}))
+    setup = setup_of(tmp_path, compile=True, ratios=[0, 0.5])
+    for part in ("training", "sampling"):
+        for case in getattr(measured_parts, part)(setup):
+            assert any("compiled" in name for name in case.ways)
+            agreement(case)
+    torch.compiler.reset()
+
+
+def test_sampling_in_bf16_would_see_another_schedule(tmp_path):
+    published, _ = measured_parts.sampling(setup_of(tmp_path, dtype="bf16"))
+    results, _ = timing.first_results(published, CPU, tqdm(disable=True))
+    timing.errors_of(published, results)
+    results["ours 0.80"] = results["ours 0.00"]
+    with pytest.raises(ValueError, match=r"ours 0\.80 is no nearer to plain 0\.80 than to plain 0\.00"):
+        timing.errors_of(published, results)
+
+
+def test_the_largest_batch_is_the_last_that_fits(tmp_path, monkeypatch):
+    from scripts import benchmark
+
+    def step(self, batch):
+        if len(batch["y"]) > 16:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(OurTraining, "step", step)
+    monkeypatch.setattr(PlainSteps, "step", lambda self, batch, network: None)
+    monkeypatch.setattr(benchmark, "random_target", lambda setup: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 100))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10)
+    assert benchmark.largest_batch(setup_of(tmp_path)) == 16
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 60)
+    assert benchmark.largest_batch(setup_of(tmp_path)) == 4  # twice as much would fit, and leave too little
+
+
+def test_plain_and_ours_see_the_same_averages(tmp_path):
+    (case,) = measured_parts.average(setup_of(tmp_path))
+    assert agreement(case)["ours"] < 1e-6
+    (case,) = measured_parts.optimizer(setup_of(tmp_path))
+    assert agreement(case)["ours"] < 1e-5
+
+
+def test_sampling_is_compared_at_each_ratio(tmp_path):
+    published, always = measured_parts.sampling(setup_of(tmp_path, ratios=[0, 0.5, 0.8]))
+    assert list(published.ways) == [f"{who} {ratio}" for ratio in ("0.00", "0.50", "0.80") for who in ("plain", "ours")]
+    for case in (published, always):
+        errors = agreement(case)
+        assert max(errors.values()) < 1e-4
+    shared, unshared = published.ways["ours 0.80"].call(), published.ways["ours 0.00"].call()
+    assert timing.relative_error(shared, unshared) > 1e-4  # the comparison would see another schedule
+    flops = {name: way.flops for name, way in published.ways.items()}
+    assert flops["ours 0.80"] < flops["plain 0.80"] < flops["plain 0.00"]
+    assert always.ways["plain 0.80"].flops == flops["plain 0.80"]
+
+
+def case_of(**ways):
+    return Case("part", "case", ways, 4, 1e-3)
+
+
+def test_ways_that_disagree_are_refused():
+    x = torch.ones(5)
+    with pytest.raises(ValueError, match=r"part, case: ours differs from plain by 1\.0e-02, more than rounding"):
+        agreement(case_of(plain=Way(lambda: x), ours=Way(lambda: 1.01 * x)))
+    with pytest.raises(ValueError, match="differs from plain by nan"):
+        agreement(case_of(plain=Way(lambda: x), ours=Way(lambda: math.nan * x)))
+    errors = agreement(case_of(plain=Way(lambda: x), ours=Way(lambda: 2 * x, base="ours")))
+    assert errors == {"plain": 0, "ours": 0}
+
+
+def test_ways_take_turns_and_stop_in_time():
+    calls = []
+    case = case_of(**{name: Way(lambda name=name: calls.append(name)) for name in ("plain", "ours")})
+    times = timing.rounds(case, CPU, repeats=3, deadline=math.inf, progress=tqdm(disable=True))
+    assert calls == ["plain", "ours", "ours", "plain", "plain", "ours"]
+    assert {name: len(values) for name, values in times.items()} == {"plain": 3, "ours": 3}
+    times = timing.rounds(case, CPU, repeats=3, deadline=time.monotonic() - 1, progress=tqdm(disable=True))
+    assert {name: len(values) for name, values in times.items()} == {"plain": 1, "ours": 1}
+
+
+def test_a_ratio_is_the_median_of_the_rounds():
+    times = {"plain": [2.0, 30.0, 4.0], "ours": [1.0, 10.0, 4.0]}
+    assert timing.ratio(times, "plain", "ours") == 2
+
+
+def test_rows_hold_rates_bounds_and_memory():
+    entered = []
+
+    @contextlib.contextmanager
+    def context():
+        entered.append(True)
+        yield
+
+    def work(size):
+        return (torch.ones(size, 1000) + 1).sum()[None] / size
+
+    plain, ours = Way(lambda: work(2000), flops=8e9), Way(lambda: work(1000), flops=2e9, context=context)
+    first, second = timing.measure(case_of(plain=plain, ours=ours), CPU, 1e12, repeats=3, deadline=math.inf)
+    assert (first["ratio"], first["bound"], second["bound"], second["bound_to_first"]) == (1, 1, 4, 4)
+    assert len(second["times"]) == 3
+    assert len(entered) == 1 + 1 + 3  # the first call, the memory, the rounds
+    for row, size in ((first, 2000), (second, 1000)):
+        assert row["images_per_second"] == pytest.approx(4 / row["seconds"])
+        assert row["share_of_matmul"] == pytest.approx(row["flops"] / row["seconds"] / 1e12)
+        assert row["peak_bytes"] == pytest.approx(2 * 4 * size * 1000, rel=0.01)  # the ones, and the sum
+
+
+def test_growth_counts_what_grows(tmp_path):
+    from scripts.benchmark.growth import points, timed
+
+    setup = setup_of(tmp_path, batch_size=4)
+    found = [(what, value, there.batch_size, there.latent_size) for what, value, there in points(setup)]
+    assert found[:3] == [("tokens", 4, 1, 4), ("tokens", 16, 1, 8), ("tokens", 64, 1, 16)]
+    assert found[3:7] == [("batch", n, n, 8) for n in (1, 2, 4, 8)]
+    assert found[7:] == [("depth", depth, 4, 8) for depth in (2, 3, 6)]
+    deeper = dict((value, there) for what, value, there in points(setup) if what == "depth")[6]
+    model = deeper.network()
+    assert (len(model.encoder.blocks), len(model.decoder.blocks)) == (4, 2)
+    assert timed(deeper, 1)["flops"] == 4 * training_flops(OurTraining(deeper, model, None).objective, (4, 8, 8))
+
+
+SMALL = ("model=nano", "latent_size=8", "batch_size=2", "num_steps=8", "ratios=[0,0.8]", "repeats=2", "align_depth=2")
+
+
+@pytest.fixture
+def small_networks(monkeypatch):
+    """A small target and a small autoencoder in place of the true ones."""
+    monkeypatch.setattr(measured_parts, "TARGET", "vit_tiny_patch16_224")
+    small = measured_parts.SD_VAE | {"block_out_channels": [8] * 4, "norm_num_groups": 4, "layers_per_block": 1}
+    monkeypatch.setattr(measured_parts, "SD_VAE", small)
+
+
+@pytest.mark.usefixtures("small_networks")
+@pytest.mark.parametrize("part", ["target", "autoencoder", "loader", "checkpoint", "activations"])
+def test_a_part_agrees_with_its_plain_reference(tmp_path, part):
+    cases = list(getattr(measured_parts, part)(setup_of(tmp_path)))
+    assert len(cases) == (2 if part == "autoencoder" else 1)
+    for case in cases:
+        agreement(case)
+
+
+@pytest.mark.usefixtures("small_networks")
+def test_an_aligned_step_counts_its_target(tmp_path):
+    setup = setup_of(tmp_path)
+    aligned, bare = measured_parts.training(setup)
+    (target,) = measured_parts.target(setup)
+    extra = aligned.ways["ours"].flops - bare.ways["ours"].flops
+    assert extra > target.ways["ours"].flops > 0
+
+
+@pytest.mark.usefixtures("small_networks")
+@pytest.mark.slow
+def test_the_benchmark_writes_numbers_tables_and_a_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    out = tmp_path / "new" / "folder"
+    parts = ["forward", "training", "loader", "growth"]
+    succeed("scripts.benchmark", *SMALL, f"parts=[{','.join(parts)}]", "records=40", f"out={out}")
+    found = json.loads((out / "benchmark.json").read_text())
+    assert found["kind"] == "benchmark"
+    rows = found["rows"]
+    assert not [row for row in rows if "not_run" in row]
+    assert list(dict.fromkeys(row["part"] for row in rows)) == parts
+    (aligned,) = [row for row in rows if "aligned" in row["case"] and row["way"] == "ours"]
+    (bare,) = [row for row in rows if "no alignment" in row["case"] and row["way"] == "ours"]
+    assert aligned["flops"] > bare["flops"] > 0
+    assert found["matmul"]["flops_per_second"] > 1e9
+    assert (found["settings"]["model"], found["machine"]["threads"]) == ("nano", 1)
+    said = (out / "benchmark.md").read_text()
+    assert "| batch 2, no alignment | ours |" in said
+    assert "| processes | 2 |" in said
+    assert (out / "benchmark.png").stat().st_size > 10_000
+    message = refusal("scripts.benchmark", *SMALL, f"out={out}")
+    assert "holds a benchmark already" in message
+
+
+def test_a_profile_names_the_longest_operations(tmp_path):
+    succeed("scripts.benchmark", *SMALL, "parts=[optimizer]", f"out={tmp_path}", "profile=true")
+    assert "AdamW" in (tmp_path / "profiles" / "optimizer_a_step_ours.txt").read_text()
+
+
+def test_what_fails_costs_its_part_alone(tmp_path, monkeypatch):
+    def broken(setup):
+        yield Case("loader", "half", {"plain": Way(lambda: torch.ones(1)), "ours": Way(lambda: torch.zeros(1))}, 1, 0.1)
+
+    monkeypatch.setitem(__import__("scripts.benchmark").benchmark.CASES, "loader", broken)
+    arguments = (*SMALL, "parts=[loader,optimizer]", f"out={tmp_path}")
+    assert refusal("scripts.benchmark", *arguments) == "parts failed: see the lines above"
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert "loader, half: ours differs from plain" in rows[0]["not_run"]
+    assert [row["way"] for row in rows[1:]] == ["plain", "ours"]
+    assert "## Not run\n\n- loader: loader, half" in (tmp_path / "benchmark.md").read_text()
+
+
+def test_time_that_is_over_is_told(tmp_path):
+    succeed("scripts.benchmark", *SMALL, "parts=[forward,optimizer]", "minutes=0.0001", f"out={tmp_path}")
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert [(row["part"], "out of time" in row["not_run"]) for row in rows] == [("forward", True), ("optimizer", True)]
+
+
+@pytest.mark.usefixtures("small_networks")
+def test_candidates_do_what_the_code_does(tmp_path):
+    from benchmarks.candidates import candidates
+
+    for dtype in ("fp32", "bf16"):
+        setup = setup_of(tmp_path, dtype=dtype, latent_size=4)
+        names = []
+        for case in candidates(setup):
+            assert len(agreement(case)) > 1
+            names.append(case.name)
+        assert len(set(names)) == len(names) == (11 if dtype == "bf16" else 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["parts=[speed]"], "parts=speed: no such part; choose from forward, sampling"),
+        (["parts=[]"], "parts=[]: names no part"),
+        (["batch_size=0"], "batch_size=0: must be at least 1, or max"),
+        (["batch_size=max"], "batch_size=max: asks for a GPU's memory"),
+        (["ratios=[0.8]"], "ratios=[0.8]: must begin with 0"),
+        (["ratios=[0,0.99]"], "ratios=[0.0, 0.99]: each is a share of the num_steps=50 steps"),
+        (["repeats=0"], "repeats=0: must be at least 1"),
+        (["threads=x"], "threads=x: "),
+        (["minutes=0"], "minutes=0.0: must be above 0"),
+        (["latent_size=9"], "latent_size=9: must be a multiple of 4"),
+        (["sampling_batch_sizes=[]"], "sampling_batch_sizes=[]: give numbers"),
+        (["profile=true"], "profile=true: writes tables; give out=FOLDER"),
+        (["steps=3"], "steps: no such setting; did you mean"),
+        (["out=README.md"], "out=README.md: is a file; give a folder"),
+        (["model=nano"], "align_depth=8: the encoder has 4 blocks, choose 1..4"),
+        (["model=dit_b"], "model: the plain reference is a DDT whose decoder has attention"),
+    ],
+)
+def test_wrong_settings_of_the_benchmark_are_one_line(arguments, message):
+    said = refusal("scripts.benchmark", *arguments)
+    assert said.startswith(message)
+    assert "\n" not in said

@@ -1,0 +1,366 @@
+"""The search for the guidance that suits a model: its points, its two stages, its resuming, its
+report.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import refusal, small_ddt, succeed
+
+import ddt
+from ddt.checkpoint import folder as ckpt
+from ddt.draws import noise_of
+from ddt.errors import UserError
+from ddt.generation.image_set import image_set
+from ddt.sampling.settings import SamplerSettings
+from scripts.studies.guidance import search as guidance_search
+from scripts.studies.guidance.points import Axes, Checkpoint, points_of
+from scripts.studies.guidance.report import draw, tables
+
+SEARCH = "scripts.studies.guidance"
+SAMPLER = {"solver": "euler", "num_steps": 3, "cfg_scale": 2.0, "cfg_interval": [0.3, 1.0], "last_step": None}
+METRIC = "fd_digits"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def write_run(folder, step=3, target="ddt.model.DDT", channels=1, raw=True, classes=5):
+    """A checkpoint of few random weights that draws pictures of 8×8 px; its raw weights are other
+    ones.
+    """
+    network = dict(patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2, num_classes=5)
+    config = {
+        "step": step,
+        "network": {"_target_": target, "in_channels": channels, **network},
+        "latent_shape": [channels, 8, 8],
+        "autoencoder": {"_target_": "ddt.autoencoder.Identity"},
+        "sampler": SAMPLER,
+        "class_names": list("abcdefgh"[:classes]),
+    }
+    ema = small_ddt(in_channels=channels).state_dict()
+    model = {"model": {name: 1.5 * value for name, value in ema.items()}} if raw else {}
+    ckpt.write_checkpoint(ckpt.checkpoint_folder(folder, step), config, ema=ema, **model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("searches") / "run")
+
+
+def arguments(run_folder, out, *changes):
+    return (
+        f"ckpt={run_folder}", f"out={out}", "features=digits", "reference=data:digits", "features.epochs=1",
+        "cfg_scale=[1,2]", "cfg_interval=[null,[0.3,1]]", "weights=[ema,model]", "num_samples=12", "top=2",
+        "final_samples=10", "repeats=3", "batch_size=12", *changes,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def search(run_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("searches") / "whole"
+    succeed(SEARCH, *arguments(run_folder, out))
+    return out
+
+
+def result_of(out):
+    return json.loads((out / "search.json").read_text())
+
+
+def numbers(out):
+    """What a search found, without where and when."""
+    result = result_of(out)
+    return {key: result[key] for key in ("metric", "labels", "points", "winners")}
+
+
+def values(metrics):
+    return {name: metrics[name] for name in metrics["labels"]}
+
+
+def test_without_guidance_there_are_no_intervals():
+    checkpoint = Checkpoint("step_3", None, {})
+    axes = Axes(
+        [checkpoint], ["ema", "model"], [None, "uniform:2", [0, 1]], [1.0, 1.5], [1.0, 1.5, "checkpoint"],
+        [None, (0.3, 1.0), (0.0, 0.7)],
+    )  # fmt: skip
+
+    def settings_of(_, chosen):
+        chosen = {key: value for key, value in chosen.items() if value != "checkpoint"}
+        return SamplerSettings(num_steps=4, last_step=None, **{"cfg_scale": 3.0, **chosen})
+
+    points = points_of(axes, settings_of)
+    assert len(points) == 2 * 3 * 2 * (1 + 2 * 3)
+    assert len({point.label for point in points}) == len(points)
+    assert sum(point.settings.cfg_scale == 1 for point in points) == 2 * 3 * 2
+    assert all(point.settings.cfg_interval is None for point in points if point.settings.cfg_scale == 1)
+    guided = {(p.settings.cfg_scale, p.settings.cfg_interval) for p in points if p.settings.cfg_scale != 1}
+    assert guided == {(scale, interval) for scale in (1.5, 3.0) for interval in (None, (0.3, 1.0), (0.0, 0.7))}
+    assert {"cfg1_ema_unshared_shift1", "cfg1.5_t0.3-1_model_uniform2_shift1.5"} <= {p.label for p in points}
+    close = Axes([checkpoint], ["ema"], [None], [1.0], [1.5, 1.5000001], [None])
+    with pytest.raises(UserError, match=r"cfg1.5_ema: two points of this name differ in digits"):
+        points_of(close, settings_of)
+    alone = Axes([checkpoint], ["ema"], [None], [1.0], [1.0], [(0.3, 1.0)])
+    assert [point.label for point in points_of(alone, settings_of)] == ["cfg1_ema"]
+
+
+def test_a_search_has_two_stages(search):
+    assert sorted(path.name for path in search.iterdir()) == [
+        "final", "plan.json", "proxy", "search.json", "search.md", "search.png",
+    ]  # fmt: skip
+    result = result_of(search)
+    labels = [f"{guidance}_{weights}" for weights in ("ema", "model") for guidance in ("cfg1", "cfg2", "cfg2_t0.3-1")]
+    assert [row["label"] for row in result["points"]] == labels
+    assert sorted(path.name for path in (search / "proxy").iterdir()) == sorted(labels)
+    for row in result["points"]:
+        folder = search / "proxy" / row["label"]
+        assert sorted(p.name for p in folder.iterdir()) == ["grid.png", "metrics.json", "nearest.png", "receipt.json"]
+        receipt = json.loads((folder / "receipt.json").read_text())["request"]
+        assert receipt["seeds"] == "0-11"
+        assert receipt["sampler"]["cfg_scale"] == row["cfg_scale"]
+        assert receipt["sampler"]["cfg_interval"] == row["cfg_interval"]
+        assert receipt["checkpoint"]["weights"] == {"ema": "EMA", "model": "raw"}[row["weights"]]
+        assert row["metrics"] == values(json.loads((folder / "metrics.json").read_text()))
+    assert result["metric"] == METRIC
+    assert result["labels"]["proxy"][METRIC].startswith("FD-digits-12 ")
+    assert result["labels"]["final"][METRIC].startswith("FD-digits-10 ")
+    assert result["comparable"] is False
+    assert result["command"].startswith("python ")
+    assert result["versions"]["torch"]
+    assert result["request"]["checkpoints"]["step_0000003"]["sha256"].keys() == {"ema", "model"}
+    assert (search / "search.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_setting_makes_a_difference(search):
+    """Intervals, scales and weights each change the images, all drawn from the same noise."""
+    distances = [row["metrics"][METRIC] for row in result_of(search)["points"]]
+    assert len(set(distances)) == len(distances)
+
+
+def test_winners_are_the_smallest_and_drawn_from_other_noise(search):
+    result = result_of(search)
+    ranked = sorted(result["points"], key=lambda row: row["metrics"][METRIC])
+    by_rank = sorted(result["winners"], key=lambda row: row["proxy_rank"])
+    assert [row["label"] for row in by_rank] == [row["label"] for row in ranked[:2]]
+    assert [row["proxy"] for row in by_rank] == [row["metrics"][METRIC] for row in ranked[:2]]
+    assert sorted(path.name for path in (search / "final").iterdir()) == sorted(row["label"] for row in by_rank)
+    proxy = set(image_set(5, 12, seed=0).seeds)
+    for row in result["winners"]:
+        folder, found = search / "final" / row["label"], []
+        assert sorted(path.name for path in folder.iterdir()) == ["seed_1", "seed_2", "seed_3"]
+        for seed in (1, 2, 3):
+            request = json.loads((folder / f"seed_{seed}" / "receipt.json").read_text())["request"]
+            drawn = image_set(5, 10, seed=seed).seeds
+            assert request["seeds"] == f"{drawn[0]}-{drawn[-1]}"
+            assert not proxy & set(drawn)
+            assert not (folder / f"seed_{seed}" / "samples.npz").exists()
+            found.append(values(json.loads((folder / f"seed_{seed}" / "metrics.json").read_text())))
+        assert row["repeats"] == [{"seed": seed, **metrics} for seed, metrics in zip((1, 2, 3), found, strict=True)]
+        for name, both in row["metrics"].items():
+            column = [metrics[name] for metrics in found]
+            assert both == {"mean": pytest.approx(np.mean(column)), "sd": pytest.approx(np.std(column, ddof=1))}
+    means = [row["metrics"][METRIC]["mean"] for row in result["winners"]]
+    assert means == sorted(means)
+    assert result["winners"][0]["metrics"][METRIC]["sd"] > 0
+
+
+def test_a_point_is_what_sample_py_and_evaluate_py_make_of_its_settings(search, run_folder, tmp_path):
+    """One point drawn by hand, of the raw weights and with an interval."""
+    model, images = ckpt.load_model(run_folder, "model"), image_set(5, 12, seed=0)
+    noise, y = noise_of(images.seeds, (1, 8, 8)), ckpt.torch.tensor(images.classes)
+    with ckpt.torch.no_grad():
+        latents = ddt.sample(model, noise, y, **SAMPLER)
+    pixels = ((latents.clamp(-1, 1) + 1) * 127.5).round().to(ckpt.torch.uint8).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "samples.npz", arr_0=pixels, arr_1=np.array(images.classes))
+    succeed(
+        "evaluate", f"samples={tmp_path / 'samples.npz'}", "features=digits", "reference=data:digits",
+        "features.epochs=1",
+    )  # fmt: skip
+    expected = json.loads((tmp_path / "metrics.json").read_text())
+    row = next(row for row in result_of(search)["points"] if row["label"] == "cfg2_t0.3-1_model")
+    assert row["metrics"][METRIC] == pytest.approx(expected[METRIC], rel=0.02)  # pixels are rounded
+
+
+def test_the_tables_are_sorted_and_say_what_they_show(search):
+    text = (search / "search.md").read_text()
+    result = result_of(search)
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert lines[0].startswith("| weights | cfg scale | cfg interval | FD-digits-12 ")
+    column = [float(line.split(" | ")[3]) for line in lines[2:8]]
+    assert column == sorted(column)
+    assert sum("| 1 | – |" in line for line in lines[2:8]) == 2
+    best = result["winners"][0]["metrics"][METRIC]
+    assert f"{best['mean']:.3f} ± {best['sd']:.3f}" in lines[10]
+    assert "mean ± sd of 3" in text
+    assert "FD-digits, real images: " in text
+    assert tables(result) + "\n" == text
+
+
+def test_one_cell_is_a_heat_map(search, tmp_path):
+    """The least that a search can be: no axis has two values, and there is no colour scale to speak
+    of.
+    """
+    result = result_of(search)
+    row = result["points"][0]
+    winner = {**result["winners"][0], "label": row["label"], "repeats": result["winners"][0]["repeats"][:1]}
+    draw({**result, "points": [row], "winners": [winner]}, tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_complete_search_is_left_alone_and_another_refused(search, run_folder, caplog):
+    caplog.set_level("INFO")
+    before = {path: path.read_bytes() for path in search.rglob("*") if path.is_file()}
+    succeed(SEARCH, *arguments(run_folder, search))
+    assert "complete, nothing to do" in caplog.text
+    for change in ("num_samples=13", "cfg_scale=[1,3]", "repeats=2", "features.epochs=2", "num_steps=4"):
+        line = refusal(SEARCH, *arguments(run_folder, search, change))
+        assert line == f"out={search}: holds another search or other files and is not written over; choose another out="
+    assert {path: path.read_bytes() for path in search.rglob("*") if path.is_file()} == before
+
+
+def test_a_search_goes_on_where_it_was_cut(search, run_folder, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    out = shutil.copytree(search, tmp_path / "cut")
+    for name in ("search.json", "search.md", "search.png", "proxy/cfg2_ema/metrics.json"):
+        (out / name).unlink()
+    (out / "proxy" / "cfg1_ema" / "samples.npz").write_bytes(b"")  # killed before it was removed
+    winner = result_of(search)["winners"][0]["label"]
+    (out / "final" / winner / "seed_2" / "metrics.json").unlink()
+    kept = out / "proxy" / "cfg1_ema" / "metrics.json"
+    time = kept.stat().st_mtime_ns
+    drawn, draw_set = [], guidance_search.sample_set
+    monkeypatch.setattr(
+        guidance_search, "sample_set", lambda *args, **named: (drawn.append(args[3]), draw_set(*args, **named))
+    )
+    succeed(SEARCH, *arguments(run_folder, out, "batch_size=5"))
+    assert drawn == [out / "proxy" / "cfg2_ema", out / "final" / winner / "seed_2"]
+    assert "point 2 of 6: cfg 2, interval every time" in caplog.text
+    assert kept.stat().st_mtime_ns == time
+    assert not list(out.rglob("samples.npz"))
+    ours, theirs = result_of(out), result_of(search)
+    for a, b in zip(ours["points"], theirs["points"], strict=True):
+        assert a["metrics"][METRIC] == pytest.approx(b["metrics"][METRIC], rel=0.02)  # in other batches
+
+
+def test_points_measured_with_other_weights_are_not_taken(search, run_folder, tmp_path):
+    """The request is the same, what lies under its names is not."""
+    out = shutil.copytree(search, tmp_path / "other")
+    (out / "search.json").unlink()
+    plan = json.loads((out / "plan.json").read_text())
+    plan["inputs"]["features"]["weights"]["tensors_sha256"] = "0"
+    (out / "plan.json").write_text(json.dumps(plan))
+    line = refusal(SEARCH, *arguments(run_folder, out))
+    assert line.startswith(f"out={out}: its points were measured with another content of reference, features or")
+
+
+def test_a_point_that_is_not_finite_is_named(run_folder, tmp_path):
+    line = refusal(SEARCH, *arguments(run_folder, tmp_path / "out", "cfg_scale=[1,1e30]", "weights=ema"))
+    assert line.startswith("cfg1e+30_ema: image 0 ")
+
+
+def test_two_processes_find_the_same(run_folder, tmp_path):
+    """In the same batches, one a process, to the last bit."""
+    few = ("cfg_scale=[1,2]", "cfg_interval=null", "weights=model", "top=1", "repeats=2", "batch_size=5")
+    out = {count: tmp_path / str(count) for count in (1, 2)}
+    for count, folder in out.items():
+        succeed(SEARCH, *arguments(run_folder, folder, *few, f"num_processes={count}"))
+    assert result_of(out[2])["num_processes"] == 2
+    assert numbers(out[2]) == numbers(out[1])
+
+
+def test_samples_are_kept_where_asked_and_one_repeat_has_no_deviation(run_folder, tmp_path):
+    """Single values in place of lists, several checkpoints, shared steps."""
+    other, out = write_run(tmp_path / "other", step=4), tmp_path / "out"
+    succeed(
+        SEARCH,
+        *arguments(
+            run_folder, out, f"ckpt=[{run_folder},{other}]", "cfg_scale=2", "cfg_interval=[0.3,1]", "weights=model",
+            "recompute=[null,uniform:2]", "forecast_order=1", "timeshift=2", "keep_samples=true", "repeats=1", "top=1",
+        ),
+    )  # fmt: skip
+    result = result_of(out)
+    assert [row["label"] for row in result["points"]] == [
+        f"step_000000{step}_cfg2_t0.3-1_model_{schedule}" for step in (3, 4) for schedule in ("unshared", "uniform2")
+    ]
+    assert all(row["timeshift"] == 2 for row in result["points"])
+    assert len(list(out.rglob("samples.npz"))) == 5
+    assert result["winners"][0]["metrics"][METRIC]["sd"] is None
+    text = (out / "search.md").read_text()
+    assert "| checkpoint | recompute | cfg scale |" in text
+    assert "encoder at every step" in text
+    assert "on other noise, once:" in text
+    assert "±" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["metric=fid"], "metric=fid: features=digits measures fd_digits; choose from these"),
+        (["cfg_scale=[]"], "cfg_scale=[]: name at least one"),
+        (["ckpt=[]"], "ckpt=[]: name at least one"),
+        (["cfg_scale=[2,2.0]"], "cfg_scale: names [2.0] twice; name each value once"),
+        (["cfg_interval=[[0.3,1],[0.3,1.0]]"], "cfg_interval: names [(0.3, 1.0)] twice"),
+        (["cfg_interval=[1,0.3]"], "cfg_interval=[1.0,0.3]: needs 0 <= lo < hi <= 1"),
+        (["cfg_interval=[null,[0.3]]"], "cfg_interval=[null,[0.3]]: "),
+        (["cfg_scale=[-1]"], "cfg_scale=-1.0: must be a finite number"),
+        (["cfg_scale=[x]"], "cfg_scale=[x]: give"),
+        (["weights=[ema,raw]"], "weights=raw: "),
+        (["num_samples=1"], "num_samples=1: must lie in 2..1000000"),
+        (["final_samples=1"], "final_samples=1: must lie in 2..1000000"),
+        (["repeats=0"], "repeats=0: must be at least 1"),
+        (["top=0"], "top=0: must be at least 1"),
+        (["top=7"], "top=7: there are 6 points; choose at most so many"),
+        (["cache_gib=-1"], "cache_gib=-1.0: must be at least 0"),
+        (["recompute=[uniform:x]"], "recompute=uniform:x: write uniform:5"),
+        (["recompute=[1,2]"], "recompute=[1, 2]: step 0 must be among them"),
+        (["sampler=rk9"], "sampler=rk9: "),
+        (["sampler=adaptive", "timeshift=[1,2]"], "timeshift=1.0: sampler=adaptive chooses its own steps"),
+        (["forecast_order=1"], "forecast_order=1: has no effect without recompute="),
+        (["ckpt=nowhere"], "nowhere: no such folder"),
+        (["dtype=int8"], "dtype=int8: give 'bf16' or 'fp32'"),
+        (["pr_dtype=float64"], "pr_dtype=float64: give"),
+        (["reference=data:photos"], "features=digits reference=data:photos: the classifier is trained on this"),
+        (["inception_weights=x.pth"], "inception_weights=x.pth: has no effect with features=digits"),
+        (["autoencoder=x"], "autoencoder=x: this model draws pixels"),
+        (["num_processes=0"], "num_processes=0: must be at least 1"),
+        (["top_k=4"], "top_k: no such setting; did you mean top?"),
+    ],
+)
+def test_a_wrong_search_is_one_line(run_folder, tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ckpt, "read_weights", None)  # nothing is loaded
+    (line,) = refusal(SEARCH, *arguments(run_folder, "search", *changes)).splitlines()
+    assert line.startswith(message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_features_are_one_line(run_folder, tmp_path):
+    given = [word for word in arguments(run_folder, tmp_path / "out") if not word.startswith("features.")]
+    assert refusal(SEARCH, *given, "features=none").startswith("features=none: measures nothing")
+
+
+def test_checkpoints_that_cannot_be_searched_are_one_line(run_folder, tmp_path):
+    out = tmp_path / "out"
+    line = refusal(SEARCH, *arguments(write_run(tmp_path / "averaged", raw=False), out))
+    assert line.startswith("weights=model: ")
+    assert line.endswith("has no model.safetensors; choose from ema")
+    line = refusal(SEARCH, *arguments(write_run(tmp_path / "dit", target="ddt.model.DiT"), out, "recompute=uniform:2"))
+    assert line == "recompute=uniform:2: this model has no encoder to share; give null"
+    line = refusal(SEARCH, *arguments(write_run(tmp_path / "colour", channels=3), out))
+    assert line.startswith("reference=data:digits: has latents of shape [1, 8, 8], the model draws [3, 8, 8]")
+    newest = ckpt.find_checkpoint(run_folder)
+    line = refusal(SEARCH, *arguments(run_folder, out, f"ckpt=[{run_folder},{newest}]"))
+    assert line.endswith("two of them are one checkpoint")
+    other = write_run(tmp_path / "classes", classes=4)
+    line = refusal(SEARCH, *arguments(run_folder, out, f"ckpt=[{run_folder},{other}]"))
+    assert "has another class_names than" in line
+    assert not out.exists()
+    out.write_text("a file")
+    assert refusal(SEARCH, *arguments(run_folder, out)) == f"out={out}: is a file; give a folder"
+    assert out.read_text() == "a file"
+
+
+def test_the_raw_weights_of_a_checkpoint_can_be_loaded(run_folder):
+    ema, raw = (ckpt.load_model(run_folder, weights).state_dict() for weights in ("ema", "model"))
+    assert all(ckpt.torch.equal(ckpt.load_model(run_folder).state_dict()[name], ema[name]) for name in ema)
+    assert all(ckpt.torch.equal(1.5 * ema[name], raw[name]) for name in ema)

@@ -1,0 +1,378 @@
+"""A look inside a model: what is drawn is what sampling and training compute."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture_folder, refusal, small_ddt, succeed
+
+from ddt import DiT
+from ddt.autoencoder import Identity
+from ddt.autoencoder.base import from_uint8
+from ddt.checkpoint import folder as ckpt
+from ddt.data.images import Digits, ImageFolder
+from ddt.distributed.prepare import make_accelerator
+from ddt.draws import VALIDATION, draws, noise_of
+from ddt.errors import UserError
+from ddt.flow import clean, interpolate, velocity
+from ddt.generation.generator import Generator
+from ddt.generation.image_set import ImageSet, image_set
+from ddt.generation.load import SAMPLER_KEYS
+from ddt.objective.flow_matching import velocity_errors
+from ddt.sampling.fitting import fit_schedule
+from ddt.sampling.settings import SamplerSettings
+from scripts.studies import inside as visualize
+from scripts.studies.inside import measure as inside
+from scripts.studies.inside import report as inside_report
+from scripts.studies.inside.measure import (
+    Similarity,
+    film,
+    held_out,
+    loss_by_t,
+    principal_components,
+    shown_steps,
+    walk,
+    z_colours,
+)
+
+SCRIPT = "scripts.studies.inside"
+SAMPLER = {"solver": "euler", "num_steps": 6, "cfg_scale": 2.0, "cfg_interval": (0.3, 1.0), "last_step": None}
+DIGITS = {"_target_": "ddt.data.images.Digits", "_partial_": True, "fingerprint": Digits().fingerprint}
+PICTURES = ["denoising.png", "loss_by_t.png", "similarity.png", "visualize.json", "z_pca.png"]
+IMAGES = ("classes=[1,8]", "seeds=4-5")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def network():
+    return small_ddt(in_channels=1, num_classes=10)
+
+
+def write_run(folder, data=DIGITS, target="ddt.model.DDT"):
+    """A checkpoint of random weights, the raw ones others than the averaged ones, as training on
+    `data` leaves it.
+    """
+    sizes = dict(patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2, num_classes=10)
+    if target == "ddt.model.DiT":
+        del sizes["encoder_depth"]
+        torch.manual_seed(0)
+        ema = DiT(in_channels=1, **sizes).state_dict()
+    else:
+        ema = network().state_dict()
+    config = {
+        "step": 3,
+        "network": {"_target_": target, "in_channels": 1, **sizes},
+        "latent_shape": [1, 8, 8],
+        "autoencoder": {"_target_": "ddt.autoencoder.Identity"},
+        "autoencoder_fingerprint": None,
+        "sampler": SAMPLER,
+        "class_names": list("0123456789"),
+        **({} if data is None else {"run": {"data": data}}),
+    }
+    raw = {name: value + 1 for name, value in ema.items()}
+    ckpt.write_checkpoint(ckpt.checkpoint_folder(folder, 3), config, ema=ema, model=raw)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("inside") / "run")
+
+
+@pytest.fixture(scope="module")
+def looked(run_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("inside") / "new" / "out"
+    succeed(
+        SCRIPT, f"ckpt={run_folder}", f"out={out}", *IMAGES, "columns=2", "recompute=dp:3", "loss_images=7",
+        "batch_size=4",
+    )  # fmt: skip
+    return out
+
+
+def generator(**changes):
+    settings = SamplerSettings(**{**SAMPLER, **changes})
+    return Generator(network(), Identity(), (1, 8, 8), settings, None, "fp32", torch.device("cpu"))
+
+
+def found(out):
+    return json.loads((out / "visualize.json").read_text())
+
+
+def test_everything_is_drawn_and_the_numbers_are_kept(looked, run_folder):
+    assert sorted(path.name for path in looked.iterdir()) == PICTURES
+    for name in PICTURES:
+        assert name.endswith(".json") or (looked / name).read_bytes()[:4] == b"\x89PNG"
+    said = found(looked)
+    request = said["request"]
+    assert request["checkpoint"]["ema_sha256"] == ckpt.weights_sha256(ckpt.find_checkpoint(run_folder), "ema")
+    assert (request["classes"], request["seeds"]) == ([1, 8, 1, 8], [4, 4, 5, 5])
+    assert request["sampler"]["recompute"] == "dp:3"
+    assert said["left_out"] == {}
+    assert said["versions"]["torch"]
+    assert said["command"].startswith("python ")
+    assert said["denoising"]["steps"] == said["z_pca"]["steps"] == [0, 5]
+    assert said["denoising"]["times"] == [request["time_grid"][step] for step in (0, 5)]
+    assert said["denoising"]["rms_to_sample"][-1] == pytest.approx(0, abs=1e-6)
+    assert said["denoising"]["rms_to_sample"][0] > 0.01
+
+
+def test_the_last_column_is_what_sample_draws(looked, run_folder, tmp_path):
+    out = tmp_path / "samples"
+    succeed("sample", f"ckpt={run_folder}", f"out={out}", *IMAGES, "recompute=dp:3")
+    pictures = np.load(out / "samples.npz")["arr_0"]
+    said = found(looked)
+    assert said["denoising"]["samples_sha256"] == hashlib.sha256(pictures.tobytes()).hexdigest()
+    maker = dataclasses.replace(generator(), recompute=said["similarity"]["chosen"])
+    images = ImageSet([1, 8], [4, 5])
+    strip = film(maker, walk(maker, images), [0, 5])
+    assert np.array_equal(strip.samples, pictures[[0, 3]])
+    assert np.abs(strip.predicted[-1].astype(int) - strip.samples).max() <= 1  # Euler's last step is the prediction
+    start = Identity().decode(noise_of(images.seeds, (1, 8, 8))).permute(0, 2, 3, 1)
+    assert np.array_equal(strip.noisy[0], start)
+    unshared = film(generator(), walk(generator(), images), [0]).samples
+    assert not np.array_equal(unshared, strip.samples)
+
+
+def test_the_strip_is_drawn_with_the_sample_at_its_end(monkeypatch, tmp_path):
+    maker = generator()
+    strip = film(maker, walk(maker, ImageSet([1, 8], [4, 5])), [0, 3])
+    given = {}
+    monkeypatch.setattr(inside_report, "draw_grid", lambda *values: given.update(values=values))
+    inside_report.draw_film(strip, [0.0, 0.5], ["1", "8"], tmp_path / "x.png")
+    pictures, titles, names = given["values"][:3]
+    assert pictures.shape == (4, 3, 8, 8, 1)
+    assert titles == ["t = 0.00", "t = 0.50", "sample"]
+    assert names == ["1\npredicted", "x_t", "8\npredicted", "x_t"]
+    assert np.array_equal(pictures[:, 2], strip.samples[[0, 0, 1, 1]])
+    assert np.array_equal(pictures[2, :2], strip.predicted[:, 1])
+    assert np.array_equal(pictures[1, :2], strip.noisy[:, 0])
+
+
+@pytest.mark.parametrize("solver", ["heun", "adams3", "sde"])
+def test_each_solver_is_watched_at_the_beginning_of_its_steps(solver):
+    way = walk(generator(solver=solver), ImageSet([1], [4]))
+    assert way.times == SamplerSettings(**{**SAMPLER, "solver": solver}).grid()[:-1]
+    assert torch.equal(way.x_t[0], noise_of([4], (1, 8, 8)))
+    assert way.v.shape == (6, 1, 1, 8, 8)
+
+
+def test_the_prediction_ends_where_the_path_does():
+    x, noise = torch.randn(2, 3, 4, 4, 4).unbind(0)
+    for t in (0.0, 0.3, 1.0):
+        x_t = interpolate(x, noise, torch.full((3,), t))
+        assert torch.allclose(clean(velocity(x, noise), x_t, t), x, atol=1e-6)
+    wrong = torch.randn_like(x)
+    assert torch.equal(clean(wrong, noise, 1.0), noise)
+
+
+def test_components_are_those_of_the_singular_vectors():
+    vectors = torch.randn(60, 7, dtype=torch.float64) * torch.linspace(3, 0.5, 7) + 5
+    mean, components, variances = principal_components(vectors.float().split(13))
+    centred = vectors.numpy() - vectors.numpy().mean(0)
+    _, singular, right = np.linalg.svd(centred, full_matrices=False)
+    largest = np.abs(right).argmax(1)
+    expected = right * np.sign(right[np.arange(7), largest])[:, None]
+    assert np.allclose(mean, vectors.mean(0), atol=1e-6)
+    assert np.allclose(components, expected[:3], atol=1e-5)
+    assert np.allclose(variances, singular**2 / 60, rtol=1e-4)
+    again = principal_components(vectors.float().split(7))[1]
+    assert torch.allclose(components, again, atol=1e-5)
+    turned = principal_components((-vectors).float().split(13))[1]
+    assert torch.allclose(components, turned, atol=1e-5)
+
+
+def test_z_is_that_of_the_conditional_encoder():
+    maker = generator()
+    way = walk(maker, ImageSet([1, 8], [4, 5]))
+    colours, shares = z_colours(maker, way, [1, 8], [0, 4])
+    assert colours.shape == (2, 2, 4, 4, 3)
+    assert (colours >= 0).all()
+    assert (colours <= 1).all()
+    assert sorted(shares, reverse=True) == shares
+    assert sum(shares) < 1
+    z = torch.stack([maker.model.encode(x, torch.full((2,), t), torch.tensor([1, 8])) for x, t in
+                     zip(way.x_t, way.times, strict=True)]).detach().double().flatten(0, 2)  # fmt: skip
+    centred = z - z.mean(0)
+    _, singular, right = torch.linalg.svd(centred, full_matrices=False)
+    first = centred @ right[0] * right[0][right[0].abs().argmax()].sign()
+    deviation = singular[0] / math.sqrt(len(z))
+    expected = (0.5 + first / (4 * deviation)).clamp(0, 1).unflatten(0, (6, 2, 4, 4))[[0, 4]]
+    assert np.allclose(colours[..., 0], expected, atol=1e-4)
+
+
+def test_the_schedules_are_those_that_sampling_uses(looked):
+    content = fit_schedule(network(), (1, 8, 8), SamplerSettings(**SAMPLER), 3, torch.device("cpu"))
+    said = found(looked)["similarity"]
+    assert said["schedules"] == {"uniform:2": [0, 2, 4], "dp:3": content["recompute_steps"]}
+    assert said["chosen"] == content["recompute_steps"]
+    assert np.allclose(said["similarity"], content["similarity"], atol=1e-4)
+    assert said["similarity_to_z_in_use"]["dp:3"] >= said["similarity_to_z_in_use"]["uniform:2"] - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("recompute", "names", "chosen"),
+    [
+        (None, ["uniform:3", "dp:2"], None),
+        ("uniform:2", ["uniform:2", "dp:3"], [0, 2, 4]),
+        ([0, 1], ["uniform:3", "dp:2", "as given"], [0, 1]),
+    ],
+    ids=str,
+)
+def test_schedules_of_as_many_runs_lie_beside_the_chosen_one(recompute, names, chosen):
+    seen = inside.similarity(generator(recompute=recompute), "0")
+    assert seen.chosen == chosen
+    assert set(seen.schedules) <= set(names)
+    assert chosen is None or chosen in seen.schedules.values()
+
+
+def test_the_similarity_kept_is_that_to_the_start_of_the_segment():
+    values = np.arange(16.0).reshape(4, 4)
+    seen = Similarity(values, {"x": [0, 2], "all": [0, 1, 2, 3]}, None, [])
+    assert seen.kept("x") == (values[0, 0] + values[0, 1] + values[2, 2] + values[2, 3]) / 4
+    assert seen.kept("all") == values.diagonal().mean()
+
+
+def test_the_steps_shown_are_spread_from_first_to_last():
+    assert shown_steps(50, 8) == [0, 7, 14, 21, 28, 35, 42, 49]
+    assert shown_steps(3, 8) == [0, 1, 2]
+    assert shown_steps(9, 1) == [0]
+
+
+def test_the_loss_is_that_of_training_on_the_averaged_weights(looked, run_folder):
+    said = found(looked)["loss_by_t"]
+    images, model = Digits("test"), ckpt.load_model(run_folder)
+    chosen = np.linspace(0, 299, 7).astype(int)
+    errors = np.empty((7, 10))
+    for row, index in enumerate(chosen):
+        x = from_uint8(torch.from_numpy(images.load(chosen[row : row + 1])))
+        noise = torch.from_numpy(draws(0, VALIDATION, int(index)).standard_normal((1, 1, 8, 8), dtype=np.float32))
+        for k in range(10):
+            t = torch.tensor([(k + (row + 0.5) * (math.sqrt(5) - 1) / 2 % 1) / 10])
+            with torch.no_grad():
+                v = model(interpolate(x, noise, t), t, torch.from_numpy(images.labels[chosen[row : row + 1]]))
+            errors[row, k] = velocity_errors(v, x, noise)
+    assert said["images"] == 7
+    assert said["edges"] == [k / 10 for k in range(11)]
+    assert np.allclose(said["mean"], errors.mean(0), rtol=1e-4)
+    assert np.allclose(said["standard_error"], errors.std(0, ddof=1) / math.sqrt(7), rtol=1e-4)
+
+
+def test_the_loss_does_not_depend_on_the_batch():
+    maker, images, accelerator = generator(), Digits("test"), make_accelerator("no")
+    one = loss_by_t(maker, images, accelerator, 5, 2)
+    assert np.allclose(one.errors, loss_by_t(maker, images, accelerator, 5, 64).errors, rtol=1e-5)
+    assert one.errors.shape == (5, 10)
+    assert loss_by_t(maker, images, accelerator, 1, 2).standard_error.tolist() == [0] * 10
+
+
+def test_what_cannot_be_drawn_is_left_out_and_said(tmp_path, caplog):
+    folder = write_run(tmp_path / "run", data=None, target="ddt.model.DiT")
+    succeed(SCRIPT, f"ckpt={folder}", f"out={tmp_path / 'out'}", "num_steps=2", "columns=1", "seeds=0")
+    reasons = {
+        "loss_by_t": "the checkpoint was not trained here and names no data",
+        "similarity": "DiT has no encoder, so no z",
+        "z_pca": "DiT has no encoder, so no z",
+    }
+    for name, why in reasons.items():
+        assert f"{name}.png is left out: {why}" in caplog.text
+    assert found(tmp_path / "out")["left_out"] == reasons
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["denoising.png", "visualize.json"]
+
+
+def test_moved_data_are_found_where_they_are_said_to_be(tmp_path):
+    root = picture_folder(tmp_path / "data", count=12)
+    data = {"_target_": "ddt.data.images.ImageFolder", "_partial_": True, "root": str(root), "image_size": 8,
+            "holdout_every": 6}  # fmt: skip
+    stored = {"run": {"data": {**data, "fingerprint": ImageFolder(str(root), 8, holdout_every=6).fingerprint}}}
+    assert len(held_out(stored, "checkpoint", Identity()).labels) == 4
+    moved = root.rename(tmp_path / "moved")
+    images, why = visualize.find_images(stored, "checkpoint", Identity())
+    assert images is None
+    assert why.startswith(f"data_root={root}: no such folder; give ")
+    assert len(visualize.find_images(stored, str(moved), Identity())[0].labels) == 4
+    with pytest.raises(UserError, match=f"^data_root={tmp_path}/nowhere: no such folder"):
+        visualize.find_images(stored, f"{tmp_path}/nowhere", Identity())
+    shutil.rmtree(moved / "class1")
+    with pytest.raises(
+        UserError, match=f"^data_root={moved}: holds other images than the run was trained on; give data_root="
+    ):
+        visualize.find_images(stored, str(moved), Identity())
+
+
+@pytest.mark.parametrize("change", [{"_target_": "ddt.data.stream.Digits"}, {"gone": 1}], ids=str)
+def test_data_of_an_earlier_version_are_said_to_be(change):
+    with pytest.raises(UserError, match=r"^the run's data are of an earlier version of the code \("):
+        held_out({"run": {"data": DIGITS | change}}, "checkpoint", Identity())
+
+
+def test_a_run_that_held_nothing_out_says_so(tmp_path):
+    root = picture_folder(tmp_path / "data", count=2)
+    images = ImageFolder(str(root), 8, holdout_every=0)
+    data = {"_target_": "ddt.data.images.ImageFolder", "root": str(root), "image_size": 8, "holdout_every": 0,
+            "_partial_": True, "fingerprint": images.fingerprint}  # fmt: skip
+    with pytest.raises(UserError, match=r"^the run held no images out \(data\.holdout_every=0\)$"):
+        held_out({"run": {"data": data}}, "checkpoint", Identity())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["columns=0"], "columns=0: must be at least 1"),
+        (["sampler=adaptive"], "sampler=adaptive: chooses its own steps"),
+        (["data_root=x"], "data_root=x: this run's data have no folder; leave it out"),
+        (["num_samples=3"], "num_samples: no such setting"),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_one_line(run_folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ckpt, "read_weights", None)  # nothing is loaded
+    (line,) = refusal(SCRIPT, f"ckpt={run_folder}", "out=x", *arguments).splitlines()
+    assert line.startswith(message)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recompute": "dp:9"}, "recompute=dp:9: the encoder runs at 1..num_steps=6"),
+        ({"classes": [10]}, "classes=[10]: the model has classes 0..9"),
+        ({"classes": None, "seeds": "0-1"}, "classes, seeds: make 20 images; name at most 16"),
+    ],
+    ids=str,
+)
+def test_settings_of_sampling_are_those_of_sample(run_folder, changes, message):
+    stored = ckpt.read_config(ckpt.find_checkpoint(run_folder))
+    usual = dict.fromkeys(("sampler", *SAMPLER_KEYS), "checkpoint") | {"classes": "random", "seeds": "0-5"}
+    settings, images = visualize.what_to_draw(usual, stored)
+    assert settings == SamplerSettings(**SAMPLER)
+    assert images == image_set(10, classes="random", seeds="0-5")
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        visualize.what_to_draw(usual | changes, stored)
+
+
+def test_nothing_is_written_over(looked, tmp_path):
+    (tmp_path / "file").touch()
+    usual = dict(
+        ckpt="", columns=1, loss_images=1, batch_size=1, data_root="checkpoint", autoencoder="checkpoint", dtype=None
+    )
+    visualize.check(out=str(tmp_path / "new"), **usual)
+    for out, message in (
+        (looked, "holds files already and is not written over; choose another out="),
+        (tmp_path / "file", "is a file; give a folder"),
+    ):
+        with pytest.raises(UserError, match=f"^out={out}: {message}$"):
+            visualize.check(out=str(out), **usual)
+
+
+def test_samples_that_are_no_numbers_are_one_line():
+    maker = generator()
+    with torch.no_grad():
+        maker.model.decoder.output.linear.bias.fill_(math.nan)
+    with pytest.raises(UserError, match=r"^samples are not finite: try dtype=fp32"):
+        walk(dataclasses.replace(maker), ImageSet([1], [4]))

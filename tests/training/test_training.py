@@ -1,0 +1,398 @@
+"""The loop: reproducible, resumable anywhere, the same on any number of processes and
+micro-batches.
+"""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, rows, run, run_inside, small_ddt
+from PIL import Image
+from safetensors.torch import load_file
+
+import ddt
+from ddt.autoencoder import Identity
+from ddt.checkpoint import folder as ckpt
+from ddt.data.images import Digits
+from ddt.distributed.prepare import make_accelerator
+from ddt.errors import UserError
+from ddt.training.monitoring import validation_loss
+from ddt.training.settings import TrainerSettings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SETTINGS = dict(
+    max_steps=10,
+    global_batch_size=8,
+    micro_batch_size=None,
+    mixed_precision="fp32",
+    num_processes=None,
+    ema_decay=0.9,
+    warmup_steps=0,
+    lr_schedule="constant",
+    save_every=0,
+    log_every=1,
+    validate_every=0,
+    preview_every=0,
+    num_workers=0,
+)
+SMALL = [
+    "model.hidden_size=32",
+    "model.depth=3",
+    "model.encoder_depth=2",
+    "sampler.num_steps=2",
+    "trainer.lr_schedule=constant",
+    "trainer.warmup_steps=5",
+    "trainer.global_batch_size=12",
+    "trainer.log_every=4",
+    "trainer.validate_every=0",
+    "trainer.preview_every=0",
+    "trainer.save_every=0",
+]
+
+
+def train(folder, name, *overrides):
+    small = [argument for argument in SMALL if "model=dit_b" not in overrides or "encoder_depth" not in argument]
+    arguments = [*small, f"name={name}", *overrides]
+    if any("num_processes" in argument for argument in overrides):
+        return folder / "runs" / name, run(ROOT / "train.py", *arguments, cwd=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return folder / "runs" / name, run_inside("train", *arguments)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder, where runs/ is made."""
+    return tmp_path_factory.mktemp("training")
+
+
+@pytest.fixture(scope="module")
+def straight(folder):
+    """30 steps without a stop."""
+    path, done = train(folder, "straight", "trainer.max_steps=30")
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def weights(path, step=30):
+    checkpoint = path / "checkpoints" / f"step_{step:07d}"
+    return {f"{n}.{k}": v for n in ("model", "ema") for k, v in load_file(checkpoint / f"{n}.safetensors").items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def optimizer_state(path, step=30):
+    state = torch.load(path / "checkpoints" / f"step_{step:07d}" / "train_state.pt", weights_only=True)["optimizer"]
+    return {f"{i}.{k}": v for i, entry in state["state"].items() for k, v in entry.items()}
+
+
+def test_same_seed_same_run_other_seed_other_run(folder, straight):
+    again, _ = train(folder, "again", "trainer.max_steps=30")
+    assert rows(again) == rows(straight)
+    assert equal(weights(again), weights(straight))
+    other, _ = train(folder, "other", "trainer.max_steps=30", "seed=1")
+    assert rows(other)[0]["loss"] != rows(straight)[0]["loss"]
+
+
+def test_resume_is_bit_for_bit_the_uninterrupted_run(folder, straight):
+    """17 + 13 steps, stopped between two log rows, with other workers in the second part."""
+    first, _ = train(folder, "resumed", "trainer.max_steps=17")
+    assert rows(first)[-1] == {**rows(first)[-1], "step": 17, "partial": True}
+    path, done = train(folder, "resumed", "trainer.max_steps=30", "trainer.num_workers=2")
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 17 to step 30" in done.stderr
+    assert equal(weights(path), weights(straight))
+    assert equal(optimizer_state(path), optimizer_state(straight))
+    assert rows(path) == rows(straight)  # the row 17..20 spans the stop
+
+
+def test_resume_between_log_rows_keeps_the_means(folder):
+    """Stopping by a save alone, the row that spans the stop is the uninterrupted run's."""
+    whole, _ = train(folder, "whole", "trainer.max_steps=12", "trainer.save_every=6", "trainer.log_every=4")
+    part = folder / "runs" / "part"
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoints" / "step_0000012")
+    config = json.loads((part / "checkpoints" / "step_0000006" / "config.json").read_text())
+    assert config["step"] == 6
+    path, done = train(folder, "part", "trainer.max_steps=12", "trainer.save_every=6", "trainer.log_every=4")
+    assert done.returncode == 0, done.stderr
+    assert rows(path) == rows(whole)
+    assert equal(weights(path, 12), weights(whole, 12))
+
+
+def test_a_complete_run_says_so_and_is_left_alone(folder, straight):
+    before = {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
+    _, done = train(folder, "straight", "trainer.max_steps=30")
+    assert done.returncode == 0
+    assert "complete at step 30" in done.stderr
+    assert {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()} == before
+
+
+def test_another_training_is_refused_under_the_same_name(folder, straight):
+    before = (straight / "config.json").read_text()
+    _, done = train(folder, "straight", "trainer.max_steps=40", "optimizer.lr=1.0", "model.encoder_depth=1")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1
+    assert re.search(r"model\.encoder_depth 2 -> 1, optimizer\.lr 0\.002 -> 1\.0.*another name=", lines[0])
+    assert (straight / "config.json").read_text() == before
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """The same on two processes."""
+    path, done = train(folder, "two", "trainer.max_steps=30", "trainer.num_processes=2", "trainer.micro_batch_size=3")
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_two_processes_train_what_one_does(two, straight):
+    path = two
+    assert json.loads((path / "config.json").read_text())["num_processes"] == 2
+    for a, b in zip(rows(path), rows(straight), strict=True):
+        assert a["step"] == b["step"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    found, expected = weights(path), weights(straight)
+    assert found.keys() == expected.keys()  # no wrapper's names
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=0, atol=5e-4)
+
+
+def test_sharded_processes_train_what_whole_ones_do(folder, two):
+    """FSDP, stopped and gone on with: losses, weights and averages are DDP's, and one process can
+    draw with them.
+    """
+    for steps in (17, 30):
+        options = ["trainer.num_processes=2", "trainer.parallelism=fsdp", "trainer.validate_every=30"]
+        options += ["trainer.micro_batch_size=3"]
+        path, done = train(folder, "sharded", f"trainer.max_steps={steps}", "trainer.preview_every=30", *options)
+        assert done.returncode == 0, done.stderr
+    for a, b in zip((row for row in rows(path) if "loss" in row), rows(two), strict=True):
+        assert {key: pytest.approx(value, rel=1e-5) for key, value in b.items()} == a
+    newest = ckpt.newest_checkpoint(path)
+    assert sum(name.startswith("ema-0000") for name in ckpt.read_manifest(newest)["files"]) == 2
+    expected = weights(two)
+    for name in ("model", "ema"):
+        for key, value in ckpt.read_weights(newest, name).items():
+            torch.testing.assert_close(value, expected[f"{name}.{key}"], rtol=0, atol=1e-5)
+    assert (path / "previews" / "step_0000030.png").is_file()
+    assert rows(path)[-1]["validation_loss"] == pytest.approx(
+        validation_loss(
+            ddt.load_model(path), "lognorm", Digits("test"), Identity(), make_accelerator("no"), (1, 8, 8), 64
+        ),
+        rel=1e-5,
+    )
+
+
+def test_accelerates_own_configuration_changes_nothing(folder, straight, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    path, _ = train(folder, "configured", "trainer.max_steps=4")
+    assert rows(path)[0] == rows(straight)[0]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    _, done = train(folder, "foreign", "trainer.max_steps=4")
+    assert done.stderr.splitlines()[-1].startswith("ACCELERATE_USE_FSDP: is no way of this repository's")
+
+
+def test_one_process_has_nothing_to_shard_among(folder):
+    _, done = train(folder, "unsharded", "trainer.parallelism=fsdp")
+    assert "trainer.parallelism=fsdp: needs several processes" in done.stderr
+    assert not (folder / "runs" / "unsharded").exists()
+
+
+@pytest.mark.slow
+def test_resume_on_three_processes_is_bit_for_bit(folder):
+    """Three summands show in which order gradients are added; two would not."""
+    parts = {"three": [6], "three_resumed": [3, 6]}
+    for name, ends in parts.items():
+        for end in ends:
+            path, done = train(
+                folder, name, f"trainer.max_steps={end}", "trainer.num_processes=3", "trainer.log_every=2"
+            )
+            assert done.returncode == 0, done.stderr
+    three = folder / "runs" / "three"
+    assert equal(weights(path, 6), weights(three, 6))
+    assert equal(optimizer_state(path, 6), optimizer_state(three, 6))
+    assert rows(path) == rows(three)
+
+
+def test_validation_is_that_of_the_averaged_weights_on_any_number_of_processes(folder):
+    values = {}
+    for number in (1, 2):
+        options = ["trainer.max_steps=8", "trainer.validate_every=8", "trainer.ema_decay=0.5"]
+        path, done = train(folder, f"validated{number}", *options, f"trainer.num_processes={number}")
+        assert done.returncode == 0, done.stderr
+        values[number] = rows(path)[-1]["validation_loss"]
+    assert values[1] == pytest.approx(values[2], rel=1e-4)
+    arguments = ("lognorm", Digits("test"), Identity(), make_accelerator("no"), (1, 8, 8), 64)
+    averaged = ddt.load_model(path)
+    assert values[2] == pytest.approx(validation_loss(averaged, *arguments), rel=1e-5)
+    averaged.load_state_dict(load_file(path / "checkpoints" / "step_0000008" / "model.safetensors"))
+    assert values[2] != pytest.approx(validation_loss(averaged, *arguments), rel=1e-4)
+    assert validation_loss(averaged, "uniform", *arguments[1:]) != validation_loss(averaged, *arguments)
+
+
+def test_a_diverged_run_ends_before_it_is_saved(folder):
+    path, done = train(
+        folder, "diverged", "optimizer.lr=1e30", "trainer.max_steps=9", "trainer.save_every=1", "trainer.log_every=9"
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "lower optimizer.lr" in done.stderr
+    for checkpoint in (path / "checkpoints").glob("step_*"):
+        assert all(value.isfinite().all() for value in load_file(checkpoint / "ema.safetensors").values())
+
+
+def test_a_row_cut_short_by_a_kill_is_no_obstacle(folder):
+    options = ["trainer.save_every=4", "trainer.lr_schedule=constant"]
+    path, _ = train(folder, "torn", "trainer.max_steps=8", *options)
+    (path / "metrics.jsonl").write_text((path / "metrics.jsonl").read_text()[:-9])
+    _, done = train(folder, "torn", "trainer.max_steps=12", *options)
+    assert done.returncode == 0, done.stderr
+    assert "the last line was cut short" in done.stderr
+    assert [row["step"] for row in rows(path)] == [4, 12]
+
+
+def test_bf16_is_not_fp32(folder, straight):
+    path, _ = train(folder, "bf16", "trainer.max_steps=4", "trainer.mixed_precision=bf16")
+    assert rows(path)[0]["loss"] != rows(straight)[0]["loss"]
+    assert rows(path)[0]["loss"] == pytest.approx(rows(straight)[0]["loss"], rel=0.02)
+
+
+def picture_folder(root, broken=None):
+    for label in range(2):
+        (root / f"class{label}").mkdir(parents=True)
+        for k in range(8):
+            Image.new("RGB", (9, 9), (90 * label, 10 * k, 5)).save(root / f"class{label}" / f"{k}.png")
+    if broken:
+        picture = root / broken
+        picture.write_bytes(picture.read_bytes()[:-30])  # its head can be read, its pixels cannot
+    return ["data=folder", f"data.root={root}", "data.image_size=8", "data.holdout_every=0"]
+
+
+@pytest.mark.parametrize("options", [["trainer.num_workers=1"], ["trainer.num_processes=2"]])
+def test_a_broken_image_is_named_from_any_process(folder, tmp_path, options):
+    data = picture_folder(tmp_path / "pictures", broken="class1/3.png")
+    _, done = train(tmp_path, "broken", *data, "trainer.max_steps=3", *options)
+    assert done.returncode != 0
+    assert done.stderr.count("class1/3.png: not a readable image") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_other_images_are_another_training(tmp_path):
+    data = picture_folder(tmp_path / "pictures")
+    train(tmp_path, "pictures", *data, "trainer.max_steps=1")
+    (tmp_path / "pictures" / "class1" / "7.png").unlink()
+    _, done = train(tmp_path, "pictures", *data, "trainer.max_steps=2")
+    assert done.returncode != 0
+    assert "data.fingerprint" in done.stderr
+
+
+def test_accumulated_micro_batches_train_what_the_big_batch_does(folder, straight):
+    path, done = train(folder, "micro", "trainer.max_steps=30", "trainer.micro_batch_size=3")
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(rows(path), rows(straight), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_two_processes_resume_what_one_began(folder, straight):
+    train(folder, "one_then_two", "trainer.max_steps=17")
+    path, done = train(
+        folder,
+        "one_then_two",
+        "trainer.max_steps=30",
+        "trainer.num_processes=2",
+        "trainer.micro_batch_size=2",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "changed since the checkpoint: trainer.num_processes None -> 2" in done.stderr
+    for a, b in zip(rows(path)[-2:], rows(straight)[-2:], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_bf16_baseline_previews_validation_and_wandb_offline(folder):
+    """One run through everything else the loop can do."""
+    path, done = train(
+        folder,
+        "everything",
+        "model=dit_b",
+        "model.num_heads=2",
+        "trainer.max_steps=4",
+        "trainer.mixed_precision=bf16",
+        "trainer.validate_every=2",
+        "trainer.preview_every=3",
+        "trainer.log_every=2",
+        "tracker=wandb",
+        "tracker.mode=offline",
+    )
+    assert done.returncode == 0, done.stderr
+    logged = rows(path)
+    assert [row["step"] for row in logged if "loss" in row] == [2, 4]
+    validated = [row for row in logged if "validation_loss" in row]
+    assert [row["step"] for row in validated] == [2, 4]
+    assert all(0 < row["validation_loss"] < 10 for row in validated)
+    assert sorted(p.name for p in (path / "previews").iterdir()) == [
+        "step_0000003.png", "step_0000004.png", "training_images.png",
+    ]  # fmt: skip
+    assert list((path / "wandb").glob("offline-run-*"))
+    first = next(iter(weights(path, 4).values()))
+    assert first.dtype == torch.float32
+
+
+def test_validation_loss_depends_on_network_and_images_alone():
+    model = small_ddt(in_channels=1, num_classes=10)
+    held_out, accelerator = Digits("test"), make_accelerator("no")
+    arguments = (held_out, Identity(), accelerator, (1, 8, 8))
+    first = validation_loss(model, "lognorm", *arguments, batch_size=64)
+    torch.manual_seed(5)
+    assert validation_loss(model, "lognorm", *arguments, batch_size=64) == first
+    assert validation_loss(model, "lognorm", *arguments, batch_size=7) == pytest.approx(first, rel=1e-5)
+
+
+def test_learning_rate_schedules():
+    constant = TrainerSettings(**SETTINGS | {"warmup_steps": 4})
+    assert [constant.lr_factor(s) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    linear = TrainerSettings(**SETTINGS | {"warmup_steps": 2, "lr_schedule": "linear"})
+    assert [linear.lr_factor(s) for s in (0, 1, 2, 6, 9)] == [0.5, 1, 1, 0.5, 0.125]
+    cosine = TrainerSettings(**SETTINGS | {"warmup_steps": 2, "lr_schedule": "cosine"})
+    assert [cosine.lr_factor(s) for s in (0, 2, 6)] == pytest.approx([0.5, 1, 0.5])
+    assert cosine.lr_factor(4) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
+    assert TrainerSettings(**SETTINGS).lr_factor(0) == 1
+    short = TrainerSettings(**SETTINGS | {"max_steps": 2, "warmup_steps": 4, "lr_schedule": "linear"})
+    assert [short.lr_factor(s) for s in range(2)] == [0.25, 0.5]  # a trial run ends within the warm-up
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"micro_batch_size": 3}, r"trainer\.micro_batch_size=3 does not divide the 8 images"),
+        ({"num_processes": 3}, r"trainer\.global_batch_size=8 cannot be divided among 3 processes"),
+        ({"max_steps": 0}, r"trainer\.max_steps=0: must be at least 1"),
+        ({"ema_decay": 1.0}, r"trainer\.ema_decay=1\.0"),
+        ({"save_every": -1}, r"trainer\.save_every=-1"),
+        ({"keep_last": 1}, r"trainer\.keep_last=1: must be at least 2"),
+        ({"keep_every": 20}, r"trainer\.keep_every=20: has no effect without trainer\.keep_last="),
+        ({"keep_best": "fid_5k"}, r"trainer\.keep_best=fid_5k: has no effect without trainer\.keep_last="),
+        ({"keep_last": 2, "keep_best": "loss"}, r"trainer\.keep_best=loss: give validation_loss, or a metric of"),
+        ({"keep_last": 2, "save_every": 4, "keep_every": 6}, r"trainer\.keep_every=6: must be a multiple"),
+        (
+            {"keep_last": 2, "keep_best": "fid_5k"},
+            r"trainer\.keep_best=fid_5k: is never measured; set trainer\.eval_every",
+        ),
+        ({"keep_last": 2, "save_every": 4, "keep_best": "validation_loss", "validate_every": 6}, "no multiple of"),
+        ({"clip_norm": 0.0}, r"trainer\.clip_norm=0\.0: must be above 0"),
+        ({"max_hours": -1.0}, r"trainer\.max_hours=-1\.0: must be above 0"),
+        ({"max_hours": 0.01}, r"trainer\.max_hours=0\.01: give more than 0\.033"),
+        ({"ema_decays": (1.0,)}, r"trainer\.ema_decays=\[1\.0\]: each must lie in 0\.\.1"),
+        ({"ema_decays": (0.9, 0.9)}, r"trainer\.ema_decays=\[0\.9, 0\.9\]: names a value twice"),
+        ({"ema_powers": (0.3,)}, r"trainer\.ema_powers=\[0\.3\]: each is a relative standard deviation"),
+        ({"snapshot_every": 5}, r"trainer\.snapshot_every=5: has no effect without trainer\.ema_powers="),
+    ],
+)
+def test_impossible_settings_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        TrainerSettings(**SETTINGS | changes)
