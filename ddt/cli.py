@@ -5,6 +5,7 @@ The only module that imports Hydra. Nothing here imports torch, so that `--help`
 answer at once.
 """
 
+import inspect
 import logging
 import os
 import re
@@ -70,10 +71,15 @@ def command(
     """
 
     def decorate(task: Callable[[Any], None]) -> Callable[[], None]:
+        script = Path(inspect.getfile(task)).resolve()
+        started = False
+
         def job(cfg: DictConfig) -> None:
+            nonlocal started
+            started = True
             logging_setup()  # a launcher of Hydra's may have started this process
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                run_job(str(cfg.name))
+                run_job(script, str(cfg.name))
             else:
                 one_line_errors(lambda: task(typed(cfg, settings)))
 
@@ -84,16 +90,21 @@ def command(
             if not sweeps and {"-m", "--multirun"} & set(sys.argv):
                 sys.exit("-m: only train.py sweeps over settings; call this command once for each value")
             arguments = sys.argv[1:]
-            sys.argv[1:] = [*HYDRA, *map(quoted, arguments)]
+            summary = (task.__doc__ or "").partition("\n")[0]
+            about = f"{summary} Every setting with its comment: conf/{config_name}.yaml"
+            header = (f"hydra.job.name={script.stem}", quoted("hydra.help.header", about))
+            first = next((i for i, argument in enumerate(arguments) if "=" in argument), len(arguments))
+            ours = [*HYDRA, *header]  # beside the overrides, for argparse wants them together
+            sys.argv[1:] = [*arguments[:first], *ours, *map(quoted_path, arguments[first:])]
             own_errors = os.environ.get("HYDRA_FULL_ERROR")
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
             try:
                 run()
             except JobFailed as failed:
                 sys.exit(failed.report())
-            except (HydraException, OmegaConfBaseException) as error:
-                if own_errors == "1":
-                    raise
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
+                if own_errors == "1" or (started and not isinstance(error, HydraException | OmegaConfBaseException)):
+                    raise  # Hydra raises ValueError, too, for what is no override
                 sys.exit(mistake(error, arguments, folder, config_name))
             except KeyboardInterrupt:
                 sys.exit("interrupted; run the same command again to resume from what is complete")
@@ -114,25 +125,23 @@ def typed(cfg: DictConfig, settings: str) -> Any:
     """
     kind = locate(settings)
     fields: dict[str, Any] = kind.__dataclass_fields__
-    given = HydraConfig.get().overrides.task
-    for override in given:
+    names = [name for name in fields if name != "choices"]
+    for override in HydraConfig.get().overrides.task:
         key = override.lstrip("+~").partition("=")[0]
-        require(not override.startswith("~"), f"{override}: a setting cannot be removed; leave it out for its default")
         top = key.partition(".")[0].partition("@")[0]
-        if top in cfg and top not in fields:
-            raise UserError(
-                f"{key}: has no effect here; choose from {', '.join(name for name in fields if name in cfg)}"
-            )
+        require(not override.startswith("~"), f"{override}: a setting cannot be removed; leave it out for its default")
+        of_others = top in HydraConfig.get().runtime.choices and top not in cfg  # experiment, recipe
+        if top not in names and not of_others:
+            known = override[0] != "+" and top in cfg
+            why = f"has no effect here; choose from {', '.join(names)}" if known else ""
+            raise UserError(f"{key}: {why or f'no such setting{did_you_mean(key, names)}'}")
     written = {
         key: value for key, value in flat(OmegaConf.to_container(cfg)).items() if key.partition(".")[0] in fields
     }
     missing = [f"{key}: not set; give {key}=…" for key in sorted(written) if written[key] == "???"]
     require(not missing, "\n".join(missing))
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    unknown = {
-        str(override).lstrip("+").partition("=")[0].partition(".")[0] for override in given if override[0] == "+"
-    }
-    values = {key: value for key, value in values.items() if key in fields or key in unknown}
+    values = {key: value for key, value in values.items() if key in names}
     if "choices" in fields:
         values["choices"] = {
             group: name for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group
@@ -183,7 +192,7 @@ class JobFailed(Exception):
         return "\n".join([f"{len(failures)} of {jobs} jobs failed:", *failures])
 
 
-def run_job(name: str) -> None:
+def run_job(script: Path, name: str) -> None:
     """Run one job of a sweep as the plain command that it is, in a process of its own: run folder
     runs/NAME/OVERRIDES.
 
@@ -195,12 +204,10 @@ def run_job(name: str) -> None:
     config = HydraConfig.get()
     overrides = [override for override in config.overrides.task if not override.startswith("name=")]
     job = config.job.override_dirname
-    script = config.runtime.cwd and str(Path(sys.modules["__main__"].__file__ or "").resolve())
-    script = os.environ.get("DDT_SWEEP_SCRIPT", script)
-    arguments = [sys.executable, script, *overrides, quoted(f"out={name}/{job}").replace("out=", "name=", 1)]
+    arguments = [sys.executable, str(script), *overrides, quoted("name", f"{name}/{job}")]
     JobFailed.jobs += 1
     log = logging.getLogger(__name__)
-    log.info("job: %s", shlex.join([Path(script).name, *arguments[2:]]))
+    log.info("job: %s", shlex.join([script.name, *arguments[2:]]))
     status = wait_for([*arguments, "hydra.mode=RUN"])
     if status == STOPPED_STATUS:
         sys.exit(STOPPED_STATUS)
@@ -242,18 +249,19 @@ def wait_for(arguments: list[str]) -> int:
 # --- what Hydra refuses
 
 
-def quoted(argument: str) -> str:
-    """Return an argument whose value is a path in Hydra's quotes where it needs them, as a sweep's
-    folders do.
-    """
-    key, equals, value = argument.partition("=")
-    if {"-m", "--multirun"} & set(sys.argv):  # a comma separates the values of a sweep
+def quoted_path(argument: str) -> str:
+    """Return an argument whose value is a path in Hydra's quotes, where it needs them."""
+    key, _, value = argument.partition("=")
+    if {"-m", "--multirun"} & set(sys.argv) or key not in PATHS:  # a comma separates the values of a sweep
         return argument
-    if key not in PATHS or re.fullmatch(r"[\w./:+-]*", value, re.ASCII) or value[:1] in "'\"[$":
-        return argument
+    return argument if re.fullmatch(r"[\w./:+-]*", value, re.ASCII) or value[:1] in "'\"[$" else quoted(key, value)
+
+
+def quoted(key: str, value: str) -> str:
+    """Return an override whose value Hydra takes as it is."""
     # a backslash is one but before a quote, where Hydra reads two as one
     escaped = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), value)
-    return f'{key}{equals}"{escaped}"'
+    return f'{key}="{escaped}"'
 
 
 def mistake(error: Exception, arguments: list[str], folder: Path, config_name: str) -> str:
@@ -270,7 +278,7 @@ def mistake(error: Exception, arguments: list[str], folder: Path, config_name: s
         if not (folder / group).is_dir() or "," in name:
             continue
         known = sorted(path.stem for path in (folder / group).glob("*.yaml") if not path.stem.startswith("_"))
-        if name not in known and name != "null":
+        if name not in known and (group, name) != ("experiment", "null"):
             return f"{group}={name}: no such choice{did_you_mean(name, known)}"
         groups[group] = name
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):

@@ -213,9 +213,9 @@ def compiled_blocks() -> Feature:
     """Compiled blocks need a compiler."""
     import torch
 
-    from ddt.distributed.compile import lacking
+    from ddt.distributed.compile import missing_compiler
 
-    missing = lacking(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    missing = missing_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if missing is None:
         return Feature("ok")
     fix = "pip install triton" if missing == "Triton" else "apt-get install g++ python3-dev"

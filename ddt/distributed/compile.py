@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 RECOMPILE_LIMIT = 64
 
 
-def lacking(device: torch.device) -> str | None:
+def missing_compiler(device: torch.device) -> str | None:
     """Return what torch's compiler needs for a device and does not find, in words, or None where it
     finds all.
     """
@@ -49,7 +49,7 @@ def compiles(key: str, chosen: bool | None, default: bool, device: torch.device)
     """
     if not (default if chosen is None else chosen):
         return False
-    missing = lacking(device)
+    missing = missing_compiler(device)
     require(
         missing is None or chosen is None,
         f"{key}=true: torch's compiler needs {missing}, which is not found; install it, or give {key}=false",

@@ -206,7 +206,7 @@ def launch(function: Callable[..., None], num_processes: int | None, *args: Any)
     _spawn(function, num_processes, args)
 
 
-def agree(accelerator: Accelerator, what: dict[str, Any]) -> None:
+def check_same_on_all_processes(accelerator: Accelerator, what: dict[str, Any]) -> None:
     """Raise UserError on all processes where they do not hold the same values: they would train
     different things.
 

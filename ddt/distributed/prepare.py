@@ -51,23 +51,23 @@ def make_accelerator(mixed_precision: str, patience: datetime.timedelta | None =
     )
 
 
-def main_decides(accelerator: Accelerator, decide: Callable[[], Value]) -> Value:
+def decide_on_main(accelerator: Accelerator, decide: Callable[[], Value]) -> Value:
     """Return what `decide` returns on the main process, which alone calls it, on all; a UserError
     reaches all, too.
     """
-    told: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # value, error
     if accelerator.is_main_process:
         try:
-            told[0] = decide()
+            outcome[0] = decide()
         except UserError as error:
-            told[1] = str(error)
-    value, refused = broadcast_object_list(told)
-    if refused is not None:
-        raise UserError(refused)
+            outcome[1] = str(error)
+    value, error_text = broadcast_object_list(outcome)
+    if error_text is not None:
+        raise UserError(error_text)
     return value
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor, which is the tensor itself unless it is sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -84,11 +84,11 @@ def shard(network: nn.Module) -> None:
 
 
 @torch.no_grad()
-def begin_alike(module: nn.Module, accelerator: Accelerator) -> None:
-    """Give all processes the weights of the main one: other processors may draw initial weights
-    with other last bits.
+def broadcast_weights(module: nn.Module, accelerator: Accelerator) -> None:
+    """Give all processes the weights of the main one: on another kind of processor the initial
+    weights may differ in their last bits.
 
-    Before sharding, and before averages are made.
+    Before sharding, and before EMAs are made.
     """
     if accelerator.num_processes > 1:
         for parameter in module.parameters():
@@ -142,7 +142,7 @@ def micro_batch(model: nn.Module, accelerator: Accelerator, last: bool) -> Itera
             yield
 
 
-def whole(network: nn.Module, outline: Network) -> Network:
+def gather_network(network: nn.Module, outline: Network) -> Network:
     """Return a copy of a sharded network with all its weights, on every process; all call it
     together.
 
@@ -155,16 +155,16 @@ def whole(network: nn.Module, outline: Network) -> Network:
 
 
 @torch.no_grad()
-def load(module: nn.Module, state: dict[str, Tensor]) -> None:
+def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Fill a module, sharded or not, with whole tensors; names and shapes must be equal."""
     own = dict(module.named_parameters())
     assert own.keys() == state.keys(), "a checkpoint's names are those of the module"
     for name, parameter in own.items():
         assert parameter.shape == state[name].shape, f"{name}: {tuple(state[name].shape)}"
-        local(parameter).copy_(local(like(state[name], parameter)))
+        local_part(parameter).copy_(local_part(shard_like(state[name], parameter)))
 
 
-def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """Return a whole tensor sharded as a parameter is, without talking to the other processes."""
     if not isinstance(parameter, DTensor):
         return tensor
@@ -180,9 +180,7 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
 
 
 @torch.no_grad()
-def clip(parameters: list[nn.Parameter], norm: Tensor, largest: float) -> None:
-    """Scale gradients of norm `norm` down to `largest` where it is larger; nobody waits for the
-    device.
-    """
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
+def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, clip_norm: float) -> None:
+    """Scale gradients of norm `norm` down to `clip_norm` where it is larger. No device sync."""
+    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+    torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -1,4 +1,4 @@
-"""Averages of the weights over training: constant decay, and EDM2's power functions.
+"""EMA of the weights over training: constant decay, and EDM2's power functions.
 
 Source: method.md 3 for the published constant decay; Karras et al., "Analyzing and Improving the
 Training Dynamics of Diffusion Models" (EDM2), section 3 and appendix C, for power functions.
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddt.distributed.prepare import local, shard, whole
+from ddt.distributed.prepare import gather_network, local_part, shard
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -32,12 +32,12 @@ def power_exponent(std: float) -> float:
 
 @dataclass(frozen=True)
 class ConstantDecay:
-    """`average ← decay·average + (1 − decay)·weights`; published 0.9999."""
+    """`ema ← decay·ema + (1 − decay)·weights`; published 0.9999."""
 
     decay: float
 
     def rate(self, step: int) -> float:
-        """Return how far the average moves towards the weights after step `step`, counted from 1."""
+        """Return the share of the weights in the EMA's update after step `step`, counted from 1."""
         return 1 - self.decay
 
 
@@ -50,18 +50,16 @@ class PowerFunction:
     std: float
 
     def rate(self, step: int) -> float:
-        """Return how far the average moves towards the weights after step `step`, counted from 1;
-        at first all the way.
+        """Return the share of the weights in the update after step `step`, counted from 1: 1 at
+        the first.
         """
         return 1 - (1 - 1 / step) ** (power_exponent(self.std) + 1)
 
 
-def average_rules(
+def ema_rules(
     decay: float, decays: tuple[float, ...], powers: tuple[float, ...]
 ) -> dict[str, ConstantDecay | PowerFunction]:
-    """Return the averages of a run by the name that their weights have in a checkpoint; "ema" is
-    the first.
-    """
+    """Return the EMAs of a run by the name of their weights in a checkpoint; "ema" is the first."""
     return {
         "ema": ConstantDecay(decay),
         **{f"ema_{value:g}": ConstantDecay(value) for value in decays},
@@ -70,15 +68,15 @@ def average_rules(
 
 
 class EMA(Generic[Network]):
-    """A float32 copy of a network that follows it.
+    """The EMA of a network's weights, in float32.
 
     Args:
         model: the network, of the same weights on all processes.
-        rule: how far it moves at each step.
+        rule: how fast the EMA follows.
 
-    `model` is the averaged network, without gradients; of a sharded one each process holds a part,
-    and `network` gathers it. The update runs on the stream of the training step, so the next step
-    waits for it.
+    `model` is the network with EMA weights, without gradients; of a sharded one each process holds
+    a part, and `network` gathers it. The update runs on the stream of the training step, so the
+    next step waits for it.
     """
 
     def __init__(self, model: Network, rule: ConstantDecay | PowerFunction) -> None:
@@ -87,7 +85,7 @@ class EMA(Generic[Network]):
         self.outline: Network | None = None  # the network without weights, where `model` is sharded
 
     def place(self, device: torch.device, sharded: bool) -> None:
-        """Move the average to where it is updated, or keep this process's part of it alone."""
+        """Move the EMA to the device of its updates, or shard it."""
         if sharded:
             self.outline = copy.deepcopy(self.model).to("meta")
             shard(self.model)
@@ -95,28 +93,29 @@ class EMA(Generic[Network]):
             self.model.to(device)
 
     def network(self) -> Network:
-        """Return the averaged network, whole. Of a sharded one every process gets a copy; all call
+        """Return the network with EMA weights. A sharded one is gathered on every process; all call
         it together.
         """
-        return self.model if self.outline is None else whole(self.model, self.outline)
+        return self.model if self.outline is None else gather_network(self.model, self.outline)
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, skipped: Tensor | float = 0.0) -> None:
-        """Move the average towards the weights of `model` after step `step`, counted from 1.
+        """Update the EMA by the weights of `model` after step `step`, counted from 1: `ema ← ema +
+        rate·(weights − ema)`.
 
-        skipped: 1 where the step was left out and the average stays as it is, a scalar on the
-        device that nobody waits for.
+        skipped: a scalar on the device, 1 where the step was skipped and the EMA stays. No device
+        sync.
         """
         rate = torch.as_tensor(self.rule.rate(step) * (1 - skipped), dtype=torch.float32)
-        for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
-            local(average).lerp_(local(weight).float(), rate.to(weight.device))
+        for ema, weight in zip(self.model.parameters(), model.parameters(), strict=True):
+            local_part(ema).lerp_(local_part(weight).float(), rate.to(weight.device))
 
     @torch.no_grad()
     def distance(self, model: nn.Module) -> Tensor:
-        """Return this process's part of (‖average − weights‖², ‖weights‖²), two float32 numbers on
+        """Return this process's part of (‖ema − weights‖², ‖weights‖²), two float32 numbers on
         the device.
         """
-        averages = [local(parameter) for parameter in self.model.parameters()]
-        weights = [local(parameter) for parameter in model.parameters()]
-        apart = torch._foreach_norm(torch._foreach_sub(averages, weights))
+        emas = [local_part(parameter) for parameter in self.model.parameters()]
+        weights = [local_part(parameter) for parameter in model.parameters()]
+        apart = torch._foreach_norm(torch._foreach_sub(emas, weights))
         return torch.stack([torch.stack(norms).square().sum() for norms in (apart, torch._foreach_norm(weights))])

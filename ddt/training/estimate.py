@@ -30,7 +30,7 @@ from ddt.objective import FlowMatching
 from ddt.objective.alignment import AlignmentLoss, Target
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.settings import SamplerSettings
-from ddt.training.ema import average_rules
+from ddt.training.ema import ema_rules
 from ddt.training.settings import TrainerSettings
 from ddt.training.throughput import PEAKS, counted_flops, peak_of, target_flops, training_flops
 
@@ -355,7 +355,7 @@ def memory(recipe: Recipe) -> dict[str, float]:
     """
     trainer, sharded = recipe.trainer, recipe.trainer.parallelism == "fsdp"
     trained, averaged = count(recipe.objective), count(recipe.objective.denoiser)
-    averages = len(average_rules(trainer.ema_decay, trainer.ema_decays, trainer.ema_powers))
+    averages = len(ema_rules(trainer.ema_decay, trainer.ema_decays, trainer.ema_powers))
     parts = recipe.gpus if sharded else 1
     cast = [layer for layer in recipe.objective.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     block = max(map(count, blocks(recipe.objective)))
@@ -434,7 +434,7 @@ def disk(recipe: Recipe) -> dict[str, float | None]:
     """
     trainer = recipe.trainer
     trained, averaged = count(recipe.objective), count(recipe.objective.denoiser)
-    averages = len(average_rules(trainer.ema_decay, trainer.ema_decays, trainer.ema_powers))
+    averages = len(ema_rules(trainer.ema_decay, trainer.ema_decays, trainer.ema_powers))
     checkpoint = FLOAT * (3 * trained + averages * averaged)
     every = trainer.snapshot_every
     snapshots = -(-trainer.max_steps // every) if every else 0  # the last step's among them

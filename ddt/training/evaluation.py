@@ -66,22 +66,29 @@ class GeneratedImages:
 
 
 @dataclasses.dataclass(frozen=True)
-class OnlineEvaluation:
-    """What is measured while a model trains. Made on each process; all call it together.
+class OnlineSamples:
+    """Which samples are evaluated: always the same classes and noise, those of `num_samples=` of
+    sample.py.
 
-    num_samples: images of each evaluation, always the same classes and noise: classes in turns,
-    seeds of `num_samples=` of sample.py. batch_size: images drawn at once. dtype: arithmetic of the
-    network.
+    shape: (C, H, W) of a latent. num_samples: images of each evaluation. batch_size: images sampled
+    at once. dtype: arithmetic of the network.
     """
 
-    extractor: Extractor
-    prepared: Prepared
     autoencoder: Autoencoder
     shape: tuple[int, int, int]
     sampler: SamplerSettings
     num_samples: int
     batch_size: int
     dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineEvaluation:
+    """What is measured while a model trains. Made on each process; all call it together."""
+
+    extractor: Extractor
+    prepared: Prepared
+    samples: OnlineSamples
     accelerator: Accelerator
 
     def __call__(self, model: Denoiser, step: int) -> dict[str, float]:
@@ -89,21 +96,21 @@ class OnlineEvaluation:
         the main process, and nothing on the others. No random state is touched.
         """
         generator = Generator(
-            model, self.autoencoder, self.shape, self.sampler, self.sampler.schedule(),
-            "bf16" if self.dtype == "bf16" else "fp32", self.accelerator.device,
+            model, self.samples.autoencoder, self.samples.shape, self.samples.sampler, self.samples.sampler.schedule(),
+            "bf16" if self.samples.dtype == "bf16" else "fp32", self.accelerator.device,
         )  # fmt: skip
-        images = image_set(model.num_classes, self.num_samples)
-        source = GeneratedImages(generator, images, self.batch_size)
-        share = -(-self.num_samples // self.accelerator.num_processes)  # small sets are drawn by all processes too
+        images = image_set(model.num_classes, self.samples.num_samples)
+        source = GeneratedImages(generator, images, self.samples.batch_size)
+        share = -(-self.samples.num_samples // self.accelerator.num_processes)  # all processes share small sets too
         with generator.exact():
             features = extract(
                 source, self.extractor, self.accelerator, f"step {step}: samples", min(self.extractor.batch_size, share)
             )
         broken = self.accelerator.reduce((~source.finite).float(), reduction="sum").item() > 0
         if broken and self.accelerator.is_main_process:
-            log.warning("warning: step %d: samples are not finite numbers, so there is nothing to measure", step)
+            log.warning("warning: step %d: samples are NaN or infinite, so there is nothing to measure", step)
         if broken:
-            return {f"not_finite{metric_suffix(self.num_samples)}": 1.0}
+            return {f"not_finite{metric_suffix(self.samples.num_samples)}": 1.0}
         if features is None:
             return {}
         scores = score(features, np.array(images.classes), self.prepared, self.extractor, "float16")
@@ -112,22 +119,22 @@ class OnlineEvaluation:
             for name, value in scores.metrics.items()
             if value is not None and not name.endswith(("_real", "_shuffled"))
         }
-        names = labels(found, self.num_samples, self.prepared.reference, self.extractor, "float16")
+        names = labels(found, self.samples.num_samples, self.prepared.reference, self.extractor, "float16")
         shown = (f"{names[name]} {value:.4g}" for name, value in found.items())
         log.info("step %d: %s", step, ", ".join(shown))
-        return {f"{name}{metric_suffix(self.num_samples)}": value for name, value in found.items()}
+        return {f"{name}{metric_suffix(self.samples.num_samples)}": value for name, value in found.items()}
 
     def receipt(self) -> dict[str, Any]:
         """Return what the numbers of a run are of."""
         return {
             "reference": self.prepared.reference.identity(),
             "features": self.extractor.identity(),
-            "sampler": dataclasses.asdict(self.sampler),
-            "num_samples": self.num_samples,
-            "dtype": self.dtype,
+            "sampler": dataclasses.asdict(self.samples.sampler),
+            "num_samples": self.samples.num_samples,
+            "dtype": self.samples.dtype,
         }
 
-    def keep_receipt(self, path: Path) -> None:
+    def write_receipt(self, path: Path) -> None:
         """Write the receipt beside the numbers, and warn where those of an earlier call were of
         something else.
         """
@@ -143,23 +150,11 @@ class OnlineEvaluation:
 
 
 def online_evaluation(
-    reference: Reference,
-    extractor: Extractor,
-    autoencoder: Autoencoder,
-    shape: tuple[int, int, int],
-    sampler: SamplerSettings,
-    num_samples: int,
-    batch_size: int,
-    dtype: str,
-    accelerator: Accelerator,
+    reference: Reference, extractor: Extractor, samples: OnlineSamples, accelerator: Accelerator
 ) -> OnlineEvaluation:
-    """Measure the reference on all processes and return the evaluation. shape: (C, H, W) of a
-    latent.
+    """Measure the reference on all processes and return the evaluation.
 
     Raises UserError where the extractor does not suit the reference.
     """
     check_reference(reference, extractor)
-    prepared = prepare(reference, extractor, accelerator)
-    return OnlineEvaluation(
-        extractor, prepared, autoencoder, shape, sampler, num_samples, batch_size, dtype, accelerator
-    )
+    return OnlineEvaluation(extractor, prepare(reference, extractor, accelerator), samples, accelerator)

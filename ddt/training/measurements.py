@@ -1,25 +1,39 @@
-"""What is measured of the averaged weights while a run trains: validation loss, preview grid,
-samples' metrics.
+"""What is measured of the EMA weights while a run trains: validation loss, preview grid, samples'
+metrics.
+
+Shapes: B batch, C H W latent.
 """
 
 import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 
 from ddt.autoencoder import Autoencoder
-from ddt.data.images import Images
+from ddt.data.images import Images, spread
+from ddt.data.stream import validation_batch
+from ddt.draws import PREVIEW, draws
+from ddt.flow import TimeDistribution, interpolate, training_times
 from ddt.model import Denoiser
-from ddt.objective import FlowMatching
+from ddt.objective.flow_matching import velocity_errors
+from ddt.pictures import image_grid, readable, write_png
+from ddt.sampling.sample import sample
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.evaluation import OnlineEvaluation
-from ddt.training.monitoring import validation_loss, write_preview, write_training_images
+from ddt.training.latents import to_latents
 from ddt.training.settings import TrainerSettings, metric_suffix
 from ddt.training.tracking import JsonlTracker, read_rows
 
+if TYPE_CHECKING:
+    from ddt.training.run import Run
+
 log = logging.getLogger(__name__)
+MAX_VALIDATION_IMAGES = 2048
 
 
 def preview_path(run_dir: Path, step: int) -> Path:
@@ -27,7 +41,7 @@ def preview_path(run_dir: Path, step: int) -> Path:
     return run_dir / "previews" / f"step_{step:07d}.png"
 
 
-def due(settings: TrainerSettings, held_out: Images, step: int) -> list[str]:
+def due_measurements(settings: TrainerSettings, held_out: Images, step: int) -> list[str]:
     """Return what is to be measured after a step."""
     periods = {
         "validation": settings.validate_every if len(held_out.labels) else 0,
@@ -37,7 +51,7 @@ def due(settings: TrainerSettings, held_out: Images, step: int) -> list[str]:
     return [name for name, every in periods.items() if settings.due(every, step)]
 
 
-def missing(settings: TrainerSettings, held_out: Images, run_dir: Path, step: int) -> list[str]:
+def missing_measurements(settings: TrainerSettings, held_out: Images, run_dir: Path, step: int) -> list[str]:
     """Return what was to be measured after a step and is not on record: a run may be killed between
     its checkpoint and its measurements.
     """
@@ -50,7 +64,7 @@ def missing(settings: TrainerSettings, held_out: Images, run_dir: Path, step: in
         "preview": preview_path(run_dir, step).is_file(),
         "evaluation": any(key.endswith(metric_suffix(settings.eval_samples)) for key in known),
     }
-    return [name for name in due(settings, held_out, step) if not there[name]]
+    return [name for name in due_measurements(settings, held_out, step) if not there[name]]
 
 
 @contextlib.contextmanager
@@ -65,40 +79,31 @@ def picture_or_warning(path: Path) -> Iterator[None]:
 class Measurements:
     """Measures what is due. Made and called on all processes; process 0 writes.
 
-    shape: (C, H, W) of a latent. batch_size: images a process takes at once. evaluation: None where
-    there is none.
+    batch_size: images a process takes at once. evaluation: None where there is none.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        objective: FlowMatching,
-        autoencoder: Autoencoder,
-        held_out: Images,
-        sampler: SamplerSettings,
-        shape: tuple[int, int, int],
-        batch_size: int,
-        evaluation: OnlineEvaluation | None,
-        accelerator: Accelerator,
+        self, run: "Run", batch_size: int, evaluation: OnlineEvaluation | None, accelerator: Accelerator
     ) -> None:
-        self.run_dir, self.objective, self.autoencoder, self.held_out = run_dir, objective, autoencoder, held_out
-        self.sampler, self.shape, self.batch_size = sampler, shape, batch_size
-        self.evaluation, self.accelerator = evaluation, accelerator
+        self.run, self.batch_size, self.evaluation, self.accelerator = run, batch_size, evaluation, accelerator
+        self.run_dir = run.settings.run_dir
 
-    def show(self, images: Images, tracker: JsonlTracker) -> None:
-        """Write a picture of what is trained on. Process 0 alone calls it, before the first step."""
+    def show_training_images(self, images: Images, tracker: JsonlTracker) -> None:
+        """Write a picture of the training images. Process 0 alone calls it, before the first step.
+        """
         path = self.run_dir / "previews" / "training_images.png"
         with picture_or_warning(path):
-            write_training_images(path, images, self.autoencoder, self.accelerator, self.shape)
+            write_training_images(path, images, self.run.autoencoder, self.accelerator, self.run.latent_shape)
             tracker.image(0, "training_images", path)
-            log.info("what is trained on: %s", path)
+            log.info("training images: %s", path)
 
     def __call__(self, names: list[str], network: Denoiser, step: int, tracker: JsonlTracker | None) -> None:
-        """Measure what `names` say of the averaged weights. All processes call it together."""
+        """Measure what `names` say of the EMA weights. All processes call it together."""
+        run = self.run
         if "validation" in names:
             loss = validation_loss(
-                network, self.objective.time_distribution, self.held_out, self.autoencoder, self.accelerator,
-                self.shape, self.batch_size,
+                network, run.objective.time_distribution, run.held_out, run.autoencoder, self.accelerator,
+                run.latent_shape, self.batch_size,
             )  # fmt: skip
             if tracker is not None:
                 tracker.log(step, {"validation_loss": loss})
@@ -106,11 +111,85 @@ class Measurements:
             path = preview_path(self.run_dir, step)
             first = not any(path.parent.glob("step_*.png"))
             with picture_or_warning(path):
-                write_preview(path, network, self.autoencoder, self.accelerator, self.shape, self.sampler)
+                write_preview(path, network, run.autoencoder, self.accelerator, run.latent_shape, run.settings.sampler)
                 tracker.image(step, "preview", path)
                 if first:
                     log.info("first samples: %s", path)
         if "evaluation" in names and self.evaluation is not None:
-            found = self.evaluation(network, step)
+            metrics = self.evaluation(network, step)
             if tracker is not None:
-                tracker.log(step, found)
+                tracker.log(step, metrics)
+
+
+@torch.no_grad()
+def validation_loss(
+    model: Denoiser,
+    time_distribution: TimeDistribution,
+    images: Images,
+    autoencoder: Autoencoder,
+    accelerator: Accelerator,
+    shape: tuple[int, int, int],
+    batch_size: int,
+) -> float:
+    """Return the flow-matching loss of a network on held-out images at fixed times and noise
+    (method.md 1).
+
+    At most 2,048 images, evenly spread over the split, keep their labels. `shape` is (C, H, W) of a
+    latent; `batch_size` does not change the result. All processes call it together, each takes its
+    share, all get the mean.
+    """
+    chosen = spread(len(images.labels), MAX_VALIDATION_IMAGES)
+    mine = chosen[accelerator.process_index :: accelerator.num_processes]
+    total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+    for start in range(0, len(mine), batch_size):
+        indices = mine[start : start + batch_size]
+        batch = to_latents(validation_batch(images, shape, indices), autoencoder, accelerator)
+        t = training_times(batch["time_normal"], time_distribution)
+        with accelerator.autocast():
+            v_pred = model(interpolate(batch["latents"], batch["noise"], t), t, batch["y"])
+        total += velocity_errors(v_pred, batch["latents"], batch["noise"]).double().sum()
+    return accelerator.reduce(total, reduction="sum").item() / len(chosen)
+
+
+@torch.no_grad()
+def write_training_images(
+    path: Path,
+    images: Images,
+    autoencoder: Autoencoder,
+    accelerator: Accelerator,
+    shape: tuple[int, int, int],
+) -> None:
+    """Draw training images as they come back from the autoencoder to `path`: what the network is to
+    learn, four of each of the first ten classes, a class a column.
+
+    `shape` is (C, H, W) of a latent. One process alone calls it.
+    """
+    of_class = [np.flatnonzero(images.labels == label)[:4] for label in np.unique(images.labels)[:10]]
+    chosen = np.stack([np.resize(numbers, 4) for numbers in of_class], axis=1).ravel()  # row by row
+    batch = to_latents(validation_batch(images, shape, chosen), autoencoder, accelerator)
+    pictures = autoencoder.decode(batch["latents"])
+    names = readable(images.class_names)
+    write_png(path, image_grid(pictures.cpu(), len(of_class), [names[y] for y in batch["y"].tolist()]))
+
+
+@torch.no_grad()
+def write_preview(
+    path: Path,
+    model: Denoiser,
+    autoencoder: Autoencoder,
+    accelerator: Accelerator,
+    shape: tuple[int, int, int],
+    sampler: SamplerSettings,
+) -> None:
+    """Draw a grid of a network's samples to `path`: up to ten classes across, four seeds down,
+    always the same noise.
+
+    `shape` is (C, H, W) of a latent; `sampler` says how. One process alone calls it.
+    """
+    columns = min(model.num_classes, 10)
+    noise = np.stack([draws(0, PREVIEW, k).standard_normal(shape, dtype=np.float32) for k in range(4 * columns)])
+    y = torch.arange(columns, device=accelerator.device).repeat(4)
+    with accelerator.autocast():
+        latents = sample(model, torch.from_numpy(noise).to(accelerator.device), y, **sampler.arguments())
+        images = autoencoder.decode(latents)
+    write_png(path, image_grid(images.cpu(), columns))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddt.checkpoint import folder as ckpt
 from ddt.errors import require
-from ddt.training.ema import ConstantDecay, PowerFunction, average_rules, power_exponent
+from ddt.training.ema import ConstantDecay, PowerFunction, ema_rules, power_exponent
 
 Rule = ConstantDecay | PowerFunction
 Array = NDArray[np.float64]
@@ -177,7 +177,7 @@ def find_snapshots(run_dir: Path, step: int | None = None, powers: Collection[fl
     )
     config = ckpt.read_config(found[last])
     trainer = config["run"]["trainer"]
-    rules = average_rules(trainer["ema_decay"], trainer["ema_decays"], trainer["ema_powers"])
+    rules = ema_rules(trainer["ema_decay"], trainer["ema_decays"], trainer["ema_powers"])
     kept = {rule.std: name for name, rule in rules.items() if isinstance(rule, PowerFunction)}
     known = ", ".join(f"{std:g}" for std in kept)
     for std in powers or ():

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 
 from ddt.checkpoint import folder as ckpt
-from ddt.distributed.prepare import main_decides
+from ddt.distributed.prepare import decide_on_main
 from ddt.errors import UserError, require
 from ddt.files import fsync, write_json
 from ddt.training.settings import TrainerSettings
@@ -37,7 +37,7 @@ def remove(path: Path) -> None:
         log.warning("warning: %s: could not be removed (%s)", path, error)
 
 
-def sweep(run_dir: Path) -> None:
+def remove_leftovers(run_dir: Path) -> None:
     """Remove what a killed run left half written or half removed."""
     for parent in (run_dir, run_dir / "checkpoints", run_dir / "snapshots"):
         for pattern in (".tmp-*", ".del-*"):
@@ -97,7 +97,7 @@ class Saver:
             lack = self.lack_of_space(size)
             require(not lack, f"{self.run_dir}: no room for a checkpoint ({lack}); free some space")
 
-        main_decides(self.accelerator, check)
+        decide_on_main(self.accelerator, check)
 
     def save(self, state: TrainingState, last: bool = False) -> None:
         """Write a checkpoint of a state. An attempt that fails leaves nothing behind, and training
@@ -151,7 +151,7 @@ class Saver:
                 if step > after:
                     remove(folder)
 
-    def tidy(self, step: int) -> None:
+    def restore_folder(self, step: int) -> None:
         """Bring the folder of a run that goes on after `step` to the state that it had then,
         whenever it was killed.
         """

@@ -1,5 +1,4 @@
-"""What ends a run before its last step: signals, a STOP file, the clock, and gradients that are no
-numbers any more.
+"""What ends a run before its last step: signals, a STOP file, the clock, non-finite gradients.
 
 Every process may have a reason; all learn of it together and end after the same step.
 """
@@ -136,15 +135,15 @@ class StopRequests:
 
 
 class Skips:
-    """Counts, on the device, the steps that were left out because gradients were no finite numbers."""
+    """Counts, on the device, the steps that were skipped for non-finite gradients."""
 
     def __init__(self, device: torch.device, state: list[float] | None = None) -> None:
         self.total, self.in_a_row = torch.tensor(state or [0.0, 0.0], device=device)
 
     def check(self, norm: Tensor) -> Tensor:
-        """Return 1.0 where a step's gradient norm is no finite number and the step must be left
-        out, else 0.0, on the device. The norm is the same on all processes, so they agree without
-        asking.
+        """Return 1.0 on the device where a step's gradient norm is non-finite and the step must be
+        skipped, else 0.0. The norm is the same on all processes, so they agree without
+        communication.
         """
         skipped = (~norm.isfinite()).float()
         self.total = self.total + skipped
@@ -152,5 +151,5 @@ class Skips:
         return skipped
 
     def state(self) -> list[float]:
-        """Return what a checkpoint keeps; waits for the device."""
+        """Return the state for a checkpoint; a device sync."""
         return [self.total.item(), self.in_a_row.item()]

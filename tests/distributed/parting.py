@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from ddt.distributed.prepare import begin_alike, make_accelerator
+from ddt.distributed.prepare import broadcast_weights, make_accelerator
 from ddt.model import DDT
 from ddt.objective import FlowMatching
 from ddt.training.ema import EMA, ConstantDecay
@@ -19,7 +19,7 @@ def begin_apart(folder):
     sizes = {"patch_size": 2, "hidden_size": 8, "num_heads": 2, "depth": 2, "encoder_depth": 1}
     objective = FlowMatching(DDT(in_channels=1, num_classes=2, **sizes))
     before = next(objective.parameters()).clone()
-    begin_alike(objective, accelerator)
+    broadcast_weights(objective, accelerator)
     assert (rank == 0) == torch.equal(before, next(objective.parameters()))
     averages = {"ema": EMA(objective.denoiser, ConstantDecay(0.9))}
     state = TrainingState(objective, torch.optim.AdamW(objective.parameters()), averages, accelerator)

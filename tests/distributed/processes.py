@@ -61,10 +61,10 @@ def end_together(folder):
 
 def disagree(folder):
     accelerator, rank = Accelerator(cpu=True), os.environ["RANK"]
-    ddt.distributed.launch.agree(accelerator, {"run_dir": "runs/a", "config": {"trainer": {"max_steps": 3}}})
+    ddt.distributed.launch.check_same_on_all_processes(accelerator, {"run_dir": "runs/a", "config": {"trainer": {"max_steps": 3}}})
     mine = {"run_dir": "runs/a", "config": {"trainer": {"max_steps": 3 + int(rank), "seed": int(rank)}}}
     try:
-        ddt.distributed.launch.agree(accelerator, mine)
+        ddt.distributed.launch.check_same_on_all_processes(accelerator, mine)
     except UserError as error:
         (folder / rank).write_text(str(error))
         if rank == "0":

@@ -17,7 +17,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 import ddt
-from ddt.distributed.compile import compile_blocks, compiles, lacking
+from ddt.distributed.compile import compile_blocks, compiles, missing_compiler
 from ddt.errors import UserError
 from ddt.model.layers import Block, positions
 
@@ -209,15 +209,15 @@ def test_a_compiler_is_asked_for_by_name(monkeypatch, caplog, tmp_path):
     for name in ("g++", "gcc"):
         (tmp_path / name).touch(mode=0o755)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert lacking(torch.device("cuda")) == "Triton"
+    assert missing_compiler(torch.device("cuda")) == "Triton"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    assert lacking(torch.device("cuda")) == lacking(CPU) == "Python's headers (Python.h)"
+    assert missing_compiler(torch.device("cuda")) == missing_compiler(CPU) == "Python's headers (Python.h)"
     (tmp_path / "Python.h").touch()
-    assert lacking(torch.device("cuda")) is None
+    assert missing_compiler(torch.device("cuda")) is None
     assert compiles("compile", None, True, CPU)
     monkeypatch.setenv("CC", "other")
-    assert lacking(torch.device("cuda")) == "a C compiler (other)"
+    assert missing_compiler(torch.device("cuda")) == "a C compiler (other)"
 
 
 def test_a_command_without_a_compiler_is_refused_in_one_line(tmp_path, monkeypatch):

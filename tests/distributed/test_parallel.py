@@ -8,7 +8,7 @@ from conftest import small_ddt
 from parting import begin_apart
 
 from ddt.distributed.launch import launch
-from ddt.distributed.prepare import clip, gradient_norm, main_decides, make_accelerator
+from ddt.distributed.prepare import clip_gradients, gradient_norm, decide_on_main, make_accelerator
 from ddt.errors import UserError
 from ddt.objective import FlowMatching
 from ddt.training.ema import EMA, ConstantDecay
@@ -30,9 +30,9 @@ def test_one_process_agrees_with_itself():
     accelerator, objective = make_accelerator("no"), FlowMatching(small_ddt())
     averages = {"ema": EMA(objective.denoiser, ConstantDecay(0.9))}
     TrainingState(objective, torch.optim.AdamW(objective.parameters()), averages, accelerator).check_agreement()
-    assert main_decides(accelerator, lambda: 3) == 3
+    assert decide_on_main(accelerator, lambda: 3) == 3
     with pytest.raises(UserError, match="no"):
-        main_decides(accelerator, lambda: (_ for _ in ()).throw(UserError("no")))
+        decide_on_main(accelerator, lambda: (_ for _ in ()).throw(UserError("no")))
 
 
 def test_the_norm_is_of_all_gradients_and_clipping_keeps_their_direction():
@@ -40,8 +40,8 @@ def test_the_norm_is_of_all_gradients_and_clipping_keeps_their_direction():
     parameters[0].grad, parameters[1].grad = torch.tensor([1.0, 2.0, 2.0]), torch.tensor([0.0, 4.0])
     norm = gradient_norm(parameters)
     assert norm.item() == 5
-    clip(parameters, norm, 10.0)
+    clip_gradients(parameters, norm, 10.0)
     assert parameters[1].grad.tolist() == [0, 4]
-    clip(parameters, norm, 1.0)
+    clip_gradients(parameters, norm, 1.0)
     torch.testing.assert_close(parameters[0].grad, torch.tensor([0.2, 0.4, 0.4]))
     torch.testing.assert_close(parameters[1].grad, torch.tensor([0.0, 0.8]))

@@ -10,8 +10,8 @@ from ddt.model import DDT
 from ddt.objective import FlowMatching
 from ddt.objective.alignment import REPA
 from ddt.objective.flow_matching import velocity_errors
-from ddt.training.ema import EMA, ConstantDecay, PowerFunction, average_rules, power_exponent
-from ddt.training.monitoring import Meter
+from ddt.training.ema import EMA, ConstantDecay, PowerFunction, ema_rules, power_exponent
+from ddt.training.meter import Meter
 from ddt.training.stopping import Skips
 from ddt.training.throughput import peak_of, training_flops
 
@@ -129,7 +129,7 @@ def test_a_skipped_step_leaves_an_average_as_it_is():
 
 
 def test_averages_are_named_after_what_they_are():
-    rules = average_rules(0.9999, (0.999, 0.99999), (0.05,))
+    rules = ema_rules(0.9999, (0.999, 0.99999), (0.05,))
     assert list(rules) == ["ema", "ema_0.999", "ema_0.99999", "power_0.05"]
     assert rules["ema"].rate(7) == pytest.approx(1e-4)
     assert rules["power_0.05"].rate(1) == 1

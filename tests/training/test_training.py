@@ -19,7 +19,7 @@ from ddt.checkpoint import folder as ckpt
 from ddt.data.images import Digits
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError
-from ddt.training.monitoring import validation_loss
+from ddt.training.measurements import validation_loss
 from ddt.training.settings import TrainerSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -29,7 +29,8 @@ from ddt.model import DDT
 from ddt.objective import FlowMatching
 from ddt.sampling.fitting import fit_schedule, resolve_schedule
 from ddt.sampling.schedules import parse_schedule, uniform_schedule
-from ddt.training.monitoring import T_BINS, to_latents
+from ddt.training.latents import to_latents
+from ddt.training.meter import T_BINS
 
 COLOURS = 3  # principal components in a picture
 USUAL_SHARE = 5  # steps to a run of the encoder in a schedule to look at: the paper's ratio 0.80

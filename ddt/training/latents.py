@@ -1,0 +1,35 @@
+"""A batch on its way into the objective: images or moments → latents, images → target features.
+
+Shapes: B batch, C H W latent.
+"""
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from ddt.autoencoder import Autoencoder
+from ddt.objective.alignment import Target
+
+
+def to_latents(
+    batch: dict[str, Tensor],
+    autoencoder: Autoencoder,
+    accelerator: Accelerator,
+    target: Target | None = None,
+) -> dict[str, Tensor]:
+    """Move a batch to the device and turn its images or moments into latents: the arguments of
+    `FlowMatching.forward`.
+
+    With a `target` its features of the images are among them.
+    """
+    moved = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+    images, posterior_noise = moved.pop("images", None), moved.pop("posterior_noise", None)
+    moments = moved.pop("moments", None)
+    if moments is None:
+        assert images is not None, "a batch holds images or moments"
+        moments = autoencoder.encode(images)
+    moved["latents"] = autoencoder.sample(moments, posterior_noise)
+    if target is not None:
+        assert images is not None, "a target needs images"
+        with accelerator.autocast():
+            moved["features"] = target(images)
+    return moved

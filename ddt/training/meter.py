@@ -1,0 +1,80 @@
+"""Means of the losses between two rows of the log, also by training time.
+
+Shapes: B batch.
+"""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+T_BINS = 10
+BY_T = "fm_loss_by_t"
+T_NAMES = [f"{BY_T}/{k / T_BINS:.1f}-{(k + 1) / T_BINS:.1f}" for k in range(T_BINS)]
+
+
+class Meter:
+    """Means between two log rows, summed on the device: reading them is the loop's only wait for
+    it.
+
+    state: what a checkpoint keeps, one entry a process; of another number of processes, their mean
+    is gone on with.
+    """
+
+    def __init__(self, device: torch.device, rank: int = 0, num_processes: int = 1, state: Any = None) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.step: list[tuple[str, Tensor, Tensor]] = []  # of the step that is under way
+        for key, (sums, counts) in (state or {}).items():
+            if len(sums) == num_processes:
+                mine = sums[rank], counts[rank]
+            else:  # each process counts its steps, but its own samples
+                parts = num_processes if key == BY_T else len(sums)
+                mine = sums.sum(0) / parts, counts.sum(0) / parts
+            self.sums[key], self.counts[key] = (value.to(device) for value in mine)
+
+    def add(self, losses: dict[str, Tensor], weight: float) -> None:
+        """Add what `FlowMatching` returned for a micro-batch that is `weight` of a step."""
+        for key, value in losses.items():
+            if key not in ("t", "errors"):
+                value = weight * value.detach().float()
+                self.step.append((key, value, torch.full_like(value, weight)))
+        bins = torch.arange(T_BINS, device=losses["t"].device)
+        # a matrix product, for adding at indices gives other last bits each time on a GPU
+        inside = ((losses["t"] * T_BINS).long().clamp(max=T_BINS - 1)[:, None] == bins).float()
+        self.step.append((BY_T, losses["errors"] @ inside, inside.sum(0)))
+
+    def end_step(self, norm: Tensor, clip_norm: float | None, skipped: Tensor) -> None:
+        """Add the step's gradient norm before clipping, and whether it was clipped; take all of the
+        step's values into the means unless it was skipped (1.0).
+        """
+        self.step.append(("grad_norm", norm, torch.ones_like(norm)))
+        if clip_norm is not None:
+            self.step.append(("clipped", (norm > clip_norm).float(), torch.ones_like(norm)))
+        for key, value, count in self.step:
+            kept = torch.where(skipped > 0, 0, value), torch.where(skipped > 0, 0, count)
+            known = key in self.sums
+            self.sums[key] = self.sums[key] + kept[0] if known else kept[0]
+            self.counts[key] = self.counts[key] + kept[1] if known else kept[1]
+        self.step = []
+
+    def state(self, accelerator: Accelerator) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return what a checkpoint keeps. All processes call it together."""
+        everyone = {
+            key: accelerator.gather(torch.stack([self.sums[key], self.counts[key]])[None]).cpu() for key in self.sums
+        }
+        return {key: (values[:, 0].contiguous(), values[:, 1].contiguous()) for key, values in everyone.items()}
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return the means over steps and processes, without those of which nothing was seen. All
+        processes call it together.
+        """
+        flat = torch.cat([torch.stack([self.sums[key], self.counts[key]]).reshape(2, -1) for key in self.sums], dim=1)
+        sums, counts = accelerator.reduce(flat, reduction="sum").tolist()
+        names = [name for key in self.sums for name in (T_NAMES if key == BY_T else [key])]
+        return {name: s / n for name, s, n in zip(names, sums, counts, strict=True) if n > 0}
+
+    def reset(self) -> None:
+        """Start again."""
+        self.sums, self.counts = {}, {}

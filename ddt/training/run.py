@@ -1,0 +1,273 @@
+"""The settings of a training run, checked before anything is loaded, and what is built of them."""
+
+import dataclasses
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ddt.autoencoder import Autoencoder
+from ddt.checkpoint import folder as ckpt
+from ddt.config import Choice
+from ddt.data.images import Images
+from ddt.data.latent_cache import LatentCache
+from ddt.distributed.launch import default_processes
+from ddt.errors import UserError, require
+from ddt.metrics.classifier import ClassifierSettings
+from ddt.metrics.features import FeatureSettings
+from ddt.metrics.reference import data_reference
+from ddt.objective.alignment import REPA, Dispersive, Target, check_depth
+from ddt.objective.flow_matching import FlowMatching
+from ddt.sampling.settings import SamplerSettings
+from ddt.training.evaluation import OnlineEvaluation, OnlineSamples, online_evaluation
+from ddt.training.init_from import find_source
+from ddt.training.settings import TrainerSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """The settings of `train.py`; see conf/train.yaml. choices: the chosen file of each config
+    group.
+
+    Raises UserError for values that cannot be.
+    """
+
+    name: str
+    seed: int
+    init_from: str | None
+    reference: str | None
+    inception_weights: str | None
+    model: Choice
+    data: Choice
+    autoencoder: Choice
+    alignment: REPA | Dispersive | None
+    objective: Choice
+    optimizer: Choice
+    sampler: SamplerSettings
+    trainer: TrainerSettings
+    tracker: Choice
+    features: FeatureSettings | None
+    choices: dict[str, str | None]
+
+    def __post_init__(self) -> None:
+        require(
+            re.fullmatch(r"[\w.=,+\[\]-][\w.=,+\[\]/-]*", self.name) is not None
+            and ".." not in self.name
+            and self.name != ".",
+            f"name={self.name}: give a folder name made of letters, digits and _.=,+-",
+        )
+        require(self.init_from != "", "init_from: not set; give init_from=RUN_OR_CHECKPOINT_OR_PUBLISHED_FILE")
+        require(0 <= self.seed < 2**63, f"seed={self.seed}: must be at least 0")
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return Path("runs") / self.name
+
+    def plain(self) -> dict[str, Any]:
+        """Return all settings as plain values, as `config.json` and checkpoints hold them."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, Choice):
+                return value.plain()
+            return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+
+        values = {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        del values["choices"]
+        return json.loads(json.dumps(values))
+
+
+def check(settings: TrainSettings) -> None:
+    """Build what costs nothing and raise one UserError with a line for each setting that cannot be.
+    """
+    problems: list[str] = []
+
+    def attempt(function: Any, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (UserError, TypeError) as error:  # TypeError: a file that lacks what its target needs
+            problems.append(f"{prefix}{error}")
+
+    if settings.trainer.num_processes is None:
+        attempt(settings.trainer.micro_batches, default_processes())
+    attempt(settings.sampler.schedule, prefix="sampler.")
+    with torch.device("meta"):
+        network = attempt(settings.model.build, in_channels=1, num_classes=1)
+    attempt(settings.objective.build, denoiser=network)
+    attempt(settings.optimizer.build, named_parameters=[("weight", nn.Parameter(torch.zeros(1)))])
+    if settings.alignment is not None and network is not None:
+        attempt(check_depth, settings.alignment.align_depth, network.num_alignable_blocks)
+    attempt(check_evaluation, settings)
+    if settings.init_from and ckpt.newest_checkpoint(settings.run_dir) is None:  # a resumed run does not read it
+        attempt(find_source, settings.init_from)
+    if settings.sampler.recompute is not None and network is not None and not network.shares_encoder:
+        problems.append(
+            f"sampler.recompute={settings.sampler.recompute}: this model has no encoder to share; give null"
+        )
+    require(not problems, "\n".join(problems))
+    if settings.choices["data"] == "folder":
+        log_folder_summary(settings)
+
+
+def check_evaluation(settings: TrainSettings) -> None:
+    """Raise UserError where an evaluation while training cannot be, or settings of it have no
+    effect.
+    """
+    features, reference, eval_every = settings.features, settings.reference, settings.trainer.eval_every
+    data = settings.choices["data"]
+    if features is None:
+        require(eval_every == 0, f"trainer.eval_every={eval_every}: needs features=, such as inception or {data}")
+        require(reference is None, f"reference={reference}: has no effect without features=; leave it out")
+    else:
+        require(
+            eval_every > 0, f"features={features.name}: has no effect with trainer.eval_every=0; give a number of steps"
+        )
+    name = "none" if features is None else features.name
+    require(
+        settings.inception_weights is None or name == "inception",
+        f"inception_weights={settings.inception_weights}: has no effect with features={name}; leave it out",
+    )
+    if isinstance(features, ClassifierSettings):
+        require(
+            data in (features.data, f"{features.data}_latents"),
+            f"features={features.name}: is the classifier of another data set than data={data}; choose other features",
+        )
+        require(
+            reference is None,
+            f"reference={reference}: features={features.name} compares with the training images; leave it out",
+        )
+    if reference is not None:
+        require(Path(reference).exists(), f"reference={reference}: no such file; give ADM's reference npz")
+
+
+# --- what is built of the settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a process trains, and with what.
+
+    config: what checkpoints carry inside: `network`, `latent_shape`, `autoencoder`, `sampler`,
+    `class_names`, and under `run` all settings, which a resumed run is compared with. objective:
+    the denoiser with its loss, initialised alike on all processes. held_out: validation images,
+    possibly none. target: the network whose features are aligned to, where they do not come from a
+    cache.
+    """
+
+    settings: TrainSettings
+    config: dict[str, Any]
+    objective: FlowMatching
+    autoencoder: Autoencoder
+    images: Images
+    held_out: Images
+    target: Target | None
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a latent."""
+        return tuple(self.config["latent_shape"])
+
+    @property
+    def align_until(self) -> float:
+        """The first step without alignment."""
+        alignment = self.settings.alignment
+        if alignment is None:
+            return 0
+        return math.inf if alignment.until_step is None else alignment.until_step
+
+
+def build_run(settings: TrainSettings) -> Run:
+    """Build data, autoencoder, network and loss; raise UserError where they do not fit each other.
+    """
+    torch.manual_seed(settings.seed)  # the initial weights; nothing later draws from the global state
+    images, held_out = (settings.data.build(split=split) for split in ("train", "test"))
+    autoencoder = settings.autoencoder.build()
+    shape = autoencoder.latent_shape(images.channels, images.image_size)
+    model = settings.model
+    patch_size = model.settings["patch_size"]
+    require(
+        shape[1] % patch_size == 0 and shape[2] % patch_size == 0,
+        f"model.patch_size={patch_size} does not divide the latent size {shape[1]}×{shape[2]}: choose a divisor",
+    )
+    if isinstance(images, LatentCache):
+        images.check_autoencoder(autoencoder)
+    sizes = {"in_channels": shape[0], "num_classes": len(images.class_names)}
+    network = model.build(**sizes)
+    alignment = build_alignment(
+        settings.alignment, network.hidden_size, (shape[1] // patch_size, shape[2] // patch_size), images
+    )
+    # what data and frozen weights are, wherever they lie: a resumed run must share it
+    fingerprints = {
+        "data": images.fingerprint,
+        "autoencoder": autoencoder.fingerprint,
+        "alignment": alignment.fingerprint,
+    }
+    plain = settings.plain() | {"model": model.plain()}
+    for group, fingerprint in fingerprints.items():
+        plain[group] = {**(plain[group] or {}), "fingerprint": fingerprint}
+    config = {
+        "network": {**model.plain(), **sizes},
+        "latent_shape": list(shape),
+        "autoencoder": settings.autoencoder.plain(),
+        "autoencoder_fingerprint": autoencoder.fingerprint,
+        "sampler": plain["sampler"],
+        "class_names": images.class_names,
+        "run": plain,
+    }
+    objective = settings.objective.build(denoiser=network, alignment=alignment.loss)
+    return Run(settings, config, objective, autoencoder, images, held_out, alignment.target)
+
+
+def build_evaluation(run: Run, accelerator: Accelerator) -> OnlineEvaluation | None:
+    """Return the evaluation of a run's samples, against a reference file or its own training
+    images.
+    """
+    settings, device = run.settings, accelerator.device
+    if settings.trainer.eval_every == 0 or settings.features is None:
+        return None
+    if settings.reference is None:
+        run.images.require_pixels()
+        reference = data_reference("training images", run.images, run.held_out)
+        extractor = settings.features.extractor(device, run.images)
+    else:
+        reference, extractor = load_reference(settings.reference, None, settings.features, device)
+    batch_size, _ = settings.trainer.micro_batches(accelerator.num_processes)
+    return online_evaluation(
+        reference,
+        extractor,
+        OnlineSamples(
+            run.autoencoder, run.latent_shape, settings.sampler, settings.trainer.eval_samples, batch_size,
+            settings.trainer.mixed_precision,
+        ),
+        accelerator,
+    )  # fmt: skip
+
+
+def load_reference(*args: Any) -> Any: ...
+def log_folder_summary(settings: Any) -> None: ...
+
+
+@dataclasses.dataclass
+class TempAlign:
+    loss: Any
+    target: Any
+    fingerprint: Any
+
+
+def build_alignment(alignment: Any, hidden_size: int, grid: Any, images: Any) -> Any:
+    if alignment is None:
+        return TempAlign(None, None, None)
+    if isinstance(alignment, Dispersive):
+        return TempAlign(alignment.build_loss(), None, None)
+    target = alignment.build_target(images.image_size)
+    return TempAlign(
+        alignment.build_loss(hidden_size, target.num_features, target.grid, grid), target, target.fingerprint
+    )

@@ -1,0 +1,274 @@
+"""Before the first step: the run's folder, its processes, and the state it resumes from or begins
+with.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ddt.checkpoint import folder as ckpt
+from ddt.data.stream import PositionSampler, TrainingStream, load_batches
+from ddt.distributed.compile import compile_blocks, compiles
+from ddt.distributed.launch import check_same_on_all_processes
+from ddt.distributed.prepare import broadcast_weights, decide_on_main, make_accelerator, prepare
+from ddt.errors import Stopped, UserError, first_line, require
+from ddt.files import write_json
+from ddt.training.ema import EMA, ema_rules
+from ddt.training.init_from import initialise
+from ddt.training.latents import to_latents
+from ddt.training.measurements import Measurements, missing_measurements
+from ddt.training.run import Run, build_evaluation
+from ddt.training.saving import Saver, remove_leftovers
+from ddt.training.state import TRAIN_FORMAT, TrainingState
+from ddt.training.stopping import StopRequests, end_of_job, read_status, write_status
+from ddt.training.throughput import Clock, target_flops, training_flops
+from ddt.training.tracking import JsonlTracker
+
+log = logging.getLogger(__name__)
+WAIT_FOR_MAIN = datetime.timedelta(hours=1)  # while process 0 saves and scores
+
+
+@dataclasses.dataclass
+class Session:
+    """What the loop works with, on each process. model: the objective, prepared for many processes.
+    missing: what was not measured of the present step. tracker: on process 0 alone.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    state: TrainingState
+    saver: Saver
+    measure: Measurements
+    missing: list[str]
+    requests: StopRequests
+    tracker: JsonlTracker | None
+    batches: Iterator[dict[str, torch.Tensor]]
+    clock: Clock
+    progress: tqdm
+    num_micro: int
+
+
+@contextlib.contextmanager
+def start(run: Run) -> Iterator[Session | None]:
+    """Reserve the run's folder, resume from its newest intact checkpoint or begin, and yield what
+    the loop works with; None where the run is complete.
+
+    Raises UserError where a setting is impossible or the checkpoint belongs to another training.
+    """
+    began = time.time()
+    settings, trainer, run_dir = run.settings, run.settings.trainer, run.settings.run_dir
+    accelerator = make_accelerator(trainer.mixed_precision, WAIT_FOR_MAIN)
+    rank, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    require(
+        trainer.num_processes in (None, num_processes),
+        f"trainer.num_processes={trainer.num_processes}, but {num_processes} processes run: launch as many",
+    )
+    check_same_on_all_processes(accelerator, {"run folder": str(run_dir.resolve()), **run.config["run"]})
+    micro_batch_size, num_micro = trainer.micro_batches(num_processes)
+    compiled = compiles("trainer.compile", trainer.compile, device.type == "cuda", device)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(reserved(run_dir, accelerator))
+        run.autoencoder.to(device)
+        if run.target is not None:
+            run.target.to(device)
+        flops = training_flops(run.objective, run.latent_shape), target_flops(run.target, run.images.image_size)
+        model, state = resume_or_begin(run, accelerator, compiled)
+        saver = Saver(run_dir, trainer, run.config, accelerator)
+        saver.restore_folder(state.step)
+        missing = decide_on_main(accelerator, lambda: missing_measurements(trainer, run.held_out, run_dir, state.step))
+        if state.step >= trainer.max_steps and not missing:
+            longer = "raise trainer.max_steps" if trainer.lr_schedule == "constant" else "start another with init_from="
+            log.info("%s: complete at step %d; %s to train longer", run_dir, state.step, longer)
+            if rank == 0 and read_status(run_dir).get("state") != "done":  # killed between its end and this line
+                write_status(run_dir, "done", state.step)
+            yield None
+            return
+        saver.check_space(state)
+        evaluation = build_evaluation(run, accelerator)
+        measure = Measurements(run, micro_batch_size, evaluation, accelerator)
+        if rank == 0:
+            log.info(
+                "%s: %s to step %d", run_dir, f"resuming at step {state.step}" if state.step else "training",
+                trainer.max_steps,
+            )  # fmt: skip
+            write_json(run_dir / "config.json", {**run.config["run"], "num_processes": num_processes})
+            if evaluation is not None:
+                evaluation.write_receipt(run_dir / "evaluation.json")
+        stack.enter_context(reported_status(run_dir, state))
+        stack.enter_context(logging_redirect_tqdm())  # log lines go above the bar
+        requests = stack.enter_context(
+            StopRequests(run_dir, end_of_job(trainer.max_hours, began), device, rank, num_processes)
+        )
+        tracker = open_tracker(run, state.step, stack) if rank == 0 else None
+
+        layout = trainer.global_batch_size, micro_batch_size, rank, num_processes
+        needs_target = settings.alignment is not None and settings.alignment.needs_target
+        align_until = run.align_until * trainer.global_batch_size if needs_target else 0
+        stream = TrainingStream(run.images, settings.seed, run.latent_shape, run.autoencoder.stochastic, align_until)
+        positions = PositionSampler(state.step, trainer.max_steps, *layout)
+        batches = load_batches(stream, positions, trainer.num_workers, pin_memory=device.type == "cuda")
+        size = trainer.global_batch_size
+        progress = stack.enter_context(
+            tqdm(
+                total=trainer.max_steps * size, initial=state.step * size, unit="img", unit_scale=True,
+                desc=run_dir.name, disable=rank != 0, mininterval=1.0,
+            )
+        )  # fmt: skip
+        if state.step < trainer.max_steps and (num_processes > 1 or compiled):
+            warm_up(run, model, state, stream[next(iter(PositionSampler(0, 1, *layout)))])
+        if tracker is not None and state.step == 0:
+            measure.show_training_images(run.images, tracker)
+        clock = Clock(device, num_processes, trainer.global_batch_size, *flops, trainer.mixed_precision)
+        yield Session(
+            accelerator, model, state, saver, measure, missing, requests, tracker, batches, clock, progress, num_micro
+        )
+
+
+def warm_up(run: Run, model: nn.Module, state: TrainingState, batch: dict[str, torch.Tensor]) -> None:
+    """Run one discarded forward and backward pass, on the first positions of the run.
+
+    DDP sorts its buckets anew after its first backward pass: with it behind, the first step after a
+    resume adds gradients in the same order as the uninterrupted run. It compiles, too, before the
+    clock starts.
+    """
+    align = run.align_until > 0
+    inputs = to_latents(batch, run.autoencoder, state.accelerator, run.target if align else None)
+    state.accelerator.backward(model(**inputs, align=align)["loss"])
+    state.optimizer.zero_grad(set_to_none=True)
+
+
+def open_tracker(run: Run, step: int, stack: contextlib.ExitStack) -> JsonlTracker:
+    """Return the run's tracker, which is closed with the stack, as failed if an error passes."""
+    tracker: JsonlTracker = run.settings.tracker.build(
+        run_dir=run.settings.run_dir, step=step, config=run.config["run"],
+        ended=step >= run.settings.trainer.max_steps,
+    )  # fmt: skip
+
+    def close(kind: type[BaseException] | None, *_: Any) -> None:
+        tracker.finish(failed=kind is not None)
+
+    stack.push(close)
+    return tracker
+
+
+def resume_or_begin(run: Run, accelerator: Accelerator, compiled: bool) -> tuple[nn.Module, TrainingState]:
+    """Return the model to call and the state of a run, from its newest intact checkpoint or from
+    the start.
+
+    Raises UserError where the checkpoint belongs to another training.
+    """
+    settings, trainer, objective = run.settings, run.settings.trainer, run.objective
+    if accelerator.is_main_process:
+        remove_leftovers(settings.run_dir)
+    newest = decide_on_main(accelerator, lambda: ckpt.sound_checkpoint(settings.run_dir))
+    if newest is not None:
+        check_same_training(newest, run.config)
+    broadcast_weights(objective, accelerator)
+    rules = ema_rules(trainer.ema_decay, trainer.ema_decays, trainer.ema_powers)
+    emas = {name: EMA(objective.denoiser, rule) for name, rule in rules.items()}
+    if newest is None and settings.init_from is not None:
+        initialise(settings.init_from, run.config, objective, emas)
+    if compiled:
+        compile_blocks(objective.denoiser, dynamic=False)  # all micro-batches have one size
+    model = prepare(objective, accelerator, trainer.parallelism)
+    for ema in emas.values():
+        ema.place(accelerator.device, sharded=trainer.parallelism == "fsdp")
+    optimizer = settings.optimizer.build(named_parameters=objective.named_parameters())
+    state = TrainingState(objective, optimizer, emas, accelerator)
+    if newest is not None:
+        state.load(newest)
+    accelerator.wait_for_everyone()  # nobody writes before all have read
+    return model, state
+
+
+def check_same_training(checkpoint: Path, config: dict[str, Any]) -> None:
+    """Raise UserError where a checkpoint belongs to another training than `config` describes; log
+    changes that do not make it another one.
+    """
+    saved = ckpt.read_config(checkpoint)
+    require(
+        saved.get("train_format") == TRAIN_FORMAT,
+        f"{checkpoint}: was written by another version, whose training state cannot be read; its weights can start a "
+        f"new run: init_from={checkpoint} and another name=",
+    )
+    frozen = ckpt.frozen_differences(saved["run"], config["run"])
+    changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in frozen.items())
+    require(not frozen, f"{checkpoint}: belongs to another training ({changes}); give this one another name=")
+    for key, (old, new) in ckpt.differences(saved["run"], config["run"]).items():
+        log.info("changed since the checkpoint: %s %s -> %s", key, old, new)
+    require(
+        saved["latent_shape"] == config["latent_shape"],
+        f"{checkpoint}: was trained on latents of shape {saved['latent_shape']}, not {config['latent_shape']}; give "
+        "this one another name=",
+    )
+
+
+@contextlib.contextmanager
+def reserved(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold a run's folder for this command, on all processes; raise UserError where another one
+    trains in it.
+
+    The lock is the operating system's and goes with the process, however that ends.
+    """
+    new = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    lock = filelock.FileLock(run_dir / ".lock")
+
+    def acquire() -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise UserError(
+                f"{run_dir}: another command is training in this folder; wait for it, or give this one another name="
+            ) from error
+
+    decide_on_main(accelerator, acquire)
+    try:
+        yield
+    finally:
+        if accelerator.is_main_process:
+            if new and os.listdir(run_dir) == [".lock"]:  # refused before anything was written
+                (run_dir / ".lock").unlink()
+                with contextlib.suppress(OSError):  # beside it another run may have begun
+                    for folder in new:
+                        folder.rmdir()
+            lock.release()
+
+
+@contextlib.contextmanager
+def reported_status(run_dir: Path, state: TrainingState) -> Iterator[None]:
+    """Keep a run's `status.json` true: running, and at the end done, preempted or failed, with the
+    reason.
+    """
+    main = state.accelerator.is_main_process
+    if main:
+        write_status(run_dir, "running", state.step)
+    try:
+        yield
+    except Stopped as stop:
+        if main:
+            write_status(run_dir, "preempted", state.step, str(stop))
+        raise
+    except (UserError, FloatingPointError, OSError) as error:  # any process may be the one that fails
+        write_status(run_dir, "failed", state.step, first_line(error))
+        raise
+    except BaseException as error:  # another process may have failed first and given the reason
+        if read_status(run_dir).get("state") != "failed":
+            write_status(run_dir, "failed", state.step, first_line(error))
+        raise
+    if main:
+        write_status(run_dir, "done", state.step)
