@@ -86,6 +86,8 @@ def command(
         run = hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(job)
 
         def main() -> None:
+            nonlocal started
+            started = False
             logging_setup()
             if not sweeps and {"-m", "--multirun"} & set(sys.argv):
                 sys.exit("-m: only train.py sweeps over settings; call this command once for each value")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# bash scripts/test.sh [--slow] [pytest arguments]: style, types, tests. --slow adds soak, mutation and documentation tests.
+# bash scripts/test.sh [--slow] [pytest arguments]: style, types, import layers, tests. --slow adds soak,
+# browser, mutation and documentation tests.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
 
 select=(-m "not slow")
@@ -11,6 +12,7 @@ if [ $# -eq 0 ]; then # a run of chosen tests goes straight to them
     .venv/bin/ruff format --check .
     .venv/bin/ruff check .
     .venv/bin/mypy
+    .venv/bin/lint-imports
     set -- --numprocesses=auto --maxprocesses=4
 fi
 exec $python -m pytest ${select[@]+"${select[@]}"} "$@"

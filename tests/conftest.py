@@ -20,14 +20,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub; read wh
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
 from PIL import Image
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the entry points are modules of the repository; a copy of it tests itself
+import ddt
+from ddt.cli import CONF, typed
+from ddt.training.throughput import TIMINGS
 
-import ddt  # noqa: E402
-from ddt.training.throughput import TIMINGS  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 GOLDEN = ROOT / "tests" / "golden"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers side by side share the cores
@@ -120,11 +123,23 @@ def inputs(batch=3, channels=2, height=8, width=8, classes=5):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """At these sizes, threads that wait for each other on a busy machine cost more than they bring."""
+    """At these sizes, threads on a busy machine cost more than they bring."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def train_settings(*overrides):
+    """Compose as train.py does; return its settings."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        name = cfg.name  # resolved while Hydra's part is there
+        with open_dict(cfg):
+            del cfg.hydra
+            cfg.name = name
+        return typed(cfg, "ddt.training.run.TrainSettings")
 
 
 def rows(run_dir):

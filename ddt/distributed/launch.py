@@ -128,7 +128,7 @@ def _failure(error: ProcessException, received: list[int]) -> BaseException:
     if error.signal_name is None:
         return SystemExit(error.exit_code)
     if signal.Signals[error.signal_name] in received:  # passed on to processes that take no requests
-        return Stopped(f"ended by {error.signal_name}; the same command goes on from what is complete")
+        return Stopped(f"ended by {error.signal_name}; the same command resumes from what is complete")
     return UserError(
         f"process {error.error_index} was ended by {error.signal_name} (no memory?); run the same command again"
     )

@@ -241,7 +241,8 @@ def flops(recipe: Recipe) -> dict[str, float]:
 
 
 class Products(TorchDispatchMode):
-    """Adds up, in `bytes`, what the operators return whose results selective checkpointing keeps."""
+    """Adds up, in `bytes`, what the operators return whose results selective checkpointing keeps.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -383,7 +384,8 @@ def outside_blocks(objective: FlowMatching) -> int:
 
 
 def ways_to_fit(recipe: Recipe, found: dict[str, float], limit: float) -> str:
-    """Return the settings that make a recipe fit which holds `found` bytes where `limit` are there."""
+    """Return the settings that make a recipe fit which holds `found` bytes where `limit` are there.
+    """
     micro, _ = recipe.trainer.micro_batches(recipe.gpus)
     share = recipe.trainer.global_batch_size // recipe.gpus
     rest = found["total"] - found["activations"]

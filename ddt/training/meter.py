@@ -15,11 +15,11 @@ T_NAMES = [f"{BY_T}/{k / T_BINS:.1f}-{(k + 1) / T_BINS:.1f}" for k in range(T_BI
 
 
 class Meter:
-    """Means between two log rows, summed on the device: reading them is the loop's only wait for
-    it.
+    """Means between two log rows, summed on the device: reading them is the loop's only device
+    sync.
 
-    state: what a checkpoint keeps, one entry a process; of another number of processes, their mean
-    is gone on with.
+    state: from a checkpoint, one entry per process; with another number of processes, each
+    continues with their mean.
     """
 
     def __init__(self, device: torch.device, rank: int = 0, num_processes: int = 1, state: Any = None) -> None:

@@ -26,8 +26,8 @@ HIGHER_IS_BETTER = ("inception_score", "precision", "recall", "class_accuracy", 
 
 
 def remove(path: Path) -> None:
-    """Remove a folder or file; nobody ever sees half of it under its name. What cannot be removed
-    is warned of.
+    """Remove a folder or file, renamed first so that no half of it is ever seen under its name. A
+    failure is a warning.
     """
     try:
         if not path.name.startswith("."):
@@ -38,17 +38,16 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove what a killed run left half written or half removed."""
+    """Remove what a killed run left partly written or partly removed."""
     for parent in (run_dir, run_dir / "checkpoints", run_dir / "snapshots"):
         for pattern in (".tmp-*", ".del-*"):
             for left in parent.glob(pattern):
                 remove(left)
 
 
-def export(checkpoint: Path, target: Path) -> None:
-    """Put the averaged weights of a checkpoint with their config into a folder that sample.py
-    reads: a hard link where the disk has them, so that it costs no space and stays when the
-    checkpoint goes.
+def export_ema(checkpoint: Path, target: Path) -> None:
+    """Put the EMA weights of a checkpoint with their config into a folder that sample.py reads: as
+    hard links where the disk has them, which cost no space and stay when the checkpoint is removed.
     """
     temporary = ckpt.temporary_folder(target)
     manifest = ckpt.read_manifest(checkpoint)
@@ -82,7 +81,7 @@ class Saver:
         """Return the bytes of a checkpoint. All processes call it together."""
         return sum(gather_object([state.bytes()])) if self.sharded else state.bytes()
 
-    def lack_of_space(self, size: int) -> str:
+    def missing_space(self, size: int) -> str:
         """Return what is wrong with the disk for a checkpoint of `size` bytes, or an empty text."""
         free, needed = shutil.disk_usage(self.run_dir).free, SPARE * size
         return "" if free >= needed else f"{needed / 2**30:.2g} GiB are needed, {free / 2**30:.2g} GiB are free"
@@ -94,57 +93,55 @@ class Saver:
         size = self.size(state)
 
         def check() -> None:
-            lack = self.lack_of_space(size)
-            require(not lack, f"{self.run_dir}: no room for a checkpoint ({lack}); free some space")
+            problem = self.missing_space(size)
+            require(not problem, f"{self.run_dir}: no room for a checkpoint ({problem}); free some space")
 
         decide_on_main(self.accelerator, check)
 
     def save(self, state: TrainingState, last: bool = False) -> None:
-        """Write a checkpoint of a state. An attempt that fails leaves nothing behind, and training
-        goes on; after three in a row, or with the last one, OSError, the same on all processes.
+        """Write a checkpoint atomically. A failed attempt leaves nothing behind and training
+        continues; after three in a row, or with the last one, OSError, the same on all processes.
         """
         folder = ckpt.checkpoint_folder(self.run_dir, state.step)
         problem = self.write(folder, state, self.size(state), state.weights(), state.train_state())
         if not problem:
             self.failures = 0
             if self.accelerator.is_main_process:
-                self.export_ema(folder)
+                self.update_export(folder)
             return
         self.failures += 1
         text = f"no checkpoint of step {state.step} could be written ({problem})"
         if last or self.failures == MAX_FAILURES:
             raise OSError(0, f"{text}, {self.failures} in a row", str(folder.parent))
         if self.accelerator.is_main_process:
-            log.warning("warning: %s: %s; training goes on", folder.parent, text)
+            log.warning("warning: %s: %s; training continues", folder.parent, text)
 
-    def export_ema(self, folder: Path) -> None:
-        """Bring `export/` in the run folder up to date with a checkpoint; without it nothing is
-        lost.
-        """
+    def update_export(self, folder: Path) -> None:
+        """Update `export/` in the run folder from a checkpoint; a failure is a warning."""
         target = self.run_dir / "export"
         try:
             complete = (target / "manifest.json").is_file()
             if complete and ckpt.weights_sha256(target, "ema") == ckpt.weights_sha256(folder, "ema"):
                 return
-            export(folder, target)
+            export_ema(folder, target)
         except (OSError, UserError) as error:
             log.warning("warning: %s: could not be written (%s)", target, error)
 
     def snapshot(self, state: TrainingState) -> None:
-        """Keep the power-function averages of a step, from which scripts/posthoc_ema.py makes any
-        other.
+        """Save the power-function EMAs of a step, of which scripts/posthoc_ema.py makes EMAs of any
+        length.
         """
         folder = self.run_dir / "snapshots" / f"step_{state.step:07d}"
         weights = state.weights()
-        powers = {name: weights[name] for name in state.averages if name.startswith("power_")}
-        mine = sum(4 * value.numel() for average in powers.values() for value in average.values())
+        powers = {name: weights[name] for name in state.emas if name.startswith("power_")}
+        mine = sum(4 * value.numel() for ema in powers.values() for value in ema.values())
         problem = self.write(folder, state, sum(gather_object([mine])) if self.sharded else mine, powers)
         if problem and self.accelerator.is_main_process:
-            log.warning("warning: %s: could not be written (%s); training goes on", folder, problem)
+            log.warning("warning: %s: could not be written (%s); training continues", folder, problem)
 
-    def drop_snapshots(self, after: int) -> None:
-        """Remove snapshots of steps that the run did before it went on from an earlier checkpoint:
-        it will do them again, and may then keep others. The main process does it.
+    def remove_snapshots(self, after: int) -> None:
+        """Remove the snapshots of steps that the resumed run will take again, perhaps with other
+        settings. The main process does it.
         """
         if self.accelerator.is_main_process:
             for step, folder in ckpt.by_step(self.run_dir / "snapshots").items():
@@ -152,25 +149,25 @@ class Saver:
                     remove(folder)
 
     def restore_folder(self, step: int) -> None:
-        """Bring the folder of a run that goes on after `step` to the state that it had then,
-        whenever it was killed.
+        """Restore the folder of a run that resumes after `step` to its state then, whenever the run
+        was killed.
         """
         newest = ckpt.newest_checkpoint(self.run_dir)
         if newest is not None and self.accelerator.is_main_process:
-            self.export_ema(newest)
-        self.drop_snapshots(after=step)
+            self.update_export(newest)
+        self.remove_snapshots(after=step)
         self.prune()
 
     def write(self, folder: Path, state: TrainingState, size: int, weights: Any, train_state: Any = None) -> str:
-        """Write a folder of `size` bytes, each process its own files, and return what went wrong,
-        or an empty text; the same on all.
+        """Write a folder of `size` bytes atomically, each process its own files. Returns what went
+        wrong or "", the same on all processes.
         """
         accelerator = self.accelerator
         main, temporary = accelerator.is_main_process, folder.parent / f".tmp-{folder.name}"
         problem = ""
         if main:
             try:
-                problem = self.lack_of_space(size)
+                problem = self.missing_space(size)
                 if not problem:
                     ckpt.temporary_folder(folder)
             except OSError as error:
@@ -201,8 +198,8 @@ class Saver:
         return broadcast_object_list([problem])[0]
 
     def prune(self) -> None:
-        """Remove the checkpoints that need not stay: all but the last ones, those of every
-        `keep_every`-th step, and the best. The main process does it.
+        """Remove checkpoints, except the last `keep_last`, those of every `keep_every`-th step, and
+        the best. The main process does it.
         """
         if self.settings.keep_last is None or not self.accelerator.is_main_process:
             return

@@ -75,7 +75,7 @@ class JsonlTracker:
 class WandbTracker(JsonlTracker):
     """`metrics.jsonl`, and the same values and pictures to Weights & Biases.
 
-    A resumed run goes on under its id. Without a network the run is recorded offline (send it later
+    A resumed run keeps its id. Without a network the run is recorded offline (send it later
     by `wandb sync`), and no error of W&B stops training: it is logged once and metrics.jsonl goes
     on.
     """

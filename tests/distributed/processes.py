@@ -61,7 +61,9 @@ def end_together(folder):
 
 def disagree(folder):
     accelerator, rank = Accelerator(cpu=True), os.environ["RANK"]
-    ddt.distributed.launch.check_same_on_all_processes(accelerator, {"run_dir": "runs/a", "config": {"trainer": {"max_steps": 3}}})
+    ddt.distributed.launch.check_same_on_all_processes(
+        accelerator, {"run_dir": "runs/a", "config": {"trainer": {"max_steps": 3}}}
+    )
     mine = {"run_dir": "runs/a", "config": {"trainer": {"max_steps": 3 + int(rank), "seed": int(rank)}}}
     try:
         ddt.distributed.launch.check_same_on_all_processes(accelerator, mine)

@@ -1,9 +1,7 @@
 """Processes, signals to them, and sweeps: who is asked, who ends, with which status."""
 
 import json
-import logging
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -12,19 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, refusal, rows, run, succeed
+from conftest import ROOT, rows, run
 from processes import disagree, end_together, stop_on_request, survive, wait_for, wait_long
-from safetensors.torch import load_file
 from test_training import SMALL
 
 import ddt.distributed.launch
-import train
 from ddt.checkpoint import folder as ckpt
 from ddt.distributed.launch import launch
-from ddt.distributed.prepare import make_accelerator
 from ddt.errors import STOPPED_STATUS, Stopped, UserError
-from ddt.sweep import Outcome
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
@@ -111,7 +104,8 @@ def test_no_process_ends_in_a_group(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_no_process_outlives_a_parent_that_is_killed(tmp_path):
-    code = f"import pathlib, processes as p; p.ddt.distributed.launch.launch(p.survive, 2, pathlib.Path({str(tmp_path)!r}))"
+    call = f"p.ddt.distributed.launch.launch(p.survive, 2, pathlib.Path({str(tmp_path)!r}))"
+    code = f"import pathlib, processes as p; {call}"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     with subprocess.Popen([sys.executable, "-c", code], env=environment) as parent:
         try:
@@ -143,187 +137,6 @@ def test_tasks_of_srun_without_a_launcher_are_refused(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     launch(called.append, 1, "one task")
     assert called == ["under torchrun", "one task"]
-
-
-# --- jobs of an entry point
-
-
-@pytest.fixture
-def job(tmp_path, monkeypatch):
-    """Replace what `train.py` starts by a function of the seed; return the list of the seeds that
-    were started.
-    """
-    monkeypatch.chdir(tmp_path)
-    started = []
-
-    def replace(**outcomes):
-        def fake(function, num_processes, config):
-            started.append(config["seed"])
-            outcome = outcomes.get(f"s{config['seed']}")
-            if outcome is not None:
-                raise outcome
-
-        monkeypatch.setattr(train, "launch", fake)
-        return started
-
-    return replace
-
-
-def test_failed_jobs_are_named_and_the_others_run(job, capsys):
-    started = job(
-        s0=UserError("key: wrong; right it"),
-        s1=FloatingPointError("the loss is nan"),
-        s2=OSError(28, "No space left on device", "runs/x"),
-        s3=RuntimeError("unexpected\nand more"),
-        s4=SystemExit(1),
-    )
-    message = refusal("train", "-m", "seed=0,1,2,3,4,5", "trainer.max_steps=2")
-    assert started == [0, 1, 2, 3, 4, 5]
-    lines = message.splitlines()
-    assert lines[0] == "5 of 6 jobs failed:"
-    expected = [
-        "key: wrong; right it",
-        "the loss is nan",
-        "runs/x: No space left on device; check the path and the disk",
-        "RuntimeError: unexpected",
-        "exit status 1, see above",
-    ]
-    assert lines[1:] == [f"seed={k} trainer.max_steps=2: {line}" for k, line in enumerate(expected)]
-    shown = capsys.readouterr().err
-    assert shown.count("Traceback") == 1
-    assert [line for line in lines[1:] if line in shown.splitlines()] == lines[1:]
-    job()
-    succeed("train", "-m", "seed=6,7")  # nothing is left of the failures
-
-
-def test_what_was_asked_to_stop_starts_no_other_job(job, capsys):
-    started = job(s0=UserError("key: wrong"), s1=Stopped("stopped at step 3; the same command goes on"))
-    assert refusal("train", "-m", "seed=0,1,2") == str(STOPPED_STATUS)
-    assert started == [0, 1]
-    assert refusal("train", "seed=1") == str(STOPPED_STATUS)
-    assert capsys.readouterr().err.splitlines().count("stopped at step 3; the same command goes on") == 2
-
-
-def test_a_single_run_shows_an_unexpected_error_as_it_is(job):
-    job(s0=RuntimeError("unexpected"))
-    with pytest.raises(RuntimeError, match="unexpected"):
-        succeed("train", "seed=0")
-
-
-def test_a_sweep_under_a_launcher_is_refused_once(job, monkeypatch):
-    started = job()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, said in (("0", "-m: a sweep starts its own processes"), ("1", "1")):
-        monkeypatch.setenv("RANK", rank)
-        assert refusal("train", "-m", "seed=0,1").startswith(said)
-    assert started == []
-
-
-def test_an_outcome_is_known_where_it_arrives():
-    Outcome.known.clear()
-    sent = pickle.dumps(Outcome("seed=1", "why"))
-    Outcome.known.clear()
-    pickle.loads(sent)
-    assert list(map(str, Outcome.known)) == ["seed=1: why"]
-    Outcome.known.clear()
-
-
-def test_a_job_leaves_the_process_as_it_was(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    found = []
-
-    def state():
-        return (
-            signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1), list(logging.getLogger().handlers),
-            logging.getLogger().level, torch.get_num_threads(), os.environ.get("LEFT"), os.environ["PATH"],
-        )  # fmt: skip
-
-    def fake(function, num_processes, config):
-        found.append(state())
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        signal.signal(signal.SIGUSR1, lambda *_: None)
-        logging.getLogger().addHandler(logging.NullHandler())
-        logging.getLogger().setLevel(logging.ERROR)
-        torch.set_num_threads(3)
-        os.environ.update(LEFT="1", PATH="")
-        make_accelerator(config["trainer"]["mixed_precision"])
-        raise UserError("failed")
-
-    monkeypatch.setattr(train, "launch", fake)
-    before = state()
-    assert refusal("train", "-m", "trainer.mixed_precision=bf16,fp32").startswith("2 of 2 jobs failed:")
-    assert len(found) == 2
-    assert found[0] == found[1] == before == state()
-    assert "HYDRA_FULL_ERROR" not in os.environ
-
-
-def test_the_second_job_of_a_sweep_is_bit_for_bit_that_job_alone(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    small = [*SMALL, "trainer.max_steps=4", "trainer.log_every=1"]
-    succeed("train", *small, "name=alone", "trainer.mixed_precision=fp32")
-    precisions = "trainer.mixed_precision=bf16,fp32"
-    succeed("train", "-m", *small, "name=sweep", precisions, "hydra.sweep.subdir=${trainer.mixed_precision}")
-    runs = [tmp_path / "runs" / name for name in ("alone", "sweep/fp32", "sweep/bf16")]
-    alone, second, first = (load_file(path / "checkpoints" / "step_0000004" / "model.safetensors") for path in runs)
-    assert all(torch.equal(alone[key], second[key]) for key in alone)
-    assert not all(torch.equal(alone[key], first[key]) for key in alone)
-    assert rows(runs[0]) == rows(runs[1]) != rows(runs[2])
-
-
-# --- Hydra's submitit launcher
-
-
-@pytest.fixture
-def submitit(monkeypatch):
-    """Be a process of submitit's: its handler of SIGUSR2 ends the process at once. Returns what
-    happens in order.
-    """
-    events = []
-
-    def requeue(signum, frame):
-        events.append("queued")
-        sys.exit(144)
-
-    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
-    before = signal.getsignal(signal.SIGUSR1), signal.signal(signal.SIGUSR2, requeue)
-    yield events
-    assert signal.getsignal(signal.SIGUSR2) is requeue
-    signal.signal(signal.SIGUSR1, before[0])
-    signal.signal(signal.SIGUSR2, before[1])
-
-
-@pytest.mark.parametrize(
-    ("message", "status", "expected"),
-    [
-        ("stopped at step 3 (SIGUSR1)", "144", ["asked", "saved", "queued"]),
-        ("the time limit is near", "144", ["asked", "saved", "queued"]),
-        ("runs/a/STOP was found", str(STOPPED_STATUS), ["asked", "saved"]),
-    ],
-)
-def test_a_job_of_submitit_is_queued_again_when_it_has_saved(
-    tmp_path, monkeypatch, submitit, message, status, expected
-):
-    def fake(function, num_processes, config):
-        signal.signal(signal.SIGUSR1, lambda *_: submitit.append("asked"))
-        os.kill(os.getpid(), signal.SIGUSR2)
-        submitit.append("saved")
-        raise Stopped(message)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "launch", fake)
-    assert refusal("train", "-m", "seed=0,1") == status
-    assert submitit == expected
-
-
-def test_a_job_of_submitit_with_nothing_to_save_is_queued_at_once(tmp_path, monkeypatch, submitit):
-    def fake(function, num_processes, config):
-        os.kill(os.getpid(), signal.SIGUSR2)
-        submitit.append("went on")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "launch", fake)
-    assert refusal("train", "-m", "seed=0,1") == "144"
-    assert submitit == ["queued"]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from conftest import small_ddt
 from parting import begin_apart
 
 from ddt.distributed.launch import launch
-from ddt.distributed.prepare import clip_gradients, gradient_norm, decide_on_main, make_accelerator
+from ddt.distributed.prepare import clip_gradients, decide_on_main, gradient_norm, make_accelerator
 from ddt.errors import UserError
 from ddt.objective import FlowMatching
 from ddt.training.ema import EMA, ConstantDecay
