@@ -74,7 +74,7 @@ def test_a_request_reaches_every_process_and_all_are_left_to_finish(tmp_path):
 
 def test_processes_that_take_no_requests_end_with_one_line(tmp_path):
     thread, _ = asked(tmp_path, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Stopped, match="ended by SIGTERM; the same command goes on"):
+    with pytest.raises(Stopped, match="ended by SIGTERM; the same command resumes"):
         launch(wait_long, 2, tmp_path)
     thread.join()
     assert not any(map(alive, pids(tmp_path)))
@@ -209,7 +209,7 @@ def test_two_processes_stop_at_one_step_with_a_checkpoint(tmp_path, command, num
     assert started.returncode == status, errors
     found = json.loads((run_dir / "status.json").read_text())
     assert (found["state"], found["reason"].count(f"stopped by {number.name}")) == ("preempted", 1)
-    assert errors.count("the same command goes on from there") == 1
+    assert errors.count("the same command resumes from there") == 1
     assert ckpt.sound_checkpoint(run_dir) == ckpt.checkpoint_folder(run_dir, found["step"])
     assert rows(run_dir)[-1]["step"] == found["step"]
     assert json.loads((run_dir / "config.json").read_text())["num_processes"] == 2

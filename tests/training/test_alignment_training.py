@@ -13,9 +13,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from test_autoencoder import SD_VAE
 
-import train as train_script
 from ddt.data.latent_cache import LatentCache
 from ddt.objective.alignment import REPA
+from ddt.training import loop
 
 VIT = "vit_tiny_patch16_224"
 SMALL = [
@@ -196,15 +196,14 @@ def test_one_step_of_ddt_b_with_the_real_networks(tmp_path, monkeypatch):
               f"autoencoder.source={tmp_path / 'vae'}", f"alignment.weights={tmp_path / 'dino.safetensors'}",
               "trainer.max_steps=1", "trainer.global_batch_size=2", "trainer.num_workers=0", "trainer.log_every=1",
               "trainer.preview_every=0", "trainer.validate_every=0"]  # fmt: skip
-    built = {}
-    original = train_script.train
-    monkeypatch.setattr(train_script, "train", lambda **kwargs: built.update(kwargs) or original(**kwargs))
+    built, original = [], loop.build_run
+    monkeypatch.setattr(loop, "build_run", lambda settings: built.append(original(settings)) or built[0])
     succeed("train", *chosen)
     (row,) = rows(tmp_path / "runs/real")
     assert all(math.isfinite(row[key]) for key in ("loss", "fm_loss", "repa_loss"))
     assert row["repa_loss"] == pytest.approx(1, abs=0.2)  # a random projector is orthogonal to the features
     config = json.loads((tmp_path / "runs/real/checkpoints/step_0000001/config.json").read_text())
     assert config["latent_shape"] == [4, 32, 32]
-    assert built["target"].grid == (16, 16)
-    assert sum(p.numel() for p in built["objective"].denoiser.parameters()) == 130_262_800 - 998 * 768
-    assert [p.shape for p in built["objective"].alignment.projector.parameters()][::2] == [(768, 768)] * 3
+    assert built[0].target.grid == (16, 16)
+    assert sum(p.numel() for p in built[0].objective.denoiser.parameters()) == 130_262_800 - 998 * 768
+    assert [p.shape for p in built[0].objective.alignment.projector.parameters()][::2] == [(768, 768)] * 3

@@ -21,8 +21,7 @@ from ddt.checkpoint import folder as ckpt
 from ddt.data.stream import TrainingStream
 from ddt.errors import STOPPED_STATUS
 from ddt.objective import FlowMatching
-from ddt.training import loop as training
-from ddt.training import saving, stopping
+from ddt.training import saving, start, stopping
 from ddt.training.ema import EMA, PowerFunction
 from ddt.training.tracking import JsonlTracker
 
@@ -129,8 +128,8 @@ def test_a_resumed_run_sees_the_same_images(straight, monkeypatch):
 
 POINTS = {
     "between snapshot and checkpoint": (saving.Saver, "save", 0),
-    "before the export": (saving, "export", 0),
-    "before it is done": (training, "write_status", 0),
+    "before the export": (saving, "export_ema", 0),
+    "before it is done": (start, "write_status", 0),
     "while files are written": (ckpt, "save_file", 2),
     "before the manifest": (ckpt, "write_json", 1),
     "before it has its name": (Path, "rename", 0),
@@ -161,7 +160,7 @@ def test_a_kill_while_saving_costs_nothing(straight, monkeypatch, point):
     snapshot = saving.Saver.snapshot
     with monkeypatch.context() as patch:
         patch.setattr(saving.Saver, "snapshot", armed)
-        patch.setattr("ddt.training.loop.write_status", lambda *args: None)  # a killed process writes no status
+        patch.setattr("ddt.training.start.write_status", lambda *args: None)  # a killed process writes no status
         patch.setattr(owner, name, killing)
         with pytest.raises(Killed):
             train(f"killed_{name}", *options)
@@ -186,7 +185,7 @@ def flip(path):
 DAMAGES = {
     "truncated": lambda folder: os.truncate(folder / "train_state.pt", 1000),
     "one bit of the weights": lambda folder: flip(folder / "model.safetensors"),
-    "one bit of an average": lambda folder: flip(folder / "ema_0.5.safetensors"),
+    "one bit of an EMA": lambda folder: flip(folder / "ema_0.5.safetensors"),
     "a file is missing": lambda folder: (folder / "ema.safetensors").unlink(),
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "a damaged manifest": lambda folder: (folder / "manifest.json").write_text("{"),
@@ -243,7 +242,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_step(straight, caplog):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "no checkpoint of step 4 could be written" in caplog.text
-    assert "training goes on" in caplog.text
+    assert "training continues" in caplog.text
     assert list(ckpt.checkpoints(run)) == [8, 12]
     assert not list((run / "checkpoints").glob(".tmp*"))
     assert_same_end(run, straight)
@@ -422,7 +421,7 @@ def test_a_run_has_one_command_at_a_time(straight):
 
 
 def poisoned(monkeypatch, steps):
-    """Make the gradients of some steps, counted from 1, no numbers."""
+    """Make the gradients of some steps, counted from 1, NaN."""
     forward, calls = FlowMatching.forward, [0]
 
     def spoilt(self, **batch):
@@ -455,14 +454,14 @@ def test_skipped_steps_are_kept_over_a_resume(monkeypatch):
 def test_many_of_them_end_the_run(monkeypatch):
     poisoned(monkeypatch, range(6, 99))
     message = refusal("train", *arguments("spoilt", "trainer.save_every=4", "trainer.validate_every=0"))
-    assert "5 steps in a row had gradients that are no finite numbers" in message
+    assert "5 steps in a row had non-finite gradients" in message
     assert "the last good checkpoint, for init_from, is runs/spoilt/checkpoints/step_0000008" in message
     status = json.loads(Path("runs/spoilt/status.json").read_text())
     assert status["state"] == "failed"
     assert all(value.isfinite().all() for value in whole(Path("runs/spoilt"), 8).values())
 
 
-def test_weights_that_are_no_numbers_are_never_saved(monkeypatch):
+def test_non_finite_weights_are_never_saved(monkeypatch):
     step = torch.optim.AdamW.step
 
     def breaking(self, *args):
@@ -482,7 +481,7 @@ def test_weights_that_are_no_numbers_are_never_saved(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(owner, method, broken)
             message = refusal("train", *arguments(name, "trainer.save_every=1"))
-        assert "a weight is no finite number at step 1" in message
+        assert "a weight is NaN or infinite at step 1" in message
         assert not list(Path("runs").glob(f"{name}/checkpoints/step_*"))
 
 

@@ -20,7 +20,7 @@ from ddt.generation.image_set import image_set
 from ddt.metrics.classifier import ClassifierSettings
 from ddt.metrics.reference import data_reference
 from ddt.sampling.settings import SamplerSettings
-from ddt.training.evaluation import GeneratedImages, online_evaluation
+from ddt.training.evaluation import GeneratedImages, OnlineSamples, online_evaluation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = ["trainer.global_batch_size=8", "trainer.save_every=3", "trainer.log_every=3", "trainer.validate_every=0"]
@@ -119,9 +119,11 @@ def evaluation_of(num_samples, batch_size):
     train, test = Digits("train"), Digits("test")
     extractor = ClassifierSettings("digits", 1).extractor(torch.device("cpu"), train)
     return online_evaluation(
-        data_reference("training images", train, test), extractor, Identity(), (1, 8, 8), SamplerSettings(num_steps=2),
-        num_samples, batch_size, "fp32", make_accelerator("no"),
-    )  # fmt: skip
+        data_reference("training images", train, test),
+        extractor,
+        OnlineSamples(Identity(), (1, 8, 8), SamplerSettings(num_steps=2), num_samples, batch_size, "fp32"),
+        make_accelerator("no"),
+    )
 
 
 def test_samples_that_are_not_finite_are_not_measured(caplog):
@@ -129,7 +131,7 @@ def test_samples_that_are_not_finite_are_not_measured(caplog):
     with torch.no_grad():
         next(model.parameters()).fill_(torch.nan)
     assert evaluation_of(12, 5)(model, 7) == {"not_finite_12": 1.0}  # so that it is known to have been done
-    assert "step 7: samples are not finite numbers" in caplog.text
+    assert "step 7: samples are NaN or infinite" in caplog.text
 
 
 def test_no_random_state_is_touched():

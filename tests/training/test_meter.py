@@ -30,20 +30,19 @@ def test_means_are_over_steps_and_skipped_steps_do_not_count():
     for value, skipped in ((1.0, GOOD), (float("nan"), BAD), (3.0, GOOD)):
         meter.add(losses(value), 0.5)
         meter.add(losses(value + 1), 0.5)
-        meter.add_step(torch.tensor(10 * value), largest=15.0)
-        meter.end_step(skipped)
+        meter.end_step(torch.tensor(10 * value), 15.0, skipped)
     means = meter.means(accelerator)
     assert means == {"loss": 2.5, "fm_loss": 2.5, "fm_loss_by_t/0.5-0.6": 2.5, "grad_norm": 20.0, "clipped": 0.5}
     meter.reset()
     meter.add(losses(1.0), 1.0)
-    meter.end_step(BAD)
+    meter.end_step(torch.tensor(0.0), None, BAD)
     assert meter.means(accelerator) == {}
 
 
 def test_losses_stand_in_the_bin_of_their_time():
     meter = Meter(torch.device("cpu"))
     meter.add(losses(1.0, 2.0, 4.0, 8.0, t=[0.0, 0.09, 0.95, 1.0]), 1.0)
-    meter.end_step(GOOD)
+    meter.end_step(torch.tensor(1.0), None, GOOD)
     means = meter.means(make_accelerator("no"))
     assert means["fm_loss_by_t/0.0-0.1"] == 1.5
     assert means["fm_loss_by_t/0.9-1.0"] == 6.0
@@ -53,7 +52,7 @@ def test_losses_stand_in_the_bin_of_their_time():
 def test_a_meter_goes_on_where_it_was_and_with_fewer_processes():
     meter, accelerator = Meter(torch.device("cpu")), make_accelerator("no")
     meter.add(losses(1.0), 1.0)
-    meter.end_step(GOOD)
+    meter.end_step(torch.tensor(1.0), None, GOOD)
     state = meter.state(accelerator)
     again = Meter(torch.device("cpu"), 0, 1, state)
     assert again.means(accelerator) == meter.means(accelerator)
