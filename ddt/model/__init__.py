@@ -3,18 +3,26 @@
 from typing import Any
 
 from ddt.errors import require
+from ddt.model.base import Denoiser
 from ddt.model.ddt import DDT
 from ddt.model.dit import DiT
 
-Denoiser = DDT | DiT  # what can be trained and sampled
-NETWORKS: dict[str, type[DDT] | type[DiT]] = {f"ddt.model.{kind.__name__}": kind for kind in (DDT, DiT)}
+__all__ = ["DDT", "NETWORKS", "Denoiser", "DiT", "build_network", "network_class"]
+
+NETWORKS: dict[str, type[Denoiser]] = {f"ddt.model.{kind.__name__}": kind for kind in (DDT, DiT)}
+
+
+def network_class(settings: dict[str, Any]) -> type[Denoiser]:
+    """Return the class that the `_target_` of a network's settings names; UserError for another
+    than those of `NETWORKS`.
+    """
+    target = settings.get("_target_")
+    require(target in NETWORKS, f"model._target_={target}: unknown network, choose from {', '.join(NETWORKS)}")
+    return NETWORKS[str(target)]
 
 
 def build_network(settings: dict[str, Any]) -> Denoiser:
     """Build the network that `settings` describe: `_target_`, one of `NETWORKS`, and its
     constructor's arguments.
     """
-    arguments = dict(settings)
-    target = arguments.pop("_target_", None)
-    require(target in NETWORKS, f"model._target_={target}: unknown network, choose from {', '.join(NETWORKS)}")
-    return NETWORKS[target](**arguments)
+    return network_class(settings)(**{key: value for key, value in settings.items() if key != "_target_"})

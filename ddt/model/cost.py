@@ -1,20 +1,24 @@
 """What the network and sampling cost, counted in multiply-accumulates (MAC) and not measured.
 
 Convention: every matrix product, every convolution (padding included) and both products of
-attention count, the two linears of the time embedding among them. What works element by element
-does not (norms, rotations, gates, softmax, guidance, the solver's arithmetic), nor does the look-up
-of a class. One MAC is two floating-point operations.
+attention count, the two linears of the time embedding among them. Elementwise work does not (norms,
+rotations, gates, softmax, guidance, the solver's arithmetic), nor does the look-up of a class. One
+MAC is two floating-point operations. Each network family counts itself (`Denoiser.macs`) with the
+pieces below.
 Shapes: H W latent size, p patch size, N = H·W/p² tokens, D width. Source: method.md 2 and 4.
 """
 
 import dataclasses
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ddt.errors import require
-from ddt.model import DDT, Denoiser
 from ddt.model.layers import Attention, BlockStack
+
+if TYPE_CHECKING:
+    from ddt.model.base import Denoiser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +72,11 @@ def stack_macs(stack: BlockStack, tokens: int) -> int:
     return tokens * weights + attention_macs(stack, tokens)
 
 
-def num_tokens(model: Denoiser, height: int, width: int) -> int:
+def num_tokens(model: "Denoiser", height: int, width: int) -> int:
     """Return N of latents (C, height, width); raise UserError where the patch size does not divide
     them.
     """
-    p = (model.decoder if isinstance(model, DDT) else model).patch_size
+    p = model.patch_size
     require(
         height > 0 and width > 0 and height % p == 0 and width % p == 0,
         f"model.patch_size={p} does not divide the latent size {height}×{width}",
@@ -80,21 +84,10 @@ def num_tokens(model: Denoiser, height: int, width: int) -> int:
     return (height // p) * (width // p)
 
 
-def network_macs(model: Denoiser, height: int, width: int) -> NetworkMacs:
+def network_macs(model: "Denoiser", height: int, width: int) -> NetworkMacs:
     """Count the MACs of one forward for one image, latents (C, height, width).
 
-    Reads shapes only, so the model may lie on the meta device. Of the undivided DiT everything is
-    `decoder` and no part of it `modulations`, for they change with the time. Raises UserError where
-    the patch size does not divide the latent. Source: method.md 2, last column of the table.
+    Reads shapes only, so the model may lie on the meta device. Raises UserError where the patch
+    size does not divide the latent. Source: method.md 2, last column of the table.
     """
-    tokens = num_tokens(model, height, width)
-    if not isinstance(model, DDT):  # one conditioning vector an image, for the output layer too
-        once = weight_macs([model.t_embedder, model.output.adaln]) + modulation_weights(model)
-        return NetworkMacs(0, stack_macs(model, tokens) + tokens * weight_macs([model.output.linear]) + once, 0)
-    encoder, decoder = model.encoder, model.decoder
-    modulations = tokens * (modulation_weights(decoder) + weight_macs([decoder.output.adaln]))
-    return NetworkMacs(
-        encoder=stack_macs(encoder, tokens) + modulation_weights(encoder) + weight_macs([encoder.t_embedder]),
-        decoder=stack_macs(decoder, tokens) + tokens * weight_macs([decoder.output.linear]) + modulations,
-        modulations=modulations,
-    )
+    return model.macs(num_tokens(model, height, width))

@@ -7,11 +7,14 @@ in what it computes.
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ddt.errors import require
+from ddt.model.base import Denoiser
+from ddt.model.cost import NetworkMacs, modulation_weights, stack_macs, weight_macs
 from ddt.model.layers import (
     AdaLNInit,
     BlockStack,
@@ -115,7 +118,7 @@ class Decoder(BlockStack):
         return self.output(h, z_t, at, modulations[depth] if len(modulations) > depth else None)
 
 
-class DDT(nn.Module):
+class DDT(Denoiser):
     """Decoupled Diffusion Transformer: an encoder of `encoder_depth` blocks and a decoder of the
     remaining ones.
 
@@ -129,12 +132,14 @@ class DDT(nn.Module):
         decoder_block: token mixer of the decoder's blocks: attention (the published model), conv or
             mlp (the paper's ablation).
         adaln_init: "release" (torch's default, as the published weights were trained) or "zero"
-        (AdaLN-Zero).
+            (AdaLN-Zero).
         activation_checkpointing: True recomputes each block in the backward pass to save memory,
             "selective" what in it works element by element; same numbers.
 
     Raises UserError for impossible sizes. Source: method.md 2; arXiv 2504.05741, section 3.
     """
+
+    shares_encoder: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -157,11 +162,22 @@ class DDT(nn.Module):
             f"with model.depth={depth} choose 1..{depth - 1}",
         )
         self.in_channels = in_channels
+        self.patch_size = patch_size
         self.hidden_size = hidden_size
         self.num_classes = num_classes
         sizes = (in_channels, patch_size, hidden_size, num_heads)
         self.encoder = Encoder(*sizes, encoder_depth, num_classes, adaln_init, activation_checkpointing)
         self.decoder = Decoder(*sizes, depth - encoder_depth, decoder_block, adaln_init, activation_checkpointing)
+
+    @property
+    def num_alignable_blocks(self) -> int:
+        """The encoder's blocks: alignment reads no other."""
+        return len(self.encoder.blocks)
+
+    @property
+    def modulation_layers(self) -> list[nn.Module]:
+        """The linears z_t → modulation of the decoder's blocks, then of its output layer."""
+        return [layer.adaln for layer in (*self.decoder.blocks, self.decoder.output)]
 
     def encode(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the self-condition z_t (B, N, D).
@@ -175,11 +191,16 @@ class DDT(nn.Module):
         """Return the velocity (B, C, H, W) from x_t (B, C, H, W) and z_t (B, N, D), which may come
         from an earlier step.
 
-        modulations: what `decoder.modulations(z_t)` returned, for several decodings with one z_t;
-        same result.
-        Source: paper eq. 10; method.md 2 and 4.
+        modulations: what `modulations(z_t)` returned, for several decodings with one z_t; same
+        result. Source: paper eq. 10; method.md 2 and 4.
         """
         return self.decoder(x_t, z_t, modulations)
+
+    def modulations(self, z_t: Tensor, max_bytes: float = math.inf) -> list[Tensor]:
+        """Return what the decoder's layers read of z_t (B, N, D): (B, N, 6D) for each block and
+        (B, N, 2D) for the output layer, or the first of them that fit into max_bytes.
+        """
+        return self.decoder.modulations(z_t, max_bytes)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the velocity (B, C, H, W): `decode(x_t, encode(x_t, t, y))`."""
@@ -191,3 +212,14 @@ class DDT(nn.Module):
         """
         z_t, hidden = self.encoder(x_t, t, y, hidden_depth)
         return self.decode(x_t, z_t), hidden
+
+    def macs(self, num_tokens: int) -> NetworkMacs:
+        """Count the multiply-accumulates of one forward for one image of N = num_tokens."""
+        encoder, decoder = self.encoder, self.decoder
+        modulations = num_tokens * (modulation_weights(decoder) + weight_macs([decoder.output.adaln]))
+        output = num_tokens * weight_macs([decoder.output.linear])
+        return NetworkMacs(
+            encoder=stack_macs(encoder, num_tokens) + modulation_weights(encoder) + weight_macs([encoder.t_embedder]),
+            decoder=stack_macs(decoder, num_tokens) + output + modulations,
+            modulations=modulations,
+        )

@@ -5,7 +5,8 @@ Shapes: B batch, C latent channels, H W latent size, N tokens, D width.
 
 from torch import Tensor, nn
 
-from ddt.errors import UserError
+from ddt.model.base import Denoiser
+from ddt.model.cost import NetworkMacs, modulation_weights, stack_macs, weight_macs
 from ddt.model.layers import (
     AdaLNInit,
     BlockStack,
@@ -17,14 +18,13 @@ from ddt.model.layers import (
 )
 
 
-class DiT(BlockStack):
+class DiT(Denoiser, BlockStack):
     """The undivided baseline of the paper ("Improved-SiT", and with alignment "Improved-REPA").
 
     The same blocks in one stack with one input projection; every block and the output layer are
     conditioned on c = SiLU(t_emb + y_emb), one vector a sample. It answers "is it the split or the
-    alignment?". It has no z_t to
-    share: `encode` and `decode` raise UserError. Arguments as in `DDT`. Source: method.md 2,
-    baseline.
+    alignment?". It has no z_t to share: `encode` and `decode` raise UserError. Arguments as in
+    `DDT`. Source: method.md 2, baseline.
     """
 
     def __init__(
@@ -74,10 +74,16 @@ class DiT(BlockStack):
         h, hidden = self.run(x_t, c, at, hidden_depth)
         return self.output(h, c, at), hidden
 
-    def encode(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Refuse: there is no encoder to share."""
-        raise UserError("DiT is the undivided baseline and has no encoder to share: use recompute=null, or a DDT model")
+    @property
+    def num_alignable_blocks(self) -> int:
+        """All blocks."""
+        return len(self.blocks)
 
-    def decode(self, x_t: Tensor, z_t: Tensor) -> Tensor:
-        """Refuse: there is no decoder apart."""
-        raise UserError("DiT is the undivided baseline and has no separate decoder: call the model itself")
+    def macs(self, num_tokens: int) -> NetworkMacs:
+        """Count the multiply-accumulates of one forward for one image of N = num_tokens: all are
+        the decoder's, and no part of them `modulations`, for these change with the time.
+        """
+        # one conditioning vector an image, for the output layer too
+        conditioning = weight_macs([self.t_embedder, self.output.adaln]) + modulation_weights(self)
+        output = num_tokens * weight_macs([self.output.linear])
+        return NetworkMacs(0, stack_macs(self, num_tokens) + output + conditioning, 0)

@@ -1,12 +1,10 @@
 """What sampling costs, in multiply-accumulates; conventions of `ddt.model.cost`."""
 
-import torch
-
 from ddt.errors import require
 from ddt.model import Denoiser
 from ddt.model.cost import network_macs
 from ddt.sampling.settings import SamplerSettings
-from ddt.sampling.sharing import GuidedVelocity
+from ddt.sampling.sharing import require_encoder, segments
 
 
 def sampling_macs(
@@ -17,7 +15,7 @@ def sampling_macs(
     cached: bool = True,
     skip_unconditional: bool = True,
 ) -> int:
-    """Count the MACs of drawing one image, latents (C, height, width), with `ddt.sample` and
+    """Count the MACs of sampling one image, latents (C, height, width), with `ddt.sample` and
     without a guide.
 
     Args:
@@ -32,24 +30,24 @@ def sampling_macs(
     `sharing.GuidedVelocity`.
     """
     require(
-        settings.solver != "adaptive",
-        "sampler=adaptive: chooses its own steps, so their cost cannot be told beforehand",
+        not settings.adaptive,
+        f"solver={settings.solver}: chooses its own steps, so their cost cannot be told beforehand",
     )
-    network, times, guidance = network_macs(model, height, width), settings.call_times(), settings.guidance()
-    schedule = settings.schedule()
-    # the segments as sampling itself sees them; the class plays no part
-    y = torch.zeros(1, dtype=torch.long)
-    segments = GuidedVelocity(model, y, times, guidance, schedule, settings.forecast_order).segments
+    network, guidance = network_macs(model, height, width), settings.guidance()
+    shared = segments(settings)
+    if shared:
+        require_encoder(model)
     total, kept = 0, False
-    for step, calls in enumerate(times):
-        reaches, several = segments.get(step, (False, False))
-        if step in segments:
-            kept = cached and several
+    for step, calls in enumerate(settings.call_times()):
+        segment = shared.get(step)
+        if segment is not None:
+            kept = cached and segment.keep
         for t in calls:
-            if schedule is None or step in segments:
-                guided = guidance.active(t, step) if schedule is None else reaches
-                halves = 2 if guided or not skip_unconditional else 1
-                total += halves * (network.encoder + (network.modulations if kept else 0))
-            halves = 2 if guidance.active(t, step) or not skip_unconditional else 1
-            total += halves * (network.decoder - (network.modulations if kept else 0))
+            guided = guidance.active(t, step)
+            if segment is not None or not shared:
+                both = guided if segment is None else segment.both_halves
+                encoded = 2 if both or not skip_unconditional else 1
+                total += encoded * (network.encoder + (network.modulations if kept else 0))
+            decoded = 2 if guided or not skip_unconditional else 1
+            total += decoded * (network.decoder - (network.modulations if kept else 0))
     return total

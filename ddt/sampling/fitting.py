@@ -4,6 +4,7 @@ schedule for a budget.
 Shapes: B batch of templates, C H W latent, N tokens, D width, T steps.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddt.draws import noise_of
-from ddt.errors import UserError, require
-from ddt.model import DDT, Denoiser
-from ddt.sampling.sample import solve
-from ddt.sampling.schedules import optimal_schedule, parse_schedule, read_schedule
+from ddt.errors import require
+from ddt.model import Denoiser
+from ddt.sampling.sample import sample_latents
+from ddt.sampling.schedules import optimal_schedule, read_schedule
 from ddt.sampling.settings import SamplerSettings
-from ddt.sampling.sharing import GuidedVelocity
+from ddt.sampling.sharing import require_encoder
 
 TEMPLATES = 8  # of the release
 TEMPLATE_SEED = 2**32 - 1_000_000  # the templates' seeds count from here, far from those of a set
@@ -39,22 +40,20 @@ def templates(
         yield noise.to(device), y.to(device)
 
 
-def trajectory(model: DDT, noise: Tensor, y: Tensor, settings: SamplerSettings) -> list[Tensor]:
-    """Sample at full cost; return the latents (B, C, H, W) at the start of each of the T steps."""
-    velocity = GuidedVelocity(model, y, settings.call_times(), settings.guidance())
+def trajectory(model: Denoiser, noise: Tensor, y: Tensor, settings: SamplerSettings) -> list[Tensor]:
+    """Sample without sharing; return the latents (B, C, H, W) at the start of each step."""
     x: list[Tensor] = []
 
-    def recording(x_t: Tensor, t: float, step: int) -> Tensor:
+    def observe(step: int, t: float | Tensor, x_t: Tensor, v: Tensor) -> None:
         if len(x) == step:  # the first call of this step
             x.append(x_t)
-        return velocity(x_t, t, step)
 
-    solve(recording, noise, settings)
+    sample_latents(model, noise, y, settings.unshared(), observe=observe)
     return x
 
 
 @torch.no_grad()
-def z_similarity(model: DDT, noise: Tensor, y: Tensor, settings: SamplerSettings) -> np.ndarray:
+def z_similarity(model: Denoiser, noise: Tensor, y: Tensor, settings: SamplerSettings) -> np.ndarray:
     """Return the cosine similarity of z between all pairs of steps, (T, T) float64.
 
     Averaged over tokens and noise (B, C, H, W) of classes y (B,), conditional and unconditional
@@ -94,11 +93,8 @@ def fit_schedule(
     `guidance`, `templates`, `similarity` (T, T). Raises UserError for a model without an encoder,
     and impossible numbers.
     """
-    if not isinstance(model, DDT):
-        raise UserError(
-            f"recompute: {type(model).__name__} has no encoder to share: use recompute=null, or a DDT model"
-        )
-    require(settings.solver != "adaptive", "sampler=adaptive: chooses its own steps; fit a schedule to another sampler")
+    require_encoder(model)
+    require(not settings.adaptive, f"solver={settings.solver}: chooses its own steps; fit a schedule to another solver")
     require(num_templates >= 1, f"templates={num_templates}: must be at least 1")
     steps = settings.num_steps
     require(1 <= budget <= steps, f"budget={budget}: must lie in 1..num_steps={steps}")
@@ -146,25 +142,25 @@ def check_fitted(content: dict[str, Any], settings: SamplerSettings, ema_sha256:
     return [f"recompute={name}: was fitted to another {names[key]}" for key in ours if content.get(key) != ours[key]]
 
 
-def resolve_schedule(
+def resolve_recompute(
     model: Denoiser,
     shape: tuple[int, int, int],
     settings: SamplerSettings,
     device: torch.device,
     ema_sha256: str | None = None,
-) -> tuple[list[int] | None, list[str]]:
-    """Return the steps at which the encoder runs, whatever form `settings.recompute` has, and
-    warnings in words.
+) -> tuple[SamplerSettings, list[str]]:
+    """Return the settings with a list of steps, or None, as their `recompute`, whatever its form,
+    and warnings.
 
-    "dp:50" is fitted here, to 8 templates. Raises UserError as `read_schedule` and `check_fitted`.
+    "dp:50" is fitted here, to 8 templates. shape: (C, H, W) of a latent; ema_sha256: of the model's
+    weights. Raises UserError as `read_schedule` and `check_fitted`.
     """
-    if not isinstance(settings.recompute, str):
-        return settings.schedule(), []
-    kind, number = parse_schedule(settings.recompute, settings.num_steps)
-    if kind == "file":
-        content = read_schedule(Path(settings.recompute))
-        return content["recompute_steps"], check_fitted(content, settings, ema_sha256)
-    if kind == "dp":
-        content = fit_schedule(model, shape, settings, number, device)
-        return content["recompute_steps"], []
-    return settings.schedule(), []
+    schedule, warnings = settings.parsed_recompute, list[str]()
+    if schedule.kind == "file":
+        content = read_schedule(Path(str(settings.recompute)))
+        steps, warnings = content["recompute_steps"], check_fitted(content, settings, ema_sha256)
+    elif schedule.kind == "dp":
+        steps = fit_schedule(model, shape, settings, schedule.number, device)["recompute_steps"]
+    else:
+        steps = schedule.steps
+    return dataclasses.replace(settings, recompute=steps), warnings

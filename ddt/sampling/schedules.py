@@ -4,10 +4,11 @@ A schedule is written as `uniform:5` (every 5th step), `dp:50` (50 steps, fitted
 list of steps, or the JSON file that `scripts/studies/sharing/fit.py` wrote. Shapes: N steps.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -78,29 +79,46 @@ def check_schedule(recompute: Sequence[int], num_steps: int) -> list[int]:
     return steps
 
 
-def parse_schedule(recompute: str, num_steps: int) -> tuple[str, int]:
-    """Return kind and number of a schedule written as `uniform:5` or `dp:50`; ("file", 0) for a
-    file.
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A schedule, parsed from how it was written.
 
-    Raises UserError for anything else, and for a number that num_steps does not allow.
+    kind: "all" (None: the encoder at every step), "steps" (a list), "uniform" (every `number`-th
+    step), "dp" (`number` steps, to be fitted to a model) or "file". steps: the sorted steps of a
+    list or a uniform schedule, None for the other kinds.
     """
-    kind, _, number = recompute.partition(":")
+
+    kind: Literal["all", "steps", "uniform", "dp", "file"]
+    number: int = 0
+    steps: list[int] | None = None
+
+
+def parse_schedule(recompute: str | Sequence[int] | None, num_steps: int) -> Schedule:
+    """Parse a schedule for a sampler of num_steps steps; a file is not read.
+
+    Raises UserError for what is no schedule, and for numbers that num_steps does not allow.
+    """
+    if recompute is None:
+        return Schedule("all")
+    if not isinstance(recompute, str):
+        return Schedule("steps", steps=check_schedule(recompute, num_steps))
     if recompute.endswith(".json"):
-        return "file", 0
-    if kind not in ("uniform", "dp") or not number.isdecimal():
-        raise UserError(f"recompute={recompute}: {FORMS}")
+        return Schedule("file")
+    kind, _, number = recompute.partition(":")
+    require(kind in ("uniform", "dp") and number.isdecimal(), f"recompute={recompute}: {FORMS}")
+    in_range = 1 <= int(number) <= num_steps
     if kind == "dp":
         require(
-            1 <= int(number) <= num_steps,
+            in_range,
             f"recompute={recompute}: the encoder runs at 1..num_steps={num_steps} of the steps; choose such a number",
         )
-    else:
-        require(
-            1 <= int(number) <= num_steps,
-            f"recompute={recompute}: choose 1..num_steps={num_steps} (uniform:1 shares nothing, uniform:{num_steps} "
-            "runs the encoder once)",
-        )
-    return kind, int(number)
+        return Schedule("dp", int(number))
+    require(
+        in_range,
+        f"recompute={recompute}: choose 1..num_steps={num_steps} (uniform:1 shares nothing, uniform:{num_steps} "
+        "runs the encoder once)",
+    )
+    return Schedule("uniform", int(number), uniform_schedule(num_steps, int(number)))
 
 
 def write_schedule(path: Path, content: dict[str, Any]) -> None:
@@ -118,15 +136,20 @@ def read_schedule(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"recompute={path}: no such file; scripts/studies/sharing/fit.py writes schedules") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"recompute={path}: is no schedule file; fit it again with fit_sharing_schedule.py") from error
-    require(sound, f"recompute={path}: is no schedule file of this version; fit it again with fit_sharing_schedule.py")
+        raise UserError(
+            f"recompute={path}: is no schedule file; fit it again with scripts/studies/sharing/fit.py"
+        ) from error
+    require(
+        sound,
+        f"recompute={path}: is no schedule file of this version; fit it again with scripts/studies/sharing/fit.py",
+    )
     check_schedule(steps, len(grid) - 1)
     return content
 
 
 def content_of(recompute: str | Sequence[int] | None) -> str | Sequence[int] | None:
-    """Return a schedule as it is written, but for a file the steps in it: what it holds counts, not
-    its name.
+    """Return a schedule as it is written, but for a file the steps in it: receipts compare the
+    content, not the name.
     """
     if isinstance(recompute, str) and recompute.endswith(".json"):
         return read_schedule(Path(recompute))["recompute_steps"]

@@ -1,30 +1,31 @@
-"""How to sample: `SamplerSettings`, parsed once and walked by `ddt.sampling.sample`."""
+"""How to sample: `SamplerSettings`, built once and walked by `ddt.sampling.sample`."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from ddt.errors import require
 from ddt.flow import time_grid
 from ddt.sampling.guidance import Guidance
-from ddt.sampling.schedules import check_schedule, parse_schedule, uniform_schedule
-from ddt.sampling.sharing import MAX_FORECAST_ORDER
-from ddt.sampling.solvers import DIFFUSIONS, SOLVERS, STOCHASTIC, DiffusionName, call_times
+from ddt.sampling.schedules import Schedule, content_of, parse_schedule
+from ddt.sampling.solvers import DIFFUSIONS, SOLVERS, DiffusionName, call_times
 
-SolverName = Literal["euler", "heun", "midpoint", "adams2", "adams3", "adams4", "sde", "sde_preserve", "adaptive"]
 LastStep = Literal["mean", "euler"]
+MAX_FORECAST_ORDER = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
-    """How latents are drawn from noise; the same names as the arguments of `sample`.
+    """How latents are sampled from noise; the same names as the arguments of `ddt.sample`.
 
-    recompute: None (the encoder at every step), "uniform:5" (every 5th step), the list of step
-    indices, or, where a model is at hand to fit it to, "dp:50" and the JSON file of a fitted
-    schedule. Raises UserError for values that make no sampler. Source: method.md 4.
+    solver: a name of `solvers.SOLVERS`. recompute: as it was written: None (the encoder at every
+    step), "uniform:5" (every 5th step), the list of step indices, or, where a model is at hand to
+    fit it to, "dp:50" and the JSON file of a fitted schedule (`fitting.resolve_recompute` makes a
+    list of any of them). Raises UserError for values that make no sampler. Source: method.md 4.
     """
 
-    solver: SolverName = "euler"
+    solver: str = "euler"
     num_steps: int = 250
     cfg_scale: float = 2.0
     cfg_interval: tuple[float, float] | None = (0.3, 1.0)
@@ -38,7 +39,7 @@ class SamplerSettings:
     tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
-        require(self.solver in SOLVERS, f"sampler={self.solver}: unknown solver, choose from {', '.join(SOLVERS)}")
+        require(self.solver in SOLVERS, f"solver={self.solver}: unknown solver, choose from {', '.join(SOLVERS)}")
         time_grid(self.num_steps, self.last_step, self.timeshift)
         self.guidance()
         wrong = [step for step in self.cfg_steps or () if not 0 <= step < self.num_steps]
@@ -50,16 +51,17 @@ class SamplerSettings:
         )
         require(self.sde_last in ("mean", "euler"), f"sde_last={self.sde_last}: choose mean or euler")
         require(self.tolerance > 0, f"tolerance={self.tolerance}: must be above 0")
-        for key, users in (("sde_diffusion", STOCHASTIC), ("sde_last", STOCHASTIC), ("tolerance", ("adaptive",))):
+        for key in ("sde_diffusion", "sde_last", "tolerance"):
             value, default = getattr(self, key), type(self).__dataclass_fields__[key].default
+            users = [name for name, solver in SOLVERS.items() if key in solver.options]
             require(
                 value == default or self.solver in users,
-                f"{key}={value}: has no effect with sampler={self.solver}; leave it out, or use {' or '.join(users)}",
+                f"{key}={value}: has no effect with solver={self.solver}; leave it out, or use {' or '.join(users)}",
             )
-        if self.solver == "adaptive":
+        if self.adaptive:
             for key in ("recompute", "cfg_steps"):
                 value = getattr(self, key)
-                require(value is None, f"{key}={value}: sampler=adaptive chooses its own steps; give {key}=null")
+                require(value is None, f"{key}={value}: solver=adaptive chooses its own steps; give {key}=null")
         orders = range(MAX_FORECAST_ORDER + 1)
         require(
             self.forecast_order in orders,
@@ -70,24 +72,31 @@ class SamplerSettings:
             f"forecast_order={self.forecast_order}: has no effect without recompute=, as in recompute=uniform:5",
         )
         require(
-            self.forecast_order == 0 or self.solver not in STOCHASTIC,
-            f"forecast_order={self.forecast_order}: the noise of sampler={self.solver} makes z jump, and its forecast "
+            self.forecast_order == 0 or not SOLVERS[self.solver].stochastic,
+            f"forecast_order={self.forecast_order}: the noise of solver={self.solver} makes z jump, and its forecast "
             "worse than the last z; give forecast_order=0",
         )
-        if isinstance(self.recompute, str):
-            parse_schedule(self.recompute, self.num_steps)
-        elif self.recompute is not None:
-            check_schedule(self.recompute, self.num_steps)
+        self.parsed_recompute  # noqa: B018  # raises for what is no schedule
+
+    @functools.cached_property
+    def parsed_recompute(self) -> Schedule:
+        """The recompute schedule, parsed."""
+        return parse_schedule(self.recompute, self.num_steps)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the solver chooses its own steps."""
+        return SOLVERS[self.solver].adaptive
 
     def grid(self) -> list[float]:
         """Return the times of the run, num_steps + 1 floats; of the adaptive solver only the ends."""
-        if self.solver == "adaptive":
+        if self.adaptive:
             return [0.0, 1.0]
         return time_grid(self.num_steps, self.last_step, self.timeshift)
 
     def call_times(self) -> list[tuple[float, ...]]:
         """Return, for each step, the times at which the solver calls the velocity."""
-        return call_times(self.solver, self.grid())
+        return call_times(SOLVERS[self.solver], self.grid())
 
     def guidance(self) -> Guidance:
         """Return when and how strongly the velocity is guided."""
@@ -99,18 +108,21 @@ class SamplerSettings:
         """Return the steps at which the encoder runs, or None for every step.
 
         Raises UserError for a schedule that is fitted to a model or read from a file
-        (`fitting.resolve_schedule`).
+        (`fitting.resolve_recompute`).
         """
-        if isinstance(self.recompute, str):
-            kind, number = parse_schedule(self.recompute, self.num_steps)
-            require(
-                kind == "uniform",
-                f"recompute={self.recompute}: is fitted to a trained model, in sample.py; here give uniform:5, a list "
-                "of steps [0,5,10], or null",
-            )
-            return uniform_schedule(self.num_steps, number)
-        return None if self.recompute is None else check_schedule(self.recompute, self.num_steps)
+        require(
+            self.parsed_recompute.kind not in ("dp", "file"),
+            f"recompute={self.recompute}: is fitted to a trained model, in sample.py; here give uniform:5, a list "
+            "of steps [0,5,10], or null",
+        )
+        return self.parsed_recompute.steps
 
-    def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments for `sample`."""
-        return {**dataclasses.asdict(self), "recompute": self.schedule()}
+    def unshared(self) -> "SamplerSettings":
+        """Return the same sampler with the encoder at every step."""
+        return dataclasses.replace(self, recompute=None, forecast_order=0)
+
+    def as_receipt(self) -> dict[str, Any]:
+        """Return the settings as plain values, for `recompute=FILE` the steps in the file: equal
+        for samplers that do the same.
+        """
+        return {**dataclasses.asdict(self), "recompute": content_of(self.recompute)}

@@ -4,8 +4,11 @@ no guidance.
 A velocity function is called as `velocity_fn(x_t, t, step)` with x_t (B, ...), the time as a Python
 float (`adaptive`: a tensor (B,), every image at its own time), and the index of the step, which
 tells a shared encoder whether to run; it returns a float32 velocity (B, ...).
+
+A new solver is a function here and an entry of `SOLVERS`.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -147,7 +150,7 @@ def adaptive(
     try:
         import torchode
     except ImportError as error:
-        raise UserError("sampler=adaptive: needs torchode; install it with pip install torchode") from error
+        raise UserError("solver=adaptive: needs torchode; install it with pip install torchode") from error
 
     def flat_velocity(t: Tensor, flat: Tensor) -> Tensor:
         return velocity_fn(flat.view_as(x), t, 0).flatten(1)
@@ -159,30 +162,42 @@ def adaptive(
     solution = solver.solve(torchode.InitialValueProblem(y0=x.flatten(1), t_start=start, t_end=end))
     if bool((solution.status != torchode.Status.SUCCESS.value).any()):
         raise UserError(
-            f"sampler=adaptive: t = 1 was not reached in num_steps={max_steps} steps; raise num_steps or tolerance"
+            f"solver=adaptive: t = 1 was not reached in num_steps={max_steps} steps; raise num_steps or tolerance"
         )
     return solution.ys[:, -1].view_as(x)
 
 
-def call_times(solver: str, grid: Sequence[float]) -> list[tuple[float, ...]]:
-    """Return, for each step of the grid, the times at which a solver calls the velocity function."""
-    steps = list(itertools.pairwise(grid))
-    if solver == "heun":
-        return [*steps[:-1], (grid[-2],)]
-    if solver == "midpoint":
-        return [(t, (t + t_next) / 2) for t, t_next in steps]
-    return [(t,) for t in grid[:-1]]
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """A solver and what the rest of sampling has to know of it.
+
+    integrate: called as `integrate(velocity_fn, x, grid, **options)`. calls: (t, t_next, is_last) →
+    the times of a step's velocity calls. options: keyword arguments of integrate by the names of
+    the sampler settings they come from. stochastic: integrate takes `draw` too. adaptive: it
+    chooses its own steps, so that its grid is only [0, 1] and nothing goes by the step.
+    """
+
+    integrate: Callable[..., Tensor]
+    calls: Callable[[float, float, bool], tuple[float, ...]] = lambda t, t_next, is_last: (t,)
+    options: dict[str, str] = dataclasses.field(default_factory=dict)  # setting -> argument
+    stochastic: bool = False
+    adaptive: bool = False
 
 
-SOLVERS: dict[str, Callable[..., Tensor]] = {
-    "euler": euler,
-    "heun": heun,
-    "midpoint": midpoint,
-    "adams2": functools.partial(adams, order=2),
-    "adams3": functools.partial(adams, order=3),
-    "adams4": functools.partial(adams, order=4),
-    "sde": sde,
-    "sde_preserve": functools.partial(sde, strength=0.5),
-    "adaptive": adaptive,
+SDE_OPTIONS = {"sde_diffusion": "diffusion", "sde_last": "last"}
+SOLVERS = {
+    "euler": Solver(euler),
+    "heun": Solver(heun, calls=lambda t, t_next, is_last: (t,) if is_last else (t, t_next)),
+    "midpoint": Solver(midpoint, calls=lambda t, t_next, is_last: (t, (t + t_next) / 2)),
+    "adams2": Solver(functools.partial(adams, order=2)),
+    "adams3": Solver(functools.partial(adams, order=3)),
+    "adams4": Solver(functools.partial(adams, order=4)),
+    "sde": Solver(sde, options=SDE_OPTIONS, stochastic=True),
+    "sde_preserve": Solver(functools.partial(sde, strength=0.5), options=SDE_OPTIONS, stochastic=True),
+    "adaptive": Solver(adaptive, options={"tolerance": "tolerance", "num_steps": "max_steps"}, adaptive=True),
 }
-STOCHASTIC = ("sde", "sde_preserve")
+
+
+def call_times(solver: Solver, grid: Sequence[float]) -> list[tuple[float, ...]]:
+    """Return, for each step of the grid, the times at which a solver calls the velocity function."""
+    return [solver.calls(t, t_next, step == len(grid) - 2) for step, (t, t_next) in enumerate(itertools.pairwise(grid))]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ddt
 
-GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
 NETWORKS = {"tiny": ("tiny.weights.safetensors", 3, 2), "patch1": ("patch1.lightning.ckpt", 1, 1)}
 CASES = (("tiny", 0), ("tiny", 1), ("patch1", 0))  # of inputs and outputs, by network
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}

@@ -7,16 +7,17 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import inputs, small_ddt
-from test_config import config
+from conftest import ROOT, inputs, small_ddt
+from omegaconf import OmegaConf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import ddt
-from ddt.config import build
 from ddt.errors import UserError
+from ddt.model import build_network
 from ddt.model.cost import network_macs
 from ddt.sampling.cost import sampling_macs
+from ddt.sampling.sample import sample_latents
 from ddt.sampling.settings import SamplerSettings
 from scripts.benchmark.plain import PlainDDT, plain_sample
 
@@ -37,8 +38,9 @@ def counted():
 
 def network(name):
     """A published network, on the meta device."""
+    settings = OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")
     with torch.device("meta"):
-        return build(config(f"model={name}")["model"])(in_channels=4, num_classes=1000)
+        return build_network({**settings, "in_channels": 4, "num_classes": 1000})
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_a_forward_costs_what_torch_counts(changes):
     with counted() as decoder:
         model.decode(x, z)
     with counted() as modulations:
-        kept = model.decoder.modulations(z)
+        kept = model.modulations(z)
     with counted() as rest:
         model.decode(x, z, kept)
     found = network_macs(model, 8, 16)
@@ -184,7 +186,7 @@ def test_a_run_costs_what_torch_counts(settings, cached):
     model = small_ddt()
     x, _, y = inputs(batch=1)
     with counted() as macs:
-        ddt.sample(model, x, y, **settings.arguments(), cache_bytes=2**30 if cached else 0)
+        sample_latents(model, x, y, settings, cache_bytes=2**30 if cached else 0)
     assert macs == [sampling_macs(model, 8, 8, settings, cached)]
 
 
@@ -194,7 +196,7 @@ def test_plain_sampling_draws_the_same_and_costs_what_torch_counts(settings):
     plain = PlainDDT(model)
     x, _, y = inputs()
     drawn = plain_sample(plain, x, y, settings)
-    torch.testing.assert_close(drawn, ddt.sample(model, x, y, **settings.arguments()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(drawn, sample_latents(model, x, y, settings), rtol=1e-4, atol=1e-5)
     with counted() as macs:
         plain_sample(plain, x[:1], y[:1], settings)
     assert macs == [sampling_macs(model, 8, 8, settings, cached=False, skip_unconditional=False)]
@@ -214,7 +216,7 @@ def test_what_has_no_cost_beforehand_is_refused():
     model = small_ddt()
     with pytest.raises(UserError, match=r"model\.patch_size=2 does not divide the latent size 8×7"):
         network_macs(model, 8, 7)
-    with pytest.raises(UserError, match="sampler=adaptive: chooses its own steps"):
+    with pytest.raises(UserError, match="solver=adaptive: chooses its own steps"):
         sampling_macs(model, 8, 8, SamplerSettings(solver="adaptive"))
     with pytest.raises(UserError, match="recompute=dp:3: is fitted"):
         sampling_macs(model, 8, 8, SamplerSettings(num_steps=9, recompute="dp:3"))

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from conftest import GOLDEN, inputs, small_ddt
-from hydra import compose, initialize_config_dir
+from conftest import GOLDEN, ROOT, inputs, small_ddt
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import ddt
 from ddt.checkpoint.published import our_name
 from ddt.errors import UserError
+from ddt.model import build_network, network_class
 from ddt.objective.flow_matching import velocity_errors
 from scripts.benchmark.golden import BF16_ERROR, CASES, GRADIENT_TOLERANCE, NETWORKS, TOLERANCE, case
 from scripts.benchmark.golden import network as golden_network
@@ -69,12 +70,9 @@ def test_parameter_counts_are_those_of_the_release(golden):
     counts = golden["param_counts"] | golden["baseline_param_counts"]
     assert len(counts) == 6
     for name, expected in counts.items():
-        with initialize_config_dir(str(GOLDEN.parent.parent / "conf"), version_base="1.3"):
-            settings = dict(compose("train", overrides=[f"model={name}"]).model)
-        network = ddt.DiT if settings.pop("_target_") == "ddt.model.DiT" else ddt.DDT
-        settings.pop("_partial_")
+        settings = OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")
         with torch.device("meta"):
-            model = network(in_channels=4, num_classes=1000, **settings)
+            model = build_network({**settings, "in_channels": 4, "num_classes": 1000})
         assert sum(p.numel() for p in model.parameters()) == expected, name
 
 
@@ -218,3 +216,23 @@ def test_training_after_sampling_under_inference_mode():
         model(x, t, y)
     model(x, t, y).square().mean().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["ddt.model.DDT", "ddt.model.DiT"])
+def test_a_network_tells_what_it_can_do(kind):
+    """What sharing, alignment and cost ask of a network, in place of its class."""
+    sizes = dict(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, num_classes=5)
+    halves = {"encoder_depth": 2} if kind == "ddt.model.DDT" else {}
+    model = build_network({"_target_": kind, **sizes, **halves})
+    assert network_class({"_target_": kind}).shares_encoder == model.shares_encoder == bool(halves)
+    assert model.num_alignable_blocks == (2 if halves else 3)
+    assert [getattr(model, key) for key in ("in_channels", "patch_size", "hidden_size", "num_classes")] == [2, 2, 32, 5]
+    if not model.shares_encoder:
+        with pytest.raises(UserError, match="has no separate decoder"):
+            model.modulations(torch.zeros(1, 4, 32))
+        return
+    z = torch.randn(3, 16, 32)
+    computed = model.modulations(z)
+    assert len(computed) == len(model.modulation_layers) == 2  # the decoder's block and its output layer
+    assert all(torch.equal(m, layer(z)) for m, layer in zip(computed, model.modulation_layers, strict=True))
+    assert len(model.modulations(z, max_bytes=computed[0].nbytes)) == 1

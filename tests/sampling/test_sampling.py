@@ -42,7 +42,7 @@ def test_guidance_one_is_the_conditional_run_at_half_the_cost():
 def test_guidance_combines_the_two_halves():
     model = small_ddt()
     x, _, y = inputs()
-    velocity = GuidedVelocity(model, y, [(0.5,)], Guidance(3.0, None))
+    velocity = GuidedVelocity(model, y, SamplerSettings(cfg_scale=3.0, cfg_interval=None))
     t = torch.full((3,), 0.5)
     cond, uncond = model(x, t, y), model(x, t, torch.full_like(y, 5))
     torch.testing.assert_close(velocity(x, 0.5, 0), uncond + 3 * (cond - uncond))
@@ -103,7 +103,7 @@ def test_an_image_does_not_depend_on_its_batch():
         ({"cfg_scale": float("inf")}, "cfg_scale=inf: must be a finite number"),
         ({"last_step": 1e-9}, "last_step=1e-09, timeshift=1.0: two of the 251 times are equal in float32"),
         ({"timeshift": 1e-9}, "two of the 251 times are equal in float32"),
-        ({"solver": "rk9"}, "sampler=rk9"),
+        ({"solver": "rk9"}, "solver=rk9: unknown solver, choose from euler, heun"),
         ({"recompute": [1, 2]}, "step 0 must be among them"),
         ({"recompute": [0, 9], "num_steps": 4}, "step 9 does not exist"),
         ({"recompute": "often"}, "recompute=often: write uniform:5"),
@@ -111,14 +111,14 @@ def test_an_image_does_not_depend_on_its_batch():
         ({"recompute": "uniform:100", "num_steps": 3}, "recompute=uniform:100: choose 1..num_steps=3"),
         ({"recompute": "dp:251"}, "recompute=dp:251: the encoder runs at 1..num_steps=250"),
         ({"cfg_steps": [3, 250]}, r"cfg_steps=\[250\]: steps are 0..249"),
-        ({"sde_last": "euler"}, "sde_last=euler: has no effect with sampler=euler; leave it out, or use sde or"),
-        ({"sde_diffusion": "constant", "solver": "heun"}, "sde_diffusion=constant: has no effect with sampler=heun"),
+        ({"sde_last": "euler"}, "sde_last=euler: has no effect with solver=euler; leave it out, or use sde or"),
+        ({"sde_diffusion": "constant", "solver": "heun"}, "sde_diffusion=constant: has no effect with solver=heun"),
         ({"sde_diffusion": "much", "solver": "sde"}, "sde_diffusion=much: unknown schedule, choose from sigma"),
-        ({"tolerance": 0.1}, "tolerance=0.1: has no effect with sampler=euler; leave it out, or use adaptive"),
+        ({"tolerance": 0.1}, "tolerance=0.1: has no effect with solver=euler; leave it out, or use adaptive"),
         ({"tolerance": 0.0, "solver": "adaptive"}, "tolerance=0.0: must be above 0"),
-        ({"solver": "adaptive", "recompute": "uniform:5"}, "recompute=uniform:5: sampler=adaptive chooses its own"),
-        ({"solver": "adaptive", "cfg_steps": [0]}, r"cfg_steps=\[0\]: sampler=adaptive chooses its own steps"),
-        ({"solver": "sde", "recompute": [0], "forecast_order": 1}, "forecast_order=1: the noise of sampler=sde makes"),
+        ({"solver": "adaptive", "recompute": "uniform:5"}, "recompute=uniform:5: solver=adaptive chooses its own"),
+        ({"solver": "adaptive", "cfg_steps": [0]}, r"cfg_steps=\[0\]: solver=adaptive chooses its own steps"),
+        ({"solver": "sde", "recompute": [0], "forecast_order": 1}, "forecast_order=1: the noise of solver=sde makes"),
         ({"num_steps": 0}, "num_steps=0"),
     ],
 )
@@ -180,7 +180,7 @@ def test_adaptive_guides_each_image_by_its_own_time():
     """While one image is inside the interval and another outside, each gets its own velocity."""
     model = small_ddt()
     x, _, y = inputs()
-    velocity = GuidedVelocity(model, y, [(0.0,)], Guidance(3.0, (0.3, 0.7)))
+    velocity = GuidedVelocity(model, y, SamplerSettings(cfg_scale=3.0, cfg_interval=(0.3, 0.7), solver="adaptive"))
     t = torch.tensor([0.2, 0.5, 0.9])
     cond, uncond = model(x, t, y), model(x, t, torch.full_like(y, 5))
     expected = cond.clone()

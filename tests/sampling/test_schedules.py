@@ -11,7 +11,7 @@ from conftest import small_ddt
 
 import ddt
 from ddt.errors import UserError
-from ddt.sampling.fitting import check_fitted, fit_schedule, resolve_schedule, trajectory, z_similarity
+from ddt.sampling.fitting import check_fitted, fit_schedule, resolve_recompute, trajectory, z_similarity
 from ddt.sampling.schedules import optimal_schedule, read_schedule, write_schedule
 from ddt.sampling.settings import SamplerSettings
 
@@ -117,12 +117,12 @@ def using(path, **changes):
 
 def test_a_schedule_file_is_used_with_its_own_grid_only(tmp_path):
     path = fitted(tmp_path / "s.json")
-    steps, warnings = resolve_schedule(small_ddt(), (2, 8, 8), using(path), CPU, "a")
-    assert steps == json.loads((tmp_path / "s.json").read_text())["recompute_steps"]
+    settings, warnings = resolve_recompute(small_ddt(), (2, 8, 8), using(path), CPU, "a")
+    assert settings.recompute == json.loads((tmp_path / "s.json").read_text())["recompute_steps"]
     assert warnings == []
     for change in ({"num_steps": 8}, {"timeshift": 2.0}, {"last_step": 0.04}):
         with pytest.raises(UserError, match="was fitted to another time grid"):
-            resolve_schedule(small_ddt(), (2, 8, 8), using(path, **change), CPU, "a")
+            resolve_recompute(small_ddt(), (2, 8, 8), using(path, **change), CPU, "a")
 
 
 def test_another_checkpoint_guidance_or_solver_is_said(tmp_path):
@@ -136,9 +136,9 @@ def test_another_checkpoint_guidance_or_solver_is_said(tmp_path):
 
 
 def test_dp_is_fitted_on_the_spot_and_equals_the_file(tmp_path):
-    steps, _ = resolve_schedule(small_ddt(), (2, 8, 8), using("dp:3"), CPU)
+    settings, _ = resolve_recompute(small_ddt(), (2, 8, 8), using("dp:3"), CPU)
     fitted(tmp_path / "s.json")
-    assert steps == read_schedule(tmp_path / "s.json")["recompute_steps"]
+    assert settings.recompute == read_schedule(tmp_path / "s.json")["recompute_steps"]
     with pytest.raises(UserError, match="recompute=dp:3: is fitted to a trained model"):
         using("dp:3").schedule()
 

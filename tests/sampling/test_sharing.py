@@ -10,9 +10,8 @@ from conftest import inputs, small_ddt
 import ddt
 from ddt.errors import UserError
 from ddt.flow import time_grid
-from ddt.sampling.guidance import Guidance
-from ddt.sampling.sharing import GuidedVelocity, SharedNetwork, extrapolation_weights
-from ddt.sampling.solvers import call_times
+from ddt.sampling.sharing import SharedNetwork, extrapolation_weights
+from ddt.sampling.solvers import SOLVERS, call_times
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHARED = dict(num_steps=8, cfg_scale=2.0, cfg_interval=(0.5, 1.0), last_step=None, recompute=[0, 3, 6])
@@ -57,7 +56,7 @@ def test_every_call_of_a_recompute_step_runs_the_encoder_and_no_other_call(solve
     x, _, y = inputs()
     encoded, decoded = watch(model)
     ddt.sample(model, x, y, solver=solver, **SHARED)
-    times = call_times(solver, time_grid(8))
+    times = call_times(SOLVERS[solver], time_grid(8))
     expected = [t for step in SHARED["recompute"] for t in times[step]]
     assert [t for t, _ in encoded] == [torch.tensor(t).item() for t in expected]
     assert len(decoded) == sum(map(len, times))
@@ -215,8 +214,10 @@ def test_what_cannot_share_is_refused():
         ddt.sample(small_ddt(), x, y, forecast_order=1)
     with pytest.raises(UserError, match="forecast_order=3: choose from 0, 1, 2"):
         ddt.sample(small_ddt(), x, y, forecast_order=3, recompute=[0])
+    with pytest.raises(UserError, match="DiT has no encoder to share"):
+        ddt.sample(ddt.DiT(**sizes), x, y, recompute=[0])
     with pytest.raises(UserError, match="step 0 must be among them"):
-        GuidedVelocity(small_ddt(), y, [(0.0,), (0.5,)], Guidance(), recompute=[1])
+        ddt.sample(small_ddt(), x, y, num_steps=2, recompute=[1])
 
 
 def test_a_guide_without_an_encoder_runs_whole_beside_a_shared_network():

@@ -2,15 +2,21 @@
 stochastic ones.
 """
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import inputs, small_ddt
 
 from ddt.errors import UserError
 from ddt.flow import time_grid
-from ddt.sampling.solvers import DIFFUSIONS, SOLVERS, adams_weights, adaptive, call_times, euler, sde
+from ddt.model.cost import network_macs
+from ddt.sampling.cost import sampling_macs
+from ddt.sampling.sample import sample_latents
+from ddt.sampling.settings import SamplerSettings
+from ddt.sampling.solvers import DIFFUSIONS, SOLVERS, Solver, adams_weights, adaptive, call_times, euler, sde
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ORDERS = {"euler": 1, "heun": 2, "midpoint": 2, "adams2": 2, "adams3": 3, "adams4": 4}
@@ -33,7 +39,7 @@ def end_error(solver, num_steps, timeshift):
     def velocity(x, t, step):
         return ((solution(t) - 1) / t**2 if t else 0.0) - (x - solution(t))
 
-    end = SOLVERS[solver](velocity, torch.ones(1, dtype=torch.float64), grid)
+    end = SOLVERS[solver].integrate(velocity, torch.ones(1, dtype=torch.float64), grid)
     return abs(end.item() - solution(1.0))
 
 
@@ -49,7 +55,7 @@ def test_constant_fields_are_solved_exactly(solver):
     x = torch.randn(3, 2, dtype=torch.float64)
     field = torch.randn(3, 2, dtype=torch.float64)
     for grid in (time_grid(1), time_grid(7), time_grid(5, 0.04, 2.0)):
-        torch.testing.assert_close(SOLVERS[solver](lambda x_t, t, step: field, x, grid), x + field)
+        torch.testing.assert_close(SOLVERS[solver].integrate(lambda x_t, t, step: field, x, grid), x + field)
 
 
 @pytest.mark.parametrize("solver", [*ORDERS, "sde"])
@@ -61,8 +67,8 @@ def test_call_times_are_the_times_of_the_calls(solver):
         return torch.zeros(1)
 
     options = {"draw": lambda step: torch.zeros(1)} if solver == "sde" else {}
-    SOLVERS[solver](velocity, torch.zeros(1), grid, **options)
-    expected = [(step, t) for step, times in enumerate(call_times(solver, grid)) for t in times]
+    SOLVERS[solver].integrate(velocity, torch.zeros(1), grid, **options)
+    expected = [(step, t) for step, times in enumerate(call_times(SOLVERS[solver], grid)) for t in times]
     assert seen == expected
     assert len(seen) == {"heun": 5, "midpoint": 6}.get(solver, 3)
 
@@ -149,3 +155,25 @@ def test_adaptive_says_when_it_does_not_arrive():
 
 def test_euler_walks_in_the_dtype_it_is_given():
     assert euler(lambda x, t, step: x, torch.ones(2), time_grid(3)).dtype == torch.float32
+
+
+def test_a_solver_is_one_function_and_one_entry(monkeypatch):
+    """Registered, it is known to the settings, sampling and the count of its cost."""
+
+    def third_way(velocity_fn, x, grid, tolerance):
+        assert tolerance == 0.5
+        for step, (t, t_next) in enumerate(itertools.pairwise(grid)):
+            x = x + velocity_fn(x, (t + t_next) / 2, step) * (t_next - t)
+        return x
+
+    own = Solver(third_way, calls=lambda t, t_next, is_last: ((t + t_next) / 2,), options={"tolerance": "tolerance"})
+    monkeypatch.setitem(SOLVERS, "third_way", own)
+    settings = SamplerSettings(solver="third_way", num_steps=4, cfg_interval=None, last_step=None, tolerance=0.5)
+    assert settings.call_times() == [(0.125,), (0.375,), (0.625,), (0.875,)]
+    model, counts, seen = small_ddt(), {}, []
+    x, _, y = inputs()
+    sample_latents(model, x, y, settings, counts=counts, observe=lambda step, t, x_t, v: seen.append(t))
+    assert [(t,) for t in seen] == settings.call_times()
+    assert counts["decoder"] == 8
+    network = network_macs(model, 8, 8)
+    assert sampling_macs(model, 8, 8, settings) == 8 * network.total
