@@ -89,7 +89,7 @@ class SamplerSettings:
         return SOLVERS[self.solver].adaptive
 
     def grid(self) -> list[float]:
-        """Return the times of the run, num_steps + 1 floats; of the adaptive solver only the ends."""
+        """Return the times of the run, num_steps + 1 floats; of an adaptive solver the ends."""
         if self.adaptive:
             return [0.0, 1.0]
         return time_grid(self.num_steps, self.last_step, self.timeshift)

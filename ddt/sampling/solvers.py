@@ -199,5 +199,5 @@ SOLVERS = {
 
 
 def call_times(solver: Solver, grid: Sequence[float]) -> list[tuple[float, ...]]:
-    """Return, for each step of the grid, the times at which a solver calls the velocity function."""
+    """Return, for each step of the grid, the times at which a solver calls the velocity."""
     return [solver.calls(t, t_next, step == len(grid) - 2) for step, (t, t_next) in enumerate(itertools.pairwise(grid))]
