@@ -6,6 +6,7 @@ from torch import Tensor
 
 # One key space for all draws: (seed, stream, position). Streams never overlap.
 PERMUTATION, TRAINING, VALIDATION, PREVIEW = range(4)
+CLASSES = 17  # of random classes of sample.py
 
 
 def draws(seed: int, stream: int, position: int) -> np.random.Generator:

@@ -1,6 +1,6 @@
 """What turns classes and seeds into images: a network, its autoencoder, a sampler, a device.
 
-Shapes: B batch, C H W.
+Shapes: B batch, C H W latent (latents) or image (pixels).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ddt.autoencoder import Autoencoder
 from ddt.draws import noise_of
 from ddt.model import Denoiser
-from ddt.sampling.sample import Observer, sample
+from ddt.sampling.sample import Observer, sample_latents
 from ddt.sampling.settings import SamplerSettings
 from ddt.sampling.sharing import CACHE_BYTES
 
@@ -42,18 +42,16 @@ def cast_weights(model: nn.Module) -> None:
 class Generator:
     """All that turns a class and a seed into an image.
 
-    model, guide: networks; guide is the weaker one of autoguidance, or None. shape: of a latent.
-    settings: a sampler.
-    recompute: the steps at which the encoder runs, None for all. dtype: "bf16" runs networks and
-    autoencoder under autocast. compiled: the networks' blocks are (`ddt.distributed.compile`), of
-    which the receipt tells. observe: is told of each step (`sampling.sample`).
+    model, guide: networks; guide is the weaker one of autoguidance, or None. shape: (C, H, W) of a
+    latent. settings: the sampler; before images are sampled, `fitting.resolve_recompute` makes a
+    list of its `recompute`. dtype: "bf16" runs networks and autoencoder under autocast. compiled:
+    whether the networks' blocks are, for the receipt. observe: see `ddt.sample`.
     """
 
     model: Denoiser
     autoencoder: Autoencoder
     shape: tuple[int, int, int]
     settings: SamplerSettings
-    recompute: list[int] | None
     dtype: Dtype
     device: torch.device
     guide: Denoiser | None = None
@@ -74,19 +72,18 @@ class Generator:
         )
 
     def latents(self, classes: list[int], seeds: list[int]) -> tuple[Tensor, dict[str, int]]:
-        """Return the latents (B, C, H, W) of some images, and the network calls each took."""
+        """Return the latents (B, C, H, W) of some images, and the network calls per image."""
         return self.from_noise(noise_of(seeds, self.shape).to(self.device), classes)
 
     @torch.no_grad()
     def from_noise(self, noise: Tensor, classes: list[int]) -> tuple[Tensor, dict[str, int]]:
         """Return what `latents` does, of the noise (B, C, H, W) itself."""
         counts: dict[str, int] = {}
-        arguments = {**dataclasses.asdict(self.settings), "recompute": self.recompute}
         y = torch.tensor(classes, device=self.device)
         with self.autocast():
-            latents = sample(
-                self.model, noise, y, guide=self.guide, cache_bytes=self.cache_bytes, counts=counts,
-                observe=self.observe, **arguments,
+            latents = sample_latents(
+                self.model, noise, y, self.settings, guide=self.guide, cache_bytes=self.cache_bytes, counts=counts,
+                observe=self.observe,
             )  # fmt: skip
         return latents, counts
 

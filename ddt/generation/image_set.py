@@ -3,20 +3,19 @@
 import dataclasses
 import re
 
-from ddt.draws import draws
+from ddt.draws import CLASSES, draws
 from ddt.errors import UserError, require
 
 SEED_STRIDE = 1_000_000
 MAX_SEED = 2**32  # torch's CPU generator uses no more bits than that
 DEFAULT_SEEDS = list(range(8))
-CLASS_STREAM = 17  # of random classes, beside the streams of ddt.data.stream
 Numbers = int | str | list[int | str]
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """Which images to draw: class and seed of each, in the order of the file. Classes are
-    interleaved, never grouped.
+    """Class and seed of each image, in the order of the file. Classes are interleaved, never
+    grouped.
     """
 
     classes: list[int]  # (n,)
@@ -65,11 +64,11 @@ def image_set(
     seeds: Numbers | None = None,
     seed: int = 0,
 ) -> ImageSet:
-    """Return the set that the arguments describe (docs: contract of sample.py).
+    """Return the set that the arguments describe.
 
     With `seeds`, every seed with every class, seed by seed. With `num_samples` alone, image k has
     class `classes[k % K]` and seed `seed·1,000,000 + k`. With neither, seeds 0..7. `classes`
-    defaults to all; "random" gives each seed one image, of a class drawn from that seed.
+    defaults to all; "random" gives each seed one image, of a class sampled from that seed.
 
     Raises UserError for an unknown class, a seed out of 0..2³²−1, and counts that disagree.
     """
@@ -89,7 +88,7 @@ def image_set(
     else:
         which = DEFAULT_SEEDS
     if classes == "random":
-        labels = [int(draws(0, CLASS_STREAM, s).integers(num_classes)) for s in which]
+        labels = [int(draws(0, CLASSES, s).integers(num_classes)) for s in which]
         total = len(which)
     else:
         chosen = list(range(num_classes)) if classes is None else read_numbers("classes", classes)

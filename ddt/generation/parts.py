@@ -1,5 +1,4 @@
-"""A set of images on its way to disk: part files of a few images each, joined into one npz as a
-stream.
+"""A set of images on its way to disk: part files of a few images each, then joined into one npz.
 
 Shapes: n images of the set, m of a part, H W C pixels.
 """
@@ -22,8 +21,8 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # of the files inside an npz, so that equal sets 
 
 
 def write_part(folder: Path, start: int, images: np.ndarray, counts: dict[str, int]) -> None:
-    """Write images start, start + 1, … of a set, uint8 (m, H, W, C), whole or not at all, with the
-    network calls each took.
+    """Write images start, start + 1, … of a set, uint8 (m, H, W, C), atomically, with the network
+    calls per image.
     """
     path = folder / f"{start:08d}-{start + len(images):08d}.npz"
     temporary = folder / f".tmp-{platform.node()}-{os.getpid()}.npz"
@@ -45,27 +44,26 @@ def read_part(path: Path) -> tuple[int, np.ndarray, dict[str, int]]:
     return start, images, counts
 
 
-def sound_parts(folder: Path) -> dict[int, Path]:
-    """Return the part files by their first image, reading each; one that is damaged, or that holds
-    an image of the one before it, is removed, to be drawn again.
+def remove_damaged(folder: Path) -> None:
+    """Read all part files and remove those that are damaged, or hold an image of the one before:
+    their images are sampled again.
     """
-    parts, end = {}, 0
+    end = 0
     for path in sorted(folder.glob("[0-9]*-[0-9]*.npz")):
         try:
             start, images, _ = read_part(path)
             if start < end:
                 raise ValueError("overlaps")
-            parts[start], end = path, start + len(images)
+            end = start + len(images)
         except (ValueError, OSError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
-            log.warning("%s: damaged or double, its images are drawn again", path)
+            log.warning("%s: damaged or double, its images are sampled again", path)
             path.unlink()
     for left in folder.glob(".tmp-*"):  # of a process that was killed while writing
         left.unlink()
-    return parts
 
 
-def drawn(folder: Path) -> np.ndarray:
-    """Return the numbers of the images that part files hold, sorted."""
+def sampled_numbers(folder: Path) -> np.ndarray:
+    """Return the numbers of the images that part files hold, sorted, int64 (k,)."""
     spans = [path.stem.split("-") for path in folder.glob("[0-9]*-[0-9]*.npz")]
     return np.sort(np.concatenate([np.arange(int(a), int(b)) for a, b in spans] or [np.empty(0, dtype=np.int64)]))
 
@@ -74,12 +72,12 @@ def merge_parts(folder: Path, target: Path, classes: list[int]) -> dict[str, flo
     """Join the parts into `target`, an npz with `arr_0` (n, H, W, C) uint8 and `arr_1` (n,) int64,
     one part in memory at a time.
 
-    Returns the mean of each count an image, `cached_bytes` its maximum. Equal images give equal
+    Returns the mean of each count over images, `cached_bytes` its maximum. Equal images give equal
     bytes.
     """
     total = len(classes)
     parts = sorted(folder.glob("[0-9]*-[0-9]*.npz"))
-    assert np.array_equal(drawn(folder), np.arange(total)), "every image of the set is drawn, and once"
+    assert np.array_equal(sampled_numbers(folder), np.arange(total)), "every image of the set is there, and once"
     sums: dict[str, float] = {}
     temporary = target.with_name(f".tmp-{target.name}")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:

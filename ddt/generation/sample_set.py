@@ -1,8 +1,8 @@
-"""From seeds to files: how each image of a set is drawn, and what lies in the folder afterwards.
+"""From classes and seeds to files: a set is sampled on all processes, resumes after a kill, and
+ends as samples.npz, grid.png and receipt.json.
 
-Image k is a function of (seed k, class k): the batch size and the number of processes do not change
-it.
-Shapes: n images, B batch, C H W.
+Image k is a function of (seed k, class k): batch size and number of processes do not change it.
+Shapes: n images, B batch, m images of a batch that are still to be sampled, C H W.
 """
 
 import contextlib
@@ -32,20 +32,19 @@ from ddt.errors import UserError, require
 from ddt.files import write_json
 from ddt.generation.generator import Generator
 from ddt.generation.image_set import ImageSet, write_numbers
-from ddt.generation.parts import drawn, merge_parts, rows, sound_parts, write_part
+from ddt.generation.parts import merge_parts, remove_damaged, rows, sampled_numbers, write_part
 from ddt.pictures import image_grid, readable, write_png, write_pngs
 from ddt.receipts import circumstances
-from ddt.sampling.fitting import resolve_schedule
-from ddt.sampling.schedules import content_of
+from ddt.sampling.fitting import resolve_recompute
 
 log = logging.getLogger(__name__)
 GRID_ROWS = 10
 
 
-def chunks_left(total: int, batch_size: int, done: np.ndarray) -> list[np.ndarray]:
-    """Return the batches of a set that are still to be drawn, each the numbers of its images.
+def remaining_batches(total: int, batch_size: int, done: np.ndarray) -> list[np.ndarray]:
+    """Return the batches of a set that are still to be sampled, each the numbers of its images.
 
-    Batches are slices of the whole set, whatever the number of processes, so that a set drawn in
+    Batches are slices of the whole set, whatever the number of processes, so that a set sampled in
     one go, by several processes, or after a kill passes through the network in the same batches.
     """
     left = np.setdiff1d(np.arange(total), done)
@@ -62,16 +61,16 @@ def consecutive(numbers: np.ndarray) -> Iterator[slice]:
 def generate(
     generator: Generator, images: ImageSet, batches: list[np.ndarray], parts: Path, progress: tqdm, share: int = 1
 ) -> None:
-    """Draw batches of a set and write each to `parts` as soon as it is done.
+    """Sample batches of a set and write each to `parts` as soon as it is done.
 
     While one batch is decoded and written, the next is sampled. progress grows by `share` images
-    for each drawn.
+    for each of this process.
     """
     stream = torch.cuda.Stream(generator.device) if generator.device.type == "cuda" else None
 
     def finish(latents: Tensor, ready: torch.cuda.Event | None, numbers: np.ndarray, counts: dict[str, int]) -> None:
         pixels = generator.pixels(latents, ready, stream)
-        if not bool(latents.isfinite().all()):  # looked at here, where waiting for the device costs nothing
+        if not bool(latents.isfinite().all()):  # a device sync, which in this thread holds nothing up
             raise FloatingPointError(
                 f"image {numbers[0]} or one of the {len(numbers) - 1} after it is not finite: try dtype=fp32, "
                 "forecast_order=0 or a smaller cfg_scale"
@@ -94,20 +93,21 @@ def generate(
             pending.result()
 
 
-def state_of(out: Path, request: dict[str, Any]) -> Literal["new", "begun", "complete"]:
-    """Tell how much of the requested set `out` holds; raise UserError where it holds anything else.
+def set_state(out: Path, request: dict[str, Any]) -> Literal["new", "begun", "complete"]:
+    """Return how much of the requested set `out` holds; raise UserError where it holds anything
+    else.
 
-    A set of which no image was drawn is new: what was asked for may still be changed.
+    A set without a sampled image is new: what was asked for may still be changed.
     """
     require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
     parts = out / ".parts"
     empty = not out.exists() or not any(path != parts for path in out.iterdir())
-    if empty and (len(drawn(parts)) == 0 or not (parts / "plan.json").exists()):
+    if empty and (len(sampled_numbers(parts)) == 0 or not (parts / "plan.json").exists()):
         return "new"
 
     def same(path: Path) -> bool:
         try:
-            return {"compile": False} | json.loads(path.read_text())["request"] == request  # older ones do not tell
+            return json.loads(path.read_text())["request"] == request
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -117,7 +117,7 @@ def state_of(out: Path, request: dict[str, Any]) -> Literal["new", "begun", "com
     require(ours, f"out={out}: holds another set or other files and is not written over; choose another out=")
     require(
         not finished or zipfile.is_zipfile(npz),
-        f"{npz}: damaged; remove it, and the same command draws the set again",
+        f"{npz}: damaged; remove it, and the same command samples the set again",
     )
     if not finished and not (parts / "plan.json").exists():
         return "new"  # this very set, of which only the npz was taken away
@@ -126,14 +126,14 @@ def state_of(out: Path, request: dict[str, Any]) -> Literal["new", "begun", "com
 
 @contextlib.contextmanager
 def locked(parts: Path) -> Iterator[None]:
-    """Hold the lock of a set while it is drawn; raise UserError where another command holds it."""
+    """Hold the lock of a set while it is sampled; raise UserError where another command does."""
     parts.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(parts / "lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise UserError(
-            f"out={parts.parent}: another command is drawing this set; wait for it, or choose another out="
+            f"out={parts.parent}: another command is sampling this set; wait for it, or choose another out="
         ) from error
     try:
         yield
@@ -141,7 +141,7 @@ def locked(parts: Path) -> Iterator[None]:
         lock.release()
 
 
-def plan(
+def make_plan(
     generator: Generator, request: dict[str, Any], parts: Path, begun: bool, fitted: list[int] | None
 ) -> dict[str, Any]:
     """Return the plan of a set, `recompute_steps` and `warnings` in it: the one that a begun set
@@ -150,18 +150,19 @@ def plan(
     path = parts / "plan.json"
     if begun:
         return json.loads(path.read_text())
-    for left in (path, *parts.glob("[0-9]*-[0-9]*.npz")):  # of a plan of which nothing was drawn, or of none
+    for left in (path, *parts.glob("[0-9]*-[0-9]*.npz")):  # of a plan without an image, or of none
         left.unlink(missing_ok=True)
     steps, warnings = fitted, list[str]()
     if fitted is None:
         with generator.autocast():
-            steps, warnings = resolve_schedule(
+            resolved, warnings = resolve_recompute(
                 generator.model,
                 generator.shape,
                 generator.settings,
                 generator.device,
                 request["checkpoint"].get("ema_sha256"),
             )
+        steps = resolved.recompute
     for warning in warnings:
         log.warning("%s", warning)
     content = {"request": request, "recompute_steps": steps, "warnings": warnings}
@@ -169,15 +170,18 @@ def plan(
     return content
 
 
-def begin(generator: Generator, request: dict[str, Any], out: Path, parts: Path, fitted: list[int] | None) -> list[Any]:
-    """Return the plan of a set and the numbers of its images that are drawn; None for both if it is
-    complete.
+def open_set(
+    generator: Generator, request: dict[str, Any], out: Path, parts: Path, fitted: list[int] | None
+) -> list[Any]:
+    """Return the plan of a set and the numbers of the images that are sampled already; None for
+    both if it is complete.
     """
-    state = state_of(out, request)
+    state = set_state(out, request)
     if state == "complete":
         return [None, None]
-    planned = plan(generator, request, parts, state == "begun", fitted)
-    return [planned, drawn(parts) if sound_parts(parts) else []]
+    plan = make_plan(generator, request, parts, state == "begun", fitted)
+    remove_damaged(parts)
+    return [plan, sampled_numbers(parts)]
 
 
 def sample_set(
@@ -192,16 +196,16 @@ def sample_set(
     command: str | None = None,
     fitted: list[int] | None = None,
 ) -> None:
-    """Draw a set on all processes and write `samples.npz`, `grid.png` and `receipt.json` into
+    """Sample a set on all processes and write `samples.npz`, `grid.png` and `receipt.json` into
     `out`.
 
     `arr_0` is uint8 (n, H, W, C) and `arr_1` int64 (n,), the class of each image, both in the set's
-    order. The first `png` images, or all, are written to `out/png` too. A set that was begun goes
-    on from its last complete batch, one that is complete is left as it is, any other content of the
+    order. The first `png` images, or all, are written to `out/png` too. An unfinished set resumes
+    from its last complete batch, one that is complete is left as it is, any other content of the
     folder is refused (UserError). `checkpoint` and `guide` say which weights, for the receipt;
-    `checkpoint["class_names"]` names the images of the grid. `command` is the one that the receipt
-    tells, None for the running one. `fitted` are the steps of a schedule that was fitted to these
-    settings before; None fits it here.
+    `checkpoint["class_names"]` names the images of the grid. `command`: for the receipt, None for
+    the running one. `fitted`: the steps of a schedule that was fitted to these settings before;
+    None fits it here.
     """
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
     rank, num_processes = accelerator.process_index, accelerator.num_processes
@@ -209,7 +213,7 @@ def sample_set(
     request = {
         "checkpoint": checkpoint,
         "guide": guide,
-        "sampler": {**dataclasses.asdict(settings), "recompute": content_of(settings.recompute)},
+        "sampler": settings.as_receipt(),
         "dtype": generator.dtype,
         "compile": generator.compiled,
         "classes": write_numbers(images.classes),
@@ -219,20 +223,20 @@ def sample_set(
     total, parts = len(images.seeds), out / ".parts"
     num_pngs = total if png == "all" else min(png, total)
     if rank == 0:
-        state_of(out, request)  # refused before anything is written
+        set_state(out, request)  # refused before anything is written
     with locked(parts) if rank == 0 else contextlib.nullcontext():
-        # one process decides, and only now: until here another command may have drawn the set
-        found = begin(generator, request, out, parts, fitted) if rank == 0 else [None, None]
-        planned, done = broadcast_object_list(found)
-        if planned is None:
+        # one process decides, and only now: until here another command may have sampled it
+        opened = open_set(generator, request, out, parts, fitted) if rank == 0 else [None, None]
+        plan, done = broadcast_object_list(opened)
+        if plan is None:
             if rank == 0:
                 log.info("%s: complete, nothing to do", out / "samples.npz")
                 shutil.rmtree(parts)
                 write_pngs(out / "png", rows(out / "samples.npz"), num_pngs)
             return
-        steps = planned["recompute_steps"]
-        generator = dataclasses.replace(generator, recompute=steps)
-        batches = chunks_left(total, batch_size, np.array(done, dtype=np.int64))
+        steps = plan["recompute_steps"]
+        generator = dataclasses.replace(generator, settings=dataclasses.replace(settings, recompute=steps))
+        batches = remaining_batches(total, batch_size, np.array(done, dtype=np.int64))
         started, left = time.perf_counter(), total - len(done)
         bar = tqdm(total=total, initial=len(done), unit="img", desc="sampling", disable=rank != 0, mininterval=1.0)
         with generator.exact(), bar as progress:
@@ -245,10 +249,10 @@ def sample_set(
         receipt = {
             "request": request,
             "samples": total,
-            "time_grid": generator.settings.grid(),
-            "recompute": generator.settings.recompute,
+            "time_grid": settings.grid(),
+            "recompute": settings.recompute,
             "recompute_steps": steps,
-            "warnings": planned["warnings"],
+            "warnings": plan["warnings"],
             "cached_modulations_bytes": int(counts.pop("cached_bytes")),
             "network_calls_an_image": counts,
             "images_per_second": left / seconds if left else None,
@@ -265,7 +269,7 @@ def sample_set(
 
 def finish_set(parts: Path, out: Path, receipt: dict[str, Any], images: ImageSet, class_names: list[str]) -> None:
     """Write receipt and grid, then move the npz to its place and remove the parts: a kill before
-    leaves a begun set.
+    that leaves a set that resumes.
     """
     write_json(out / "receipt.json", receipt)
     columns = len(set(images.classes)) if len(set(images.classes)) <= 16 else 10

@@ -28,14 +28,14 @@ from ddt.generation import sample_set as generation
 from ddt.generation.generator import Generator, cast_weights
 from ddt.generation.image_set import image_set
 from ddt.generation.parts import write_part
-from ddt.generation.sample_set import chunks_left, consecutive, sample_set
+from ddt.generation.sample_set import consecutive, remaining_batches, sample_set
 from ddt.model import DiT
 from ddt.model.layers import Block
 from ddt.sampling.schedules import write_schedule
 from ddt.sampling.settings import SamplerSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-STATE_OF = generation.state_of
+SET_STATE = generation.set_state
 FAST = SamplerSettings(num_steps=3, cfg_interval=None)
 
 
@@ -45,7 +45,6 @@ def generator(**changes):
         autoencoder=Identity(),
         shape=(1, 8, 8),
         settings=FAST,
-        recompute=None,
         dtype="fp32",
         device=torch.device("cpu"),
     )
@@ -61,11 +60,11 @@ def draw(out, count=11, batch_size=4, **changes):
 
 
 def test_batches_are_slices_of_the_whole_set():
-    chunks = chunks_left(11, 4, np.array([], dtype=np.int64))
+    chunks = remaining_batches(11, 4, np.array([], dtype=np.int64))
     assert [c.tolist() for c in chunks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
-    chunks = chunks_left(11, 4, np.array([0, 1, 2, 3, 5, 6]))
+    chunks = remaining_batches(11, 4, np.array([0, 1, 2, 3, 5, 6]))
     assert [c.tolist() for c in chunks] == [[4, 7], [8, 9, 10]]
-    assert chunks_left(3, 4, np.arange(3)) == []
+    assert remaining_batches(3, 4, np.arange(3)) == []
     assert [list(range(6))[run] for run in consecutive(np.array([2, 3, 5, 8, 9, 10]))] == [[0, 1], [2], [3, 4, 5]]
 
 
@@ -146,7 +145,7 @@ def test_two_runs_are_the_same_bytes(tmp_path):
 def test_while_a_set_is_drawn_another_command_stays_away(tmp_path):
     (tmp_path / "a" / ".parts").mkdir(parents=True)
     lock = filelock.FileLock(tmp_path / "a" / ".parts" / "lock")
-    with lock, pytest.raises(ckpt.UserError, match="another command is drawing this set; wait for it"):
+    with lock, pytest.raises(ckpt.UserError, match="another command is sampling this set; wait for it"):
         draw(tmp_path / "a")
     draw(tmp_path / "a")
 
@@ -305,7 +304,7 @@ def test_dp_schedules_are_fitted_and_kept_for_the_resume(run_folder, tmp_path, m
             succeed("sample", *arguments)
     plan = json.loads((tmp_path / "a" / ".parts" / "plan.json").read_text())
     assert len(plan["recompute_steps"]) == 2
-    monkeypatch.setattr("ddt.generation.sample_set.resolve_schedule", lambda *_: (_ for _ in ()).throw(AssertionError))
+    monkeypatch.setattr("ddt.generation.sample_set.resolve_recompute", lambda *_: (_ for _ in ()).throw(AssertionError))
     succeed("sample", *arguments)
     receipt = json.loads((tmp_path / "a" / "receipt.json").read_text())
     assert (receipt["recompute"], receipt["recompute_steps"]) == ("dp:2", plan["recompute_steps"])
@@ -396,11 +395,11 @@ def test_a_set_that_another_command_finished_meanwhile_is_left_alone(tmp_path, m
     whole = draw(tmp_path / "a")
     states = iter(["new"])
     monkeypatch.setattr(
-        "ddt.generation.sample_set.state_of",
-        lambda *args: next(states, None) or generation.state_of_(*args),
+        "ddt.generation.sample_set.set_state",
+        lambda *args: next(states, None) or generation.set_state_(*args),
         raising=True,
     )
-    monkeypatch.setattr(generation, "state_of_", STATE_OF, raising=False)
+    monkeypatch.setattr(generation, "set_state_", SET_STATE, raising=False)
     monkeypatch.setattr(Generator, "latents", lambda *_: (_ for _ in ()).throw(AssertionError))
     assert np.array_equal(draw(tmp_path / "a"), whole)
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["grid.png", "receipt.json", "samples.npz"]
@@ -437,7 +436,7 @@ def test_cast_weights_give_the_bits_of_autocast(kind, options):
 
 def test_bf16_sets_are_drawn_with_cast_weights(run_folder, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("sample.sample_set", lambda generator, **_: seen.append(generator))
+    monkeypatch.setattr("ddt.generation.run.sample_set", lambda generator, *_, **__: seen.append(generator))
     succeed(
         "sample", f"ckpt={run_folder}", "num_samples=2", f"out={tmp_path / 'a'}", "dtype=bf16", f"guide={run_folder}"
     )
@@ -464,19 +463,16 @@ def test_compiled_sets_are_told_apart(run_folder, tmp_path, monkeypatch):
     succeed("sample", *arguments, "compile=true", f"out={tmp_path / 'compiled'}", f"guide={run_folder}")
     assert graphs
     compiled = json.loads((tmp_path / "compiled" / "receipt.json").read_text())["request"]
-    receipt = tmp_path / "plain" / "receipt.json"
-    plain = json.loads(receipt.read_text())
-    assert (plain["request"].pop("compile"), compiled["compile"]) == (False, True)
-    receipt.write_text(json.dumps(plain))  # as earlier versions wrote it
-    succeed("sample", *arguments, f"out={tmp_path / 'plain'}")
+    plain = json.loads((tmp_path / "plain" / "receipt.json").read_text())["request"]
+    assert (plain["compile"], compiled["compile"]) == (False, True)
 
 
 def test_large_sets_are_compiled_on_gpus_alone(run_folder, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("sample.sample_set", lambda *_, **__: None)
-    monkeypatch.setattr("sample.compiles", lambda *arguments: bool(asked.append(arguments)))
+    monkeypatch.setattr("ddt.generation.run.sample_set", lambda *_, **__: None)
+    monkeypatch.setattr("ddt.generation.run.compiles", lambda *arguments: bool(asked.append(arguments)))
     accelerator = SimpleNamespace(device=torch.device("cpu"))
-    monkeypatch.setattr("sample.make_accelerator", lambda *_, **__: accelerator)
+    monkeypatch.setattr("ddt.generation.run.make_accelerator", lambda *_, **__: accelerator)
     succeed("sample", f"ckpt={run_folder}", "num_samples=1000", f"out={tmp_path / 'a'}")
     monkeypatch.setattr("torch.nn.Module.to", lambda module, *_: module)
     monkeypatch.setattr("ddt.autoencoder.Identity.to", lambda autoencoder, *_: autoencoder)
@@ -576,13 +572,10 @@ def test_the_same_set_again_is_left_alone_and_another_is_refused(run_folder, tmp
         ("png=some", "png=some: "),
         ("png=-1", "png=-1: give a number of images, or all"),
         ("cache_gib=-1", "cache_gib=-1.0: must be at least 0"),
-        ("encoder_depth=22", "encoder_depth, resolution: describe a published checkpoint; give released= too"),
-        ("inception_weights=x.pth", "inception_weights: has no effect without reference="),
-        ("reference=nowhere.npz", "reference=nowhere.npz: no such file"),
-        ("~num_steps", "~num_steps: a setting cannot be taken out"),
+        ("reference=x.npz", "reference: no such setting"),
+        ("~num_steps", "~num_steps: a setting cannot be removed"),
         ("cfg_steps=[]", "cfg_steps=[]: names no step; give cfg_scale=1"),
         ("seed=3", "seed=3: numbers the images of num_samples= alone"),
-        ("experiment=published_xl_256", "reference: not set; give reference="),
         ("experiment=nothing", "experiment=nothing: no such choice"),
     ],
 )

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from ddt.generation.parts import drawn, merge_parts, read_part, rows, sound_parts, write_part
+from ddt.generation.parts import merge_parts, read_part, remove_damaged, rows, sampled_numbers, write_part
 
 
 def fill(folder, total, size, shape=(4, 4, 3), counts=None):
@@ -55,7 +55,7 @@ def test_merging_holds_one_part_in_memory(tmp_path):
     assert peak < 1e6
 
 
-def test_damaged_parts_are_drawn_again(tmp_path):
+def test_damaged_parts_are_sampled_again(tmp_path):
     fill(tmp_path, 12, 3)
     paths = sorted(tmp_path.glob("*.npz"))
     paths[0].write_bytes(paths[0].read_bytes()[:-40])  # cut short
@@ -64,8 +64,8 @@ def test_damaged_parts_are_drawn_again(tmp_path):
     paths[1].write_bytes(flipped)
     paths[2].rename(tmp_path / "00000006-00000010.npz")  # holds fewer images than its name says
     (tmp_path / ".tmp-77.npz").touch()
-    assert list(sound_parts(tmp_path)) == [9]
-    assert drawn(tmp_path).tolist() == [9, 10, 11]
+    remove_damaged(tmp_path)
+    assert sampled_numbers(tmp_path).tolist() == [9, 10, 11]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000009-00000012.npz"]
 
 
@@ -75,17 +75,17 @@ def test_no_flipped_bit_ends_in_a_traceback(tmp_path):
     whole = path.read_bytes()
     for place in range(0, len(whole), 3):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
-        sound_parts(tmp_path)
+        remove_damaged(tmp_path)
 
 
 def test_an_image_is_in_one_part_alone(tmp_path):
     images = fill(tmp_path, 8, 4)
     write_part(tmp_path, 2, images[2:5], {})  # by a process that lost its launcher
-    assert list(sound_parts(tmp_path)) == [0, 4]
-    assert drawn(tmp_path).tolist() == list(range(8))
+    remove_damaged(tmp_path)
+    assert sampled_numbers(tmp_path).tolist() == list(range(8))
 
 
-def test_a_part_is_whole_or_absent(tmp_path, monkeypatch):
+def test_a_part_is_written_atomically(tmp_path, monkeypatch):
     def half(path, **arrays):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
@@ -93,7 +93,7 @@ def test_a_part_is_whole_or_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "savez", half)
     with pytest.raises(KeyboardInterrupt):
         write_part(tmp_path, 0, np.zeros((2, 4, 4, 3), dtype=np.uint8), {})
-    assert drawn(tmp_path).tolist() == []
+    assert sampled_numbers(tmp_path).tolist() == []
 
 
 def test_a_gap_is_never_merged(tmp_path):

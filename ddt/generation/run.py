@@ -1,0 +1,79 @@
+"""sample.py from its settings to a set of images: everything is checked first, then each process
+loads the networks and samples its share.
+"""
+
+import datetime
+from pathlib import Path
+
+from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint.hub import is_hub_id
+from ddt.distributed.compile import compiles
+from ddt.distributed.launch import launch
+from ddt.distributed.prepare import make_accelerator
+from ddt.errors import collected, require
+from ddt.generation.image_set import ImageSet
+from ddt.generation.load import (
+    check_guide_config,
+    checkpoint_receipt,
+    guide_receipt,
+    load_generator,
+    stored_autoencoder,
+)
+from ddt.generation.sample_set import sample_set
+from ddt.generation.settings import SampleSettings
+from ddt.model import network_class
+from ddt.sampling.settings import SamplerSettings
+
+COMPILE_FROM = 1_000  # images: fewer are sampled before a compilation pays
+
+
+def sample_checkpoint(settings: SampleSettings) -> None:
+    """Sample the set that the settings ask for, and write it; see `sample_set`.
+
+    Raises UserError with a line for each setting that cannot be.
+    """
+    guide = None if settings.guide is None else ckpt.find_checkpoint(settings.guide)
+    require(
+        settings.out is not None or not is_hub_id(settings.ckpt),
+        f"out: not set; ckpt={settings.ckpt} is a model of the hub, so give the folder for its images",
+    )
+    folder = ckpt.find_checkpoint(settings.ckpt)
+    stored = ckpt.read_config(folder)
+    ckpt.check_weights(folder, settings.weights)
+    sampler, images = collected(
+        lambda: settings.resolve(stored["sampler"], network_class(stored["network"]).shares_encoder),
+        lambda: settings.image_set(stored["network"]["num_classes"]),
+    )
+    if guide is not None:
+        check_guide_config(stored, ckpt.read_config(guide), sampler.cfg_scale)
+    launch(sample_share, settings.num_processes, settings, folder, guide, sampler, images)
+
+
+def sample_share(
+    settings: SampleSettings, folder: Path, guide: Path | None, sampler: SamplerSettings, images: ImageSet
+) -> None:
+    """Load the networks and sample this process's share of the images."""
+    accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))  # one GPU may be hours behind another
+    device = accelerator.device
+    worthwhile = device.type == "cuda" and len(images.seeds) >= COMPILE_FROM
+    generator = load_generator(
+        folder,
+        sampler,
+        stored_autoencoder(ckpt.read_config(folder), settings.autoencoder),
+        device,
+        weights=settings.weights,
+        guide=guide,
+        dtype=settings.dtype,
+        cache_gib=settings.cache_gib,
+        compiled=compiles("compile", settings.compile, worthwhile, device),
+    )
+    sample_set(
+        generator,
+        images,
+        settings.batch_size,
+        Path(settings.out or folder / "samples"),
+        checkpoint_receipt(folder, settings.weights, generator),
+        accelerator,
+        guide=None if guide is None else guide_receipt(guide),
+        png=settings.png,
+    )

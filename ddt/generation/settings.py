@@ -1,0 +1,127 @@
+"""What sample.py is asked for (`SampleSettings`), and how a command's sampler is made of the
+checkpoint's (`SamplerOverrides`).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ddt.config import parse, shown
+from ddt.errors import UserError, require
+from ddt.generation.generator import Dtype
+from ddt.generation.image_set import ImageSet, Numbers, image_set
+from ddt.sampling.fitting import check_fitted
+from ddt.sampling.schedules import read_schedule
+from ddt.sampling.settings import LastStep, SamplerSettings
+from ddt.sampling.solvers import SOLVERS, DiffusionName
+
+Stored = Literal["checkpoint"]  # takes the value stored with the checkpoint
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerOverrides:
+    """Settings in place of those of a checkpoint's sampler, each "checkpoint" by default; null has
+    a meaning of its own. `sampler` is `SamplerSettings.solver`, the others are called as there.
+    """
+
+    sampler: str = "checkpoint"
+    num_steps: int | Stored = "checkpoint"
+    cfg_scale: float | Stored = "checkpoint"
+    cfg_interval: tuple[float, float] | Stored | None = "checkpoint"
+    cfg_steps: Sequence[int] | Stored | None = "checkpoint"
+    last_step: float | Stored | None = "checkpoint"
+    timeshift: float | Stored = "checkpoint"
+    recompute: str | Sequence[int] | None = "checkpoint"
+    forecast_order: int | Stored = "checkpoint"
+    sde_diffusion: DiffusionName | Stored = "checkpoint"
+    sde_last: LastStep | Stored = "checkpoint"
+    tolerance: float | Stored = "checkpoint"
+
+    def chosen(self) -> dict[str, Any]:
+        """Return the settings that are not "checkpoint", by the names of `SamplerSettings`."""
+        values = {key: getattr(self, key) for key in SAMPLER_KEYS} | {"solver": self.sampler}
+        return {key: value for key, value in values.items() if value != "checkpoint"}
+
+    def resolve(self, stored: dict[str, Any], shares_encoder: bool) -> SamplerSettings:
+        """Return the sampler of a checkpoint, `stored`, with these settings in their place.
+
+        shares_encoder: of the checkpoint's network. Raises UserError with a line for each setting
+        that cannot be, or would have no effect.
+        """
+        chosen = self.chosen()
+        try:
+            settings = parse(SamplerSettings, without_idle(stored | chosen, chosen))
+            check_chosen(settings, chosen, shares_encoder)
+        except UserError as error:
+            raise UserError(str(error).replace("solver=", "sampler=")) from error
+        return settings
+
+
+SAMPLER_KEYS = [key for key in SamplerSettings.__dataclass_fields__ if key != "solver"]
+
+
+def without_idle(values: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """Return a sampler's settings without those of the checkpoint that have no effect beside the
+    chosen ones.
+    """
+    solver = SOLVERS.get(values.get("solver", SamplerSettings.solver))
+    idle = {"sde_diffusion", "sde_last", "tolerance"} - set(solver.options if solver else ())
+    if solver is not None and solver.adaptive:
+        idle |= {"recompute", "cfg_steps", "forecast_order"}
+    if values.get("recompute") is None:
+        idle.add("forecast_order")
+    return {key: value for key, value in values.items() if key in chosen or key not in idle}
+
+
+def check_chosen(settings: SamplerSettings, chosen: dict[str, Any], shares_encoder: bool) -> None:
+    """Raise UserError where a chosen setting does not suit the network, or would have no effect."""
+    for key in ("last_step", "timeshift"):
+        require(
+            not settings.adaptive or key not in chosen,
+            f"{key}={chosen.get(key)}: solver=adaptive chooses its own steps; leave it out",
+        )
+    require(
+        settings.recompute is None or shares_encoder,
+        f"recompute={settings.recompute}: this model has no encoder to share; give null",
+    )
+    if settings.parsed_recompute.kind == "file":
+        check_fitted(read_schedule(Path(str(settings.recompute))), settings, None)
+    guiding = [key for key in ("cfg_interval", "cfg_steps") if chosen.get(key) is not None]
+    if guiding and settings.cfg_scale != 1 and not settings.adaptive:
+        guidance, times = settings.guidance(), settings.call_times()
+        require(
+            any(guidance.active(t, step) for step, calls in enumerate(times) for t in calls),
+            f"{guiding[0]}={shown(chosen[guiding[0]])}: guides none of the {settings.num_steps} steps, whose times are "
+            f"{', '.join(f'{calls[0]:.3f}' for calls in times[:3])}, …; choose others, or cfg_scale=1",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleSettings(SamplerOverrides):
+    """See conf/sample/sample.yaml."""
+
+    ckpt: str
+    weights: str = "ema"
+    out: str | None = None
+    num_samples: int | None = None
+    classes: Numbers | None = None
+    seeds: Numbers | None = None
+    seed: int = 0
+    guide: str | None = None
+    autoencoder: str = "checkpoint"
+    dtype: Dtype | None = None
+    compile: bool | None = None
+    batch_size: int = 64
+    num_processes: int | None = None
+    cache_gib: float = 4
+    png: int | Literal["all"] = 0
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"batch_size={self.batch_size}: must be at least 1")
+        require(self.cache_gib >= 0, f"cache_gib={self.cache_gib}: must be at least 0 (0 keeps no modulations)")
+        require(self.png == "all" or self.png >= 0, f"png={self.png}: give a number of images, or all")
+
+    def image_set(self, num_classes: int) -> ImageSet:
+        """Return the images that are asked for of a model of num_classes classes."""
+        return image_set(num_classes, self.num_samples, self.classes, self.seeds, self.seed)
