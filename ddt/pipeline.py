@@ -19,23 +19,28 @@ from torch import Tensor
 
 from ddt.autoencoder import Autoencoder, Identity, KLAutoencoder, TinyAutoencoder
 from ddt.autoencoder.diffusers import DiffusersAutoencoder
-from ddt.config import did_you_mean
+from ddt.config import did_you_mean, parse
 from ddt.draws import noise_of
 from ddt.errors import UserError, require
 from ddt.generation.generator import Dtype, Generator
 from ddt.generation.image_set import MAX_SEED
-from ddt.generation.load import SAMPLER_KEYS, sampler_of
+from ddt.generation.settings import SamplerOverrides
 from ddt.model import DDT, Denoiser, DiT
 from ddt.model.layers import AdaLNInit, MixerName
-from ddt.sampling.fitting import resolve_schedule
-from ddt.sampling.settings import SamplerSettings, SolverName
+from ddt.sampling.fitting import resolve_recompute
+from ddt.sampling.settings import SamplerSettings
 from ddt.sampling.solvers import DiffusionName
 
 Stored = Literal["checkpoint"]
 DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 OUTPUTS = ("pil", "np", "pt", "latent")
 # arguments of a call by their names in diffusers, and what they are called everywhere else here
-NAMES = {"num_inference_steps": "num_steps", "guidance_scale": "cfg_scale", "guidance_interval": "cfg_interval"}
+NAMES = {
+    "num_inference_steps": "num_steps",
+    "guidance_scale": "cfg_scale",
+    "guidance_interval": "cfg_interval",
+    "solver": "sampler",
+}
 
 
 class DDTTransformer2DModel(ModelMixin, ConfigMixin):
@@ -89,7 +94,7 @@ class DDTScheduler(SchedulerMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        solver: SolverName = "euler",
+        solver: str = "euler",
         num_steps: int = 250,
         cfg_scale: float = 2.0,
         cfg_interval: tuple[float, float] | None = (0.3, 1.0),
@@ -238,13 +243,11 @@ class DDTPipeline(DiffusionPipeline):
         """Return the scheduler's settings with those of a call in their place, but for those that
         are "checkpoint".
         """
-        ours = {NAMES.get(name, name): value for name, value in chosen.items()}
-        config = {**dict.fromkeys(SAMPLER_KEYS, "checkpoint"), **ours, "sampler": ours["solver"]}
-        network = {"_target_": f"ddt.model.{type(self.transformer.network).__name__}"}
         try:
-            return sampler_of(config, {"sampler": self.scheduler.settings(), "network": network})
+            overrides = parse(SamplerOverrides, {NAMES.get(name, name): value for name, value in chosen.items()})
+            return overrides.resolve(self.scheduler.settings(), self.transformer.network.shares_encoder)
         except UserError as error:
-            text = str(error).replace("sampler=", "solver=")
+            text = str(error)
             for theirs, name in NAMES.items():
                 text = text.replace(f"{name}=", f"{theirs}=")
             raise UserError(text) from error
@@ -271,7 +274,7 @@ class DDTPipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float] | Stored | None = "checkpoint",
         recompute: str | Sequence[int] | None = "checkpoint",
         forecast_order: int | Stored = "checkpoint",
-        solver: SolverName | Stored = "checkpoint",
+        solver: str | Stored = "checkpoint",
         timeshift: float | Stored = "checkpoint",
         last_step: float | Stored | None = "checkpoint",
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
@@ -326,15 +329,14 @@ class DDTPipeline(DiffusionPipeline):
             autoencoder=self._autoencoder(),
             shape=self._shape(),
             settings=settings,
-            recompute=None,
             dtype=self._dtype(),
             device=device,
         )
         with drawing.exact(), self.progress_bar(total=settings.num_steps) as progress:
             with drawing.autocast():
-                steps, _ = resolve_schedule(model, drawing.shape, settings, device)
+                settings, _ = resolve_recompute(model, drawing.shape, settings, device)
             watch = Steps(self, progress, callback_on_step_end)
-            drawing = dataclasses.replace(drawing, recompute=steps, observe=watch.observe)
+            drawing = dataclasses.replace(drawing, settings=settings, observe=watch.observe)
             drawn, _ = drawing.from_noise(noise, classes)
             watch.end(drawn)
             images: Any = drawn if output_type == "latent" else drawing.pixels(drawn, None, None)

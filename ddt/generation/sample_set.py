@@ -152,20 +152,21 @@ def make_plan(
         return json.loads(path.read_text())
     for left in (path, *parts.glob("[0-9]*-[0-9]*.npz")):  # of a plan without an image, or of none
         left.unlink(missing_ok=True)
-    steps, warnings = fitted, list[str]()
-    if fitted is None:
+    warnings: list[str] = []
+    if fitted is not None:
+        settings = dataclasses.replace(generator.settings, recompute=fitted)
+    else:
         with generator.autocast():
-            resolved, warnings = resolve_recompute(
+            settings, warnings = resolve_recompute(
                 generator.model,
                 generator.shape,
                 generator.settings,
                 generator.device,
                 request["checkpoint"].get("ema_sha256"),
             )
-        steps = resolved.recompute
     for warning in warnings:
         log.warning("%s", warning)
-    content = {"request": request, "recompute_steps": steps, "warnings": warnings}
+    content = {"request": request, "recompute_steps": settings.recompute, "warnings": warnings}
     write_json(path, content)
     return content
 

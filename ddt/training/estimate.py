@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from ddt.autoencoder import Identity
 from ddt.autoencoder.diffusers import DiffusersAutoencoder
 from ddt.errors import UserError, require
-from ddt.model import DDT
 from ddt.model.cost import network_macs
 from ddt.model.layers import PRODUCTS, Block, BlockStack, Checkpointing, positions
 from ddt.objective import FlowMatching
@@ -241,8 +240,7 @@ def flops(recipe: Recipe) -> dict[str, float]:
 
 
 class Products(TorchDispatchMode):
-    """Adds up, in `bytes`, what the operators return whose results selective checkpointing keeps.
-    """
+    """Adds up, in `bytes`, what the operators return whose results selective checkpointing keeps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -326,7 +324,7 @@ def activation_bytes(objective: FlowMatching, shape: tuple[int, int, int], bf16:
     def block(batch: int, stack: BlockStack, products: bool) -> int:
         tokens, last = (batch, height * width, objective.denoiser.hidden_size), copy.deepcopy(blocks(stack)[-1])
         last.activation_checkpointing = False
-        per_token = isinstance(objective.denoiser, DDT) and stack is stacks(objective)[-1]
+        per_token = objective.denoiser.shares_encoder and stack is stacks(objective)[-1]
         with Products() as returned:
             saved = saved_bytes(last, bf16, tokens, tokens if per_token else (batch, 1, tokens[2]), at=at)
         return returned.bytes if products else saved
@@ -384,8 +382,7 @@ def outside_blocks(objective: FlowMatching) -> int:
 
 
 def ways_to_fit(recipe: Recipe, found: dict[str, float], limit: float) -> str:
-    """Return the settings that make a recipe fit which holds `found` bytes where `limit` are there.
-    """
+    """Return the settings that make a recipe fit which holds `found` bytes where `limit` are there."""
     micro, _ = recipe.trainer.micro_batches(recipe.gpus)
     share = recipe.trainer.global_batch_size // recipe.gpus
     rest = found["total"] - found["activations"]
@@ -481,7 +478,7 @@ def hours(work: float, rate: float | None, gpus: int) -> float | None:
 def estimate(recipe: Recipe, rate: Rate) -> dict[str, Any]:
     """Return all that is told of a recipe, as plain values: counts, FLOPs, bytes, hours."""
     denoiser, trainer = recipe.objective.denoiser, recipe.trainer
-    encoder = count(denoiser.encoder) if isinstance(denoiser, DDT) else 0
+    encoder = count(denoiser.get_submodule("encoder")) if denoiser.shares_encoder else 0
     work, held = flops(recipe), memory(recipe)
     images = trainer.max_steps * trainer.global_batch_size
     fits = None if rate.memory is None else held["total"] <= rate.memory

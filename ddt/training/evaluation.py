@@ -96,7 +96,7 @@ class OnlineEvaluation:
         the main process, and nothing on the others. No random state is touched.
         """
         generator = Generator(
-            model, self.samples.autoencoder, self.samples.shape, self.samples.sampler, self.samples.sampler.schedule(),
+            model, self.samples.autoencoder, self.samples.shape, self.samples.sampler,
             "bf16" if self.samples.dtype == "bf16" else "fp32", self.accelerator.device,
         )  # fmt: skip
         images = image_set(model.num_classes, self.samples.num_samples)

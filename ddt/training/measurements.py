@@ -22,7 +22,7 @@ from ddt.flow import TimeDistribution, interpolate, training_times
 from ddt.model import Denoiser
 from ddt.objective.flow_matching import velocity_errors
 from ddt.pictures import image_grid, readable, write_png
-from ddt.sampling.sample import sample
+from ddt.sampling.sample import sample_latents
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.evaluation import OnlineEvaluation
 from ddt.training.latents import to_latents
@@ -89,8 +89,7 @@ class Measurements:
         self.run_dir = run.settings.run_dir
 
     def show_training_images(self, images: Images, tracker: JsonlTracker) -> None:
-        """Write a picture of the training images. Process 0 alone calls it, before the first step.
-        """
+        """Write a picture of the training images. Process 0 alone calls it, before the first step."""
         path = self.run_dir / "previews" / "training_images.png"
         with picture_or_warning(path):
             write_training_images(path, images, self.run.autoencoder, self.accelerator, self.run.latent_shape)
@@ -190,6 +189,6 @@ def write_preview(
     noise = np.stack([draws(0, PREVIEW, k).standard_normal(shape, dtype=np.float32) for k in range(4 * columns)])
     y = torch.arange(columns, device=accelerator.device).repeat(4)
     with accelerator.autocast():
-        latents = sample(model, torch.from_numpy(noise).to(accelerator.device), y, **sampler.arguments())
+        latents = sample_latents(model, torch.from_numpy(noise).to(accelerator.device), y, sampler)
         images = autoencoder.decode(latents)
     write_png(path, image_grid(images.cpu(), columns))

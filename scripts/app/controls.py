@@ -9,10 +9,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ddt.config import check_arguments, shown
+from ddt.config import check_arguments, parse, shown
 from ddt.errors import collected, require
-from ddt.generation.image_set import MAX_SEED, ImageSet
-from ddt.generation.load import SAMPLER_KEYS, images_of, sampler_of
+from ddt.generation.image_set import MAX_SEED, ImageSet, image_set
+from ddt.generation.settings import SamplerOverrides
+from ddt.model import network_class
 from ddt.pictures import readable
 from ddt.sampling.schedules import parse_schedule
 from ddt.sampling.settings import SamplerSettings
@@ -96,11 +97,11 @@ def sharing_choices(stored: dict[str, Any]) -> list[str]:
     """Return the ways of sharing that a checkpoint has: none for a model without an encoder; its
     own schedule, where a list or file is stored.
     """
-    if not stored["network"]["_target_"].endswith(".DDT"):
+    if not network_class(stored["network"]).shares_encoder:
         return []
     own = stored["sampler"].get("recompute")
-    kind = parse_schedule(own, own_steps(stored))[0] if isinstance(own, str) else "file"
-    return [*SHARING_CHOICES, "checkpoint"] if own is not None and kind == "file" else SHARING_CHOICES
+    kind = parse_schedule(own, own_steps(stored)).kind
+    return [*SHARING_CHOICES, "checkpoint"] if kind in ("steps", "file") else SHARING_CHOICES
 
 
 def own_steps(stored: dict[str, Any]) -> int:
@@ -119,11 +120,7 @@ def defaults_of(stored: dict[str, Any], limits: Limits) -> Controls:
     num_classes = stored["network"]["num_classes"]
     shown = min(num_classes, NUM_CLASSES if num_classes <= NUM_CLASSES else 4, limits.max_images)
     steps = min(own.num_steps, limits.max_steps)
-    kind, number = "off", 0
-    if isinstance(own.recompute, str):
-        kind, number = parse_schedule(own.recompute, own.num_steps)
-    elif own.recompute is not None:
-        kind = "file"
+    kind, number = own.parsed_recompute.kind, own.parsed_recompute.number
     return Controls(
         classes=[k * num_classes // shown for k in range(shown)],
         num_images=max(1, min(2, limits.max_images // shown)),
@@ -136,7 +133,7 @@ def defaults_of(stored: dict[str, Any], limits: Limits) -> Controls:
         cfg_to=own.cfg_interval[1] if own.cfg_interval else 1.0,
         timeshift=own.timeshift,
         last_step=own.last_step,
-        sharing="checkpoint" if kind == "file" else kind,
+        sharing={"all": "off", "steps": "checkpoint", "file": "checkpoint"}.get(kind, kind),
         every=min(number, steps) if kind == "uniform" else 5,
         budget=min(number, steps) if kind == "dp" else max(1, steps // 5),
         forecast_order=own.forecast_order,
@@ -220,11 +217,14 @@ def request_of(values: dict[str, Any], stored: dict[str, Any], limits: Limits, s
     controls, choices = Controls(**converted), sharing_choices(stored)
     check_limits(controls, limits, choices)
     settings = settings_for(controls, bool(choices))
-    config = {"num_samples": None, "seed": 0} | dict.fromkeys(SAMPLER_KEYS, "checkpoint") | settings
-    sampler, images = collected(lambda: sampler_of(config, stored), lambda: images_of(config, stored))
+    chosen = {key: value for key, value in settings.items() if key not in ("classes", "seeds")}
+    sampler, images = collected(
+        lambda: parse(SamplerOverrides, chosen).resolve(stored["sampler"], bool(choices)),
+        lambda: image_set(stored["network"]["num_classes"], classes=settings["classes"], seeds=settings["seeds"]),
+    )
     plain = None
     if controls.compare and sampler.recompute is not None:
         unshared = {**settings, "recompute": None, "forecast_order": 0}
-        alone = dataclasses.replace(sampler, recompute=None, forecast_order=0)
+        alone = sampler.unshared()
         plain = Request(alone, images, as_command(unshared, source))
     return Request(sampler, images, as_command(settings, source), plain)

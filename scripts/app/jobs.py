@@ -26,7 +26,6 @@ from ddt.generation.generator import Generator
 from ddt.generation.load import checkpoint_receipt, load_generator, stored_autoencoder
 from ddt.generation.parts import rows
 from ddt.generation.sample_set import sample_set
-from ddt.model import DDT
 from ddt.pictures import enlarged, write_pngs
 from ddt.sampling.settings import SamplerSettings
 from scripts.app.controls import Limits, Request, Source, defaults_of, request_of
@@ -117,8 +116,8 @@ class Studio:
         """
         plain = SamplerSettings(num_steps=4, last_step=None, cfg_scale=2.0, cfg_interval=(0.3, 1.0))
         shared = dataclasses.replace(plain, recompute=[0, 1], forecast_order=1)
-        for settings in [shared, plain] if isinstance(self.generator.model, DDT) else [plain]:
-            generator = dataclasses.replace(self.generator, settings=settings, recompute=settings.schedule())
+        for settings in [shared, plain] if self.generator.model.shares_encoder else [plain]:
+            generator = dataclasses.replace(self.generator, settings=settings)
             with generator.exact():
                 latents, _ = generator.latents([0] * count, list(range(count)))
                 shape = generator.pixels(latents, None, None).shape[1:]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from ddt.model import DDT
 from scripts.app.controls import class_choices
 from scripts.app.jobs import Drawn, Result, Studio
 
@@ -40,7 +39,7 @@ def summary(studio: Studio) -> str:
     """Return what the checkpoint is, as Markdown."""
     model, stored = studio.generator.model, studio.stored
     height, width, _ = studio.image_shape
-    blocks = f"{len(model.encoder.blocks)} + {len(model.decoder.blocks)}" if isinstance(model, DDT) else "undivided"
+    blocks = f"{len(model.encoder.blocks)} + {len(model.decoder.blocks)}" if model.shares_encoder else "undivided"
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     device = studio.generator.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

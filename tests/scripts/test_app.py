@@ -268,9 +268,9 @@ def test_who_goes_round_the_page_meets_the_same_limits(studio):
 
 def test_a_schedule_is_fitted_once(studio, monkeypatch):
     fits = []
-    resolve = app_jobs.sample_set.__globals__["resolve_schedule"]
+    resolve = app_jobs.sample_set.__globals__["resolve_recompute"]
     monkeypatch.setitem(
-        app_jobs.sample_set.__globals__, "resolve_schedule", lambda *a: fits.append(a[2].recompute) or resolve(*a)
+        app_jobs.sample_set.__globals__, "resolve_recompute", lambda *a: fits.append(a[2].recompute) or resolve(*a)
     )
     told = []
     values = {**asdict(studio.defaults), "sharing": "dp", "budget": 4, "timeshift": 1.5}

@@ -23,7 +23,7 @@ from ddt.errors import UserError
 from ddt.flow import clean, interpolate, velocity
 from ddt.generation.generator import Generator
 from ddt.generation.image_set import ImageSet, image_set
-from ddt.generation.load import SAMPLER_KEYS
+from ddt.generation.settings import SAMPLER_KEYS
 from ddt.objective.flow_matching import velocity_errors
 from ddt.sampling.fitting import fit_schedule
 from ddt.sampling.settings import SamplerSettings

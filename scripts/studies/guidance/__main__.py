@@ -91,7 +91,7 @@ def run(config: dict[str, Any], checkpoints: list[Checkpoint], points: list[Poin
     reference, extractor = comparison(config, autoencoder, stored["latent_shape"], device)
     metric = chosen_metric(config["metric"], reference, extractor)
     make = functools.partial(
-        Generator, autoencoder=autoencoder, shape=tuple(stored["latent_shape"]), recompute=None, dtype=dtype,
+        Generator, autoencoder=autoencoder, shape=tuple(stored["latent_shape"]), dtype=dtype,
         device=device, cache_bytes=config["cache_gib"] * 2**30,
     )  # fmt: skip
     with locked(out / WORK) if main else contextlib.nullcontext():

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ddt.checkpoint import folder as ckpt
+from ddt.config import parse
 from ddt.errors import require
 from ddt.files import sha256
 from ddt.generation.generator import Dtype
-from ddt.generation.load import SAMPLER_KEYS, sampler_of
+from ddt.generation.settings import SAMPLER_KEYS, SamplerOverrides
+from ddt.model import network_class
 from ddt.sampling.schedules import content_of
 from ddt.sampling.settings import SamplerSettings
 from scripts.studies.guidance.points import Axes, Checkpoint, Point, points_of
@@ -58,7 +60,9 @@ def search_points(config: dict[str, Any], checkpoints: list[Checkpoint]) -> list
         values = {**config, **chosen}
         if shares and chosen["recompute"] is None:
             values["forecast_order"] = 0  # of the others
-        return sampler_of(values, checkpoint.stored)
+        overrides = parse(SamplerOverrides, {key: values[key] for key in ("sampler", *SAMPLER_KEYS)})
+        stored = checkpoint.stored
+        return overrides.resolve(stored["sampler"], network_class(stored["network"]).shares_encoder)
 
     axes = Axes(checkpoints, **{key: config[key] for key in AXES if key != "ckpt"})
     return points_of(axes, settings_of)

@@ -21,17 +21,18 @@ from omegaconf import DictConfig
 from ddt.autoencoder import Autoencoder
 from ddt.checkpoint import folder as ckpt
 from ddt.cli import CONF, arguments_for, checked, entry_point
+from ddt.config import parse
 from ddt.data.images import Images
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, collected, first_line, require
 from ddt.files import check_writable, write_json
 from ddt.generation.generator import Dtype, Generator
-from ddt.generation.image_set import ImageSet
-from ddt.generation.load import checkpoint_receipt, images_of, load_generator, sampler_of, stored_autoencoder
-from ddt.model import DDT
+from ddt.generation.image_set import ImageSet, image_set
+from ddt.generation.load import checkpoint_receipt, load_generator, stored_autoencoder
+from ddt.generation.settings import SamplerOverrides
+from ddt.model import network_class
 from ddt.pictures import readable
 from ddt.receipts import circumstances
-from ddt.sampling.schedules import content_of
 from ddt.sampling.settings import SamplerSettings
 from scripts.studies.inside.measure import (
     Similarity,
@@ -69,8 +70,12 @@ def check(
 
 def what_to_draw(config: dict[str, Any], stored: dict[str, Any]) -> tuple[SamplerSettings, ImageSet]:
     """Return sampler and images, as sample.py understands the same settings."""
-    given = {**config, "num_samples": None, "seed": 0, "tolerance": "checkpoint"}
-    settings, images = collected(lambda: sampler_of(given, stored), lambda: images_of(given, stored))
+    chosen = {key: config[key] for key in SamplerOverrides.__dataclass_fields__ if key in config}
+    network = stored["network"]
+    settings, images = collected(
+        lambda: parse(SamplerOverrides, chosen).resolve(stored["sampler"], network_class(network).shares_encoder),
+        lambda: image_set(network["num_classes"], classes=config["classes"], seeds=config["seeds"]),
+    )
     require(
         settings.solver != "adaptive",
         "sampler=adaptive: chooses its own steps, at another t for each image; choose another sampler",
@@ -127,7 +132,7 @@ def look_at_sampling(
         }
     }
     draw: dict[str, Draw] = {"denoising": functools.partial(draw_film, pictures, times, names)}
-    if isinstance(generator.model, DDT):
+    if generator.model.shares_encoder:
         colours, shares = z_colours(generator, way, images.classes, steps)
         found["z_pca"] = {**shown, "variance_shown": numbers(shares)}
         draw["z_pca"] = functools.partial(draw_components, colours, times, names, shares)
@@ -148,17 +153,17 @@ def main(cfg: DictConfig) -> None:
     data, why = find_images(stored, values["data_root"], autoencoder)
     generator = load_generator(folder, settings, autoencoder, accelerator.device, dtype=values["dtype"])
     left_out = {} if data is not None else {"loss_by_t": why}
-    if not isinstance(generator.model, DDT):
+    if not generator.model.shares_encoder:
         left_out |= dict.fromkeys(("similarity", "z_pca"), f"{type(generator.model).__name__} has no encoder, so no z")
     for name, reason in left_out.items():
         log.warning("%s.png is left out: %s", name, reason)
 
     draw: dict[str, Draw] = {}
     found: dict[str, Any] = {}
-    if isinstance(generator.model, DDT):
+    if generator.model.shares_encoder:
         alike, found["similarity"] = look_at_z(generator, ckpt.weights_sha256(folder, "ema"))
         draw["similarity"] = functools.partial(draw_similarities, alike)
-        generator = dataclasses.replace(generator, recompute=alike.chosen)
+        generator = dataclasses.replace(generator, settings=dataclasses.replace(settings, recompute=alike.chosen))
     class_names = readable(stored["class_names"])
     names = [class_names[label] for label in images.classes]
     drawn, numbers_of = look_at_sampling(generator, images, names, values["columns"])
@@ -176,7 +181,7 @@ def main(cfg: DictConfig) -> None:
         log.info("%s", out / f"{name}.png")
     request = {
         "checkpoint": checkpoint_receipt(folder, "ema", generator),
-        "sampler": {**dataclasses.asdict(settings), "recompute": content_of(settings.recompute)},
+        "sampler": settings.as_receipt(),
         "time_grid": settings.grid(),
         "dtype": generator.dtype,
         "classes": images.classes,

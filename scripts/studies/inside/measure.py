@@ -25,10 +25,9 @@ from ddt.errors import UserError, first_line, require
 from ddt.flow import clean
 from ddt.generation.generator import Generator
 from ddt.generation.image_set import ImageSet
-from ddt.model import DDT
 from ddt.objective import FlowMatching
-from ddt.sampling.fitting import fit_schedule, resolve_schedule
-from ddt.sampling.schedules import parse_schedule, uniform_schedule
+from ddt.sampling.fitting import fit_schedule, resolve_recompute
+from ddt.sampling.schedules import uniform_schedule
 from ddt.training.latents import to_latents
 from ddt.training.meter import T_BINS
 
@@ -146,7 +145,6 @@ def z_colours(generator: Generator, path: Trajectory, y: list[int], steps: list[
     deviations either way span a colour.
     """
     model, device = generator.model, generator.device
-    assert isinstance(model, DDT), "only a DDT has z"
     labels = torch.tensor(y, device=device)
 
     def encode(step: int) -> Tensor:
@@ -193,14 +191,14 @@ def similarity(generator: Generator, ema_sha256: str) -> Similarity:
     nothing is shared, these have a fifth of the steps.
     """
     model, shape, settings, device = generator.model, generator.shape, generator.settings, generator.device
-    steps, written = settings.num_steps, settings.recompute
-    fitted = isinstance(written, str) and parse_schedule(written, steps)[0] == "dp"
-    chosen: list[int] | None = None
+    steps, fitted = settings.num_steps, settings.parsed_recompute.kind == "dp"
+    chosen: Any = None
     warnings: list[str] = []
     if fitted:
-        budget = parse_schedule(str(written), steps)[1]
+        budget = settings.parsed_recompute.number
     else:
-        chosen, warnings = resolve_schedule(model, shape, settings, device, ema_sha256)
+        resolved, warnings = resolve_recompute(model, shape, settings, device, ema_sha256)
+        chosen = resolved.recompute
         budget = math.ceil(steps / USUAL_SHARE) if chosen is None else len(chosen)
     with generator.autocast():
         content = fit_schedule(model, shape, settings, budget, device)  # of sampling that shares nothing

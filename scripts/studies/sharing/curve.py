@@ -141,8 +141,7 @@ class Curve:
         `kept` says.
         """
         settings, images = self.settings(point.rule, point.budget), self.images(point.repeat)
-        recompute = settings.schedule()
-        generator = dataclasses.replace(self.generator, settings=settings, recompute=recompute)
+        generator = dataclasses.replace(self.generator, settings=settings)
         kept = self.kept(point.repeat)
         comparison = Comparison(kept, self.num_samples, new=point.rule == UNSHARED)
         space = next(iter(self.extractor.distances.values()))

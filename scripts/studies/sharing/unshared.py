@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from ddt.checkpoint import folder as ckpt
+from ddt.config import parse
 from ddt.errors import require
 from ddt.generation.generator import Dtype, usual_dtype
-from ddt.generation.load import sampler_of
+from ddt.generation.settings import SamplerOverrides
+from ddt.model import network_class
 from ddt.sampling.settings import SamplerSettings
 
 
@@ -20,8 +22,8 @@ def find_shareable(path: str) -> tuple[Path, dict[str, Any]]:
     """
     folder = ckpt.find_checkpoint(path)
     stored = ckpt.read_config(folder)
-    name = str(stored["network"].get("_target_")).rpartition(".")[2]
-    require(name == "DDT", f"ckpt={path}: {name} has no encoder to share; choose a DDT")
+    kind = network_class(stored["network"])
+    require(kind.shares_encoder, f"ckpt={path}: {kind.__name__} has no encoder to share; choose a DDT")
     return folder, stored
 
 
@@ -29,10 +31,11 @@ def unshared_sampler(config: dict[str, Any], stored: dict[str, Any]) -> SamplerS
     """Return the sampler that the command line and the checkpoint describe, as sample.py does,
     without sharing.
     """
-    alone = {"recompute": None, "forecast_order": 0}
-    settings = sampler_of({**config, **alone}, stored)
+    chosen = {key: config[key] for key in SamplerOverrides.__dataclass_fields__ if key in config}
+    overrides = parse(SamplerOverrides, {**chosen, "recompute": None, "forecast_order": 0})
+    settings = overrides.resolve(stored["sampler"], shares_encoder=True)
     require(
-        settings.solver != "adaptive",
+        not settings.adaptive,
         "sampler=adaptive: chooses its own steps, so there is no schedule for it; choose another sampler",
     )
     return settings
