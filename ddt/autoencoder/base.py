@@ -21,6 +21,7 @@ class Autoencoder(Protocol):
     takes, the moments, is its own business; the latents have about mean 0 and variance 1.
     """
 
+    pixel_space: bool  # a class attribute: whether latents are the pixels themselves
     stochastic: bool  # moments are (mean, logvar), 2C channels, and latents need noise; else the mean alone
     encode_dtype: str | None  # fp32 or bf16, where it is a choice: a cache is of one of them
     network: Any  # the frozen network, a diffusers model that exports carry; None where there is none

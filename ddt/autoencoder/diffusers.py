@@ -100,6 +100,7 @@ class DiffusersAutoencoder(abc.ABC):
     Raises UserError where the weights cannot be loaded.
     """
 
+    pixel_space = False
     kind: str
     stochastic: bool
     levels: str  # key of the config with an entry a level of the encoder

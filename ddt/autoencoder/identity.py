@@ -9,6 +9,7 @@ from ddt.autoencoder.base import from_uint8, to_uint8
 class Identity:
     """Pixels as latents, so that the same path trains on either. See `Autoencoder`."""
 
+    pixel_space = True
     stochastic = False
     encode_dtype = None
     network = None

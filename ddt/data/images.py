@@ -272,12 +272,9 @@ class ImageFolder(FileImages):
         self.holdout_every = holdout_every
         given = {"image_size": image_size, "channels": channels}
         missing = [name for name, value in given.items() if value is None]
+        listed = list_folder(root)
         if missing:
-            surveyed = survey(root)
-            listed = surveyed.listed
-            self.inferred = {name: getattr(surveyed, name) for name in missing}
-        else:
-            listed = list_folder(root)
+            self.inferred = {name: getattr(survey(root), name) for name in missing}
         self.other_files = listed.others
         test = held_out(len(listed.labels), holdout_every)
         keep = np.flatnonzero(test if split == "test" else ~test)

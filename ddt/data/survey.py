@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ddt.config import Choice, locate
 from ddt.errors import UserError, require
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ MAX_OPENED = 20_000  # of more images, so many are opened, evenly spread
 SMALL = 64  # pixels a side that are trained on as they are
 USUAL_SIZE = 32  # of others: what two CPU cores learn something of in ten minutes
 MAX_GRID = 8  # patches a side, likewise
+PATCH_OF_LATENTS = 2
 GREY_MODES = ("1", "L", "I;16", "I;16B", "LA")
 FEW_IMAGES, FEW_OF_A_CLASS = 1_000, 20
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -147,15 +150,12 @@ def survey(root: str) -> Survey:
     return Survey(listed, Counter(size for size, _ in seen), Counter(mode for _, mode in seen), broken)
 
 
-def patch_size(image_size: int, latent_size: int | None = None) -> int:
-    """Return the patch size to train with: 2 in latents smaller than the images; of pixels the
-    least of 1, 2, 4, 8 that makes at most `MAX_GRID` patches a side, or else the largest that
-    divides the size.
+def patch_size(image_size: int) -> int:
+    """Return the patch size for images trained on as pixels: the least of 1, 2, 4, 8 that makes at
+    most `MAX_GRID` patches a side, or else the largest that divides the size.
 
     Raises UserError for a size that none of them suits.
     """
-    if latent_size is not None and latent_size < image_size:
-        return 2
     low = image_size // 4 * 4
     require(
         image_size % 4 == 0 or image_size <= 2 * MAX_GRID,
@@ -164,6 +164,26 @@ def patch_size(image_size: int, latent_size: int | None = None) -> int:
     )
     dividing = [p for p in (1, 2, 4, 8) if image_size % p == 0]
     return next((p for p in dividing if image_size // p <= MAX_GRID), dividing[-1])
+
+
+def infer_settings(model: Choice, data: Choice, autoencoder: Choice) -> tuple[Choice, Choice]:
+    """Return the settings of a network and its data set, what was null in them inferred from the
+    images, and log it. Data of which nothing is null are not looked at: they may be a million files.
+
+    Raises UserError as the data set does, for a size that no patch suits, and for broken images.
+    """
+    patch = model.settings.get("patch_size")
+    if patch is not None and None not in data.settings.values():
+        return model, data
+    images = data.build(split="train")
+    if patch is None:
+        kind: Any = locate(autoencoder.target)
+        patch = patch_size(images.image_size) if kind.pixel_space else PATCH_OF_LATENTS
+    images.log_summary(patch)
+    return (
+        Choice(model.target, {**model.settings, "patch_size": patch}),
+        Choice(data.target, {**data.settings, **images.inferred}),
+    )
 
 
 def log_folder_summary(root: str, image_size: int, channels: int, patch_size: int, holdout_every: int) -> None:

@@ -8,12 +8,14 @@ import pytest
 from conftest import picture, picture_folder, refusal, run_inside
 from PIL import Image
 
+from ddt.config import Choice
 from ddt.data import survey as surveying
 from ddt.data.images import ImageFolder
-from ddt.data.survey import hints, list_folder, log_folder_summary, patch_size, survey
+from ddt.data.survey import hints, infer_settings, list_folder, log_folder_summary, patch_size, survey
 from ddt.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+FOLDER = {"image_size": None, "channels": None, "holdout_every": 20}
 
 
 def write(path, width, height, mode="RGB"):
@@ -63,9 +65,16 @@ def test_patches_make_a_grid_of_at_most_eight_where_they_can(size, patch):
     assert patch_size(size) == patch
 
 
-def test_latents_are_cut_into_patches_of_two():
-    assert patch_size(256, latent_size=32) == 2
-    assert patch_size(32, latent_size=32) == 4
+def test_null_settings_are_inferred_and_others_kept(tmp_path):
+    picture_folder(tmp_path, count=2)
+    model, data = Choice("ddt.model.DDT", {"patch_size": None}), Choice("ddt.data.images.ImageFolder", FOLDER)
+    data = Choice(data.target, {**data.settings, "root": str(tmp_path)})
+    for kind, patch in (("Identity", 4), ("KLAutoencoder", 2)):
+        autoencoder = Choice(f"ddt.autoencoder.{kind}", {})
+        found, images = infer_settings(model, data, autoencoder)
+        assert found.settings == {"patch_size": patch}
+        assert images.settings == {**data.settings, "image_size": 32, "channels": 3}
+        assert infer_settings(found, images, autoencoder) == (found, images)
 
 
 def test_a_size_without_a_useful_patch_is_refused():
@@ -199,5 +208,7 @@ def test_a_broken_image_is_refused_with_the_summary(tmp_path):
     picture_folder(tmp_path, count=2)
     (tmp_path / "class1" / "zz.jpg").write_text("no picture")
     images = ImageFolder(str(tmp_path), None, channels=3)
-    with pytest.raises(UserError, match=r"class1/zz\.jpg: cannot be opened, as 1 of the images; replace or remove them"):
+    with pytest.raises(
+        UserError, match=r"class1/zz\.jpg: cannot be opened, as 1 of the images; replace or remove them"
+    ):
         images.log_summary(patch_size=4)
