@@ -168,7 +168,7 @@ def patch_size(image_size: int) -> int:
 
 def infer_settings(model: Choice, data: Choice, autoencoder: Choice) -> tuple[Choice, Choice]:
     """Return the settings of a network and its data set, what was null in them inferred from the
-    images, and log it. Data of which nothing is null are not looked at: they may be a million files.
+    images, and log it. Nothing is opened where nothing is null: it may be a million files.
 
     Raises UserError as the data set does, for a size that no patch suits, and for broken images.
     """
