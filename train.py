@@ -13,8 +13,9 @@ def main(settings: "TrainSettings") -> None:
     """Check what can be checked without data and weights, then train on all processes."""
     from ddt.distributed.launch import launch
     from ddt.training.loop import train
-    from ddt.training.run import check
+    from ddt.training.run import check, infer
 
+    settings = infer(settings)
     check(settings)
     launch(train, settings.trainer.num_processes, settings)
 

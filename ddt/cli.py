@@ -296,9 +296,10 @@ def mistake(error: Exception, arguments: list[str], folder: Path, config_name: s
         *parents, name = key.split(".")
         for parent in parents:
             node = node.get(parent) if isinstance(node, DictConfig) else None
-        inner = override.value() if isinstance(node, DictConfig) and name in node else None
+        known = list(node) if isinstance(node, DictConfig) else []  # `in` denies those without a value
+        inner = override.value() if name in known else None
         unknown = [n for n in inner if n not in node[name]] if isinstance(inner, dict) and node.get(name) else []
-        if isinstance(node, DictConfig) and name in node and not unknown:
+        if name in known and not unknown:
             continue
         if unknown:
             parents, name, node = [*parents, name], unknown[0], node[name]

@@ -4,43 +4,28 @@ python scripts/train_autoencoder.py data=photos out=runs/photos_autoencoder
 """
 
 import logging
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from ddt.cli import command
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-
-from ddt.cli import checked, entry_point
-from ddt.config import build, check_arguments
-from ddt.errors import UserError
-from ddt.training.autoencoder import AutoencoderSettings, train_autoencoder
+if TYPE_CHECKING:
+    from ddt.training.autoencoder import CommandSettings
 
 log = logging.getLogger(__name__)
-OWN = tuple(AutoencoderSettings.__dataclass_fields__)
 
 
-def destination(out: str) -> None:
-    """Hold the type of the setting that is not the autoencoder's."""
-
-
-@entry_point("train_autoencoder", uses=("data", "seed"))
-def main(cfg: DictConfig) -> None:
+@command("train_autoencoder", settings="ddt.training.autoencoder.CommandSettings")
+def main(settings: "CommandSettings") -> None:
     """Compose, check, train, write."""
-    config = checked(cfg)
-    values, problems = check_arguments(AutoencoderSettings, {key: config[key] for key in OWN}, "")
-    paths, more = check_arguments(destination, {"out": config["out"]}, "")
-    if problems + more:
-        raise UserError("\n".join(problems + more))
-    settings = AutoencoderSettings(**values)
-    images, held_out = (build(config["data"])(split=split) for split in ("train", "test"))
-    data = {"name": HydraConfig.get().runtime.choices.data}
-    data |= {key: value for key, value in config["data"].items() if not key.startswith("_")}
-    report = train_autoencoder(images, held_out, settings, Path(paths["out"]), data)
-    log.info("%s: PSNR %.2f dB on held-out images, %.0f s", paths["out"], report["psnr"], report["seconds"])
-    log.info("train in its latents with: python train.py data=%s autoencoder=kl autoencoder.source=%s …",
-             data["name"], paths["out"])  # fmt: skip
+    from ddt.training.autoencoder import train_autoencoder
+
+    out, name = settings.out, settings.choices["data"]
+    images, held_out = (settings.data.build(split=split) for split in ("train", "test"))
+    data = {"name": name, **settings.data.settings, **images.inferred}
+    report = train_autoencoder(images, held_out, settings.own, Path(out), data)
+    log.info("%s: PSNR %.2f dB on held-out images, %.0f s", out, report["psnr"], report["seconds"])
+    log.info("train in its latents with: python train.py data=%s autoencoder=kl autoencoder.source=%s …", name, out)
 
 
 if __name__ == "__main__":

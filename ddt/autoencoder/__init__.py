@@ -1,4 +1,4 @@
-"""Latent spaces: one file a kind, registered here."""
+"""Latent spaces: one file a kind, registered here. What one is: `ddt/autoencoder/base.py`."""
 
 from typing import Any
 
@@ -12,12 +12,14 @@ AUTOENCODERS: dict[str, Any] = {
 }
 
 
-def build_autoencoder(settings: dict[str, Any]) -> Autoencoder:
+def build_autoencoder(settings: dict[str, Any], outline: bool = False) -> Autoencoder:
     """Build the autoencoder that a checkpoint's settings describe: `_target_`, one of
-    `AUTOENCODERS`, and its arguments.
+    `AUTOENCODERS`, and its arguments. outline: on the meta device, without weights, to count its
+    cost.
     """
     arguments = dict(settings)
     target = arguments.pop("_target_", None)
     if target not in AUTOENCODERS:
         raise UserError(f"autoencoder._target_={target}: unknown, choose from {', '.join(AUTOENCODERS)}")
-    return AUTOENCODERS[target](**arguments)
+    kind = AUTOENCODERS[target]
+    return kind.outline(**arguments) if outline else kind(**arguments)

@@ -1,29 +1,30 @@
 """The only border between pixels and latents: what an autoencoder is.
 
 Pixels are uint8 (B, C, H, W) on the outside and [−1, 1] inside. Images are encoded into moments,
-which are what a cache stores; latents, what the network sees, are drawn from them and normalised.
-An autoencoder here has
+which are what a latent cache stores; latents, what the network sees, are sampled from them and
+normalised.
 
-    latent_shape(channels, image_size)   shape (C, H, W) of the latents of images of that size
-    stochastic                           whether moments are (mean, logvar), or the mean alone
-    encode(images)                       uint8 (B, C, H, W) → moments, float32 (B, 2C or C, H, W)
-    sample(moments, posterior_noise)     moments → normalised latents, float32 (B, C, H, W)
-    decode(latents)                      latents → uint8 (B, C, H, W)
-    fingerprint                          SHA-256 of the weights; None where there are none
-    to(device)                           moves it there and returns it
+To add a latent space: a file here with a class that has the members of `Autoencoder`, its name in
+`AUTOENCODERS` (`ddt/autoencoder/__init__.py`), and a file in conf/autoencoder whose `_target_` is
+that name and whose other keys are the constructor's arguments.
 """
 
 import hashlib
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 
 class Autoencoder(Protocol):
-    """What the rest of the project asks of an autoencoder; see the head of this file."""
+    """What the rest of the project asks of an autoencoder. Only what `encode` returns and `sample`
+    takes, the moments, is its own business; the latents have about mean 0 and variance 1.
+    """
 
-    stochastic: bool
+    pixel_space: bool  # a class attribute: whether latents are the pixels themselves
+    stochastic: bool  # moments are (mean, logvar), 2C channels, and latents need noise; else the mean alone
+    encode_dtype: str | None  # fp32 or bf16, where it is a choice: a cache is of one of them
+    network: Any  # the frozen network, a diffusers model that exports carry; None where there is none
 
     @property
     def fingerprint(self) -> str | None:
@@ -35,17 +36,19 @@ class Autoencoder(Protocol):
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         """Return (C, H, W) of the latents of images with `channels` channels and `image_size`
-        pixels a side.
+        pixels a side; raise UserError for images that it does not take.
         """
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the moments of uint8 images (B, C, H, W)."""
+        """Return the moments, float32 (B, 2C or C, H, W), of uint8 images."""
 
     def sample(self, moments: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
-        """Return normalised latents (B, C, H, W) drawn from moments."""
+        """Return normalised latents, float32 (B, C, H, W), sampled from moments. posterior_noise:
+        (B, C, H, W), standard normal, needed where the autoencoder is stochastic.
+        """
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return uint8 images (B, C, H, W) of latents."""
+        """Return uint8 images of latents (B, C, H, W), under the caller's autocast."""
 
     def to(self, device: torch.device) -> "Autoencoder":
         """Move to a device and return itself."""

@@ -22,8 +22,7 @@ SD_VAE = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
-# The parts of their config.json that are not diffusers' own defaults, so that their cost is counted
-# without a hub
+# what of their config.json is not diffusers' default, so that their cost is counted without a hub
 PUBLISHED: dict[str, dict[str, Any]] = {
     "stabilityai/sd-vae-ft-ema": SD_VAE,
     "stabilityai/sd-vae-ft-mse": SD_VAE,
@@ -35,7 +34,7 @@ def load_diffusers(kind: str, source: str, revision: str | None) -> Any:
     """Load a frozen diffusers autoencoder of class `kind` from the hub or a local folder, every
     weight accounted for.
 
-    Raises UserError naming `source` where it cannot be had, is of another class, or lacks weights.
+    Raises UserError naming `source` where it cannot be loaded, is another class or lacks weights.
     """
     import diffusers
 
@@ -96,12 +95,12 @@ class DiffusersAutoencoder(abc.ABC):
         source: hub name (owner/name) or local folder. revision: commit on the hub, pinned so that
             the weights cannot change; without meaning for a folder.
         chunk_size: images encoded or decoded at once: what bounds the memory.
-        encode_dtype: "fp32", or "bf16" autocast when encoding. Decoding follows the caller's
-        autocast.
+        encode_dtype: "fp32", or "bf16" autocast when encoding.
 
-    Raises UserError where the weights cannot be had.
+    Raises UserError where the weights cannot be loaded.
     """
 
+    pixel_space = False
     kind: str
     stochastic: bool
     levels: str  # key of the config with an entry a level of the encoder
@@ -131,9 +130,15 @@ class DiffusersAutoencoder(abc.ABC):
         return made
 
     @classmethod
-    def outline(cls, source: str, encode_dtype: Literal["fp32", "bf16"] = "fp32") -> Self:
+    def outline(
+        cls,
+        source: str,
+        encode_dtype: Literal["fp32", "bf16"] = "fp32",
+        revision: str | None = None,
+        chunk_size: int = 1,
+    ) -> Self:
         """Build one on the meta device, without weights and without a hub: what its cost is counted
-        on.
+        on. It is of no revision and of no chunk size.
 
         Raises UserError where `source` is neither a local folder nor one of `PUBLISHED`.
         """

@@ -7,11 +7,19 @@ from ddt.autoencoder.base import from_uint8, to_uint8
 
 
 class Identity:
-    """Pixels as latents, so that the same path trains on either."""
+    """Pixels as latents, so that the same path trains on either. See `Autoencoder`."""
 
+    pixel_space = True
     stochastic = False
+    encode_dtype = None
+    network = None
     fingerprint = None
     latent_channels = None
+
+    @classmethod
+    def outline(cls) -> "Identity":
+        """Return one whose cost can be counted: itself."""
+        return cls()
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         """Return (channels, image_size, image_size)."""
@@ -22,7 +30,7 @@ class Identity:
         return from_uint8(images)
 
     def sample(self, moments: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
-        """Return the pixels as they are: there is no posterior to draw from."""
+        """Return the pixels as they are: there is no posterior."""
         return moments.float()
 
     def decode(self, latents: Tensor) -> Tensor:

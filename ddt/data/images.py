@@ -1,75 +1,108 @@
-"""Data sets of labelled images: what they hold, how files are read, and their fixed split.
+"""Data sets of labelled images: what one is, those that fit in memory, and files in folders.
+
+To add one: a subclass of `Images` (of `ArrayImages`, where it fits in memory) whose constructor
+takes `split`, and a file in conf/data that names it.
 
 Shapes: n images in all, B batch, C channels, H W pixels.
 """
 
+import abc
 import dataclasses
 import gzip
 import hashlib
-import os
-import struct
 import zlib
-from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from ddt.data.survey import UNREADABLE, held_out, list_folder, log_folder_summary, survey
 from ddt.errors import UserError, require
 
+if TYPE_CHECKING:
+    from ddt.autoencoder import Autoencoder
+
 Split = Literal["train", "test"]
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
-# what Pillow raises for a file that is no picture, or a damaged one
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 MAX_ASPECT = 100  # beyond it the resized picture fills the memory before it is cropped
 
 
-class Images(Protocol):
-    """Labelled images of one size."""
+@dataclasses.dataclass(frozen=True)
+class CachedFeatures:
+    """Features of an alignment target that a data set holds: whose they are and their shape.
+
+    target: name of the timm model. weights_sha256: of its weight file, None for timm's own.
+    fingerprint: of the weights in use. num_features: F. grid: (h, w). root: where they lie.
+    """
+
+    target: str
+    weights_sha256: str | None
+    fingerprint: str
+    num_features: int
+    grid: tuple[int, int]
+    root: str
+
+
+class Images(abc.ABC):
+    """Labelled images of one size. A subclass sets the attributes without a value and `load`; the
+    others say what it offers beyond pixels.
+    """
 
     channels: int
-    image_size: int
+    image_size: int  # pixels a side
     class_names: list[str]
     labels: np.ndarray  # (n,) int64
     names: list[str]  # (n,) what tells the images apart: paths, or numbers
+
+    inferred: Mapping[str, Any] = MappingProxyType({})  # settings that were null, inferred from the images
+    files_root: Path | None = None  # the folder of the image files `names`; None where there are none
+    other_files: Mapping[str, int] = MappingProxyType({})  # of that folder, but no images: how many of each suffix
+    transform: str | None = None  # how files become images
+    has_latents = False  # `load_inputs` gives moments of an autoencoder instead of pixels
+    flips = 1  # 2: mirror images are stored too, and the training stream chooses between them
+    cached_features: CachedFeatures | None = None
+
+    @abc.abstractmethod
+    def load(self, indices: np.ndarray) -> np.ndarray:
+        """Return the images at `indices` as uint8 (B, C, H, W)."""
+
+    def load_inputs(self, indices: np.ndarray, flipped: np.ndarray, aligned: bool) -> dict[str, np.ndarray]:
+        """Return what a training step reads: `images`, uint8 (B, C, H, W), or `moments` and, with
+        `aligned`, what an alignment compares with. flipped: (B,) bool, which mirror images.
+        """
+        return {"images": self.load(indices)}
 
     @property
     def fingerprint(self) -> str:
         """Hash of which images these are, in which order and classes: what the order of training
         depends on.
         """
+        listed = repr((self.class_names, self.names)).encode() + self.labels.tobytes()
+        return hashlib.sha256(listed).hexdigest()[:16]
 
-    def load(self, indices: np.ndarray) -> np.ndarray:
-        """Return the images at `indices` as uint8 (B, C, H, W)."""
+    def check_autoencoder(self, autoencoder: "Autoencoder") -> None:  # noqa: B027
+        """Raise UserError where stored latents are those of another autoencoder."""
 
+    def require_pixels(self) -> None:  # noqa: B027
+        """Raise UserError where `load` has no pixels to give."""
 
-def list_hash(class_names: list[str], names: list[str], labels: np.ndarray) -> str:
-    """Return a hash of a list of images: their classes, names and labels (n,), in order."""
-    return hashlib.sha256(repr((class_names, names)).encode() + labels.tobytes()).hexdigest()[:16]
-
-
-def spread(count: int, limit: int) -> np.ndarray:
-    """Return the indices of at most `limit` of `count` images, evenly spread: all classes, where
-    they are sorted.
-    """
-    return np.linspace(0, count - 1, min(count, limit)).astype(np.int64)
+    def log_summary(self, patch_size: int) -> None:  # noqa: B027
+        """Log what was inferred from the images, and hints; raise UserError for broken files."""
 
 
-class ArrayImages:
+class ArrayImages(Images):
     """Images that fit in memory: uint8 (n, C, H, W) with labels (n,)."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: list[str]) -> None:
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, class_names: list[str], names: list[str] | None = None
+    ) -> None:
         self.images = np.ascontiguousarray(images)
         self.labels = labels.astype(np.int64)
         self.class_names = class_names
-        self.names = [str(k) for k in range(len(labels))]
+        self.names = [str(k) for k in range(len(labels))] if names is None else names
         self.channels, self.image_size = images.shape[1], images.shape[2]
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the list of images."""
-        return list_hash(self.class_names, self.names, self.labels)
 
     def load(self, indices: np.ndarray) -> np.ndarray:
         """Return the images at `indices` as uint8 (B, C, H, W)."""
@@ -87,8 +120,8 @@ class Digits(ArrayImages):
         from sklearn.datasets import load_digits
 
         bunch = load_digits()
-        held_out = np.arange(len(bunch.target)) % 6 == 0
-        keep = held_out if split == "test" else ~held_out
+        test = held_out(len(bunch.target), 6)
+        keep = test if split == "test" else ~test
         images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[keep, None]  # (n, 1, 8, 8)
         super().__init__(images, bunch.target[keep], [str(digit) for digit in range(10)])
 
@@ -185,110 +218,40 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-class FileImages:
+class FileImages(Images):
     """Image files read as RGB or grey, ADM centre crop to `image_size`.
 
     Args:
-        root: the folder that `names` are relative to.
-        names: relative paths, (n,). labels: (n,). image_size: pixels a side. channels: C, 3 is RGB
-        and 1 grey.
+        root: the folder that `names` are relative to. names: relative paths, (n,). labels: (n,).
+        image_size: pixels a side. channels: C, 3 is RGB and 1 grey.
     """
+
+    files_root: Path
 
     def __init__(
         self, root: Path, names: list[str], labels: np.ndarray, class_names: list[str], image_size: int, channels: int
     ) -> None:
-        self.root, self.names, self.class_names, self.image_size = root, names, class_names, image_size
+        self.files_root, self.names, self.class_names, self.image_size = root, names, class_names, image_size
         self.labels, self.channels = labels.astype(np.int64), channels
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the list of images."""
-        return list_hash(self.class_names, self.names, self.labels)
+        self.transform = f"RGB, ADM centre crop to {image_size} px"
 
     def load(self, indices: np.ndarray) -> np.ndarray:
         """Return the images at `indices` as uint8 (B, C, H, W); raise UserError naming a file that
         cannot be read.
         """
-        pictures = [center_crop(read_image(self.root / self.names[i]), self.image_size) for i in indices]
+        pictures = [center_crop(read_image(self.files_root / self.names[i]), self.image_size) for i in indices]
         if self.channels == 1:
             return np.stack([np.asarray(picture.convert("L")) for picture in pictures])[:, None]
         return np.stack([np.asarray(picture) for picture in pictures]).transpose(0, 3, 1, 2)
 
 
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
-
-
-@dataclasses.dataclass(frozen=True)
-class FolderList:
-    """What lies in a folder of images."""
-
-    class_names: list[str]
-    names: list[str]  # (n,) paths relative to the folder, class by class
-    labels: np.ndarray  # (n,) int64
-    others: Counter[str]  # files that are no images by their names: how many of each suffix
-
-
-def suffixes_in_words(others: Counter[str]) -> str:
-    """Return how many files there are of each suffix, as a person reads it."""
-    return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(others.items()))
-
-
-def list_folder(root: str) -> FolderList:
-    """Return the images of a folder: its sub-folders are the classes, in sorted order, images are
-    sorted by path. A folder of images without sub-folders is one class of its own name.
-
-    Raises UserError for a missing folder, one whose sub-folders are splits, images beside
-    sub-folders, and a class without images.
-    """
-    folder = Path(root)
-    require(folder.is_dir(), f"data.root={root}: no such folder; give the one with a sub-folder of images a class")
-    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    classes = [path for path in inside if path.is_dir()]
-    beside = [path.name for path in inside if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-    require(bool(classes or beside), f"data.root={root}: holds no images and no sub-folders of images")
-    require(
-        not (classes and beside),
-        f"data.root={root}: holds images ({', '.join(beside[:2])}) beside its sub-folders; put them into the "
-        "sub-folder of their class",
-    )
-    splits = [path.name for path in classes if path.name.lower() in SPLIT_NAMES]
-    if splits and len(splits) == len(classes):
-        raise UserError(
-            f"data.root={root}: its sub-folders {', '.join(splits)} are splits, not classes; give "
-            f"data.root={folder / splits[0]}"
-        )
-    names: list[str] = []
-    labels: list[int] = []
-    others = Counter[str]()
-    for label, path in enumerate(classes or [folder]):
-        found = [Path(at) / name for at, _, names_there in os.walk(path, followlinks=True) for name in names_there]
-        visible = [file for file in found if not file.name.startswith(".")]
-        files = sorted(file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES)
-        others.update(f.suffix.lower() for f in visible if f.suffix.lower() not in IMAGE_SUFFIXES)
-        require(bool(files), f"{path}: holds no images; add some or remove the folder")
-        names += [file.relative_to(folder).as_posix() for file in files]
-        labels += [label] * len(files)
-    class_names = [path.name for path in classes or [folder.resolve()]]
-    return FolderList(class_names, names, np.array(labels), others)
-
-
-def held_out(count: int, holdout_every: int) -> np.ndarray:
-    """Tell of each of `count` images whether it is held out: every so-many-th, none with 0. Returns
-    bool (count,).
-    """
-    return np.arange(count) % holdout_every == 0 if holdout_every else np.zeros(count, dtype=bool)
-
-
 class ImageFolder(FileImages):
-    """A folder with one sub-folder of images a class, or of images alone, which are one class
-    (`list_folder`).
+    """A folder with one sub-folder of images a class, or of images alone, which are one class.
 
     Args:
-        root: the folder.
-        image_size: pixels a side.
-        holdout_every: every so-many-th image is held out as "test"; 0 trains on all and has no test
-        set.
-        channels: 3 reads RGB, 1 grey.
+        root: the folder. holdout_every: every so-many-th image is held out as "test"; 0 trains on
+        all and has no test set. image_size: pixels a side. channels: 3 reads RGB, 1 grey. Where one
+        of these two is None it is inferred from the images (`ddt.data.survey`).
 
     Raises UserError as `list_folder` does.
     """
@@ -296,19 +259,32 @@ class ImageFolder(FileImages):
     def __init__(
         self,
         root: str,
-        image_size: int,
+        image_size: int | None,
         split: Split = "train",
         holdout_every: int = 20,
-        channels: Literal[1, 3] = 3,
+        channels: Literal[1, 3] | None = 3,
     ) -> None:
-        require(image_size >= 1, f"data.image_size={image_size}: must be at least 1")
+        require(image_size is None or image_size >= 1, f"data.image_size={image_size}: must be at least 1")
         require(
             holdout_every == 0 or holdout_every >= 2,
             f"data.holdout_every={holdout_every}: must be 0 or at least 2",
         )
+        self.holdout_every = holdout_every
+        given = {"image_size": image_size, "channels": channels}
+        missing = [name for name, value in given.items() if value is None]
         listed = list_folder(root)
-        self.others = listed.others
+        if missing:
+            self.inferred = {name: getattr(survey(root), name) for name in missing}
+        self.other_files = listed.others
         test = held_out(len(listed.labels), holdout_every)
         keep = np.flatnonzero(test if split == "test" else ~test)
         names, labels = [listed.names[i] for i in keep], listed.labels[keep]
-        super().__init__(Path(root), names, labels, listed.class_names, image_size, channels)
+        super().__init__(Path(root), names, labels, listed.class_names, **{**given, **self.inferred})
+
+    def log_summary(self, patch_size: int) -> None:
+        """Log what was inferred from the images, and hints; raise UserError for broken files. A
+        folder of which nothing was inferred is not looked at: it may hold a million files.
+        """
+        if self.inferred:
+            root = str(self.files_root)
+            log_folder_summary(root, self.image_size, self.channels, patch_size, self.holdout_every)

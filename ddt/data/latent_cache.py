@@ -1,8 +1,10 @@
 """Images encoded once: a folder of fixed-size records, read at random at the speed of a memory map.
 
-    index.json           what the records are, where they came from, checksums; `complete` when all is written
+    index.json           what the records are, where they came from, checksums; `complete` when all
+                         is written
     manifest.csv         path, label, split, size of each image, in the order of the records
-    moments/00000.npy    (records, flips, M, h, w): what the autoencoder's encode gives, float16 or float32
+    labels.npy           (n,) int64
+    moments/00000.npy    (records, flips, M, h, w) float16 or float32: of the autoencoder's encode
     images/00000.npy     (records, C, S, S) uint8, on request: what an alignment target needs
     features/00000.npy   (records, flips, N, F) float16, on request: what an alignment target gives
 
@@ -18,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from ddt.autoencoder import Autoencoder
-from ddt.data.images import FileImages, Split, spread
-from ddt.data.manifest import check_size, read_manifest
+from ddt.data.images import CachedFeatures, FileImages, Images, Split
+from ddt.data.manifest import Row, check_size, read_manifest
+from ddt.data.survey import spread
 from ddt.errors import UserError, require
 from ddt.files import sha256
 
@@ -55,7 +58,23 @@ def read_index(root: Path) -> dict[str, Any]:
     return index
 
 
-class LatentCache:
+def check_files(root: Path, index: dict[str, Any]) -> None:
+    """Raise UserError naming what a cache lacks: all shards are written and of their sizes."""
+    done, total = len(index["shards"]), -(-index["count"] // index["shard_size"])
+    require(
+        index["complete"],
+        f"data.root={root}: the cache is incomplete; run the command that makes it again: it resumes where it stopped",
+    )
+    require(done == total, f"{root / 'index.json'}: names {done} of {total} shards; cache again")
+    for files in (index["files"], *index["shards"]):
+        for name, file in files.items():
+            path = root / name
+            size = path.stat().st_size if path.is_file() else None
+            problem = "is missing" if size is None else "is damaged"
+            require(size == file["size"], f"{path}: {problem}; run the command that made the cache again")
+
+
+class LatentCache(Images):
     """A latent cache as a data set: moments instead of pixels, and pixels or features where an
     alignment needs them.
 
@@ -71,6 +90,8 @@ class LatentCache:
     Raises UserError for a cache that is missing, incomplete or damaged.
     """
 
+    has_latents = True
+
     def __init__(
         self,
         root: str,
@@ -79,36 +100,20 @@ class LatentCache:
         source_root: str | None = None,
         cached_features: bool = True,
     ) -> None:
-        self.root = Path(root)
-        index = read_index(self.root)
-        done, total = len(index["shards"]), -(-index["count"] // index["shard_size"])
-        require(
-            index["complete"],
-            f"data.root={root}: the cache is incomplete; run the command that makes it again: it goes on where it "
-            "stopped",
-        )
-        require(done == total, f"{self.root / 'index.json'}: names {done} of {total} shards; cache again")
-        for files in (index["files"], *index["shards"]):
-            for name, file in files.items():
-                path = self.root / name
-                size = path.stat().st_size if path.is_file() else None
-                require(
-                    size == file["size"],
-                    f"{path}: {'is missing' if size is None else 'is damaged'}; run the command that made the cache "
-                    "again",
-                )
+        self.root, self.source_root = Path(root), source_root
+        self.index = index = read_index(self.root)
+        check_files(self.root, index)
         require(
             image_size in (None, index["image_size"]),
             f"data.root={root}: holds images of {index['image_size']} px, not of data.image_size={image_size}; give "
             "another folder",
         )
-        self.index = index
         self.channels, self.image_size = index["channels"], index["image_size"]
-        self.class_names: list[str] = index["class_names"]
-        self.flips: int = index["flips"]
-        self.fingerprint: str = index["fingerprint"]
-        self.source_root = source_root
-        self.features: dict[str, Any] | None = index["features"] if cached_features else None
+        self.class_names, self.flips = index["class_names"], index["flips"]
+        self.transform = "as stored in the latent cache"
+        features = index["features"]
+        if cached_features and features is not None:
+            self.cached_features = CachedFeatures(**{**features, "grid": tuple(features["grid"])}, root=root)
         self.first = 0 if split == "train" else index["splits"]["train"]
         path = self.root / "labels.npy"
         require(
@@ -125,14 +130,22 @@ class LatentCache:
         return {**self.__dict__, "_maps": {}}
 
     @property
-    def names(self) -> list[str]:
+    def fingerprint(self) -> str:
+        """Hash of what a training on this cache depends on, wherever it lies."""
+        return self.index["fingerprint"]
+
+    def _rows(self) -> list[Row]:
+        return read_manifest(self.root)[self.first : self.first + len(self.labels)]
+
+    @property
+    def names(self) -> list[str]:  # type: ignore[override]
         """Paths of the images, (n,), read from the manifest."""
-        return [row.path for row in read_manifest(self.root)[self.first : self.first + len(self.labels)]]
+        return [row.path for row in self._rows()]
 
     def check_autoencoder(self, autoencoder: Autoencoder) -> None:
         """Raise UserError where the moments were made by another autoencoder than the run's."""
         made_by = self.index["autoencoder"]
-        wanted, found = getattr(autoencoder, "encode_dtype", None), made_by["settings"].get("encode_dtype")
+        wanted, found = autoencoder.encode_dtype, made_by["settings"].get("encode_dtype")
         require(
             wanted == found or made_by["fingerprint"] != autoencoder.fingerprint,
             f"data.root={self.root}: was encoded with autoencoder.encode_dtype={found}, not {wanted}; give that, or "
@@ -166,10 +179,10 @@ class LatentCache:
     def _open(self, path: Path, array: dict[str, Any]) -> np.ndarray:
         try:
             stored = np.load(path, mmap_mode="r", allow_pickle=False)
-            whole = list(stored.shape[1:]) == array["shape"] and stored.dtype == array["dtype"]
+            intact = list(stored.shape[1:]) == array["shape"] and stored.dtype == array["dtype"]
         except (OSError, ValueError, EOFError):  # numpy's advice, to allow pickled objects, is not for a user
-            whole = False
-        require(whole, f"{path}: is damaged; run the command that made the cache again")
+            intact = False
+        require(intact, f"{path}: is damaged; run the command that made the cache again")
         return stored
 
     def load_moments(self, indices: np.ndarray, flipped: np.ndarray) -> np.ndarray:
@@ -182,6 +195,16 @@ class LatentCache:
         """Return the alignment target's features (B, N, F), float16."""
         return self._records("features", indices, flipped)
 
+    def load_inputs(self, indices: np.ndarray, flipped: np.ndarray, aligned: bool) -> dict[str, np.ndarray]:
+        """Return `moments` and, with `aligned`, `features` where they are cached, else `images`."""
+        inputs = {"moments": self.load_moments(indices, flipped)}
+        if aligned and self.cached_features is not None:
+            inputs["features"] = self.load_features(indices, flipped)
+        elif aligned:
+            pixels = self.load(indices)
+            inputs["images"] = np.where(flipped[:, None, None, None], pixels[..., ::-1], pixels)
+        return inputs
+
     def load(self, indices: np.ndarray) -> np.ndarray:
         """Return the images at `indices` as uint8 (B, C, S, S): from the cache, or else from the
         image files.
@@ -193,7 +216,7 @@ class LatentCache:
     def require_pixels(self) -> None:
         """Raise UserError where neither the cache nor the image files can give pixels."""
         if "images" not in self.index["arrays"]:
-            root = self._source().root
+            root = self._source().files_root
             require(
                 root.is_dir(),
                 f"data.source_root={root}: no such folder; the alignment target needs the images: give their folder, "
@@ -209,9 +232,9 @@ class LatentCache:
                 "store_images=true",
             )
             root = Path(self.source_root or stored)
-            rows = read_manifest(self.root)[self.first : self.first + len(self.labels)]
+            rows = self._rows()
             if root.is_dir():
-                for k in spread(len(rows), 64):  # are these the pictures?
+                for k in spread(len(rows), 64):  # are these the images?
                     check_size(root / rows[k].path, rows[k].bytes)
             self._files = FileImages(
                 root, [row.path for row in rows], self.labels, self.class_names, self.image_size, self.channels

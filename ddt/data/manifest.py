@@ -1,4 +1,4 @@
-"""The list of images behind a latent cache: every file looked at once, before anything is encoded.
+"""The list of images behind a latent cache: every file is read once, before anything is encoded.
 
 manifest.csv has a row an image, in the order of the cache's records: training images first,
 held-out ones after them. broken.csv names the files that cannot be read.
@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from ddt.data.images import FileImages, ImageFolder, Images, read_image, suffixes_in_words
+from ddt.data.images import Images, read_image
+from ddt.data.survey import UNREADABLE, suffixes_in_words
 from ddt.errors import UserError, require
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def read_manifest(root: Path) -> list[Row]:
 
 
 def inspect_image(root: Path, name: str) -> dict[str, Any]:
-    """Decode a file and return what the manifest says of it; under `broken` why it cannot be used."""
+    """Decode a file and return what the manifest says of it, or `broken`: why it cannot be used."""
     path = root / name
     try:
         size = path.stat().st_size
@@ -54,14 +55,19 @@ def inspect_image(root: Path, name: str) -> dict[str, Any]:
             if "transparency" in image.info:
                 mode = f"{mode}+transparency"
         decoded = read_image(path)
-    except (UserError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:  # a UserError is a ValueError
         return {"broken": str(error).removeprefix(f"{path}: ")}
     return {"bytes": size, "width": decoded.width, "height": decoded.height, "mode": mode, "rotated": int(rotated)}
 
 
-def inspect_files(images: FileImages, num_workers: int) -> Iterator[dict[str, Any]]:
-    """Yield what `inspect_image` says of each image, in order."""
-    inspect = functools.partial(inspect_image, images.root)
+def inspect_images(images: Images, num_workers: int) -> Iterator[dict[str, Any]]:
+    """Yield what the manifest says of each image, in order."""
+    if images.files_root is None:  # they lie in memory
+        side = images.image_size
+        facts = {"bytes": images.channels * side**2, "width": side, "height": side, "mode": "", "rotated": 0}
+        yield from itertools.repeat(facts, len(images.labels))
+        return
+    inspect = functools.partial(inspect_image, images.files_root)
     if num_workers == 0:
         yield from map(inspect, images.names)
         return
@@ -69,15 +75,8 @@ def inspect_files(images: FileImages, num_workers: int) -> Iterator[dict[str, An
         yield from pool.map(inspect, images.names, chunksize=64)
 
 
-def inspect_array(images: Images) -> Iterator[dict[str, Any]]:
-    """Yield what the manifest says of images that lie in memory."""
-    side = images.image_size
-    facts = {"bytes": images.channels * side**2, "width": side, "height": side, "mode": "", "rotated": 0}
-    return itertools.repeat(facts, len(images.labels))
-
-
 def make_manifest(out: Path, splits: dict[str, Images], num_workers: int, skip_broken: bool) -> None:
-    """Look at every image once and write manifest.csv; one that is there already is kept.
+    """Read every image once and write manifest.csv; one that is there already is kept.
 
     Raises UserError where files cannot be read, after naming all of them in broken.csv, unless they
     are to be skipped.
@@ -97,8 +96,8 @@ def make_manifest(out: Path, splits: dict[str, Images], num_workers: int, skip_b
         good.writeheader()
         bad.writeheader()
         for split, images in splits.items():
-            found = inspect_files(images, num_workers) if isinstance(images, FileImages) else inspect_array(images)
-            for name, label, facts in zip(images.names, images.labels, found, strict=True):
+            inspected = inspect_images(images, num_workers)
+            for name, label, facts in zip(images.names, images.labels, inspected, strict=True):
                 progress.update()
                 if "broken" in facts:
                     first = first or f"{name} ({facts['broken']})"
@@ -122,31 +121,20 @@ def make_manifest(out: Path, splits: dict[str, Images], num_workers: int, skip_b
         )
     if broken:
         log.warning("%d images that cannot be read are left out: %s", broken, out / "broken.csv")
-    for text in (*notable(modes, rotated, splits["train"].channels), *unread(splits)):
-        log.info("%s", text)
+    log_conversions(modes, rotated, splits["train"])
     temporary["manifest"].replace(out / "manifest.csv")
 
 
-def notable(modes: Counter[str], rotated: int, channels: int) -> list[str]:
-    """Return a line for each kind of image that is not read as it is."""
-    read_as = {1: "L", 3: "RGB"}[channels]
-    converted = {mode: count for mode, count in modes.items() if mode not in ("", read_as)}
-    lines = []
+def log_conversions(modes: Counter[str], rotated: int, images: Images) -> None:
+    """Log a line for each kind of file that is not read, or not as it is."""
+    read_as = {1: "L", 3: "RGB"}[images.channels]
+    converted = [f"{count} {mode}" for mode, count in sorted(modes.items()) if mode not in ("", read_as)]
     if converted:
-        kinds = ", ".join(f"{count} {mode}" for mode, count in sorted(converted.items()))
-        lines.append(f"converted to {read_as}, transparency dropped: {kinds}")
+        log.info("converted to %s, transparency dropped: %s", read_as, ", ".join(converted))
     if rotated:
-        lines.append(
-            f"{rotated} images carry an EXIF rotation, which is not applied (nor was it by the published model)"
-        )
-    return lines
-
-
-def unread(splits: dict[str, Images]) -> list[str]:
-    """Return a line for files in the folder that are no images by their names."""
-    images = splits["train"]
-    others = images.others if isinstance(images, ImageFolder) else Counter[str]()
-    return [f"not read, because they are no images by their names: {suffixes_in_words(others)}"] if others else []
+        log.info("%d images carry an EXIF rotation, which is not applied (nor was it by the published model)", rotated)
+    if images.other_files:
+        log.info("not read, because they are no images by their names: %s", suffixes_in_words(images.other_files))
 
 
 def check_manifest(out: Path, manifest: list[Row], splits: dict[str, Images]) -> None:
@@ -169,16 +157,8 @@ def check_manifest(out: Path, manifest: list[Row], splits: dict[str, Images]) ->
     )
 
 
-def check_sizes(splits: dict[str, Images], manifest: list[Row]) -> None:
-    """Raise UserError naming a file that is not of the size that the manifest says."""
-    for row in manifest:
-        images = splits[row.split]
-        if isinstance(images, FileImages):
-            check_size(images.root / row.path, row.bytes)
-
-
 def check_size(path: Path, size: int) -> None:
-    """Raise UserError where a file is not there or not of `size` bytes."""
+    """Raise UserError where a file is not there or not of the `size` that the manifest says."""
     require(
         path.is_file() and path.stat().st_size == size,
         f"{path}: is not the file that manifest.csv was written of; give the right folder, or cache into another out=",

@@ -26,17 +26,12 @@ PHOTOS = {
     "china": ("sklearn", "datasets/images/china.jpg"),
     "flower": ("sklearn", "datasets/images/flower.jpg"),
 }
-STREAMS: dict[Split, int] = {
-    "train": 17,
-    "test": 18,
-}  # of draws, beside those of ddt.data.stream and ddt.metrics.features
+STREAMS: dict[Split, int] = {"train": 17, "test": 18}  # of draws, beside those of `ddt.draws`
 SHARES = (0.4, 1.0)  # a crop's side, as shares of its photo's shorter side
 
 
 def photo(name: str) -> Image.Image:
-    """Return one of `PHOTOS` as RGB, read from the installed package; raise UserError where that is
-    missing.
-    """
+    """Return one of `PHOTOS` as RGB; raise UserError where the package that has it is missing."""
     module, inside = PHOTOS[name]
     spec = importlib.util.find_spec(module)  # finds the folder without the seconds that importing it takes
     folders = spec.submodule_search_locations if spec else None
@@ -48,8 +43,7 @@ def photo(name: str) -> Image.Image:
 
 
 class Photos(ArrayImages):
-    """Random square crops of the nine photos, uint8 (n, 3, S, S); the class is which photo a crop
-    is from.
+    """Random square crops of the nine photos, uint8 (n, 3, S, S); a crop's class is its photo.
 
     A crop's side lies between 0.4 and 1.0 of its photo's shorter side. Crop k of a photo is the
     same in every run and whatever `crops` is; photos take turns. "test" holds other crops of the
@@ -70,7 +64,7 @@ class Photos(ArrayImages):
         count = (crops if split == "train" else crops // 5) * len(PHOTOS)
         labels = np.arange(count) % len(PHOTOS)
         images = np.empty((count, 3, image_size, image_size), dtype=np.uint8)
-        names = []
+        names = []  # where in which photo: what tells one set of crops from another
         for position, label in enumerate(labels):
             name = list(PHOTOS)[label]
             picture = pictures[name]
@@ -86,5 +80,4 @@ class Photos(ArrayImages):
             )
             images[position] = np.asarray(crop).transpose(2, 0, 1)
             names.append(f"{name}/{side}+{left}+{top}")
-        super().__init__(images, labels, list(PHOTOS))
-        self.names = names  # where in which photo: what tells one set of crops from another
+        super().__init__(images, labels, list(PHOTOS), names)

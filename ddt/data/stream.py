@@ -4,6 +4,8 @@ Position p counts images since the start of training; step s of a run with globa
 positions s·G … s·G + G − 1. Which image stands at p, its noise, its time and its label dropout are
 drawn from counters, never from a state, so a run resumes anywhere and on any number of processes
 with the same data and the same noise.
+
+Shapes: B batch; `latent_shape` is (C, H, W).
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ddt.data.images import Images
-from ddt.data.latent_cache import LatentCache
 from ddt.draws import PERMUTATION, TRAINING, VALIDATION, draws, golden_sequence
 from ddt.errors import UserError, require
 
@@ -24,35 +25,21 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     return draws(seed, PERMUTATION, epoch).permutation(length)
 
 
-def read_inputs(images: Images, indices: np.ndarray, flipped: np.ndarray, aligned: bool) -> dict[str, np.ndarray]:
-    """Return what a step reads from a data set: `images`, uint8 (B, C, H, W); from a latent cache
-    `moments` instead, and with `aligned` also the `images` or cached `features` that an alignment
-    compares with.
-    """
-    if not isinstance(images, LatentCache):
-        return {"images": images.load(indices)}
-    inputs = {"moments": images.load_moments(indices, flipped)}
-    if aligned and images.features is not None:
-        inputs["features"] = images.load_features(indices, flipped)
-    elif aligned:
-        pixels = images.load(indices)
-        inputs["images"] = np.where(flipped[:, None, None, None], pixels[..., ::-1], pixels)
-    return inputs
-
-
 class TrainingStream(Dataset):
-    """The endless training stream, addressed by position.
+    """The endless training stream, addressed by position: `stream[positions]` returns a batch.
 
-    `stream[positions]` returns a batch, a dict of
+    A batch is a dict of tensors:
 
-        images, moments, features  what `read_inputs` gives for these images y               int64
-        (B,) noise           float32 (B, *latent_shape), standard normal time_normal     float32
-        (B,), standard normal: `flow.training_times` turns it into t dropout_uniform float32 (B,) in
-        [0, 1): below the dropout rate the label is dropped posterior_noise float32 (B,
-        *latent_shape), only with `posterior`: for a stochastic autoencoder
+    - what `Images.load_inputs` gives: `images`, or `moments` (and `features`) of a latent cache
+    - `y`: int64 (B,)
+    - `noise`: float32 (B, *latent_shape), standard normal
+    - `time_normal`: float32 (B,), standard normal; `flow.training_times` turns it into t
+    - `dropout_uniform`: float32 (B,) in [0, 1); below the dropout rate the label is dropped
+    - `posterior_noise`: float32 (B, *latent_shape), only with `posterior`: for a stochastic
+      autoencoder
 
-    A latent cache with mirror images gives each with chance ½. `aligned_until`: position from which
-    on no alignment needs images or features any more (math.inf: it always does).
+    Mirror images that the data set stores are chosen with probability ½. `aligned_until`: position
+    from which on no alignment needs images or features any more (math.inf: it always does).
     """
 
     def __init__(
@@ -66,7 +53,6 @@ class TrainingStream(Dataset):
         require(len(images.labels) > 0, "data: there are no training images")
         self.images, self.seed, self.latent_shape, self.posterior = images, seed, latent_shape, posterior
         self.aligned_until = aligned_until
-        self.mirrored = isinstance(images, LatentCache) and images.flips == 2
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def index(self, position: int) -> int:
@@ -94,11 +80,11 @@ class TrainingStream(Dataset):
             dropout[row] = generator.random(dtype=np.float32)
             if self.posterior:
                 generator.standard_normal(out=posterior[row], dtype=np.float32)
-            if self.mirrored:
+            if self.images.flips == 2:
                 flipped[row] = generator.random() < 0.5
         aligned = positions[0] < self.aligned_until
         batch = {
-            **read_inputs(self.images, indices, flipped, aligned),
+            **self.images.load_inputs(indices, flipped, aligned),
             "y": self.images.labels[indices],
             "noise": noise,
             "time_normal": time_normal,
@@ -173,7 +159,7 @@ def validation_batch(images: Images, latent_shape: tuple[int, int, int], indices
     generators = [draws(0, VALIDATION, int(i)) for i in indices]
     noise = np.stack([g.standard_normal(latent_shape, dtype=np.float32) for g in generators])
     posterior = np.stack([g.standard_normal(latent_shape, dtype=np.float32) for g in generators])
-    inputs = read_inputs(images, indices, np.zeros(len(indices), dtype=bool), aligned=False)
+    inputs = images.load_inputs(indices, np.zeros(len(indices), dtype=bool), aligned=False)
     return {
         **{key: torch.from_numpy(value) for key, value in inputs.items()},
         "y": torch.from_numpy(images.labels[indices]),

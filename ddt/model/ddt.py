@@ -124,7 +124,7 @@ class DDT(Denoiser):
 
     Args:
         in_channels: C, channels of the latent (of the pixels, with the identity autoencoder).
-        patch_size: p; H and W must be multiples of it.
+        patch_size: p; H and W must be multiples of it. (None is for settings: to be inferred.)
         hidden_size: D. num_heads: heads, dividing D into widths that are multiples of 4.
         depth: blocks of both halves together. encoder_depth: blocks of the encoder, 1..depth−1; the
             decoder has the rest, so that a sweep over encoder_depth keeps the total.
@@ -144,7 +144,7 @@ class DDT(Denoiser):
     def __init__(
         self,
         in_channels: int,
-        patch_size: int,
+        patch_size: int | None,
         hidden_size: int,
         num_heads: int,
         depth: int,
@@ -155,6 +155,7 @@ class DDT(Denoiser):
         activation_checkpointing: Checkpointing = False,
     ) -> None:
         super().__init__()
+        assert patch_size is not None, "null is inferred from the images before a network is built"
         check_sizes(in_channels, patch_size, hidden_size, num_heads, depth, num_classes)
         require(
             1 <= encoder_depth <= depth - 1,

@@ -30,7 +30,7 @@ class DiT(Denoiser, BlockStack):
     def __init__(
         self,
         in_channels: int,
-        patch_size: int,
+        patch_size: int | None,
         hidden_size: int,
         num_heads: int,
         depth: int,
@@ -38,6 +38,7 @@ class DiT(Denoiser, BlockStack):
         adaln_init: AdaLNInit = "release",
         activation_checkpointing: Checkpointing = False,
     ) -> None:
+        assert patch_size is not None, "null is inferred from the images before a network is built"
         check_sizes(in_channels, patch_size, hidden_size, num_heads, depth, num_classes)
         super().__init__(
             in_channels,

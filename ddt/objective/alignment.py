@@ -4,9 +4,10 @@ the batch.
 Shapes: B images of H W pixels; N tokens of width D in the denoiser; h·w tokens of F features in the
 target; P width of the projector. Source: method.md 1.
 
-Settings (`REPA`, `Dispersive`) are what a config file names; they load nothing. What is trained
-(`AlignmentLoss`) and what is frozen (`Target`) are built from them apart, so that the target never
-enters a state dict, DDP or an EMA.
+Settings (`REPA`, `Dispersive`) are what a config file names; they load nothing. Their `build` makes
+an `Alignment`: what is trained (`AlignmentLoss`) and, apart, what is frozen (`Target`), so that the
+target never enters a state dict, DDP or an EMA. To add one: its settings and its loss in a file
+here, and a file in conf/alignment.
 """
 
 import difflib
@@ -15,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +24,14 @@ from torch import Tensor, nn
 
 from ddt.autoencoder.base import weights_hash
 from ddt.errors import UserError, require
+from ddt.files import sha256
 
 CELL = 16  # pixels a side of the image that one token of the target covers, whatever the target's own stride
 Extract = Callable[[Tensor], Tensor]
 
 
 def reason(error: Exception) -> str:
-    """Return an error's text in one line, each of its lines cut: lists of weights can be very long."""
+    """Return an error's text in one line, each of its lines cut: lists of weights can be long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(line if len(line) <= 160 else f"{line[:160]}…" for line in lines[:4]) or type(error).__name__
 
@@ -53,8 +55,8 @@ def weights_overlay(weights: str, classifier: str | tuple[str, ...] | None) -> d
     """Return the changes to timm's `pretrained_cfg` that make it load a file's weights, all of
     them.
 
-    The model is given a head of as many classes as the file's, none where it has none, and timm is
-    told of no classifier to drop: its loading is strict only where it drops nothing.
+    The model gets a head of as many classes as the file's, none where it has none, and timm no
+    classifier to drop: its loading is strict only where it drops nothing.
     """
     import timm
 
@@ -79,7 +81,7 @@ def load_network(
     input's side.
 
     The function maps normalised images (B, 3, side, side) to (B, h·w, F). pretrained=False leaves
-    the weights as timm makes them. Raises UserError where the weights cannot be had or are not
+    the weights as timm makes them. Raises UserError where the weights cannot be loaded or are not
     exactly the network's, or where it has no feature map that fits.
     """
     import timm
@@ -108,7 +110,7 @@ def load_network(
             problem = f"alignment.weights={weights}: is not a file of {name} ({reason(error)})"
         else:
             problem = (
-                f"alignment.target={name}: pretrained weights cannot be had ({reason(error)}); "
+                f"alignment.target={name}: pretrained weights cannot be loaded ({reason(error)}); "
                 "on a machine without a hub give alignment.weights=FILE"
             )
         raise UserError(problem) from error
@@ -146,8 +148,8 @@ class Target:
         image_size: H = W of the images. compiled: compile the network. pretrained: False loads no
         weights.
 
-    Attributes: num_features, F; grid, (h, w). Raises UserError where the weights cannot be had or
-    fit not exactly, or an image is not of whole 16×16 cells.
+    Attributes: num_features, F; grid, (h, w). Raises UserError where the weights cannot be loaded
+    or do not fit exactly, or an image is not of whole 16×16 cells.
     Source: method.md 1.
     """
 
@@ -308,6 +310,57 @@ class DispersiveLoss(nn.Module):
             return exponents.logsumexp(0) - math.log(len(exponents))
 
 
+class CachedFeatures(Protocol):
+    """Features of a target that a data set holds, read in place of running the target. See
+    `ddt.data.images.CachedFeatures`.
+    """
+
+    @property
+    def target(self) -> str: ...
+    @property
+    def weights_sha256(self) -> str | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def num_features(self) -> int: ...
+    @property
+    def grid(self) -> tuple[int, int]: ...
+    @property
+    def root(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What a training needs of its alignment; without arguments it has none.
+
+    loss: the trained side, which the objective calls. end_step: the first step without it, counted
+    from 0 (math.inf: never). needs_features: whether it compares with features of the images.
+    target: the frozen network that computes them, None where they are cached or not needed.
+    fingerprint: SHA-256 of the target's weights.
+    """
+
+    loss: AlignmentLoss | DispersiveLoss | None = None
+    end_step: float = 0
+    needs_features: bool = False
+    target: Target | None = None
+    fingerprint: str | None = None
+
+
+def build_alignment(
+    settings: "REPA | Dispersive | None",
+    hidden_size: int,
+    grid: tuple[int, int],
+    image_size: int,
+    cached: CachedFeatures | None = None,
+) -> Alignment:
+    """Build what settings describe for a denoiser of width `hidden_size` and tokens on `grid`.
+
+    cached: the features that the data set holds, if any. Raises UserError where the images are not
+    what the target takes, or the cached features are another target's.
+    """
+    return Alignment() if settings is None else settings.build(hidden_size, grid, image_size, cached)
+
+
 def check_settings(align_depth: int, weight: float, until_step: int | None) -> None:
     """Raise UserError for settings that make no loss, naming the key and the fix."""
     require(align_depth >= 1, f"alignment.align_depth={align_depth}: blocks are counted from 1")
@@ -316,6 +369,11 @@ def check_settings(align_depth: int, weight: float, until_step: int | None) -> N
         until_step is None or until_step >= 1,
         f"alignment.until_step={until_step}: must be at least 1, or null for the whole training",
     )
+
+
+def end_step(until_step: int | None) -> float:
+    """Return the first step without an alignment: `until_step`, or never (math.inf) with None."""
+    return math.inf if until_step is None else until_step
 
 
 @dataclass(frozen=True)
@@ -378,6 +436,32 @@ class REPA:
         projector = Projector(hidden_size, self.projector_width or hidden_size, num_features)
         return AlignmentLoss(projector, self.align_depth, self.weight, grid, wanted_grid)
 
+    def check_cached(self, cached: CachedFeatures) -> None:
+        """Raise UserError where cached features are not of this target and these weights."""
+        require(
+            cached.target == self.target,
+            f"data.root={cached.root}: holds features of {cached.target}, but alignment.target={self.target}: "
+            "choose one, or run the target with data.cached_features=false",
+        )
+        if self.weights is not None:
+            require(
+                sha256(Path(self.weights)) == cached.weights_sha256,
+                f"alignment.weights={self.weights}: is not the file that the cached features of data.root="
+                f"{cached.root} come from; leave it out, or run the target with data.cached_features=false",
+            )
+
+    def build(
+        self, hidden_size: int, grid: tuple[int, int], image_size: int, cached: CachedFeatures | None
+    ) -> Alignment:
+        """See `build_alignment`."""
+        if cached is not None:
+            self.check_cached(cached)
+        target = self.build_target(image_size) if cached is None else None
+        source = target or cached
+        assert source is not None
+        loss = self.build_loss(hidden_size, source.num_features, source.grid, grid)
+        return Alignment(loss, end_step(self.until_step), True, target, source.fingerprint)
+
 
 @dataclass(frozen=True)
 class Dispersive:
@@ -407,6 +491,12 @@ class Dispersive:
     def build_loss(self) -> DispersiveLoss:
         """Build the loss; it has no weights."""
         return DispersiveLoss(self.align_depth, self.weight, self.temperature)
+
+    def build(
+        self, hidden_size: int, grid: tuple[int, int], image_size: int, cached: CachedFeatures | None
+    ) -> Alignment:
+        """See `build_alignment`."""
+        return Alignment(self.build_loss(), end_step(self.until_step))
 
 
 def check_depth(align_depth: int, depth: int) -> None:

@@ -1,16 +1,16 @@
-"""The loss around the denoiser: flow matching on the linear path, with label dropout in this one
-place, and the alignment of a hidden layer beside it.
+"""Flow matching on the linear path: the loss is the mean squared error of the velocity. Labels are
+dropped here and nowhere else.
 
 Shapes: B batch, C H W latent, N tokens, F features of the alignment target. Source: method.md 1.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ddt.errors import require
 from ddt.flow import TimeDistribution, interpolate, training_times, velocity
 from ddt.model import Denoiser
 from ddt.objective.alignment import AlignmentLoss, DispersiveLoss
+from ddt.objective.base import Objective
 
 
 def velocity_errors(v_pred: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
@@ -22,13 +22,13 @@ def velocity_errors(v_pred: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
     return (v_pred.float() - velocity(latents, noise)).square().flatten(1).mean(1)
 
 
-class FlowMatching(nn.Module):
-    """Denoiser and losses in one module: the one that is prepared for many processes and compiled.
+class FlowMatching(Objective):
+    """The flow-matching objective.
 
     Args:
         denoiser: `(x_t, t, y) → v` with `num_classes`; label `num_classes` is the null label.
         time_distribution: of the training times, "lognorm" (published) or "uniform".
-        label_dropout: chance, a sample, that its label becomes the null label; published 0.1.
+        label_dropout: probability that a sample's label becomes the null label; published 0.1.
         alignment: the loss on the output of block `alignment.align_depth`, or None.
 
     Raises UserError for a dropout outside [0, 1].
@@ -41,15 +41,8 @@ class FlowMatching(nn.Module):
         label_dropout: float = 0.1,
         alignment: AlignmentLoss | DispersiveLoss | None = None,
     ) -> None:
-        super().__init__()
-        require(
-            0 <= label_dropout <= 1,
-            f"objective.label_dropout={label_dropout}: must lie in 0..1 (published: 0.1)",
-        )
-        self.denoiser = denoiser
+        super().__init__(denoiser, label_dropout, alignment)
         self.time_distribution: TimeDistribution = time_distribution
-        self.label_dropout = label_dropout
-        self.alignment = alignment
 
     def forward(
         self,
@@ -61,13 +54,8 @@ class FlowMatching(nn.Module):
         features: Tensor | None = None,
         align: bool = True,
     ) -> dict[str, Tensor]:
-        """Return the losses of a batch: `loss`, the one to minimise, its parts, and by sample (B,)
-        the times `t` and flow-matching `errors`.
-
-        latents, noise: (B, C, H, W) float32; y: (B,) int64; time_normal: (B,) standard normal;
-        dropout_uniform: (B,) uniform in [0, 1); features: (B, h·w, F) of the alignment target,
-        where there is one. `align=False` leaves the alignment out. All draws come from outside, so
-        the result is a function of its arguments. Source: method.md 1.
+        """Return `loss`, `fm_loss` and, with an alignment, its loss by name; `t` and `errors` by
+        sample, (B,). Arguments: see `Objective.forward`. Source: method.md 1.
         """
         t = training_times(time_normal, self.time_distribution)
         y = torch.where(dropout_uniform < self.label_dropout, self.denoiser.num_classes, y)
@@ -88,3 +76,7 @@ class FlowMatching(nn.Module):
             loss = fm_loss + self.alignment.weight * aligned
             parts = {self.alignment.name: aligned.detach()}
         return {"loss": loss, "fm_loss": fm_loss.detach(), **parts, "t": t, "errors": errors.detach()}
+
+    def for_validation(self, denoiser: Denoiser) -> "FlowMatching":
+        """See `Objective.for_validation`."""
+        return FlowMatching(denoiser, self.time_distribution, label_dropout=0.0)

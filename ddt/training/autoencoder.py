@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from ddt.autoencoder import KLAutoencoder
 from ddt.autoencoder.base import from_uint8
-from ddt.data.images import Images, spread
-from ddt.data.latent_cache import LatentCache
+from ddt.config import Choice
+from ddt.data.images import Images
 from ddt.data.stream import TrainingStream
+from ddt.data.survey import spread
 from ddt.errors import require
 from ddt.files import fsync, share, write_json
 from ddt.pictures import image_grid, write_png
@@ -79,6 +80,22 @@ class AutoencoderSettings:
         """Return the learning rate of step `step`, counted from 0."""
         warmup = max(1, self.steps // 20)
         return self.lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommandSettings(AutoencoderSettings):
+    """The settings of scripts/train_autoencoder.py: besides, train.py's group `data`, and `out`,
+    the folder to write.
+    """
+
+    data: Choice
+    out: str
+    choices: dict[str, str | None]
+
+    @property
+    def own(self) -> AutoencoderSettings:
+        """The autoencoder's settings alone."""
+        return AutoencoderSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(AutoencoderSettings)})
 
 
 def build_network(settings: AutoencoderSettings, channels: int, image_size: int) -> Any:
@@ -174,17 +191,13 @@ def normalise(network: Any, images: Images) -> None:
 
 
 def psnr(originals: Tensor, reconstructions: Tensor) -> float:
-    """Return the mean over images of the peak signal-to-noise ratio in dB of uint8 images (B, C, H,
-    W).
-    """
+    """Return the mean PSNR in dB of uint8 images (B, C, H, W)."""
     error = (originals.double() - reconstructions.double()).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
     return float((10 * torch.log10(255**2 / error)).mean())
 
 
 def reconstruct(autoencoder: KLAutoencoder, images: Tensor) -> Tensor:
-    """Return what decoding gives of the latents of uint8 images (B, C, H, W), drawn with fixed
-    noise.
-    """
+    """Return uint8 images (B, C, H, W) encoded with fixed posterior noise and decoded."""
     shape = (len(images), *autoencoder.latent_shape(images.shape[1], images.shape[2]))
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return autoencoder.decode(autoencoder.sample(autoencoder.encode(images), noise))
@@ -210,22 +223,21 @@ def comparison(originals: Tensor, reconstructions: Tensor) -> np.ndarray:
 def train_autoencoder(
     images: Images, held_out: Images, settings: AutoencoderSettings, out: Path, data: dict[str, Any]
 ) -> dict[str, Any]:
-    """Train an autoencoder and write it to the folder `out`, whole or not at all; return what
-    training.json holds.
+    """Train an autoencoder and write it atomically to the folder `out`; return what training.json
+    holds.
 
     `out` is a diffusers folder (config.json, diffusion_pytorch_model.safetensors) that
     `KLAutoencoder` reads, with
 
-        reconstructions.png   held-out originals, each row above their reconstructions training.json
-        settings, `data` (the settings of the data set), PSNR in dB on at most 2,048 held-out
-                              images, encoded with posterior noise as training sees them, seconds,
-                              versions
+    - reconstructions.png: held-out originals, each row above their reconstructions
+    - training.json: settings, `data` (the settings of the data set), PSNR in dB on at most 2,048
+      held-out images, encoded with posterior noise as training sees them, seconds, versions
 
     Raises UserError for an `out` that exists, images that do not fit, and a data set without
     held-out images.
     """
     require(not out.exists(), f"out={out}: exists already and is not written over; choose another folder")
-    require(not isinstance(images, LatentCache), "data: is a latent cache already; give the images")
+    require(not images.has_latents, "data: is a latent cache already; give the images")
     require(len(held_out.labels) > 0, "data: there are no held-out images to measure on; give data.holdout_every=20")
     require(
         images.image_size % settings.downsampling == 0,
@@ -234,7 +246,7 @@ def train_autoencoder(
     )
     temporary = out.parent / f".tmp-{out.name}"
     shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed while writing
-    temporary.mkdir(parents=True)  # a place that cannot be written is found out before the training
+    temporary.mkdir(parents=True)  # a place that cannot be written is refused before the training
     begin = time.monotonic()
     network = build_network(settings, images.channels, images.image_size)
     errors = fit(network, images, settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -15,7 +15,7 @@ from torch import Tensor
 from ddt.checkpoint import folder as ckpt
 from ddt.checkpoint.published import architecture, build_from_state, find_released, read_parts
 from ddt.errors import UserError, require
-from ddt.objective import FlowMatching
+from ddt.objective import Objective
 from ddt.training.ema import EMA
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def initialise(
     network: dict[str, Any],
     autoencoder: str | None,
     class_names: list[str],
-    objective: FlowMatching,
+    objective: Objective,
     averages: dict[str, EMA],
 ) -> None:
     """Fill a new run's denoiser, its averages and, where it fits, its projector from `init_from`;

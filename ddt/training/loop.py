@@ -65,11 +65,13 @@ def train_steps(run: Run, session: Session) -> str:
         # --- one optimizer step: gradients summed over micro-batches, averaged over processes
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * settings.lr_factor(state.step)
-        align = state.step < run.align_until
+        align = state.step < run.alignment.end_step
         for micro in range(session.num_micro):
             with clock.waiting():
                 batch = next(session.batches)
-            inputs = to_latents(batch, run.autoencoder, accelerator, run.target if align else None)  # (B, C, H, W)
+            inputs = to_latents(
+                batch, run.autoencoder, accelerator, run.alignment.target if align else None
+            )  # (B, C, H, W)
             with micro_batch(model, accelerator, last=micro == session.num_micro - 1):
                 losses = model(**inputs, align=align)
                 accelerator.backward(losses["loss"] / session.num_micro)
@@ -86,7 +88,7 @@ def train_steps(run: Run, session: Session) -> str:
 
         # --- log
         if last or state.step % settings.log_every == 0:
-            log_row(session, settings.log_every, with_target=align and run.target is not None)
+            log_row(session, settings.log_every, with_target=align and run.alignment.target is not None)
 
         # --- save, before anything that could fail; then measure the EMA weights
         saves = last or bool(stopped) or settings.due(settings.save_every, state.step)

@@ -15,12 +15,12 @@ import torch
 from accelerate import Accelerator
 
 from ddt.autoencoder import Autoencoder
-from ddt.data.images import Images, spread
+from ddt.data.images import Images
 from ddt.data.stream import validation_batch
+from ddt.data.survey import spread
 from ddt.draws import PREVIEW, draws
-from ddt.flow import TimeDistribution, interpolate, training_times
 from ddt.model import Denoiser
-from ddt.objective.flow_matching import velocity_errors
+from ddt.objective import Objective
 from ddt.pictures import image_grid, readable, write_png
 from ddt.sampling.sample import sample_latents
 from ddt.sampling.settings import SamplerSettings
@@ -101,7 +101,7 @@ class Measurements:
         run = self.run
         if "validation" in names:
             loss = validation_loss(
-                network, run.objective.time_distribution, run.held_out, run.autoencoder, self.accelerator,
+                run.objective.for_validation(network), run.held_out, run.autoencoder, self.accelerator,
                 run.latent_shape, self.batch_size,
             )  # fmt: skip
             if tracker is not None:
@@ -122,16 +122,15 @@ class Measurements:
 
 @torch.no_grad()
 def validation_loss(
-    model: Denoiser,
-    time_distribution: TimeDistribution,
+    objective: Objective,
     images: Images,
     autoencoder: Autoencoder,
     accelerator: Accelerator,
     shape: tuple[int, int, int],
     batch_size: int,
 ) -> float:
-    """Return the flow-matching loss of a network on held-out images at fixed times and noise
-    (method.md 1).
+    """Return the mean error of an objective (`Objective.for_validation`) on held-out images at
+    fixed times and noise. Source: method.md 1.
 
     At most 2,048 images, evenly spread over the split, keep their labels. `shape` is (C, H, W) of a
     latent; `batch_size` does not change the result. All processes call it together, each takes its
@@ -143,10 +142,9 @@ def validation_loss(
     for start in range(0, len(mine), batch_size):
         indices = mine[start : start + batch_size]
         batch = to_latents(validation_batch(images, shape, indices), autoencoder, accelerator)
-        t = training_times(batch["time_normal"], time_distribution)
         with accelerator.autocast():
-            v_pred = model(interpolate(batch["latents"], batch["noise"], t), t, batch["y"])
-        total += velocity_errors(v_pred, batch["latents"], batch["noise"]).double().sum()
+            errors = objective(**batch)["errors"]
+        total += errors.double().sum()
     return accelerator.reduce(total, reduction="sum").item() / len(chosen)
 
 

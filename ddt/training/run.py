@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,14 @@ from ddt.autoencoder import Autoencoder
 from ddt.checkpoint import folder as ckpt
 from ddt.config import Choice
 from ddt.data.images import Images
-from ddt.data.latent_cache import LatentCache
+from ddt.data.survey import infer_settings
 from ddt.distributed.launch import default_processes
 from ddt.errors import UserError, require
 from ddt.metrics.classifier import ClassifierSettings
 from ddt.metrics.features import FeatureSettings
 from ddt.metrics.reference import data_reference
-from ddt.objective.alignment import REPA, Dispersive, Target, check_depth
-from ddt.objective.flow_matching import FlowMatching
+from ddt.objective import Objective
+from ddt.objective.alignment import REPA, Alignment, Dispersive, build_alignment, check_depth
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.evaluation import OnlineEvaluation, OnlineSamples, online_evaluation
 from ddt.training.init_from import find_source
@@ -85,9 +84,14 @@ class TrainSettings:
         return json.loads(json.dumps(values))
 
 
+def infer(settings: TrainSettings) -> TrainSettings:
+    """Return settings whose nulls are inferred from the images, where they can be."""
+    model, data = infer_settings(settings.model, settings.data, settings.autoencoder)
+    return dataclasses.replace(settings, model=model, data=data)
+
+
 def check(settings: TrainSettings) -> None:
-    """Build what costs nothing and raise one UserError with a line for each setting that cannot be.
-    """
+    """Build what costs nothing and raise one UserError with a line for each setting that cannot be."""
     problems: list[str] = []
 
     def attempt(function: Any, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
@@ -113,8 +117,6 @@ def check(settings: TrainSettings) -> None:
             f"sampler.recompute={settings.sampler.recompute}: this model has no encoder to share; give null"
         )
     require(not problems, "\n".join(problems))
-    if settings.choices["data"] == "folder":
-        log_folder_summary(settings)
 
 
 def check_evaluation(settings: TrainSettings) -> None:
@@ -158,35 +160,25 @@ class Run:
     config: what checkpoints carry inside: `network`, `latent_shape`, `autoencoder`, `sampler`,
     `class_names`, and under `run` all settings, which a resumed run is compared with. objective:
     the denoiser with its loss, initialised alike on all processes. held_out: validation images,
-    possibly none. target: the network whose features are aligned to, where they do not come from a
-    cache.
+    possibly none. alignment: of a hidden layer, with its frozen target.
     """
 
     settings: TrainSettings
     config: dict[str, Any]
-    objective: FlowMatching
+    objective: Objective
     autoencoder: Autoencoder
     images: Images
     held_out: Images
-    target: Target | None
+    alignment: Alignment
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a latent."""
         return tuple(self.config["latent_shape"])
 
-    @property
-    def align_until(self) -> float:
-        """The first step without alignment."""
-        alignment = self.settings.alignment
-        if alignment is None:
-            return 0
-        return math.inf if alignment.until_step is None else alignment.until_step
-
 
 def build_run(settings: TrainSettings) -> Run:
-    """Build data, autoencoder, network and loss; raise UserError where they do not fit each other.
-    """
+    """Build data, autoencoder, network and loss; raise UserError where they do not fit each other."""
     torch.manual_seed(settings.seed)  # the initial weights; nothing later draws from the global state
     images, held_out = (settings.data.build(split=split) for split in ("train", "test"))
     autoencoder = settings.autoencoder.build()
@@ -197,13 +189,15 @@ def build_run(settings: TrainSettings) -> Run:
         shape[1] % patch_size == 0 and shape[2] % patch_size == 0,
         f"model.patch_size={patch_size} does not divide the latent size {shape[1]}×{shape[2]}: choose a divisor",
     )
-    if isinstance(images, LatentCache):
-        images.check_autoencoder(autoencoder)
+    images.check_autoencoder(autoencoder)
     sizes = {"in_channels": shape[0], "num_classes": len(images.class_names)}
     network = model.build(**sizes)
+    grid = (shape[1] // patch_size, shape[2] // patch_size)
     alignment = build_alignment(
-        settings.alignment, network.hidden_size, (shape[1] // patch_size, shape[2] // patch_size), images
+        settings.alignment, network.hidden_size, grid, images.image_size, images.cached_features
     )
+    if alignment.target is not None:
+        images.require_pixels()
     # what data and frozen weights are, wherever they lie: a resumed run must share it
     fingerprints = {
         "data": images.fingerprint,
@@ -223,7 +217,7 @@ def build_run(settings: TrainSettings) -> Run:
         "run": plain,
     }
     objective = settings.objective.build(denoiser=network, alignment=alignment.loss)
-    return Run(settings, config, objective, autoencoder, images, held_out, alignment.target)
+    return Run(settings, config, objective, autoencoder, images, held_out, alignment)
 
 
 def build_evaluation(run: Run, accelerator: Accelerator) -> OnlineEvaluation | None:
@@ -252,22 +246,3 @@ def build_evaluation(run: Run, accelerator: Accelerator) -> OnlineEvaluation | N
 
 
 def load_reference(*args: Any) -> Any: ...
-def log_folder_summary(settings: Any) -> None: ...
-
-
-@dataclasses.dataclass
-class TempAlign:
-    loss: Any
-    target: Any
-    fingerprint: Any
-
-
-def build_alignment(alignment: Any, hidden_size: int, grid: Any, images: Any) -> Any:
-    if alignment is None:
-        return TempAlign(None, None, None)
-    if isinstance(alignment, Dispersive):
-        return TempAlign(alignment.build_loss(), None, None)
-    target = alignment.build_target(images.image_size)
-    return TempAlign(
-        alignment.build_loss(hidden_size, target.num_features, target.grid, grid), target, target.fingerprint
-    )

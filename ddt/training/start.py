@@ -83,9 +83,12 @@ def start(run: Run) -> Iterator[Session | None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(reserved(run_dir, accelerator))
         run.autoencoder.to(device)
-        if run.target is not None:
-            run.target.to(device)
-        flops = training_flops(run.objective, run.latent_shape), target_flops(run.target, run.images.image_size)
+        if run.alignment.target is not None:
+            run.alignment.target.to(device)
+        flops = (
+            training_flops(run.objective, run.latent_shape),
+            target_flops(run.alignment.target, run.images.image_size),
+        )
         model, state = resume_or_begin(run, accelerator, compiled)
         saver = Saver(run_dir, trainer, run.config, accelerator)
         saver.restore_folder(state.step)
@@ -116,8 +119,7 @@ def start(run: Run) -> Iterator[Session | None]:
         tracker = open_tracker(run, state.step, stack) if rank == 0 else None
 
         layout = trainer.global_batch_size, micro_batch_size, rank, num_processes
-        needs_target = settings.alignment is not None and settings.alignment.needs_target
-        align_until = run.align_until * trainer.global_batch_size if needs_target else 0
+        align_until = run.alignment.end_step * trainer.global_batch_size if run.alignment.needs_features else 0
         stream = TrainingStream(run.images, settings.seed, run.latent_shape, run.autoencoder.stochastic, align_until)
         positions = PositionSampler(state.step, trainer.max_steps, *layout)
         batches = load_batches(stream, positions, trainer.num_workers, pin_memory=device.type == "cuda")
@@ -145,8 +147,8 @@ def warm_up(run: Run, model: nn.Module, state: TrainingState, batch: dict[str, t
     resume adds gradients in the same order as the uninterrupted run. It compiles, too, before the
     clock starts.
     """
-    align = run.align_until > 0
-    inputs = to_latents(batch, run.autoencoder, state.accelerator, run.target if align else None)
+    align = run.alignment.end_step > 0
+    inputs = to_latents(batch, run.autoencoder, state.accelerator, run.alignment.target if align else None)
     state.accelerator.backward(model(**inputs, align=align)["loss"])
     state.optimizer.zero_grad(set_to_none=True)
 

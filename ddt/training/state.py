@@ -10,7 +10,7 @@ from torch import Tensor
 from ddt.checkpoint import folder as ckpt
 from ddt.distributed.prepare import load_weights, local_part, shard_like
 from ddt.model import Denoiser
-from ddt.objective import FlowMatching
+from ddt.objective import Objective
 from ddt.training.ema import EMA
 from ddt.training.meter import Meter
 from ddt.training.stopping import Skips
@@ -33,7 +33,7 @@ class TrainingState:
 
     def __init__(
         self,
-        objective: FlowMatching,
+        objective: Objective,
         optimizer: torch.optim.Optimizer,
         emas: dict[str, EMA[Denoiser]],
         accelerator: Accelerator,

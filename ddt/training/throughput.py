@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddt.model.cost import network_macs, num_tokens, weight_macs
-from ddt.objective import FlowMatching
+from ddt.objective import Objective
 from ddt.objective.alignment import Target
 
 # Dense bf16 matrix products in FLOP/s, from the makers' data sheets; of float32 training no share
@@ -36,7 +36,7 @@ def peak_of(device_name: str) -> float | None:
     return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
-def training_flops(objective: FlowMatching, shape: tuple[int, int, int]) -> int:
+def training_flops(objective: Objective, shape: tuple[int, int, int]) -> int:
     """Return the FLOPs of an image in training, forward and backward, for latents of `shape` (C, H,
     W).
     """

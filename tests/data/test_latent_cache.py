@@ -190,6 +190,16 @@ def test_another_cache_of_the_same_files_is_another_training(place, tmp_path, mo
     assert "data.fingerprint" in message
 
 
+def test_a_cache_offers_latents_and_is_not_cached_again(place):
+    cache = LatentCache(str(place / "half"))
+    assert cache.has_latents
+    assert cache.cached_features is None
+    again = [*latents(place), f"out={place / 'again'}"]
+    assert refusal("scripts.cache_latents", *again) == "data: is a latent cache already; give the images"
+    message = refusal("scripts.train_autoencoder", *latents(place)[:2], f"out={place / 'again'}")
+    assert message == "data: is a latent cache already; give the images"
+
+
 def test_dispersive_loss_needs_no_pixels(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     copy = tmp_path / "copy"

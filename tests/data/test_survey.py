@@ -1,19 +1,21 @@
-"""What is found in a folder of images, and what is told of it."""
+"""What is inferred from a folder of images, and what is logged of it."""
 
 import json
 import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, picture, picture_folder, refusal, run_inside
+from conftest import picture, picture_folder, refusal, run_inside
 from PIL import Image
 
+from ddt.config import Choice
 from ddt.data import survey as surveying
-from ddt.data.images import ImageFolder, list_folder
-from ddt.data.survey import found, hints, patch_size, survey
+from ddt.data.images import ImageFolder
+from ddt.data.survey import hints, infer_settings, list_folder, log_folder_summary, patch_size, survey
 from ddt.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+FOLDER = {"image_size": None, "channels": None, "holdout_every": 20}
 
 
 def write(path, width, height, mode="RGB"):
@@ -26,7 +28,8 @@ def test_small_squares_of_one_size_are_trained_on_as_they_are(tmp_path):
         write(tmp_path / "a" / f"{k}.png", 28, 28, "L")
     seen = survey(str(tmp_path))
     assert (seen.image_size, seen.channels) == (28, 1)
-    images = ImageFolder(str(tmp_path), seen.image_size, holdout_every=0, channels=1)
+    images = ImageFolder(str(tmp_path), None, holdout_every=0, channels=None)
+    assert images.inferred == {"image_size": 28, "channels": 1}
     assert images.load(np.arange(3)).shape == (3, 1, 28, 28)
     pixels = np.asarray(Image.open(tmp_path / "a" / "1.png"))
     assert np.array_equal(images.load(np.array([1]))[0, 0], pixels)
@@ -62,6 +65,18 @@ def test_patches_make_a_grid_of_at_most_eight_where_they_can(size, patch):
     assert patch_size(size) == patch
 
 
+def test_null_settings_are_inferred_and_others_kept(tmp_path):
+    picture_folder(tmp_path, count=2)
+    model, data = Choice("ddt.model.DDT", {"patch_size": None}), Choice("ddt.data.images.ImageFolder", FOLDER)
+    data = Choice(data.target, {**data.settings, "root": str(tmp_path)})
+    for kind, patch in (("Identity", 4), ("KLAutoencoder", 2)):
+        autoencoder = Choice(f"ddt.autoencoder.{kind}", {})
+        found, images = infer_settings(model, data, autoencoder)
+        assert found.settings == {"patch_size": patch}
+        assert images.settings == {**data.settings, "image_size": 32, "channels": 3}
+        assert infer_settings(found, images, autoencoder) == (found, images)
+
+
 def test_a_size_without_a_useful_patch_is_refused():
     with pytest.raises(
         UserError, match=r"data\.image_size=47: give a multiple of 4, 44 or 48, or a model\.patch_size="
@@ -89,7 +104,8 @@ def test_a_folder_that_is_laid_out_otherwise_is_named(tmp_path):
         list_folder(str(tmp_path / "train"))
 
 
-def test_what_should_be_known_is_said(tmp_path):
+def test_what_should_be_known_is_said(tmp_path, caplog):
+    caplog.set_level("INFO")
     for k in range(25):
         write(tmp_path / "many" / f"{k}.png", 40, 30)
     write(tmp_path / "alone" / "0.png", 20, 50, "RGBA")
@@ -105,9 +121,11 @@ def test_what_should_be_known_is_said(tmp_path):
     others = "\n".join(hints(survey(str(tmp_path)), 20, 1, 0))
     assert "26 images have colours, which data.channels=1 drops" in others
     assert "enlarged" not in others
-    line = found(survey(str(tmp_path)), 32, 3, 4)
-    assert line.startswith("26 images in 2 classes, 20×50 to 40×30 px; trained at ")
+    log_folder_summary(str(tmp_path), 32, 3, 4, holdout_every=20)
+    line, *rest = caplog.messages
+    assert line.startswith(f"data.root={tmp_path}: 26 images in 2 classes, 20×50 to 40×30 px; trained at ")
     assert line.endswith("data.image_size=32, data.channels=3 (RGB), model.patch_size=4")
+    assert rest == [f"hint: {hint}" for hint in text.splitlines()]
 
 
 def test_nothing_is_said_where_nothing_needs_to(tmp_path, monkeypatch):
@@ -164,7 +182,7 @@ def test_training_refuses_what_cannot_be_opened_before_it_begins(tmp_path, monke
     ("arguments", "message"),
     [
         (["data=folder"], "data.root: not set; give data.root=…"),
-        (["data=folder", "data.root="], "data.image_size: is found from the images; give it, or data.root="),
+        (["data=folder", "data.root="], "data.root=: no such folder"),
         (["data=folder", "data.root=NOWHERE"], "data.root=NOWHERE: no such folder"),
         (["data=folder", "data.root=NOWHERE", "data.image_size=8", "data.channels=2"], "data.channels=2: give 1 or 3"),
     ],
@@ -175,7 +193,22 @@ def test_a_wrong_folder_is_one_line(tmp_path, monkeypatch, arguments, message):
     assert line.startswith(message)
 
 
-def test_the_published_data_are_not_looked_at(monkeypatch):
+def test_nothing_is_opened_where_nothing_is_inferred(tmp_path, monkeypatch, caplog):
     """A million files are not opened to learn what their configuration says."""
-    assert "found_in" not in (ROOT / "conf" / "data" / "in256.yaml").read_text()
-    assert "found_in" not in (ROOT / "conf" / "data" / "folder_256.yaml").read_text()
+    caplog.set_level("INFO")
+    picture_folder(tmp_path, count=1)
+    monkeypatch.setattr(surveying, "read_header", None)
+    images = ImageFolder(str(tmp_path), 16, channels=3)
+    images.log_summary(patch_size=2)
+    assert images.inferred == {}
+    assert not caplog.messages
+
+
+def test_a_broken_image_is_refused_with_the_summary(tmp_path):
+    picture_folder(tmp_path, count=2)
+    (tmp_path / "class1" / "zz.jpg").write_text("no picture")
+    images = ImageFolder(str(tmp_path), None, channels=3)
+    with pytest.raises(
+        UserError, match=r"class1/zz\.jpg: cannot be opened, as 1 of the images; replace or remove them"
+    ):
+        images.log_summary(patch_size=4)

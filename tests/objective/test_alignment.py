@@ -4,6 +4,7 @@ refuses.
 
 import functools
 import math
+from pathlib import Path
 
 import pytest
 import timm
@@ -16,15 +17,19 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from ddt.config import build, check_arguments
+from ddt.config import locate, parse
+from ddt.data.images import CachedFeatures
 from ddt.errors import UserError
+from ddt.files import sha256
 from ddt.objective.alignment import (
     REPA,
+    Alignment,
     AlignmentLoss,
     Dispersive,
     DispersiveLoss,
     Projector,
     Target,
+    build_alignment,
     check_depth,
     to_grid,
 )
@@ -448,17 +453,45 @@ def test_depth_is_checked_against_the_encoder():
 
 
 def alignment(name):
+    """The settings of a file in conf/alignment."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return OmegaConf.to_container(compose(f"alignment/{name}"))["alignment"]
+        node = OmegaConf.to_container(compose(f"alignment/{name}"))["alignment"]
+    target = node.pop("_target_")
+    return target and parse(locate(target), node, "alignment")
+
+
+def cached(target, file=None, **changes):
+    values = dict(target=target, weights_sha256=file and sha256(Path(file)), fingerprint="f", num_features=5)
+    return CachedFeatures(**{**values, "grid": (2, 2), "root": "cache", **changes})
+
+
+def test_an_alignment_is_built_of_a_target_or_of_cached_features(files):
+    file = files(LITE0)
+    settings = REPA(LITE0, file, align_depth=1, until_step=7)
+    online = build_alignment(settings, 6, (4, 4), 32)
+    assert online.target is not None
+    assert (online.fingerprint, online.end_step, online.needs_features) == (online.target.fingerprint, 7, True)
+    assert online.loss.projector[4].out_features == 112
+    stored = build_alignment(settings, 6, (4, 4), 32, cached(LITE0, file))
+    assert (stored.target, stored.fingerprint) == (None, "f")
+    assert (stored.loss.projector[4].out_features, stored.loss.grid, stored.loss.wanted_grid) == (5, (2, 2), (4, 4))
+    other = cached(LITE0, weights_sha256="0")
+    refused(lambda: build_alignment(settings, 6, (4, 4), 32, other), "is not the file that the cached features")
+    refused(lambda: build_alignment(settings, 6, (4, 4), 32, cached(DINOV2)), f"holds features of {DINOV2}")
+
+
+def test_without_a_target_nothing_is_loaded():
+    dispersive = build_alignment(Dispersive(), 6, (4, 4), 32, cached(LITE0))
+    assert isinstance(dispersive.loss, DispersiveLoss)
+    assert (dispersive.end_step, dispersive.needs_features, dispersive.target) == (math.inf, False, None)
+    assert build_alignment(None, 6, (4, 4), 32) == Alignment()
+    assert Alignment().end_step == 0
 
 
 @pytest.mark.parametrize(
     ("name", "target", "depth"),
     [
         ("repa_dinov2_b", "vit_base_patch14_dinov2.lvd142m", 8),
-        ("repa_dinov2_b_reg", "vit_base_patch14_reg4_dinov2.lvd142m", 8),
-        ("repa_dinov2_l", "vit_large_patch14_dinov2.lvd142m", 8),
-        ("repa_dinov2_g", "vit_giant_patch14_dinov2.lvd142m", 8),
         ("repa_efficientnet_lite0", LITE0, 2),
     ],
 )
@@ -466,18 +499,15 @@ def test_the_targets_on_offer(name, target, depth, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "efficientnet_lite0.safetensors").touch()
-    node = alignment(name)
-    settings = build(node)
+    settings = alignment(name)
     assert (settings.target, settings.align_depth, settings.weight) == (target, depth, 0.5)
     assert (settings.until_step, settings.projector_width, settings.compile) == (None, None, False)
     assert (settings.needs_target, settings.loss_name) == (True, "repa_loss")
-    arguments = {key: value for key, value in node.items() if key != "_target_"}
-    assert check_arguments(REPA, arguments, "alignment") == (arguments, [])
 
 
 def test_the_other_choices():
-    assert build(alignment("none")) is None
-    settings = build(alignment("dispersive"))
+    assert alignment("none") is None
+    settings = alignment("dispersive")
     assert settings == Dispersive()
     assert (settings.needs_target, settings.loss_name) == (False, "dispersive_loss")
-    assert check_arguments(Dispersive, {"until_step": 2.5}, "alignment")[1]
+    refused(lambda: parse(Dispersive, {"until_step": 2.5}, "alignment"), "alignment.until_step=2.5")

@@ -6,6 +6,8 @@ from conftest import inputs, small_ddt
 
 from ddt.errors import UserError
 from ddt.objective import FlowMatching
+from ddt.objective.alignment import AlignmentLoss
+from ddt.objective.flow_matching import velocity_errors
 
 
 class Recorder(torch.nn.Module):
@@ -66,6 +68,17 @@ def test_loss_is_a_function_of_its_arguments(training):
     objective = FlowMatching(small_ddt()).train(training)
     losses = [objective(*batch())["loss"] for _ in range(2)]
     assert torch.equal(*losses)
+
+
+def test_validation_is_the_objective_around_another_network_with_all_labels():
+    x, y, noise, time_normal, _ = batch(4)
+    trained, averaged = Recorder(torch.zeros_like(x)), Recorder(torch.full_like(x, 0.5))
+    objective = FlowMatching(trained, "uniform", 1.0, AlignmentLoss(torch.nn.Identity(), 1, 0.5, (2, 2), (2, 2)))
+    losses = objective.for_validation(averaged)(x, y, noise, time_normal, torch.zeros(4))
+    assert torch.equal(averaged.y, y)
+    assert torch.equal(losses["errors"], velocity_errors(averaged.answer, x, noise))
+    assert torch.equal(losses["t"], torch.special.ndtr(time_normal))
+    assert objective.denoiser is trained
 
 
 def test_impossible_dropout_is_named():

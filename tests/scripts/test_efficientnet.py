@@ -9,7 +9,7 @@ import torch
 from conftest import refusal, succeed
 from safetensors.torch import load_file
 
-import scripts.studies.photos.export_efficientnet_lite0 as export
+import scripts.studies.photos.efficientnet_lite0 as export
 
 SCRIPT = "scripts.studies.photos.export_efficientnet_lite0"
 

@@ -204,6 +204,6 @@ def test_one_step_of_ddt_b_with_the_real_networks(tmp_path, monkeypatch):
     assert row["repa_loss"] == pytest.approx(1, abs=0.2)  # a random projector is orthogonal to the features
     config = json.loads((tmp_path / "runs/real/checkpoints/step_0000001/config.json").read_text())
     assert config["latent_shape"] == [4, 32, 32]
-    assert built[0].target.grid == (16, 16)
+    assert built[0].alignment.target.grid == (16, 16)
     assert sum(p.numel() for p in built[0].objective.denoiser.parameters()) == 130_262_800 - 998 * 768
     assert [p.shape for p in built[0].objective.alignment.projector.parameters()][::2] == [(768, 768)] * 3

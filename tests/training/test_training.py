@@ -19,6 +19,7 @@ from ddt.checkpoint import folder as ckpt
 from ddt.data.images import Digits
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError
+from ddt.objective import FlowMatching
 from ddt.training.measurements import validation_loss
 from ddt.training.settings import TrainerSettings
 
@@ -61,6 +62,11 @@ def train(folder, name, *overrides):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         return folder / "runs" / name, run_inside("train", *arguments)
+
+
+def validated(network, time_distribution="lognorm"):
+    """The objective that validation calls, of a network."""
+    return FlowMatching(None, time_distribution).for_validation(network)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +189,7 @@ def test_sharded_processes_train_what_whole_ones_do(folder, two):
     assert (path / "previews" / "step_0000030.png").is_file()
     assert rows(path)[-1]["validation_loss"] == pytest.approx(
         validation_loss(
-            ddt.load_model(path), "lognorm", Digits("test"), Identity(), make_accelerator("no"), (1, 8, 8), 64
+            validated(ddt.load_model(path)), Digits("test"), Identity(), make_accelerator("no"), (1, 8, 8), 64
         ),
         rel=1e-5,
     )
@@ -228,12 +234,13 @@ def test_validation_is_that_of_the_averaged_weights_on_any_number_of_processes(f
         assert done.returncode == 0, done.stderr
         values[number] = rows(path)[-1]["validation_loss"]
     assert values[1] == pytest.approx(values[2], rel=1e-4)
-    arguments = ("lognorm", Digits("test"), Identity(), make_accelerator("no"), (1, 8, 8), 64)
+    arguments = (Digits("test"), Identity(), make_accelerator("no"), (1, 8, 8), 64)
     averaged = ddt.load_model(path)
-    assert values[2] == pytest.approx(validation_loss(averaged, *arguments), rel=1e-5)
+    assert values[2] == pytest.approx(validation_loss(validated(averaged), *arguments), rel=1e-5)
     averaged.load_state_dict(load_file(path / "checkpoints" / "step_0000008" / "model.safetensors"))
-    assert values[2] != pytest.approx(validation_loss(averaged, *arguments), rel=1e-4)
-    assert validation_loss(averaged, "uniform", *arguments[1:]) != validation_loss(averaged, *arguments)
+    loss = validation_loss(validated(averaged), *arguments)
+    assert values[2] != pytest.approx(loss, rel=1e-4)
+    assert validation_loss(validated(averaged, "uniform"), *arguments) != loss
 
 
 def test_a_diverged_run_ends_before_it_is_saved(folder):
@@ -344,13 +351,12 @@ def test_bf16_baseline_previews_validation_and_wandb_offline(folder):
 
 
 def test_validation_loss_depends_on_network_and_images_alone():
-    model = small_ddt(in_channels=1, num_classes=10)
-    held_out, accelerator = Digits("test"), make_accelerator("no")
-    arguments = (held_out, Identity(), accelerator, (1, 8, 8))
-    first = validation_loss(model, "lognorm", *arguments, batch_size=64)
+    objective = validated(small_ddt(in_channels=1, num_classes=10))
+    arguments = (Digits("test"), Identity(), make_accelerator("no"), (1, 8, 8))
+    first = validation_loss(objective, *arguments, batch_size=64)
     torch.manual_seed(5)
-    assert validation_loss(model, "lognorm", *arguments, batch_size=64) == first
-    assert validation_loss(model, "lognorm", *arguments, batch_size=7) == pytest.approx(first, rel=1e-5)
+    assert validation_loss(objective, *arguments, batch_size=64) == first
+    assert validation_loss(objective, *arguments, batch_size=7) == pytest.approx(first, rel=1e-5)
 
 
 def test_learning_rate_schedules():

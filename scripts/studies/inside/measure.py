@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from ddt.autoencoder import Autoencoder
 from ddt.config import build
-from ddt.data.images import Images, spread
+from ddt.data.images import Images
 from ddt.data.latent_cache import LatentCache
 from ddt.data.stream import validation_batch
+from ddt.data.survey import spread
 from ddt.draws import golden_sequence
 from ddt.errors import UserError, first_line, require
 from ddt.flow import clean
