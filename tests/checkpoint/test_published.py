@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, run
+from conftest import GOLDEN, ROOT, refusal, run
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -197,8 +197,8 @@ def test_published_samplers_are_those_of_conf(resolution):
 def test_conversion_end_to_end(tmp_path):
     out = tmp_path / "converted"
     arguments = [f"released={LIGHTNING}", "encoder_depth=1", "patch_size=1", "resolution=512", f"out={out}"]
-    wrong = run("scripts/convert_checkpoint.py", *arguments, "resolution=300")
-    assert wrong.stderr.strip() == "resolution=300: published models exist at 256 and 512 px"
+    message = refusal("scripts.convert_checkpoint", *arguments, "resolution=300")
+    assert message == "resolution=300: published models exist at 256 and 512 px"
     done = run("scripts/convert_checkpoint.py", *arguments)
     assert done.returncode == 0, done.stderr
     model = ddt.load_model(out)
@@ -212,6 +212,5 @@ def test_conversion_end_to_end(tmp_path):
     )
     assert SamplerSettings(**config["sampler"]) == SamplerSettings(**published, recompute=None)
     assert config["autoencoder"]["source"] == "stabilityai/sd-vae-ft-ema"
-    again = run("scripts/convert_checkpoint.py", *arguments)
-    assert again.returncode != 0
-    assert again.stderr.strip() == f"out={out}: exists already and is not written over; choose another folder"
+    message = refusal("scripts.convert_checkpoint", *arguments)
+    assert message == f"out={out}: exists already and is not written over; choose another folder"

@@ -331,7 +331,7 @@ def checkpoint(tmp_path_factory):
             ["format=hub", "metrics={there}/of_others"],
             "does not say that its samples were generated with these weights",
         ),
-        (["format=hub", "autoencoder=a/b"], "autoencoder=a/b: this model draws pixels"),
+        (["format=hub", "autoencoder=a/b"], "autoencoder=a/b: this model samples pixels"),
         (["format=hub", "push=name"], "push=name: no name of a model; write owner/name"),
         (["format=hub", "out={there}"], "exists already and is not written over"),
         (["format=hub", "weight=ema"], "weight: no such setting; did you mean weights?"),
