@@ -14,7 +14,6 @@ from ddt.checkpoint.convert import SAMPLERS
 from ddt.checkpoint.published import check_releasable, find_released, read_file, read_released, write_released
 from ddt.config import parse
 from ddt.errors import UserError
-from ddt.generation.settings import SampleSettings
 from ddt.sampling.settings import SamplerSettings
 
 LIGHTNING = GOLDEN / "patch1.lightning.ckpt"
@@ -173,17 +172,6 @@ def test_what_the_release_has_no_names_for_is_refused():
     assert ddt.DDT.release.published_name("decoder.blocks.1.mixer.qkv.weight", network) == "blocks.4.attn.qkv.weight"
     with pytest.raises(AssertionError, match="two weights have one published name"):
         write_released(None, network, {f"{half}.t_embedder.w": torch.zeros(1) for half in ("encoder", "decoder")})
-
-
-@pytest.mark.parametrize(("resolution", "scale"), [(256, 2.0), (512, 3.0)])
-def test_presets_are_the_published_sampler(resolution, scale):
-    with initialize_config_dir(str(ROOT / "conf" / "sample"), version_base="1.3"):
-        preset = OmegaConf.to_container(compose("sample", overrides=[f"experiment=published_xl_{resolution}"]))
-    settings = parse(SampleSettings, {key: value for key, value in preset.items() if key != "experiment"})
-    assert settings.resolve({}, shares_encoder=True) == SAMPLERS[resolution]
-    assert (SAMPLERS[resolution].cfg_scale, settings.dtype) == (scale, "bf16")
-    classes = settings.image_set(1000).classes
-    assert {classes.count(c) for c in range(1000)} == {50}
 
 
 @pytest.mark.parametrize("resolution", [256, 512])
