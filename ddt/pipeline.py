@@ -1,7 +1,7 @@
 """The model as a diffusers pipeline: `DDTPipeline`, its network and its sampler as components.
 
 Nothing is computed here that is not computed in `ddt.sampling.sample` and `ddt.autoencoder`: a
-pipeline draws the images that sample.py draws. Shapes: B images, C H W.
+pipeline's images are those of sample.py. Shapes: B images, C H W.
 """
 
 import dataclasses
@@ -25,8 +25,7 @@ from ddt.errors import UserError, require
 from ddt.generation.generator import Dtype, Generator
 from ddt.generation.image_set import MAX_SEED
 from ddt.generation.settings import SamplerOverrides
-from ddt.model import DDT, Denoiser, DiT
-from ddt.model.layers import AdaLNInit, MixerName
+from ddt.model import Denoiser, build_network
 from ddt.sampling.fitting import resolve_recompute
 from ddt.sampling.settings import SamplerSettings
 from ddt.sampling.solvers import DiffusionName
@@ -44,8 +43,10 @@ NAMES = {
 
 
 class DDTTransformer2DModel(ModelMixin, ConfigMixin):
-    """A `DDT`, or with encoder_depth None a `DiT`, as a diffusers model. Arguments as there;
-    sample_size: H and W of the latents.
+    """A network of `ddt.model` as a diffusers model.
+
+    sample_size: H and W of the latents. settings: of `build_network`, so that every family of
+    networks has its own.
     """
 
     # what autocast leaves in float32, so that the weights loaded in bfloat16 give the bits of
@@ -53,26 +54,9 @@ class DDTTransformer2DModel(ModelMixin, ConfigMixin):
     _keep_in_fp32_modules: ClassVar = ["norm", "norm1", "norm2", "q_norm", "k_norm", "embedding_table"]
 
     @register_to_config
-    def __init__(
-        self,
-        sample_size: tuple[int, int],
-        in_channels: int,
-        patch_size: int,
-        hidden_size: int,
-        num_heads: int,
-        depth: int,
-        encoder_depth: int | None,
-        num_classes: int,
-        decoder_block: MixerName = "attention",
-        adaln_init: AdaLNInit = "release",
-    ) -> None:
+    def __init__(self, sample_size: tuple[int, int], settings: dict[str, Any]) -> None:
         super().__init__()
-        sizes = (in_channels, patch_size, hidden_size, num_heads, depth)
-        self.network: Denoiser = (
-            DiT(*sizes, num_classes, adaln_init)
-            if encoder_depth is None
-            else DDT(*sizes, encoder_depth, num_classes, decoder_block, adaln_init)
-        )
+        self.network: Denoiser = build_network(settings)
 
     @apply_forward_hook
     def denoiser(self) -> Denoiser:
@@ -146,7 +130,7 @@ class Steps:
 
 
 class DDTPipeline(DiffusionPipeline):
-    """Draws images of classes with a Decoupled Diffusion Transformer; the images of `sample.py`.
+    """Samples images of classes with a Decoupled Diffusion Transformer: the images of `sample.py`.
 
     Args:
         transformer: the network. vae: diffusers' AutoencoderKL or AutoencoderTiny; None for a model
@@ -199,7 +183,7 @@ class DDTPipeline(DiffusionPipeline):
         require(len(given) > 0, "class_labels=[]: name at least one class")
         require(num_images_per_class >= 1, f"num_images_per_class={num_images_per_class}: must be at least 1")
         classes = [self.get_label_ids(label)[0] if isinstance(label, str) else int(label) for label in given]
-        last = self.transformer.config.num_classes - 1
+        last = self.transformer.network.num_classes - 1
         wrong = [k for k in classes if not 0 <= k <= last]
         require(not wrong, f"class_labels={wrong[:3]}: the model has classes 0..{last}")
         return [k for k in classes for _ in range(num_images_per_class)]
@@ -207,7 +191,7 @@ class DDTPipeline(DiffusionPipeline):
     def _shape(self) -> tuple[int, int, int]:
         """Return (C, H, W) of the latents."""
         height, width = self.transformer.config.sample_size
-        return self.transformer.config.in_channels, height, width
+        return self.transformer.network.in_channels, height, width
 
     def _noise(self, count: int, seeds: int | Sequence[int] | None, generator: Any, latents: Tensor | None) -> Tensor:
         """Return the noise (B, C, H, W) of `count` images, float32; raise UserError where it does
@@ -281,7 +265,7 @@ class DDTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw images, all in one batch.
+        """Sample images, all in one batch.
 
         Args:
             class_labels: a class or several, by number or by name (`labels`). num_images_per_class:
@@ -304,7 +288,7 @@ class DDTPipeline(DiffusionPipeline):
         arguments that cannot be.
         """
         require(output_type in OUTPUTS, f"output_type={output_type}: choose from {', '.join(OUTPUTS)}")
-        channels = 3 if self.vae is not None else self.transformer.config.in_channels
+        channels = 3 if self.vae is not None else self.transformer.network.in_channels
         require(
             output_type != "pil" or channels in (1, 3),
             f"output_type=pil: there are no pictures of {channels} channels; give np, pt or latent",
@@ -324,7 +308,7 @@ class DDTPipeline(DiffusionPipeline):
         classes = self._classes(class_labels, num_images_per_class)
         noise = self._noise(len(classes), seeds, generator, latents)
         device, model = self._execution_device, self.transformer.denoiser()
-        drawing = Generator(
+        sampler = Generator(
             model=model,
             autoencoder=self._autoencoder(),
             shape=self._shape(),
@@ -332,14 +316,14 @@ class DDTPipeline(DiffusionPipeline):
             dtype=self._dtype(),
             device=device,
         )
-        with drawing.exact(), self.progress_bar(total=settings.num_steps) as progress:
-            with drawing.autocast():
-                settings, _ = resolve_recompute(model, drawing.shape, settings, device)
+        with sampler.exact(), self.progress_bar(total=settings.num_steps) as progress:
+            with sampler.autocast():
+                settings, _ = resolve_recompute(model, sampler.shape, settings, device)
             watch = Steps(self, progress, callback_on_step_end)
-            drawing = dataclasses.replace(drawing, settings=settings, observe=watch.observe)
-            drawn, _ = drawing.from_noise(noise, classes)
-            watch.end(drawn)
-            images: Any = drawn if output_type == "latent" else drawing.pixels(drawn, None, None)
+            sampler = dataclasses.replace(sampler, settings=settings, observe=watch.observe)
+            sampled, _ = sampler.from_noise(noise, classes)
+            watch.end(sampled)
+            images: Any = sampled if output_type == "latent" else sampler.pixels(sampled, None, None)
         self.maybe_free_model_hooks()
         if output_type == "pil":
             images = [Image.fromarray(image[..., 0] if channels == 1 else image) for image in images]
@@ -355,12 +339,9 @@ def build_pipeline(
     """Return the pipeline of a network with what its checkpoint says of it; the network is used as
     it is.
     """
-    arguments = {key: value for key, value in stored["network"].items() if not key.startswith("_")}
-    arguments.pop("activation_checkpointing", None)  # of training alone
+    settings = {key: value for key, value in stored["network"].items() if key != "activation_checkpointing"}
     with torch.device("meta"):
-        transformer = DDTTransformer2DModel(
-            sample_size=stored["latent_shape"][1:], **{"encoder_depth": None, **arguments}
-        )
+        transformer = DDTTransformer2DModel(stored["latent_shape"][1:], settings)
     transformer.network = model
     scheduler = DDTScheduler(**stored["sampler"])
     if not isinstance(autoencoder, DiffusersAutoencoder):

@@ -102,7 +102,6 @@ def small_checkpoint(folder, vae=None, model=None, **changes):
     identity = {"_target_": "ddt.autoencoder.Identity"}
     kl = {"_target_": "ddt.autoencoder.KLAutoencoder", "source": vae, "revision": None, "chunk_size": 2}
     config = {
-        "format_version": 1,
         "step": 7,
         "network": {"_target_": "ddt.model.DDT", **network, "in_channels": model.in_channels},
         "latent_shape": [model.in_channels, 8, 8],

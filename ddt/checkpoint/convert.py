@@ -1,59 +1,70 @@
 """A published checkpoint in this project's format, with everything that sampling needs inside."""
 
+import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
 
-from ddt.checkpoint.folder import FORMAT_VERSION, write_checkpoint
-from ddt.checkpoint.published import architecture, build_from_state, find_released, read_state_dict
+from ddt.checkpoint.folder import write_checkpoint
+from ddt.checkpoint.published import find_released, read_released
+from ddt.config import Choice
 from ddt.errors import require
 from ddt.files import sha256
 from ddt.pictures import imagenet_synsets
+from ddt.sampling.settings import SamplerSettings
 
 log = logging.getLogger(__name__)
 DOWNSAMPLING = 8  # of the autoencoder that all published models were trained with
+SAMPLERS = {256: SamplerSettings(), 512: SamplerSettings(cfg_scale=3.0)}  # by resolution: FID 1.26 and 1.28
 
 
-def convert(
-    released: str,
-    encoder_depth: int | None,
-    patch_size: int,
-    resolution: int,
-    autoencoder: dict[str, Any],
-    sampler: dict[str, Any],
-    out: Path,
-) -> None:
-    """Write the averaged weights of a published checkpoint as a checkpoint folder `out`, which must
-    not exist.
+@dataclasses.dataclass(frozen=True)
+class ConvertSettings:
+    """See conf/convert_checkpoint.yaml.
 
-    Args:
-        released: file, folder that holds one, or hub id. encoder_depth, patch_size: not in the file
-        (method.md 6); encoder_depth None is the undivided baseline.
-        resolution: pixels a side of the images.
-        autoencoder, sampler: settings that are stored with the weights.
-
-    Strict: every key of the file must be used or refused by name. Raises UserError. Source:
-    method.md 6.
+    released: file, folder that holds one, or hub id. encoder_depth, patch_size: not in the file;
+    encoder_depth None is the undivided baseline. resolution: pixels a side of the images.
     """
+
+    released: str
+    encoder_depth: int | None
+    resolution: int
+    patch_size: int
+    autoencoder: Choice
+    out: str
+
+    def __post_init__(self) -> None:
+        require(
+            self.resolution in SAMPLERS,
+            f"resolution={self.resolution}: published models exist at {' and '.join(map(str, SAMPLERS))} px",
+        )
+
+
+def convert(settings: ConvertSettings) -> None:
+    """Write the EMA weights of a published checkpoint as a checkpoint folder, with its autoencoder
+    and the published sampler of its resolution. Source: method.md 6.
+
+    Strict: every key of the file is used, or refused by name. Raises UserError, among others where
+    the folder exists.
+    """
+    out = Path(settings.out)
     require(not out.exists(), f"out={out}: exists already and is not written over; choose another folder")
-    path = find_released(released)
-    state = read_state_dict(path)
-    sizes = architecture(state, encoder_depth, patch_size, path.name)
-    model = build_from_state(state, sizes, path.name)
-    log.info("%s: read strictly, %d parameters; writing %s", path, sum(p.numel() for p in model.parameters()), out)
-    side, num_classes = resolution // DOWNSAMPLING, sizes["num_classes"]
+    path = find_released(settings.released)
+    released = read_released(path, settings.encoder_depth, settings.patch_size)
+    ema = released.weights()
+    log.info("%s: read strictly, %d parameters; writing %s", path, sum(value.numel() for value in ema.values()), out)
+    side, num_classes = settings.resolution // DOWNSAMPLING, released.network["num_classes"]
     synsets = imagenet_synsets()
     write_checkpoint(
         out,
         {
-            "format_version": FORMAT_VERSION,
             "step": None,  # the release does not say
-            "network": {"_target_": f"ddt.model.{type(model).__name__}", **sizes},
-            "latent_shape": [sizes["in_channels"], side, side],
-            "autoencoder": autoencoder,
-            "sampler": sampler,
+            "network": released.network,
+            "latent_shape": [released.network["in_channels"], side, side],
+            "autoencoder": settings.autoencoder.plain(),
+            "sampler": dataclasses.asdict(SAMPLERS[settings.resolution]),
             "class_names": synsets if num_classes == len(synsets) else [str(k) for k in range(num_classes)],
             "source": {"file": path.name, "sha256": sha256(path)},
         },
-        ema=model.state_dict(),
+        ema=ema,
     )
+    log.info("sample with: python sample.py ckpt=%s", out)

@@ -1,30 +1,23 @@
-"""Checkpoints: written whole or not at all, read with `weights_only=True`, everything that sampling
-needs inside.
+"""Checkpoints of this project: folders with everything that sampling needs inside, written
+atomically, read with `weights_only=True` and checked against their checksums.
 
-A checkpoint is a folder:
-
-    config.json         the network, latents, autoencoder, sampler and the run's settings, as plain values
-    ema.safetensors     averaged weights: what samples are drawn with
-    model.safetensors   raw weights           (only in checkpoints that training can go on from)
+    config.json         network, latents, autoencoder, sampler and the run's settings, plain values
+    ema.safetensors     EMA weights: what samples are generated with
+    ema_0.999.safetensors, power_0.05.safetensors   further EMA weights, where the run keeps them
+    model.safetensors   raw weights           (only in checkpoints that training resumes from)
     train_state.pt      optimizer and meters  (likewise)
-    ema_0.999.safetensors, power_0.05.safetensors   further averages, where the run keeps them
-    manifest.json       written last: format version, size and SHA-256 of each file; in an export (`ddt.export.export`), whose
-                        weights a model hub wants in model.safetensors, also `names`: what that file
-                        is called here
+    manifest.json       written last: format version, size and SHA-256 of each file
 
-A run that shards its weights writes each but the first and last in pieces,
-`ema-00000-of-00002.safetensors` being that of process 0 of 2; joined along the first dimension they
-are the whole.
-
-A checkpoint is written under a temporary name and renamed when complete. A run folder holds them as
-`checkpoints/step_0000700`.
+A hub wants weights in model.safetensors, so the manifest of an export (`ddt.export`) has `names`,
+which says what that file is called here. A run that shards its weights writes each file of weights
+and state in shards: `ema-00000-of-00002.safetensors` is that of rank 0 of 2; they are joined along
+the first dimension. A run folder holds its checkpoints as `checkpoints/step_0000700`.
 """
 
 import hashlib
 import json
 import logging
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,28 +27,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddt.checkpoint.hub import download, is_hub_id
-from ddt.config import flat
 from ddt.errors import UserError, require
-from ddt.files import fsync, sha256, share, write_json
-from ddt.model import Denoiser, build_network
+from ddt.files import atomic_folder, fsync, rename_atomically, reset_permissions, sha256, write_json
+from ddt.model import Denoiser, load_network
 from ddt.version import __version__
 
 log = logging.getLogger(__name__)
-FORMAT_VERSION = 1
-AUTOENCODER = "autoencoder"  # the folder of the autoencoder that an export carries …
+FORMAT_VERSION = 2
+AUTOENCODER = "autoencoder"  # folder of the autoencoder that an export carries …
 CARRIED = f"./{AUTOENCODER}"  # … and what its config calls it
+WEIGHTS = {"ema": "EMA", "model": "raw"}  # what people call them
+
+Shard = tuple[int, int]  # (rank, number of processes) of a sharded run
 
 
-Piece = tuple[int, int]  # (process, processes) of a sharded run
+# --- writing
 
 
-def file_name(name: str, piece: Piece | None) -> str:
-    """Return what a file of a checkpoint is called, such as `ema.safetensors`, or the piece of it."""
+def shard_name(name: str, shard: Shard | None) -> str:
+    """Return the name of a file, such as `ema.safetensors`, or of a process's shard of it."""
     stem, suffix = name.rsplit(".", 1)
-    return name if piece is None else f"{stem}-{piece[0]:05d}-of-{piece[1]:05d}.{suffix}"
+    return name if shard is None else f"{stem}-{shard[0]:05d}-of-{shard[1]:05d}.{suffix}"
 
 
-def entry(path: Path) -> dict[str, Any]:
+def manifest_entry(path: Path) -> dict[str, Any]:
     """Return what a manifest says of a file."""
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
@@ -64,61 +59,38 @@ def write_files(
     folder: Path,
     weights: dict[str, dict[str, Tensor]],
     train_state: dict[str, Any] | None = None,
-    piece: Piece | None = None,
+    shard: Shard | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Write state dicts and train state into a folder, to disk; return size and SHA-256 of each
-    file by its name.
-    """
+    """Write state dicts and train state into a folder, to disk; return their manifest entries."""
     written = []
     for name, state in weights.items():
         for key in state:
             assert not key.startswith(("module.", "_orig_mod.")), f"{key}: a wrapper's name must not be saved"
-        path = folder / file_name(f"{name}.safetensors", piece)
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path)
-        share(path)
-        written.append(path)
+        written.append(folder / shard_name(f"{name}.safetensors", shard))
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, written[-1])
+        reset_permissions(written[-1])
     if train_state is not None:
-        written.append(folder / file_name("train_state.pt", piece))
+        written.append(folder / shard_name("train_state.pt", shard))
         torch.save(train_state, written[-1])
     for path in written:
         fsync(path)
-    return {path.name: entry(path) for path in written}
-
-
-def temporary_folder(folder: Path) -> Path:
-    """Make and return the empty folder in which a checkpoint is written, without what a killed run
-    left there.
-    """
-    temporary = folder.parent / f".tmp-{folder.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    return temporary
+    return {path.name: manifest_entry(path) for path in written}
 
 
 def write_manifest(folder: Path, config: dict[str, Any], files: dict[str, dict[str, Any]], **more: Any) -> None:
-    """Add config and manifest, with `more` in it, to a folder whose files are written, and force
-    them to disk.
-    """
+    """Add config and manifest, with `more` in it, to a folder whose files are on disk."""
     write_json(folder / "config.json", config)
-    path = folder / "config.json"
-    files = {path.name: entry(path), **dict(sorted(files.items()))}
+    files = {"config.json": manifest_entry(folder / "config.json"), **dict(sorted(files.items()))}
     manifest = {"format_version": FORMAT_VERSION, "ddt_version": __version__, **more, "files": files}
     write_json(folder / "manifest.json", manifest)
-    for path in (folder / "config.json", folder / "manifest.json"):
-        fsync(path)
+    for name in ("config.json", "manifest.json"):
+        fsync(folder / name)
 
 
-def give_name(temporary: Path, folder: Path) -> None:
-    """Give a folder that is complete its name, on disk."""
-    fsync(temporary)
-    temporary.rename(folder)
-    fsync(folder.parent)
-
-
-def complete(temporary: Path, folder: Path, config: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-    """Add config and manifest to a checkpoint whose files are written, and give it its name."""
+def publish_atomically(temporary: Path, folder: Path, config: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+    """Add config and manifest to a temporary folder whose files are on disk, and rename it."""
     write_manifest(temporary, config, files)
-    give_name(temporary, folder)
+    rename_atomically(temporary, folder)
 
 
 def write_checkpoint(
@@ -126,12 +98,15 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint folder atomically; it must not exist yet (UserError).
 
-    config holds plain values only; train_state is anything that loads with `weights_only=True`;
-    weights are state dicts with clean names, `ema=` and `model=` among them.
+    config: plain values. train_state: anything that loads with `weights_only=True`. weights: state
+    dicts with clean names, `ema=` and `model=` among them.
     """
     require(not folder.exists(), f"{folder}: exists already and is not written over; choose another folder")
-    temporary = temporary_folder(folder)
-    complete(temporary, folder, config, write_files(temporary, weights, train_state))
+    with atomic_folder(folder) as temporary:
+        write_manifest(temporary, config, write_files(temporary, weights, train_state))
+
+
+# --- finding
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -139,36 +114,33 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:07d}"
 
 
-def by_step(parent: Path) -> dict[int, Path]:
-    """Return the folders `step_0000700` of a folder by their step, in order; others are none of
-    ours.
-    """
+def folders_by_step(parent: Path) -> dict[int, Path]:
+    """Return the folders `step_0000700` of a folder by their step, in order."""
     steps = {int(m[1]): path for path in parent.glob("step_*") if (m := re.fullmatch(r"step_(\d{7,})", path.name))}
-    return {step: steps[step] for step in sorted(steps)}
+    return dict(sorted(steps.items()))
 
 
-def checkpoints(run_dir: Path) -> dict[int, Path]:
+def list_checkpoints(run_dir: Path) -> dict[int, Path]:
     """Return a run's complete checkpoints by their step, in order."""
-    found = by_step(run_dir / "checkpoints")
-    return {step: folder for step, folder in found.items() if (folder / "manifest.json").is_file()}
+    folders = folders_by_step(run_dir / "checkpoints")
+    return {step: folder for step, folder in folders.items() if (folder / "manifest.json").is_file()}
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """Return the run's complete checkpoint of the highest step, or None."""
-    return next(reversed(checkpoints(run_dir).values()), None)
+    return next(reversed(list_checkpoints(run_dir).values()), None)
 
 
-def sound_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint whose files are all as they were written, or None where a run
-    has none yet.
+def newest_intact_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest checkpoint all of whose checksums are right, or None where a run has none.
 
-    Newer ones that are not are named and set aside as `damaged_step_…`: training goes on from the
-    one before and will write these steps again. Raises UserError where none is left.
+    Newer damaged ones are reported and renamed `damaged_step_…`: training resumes from the one
+    before and writes these steps again. Raises UserError where none is left.
     """
-    for folder in reversed(by_step(run_dir / "checkpoints").values()):
+    for folder in reversed(folders_by_step(run_dir / "checkpoints").values()):
         try:
             for name in read_manifest(folder)["files"]:
-                verified(folder, name)
+                verify_file(folder, name)
         except OtherVersion:
             raise
         except UserError as error:  # an error of the disk itself is no damage, and ends the command
@@ -182,8 +154,8 @@ def sound_checkpoint(run_dir: Path) -> Path | None:
     damaged = sorted((run_dir / "checkpoints").glob("damaged_*"))
     require(
         not damaged,
-        f"{run_dir}: no sound checkpoint is left ({', '.join(folder.name for folder in damaged)}); give another name=, "
-        "or remove the folder to begin again",
+        f"{run_dir}: no intact checkpoint is left ({', '.join(folder.name for folder in damaged)}); give another "
+        "name=, or remove the folder to begin again",
     )
     return None
 
@@ -207,6 +179,9 @@ def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
     return newest
 
 
+# --- reading
+
+
 class OtherVersion(UserError):
     """A checkpoint is of a format that this code does not read."""
 
@@ -227,65 +202,57 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def verified(folder: Path, name: str) -> Path:
+def verify_file(folder: Path, name: str) -> Path:
     """Return the path of a checkpoint's file after comparing it with the manifest; raise UserError
     naming a damaged one.
     """
     path, expected = folder / name, read_manifest(folder)["files"].get(name)
     require(
-        expected is not None,
-        f"{folder}: has no {name}; training can go on only from a checkpoint that training wrote",
+        expected is not None, f"{folder}: has no {name}; training can resume only from a checkpoint that training wrote"
     )
     require(path.is_file(), f"{path}: is missing; put it back, or remove {folder}")
     require(
-        path.stat().st_size == expected["size"] and sha256(path) == expected["sha256"],
+        manifest_entry(path) == expected,
         f"{path}: damaged (its checksum differs from the manifest's); put it back, or remove {folder}",
     )
     return path
 
 
-def pieces(folder: Path, name: str) -> list[str]:
-    """Return the files that a file of a checkpoint consists of: itself, or its pieces in order."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's config.json, checked against its manifest, with the path of an
+    autoencoder that an export carries.
+    """
+    config = json.loads(verify_file(folder, "config.json").read_text())
+    if config.get("autoencoder", {}).get("source") == CARRIED:
+        config["autoencoder"]["source"] = str(folder / AUTOENCODER)
+    return config
+
+
+def shard_files(folder: Path, name: str) -> list[str]:
+    """Return the files that hold `name`, such as "ema.safetensors": one, or its shards in order."""
     stem, suffix = name.rsplit(".", 1)
     pattern = re.compile(rf"{re.escape(stem)}-\d+-of-\d+\.{suffix}")
     manifest = read_manifest(folder)
-    whole = next((file for file, ours in manifest.get("names", {}).items() if ours == name), name)
-    return sorted(file for file in manifest["files"] if pattern.fullmatch(file)) or [whole]
+    single = next((file for file, ours in manifest.get("names", {}).items() if ours == name), name)
+    return sorted(file for file in manifest["files"] if pattern.fullmatch(file)) or [single]
 
 
-def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return whole tensors from the pieces of each process; scalars are the same in all."""
-    if len(parts) == 1:
-        return parts[0]
+def join_shards(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return whole tensors from those of each process; scalars are the same in all."""
+    if len(shards) == 1:
+        return shards[0]
     return {
-        key: torch.cat([part[key] for part in parts if key in part]) if value.ndim else value
-        for key, value in parts[0].items()
+        key: torch.cat([shard[key] for shard in shards if key in shard]) if value.ndim else value
+        for key, value in shards[0].items()
     }
 
 
 def weights_names(folder: Path) -> list[str]:
-    """Return the weights that a checkpoint holds: "ema", and "model" or further averages where it
-    has them.
-    """
+    """Return the names of a checkpoint's weights: "ema", and "model" or further EMAs."""
     manifest = read_manifest(folder)
     files = {manifest.get("names", {}).get(file, file) for file in manifest["files"]}
     own = [file for file in files if file.endswith(".safetensors") and "/" not in file]  # not an autoencoder's
     return sorted({re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", file) for file in own})
-
-
-def weights_sha256(folder: Path, name: str) -> str:
-    """Return what tells a checkpoint's weights from others: the SHA-256 of their file, or of its
-    pieces' digests.
-    """
-    files = read_manifest(folder)["files"]
-    digests = [files[file]["sha256"] for file in pieces(folder, f"{name}.safetensors")]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def weights_receipt(folder: Path, name: str) -> dict[str, str]:
-    """Return what a receipt says of a checkpoint's weights: their hash, and what people call them."""
-    told = read_config(folder).get("export", {}).get("weights", name)  # an export's `ema` may have been another average
-    return {f"{name}_sha256": weights_sha256(folder, name), "weights": {"ema": "EMA", "model": "raw"}.get(told, told)}
 
 
 def check_weights(folder: Path, name: str) -> None:
@@ -294,14 +261,23 @@ def check_weights(folder: Path, name: str) -> None:
     require(name in known, f"weights={name}: {folder} has no {name}.safetensors; choose from {', '.join(known)}")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's config.json, checked against its manifest; an autoencoder that an
-    export carries is named by where it lies now.
-    """
-    config = json.loads(verified(folder, "config.json").read_text())
-    if config.get("autoencoder", {}).get("source") == CARRIED:
-        config["autoencoder"]["source"] = str(folder / AUTOENCODER)
-    return config
+def weights_sha256(folder: Path, name: str) -> str:
+    """Return the SHA-256 of a file of weights, or of the digests of its shards."""
+    files = read_manifest(folder)["files"]
+    digests = [files[file]["sha256"] for file in shard_files(folder, f"{name}.safetensors")]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def weights_bytes(folder: Path, name: str) -> int:
+    """Return the size on disk of a checkpoint's weights."""
+    files = read_manifest(folder)["files"]
+    return sum(files[file]["size"] for file in shard_files(folder, f"{name}.safetensors"))
+
+
+def weights_receipt(folder: Path, name: str) -> dict[str, str]:
+    """Return what a receipt says of a checkpoint's weights: their hash and their usual name."""
+    called = read_config(folder).get("export", {}).get("weights", name)  # an export's `ema` may have been another
+    return {f"{name}_sha256": weights_sha256(folder, name), "weights": WEIGHTS.get(called, called)}
 
 
 def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
@@ -311,9 +287,9 @@ def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
     Raises UserError where it has none of this name, naming those it has, and for damaged files.
     """
     check_weights(folder, name)
-    paths = [verified(folder, file) for file in pieces(folder, f"{name}.safetensors")]
+    paths = [verify_file(folder, file) for file in shard_files(folder, f"{name}.safetensors")]
     try:
-        return joined([load_file(path) for path in paths])
+        return join_shards([load_file(path) for path in paths])
     except SafetensorError as error:
         raise UserError(f"{paths[0]}: damaged ({error}); use another checkpoint") from error
 
@@ -322,14 +298,15 @@ def read_train_state(folder: Path) -> dict[str, Any]:
     """Return the optimizer state, projector, meters and counts of a checkpoint, on the CPU, checked
     against its manifest.
     """
-    paths = [verified(folder, file) for file in pieces(folder, "train_state.pt")]
-    states = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
-    state = states[0]
-    if len(states) > 1:
-        for index in state["optimizer"]["state"]:
-            state["optimizer"]["state"][index] = joined([each["optimizer"]["state"][index] for each in states])
+    paths = [verify_file(folder, file) for file in shard_files(folder, "train_state.pt")]
+    shards = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
+    state = shards[0]
+    if len(shards) > 1:
+        optimizers = [shard["optimizer"]["state"] for shard in shards]
+        for index in optimizers[0]:
+            optimizers[0][index] = join_shards([optimizer[index] for optimizer in optimizers])
         if "alignment" in state:
-            state["alignment"] = joined([each["alignment"] for each in states])
+            state["alignment"] = join_shards([shard["alignment"] for shard in shards])
     return state
 
 
@@ -337,56 +314,14 @@ def load_model(run_or_checkpoint: str | Path, weights: str = "ema", revision: st
     """Load one of this project's networks from a run, a checkpoint, an export or the hub
     (`owner/name`): float32, on the CPU, in eval mode.
 
-    weights: "ema" are the averaged ones, "model" the raw ones, "ema_0.999" or "power_0.05" a
-    further average that the run kept. revision: commit, branch or tag on the hub. Settings come
-    from inside the checkpoint. Raises UserError for a path that is neither, for weights that it
-    lacks, and for damaged files.
+    weights: "ema", "model" (raw), or further EMA weights that the run kept, such as "ema_0.999" or
+    "power_0.05". revision: commit, branch or tag on the hub. Settings come from inside the
+    checkpoint. Raises UserError for a path that is neither, for weights that it lacks, and for
+    damaged files.
     """
     require(
         revision is None or is_hub_id(str(run_or_checkpoint)),
         f"revision={revision}: has no effect with {run_or_checkpoint}, which is no model of the hub; leave it out",
     )
     folder = find_checkpoint(run_or_checkpoint if revision is None else f"{run_or_checkpoint}@{revision}")
-    config = read_config(folder)
-    with torch.device("meta"):
-        model = build_network(config["network"])
-    model.load_state_dict(read_weights(folder, weights), strict=True, assign=True)
-    return model.eval().requires_grad_(True)
-
-
-# What a resumed run must share with its checkpoint (docs: design of resuming). Everything else may
-# change.
-FROZEN = ("model", "data", "autoencoder", "alignment", "objective", "optimizer", "seed", "init_from")
-# … but for these, which change no number: where things lie (fingerprints hold what they are) and
-# how much at once
-FREE = (
-    "model.activation_checkpointing",
-    "data.root",
-    "data.source_root",
-    "autoencoder.source",
-    "autoencoder.revision",
-    "autoencoder.chunk_size",
-    "alignment.weights",
-    "alignment.compile",
-)
-FROZEN_TRAINER = (
-    "global_batch_size", "ema_decay", "ema_decays", "ema_powers", "warmup_steps", "lr_schedule", "clip_norm",
-)  # fmt: skip
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ between two configs, as dotted key → (old, new)."""
-    a, b = (flat(json.loads(json.dumps(config))) for config in (old, new))  # as a checkpoint holds them
-    return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
-
-
-def frozen_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return those differences between two runs' configs that make them two different trainings."""
-    trainer = [f"trainer.{key}" for key in FROZEN_TRAINER]
-    if new["trainer"]["lr_schedule"] != "constant":
-        trainer.append("trainer.max_steps")  # the learning rate depends on it
-    return {
-        key: pair
-        for key, pair in differences(old, new).items()
-        if (key.split(".")[0] in FROZEN or key in trainer) and key not in FREE
-    }
+    return load_network(read_config(folder)["network"], read_weights(folder, weights))

@@ -1,8 +1,8 @@
-"""The model hub: which names are of it, what comes from it, what goes to it. The only place that
-speaks with it for checkpoints of this project; the published ones are `ddt.checkpoint.published`'s.
-"""
+"""The Hugging Face hub: which names are its, downloads and uploads of checkpoints."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from ddt.errors import UserError, first_line, require
@@ -20,6 +20,17 @@ def is_hub_id(source: str) -> bool:
     return named and not Path(source).exists() and not Path(source.split("/")[0]).exists()
 
 
+@contextlib.contextmanager
+def hub_errors(message: str) -> Iterator[None]:
+    """Turn an error of the hub's client into UserError(message), with its first line as {error}."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the client's errors have no common base across its versions
+        raise UserError(message.replace("{error}", first_line(error))) from error
+
+
 def download(source: str) -> Path:
     """Return the local folder of a hub's model, `owner/name` or `owner/name@revision`, downloaded
     where it is not yet.
@@ -29,13 +40,11 @@ def download(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = source.partition("@")
-    try:
+    with hub_errors(
+        f"{source}: no such folder here, and the hub did not give it ({{error}}); give a run folder such as "
+        "runs/digits_nano, one of its checkpoints/step_*, or the name of a model on the hub"
+    ):
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FILES)))
-    except Exception as error:  # the hub client's errors have no common base across its versions
-        raise UserError(
-            f"{source}: no such folder here, and the hub did not give it ({first_line(error)}); give a run folder such "
-            "as runs/digits_nano, one of its checkpoints/step_*, or the name of a model on the hub"
-        ) from error
     require(
         (folder / "manifest.json").is_file(),
         f"{source}: is on the hub, but no model of this project (no manifest.json); a published checkpoint goes "
@@ -52,30 +61,24 @@ def check_push(name: str) -> None:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    try:
+    with hub_errors(f"push={name}: the hub does not take it ({{error}}); log in by `hf auth login`, or leave it out"):
         api.whoami()
         exists = api.repo_exists(name)
-    except Exception as error:  # see above
-        raise UserError(
-            f"push={name}: the hub does not take it ({first_line(error)}); log in by `hf auth login`, or leave it out"
-        ) from error
     require(not exists, f"push={name}: exists already and is not written over; choose another name")
 
 
 def push(folder: Path, name: str) -> str:
-    """Make the private model `name` on the hub, upload a folder as it is, and return where it lies.
+    """Make the private model `name` on the hub, upload a folder as it is, and return its address.
 
     Raises UserError, which says how to go on, where that fails.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    try:
+    with hub_errors(
+        f"push={name}: {folder} is written, but the hub did not take it ({{error}}); upload it by "
+        f"`hf upload {name} {folder}`"
+    ):
         api.create_repo(name, private=True, exist_ok=False)
         api.upload_folder(repo_id=name, folder_path=folder)
-    except Exception as error:  # see above
-        raise UserError(
-            f"push={name}: {folder} is written, but the hub did not take it ({first_line(error)}); upload it by "
-            f"`hf upload {name} {folder}`"
-        ) from error
     return f"https://huggingface.co/{name}"

@@ -1,0 +1,7 @@
+"""Checkpoints in the forms that others read: a hub's folder, a diffusers pipeline, the published
+key names.
+"""
+
+from ddt.export.export import ExportSettings, HubModel, export
+
+__all__ = ["ExportSettings", "HubModel", "export"]

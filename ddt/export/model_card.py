@@ -1,31 +1,104 @@
-"""The model card of an export: what people read before they use a model, with the front matter of a
-model hub.
+"""The model card of an export: README.md with the front matter of a model hub, what the model is
+and was trained on, its metrics with what they were measured of, and the receipt.
 """
 
 import json
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ddt.checkpoint.convert import DOWNSAMPLING
 from ddt.metrics.side_by_side import numbers_of
 from ddt.pictures import imagenet_synsets, readable
 
-PAPER = "https://arxiv.org/abs/2504.05741"
-IMAGENET = "ILSVRC/imagenet-1k"
 DATASETS = {"ddt.data.images.FashionMNIST": "zalando-datasets/fashion_mnist"}  # their names on the hub
+IMAGENET = "ILSVRC/imagenet-1k"
+TASK = "unconditional-image-generation"  # the hub's nearest: it has none for classes
+TAGS = ["ddt", "diffusion", "flow-matching", "class-conditional", "image-generation", "arxiv:2504.05741"]
 SHOWN_CLASSES = 20
-USAGE = {
-    "hub": """import ddt
+TEMPLATE = """\
+{% macro table(rows) -%}
+| | |
+|---|---|
+{%- for key, value in rows.items() if value is not none %}
+| {{ key }} | {{ value }} |
+{%- endfor %}
+{%- endmacro -%}
+---
+{{ card_data }}
+---
 
-model = ddt.load_model("{name}")  # this folder, or owner/name on the hub
+# {{ name }}
+
+A Decoupled Diffusion Transformer ([paper](https://arxiv.org/abs/2504.05741)) that generates
+{{ '%s ' % resolution if resolution }}images of {{ num_classes }} classes.
+{% if picture %}
+![samples of this model]({{ picture }})
+{% endif %}
+## Use
+{% if library_name == "diffusers" %}
+```python
+from ddt.pipeline import DDTPipeline
+
+pipeline = DDTPipeline.from_pretrained("{{ name }}")  # this folder, or owner/name on the hub
+images = pipeline(class_labels=[0, 1], seeds=[0, 1]).images
+```
+{% else %}
+```python
+import ddt
+
+model = ddt.load_model("{{ name }}")  # this folder, or owner/name on the hub
 ```
 
 ```bash
-python sample.py ckpt={name} num_samples=16 out=samples""",
-    "diffusers": """from ddt.pipeline import DDTPipeline
+python sample.py ckpt={{ name }} num_samples=16 out=samples
+```
+{% endif %}
+The code is that of the project that exported this model (`pip install` its repository; the package
+`ddt` of PyPI is another one).
 
-pipeline = DDTPipeline.from_pretrained("{name}")  # this folder, or owner/name on the hub
-images = pipeline(class_labels=[0, 1], seeds=[0, 1]).images""",
-}
+## Network
+
+{{ table(network) }}
+
+## Training
+
+{{ table(training) }}
+{% if published %}
+The file does not say what it was trained on, for how long, or with what seed.
+{% endif %}
+## Sampler
+
+Settings unless others are given:
+
+{{ table(sampler) }}
+
+## Metrics
+{% if metrics %}
+{{ table(numbers) }}
+
+{% if metrics.comparable -%}
+These compare with published numbers.
+{%- else -%}
+Not comparable with published numbers: {{ metrics.not_comparable_because | join("; ") }}.
+{%- endif %}
+Sampled with {{ sampled_with }}.
+{%- if guide %} Guided away from the weights `{{ guide.ema_sha256 }}`.{% endif %}
+{% else %}
+Not measured for this card.
+{% endif %}
+## Receipt
+
+```json
+{{ receipt }}
+```
+
+## Licence
+
+{% if license %}`{{ license }}`, as stated by whoever exported this model.
+{%- else %}Not stated: ask whoever shared this model.{% endif %}
+"""
 
 
 def image_size(config: dict[str, Any]) -> int | None:
@@ -43,131 +116,100 @@ def dataset(config: dict[str, Any]) -> str | None:
     return IMAGENET if config["class_names"] == imagenet_synsets() else known
 
 
-def front_matter(config: dict[str, Any], license: str | None, library: str) -> str:
-    """Return the YAML that the hub reads."""
-    from huggingface_hub import ModelCardData
-
-    found = dataset(config)
-    tags = ["ddt", "diffusion", "flow-matching", "class-conditional", "image-generation", "arxiv:2504.05741"]
-    card = ModelCardData(
-        library_name=library,
-        pipeline_tag="unconditional-image-generation",  # the hub's nearest: it has none for classes
-        license=license,
-        datasets=None if found is None else [found],
-        tags=tags,
-    )
-    return f"---\n{card.to_yaml()}\n---"
-
-
-def table(rows: dict[str, Any]) -> str:
-    """Return a table of two columns, without the rows of which nothing is known."""
-    lines = [f"| {key} | {value} |" for key, value in rows.items() if value is not None]
-    return "\n".join(["| | |", "|---|---|", *lines])
-
-
-def classes_line(config: dict[str, Any]) -> str:
-    """Return the number of classes and the first of their names."""
-    names = readable(config["class_names"])
-    shown = ", ".join(names[:SHOWN_CLASSES])
-    return f"{len(names)}: {shown}{', …' if len(names) > SHOWN_CLASSES else ''}"
-
-
-def training(config: dict[str, Any]) -> str:
+def training_rows(config: dict[str, Any], resolution: str | None) -> dict[str, Any]:
     """Return what a model was trained on and how, as far as its checkpoint tells."""
-    size = image_size(config)
-    common = {"classes": classes_line(config), "resolution": None if size is None else f"{size}×{size}"}
+    names = readable(config["class_names"])
+    shown = f"{len(names)}: {', '.join(names[:SHOWN_CLASSES])}{', …' if len(names) > SHOWN_CLASSES else ''}"
+    common = {"classes": shown, "resolution": resolution}
     if "run" not in config:
         source = config.get("source", {})
-        return table({"published file": source.get("file"), "its SHA-256": source.get("sha256"), **common}) + (
-            "\n\nThe file does not say what it was trained on, for how long, or with what seed." if source else ""
-        )
-    run = config["run"]
+        return {"published file": source.get("file"), "its SHA-256": source.get("sha256"), **common}
+    run, step = config["run"], config["step"]
     data, trainer, optimizer = run["data"], run["trainer"], run["optimizer"]
-    step, batch = config["step"], trainer["global_batch_size"]
-    return table(
-        {
-            "data": f"`{data['_target_']}`, fingerprint `{data['fingerprint']}`",
-            **common,
-            "steps": f"{step:,} of {batch} images each, {step * batch:,} images seen",
-            "seed": run["seed"],
-            "optimizer": f"`{optimizer['_target_']}`, learning rate {optimizer['lr']} ({trainer['lr_schedule']})",
-            "precision": trainer["mixed_precision"],
-            "alignment": run["alignment"].get("_target_"),
-            "started from": run.get("init_from"),
-        }
-    )
+    batch = trainer["global_batch_size"]
+    return {
+        "data": f"`{data['_target_']}`, fingerprint `{data['fingerprint']}`",
+        **common,
+        "steps": f"{step:,} of {batch} images each, {step * batch:,} images seen",
+        "seed": run["seed"],
+        "optimizer": f"`{optimizer['_target_']}`, learning rate {optimizer['lr']} ({trainer['lr_schedule']})",
+        "precision": trainer["mixed_precision"],
+        "alignment": (run["alignment"] or {}).get("_target_"),
+        "started from": run.get("init_from"),
+    }
 
 
-def metrics_section(metrics: dict[str, Any] | None) -> str:
-    """Return the table of an evaluation, each number by what it may be called, and whether it
-    compares with others.
-    """
-    if metrics is None:
-        return "Not measured for this card."
-    labels, numbers = metrics["labels"], numbers_of(metrics)
-    rows = [f"| {labels[name]} | {'–' if value is None else f'{value:.4f}'} |" for name, value in numbers.items()]
-    request = metrics["receipt"]["sampling"]["request"]
-    sampler = ", ".join(f"{key} {value}" for key, value in request["sampler"].items() if value is not None)
-    reasons = "; ".join(metrics["not_comparable_because"])
-    verdict = (
-        "These compare with published numbers."
-        if metrics["comparable"]
-        else f"No comparison with published numbers: {reasons}."
-    )
-    guide = "" if request["guide"] is None else f" Guided away from the weights `{request['guide']['ema_sha256']}`."
-    return "\n".join(
-        ["| metric | value |", "|---|---|", *rows, "", verdict, f"Drawn with {sampler}, {request['dtype']}.{guide}"]
-    )
+def eval_results(metrics: dict[str, Any], trained_on: str | None) -> list[EvalResult]:
+    """Return the numbers of an evaluation as the hub lists them, each by what it may be called."""
+    reference = Path(metrics["receipt"]["reference"].get("path", "reference")).name
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=trained_on or "other",
+            dataset_name=trained_on or reference,
+            metric_type=name,
+            metric_value=value,
+            metric_name=metrics["labels"][name],
+        )
+        for name, value in numbers_of(metrics).items()
+        if value is not None
+    ]
 
 
 def model_card(
     name: str,
-    form: str,
+    library: str,
     config: dict[str, Any],
     parameters: int,
-    metrics: dict[str, Any] | None,
-    license: str | None,
-    picture: str | None,
-) -> str:
-    """Return the text of README.md.
+    metrics: dict[str, Any] | None = None,
+    license: str | None = None,
+    picture: str | None = None,
+) -> ModelCard:
+    """Return the card.
 
     Args:
-        name: of the folder. form: "hub" or "diffusers". config: the export's, with its receipt
-        under `export`.
-        parameters: of the network. metrics: content of a metrics.json of these weights. license: as
-        the hub calls it.
-        picture: file of a grid of samples.
+        name: of the folder or the hub's model. library: "ddt" or "diffusers". config: the export's,
+            with its receipt under `export`. parameters: of the network.
+        metrics: content of a metrics.json of these weights. license: as the hub calls it.
+        picture: file of a grid of samples, beside the card.
     """
     network = {key: value for key, value in config["network"].items() if not key.startswith("_")}
-    kind = config["network"]["_target_"].rpartition(".")[2]
-    size = image_size(config)
-    autoencoder = config["autoencoder"].get("source", "none: it draws pixels")
-    receipt = config["export"]
-    stated = "" if license is None else f"`{license}`, as stated by whoever exported this model."
-    sections = [
-        front_matter(config, license, "diffusers" if form == "diffusers" else "ddt"),
-        f"# {name}",
-        f"A Decoupled Diffusion Transformer ([paper]({PAPER})) that draws {'' if size is None else f'{size}×{size} '}"
-        f"images of {len(config['class_names'])} classes.",
-        *([f"![samples of this model]({picture})"] if picture else []),
-        f"## Use\n\n```python\n{USAGE[form].format(name=name)}\n```",
-        "The code is that of the project that exported this model (`pip install` its repository; the package `ddt` of "
-        "PyPI is another one).",
-        "## Network\n\n"
-        + table(
-            {
-                "kind": kind,
-                "parameters": f"{parameters:,}",
-                **network,
-                "latents": "×".join(map(str, config["latent_shape"])),
-                "autoencoder": autoencoder,
-            }
-        ),
-        f"## Trained on\n\n{training(config)}",
-        "## Sampler\n\nWhat it draws with unless told otherwise:\n\n"
-        + table({key: "null" if value is None else value for key, value in config["sampler"].items()}),
-        f"## Metrics\n\n{metrics_section(metrics)}",
-        f"## Receipt\n\n```json\n{json.dumps(receipt, indent=2)}\n```",
-        f"## Licence\n\n{stated or 'Not stated: ask whoever shared this model.'}",
-    ]
-    return "\n\n".join(sections) + "\n"
+    size, trained_on = image_size(config), dataset(config)
+    resolution = None if size is None else f"{size}×{size}"
+    results = [] if metrics is None else eval_results(metrics, trained_on)
+    request = {} if metrics is None else metrics["receipt"]["sampling"]["request"]
+    used = [f"{key} {value}" for key, value in request.get("sampler", {}).items() if value is not None]
+    numbers = {} if metrics is None else {metrics["labels"][key]: v for key, v in numbers_of(metrics).items()}
+    data = ModelCardData(
+        library_name=library,
+        pipeline_tag=TASK,
+        license=license,
+        datasets=None if trained_on is None else [trained_on],
+        tags=TAGS,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        name=name,
+        picture=picture,
+        resolution=resolution,
+        num_classes=len(config["class_names"]),
+        network={
+            "kind": config["network"]["_target_"].rpartition(".")[2],
+            "parameters": f"{parameters:,}",
+            **network,
+            "latents": "×".join(map(str, config["latent_shape"])),
+            "autoencoder": config["autoencoder"].get("source", "none: a model of pixels"),
+        },
+        training=training_rows(config, resolution),
+        published="run" not in config and "source" in config,
+        sampler={key: "null" if value is None else value for key, value in config["sampler"].items()},
+        metrics=metrics,
+        numbers={label: "–" if value is None else f"{value:.4f}" for label, value in numbers.items()},
+        sampled_with=", ".join([*used, str(request.get("dtype"))]),
+        guide=request.get("guide"),
+        receipt=json.dumps(config["export"], indent=2),
+        license=license,
+    )

@@ -20,7 +20,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -28,8 +27,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from ddt.errors import UserError, require
-from ddt.files import write_json
+from ddt.errors import require
+from ddt.files import lock_folder, write_json
 from ddt.generation.generator import Generator
 from ddt.generation.image_set import ImageSet, write_numbers
 from ddt.generation.parts import merge_parts, remove_damaged, rows, sampled_numbers, write_part
@@ -124,23 +123,6 @@ def set_state(out: Path, request: dict[str, Any]) -> Literal["new", "begun", "co
     return "complete" if finished else "begun"
 
 
-@contextlib.contextmanager
-def locked(parts: Path) -> Iterator[None]:
-    """Hold the lock of a set while it is sampled; raise UserError where another command does."""
-    parts.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(parts / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise UserError(
-            f"out={parts.parent}: another command is sampling this set; wait for it, or choose another out="
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def make_plan(
     generator: Generator, request: dict[str, Any], parts: Path, begun: bool, fitted: list[int] | None
 ) -> dict[str, Any]:
@@ -225,7 +207,8 @@ def sample_set(
     num_pngs = total if png == "all" else min(png, total)
     if rank == 0:
         set_state(out, request)  # refused before anything is written
-    with locked(parts) if rank == 0 else contextlib.nullcontext():
+    message = f"out={out}: another command is sampling this set; wait for it, or choose another out="
+    with lock_folder(parts, message) if rank == 0 else contextlib.nullcontext():
         # one process decides, and only now: until here another command may have sampled it
         opened = open_set(generator, request, out, parts, fitted) if rank == 0 else [None, None]
         plan, done = broadcast_object_list(opened)

@@ -1,13 +1,19 @@
-"""The networks: one file a family, registered here."""
+"""The networks: one file a family, registered in `NETWORKS`.
+
+A family whose weights were published has a `release` (`ddt.model.released`).
+"""
 
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ddt.errors import require
 from ddt.model.base import Denoiser
 from ddt.model.ddt import DDT
 from ddt.model.dit import DiT
 
-__all__ = ["DDT", "NETWORKS", "Denoiser", "DiT", "build_network", "network_class"]
+__all__ = ["DDT", "NETWORKS", "Denoiser", "DiT", "build_network", "load_network", "network_class"]
 
 NETWORKS: dict[str, type[Denoiser]] = {f"ddt.model.{kind.__name__}": kind for kind in (DDT, DiT)}
 
@@ -26,3 +32,11 @@ def build_network(settings: dict[str, Any]) -> Denoiser:
     constructor's arguments.
     """
     return network_class(settings)(**{key: value for key, value in settings.items() if key != "_target_"})
+
+
+def load_network(settings: dict[str, Any], weights: dict[str, Tensor]) -> Denoiser:
+    """Build the network that `settings` describe around `weights`, strictly; in eval mode."""
+    with torch.device("meta"):
+        model = build_network(settings)
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval().requires_grad_(True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ddt.errors import UserError
 from ddt.model.cost import NetworkMacs
+from ddt.model.released import Release
 
 
 class Denoiser(nn.Module):
@@ -19,10 +20,11 @@ class Denoiser(nn.Module):
     shares_encoder: whether it has an encoder whose z_t several steps can share; then `encode`,
     `decode`, `modulations` and `modulation_layers` are there too. in_channels: C. num_classes: K,
     label K is the null label. hidden_size: D of the blocks that alignment reads. patch_size: p; H
-    and W must be multiples of it.
+    and W must be multiples of it. release: the names of its published weights, where there are any.
     """
 
     shares_encoder: ClassVar[bool] = False
+    release: ClassVar[Release | None] = None
     in_channels: int
     num_classes: int
     hidden_size: int

@@ -25,6 +25,7 @@ from ddt.model.layers import (
     TimestepEmbedder,
     check_sizes,
 )
+from ddt.model.released import ReleasedDDT
 
 
 class Encoder(BlockStack):
@@ -140,6 +141,7 @@ class DDT(Denoiser):
     """
 
     shares_encoder: ClassVar[bool] = True
+    release = ReleasedDDT()
 
     def __init__(
         self,

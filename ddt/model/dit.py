@@ -16,6 +16,7 @@ from ddt.model.layers import (
     TimestepEmbedder,
     check_sizes,
 )
+from ddt.model.released import ReleasedDiT
 
 
 class DiT(Denoiser, BlockStack):
@@ -26,6 +27,8 @@ class DiT(Denoiser, BlockStack):
     alignment?". It has no z_t to share: `encode` and `decode` raise UserError. Arguments as in
     `DDT`. Source: method.md 2, baseline.
     """
+
+    release = ReleasedDiT()
 
     def __init__(
         self,

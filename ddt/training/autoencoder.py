@@ -28,7 +28,7 @@ from ddt.data.images import Images
 from ddt.data.stream import TrainingStream
 from ddt.data.survey import spread
 from ddt.errors import require
-from ddt.files import fsync, share, write_json
+from ddt.files import fsync, reset_permissions, write_json
 from ddt.pictures import image_grid, write_png
 from ddt.version import __version__
 
@@ -253,7 +253,7 @@ def train_autoencoder(
     normalise(network, images)
     network.save_pretrained(temporary)
     for path in temporary.glob("*.safetensors"):
-        share(path)
+        reset_permissions(path)
     autoencoder = KLAutoencoder(str(temporary))  # what is measured is what was written
     originals = torch.from_numpy(held_out.load(spread(len(held_out.labels), MAX_IMAGES)))
     reconstructions = reconstruct(autoencoder, originals)

@@ -1,7 +1,6 @@
-"""Starting a new run from the weights of another: a run of this project, or a published checkpoint.
+"""Starting a new run from the weights of another run of this project, or of a published checkpoint.
 
-Everything is loaded strictly. The one part that may differ is the number of classes: the label
-table is then new.
+Everything is loaded strictly. Only the number of classes may differ: the label table is then new.
 """
 
 import dataclasses
@@ -13,29 +12,29 @@ from typing import Any
 from torch import Tensor
 
 from ddt.checkpoint import folder as ckpt
-from ddt.checkpoint.published import architecture, build_from_state, find_released, read_parts
+from ddt.checkpoint.published import find_released, read_released
 from ddt.errors import UserError, require
+from ddt.model import NETWORKS
 from ddt.objective import Objective
 from ddt.training.ema import EMA
 
 log = logging.getLogger(__name__)
-# Settings of a network that change none of its weights' names and shapes, or whose weights are made
-# anew.
+# settings of a network that change no name or shape of its weights, or whose weights are new
 MAY_DIFFER = ("num_classes", "adaln_init", "activation_checkpointing")
-TABLE = "y_embedder.embedding_table.weight"
+LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Source:
-    """What a run can start from: raw and averaged weights, the projector where there is one."""
+    """What a run can start from: raw and EMA weights, the projector where there is one."""
 
     name: str
     network: dict[str, Any]
-    autoencoder: str | None  # its fingerprint, where known
-    class_names: list[str] | None  # where known
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     alignment: dict[str, Tensor] | None
+    autoencoder: str | None = None  # its fingerprint, where known
+    class_names: list[str] | None = None  # where known
 
 
 def find_source(init_from: str) -> tuple[Path, bool]:
@@ -54,40 +53,36 @@ def find_source(init_from: str) -> tuple[Path, bool]:
 
 
 def read_source(init_from: str, network: dict[str, Any]) -> Source:
-    """Read the weights that `init_from` names: of one of our checkpoints, or of a published file,
-    whose encoder_depth and patch_size are taken from `network`, the new run's settings.
+    """Read the weights that `init_from` names. encoder_depth and patch_size of a published file,
+    which it does not hold, are those of `network`, the new run's settings.
     """
     path, ours = find_source(init_from)
     if ours:
-        config = ckpt.read_config(path)
-        ema = ckpt.read_weights(path, "ema")
-        trained = (path / "train_state.pt").is_file()  # a converted checkpoint holds averaged weights alone
+        config, ema = ckpt.read_config(path), ckpt.read_weights(path, "ema")
+        trained = (path / "train_state.pt").is_file()  # a converted checkpoint holds EMA weights alone
         return Source(
             name=str(path),
             network=config["network"],
-            autoencoder=config.get("autoencoder_fingerprint"),
-            class_names=config["class_names"] if trained else None,
-            model=ckpt.read_weights(path, "model") if trained else dict(ema),
+            model=ckpt.read_weights(path, "model") if trained else ema,
             ema=ema,
             alignment=ckpt.read_train_state(path).get("alignment") if trained else None,
+            autoencoder=config.get("autoencoder_fingerprint"),
+            class_names=config["class_names"] if trained else None,
         )
-    parts = read_parts(path)
-    sizes = architecture(parts.ema, network.get("encoder_depth"), network["patch_size"], path.name)
-    ema = build_from_state(parts.ema, sizes, path.name).state_dict()
+    released = read_released(path, network.get("encoder_depth"), network["patch_size"])
+    ema, projector = released.weights("ema"), released.parts["projector"]
     return Source(
         name=str(path),
-        network={"_target_": f"ddt.model.{'DDT' if 'encoder_depth' in sizes else 'DiT'}", **sizes},
-        autoencoder=None,
-        class_names=None,
-        model=build_from_state(parts.raw, sizes, path.name).state_dict() if parts.raw else ema,
+        network=released.network,
+        model=released.weights("model") if released.parts["model"] else ema,
         ema=ema,
-        alignment={f"projector.{key}": value.float() for key, value in parts.projector.items()} or None,
+        alignment={f"projector.{key}": value.float() for key, value in projector.items()} or None,
     )
 
 
 def with_defaults(network: dict[str, Any]) -> dict[str, Any]:
     """Return a network's settings with those that it leaves to its constructor."""
-    parameters = inspect.signature(ckpt.NETWORKS[network["_target_"]]).parameters
+    parameters = inspect.signature(NETWORKS[network["_target_"]]).parameters
     left = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
     return left | network
 
@@ -105,57 +100,46 @@ def check_network(source: Source, network: dict[str, Any]) -> None:
     require(not differing, f"init_from={source.name}: is another network ({', '.join(differing)})")
 
 
-def with_new_table(weights: dict[str, Tensor], fresh: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights with the label table of `fresh`, but for its last row, the null label's,
-    which stays.
-    """
-    (key,) = (name for name in fresh if name.endswith(TABLE))
-    table = fresh[key].clone()
+def with_new_table(weights: dict[str, Tensor], initial: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights with the label table of `initial`, but for the row of the null label."""
+    (key,) = (name for name in initial if name.endswith(LABEL_TABLE))
+    table = initial[key].detach().cpu().clone()
     table[-1] = weights[key][-1]
     return {**weights, key: table}
 
 
-def initialise(
-    init_from: str,
-    network: dict[str, Any],
-    autoencoder: str | None,
-    class_names: list[str],
-    objective: Objective,
-    averages: dict[str, EMA],
-) -> None:
-    """Fill a new run's denoiser, its averages and, where it fits, its projector from `init_from`;
-    log what was loaded.
+def initialise(init_from: str, config: dict[str, Any], objective: Objective, emas: dict[str, EMA]) -> None:
+    """Load `init_from` into a new run's denoiser, its EMAs and, where it fits, its projector; log
+    what was loaded.
 
-    The denoiser takes the source's raw weights (its averaged ones where it holds no others), each
-    average takes the source's average. With another number of classes the rows of the label table
-    are new, the null label's apart. Raises UserError where the source is another network or a file
-    cannot be read.
+    The denoiser takes the source's raw weights (its EMA weights where it holds no others), each EMA
+    the source's EMA weights. With another number of classes the rows of the label table are new,
+    but for the null label's. Raises UserError where the source is another network or a file cannot
+    be read.
     """
+    network = config["network"]
     source = read_source(init_from, network)
     check_network(source, network)
-    denoiser = objective.denoiser
-    model, averaged = source.model, source.ema
-    classes, wanted = source.network["num_classes"], network["num_classes"]
-    if classes != wanted:
-        fresh = {key: value.detach().cpu() for key, value in denoiser.state_dict().items()}
-        model, averaged = with_new_table(model, fresh), with_new_table(averaged, fresh)
-    denoiser.load_state_dict(model, strict=True)
-    for average in averages.values():
-        average.model.load_state_dict(averaged, strict=True)
-    table = "label table loaded" if classes == wanted else f"label table new ({classes} -> {wanted} classes)"
+    raw, averaged = source.model, source.ema
+    old, new = source.network["num_classes"], network["num_classes"]
+    if old != new:
+        initial = objective.denoiser.state_dict()
+        raw, averaged = with_new_table(raw, initial), with_new_table(averaged, initial)
+    objective.denoiser.load_state_dict(raw, strict=True)
+    for ema in emas.values():
+        ema.model.load_state_dict(averaged, strict=True)
+    table = "label table loaded" if old == new else f"label table new ({old} -> {new} classes)"
     projector = "no projector"
     if objective.alignment is not None:
-        mine = {key: value.shape for key, value in objective.alignment.state_dict().items()}
-        theirs = source.alignment or {}
-        fits = mine == {key: value.shape for key, value in theirs.items()}
+        ours, theirs = objective.alignment.state_dict(), source.alignment or {}
+        fits = {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
         if fits:
             objective.alignment.load_state_dict(theirs, strict=True)
         projector = "projector loaded" if fits else "projector new"
-    log.info("init_from=%s: weights and their average loaded, %s, %s", source.name, table, projector)
-    if classes == wanted and source.class_names not in (None, class_names):
+    log.info("init_from=%s: raw and EMA weights loaded, %s, %s", source.name, table, projector)
+    if old == new and source.class_names not in (None, config["class_names"]):
         log.warning(
-            "init_from=%s: has as many classes, but others; each row of the label table goes on as another's",
-            source.name,
+            "init_from=%s: has as many classes, but others; each row of the label table becomes another's", source.name
         )
-    if source.autoencoder != autoencoder and source.autoencoder is not None:
+    if source.autoencoder not in (None, config["autoencoder_fingerprint"]):
         log.warning("init_from=%s: was trained on latents of another autoencoder than this run's", source.name)

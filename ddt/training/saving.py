@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from ddt.checkpoint import folder as ckpt
 from ddt.distributed.prepare import decide_on_main
 from ddt.errors import UserError, require
-from ddt.files import fsync, write_json
+from ddt.files import fsync, temporary_folder, write_json
 from ddt.training.settings import TrainerSettings
-from ddt.training.state import TRAIN_FORMAT, TrainingState
+from ddt.training.state import TrainingState
 from ddt.training.tracking import read_rows
 
 log = logging.getLogger(__name__)
@@ -49,9 +49,9 @@ def export_ema(checkpoint: Path, target: Path) -> None:
     """Put the EMA weights of a checkpoint with their config into a folder that sample.py reads: as
     hard links where the disk has them, which cost no space and stay when the checkpoint is removed.
     """
-    temporary = ckpt.temporary_folder(target)
+    temporary = temporary_folder(target)
     manifest = ckpt.read_manifest(checkpoint)
-    names = ["config.json", *ckpt.pieces(checkpoint, "ema.safetensors")]
+    names = ["config.json", *ckpt.shard_files(checkpoint, "ema.safetensors")]
     for name in names:
         try:
             os.link(checkpoint / name, temporary / name)
@@ -144,7 +144,7 @@ class Saver:
         settings. The main process does it.
         """
         if self.accelerator.is_main_process:
-            for step, folder in ckpt.by_step(self.run_dir / "snapshots").items():
+            for step, folder in ckpt.folders_by_step(self.run_dir / "snapshots").items():
                 if step > after:
                     remove(folder)
 
@@ -169,7 +169,7 @@ class Saver:
             try:
                 problem = self.missing_space(size)
                 if not problem:
-                    ckpt.temporary_folder(folder)
+                    temporary_folder(folder)
             except OSError as error:
                 problem = str(error)
         problem = broadcast_object_list([problem])[0]
@@ -188,9 +188,8 @@ class Saver:
             try:
                 if not problem:
                     files = {name: entry for found in everyone for name, entry in found.items()}
-                    versions = {"format_version": ckpt.FORMAT_VERSION, "train_format": TRAIN_FORMAT}
-                    config = {**versions, "step": state.step, **self.config}
-                    ckpt.complete(temporary, folder, config, files)
+                    config = {"step": state.step, **self.config}
+                    ckpt.publish_atomically(temporary, folder, config, files)
             except OSError as error:
                 problem = str(error)
             if problem:
@@ -203,7 +202,7 @@ class Saver:
         """
         if self.settings.keep_last is None or not self.accelerator.is_main_process:
             return
-        found = ckpt.checkpoints(self.run_dir)
+        found = ckpt.list_checkpoints(self.run_dir)
         kept = set(list(found)[-self.settings.keep_last :])
         if self.settings.keep_every:
             kept |= {step for step in found if step % self.settings.keep_every == 0}

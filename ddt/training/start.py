@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -25,14 +24,15 @@ from ddt.distributed.compile import compile_blocks, compiles
 from ddt.distributed.launch import check_same_on_all_processes
 from ddt.distributed.prepare import broadcast_weights, decide_on_main, make_accelerator, prepare
 from ddt.errors import Stopped, UserError, first_line, require
-from ddt.files import write_json
+from ddt.files import lock_folder, write_json
 from ddt.training.ema import EMA, ema_rules
 from ddt.training.init_from import initialise
 from ddt.training.latents import to_latents
 from ddt.training.measurements import Measurements, missing_measurements
+from ddt.training.resume import check_same_training
 from ddt.training.run import Run, build_evaluation
 from ddt.training.saving import Saver, remove_leftovers
-from ddt.training.state import TRAIN_FORMAT, TrainingState
+from ddt.training.state import TrainingState
 from ddt.training.stopping import StopRequests, end_of_job, read_status, write_status
 from ddt.training.throughput import Clock, target_flops, training_flops
 from ddt.training.tracking import JsonlTracker
@@ -176,7 +176,7 @@ def resume_or_begin(run: Run, accelerator: Accelerator, compiled: bool) -> tuple
     settings, trainer, objective = run.settings, run.settings.trainer, run.objective
     if accelerator.is_main_process:
         remove_leftovers(settings.run_dir)
-    newest = decide_on_main(accelerator, lambda: ckpt.sound_checkpoint(settings.run_dir))
+    newest = decide_on_main(accelerator, lambda: ckpt.newest_intact_checkpoint(settings.run_dir))
     if newest is not None:
         check_same_training(newest, run.config)
     broadcast_weights(objective, accelerator)
@@ -197,58 +197,23 @@ def resume_or_begin(run: Run, accelerator: Accelerator, compiled: bool) -> tuple
     return model, state
 
 
-def check_same_training(checkpoint: Path, config: dict[str, Any]) -> None:
-    """Raise UserError where a checkpoint belongs to another training than `config` describes; log
-    changes that do not make it another one.
-    """
-    saved = ckpt.read_config(checkpoint)
-    require(
-        saved.get("train_format") == TRAIN_FORMAT,
-        f"{checkpoint}: was written by another version, whose training state cannot be read; its weights can start a "
-        f"new run: init_from={checkpoint} and another name=",
-    )
-    frozen = ckpt.frozen_differences(saved["run"], config["run"])
-    changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in frozen.items())
-    require(not frozen, f"{checkpoint}: belongs to another training ({changes}); give this one another name=")
-    for key, (old, new) in ckpt.differences(saved["run"], config["run"]).items():
-        log.info("changed since the checkpoint: %s %s -> %s", key, old, new)
-    require(
-        saved["latent_shape"] == config["latent_shape"],
-        f"{checkpoint}: was trained on latents of shape {saved['latent_shape']}, not {config['latent_shape']}; give "
-        "this one another name=",
-    )
-
-
 @contextlib.contextmanager
 def reserved(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
     """Hold a run's folder for this command, on all processes; raise UserError where another one
     trains in it.
-
-    The lock is the operating system's and goes with the process, however that ends.
     """
     new = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    lock = filelock.FileLock(run_dir / ".lock")
-
-    def acquire() -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
+    message = f"{run_dir}: another command is training in this folder; wait for it, or give this one another name="
+    with contextlib.ExitStack() as stack:
+        decide_on_main(accelerator, lambda: stack.enter_context(lock_folder(run_dir, message)))
         try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise UserError(
-                f"{run_dir}: another command is training in this folder; wait for it, or give this one another name="
-            ) from error
-
-    decide_on_main(accelerator, acquire)
-    try:
-        yield
-    finally:
-        if accelerator.is_main_process:
-            if new and os.listdir(run_dir) == [".lock"]:  # refused before anything was written
+            yield
+        finally:
+            if accelerator.is_main_process and new and os.listdir(run_dir) == [".lock"]:  # refused before any writing
                 (run_dir / ".lock").unlink()
                 with contextlib.suppress(OSError):  # beside it another run may have begun
                     for folder in new:
                         folder.rmdir()
-            lock.release()
 
 
 @contextlib.contextmanager

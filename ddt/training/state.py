@@ -15,8 +15,6 @@ from ddt.training.ema import EMA
 from ddt.training.meter import Meter
 from ddt.training.stopping import Skips
 
-TRAIN_FORMAT = 3  # of what `TrainingState` keeps beside the weights
-
 
 def local_parts(tree: Any) -> Any:
     """Return a nested state with this process's part of each sharded tensor in its place."""

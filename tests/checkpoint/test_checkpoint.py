@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, checked, free of code."""
+"""Checkpoints: written atomically, checked, free of code."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from conftest import inputs, small_ddt
 import ddt
 from ddt.checkpoint import folder as ckpt
 from ddt.errors import UserError
+from ddt.files import atomic_file, atomic_folder, lock_folder, temporary_folder
 
 NETWORK = dict(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2, num_classes=5)
 
@@ -79,7 +80,7 @@ def test_another_format_version_is_refused(tmp_path):
     write(tmp_path / "a")
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
     (tmp_path / "a" / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
-    with pytest.raises(UserError, match="format version 99, this code reads 1"):
+    with pytest.raises(UserError, match="format version 99, this code reads 2"):
         ddt.load_model(tmp_path / "a")
 
 
@@ -97,19 +98,19 @@ def test_a_checkpoint_cannot_name_code_to_run(tmp_path):
         ddt.load_model(tmp_path / "a")
 
 
-def test_pieces_of_processes_are_joined(tmp_path):
+def test_shards_of_processes_are_joined(tmp_path):
     """As a sharded run writes them: cut along the first dimension, a process may have nothing of a
     short tensor.
     """
     full = {"w": torch.arange(6.0).view(3, 2), "b": torch.tensor([7.0])}
     moments = {0: {"step": torch.tensor(4.0), "exp_avg": torch.arange(5.0)}}
-    temporary, files = ckpt.temporary_folder(tmp_path / "a"), {}
+    temporary, files = temporary_folder(tmp_path / "a"), {}
     for rank in (1, 0):
         weights = {"w": full["w"][2 * rank : 2 * rank + 2], "b": full["b"][rank:]}
         state = {0: {"step": moments[0]["step"], "exp_avg": moments[0]["exp_avg"][3 * rank : 3 * rank + 3]}}
         train_state = {"optimizer": {"state": state}, "skips": [rank, rank]}
         files |= ckpt.write_files(temporary, {"ema": weights, "ema_0.9": weights}, train_state, (rank, 2))
-    ckpt.complete(temporary, tmp_path / "a", {}, files)
+    ckpt.publish_atomically(temporary, tmp_path / "a", {}, files)
     for name in ("ema", "ema_0.9"):
         found = ckpt.read_weights(tmp_path / "a", name)
         assert all(torch.equal(found[key], full[key]) for key in full)
@@ -128,18 +129,20 @@ def test_wrapped_names_are_never_saved(tmp_path):
         ckpt.write_checkpoint(tmp_path / "a", {}, ema={"module.w": torch.zeros(1)})
 
 
-def test_differences_between_runs():
-    old = {
-        "model": {"depth": 6},
-        "seed": 0,
-        "trainer": {"lr_schedule": "constant", "max_steps": 10, "save_every": 5},
-    }
-    new = {
-        "model": {"depth": 7},
-        "seed": 0,
-        "trainer": {"lr_schedule": "constant", "max_steps": 20, "save_every": 1},
-    }
-    assert ckpt.frozen_differences(old, new) == {"model.depth": (6, 7)}
-    for config in (old, new):
-        config["trainer"]["lr_schedule"] = "linear"
-    assert ckpt.frozen_differences(old, new) == {"model.depth": (6, 7), "trainer.max_steps": (10, 20)}
+def test_a_failed_write_leaves_nothing(tmp_path):
+    def fail(write):
+        with write(tmp_path / "a") as temporary:
+            (temporary / "x" if temporary.is_dir() else temporary).write_text("half")
+            raise KeyboardInterrupt
+
+    for write in (atomic_folder, atomic_file):
+        with pytest.raises(KeyboardInterrupt):
+            fail(write)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_locked_once(tmp_path):
+    with lock_folder(tmp_path / "a", "a: taken"), pytest.raises(UserError, match="a: taken"):
+        lock_folder(tmp_path / "a", "a: taken").__enter__()
+    with lock_folder(tmp_path / "a", "a: taken"):
+        pass

@@ -10,8 +10,7 @@ from conftest import refusal, run_inside, small_checkpoint
 import ddt
 from ddt.checkpoint import hub
 from ddt.errors import UserError
-from ddt.export.export import Card, export, open_source
-from ddt.export.hub_model import HubModel
+from ddt.export import ExportSettings, HubModel, export
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def exported(tmp_path):
     folder = small_checkpoint(tmp_path / "checkpoint")
-    export(open_source(folder, "hub"), "hub", tmp_path / "exported", Card("exported"))
+    export(ExportSettings(str(folder), "hub", str(tmp_path / "exported")))
     return tmp_path / "exported"
 
 

@@ -1,4 +1,4 @@
-"""Exports hold all that sampling needs, say what they are, and are written whole or not at all."""
+"""Exports hold all that sampling needs, say what they are, and are written atomically."""
 
 import json
 import shutil
@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 import ddt
 from ddt.checkpoint import folder as ckpt
 from ddt.errors import UserError
-from ddt.export.export import Card, export, labels_of, open_source, picture_of, read_metrics, without_places
-from ddt.export.model_card import dataset, metrics_section, training
+from ddt.export import ExportSettings, export
+from ddt.export.export import Card, class_labels, find_picture, open_source, read_metrics, without_paths
+from ddt.export.model_card import model_card
+from ddt.files import temporary_folder
 from ddt.pictures import imagenet_synsets
 from ddt.sampling.schedules import write_schedule
-from scripts.export import settings_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RUN = {
@@ -36,10 +37,11 @@ RUN = {
     "optimizer": {"_target_": "ddt.training.optimizer.adamw", "lr": 0.001},
     "trainer": {"global_batch_size": 4, "lr_schedule": "constant", "mixed_precision": "fp32"},
 }
+CARD = {"network": {"_target_": "ddt.model.DDT"}, "sampler": {}, "export": {}}
 
 
-def hub(folder, out, card=None, **arguments):
-    export(open_source(folder, "hub", **arguments), "hub", out, card or Card(out.name))
+def hub(folder, out, **arguments):
+    export(ExportSettings(str(folder), "hub", str(out), **arguments))
     return out
 
 
@@ -144,15 +146,15 @@ def test_an_autoencoder_of_the_hub_stays_a_name(tmp_path):
     assert "does not say what it was trained on" in text
 
 
-def test_pieces_become_one_file(tmp_path):
+def test_shards_become_one_file(tmp_path):
     folder = small_checkpoint(tmp_path / "checkpoint")
     state = ckpt.read_weights(folder, "ema")
-    sharded = ckpt.temporary_folder(tmp_path / "sharded")
+    sharded = temporary_folder(tmp_path / "sharded")
     halves = [{k: v.chunk(2)[piece] for k, v in state.items() if piece < len(v.chunk(2))} for piece in range(2)]
     files = {}
     for piece, half in enumerate(halves):
-        files |= ckpt.write_files(sharded, {"ema": half}, piece=(piece, 2))
-    ckpt.complete(sharded, tmp_path / "sharded", ckpt.read_config(folder), files)
+        files |= ckpt.write_files(sharded, {"ema": half}, shard=(piece, 2))
+    ckpt.publish_atomically(sharded, tmp_path / "sharded", ckpt.read_config(folder), files)
     found = ddt.load_model(hub(tmp_path / "sharded", tmp_path / "exported")).state_dict()
     assert all(torch.equal(found[key], state[key]) for key in state)
 
@@ -166,12 +168,12 @@ def test_which_weights_they_were_is_told(tmp_path):
     assert torch.equal(ddt.load_model(out).decoder.output.linear.bias, raw["decoder.output.linear.bias"])
     assert ckpt.weights_receipt(out, "ema")["weights"] == "raw"
     assert ckpt.weights_receipt(hub(out, tmp_path / "again"), "ema")["weights"] == "raw"
-    export(open_source(tmp_path / "both", "diffusers", "model"), "diffusers", tmp_path / "pipeline", Card("x"))
+    export(ExportSettings(str(tmp_path / "both"), "diffusers", str(tmp_path / "pipeline"), weights="model"))
     written = load_file(tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(written["network.decoder.output.linear.bias"], raw["decoder.output.linear.bias"])
     for weights, state in (("ema", ema), ("model", raw)):
         out = tmp_path / f"{weights}.safetensors"
-        export(open_source(tmp_path / "both", "released", weights), "released", out, Card("x"))
+        export(ExportSettings(str(tmp_path / "both"), "released", str(out), weights=weights))
         sums = [sorted(value.sum().item() for value in each.values()) for each in (load_file(out), state)]
         assert sums[0][0] == sums[1][0]
         assert sums[0][-1] == sums[1][-1]
@@ -200,10 +202,13 @@ def test_the_card_says_what_the_model_is(tmp_path):
         assert card.data.license == "mit"
         assert card.data.library_name == {"hub": "ddt", "diffusers": "diffusers"}[form]
         assert {"ddt", "arxiv:2504.05741"} <= set(card.data.tags)
+        (result,) = card.data.eval_results
+        assert (result.metric_type, result.metric_value) == ("fid", 12.3456)
+        assert result.metric_name == "FID-5K (validation images)"
         for line in (
             "| FID-5K (validation images) | 12.3456 |",
-            "No comparison with published numbers: 5,000 samples instead of 50,000.",
-            "Drawn with solver heun, fp32.",
+            "Not comparable with published numbers: 5,000 samples instead of 50,000.",
+            "Sampled with solver heun, fp32.",
             "| steps | 7 of 4 images each, 28 images seen |",
             "| seed | 3 |",
             "| started from | step_0000001 |",
@@ -232,16 +237,18 @@ def test_imagenet_is_named(tmp_path):
         "autoencoder": {"source": "a/b"},
         "source": {},
     }
-    assert "| classes | 1000: tench, goldfish" in training(config)
-    assert dataset(config) == "ILSVRC/imagenet-1k"
-    assert labels_of(imagenet_synsets())["0"] == "tench, Tinca tinca"
+    card = model_card("x", "ddt", {**CARD, **config}, parameters=1)
+    assert "| classes | 1000: tench, goldfish" in card.text
+    assert card.data.datasets == ["ILSVRC/imagenet-1k"]
+    assert class_labels(imagenet_synsets())["0"] == "tench, Tinca tinca"
 
 
 def test_a_guide_is_told(tmp_path):
     metrics = json.loads((evaluation(tmp_path / "set", "0" * 64) / "metrics.json").read_text())
-    assert "Guided away" not in metrics_section(metrics)
+    config = {**CARD, "class_names": list("ab"), "latent_shape": [1, 8, 8], "autoencoder": {}}
+    assert "Guided away" not in model_card("x", "ddt", config, 1, metrics).text
     metrics["receipt"]["sampling"]["request"]["guide"] = {"ema_sha256": "1" * 64, "step": 1}
-    assert f"Guided away from the weights `{'1' * 64}`." in metrics_section(metrics)
+    assert f"Guided away from the weights `{'1' * 64}`." in model_card("x", "ddt", config, 1, metrics).text
 
 
 def test_the_grid_of_a_runs_own_samples_is_shown(tmp_path):
@@ -257,24 +264,23 @@ def test_only_pictures_of_these_weights_are_shown(tmp_path):
     evaluation(tmp_path / "run" / "samples", "0" * 64)
     evaluation(tmp_path / "set", ckpt.weights_sha256(folder, "ema"))
     places, sha256 = [tmp_path / "nowhere", tmp_path / "run" / "samples"], ckpt.weights_sha256(folder, "ema")
-    assert picture_of(places, sha256) is None
-    assert picture_of([*places, tmp_path / "set"], sha256) == tmp_path / "set" / "grid.png"
+    assert find_picture(places, sha256) is None
+    assert find_picture([*places, tmp_path / "set"], sha256) == tmp_path / "set" / "grid.png"
 
 
-def test_places_lose_all_but_their_last_name():
+def test_paths_lose_all_but_their_last_name():
     values = {"data": {"root": "/home/me/birds", "size": 8}, "init_from": "MCG-NJU/DDT-XL", "name": "a/b", "x": ["/y"]}
     expected = {**values, "data": {"root": "birds", "size": 8}}
-    assert without_places(values) == expected
+    assert without_paths(values) == expected
 
 
 @pytest.mark.parametrize("form", ["hub", "diffusers", "released"])
 def test_an_export_is_never_written_over(tmp_path, form):
-    source = open_source(small_checkpoint(tmp_path / "checkpoint"), form)
-    out = tmp_path / "out.ckpt"
-    export(source, form, out, Card("x"))
+    settings = ExportSettings(str(small_checkpoint(tmp_path / "checkpoint")), form, str(tmp_path / "out.ckpt"))
+    export(settings)
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
     with pytest.raises(UserError, match="exists already and is not written over"):
-        export(source, form, out, Card("x"))
+        export(settings)
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
@@ -287,7 +293,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, form, monkeypatch):
 
     monkeypatch.setattr(Card, "write", fail)
     with pytest.raises(KeyboardInterrupt):
-        export(open_source(folder, form), form, tmp_path / "new" / "exported", Card("x"))
+        export(ExportSettings(str(folder), form, str(tmp_path / "new" / "exported")))
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -321,8 +327,11 @@ def checkpoint(tmp_path_factory):
     [
         (["format=foo"], "format=foo: give 'hub', 'diffusers' or 'released'"),
         (["format=hub", "ckpt=nowhere"], "nowhere: no such folder"),
-        (["format=hub", "metrics={there}/of_others"], "does not say that its samples were drawn with these weights"),
-        (["format=hub", "autoencoder=a/b"], "autoencoder=a/b: this model draws pixels"),
+        (
+            ["format=hub", "metrics={there}/of_others"],
+            "does not say that its samples were generated with these weights",
+        ),
+        (["format=hub", "autoencoder=a/b"], "autoencoder=a/b: this model samples pixels"),
         (["format=hub", "push=name"], "push=name: no name of a model; write owner/name"),
         (["format=hub", "out={there}"], "exists already and is not written over"),
         (["format=hub", "weight=ema"], "weight: no such setting; did you mean weights?"),
@@ -346,7 +355,7 @@ def test_mistakes_are_one_line(checkpoint, arguments, message):
     [
         ("nowhere", "metrics=nowhere: no such file"),
         ("checkpoint", "metrics=.*metrics.json: no such file"),
-        ("without", "does not say that its samples were drawn with these weights"),
+        ("without", "does not say that its samples were generated with"),
         ("checkpoint/config.json", "is no evaluation"),
         ("of_others/grid.png", "damaged or no JSON"),
     ],
@@ -359,10 +368,9 @@ def test_what_is_no_evaluation_of_these_weights_is_refused(checkpoint, file, mes
 
 @pytest.mark.parametrize("key", ["push", "license", "autoencoder", "metrics"])
 def test_the_published_format_holds_weights_alone(tmp_path, key):
-    chosen = dict(ckpt="x", format="released", out=str(tmp_path / "x.ckpt"), weights="ema", autoencoder="checkpoint")
-    chosen |= dict(metrics=None, license=None, push=None)
-    settings_of(**chosen)
+    chosen = dict(ckpt="x", format="released", out=str(tmp_path / "x.ckpt"))
+    ExportSettings(**chosen)
     with pytest.raises(UserError, match=f"{key}=a/b: has no effect with format=released"):
-        settings_of(**{**chosen, key: "a/b"})
+        ExportSettings(**{**chosen, key: "a/b"})
     with pytest.raises(UserError, match=r"is to be one file; give a name that ends in \.ckpt or \.safetensors"):
-        settings_of(**{**chosen, "out": str(tmp_path / "x")})
+        ExportSettings(**{**chosen, "out": str(tmp_path / "x")})

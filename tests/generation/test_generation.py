@@ -144,7 +144,7 @@ def test_two_runs_are_the_same_bytes(tmp_path):
 
 def test_while_a_set_is_drawn_another_command_stays_away(tmp_path):
     (tmp_path / "a" / ".parts").mkdir(parents=True)
-    lock = filelock.FileLock(tmp_path / "a" / ".parts" / "lock")
+    lock = filelock.FileLock(tmp_path / "a" / ".parts" / ".lock")
     with lock, pytest.raises(ckpt.UserError, match="another command is sampling this set; wait for it"):
         draw(tmp_path / "a")
     draw(tmp_path / "a")

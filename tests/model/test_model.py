@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import ddt
-from ddt.checkpoint.published import our_name
 from ddt.errors import UserError
 from ddt.model import build_network, network_class
 from ddt.objective.flow_matching import velocity_errors
@@ -27,11 +26,12 @@ def test_network_matches_the_release(name, i):
     loss = (model(io["x"], io["t"], io["y"]) - io["target"]).square().mean()
     loss.backward()
     torch.testing.assert_close(loss, io["loss"], **TOLERANCE)
-    parameters = dict(model.named_parameters())
+    settings = {"encoder_depth": len(model.encoder.blocks)}
+    parameters = {model.release.published_name(name, settings): p for name, p in model.named_parameters()}
     norms = {k.removeprefix("gradnorm."): v for k, v in io.items() if k.startswith("gradnorm.")}
     assert len(norms) == len(parameters)
     for key, norm in norms.items():
-        gradient = parameters[our_name(key, len(model.encoder.blocks))].grad
+        gradient = parameters[key].grad
         torch.testing.assert_close(gradient.norm(), norm, **GRADIENT_TOLERANCE, msg=lambda m, key=key: f"{key}: {m}")
 
 

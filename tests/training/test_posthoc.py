@@ -1,4 +1,4 @@
-"""Averages of any length, made of snapshots of others."""
+"""EMA weights of any length, made of snapshots of others."""
 
 import json
 from types import SimpleNamespace
@@ -10,9 +10,19 @@ from conftest import refusal, succeed
 
 from ddt.checkpoint import folder as ckpt
 from ddt.errors import UserError
+from ddt.files import temporary_folder
 from ddt.training.ema import EMA, ConstantDecay, PowerFunction, power_exponent
-from ddt.training.posthoc import Profile, Reconstruction, combine, find_snapshots, products, reconstruct
-from scripts.posthoc_ema import check_residual, posthoc
+from ddt.training.posthoc import (
+    PosthocSettings,
+    Profile,
+    Reconstruction,
+    check_residual,
+    combine,
+    find_snapshots,
+    inner_products,
+    posthoc_ema,
+    reconstruct,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RULES = [PowerFunction(0.05), PowerFunction(0.2), ConstantDecay(0.97)]
@@ -57,14 +67,14 @@ def test_tracked_average_is_the_sum_over_its_profile(rule):
 def test_products_are_those_of_the_written_out_profiles():
     profiles = [Profile(rule, step) for step in (7, 40, 41, 100) for rule in RULES]
     full = np.stack([np.pad(p.shares(), (0, 100 - p.step)) for p in profiles])
-    np.testing.assert_allclose(products(profiles), full @ full.T, rtol=1e-10)
+    np.testing.assert_allclose(inner_products(profiles), full @ full.T, rtol=1e-10)
 
 
 def test_products_of_a_long_run_neither_overflow_nor_cancel():
     """A power of 98 at 400,000 steps; the square of a profile ∝ t^γ is known in continuous time."""
     rule = PowerFunction(0.01)
     exponent = power_exponent(0.01)
-    value = products([Profile(rule, 4_000), Profile(rule, 400_000)])
+    value = inner_products([Profile(rule, 4_000), Profile(rule, 400_000)])
     expected = (exponent + 1) ** 2 / (2 * exponent + 1) / np.array([4_000, 400_000])
     np.testing.assert_allclose(value.diagonal(), expected, rtol=1e-2)
     assert np.isfinite(value).all()
@@ -74,7 +84,7 @@ def test_products_of_a_long_run_neither_overflow_nor_cancel():
     ("rule", "largest"), [(PowerFunction(0.07), 5e-4), (PowerFunction(0.15), 1e-3), (ConstantDecay(0.95), 2e-3)]
 )
 def test_reconstruction_is_the_average_that_was_tracked(rule, largest):
-    """Snapshots of two averages every 20 of 400 steps; errors relative to what averaging changes."""
+    """Snapshots of two EMAs every 20 of 400 steps; errors relative to what averaging changes."""
     weights, steps = walk(400), list(range(20, 401, 20))
     averages = [Profile(PowerFunction(std), step) for std in (0.05, 0.1) for step in steps]
     snapshots = np.concatenate([tracked(PowerFunction(std), weights, steps)[1] for std in (0.05, 0.1)])
@@ -194,11 +204,11 @@ def test_sums_are_float64(tmp_path):
 
 
 def test_snapshots_of_a_sharded_run(run, tmp_path):
-    """The same snapshots, each file in the pieces of two processes."""
+    """The same snapshots, each file in shards of two processes."""
     whole = find_snapshots(run)
-    folders = {folder: tmp_path / "snapshots" / folder.name for folder, _ in whole.parts}
+    folders = {folder: tmp_path / "snapshots" / folder.name for folder, _ in whole.weights}
     for folder, target in folders.items():
-        temporary, files = ckpt.temporary_folder(target), {}
+        temporary, files = temporary_folder(target), {}
         for rank in range(2):
             weights = {
                 name: {
@@ -207,14 +217,15 @@ def test_snapshots_of_a_sharded_run(run, tmp_path):
                 }
                 for name in ckpt.weights_names(folder)
             }
-            files |= ckpt.write_files(temporary, weights, piece=(rank, 2))
-        ckpt.complete(temporary, target, ckpt.read_config(folder), files)
+            files |= ckpt.write_files(temporary, weights, shard=(rank, 2))
+        ckpt.publish_atomically(temporary, target, ckpt.read_config(folder), files)
     sharded = find_snapshots(tmp_path)
-    assert sharded.averages == whole.averages
-    assert sharded.parts == tuple((folders[folder], name) for folder, name in whole.parts)
-    assert 4 * flat(*whole.parts[0]).numel() < whole.bytes() < sharded.bytes() < 1.1 * whole.bytes()
-    coefficients = np.full((1, len(whole.parts)), 0.1)
-    (one,), (other,) = combine(whole.parts, coefficients), combine(sharded.parts, coefficients)
+    assert sharded.profiles == whole.profiles
+    assert sharded.weights == tuple((folders[folder], name) for folder, name in whole.weights)
+    single, parts = (ckpt.weights_bytes(*found.weights[-1]) for found in (whole, sharded))
+    assert 4 * flat(*whole.weights[0]).numel() < single < parts < 1.1 * single
+    coefficients = np.full((1, len(whole.weights)), 0.1)
+    (one,), (other,) = combine(whole.weights, coefficients), combine(sharded.weights, coefficients)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -232,10 +243,10 @@ def test_snapshots_of_a_sharded_run(run, tmp_path):
         ({"step": 41}, "step=41: the run has no snapshot of it; the nearest: 35, 40"),
         ({"step": 12}, "the nearest: 10, 15"),
         ({"step": 5}, "is the only snapshot up to step 5"),
-        ({"powers": [0.2]}, "powers=0.2: the run kept no such average; choose from 0.05, 0.1, 0.15"),
+        ({"powers": [0.2]}, "powers=0.2: the run kept no such EMA weights; choose from 0.05, 0.1, 0.15"),
         ({"powers": []}, "powers=[]: name at least one of 0.05, 0.1, 0.15"),
-        ({"std": 0.01, "powers": [0.1]}, "std=0.01: the snapshots up to step 40 cannot make this average"),
-        ({"decay": 0.9999}, "decay=0.9999: the snapshots up to step 40 cannot make this average"),
+        ({"std": 0.01, "powers": [0.1]}, "std=0.01: the snapshots up to step 40 cannot make this EMA"),
+        ({"decay": 0.9999}, "decay=0.9999: the snapshots up to step 40 cannot make this EMA"),
         ({"out": "taken"}, "out=taken: exists already"),
         ({"std": [0.07, 0.1], "out": "partly"}, "out=partly/std_0.1: exists already"),
     ],
@@ -247,7 +258,7 @@ def test_what_cannot_be_is_refused(run, tmp_path, monkeypatch, changes, message)
     before = sorted(tmp_path.rglob("*"))
     values = {"run": str(run), "std": 0.07, "decay": None, "step": None, "powers": None, "out": "out"}
     with pytest.raises(UserError) as refused:
-        posthoc(**(values | changes))
+        posthoc_ema(PosthocSettings(**(values | changes)))
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
     assert sorted(tmp_path.rglob("*")) == before
@@ -256,7 +267,7 @@ def test_what_cannot_be_is_refused(run, tmp_path, monkeypatch, changes, message)
 def test_no_room_is_said_before_anything_is_read(run, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="GiB are free; free some space"):
-        posthoc(str(run), 0.07, None, None, None, str(tmp_path / "out"))
+        posthoc_ema(PosthocSettings(str(run), 0.07, None, None, None, str(tmp_path / "out")))
 
 
 def test_a_poor_average_is_warned_of(caplog):

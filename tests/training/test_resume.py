@@ -23,6 +23,7 @@ from ddt.errors import STOPPED_STATUS
 from ddt.objective import FlowMatching
 from ddt.training import saving, start, stopping
 from ddt.training.ema import EMA, PowerFunction
+from ddt.training.resume import frozen_differences
 from ddt.training.tracking import JsonlTracker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -167,7 +168,7 @@ def test_a_kill_while_saving_costs_nothing(straight, monkeypatch, point):
     run = train(f"killed_{name}", *options)
     assert_same_end(run, straight)
     assert [path.name for path in sorted(run.rglob("*")) if path.name.startswith((".tmp", ".del"))] == []
-    assert list(ckpt.checkpoints(run)) == [8, 12]
+    assert list(ckpt.list_checkpoints(run)) == [8, 12]
     assert [folder.name for folder in sorted((run / "snapshots").iterdir())] == [
         f"step_00000{k}" for k in ("04", "08", "12")
     ]
@@ -214,7 +215,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_used(straight, saved_often
     assert_same_end(run, straight)
 
 
-def test_a_run_without_a_sound_checkpoint_is_not_begun_again(saved_often):
+def test_a_run_without_an_intact_checkpoint_is_not_begun_again(saved_often):
     run = Path("runs/hopelessly_damaged")
     shutil.copytree(saved_often, run)
     for folder in (run / "checkpoints").iterdir():
@@ -222,7 +223,7 @@ def test_a_run_without_a_sound_checkpoint_is_not_begun_again(saved_often):
     before = (run / "metrics.jsonl").read_text()
     for _ in range(2):
         message = refusal("train", *arguments("hopelessly_damaged"))
-        assert "runs/hopelessly_damaged: no sound checkpoint is left" in message
+        assert "runs/hopelessly_damaged: no intact checkpoint is left" in message
     assert (run / "metrics.jsonl").read_text() == before
 
 
@@ -243,7 +244,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_step(straight, caplog):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "no checkpoint of step 4 could be written" in caplog.text
     assert "training continues" in caplog.text
-    assert list(ckpt.checkpoints(run)) == [8, 12]
+    assert list(ckpt.list_checkpoints(run)) == [8, 12]
     assert not list((run / "checkpoints").glob(".tmp*"))
     assert_same_end(run, straight)
 
@@ -288,8 +289,8 @@ def test_which_checkpoints_stay():
     run = train("kept", *options, "trainer.validate_every=1", "trainer.log_every=1")
     losses = {row["step"]: row["validation_loss"] for row in rows(run) if "validation_loss" in row}
     best = min(losses, key=losses.get)
-    assert list(ckpt.checkpoints(run)) == sorted({5, 10, 11, 12, best})
-    assert list(ckpt.checkpoints(train("all_kept", "trainer.save_every=3"))) == [3, 6, 9, 12]
+    assert list(ckpt.list_checkpoints(run)) == sorted({5, 10, 11, 12, best})
+    assert list(ckpt.list_checkpoints(train("all_kept", "trainer.save_every=3"))) == [3, 6, 9, 12]
 
 
 def test_the_best_is_by_the_metrics_direction(tmp_path):
@@ -358,7 +359,7 @@ def test_a_run_stops_on_request_and_goes_on(straight, monkeypatch, reason, ask):
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["step"]) == ("preempted", 6)
     assert not (run / "STOP").exists()
-    assert list(ckpt.checkpoints(run)) == [6]
+    assert list(ckpt.list_checkpoints(run)) == [6]
     assert [signal.getsignal(number) for number in stopping.SIGNALS] == handlers
     assert_same_end(train(name), straight)
 
@@ -546,10 +547,10 @@ def test_nothing_is_removed_while_the_best_is_unknown(saved_often, tmp_path, cap
     saver.settings = SimpleNamespace(keep_last=2, keep_every=0, keep_best="fid_5k")
     saver.prune()
     assert "no checkpoint has this number, so all stay" in caplog.text
-    assert list(ckpt.checkpoints(run)) == [4, 8, 9]
+    assert list(ckpt.list_checkpoints(run)) == [4, 8, 9]
     saver.settings.keep_best = None
     saver.prune()
-    assert list(ckpt.checkpoints(run)) == [8, 9]
+    assert list(ckpt.list_checkpoints(run)) == [8, 9]
 
 
 def test_what_cannot_be_removed_costs_nothing(monkeypatch, caplog, straight):
@@ -564,3 +565,12 @@ def test_what_cannot_be_removed_costs_nothing(monkeypatch, caplog, straight):
     run = train("busy", "trainer.save_every=4", "trainer.keep_last=2")
     assert_same_end(run, straight)
     assert "could not be removed" in caplog.text
+
+
+def test_what_a_resumed_run_must_share():
+    trainer = {"lr_schedule": "constant", "max_steps": 10, "save_every": 5}
+    old = {"model": {"depth": 6}, "seed": 0, "trainer": trainer}
+    new = {"model": {"depth": 7}, "seed": 0, "trainer": {**trainer, "max_steps": 20, "save_every": 1}}
+    assert frozen_differences(old, new) == {"model.depth": (6, 7)}
+    new["trainer"]["lr_schedule"] = old["trainer"]["lr_schedule"] = "linear"
+    assert frozen_differences(old, new) == {"model.depth": (6, 7), "trainer.max_steps": (10, 20)}

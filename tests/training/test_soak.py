@@ -59,7 +59,7 @@ def attempt(name, folder, seconds=0.0, number=None, begun=False):
 def everything(run):
     """All tensors of all checkpoints and snapshots that a run keeps."""
     found = {}
-    for folder in [*ckpt.checkpoints(run).values(), *sorted((run / "snapshots").iterdir())]:
+    for folder in [*ckpt.list_checkpoints(run).values(), *sorted((run / "snapshots").iterdir())]:
         for name in ckpt.weights_names(folder):
             found |= {f"{folder.name} {name} {k}": v for k, v in ckpt.read_weights(folder, name).items()}
     state = ckpt.read_train_state(ckpt.newest_checkpoint(run))
@@ -81,7 +81,7 @@ def test_fifty_kills_cost_nothing(tmp_path):
         newest = ckpt.newest_checkpoint(run) if run.exists() else None
         if newest is not None:
             for file in ckpt.read_manifest(newest)["files"]:
-                ckpt.verified(newest, file)
+                ckpt.verify_file(newest, file)
             steps.append(int(newest.name[5:]))
             assert steps[-1] >= steps[-2], "a kill took the run back behind a checkpoint"
         ended = os.waitstatus_to_exitcode(status)

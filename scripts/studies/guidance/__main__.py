@@ -29,11 +29,10 @@ from ddt.cli import CONF, arguments_for, checked, entry_point
 from ddt.distributed.launch import launch
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require
-from ddt.files import write_json
+from ddt.files import lock_folder, write_json
 from ddt.generation.generator import Dtype, Generator, usual_dtype
 from ddt.generation.image_set import SEED_STRIDE
 from ddt.generation.load import stored_autoencoder
-from ddt.generation.sample_set import locked
 from ddt.metrics.precision_recall import PrDtype
 from ddt.metrics.scores import prepare
 from ddt.receipts import circumstances, without_paths
@@ -94,7 +93,8 @@ def run(config: dict[str, Any], checkpoints: list[Checkpoint], points: list[Poin
         Generator, autoencoder=autoencoder, shape=tuple(stored["latent_shape"]), dtype=dtype,
         device=device, cache_bytes=config["cache_gib"] * 2**30,
     )  # fmt: skip
-    with locked(out / WORK) if main else contextlib.nullcontext():
+    message = f"out={out}: another command is sampling this set; wait for it, or choose another out="
+    with lock_folder(out / WORK, message) if main else contextlib.nullcontext():
         if main:
             inputs = {"reference": reference.identity(), "features": extractor.identity()}
             inputs = json.loads(json.dumps(without_paths(inputs)))

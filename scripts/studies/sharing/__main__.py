@@ -23,10 +23,9 @@ from ddt.checkpoint import folder as ckpt
 from ddt.cli import CONF, arguments_for, checked, entry_point
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require
-from ddt.files import write_json
+from ddt.files import lock_folder, write_json
 from ddt.generation.generator import Dtype
 from ddt.generation.load import load_generator, stored_autoencoder
-from ddt.generation.sample_set import locked
 from ddt.metrics.scores import prepare
 from ddt.receipts import circumstances
 from scripts.studies.sharing.curve import KEPT, Curve
@@ -82,7 +81,8 @@ def measure(config: dict[str, Any], folder: Path, stored: dict[str, Any], settin
     autoencoder = stored_autoencoder(stored, config["autoencoder"])
     reference, extractor = comparison(config, autoencoder, stored["latent_shape"], device)
     generator = load_generator(folder, settings, autoencoder, device, dtype=dtype, cache_gib=config["cache_gib"])
-    with locked(out / KEPT):
+    message = f"out={out}: another command is sampling this set; wait for it, or choose another out="
+    with lock_folder(out / KEPT, message):
         if plan is None:
             schedules = schedules_of(generator, config["rules"], config["budgets"], config["templates"])
             plan = {"request": request, "schedules": schedules}

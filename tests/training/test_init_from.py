@@ -9,8 +9,8 @@ import torch
 from conftest import GOLDEN, refusal, small_ddt, succeed
 from safetensors.torch import load_file
 
-from ddt.checkpoint.folder import FORMAT_VERSION, write_checkpoint
-from ddt.checkpoint.published import architecture, read_state_dict
+from ddt.checkpoint.folder import write_checkpoint
+from ddt.checkpoint.published import read_released
 from ddt.objective import FlowMatching
 from ddt.objective.alignment import Dispersive
 from ddt.training.ema import EMA, ConstantDecay
@@ -51,7 +51,7 @@ def frozen(*options):
     return [*SMALL, "optimizer.lr=1e-30", "trainer.max_steps=1", "trainer.ema_decay=0.999999", *options]
 
 
-def test_a_run_starts_from_raw_and_averaged_weights(place, monkeypatch, caplog):
+def test_a_run_starts_from_raw_and_ema_weights(place, monkeypatch, caplog):
     monkeypatch.chdir(place)
     caplog.set_level("INFO")
     succeed("train", *frozen("name=same", "init_from=runs/source"))
@@ -62,7 +62,7 @@ def test_a_run_starts_from_raw_and_averaged_weights(place, monkeypatch, caplog):
             torch.testing.assert_close(found[key], expected[key], rtol=0, atol=1e-6)
     raw, averaged = (weights(place / "runs/source", n, 4)["decoder.output.linear.weight"] for n in ("model", "ema"))
     assert not torch.allclose(raw, averaged, atol=1e-6)
-    assert "weights and their average loaded, label table loaded, no projector" in caplog.text
+    assert "raw and EMA weights loaded, label table loaded, no projector" in caplog.text
 
 
 def test_resuming_ignores_the_source_but_not_a_change_of_it(place, monkeypatch, caplog):
@@ -113,23 +113,28 @@ def network(**sizes):
             "depth": 5, "encoder_depth": 3, "num_classes": 10, **sizes}  # fmt: skip
 
 
+def run_config(network, autoencoder=None):
+    class_names = ["0"] * network["num_classes"]
+    return {"network": network, "autoencoder_fingerprint": autoencoder, "class_names": class_names}
+
+
 def objective(**sizes):
     settings = {key: value for key, value in network(**sizes).items() if key != "_target_"}
     return FlowMatching(small_ddt(**settings), alignment=sizes.get("alignment"))
 
 
-def averages(trained):
+def emas(trained):
     return {"ema": EMA(trained.denoiser, ConstantDecay(0.9))}
 
 
-def test_a_published_file_gives_raw_and_averaged_weights():
-    """The release's own numbers: EMA weights into the average, raw ones into the network that is
+def test_a_published_file_gives_raw_and_ema_weights():
+    """The release's own numbers: EMA weights into the EMA, raw ones into the network that is
     trained.
     """
-    sizes = architecture(read_state_dict(PATCH1), encoder_depth=1, patch_size=1, source="patch1")
+    sizes = read_released(PATCH1, encoder_depth=1, patch_size=1).network
     trained = objective(**sizes)
     ema = EMA(trained.denoiser, ConstantDecay(0.9))
-    initialise(str(PATCH1), network(**sizes), None, ["0"] * 5, trained, {"ema": ema})
+    initialise(str(PATCH1), run_config(network(**sizes)), trained, {"ema": ema})
     state = torch.load(PATCH1, weights_only=True)["state_dict"]
     for prefix, model in (("ema_denoiser.", ema.model), ("denoiser.", trained.denoiser)):
         found = model.state_dict()
@@ -138,15 +143,15 @@ def test_a_published_file_gives_raw_and_averaged_weights():
         assert torch.equal(found[TABLE], state[f"{prefix}y_embedder.embedding_table.weight"])
 
 
-def test_a_converted_checkpoint_has_averaged_weights_alone(tmp_path, caplog):
+def test_a_converted_checkpoint_has_ema_weights_alone(tmp_path, caplog):
     caplog.set_level("INFO")
     source = objective(num_classes=7).denoiser
-    config = {"format_version": FORMAT_VERSION, "step": None, "network": network(num_classes=7)}
+    config = {"step": None, "network": network(num_classes=7)}
     write_checkpoint(tmp_path / "converted", {**config, "autoencoder_fingerprint": "other"}, ema=source.state_dict())
     trained = objective()
     ema = EMA(trained.denoiser, ConstantDecay(0.9))
     fresh = trained.denoiser.state_dict()[TABLE].clone()
-    initialise(str(tmp_path / "converted"), network(), "mine", ["0"] * 10, trained, {"ema": ema})
+    initialise(str(tmp_path / "converted"), run_config(network(), "mine"), trained, {"ema": ema})
     assert torch.equal(trained.denoiser.state_dict()[TABLE][:-1], fresh[:-1])
     assert torch.equal(trained.denoiser.state_dict()[TABLE][-1], source.state_dict()[TABLE][-1])
     for key, value in source.state_dict().items():
@@ -166,17 +171,17 @@ def test_a_projector_is_taken_where_it_fits(tmp_path, caplog):
         return FlowMatching(objective().denoiser, alignment=loss)
 
     source = aligned(6)
-    config = {"format_version": FORMAT_VERSION, "step": 1, "network": network(), "class_names": ["1"] * 10}
+    config = {"step": 1, "network": network(), "class_names": ["1"] * 10}
     state = source.denoiser.state_dict()
     write_checkpoint(
         tmp_path / "run", config, ema=state, model=state, train_state={"alignment": source.alignment.state_dict()}
     )
     fits, other = aligned(6), aligned(5)
-    initialise(str(tmp_path / "run"), network(), None, ["0"] * 10, fits, averages(fits))
+    initialise(str(tmp_path / "run"), run_config(network()), fits, emas(fits))
     assert torch.equal(fits.alignment.projector[4].weight, source.alignment.projector[4].weight)
     assert "projector loaded" in caplog.text
     assert "has as many classes, but others" in caplog.text
-    initialise(str(tmp_path / "run"), network(), None, ["0"] * 10, other, averages(other))
+    initialise(str(tmp_path / "run"), run_config(network()), other, emas(other))
     assert "projector new" in caplog.text
     assert Dispersive().build_loss().state_dict() == {}
 

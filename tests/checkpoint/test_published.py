@@ -4,18 +4,15 @@ import warnings
 
 import pytest
 import torch
-from conftest import GOLDEN, run
+from conftest import GOLDEN, ROOT, refusal, run
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import ddt
-from ddt.checkpoint.published import (
-    architecture,
-    check_releasable,
-    find_released,
-    read_parts,
-    their_name,
-    write_released,
-)
+from ddt.checkpoint.convert import SAMPLERS
+from ddt.checkpoint.published import check_releasable, find_released, read_file, read_released, write_released
+from ddt.config import parse
 from ddt.errors import UserError
 from ddt.sampling.settings import SamplerSettings
 
@@ -64,7 +61,7 @@ def test_architecture_is_read_from_the_shapes():
             lambda s: [s.pop(k) for k in list(s) if k.startswith("blocks.2.")],
             "4 blocks, numbered up to 4: some are missing",
         ),
-        (lambda s: s.update({"blocks.0.norm1.weight": torch.full((64,), torch.nan)}), "no finite numbers"),
+        (lambda s: s.update({"blocks.0.norm1.weight": torch.full((64,), torch.nan)}), "holds NaN or infinite values"),
         (lambda s: s.update({"blocks.99999999999.x": torch.zeros(1)}), "some are missing"),
     ],
 )
@@ -107,10 +104,10 @@ def test_an_unusual_encoder_depth_is_warned_of():
     release |= {"y_embedder.embedding_table.weight": model.encoder.y_embedder.embedding_table.weight}
     release |= {f"blocks.{i}.attn.q_norm.weight": model.encoder.blocks[0].mixer.q_norm.weight for i in range(12)}
     with pytest.warns(UserWarning, match=r"encoder_depth=9 is unusual for width 768 and 12 blocks"):
-        architecture(release, 9, 2, "b.ckpt")
+        ddt.DDT.release.settings(release, 9, 2, "b.ckpt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert architecture(release, 8, 2, "b.ckpt")["encoder_depth"] == 8
+        assert ddt.DDT.release.settings(release, 8, 2, "b.ckpt")["encoder_depth"] == 8
 
 
 def test_unreadable_files_are_named(tmp_path):
@@ -152,10 +149,10 @@ def test_find_released(tmp_path):
 @pytest.mark.parametrize(("name", "depth"), [("tiny", 3), ("baseline", None)])
 def test_weights_go_back_to_the_published_names(tmp_path, name, depth, suffix):
     golden = load_file(GOLDEN / f"{name}.weights.safetensors")
-    state = ddt.load_released(GOLDEN / f"{name}.weights.safetensors", depth).state_dict()
-    out = tmp_path / "new" / f"out{suffix}"
-    write_released(out, state, depth)
-    found = read_parts(out).ema
+    released = read_released(GOLDEN / f"{name}.weights.safetensors", depth, 2)
+    state, out = released.weights(), tmp_path / "new" / f"out{suffix}"
+    write_released(out, released.network, state)
+    found = read_file(out)["ema"]
     assert found.keys() == golden.keys()
     assert all(torch.equal(found[key], golden[key]) for key in golden)
     if suffix == ".ckpt":
@@ -167,17 +164,29 @@ def test_weights_go_back_to_the_published_names(tmp_path, name, depth, suffix):
 
 
 def test_what_the_release_has_no_names_for_is_refused():
-    check_releasable({"decoder_block": "attention"})
+    network = {"_target_": "ddt.model.DDT", "encoder_depth": 3}
+    check_releasable({**network, "decoder_block": "attention"})
+    check_releasable({"_target_": "ddt.model.DiT"})
     with pytest.raises(UserError, match=r"model\.decoder_block=conv: the published format knows attention alone"):
-        check_releasable({"decoder_block": "conv"})
-    assert their_name("decoder.blocks.1.mixer.qkv.weight", 3) == "blocks.4.attn.qkv.weight"
-    with pytest.raises(AssertionError, match="has no name in the release"):
-        write_released(None, {"decoder.elsewhere.weight": torch.zeros(1)}, 3)
+        check_releasable({**network, "decoder_block": "conv"})
+    assert ddt.DDT.release.published_name("decoder.blocks.1.mixer.qkv.weight", network) == "blocks.4.attn.qkv.weight"
+    with pytest.raises(AssertionError, match="two weights have one published name"):
+        write_released(None, network, {f"{half}.t_embedder.w": torch.zeros(1) for half in ("encoder", "decoder")})
+
+
+@pytest.mark.parametrize("resolution", [256, 512])
+def test_published_samplers_are_those_of_conf(resolution):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        sampler = compose("train", overrides=[f"sampler=xl_{resolution}"]).sampler
+    values = {key: value for key, value in OmegaConf.to_container(sampler).items() if key != "_target_"}
+    assert parse(SamplerSettings, values) == SAMPLERS[resolution]
 
 
 def test_conversion_end_to_end(tmp_path):
     out = tmp_path / "converted"
     arguments = [f"released={LIGHTNING}", "encoder_depth=1", "patch_size=1", "resolution=512", f"out={out}"]
+    message = refusal("scripts.convert_checkpoint", *arguments, "resolution=300")
+    assert message == "resolution=300: published models exist at 256 and 512 px"
     done = run("scripts/convert_checkpoint.py", *arguments)
     assert done.returncode == 0, done.stderr
     model = ddt.load_model(out)
@@ -191,6 +200,5 @@ def test_conversion_end_to_end(tmp_path):
     )
     assert SamplerSettings(**config["sampler"]) == SamplerSettings(**published, recompute=None)
     assert config["autoencoder"]["source"] == "stabilityai/sd-vae-ft-ema"
-    again = run("scripts/convert_checkpoint.py", *arguments)
-    assert again.returncode != 0
-    assert again.stderr.strip() == f"out={out}: exists already and is not written over; choose another folder"
+    message = refusal("scripts.convert_checkpoint", *arguments)
+    assert message == f"out={out}: exists already and is not written over; choose another folder"

@@ -1,0 +1,131 @@
+"""Published weights of DDT and of its undivided baseline: key names, and what shapes tell.
+
+`ddt.checkpoint.published` reads and writes the files. A family of networks with published weights
+has a `Release` as its `release`. Source: method.md 6.
+"""
+
+import re
+import warnings
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ddt.errors import require
+
+# (hidden_size, depth) -> encoder depths that the paper trained (method.md 5)
+PUBLISHED_ENCODER_DEPTHS = {(768, 12): (4, 6, 8, 10), (1024, 24): (10, 12, 16, 20), (1152, 28): (22,)}
+State = dict[str, Tensor]  # weights by their published names
+
+
+class Release(Protocol):
+    """How published files hold the weights of a family of networks."""
+
+    def recognizes(self, state: State) -> bool:
+        """Tell whether weights are of this family."""
+
+    def settings(self, state: State, encoder_depth: int | None, patch_size: int, source: str) -> dict[str, Any]:
+        """Return the network's constructor arguments; raise UserError naming the file `source`
+        where a key is missing, or encoder_depth or patch_size cannot be.
+        """
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Raise UserError where a network has weights that have no published names."""
+
+    def published_name(self, name: str, settings: dict[str, Any]) -> str:
+        """Return the published name of one of the network's weights."""
+
+
+def shape_of(state: State, key: str, source: str) -> tuple[int, ...]:
+    """Return the shape of a weight; raise UserError naming a missing key."""
+    require(key in state, f"{source}: key {key} is missing")
+    return tuple(state[key].shape)
+
+
+def read_sizes(state: State, patch_size: int, source: str) -> dict[str, Any]:
+    """Return the constructor arguments that both families read from their shapes."""
+    rows, hidden_size = shape_of(state, "final_layer.linear.weight", source)
+    require(
+        patch_size >= 1 and rows % patch_size**2 == 0,
+        f"patch_size={patch_size}: its square does not divide the {rows} output rows of {source}",
+    )
+    indices = {int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)}
+    depth = len(indices)
+    require(
+        depth > 0 and max(indices) == depth - 1,
+        f"{source}: {depth} blocks, numbered up to {max(indices, default=0)}: some are missing",
+    )
+    return {
+        "in_channels": rows // patch_size**2,
+        "patch_size": patch_size,
+        "hidden_size": hidden_size,
+        "num_heads": hidden_size // shape_of(state, "blocks.0.attn.q_norm.weight", source)[0],
+        "depth": depth,
+        "num_classes": shape_of(state, "y_embedder.embedding_table.weight", source)[0] - 1,
+    }
+
+
+def stack_name(name: str, input_name: str, first_block: int) -> str:
+    """Return the published name of a weight of one `BlockStack`."""
+    head, _, tail = name.partition(".")
+    tail = tail.replace("adaln.", "adaLN_modulation.0.")
+    if head == "blocks":
+        index, _, tail = tail.partition(".")
+        return f"blocks.{int(index) + first_block}.{re.sub(r'^mixer[.]', 'attn.', tail)}"
+    return f"{ {'input': input_name, 'output': 'final_layer'}.get(head, head) }.{tail}"
+
+
+class ReleasedDiT:
+    """The undivided baseline: one input projection."""
+
+    def recognizes(self, state: State) -> bool:
+        known = ("x_embedder.", "final_layer.", "blocks.")
+        return "s_embedder.proj.weight" not in state and any(key.startswith(known) for key in state)
+
+    def settings(self, state: State, encoder_depth: int | None, patch_size: int, source: str) -> dict[str, Any]:
+        problem = f"{source}: has no s_embedder, so it is the undivided baseline: give encoder_depth=null"
+        require(encoder_depth is None, problem)
+        return read_sizes(state, patch_size, source)
+
+    def check(self, settings: dict[str, Any]) -> None:
+        pass
+
+    def published_name(self, name: str, settings: dict[str, Any]) -> str:
+        return stack_name(name, "x_embedder", 0)
+
+
+class ReleasedDDT:
+    """DDT: an input projection for each half, blocks numbered through both."""
+
+    def recognizes(self, state: State) -> bool:
+        return "s_embedder.proj.weight" in state
+
+    def settings(self, state: State, encoder_depth: int | None, patch_size: int, source: str) -> dict[str, Any]:
+        require(encoder_depth is not None, f"{source}: is a DDT: give encoder_depth, which the file does not hold")
+        assert encoder_depth is not None
+        sizes = read_sizes(state, patch_size, source)
+        width, depth = sizes["hidden_size"], sizes["depth"]
+        require(
+            1 <= encoder_depth < depth,
+            f"encoder_depth={encoder_depth}: {source} has {depth} blocks, choose 1..{depth - 1}",
+        )
+        usual = PUBLISHED_ENCODER_DEPTHS.get((width, depth), (encoder_depth,))
+        if encoder_depth not in usual:
+            warnings.warn(
+                f"encoder_depth={encoder_depth} is unusual for width {width} and {depth} blocks (published: "
+                f"{', '.join(map(str, usual))}); a wrong one cannot be seen in the weights and gives wrong images",
+                stacklevel=4,  # the caller of load_released
+            )
+        return {**sizes, "encoder_depth": encoder_depth}
+
+    def check(self, settings: dict[str, Any]) -> None:
+        block = settings.get("decoder_block", "attention")
+        require(
+            block == "attention",
+            f"model.decoder_block={block}: the published format knows attention alone; choose format=hub or diffusers",
+        )
+
+    def published_name(self, name: str, settings: dict[str, Any]) -> str:
+        half, _, rest = name.partition(".")
+        if half == "encoder":
+            return stack_name(rest, "s_embedder", 0)
+        return stack_name(rest, "x_embedder", settings["encoder_depth"])

@@ -1,0 +1,62 @@
+"""What a resumed run must share with its checkpoint; everything else may change."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from ddt.checkpoint.folder import read_config
+from ddt.config import flat
+from ddt.errors import require
+
+log = logging.getLogger(__name__)
+FROZEN = ("model", "data", "autoencoder", "alignment", "objective", "optimizer", "seed", "init_from")
+FROZEN_TRAINER = (
+    "global_batch_size", "ema_decay", "ema_decays", "ema_powers", "warmup_steps", "lr_schedule", "clip_norm",
+)  # fmt: skip
+# what changes no number: where things lie (fingerprints tell what they are), and how much at once
+FREE = (
+    "model.activation_checkpointing",
+    "data.root",
+    "data.source_root",
+    "autoencoder.source",
+    "autoencoder.revision",
+    "autoencoder.chunk_size",
+    "alignment.weights",
+    "alignment.compile",
+)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ between two configs, as dotted key → (old, new)."""
+    a, b = (flat(json.loads(json.dumps(config))) for config in (old, new))  # as a checkpoint holds them
+    return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
+
+
+def frozen_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return those differences between two runs' configs that make them two different trainings."""
+    trainer = [f"trainer.{key}" for key in FROZEN_TRAINER]
+    if new["trainer"]["lr_schedule"] != "constant":
+        trainer.append("trainer.max_steps")  # the learning rate depends on it
+    return {
+        key: pair
+        for key, pair in differences(old, new).items()
+        if (key.split(".")[0] in FROZEN or key in trainer) and key not in FREE
+    }
+
+
+def check_same_training(checkpoint: Path, config: dict[str, Any]) -> None:
+    """Raise UserError where a checkpoint belongs to another training than `config` describes; log
+    changes that do not make it another one.
+    """
+    saved = read_config(checkpoint)
+    frozen = frozen_differences(saved["run"], config["run"])
+    changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in frozen.items())
+    require(not frozen, f"{checkpoint}: belongs to another training ({changes}); give this one another name=")
+    for key, (old, new) in differences(saved["run"], config["run"]).items():
+        log.info("changed since the checkpoint: %s %s -> %s", key, old, new)
+    require(
+        saved["latent_shape"] == config["latent_shape"],
+        f"{checkpoint}: was trained on latents of shape {saved['latent_shape']}, not {config['latent_shape']}; give "
+        "this one another name=",
+    )
