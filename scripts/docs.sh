@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# bash scripts/docs.sh [mkdocs arguments]: writes docs/options.md anew and builds the pages as a site in site/; a warning is an error.
+# bash scripts/docs.sh [mkdocs arguments]: builds the pages as a site in site/; a warning is an error.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" docs
 
 export NO_MKDOCS_2_WARNING=1 # an advertisement of mkdocs-material's
-$python scripts/document_options.py
 $python -m mkdocs build --strict "$@"

