@@ -33,6 +33,7 @@ class Images(Protocol):
     class_names: list[str]
     labels: np.ndarray  # (n,) int64
     names: list[str]  # (n,) what tells the images apart: paths, or numbers
+    transform: str  # what was done to the pictures, for receipts
 
     @property
     def fingerprint(self) -> str:
@@ -42,6 +43,9 @@ class Images(Protocol):
 
     def load(self, indices: np.ndarray) -> np.ndarray:
         """Return the images at `indices` as uint8 (B, C, H, W)."""
+
+    def require_pixels(self) -> None:
+        """Raise UserError where `load` has no pixels to return."""
 
 
 def list_hash(class_names: list[str], names: list[str], labels: np.ndarray) -> str:
@@ -59,6 +63,8 @@ def spread(count: int, limit: int) -> np.ndarray:
 class ArrayImages:
     """Images that fit in memory: uint8 (n, C, H, W) with labels (n,)."""
 
+    transform = "none"
+
     def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: list[str]) -> None:
         self.images = np.ascontiguousarray(images)
         self.labels = labels.astype(np.int64)
@@ -74,6 +80,9 @@ class ArrayImages:
     def load(self, indices: np.ndarray) -> np.ndarray:
         """Return the images at `indices` as uint8 (B, C, H, W)."""
         return self.images[indices]
+
+    def require_pixels(self) -> None:
+        """Do nothing: the pixels are here."""
 
 
 class Digits(ArrayImages):
@@ -194,6 +203,8 @@ class FileImages:
         and 1 grey.
     """
 
+    transform = "ADM centre crop: box halving, then bicubic to the size, then the centre square"
+
     def __init__(
         self, root: Path, names: list[str], labels: np.ndarray, class_names: list[str], image_size: int, channels: int
     ) -> None:
@@ -213,6 +224,9 @@ class FileImages:
         if self.channels == 1:
             return np.stack([np.asarray(picture.convert("L")) for picture in pictures])[:, None]
         return np.stack([np.asarray(picture) for picture in pictures]).transpose(0, 3, 1, 2)
+
+    def require_pixels(self) -> None:
+        """Do nothing: the files hold them."""
 
 
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}

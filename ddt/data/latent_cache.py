@@ -71,6 +71,8 @@ class LatentCache:
     Raises UserError for a cache that is missing, incomplete or damaged.
     """
 
+    transform = "as stored in the latent cache"
+
     def __init__(
         self,
         root: str,

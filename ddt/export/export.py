@@ -32,7 +32,7 @@ from ddt.errors import UserError, require
 from ddt.export.model_card import model_card
 from ddt.files import fsync, sha256, share, write_json
 from ddt.generation.load import stored_autoencoder
-from ddt.metrics.side_by_side import is_evaluation
+from ddt.metrics.compare import is_evaluation
 from ddt.pictures import imagenet_synsets
 from ddt.receipts import version
 from ddt.sampling.schedules import content_of

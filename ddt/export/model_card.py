@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ddt.checkpoint.convert import DOWNSAMPLING
-from ddt.metrics.side_by_side import numbers_of
+from ddt.metrics.compare import numbers_of
 from ddt.pictures import imagenet_synsets, readable
 
 PAPER = "https://arxiv.org/abs/2504.05741"

@@ -21,7 +21,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from ddt.autoencoder.base import weights_hash
 from ddt.errors import UserError, require
 from ddt.files import sha256
-from ddt.metrics.inception import exact_arithmetic
+from ddt.metrics.features import exact_arithmetic
 from ddt.objective.alignment import reason
 
 MODEL = "vit_large_patch14_dinov2.lvd142m"
@@ -164,19 +164,17 @@ register_feature_extractor("dinov2-vit-l-14-timm", FeatureExtractorDINOv2)
 
 
 class DINOv2:
-    """The class tokens of a network of timm; see `features.Extractor`. Raises UserError as
-    `load_network` does.
-    """
+    """The class tokens of a network of timm. Raises UserError as `load_network` does."""
 
     name, channels, image_size = "dinov2", 3, None
     rows = ("features",)
     distances: ClassVar[dict[str, str]] = {"fd_dinov2": "features"}
-    balls = near = "features"
+    pr_space = nearest_space = "features"
     own_classes = False
 
     def __init__(self, model: str, weights: str | None, batch_size: int, device: torch.device) -> None:
         network = load_network(model, weights)
-        self.batch_size = batch_size
+        self.model, self.batch_size = model, batch_size
         self.spaces: dict[str, int] = {"features": network.num_features}
         self._identity: dict[str, Any] = {
             "name": self.name,
@@ -196,10 +194,16 @@ class DINOv2:
         """Return what the features depend on, as plain values for a receipt."""
         return copy.deepcopy(self._identity)
 
+    def deviations(self) -> list[str]:
+        """Return one line: why FD-DINOv2 may not be the published one."""
+        if self.model != MODEL:
+            return [f"features.model={self.model}: published FD-DINOv2 is of {MODEL}"]
+        return [
+            "no hash of DINOv2's published weights is known here, and FD-DINOv2 was not compared with published values"
+        ]
+
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Return {"features": (B, F)}, float32, of uint8 images (B, 3, H, W) on the network's
-        device.
-        """
+        """Return {"features": (B, F)}, float32, of uint8 images (B, 3, H, W) on its device."""
         return {"features": class_tokens(self.network, images)}
 
 
@@ -221,6 +225,8 @@ class DINOv2Settings:
     model: str = MODEL
 
     name: ClassVar[str] = "dinov2"
+    data: ClassVar[None] = None
+    weights_key: ClassVar[str] = "features.weights"
 
     def __post_init__(self) -> None:
         import timm
@@ -237,7 +243,5 @@ class DINOv2Settings:
         )
 
     def extractor(self, device: torch.device, train: object = None) -> DINOv2:
-        """Load the network onto a device; `train`, the images that a classifier is trained on, is
-        not needed.
-        """
+        """Load the network onto a device; it needs no training images."""
         return DINOv2(self.model, self.weights, self.batch_size, device)

@@ -1,8 +1,9 @@
-"""The first layer of an evaluation: images → features, on one process or several.
+"""Images → features, on one process or several: what a feature extractor is, and `extract`.
 
 Shapes: n images, B batch, C channels, H W pixels, F features.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,8 @@ from tqdm import tqdm
 
 from ddt.data.images import Images
 from ddt.errors import UserError, require
-from ddt.metrics.sources import ImageBatches, ImageSource
-from ddt.metrics.statistics import Moments
+from ddt.metrics.frechet import Moments
+from ddt.metrics.images import ImageBatches, ImageSource
 
 
 class Extractor(Protocol):
@@ -30,37 +31,58 @@ class Extractor(Protocol):
     spaces: dict[str, int]  # name of a space → F
     rows: tuple[str, ...]  # the spaces whose vectors are kept image by image
     distances: dict[str, str]  # Fréchet distance → the space that it is taken in; the first one is the main one
-    balls: str  # the space of precision and recall
-    near: str  # the space in which nearest training images are looked for
-    own_classes: bool  # whether its probabilities are of the classes that the samples are drawn of
+    pr_space: str  # the space of precision and recall
+    nearest_space: str  # the space in which nearest training images are looked for
+    own_classes: bool  # whether its probabilities are of the classes that the samples are of
 
     def identity(self) -> dict[str, Any]:
-        """Return what a receipt says of it: plain values, `name` and what its features depend on."""
+        """Return what its features depend on, for receipts: plain values, `name` among them."""
+
+    def deviations(self) -> list[str]:
+        """Return one line for each way in which it may not be the network of published numbers."""
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the features float32 (B, F) of each space of uint8 images (B, C, H, W) on its
-        device.
-        """
+        """Return float32 features (B, F) by space of uint8 images (B, C, H, W) on its device."""
 
 
 class FeatureSettings(Protocol):
     """What a file of conf/features names; it loads nothing."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What `features=` calls it."""
+
+    @property
+    def data(self) -> str | None:
+        """The data set whose training images the network is trained on; None where it is fixed."""
+
+    @property
+    def weights_key(self) -> str | None:
+        """The setting that names its file of weights; None where it reads none."""
 
     def extractor(self, device: torch.device, train: Images | None = None) -> Extractor:
         """Load the extractor, or train it on a data set's training images."""
 
 
-@dataclasses.dataclass(frozen=True)
-class FeatureSet:
-    """Features of `count` images: by space the vectors (n, F) that are kept, and the moments of
-    all.
-    """
+def check_features(features: FeatureSettings | None, reference: str, inception_weights: str | None) -> None:
+    """Raise UserError where features measure nothing, or do not suit the reference or weights."""
+    if features is None:
+        raise UserError("features=none: measures nothing; choose another file of conf/features")
+    require(
+        features.data is None or reference == f"data:{features.data}",
+        f"features={features.name} reference={reference}: the classifier is trained on this data set; give "
+        f"reference=data:{features.data}",
+    )
+    check_weights(features, inception_weights)
 
-    count: int
-    rows: dict[str, Tensor]
-    moments: dict[str, Moments]
+
+def check_weights(features: FeatureSettings | None, inception_weights: str | None) -> None:
+    """Raise UserError for weights of Inception without Inception."""
+    name, key = ("none", None) if features is None else (features.name, features.weights_key)
+    require(
+        inception_weights is None or key == "inception_weights",
+        f"inception_weights={inception_weights}: has no effect with features={name}; leave it out",
+    )
 
 
 def check_images(images: ImageSource, key: str, extractor: Extractor) -> None:
@@ -78,23 +100,51 @@ def check_images(images: ImageSource, key: str, extractor: Extractor) -> None:
     )
 
 
-def ahead(batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield batches, reading each while the one before it is at work."""
-    with ThreadPoolExecutor(max_workers=1) as worker:
-        following = worker.submit(next, batches, None)
-        while (batch := following.result()) is not None:
-            following = worker.submit(next, batches, None)
-            yield batch
+@dataclasses.dataclass(frozen=True)
+class FeatureSet:
+    """Features of `count` images: by space the vectors (n, F) kept, and the moments of all."""
+
+    count: int
+    rows: dict[str, Tensor]
+    moments: dict[str, Moments]
 
 
-def to_device(batch: np.ndarray, device: torch.device) -> Tensor:
-    """Return images (B, H, W, C) as a tensor (B, C, H, W) on a device, on a GPU without waiting for
-    it.
+def extract(
+    images: ImageBatches, extractor: Extractor, accelerator: Accelerator, desc: str, batch_size: int | None = None
+) -> FeatureSet | None:
+    """Read a set of images once and return its features on the main process, None on the others.
+    batch_size: images at once; None is the extractor's.
+
+    All processes call it together. Each measures its share; rows and sums are put together batch by
+    batch in the order of the set, so that the result does not depend on the number of processes, to
+    the last bit. Raises UserError where features are not finite.
     """
-    pixels = torch.tensor(batch)
-    if device.type == "cuda":
-        pixels = pixels.pin_memory()
-    return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    main, count, batch_size = rank == 0, len(images), batch_size or extractor.batch_size
+    needed = {*extractor.rows, *extractor.distances.values()}
+    spaces = {name: size for name, size in extractor.spaces.items() if name in needed}  # one order on all processes
+    gather = Gatherer(accelerator, count, batch_size, sum(spaces.values()))
+    rows = {name: torch.empty(count, spaces[name], device=device) for name in extractor.rows if main}
+    moments = {name: Moments(spaces[name], device) for name in dict.fromkeys(extractor.distances.values()) if main}
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    batches = images.batches(batch_size, rank, world)
+    batches = prefetch(batches) if images.on_disk else batches
+    with tqdm(total=count, unit="img", desc=desc, mininterval=1.0, disable=not main) as progress:
+        for _ in range(0, count, batch_size * world):
+            batch = next(batches, None)
+            features = None if batch is None else extractor(to_device(batch, device))
+            own = None if features is None else torch.cat([features[name] for name in spaces], dim=1)
+            for place, values in gather(own):
+                for name, part in zip(spaces, values.split(list(spaces.values()), dim=1), strict=True):
+                    if name in rows:
+                        rows[name][place] = part
+                    if name in moments:
+                        moments[name].add(part)
+                finite &= values.isfinite().all()
+                progress.update(len(values))
+    if not bool(finite):  # one device sync for the whole set
+        raise UserError(f"features={extractor.name}: the features of {images.name} are not finite; check the weights")
+    return FeatureSet(count, rows, moments) if main else None
 
 
 class Gatherer:
@@ -126,39 +176,31 @@ class Gatherer:
             self.start += size
 
 
-def extract(
-    images: ImageBatches, extractor: Extractor, accelerator: Accelerator, desc: str, batch_size: int | None = None
-) -> FeatureSet | None:
-    """Read a set of images once and return its features on the main process, None on the others.
-    batch_size: images at once; None is the extractor's.
+def prefetch(batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield batches, reading each while the one before it is at work."""
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        following = worker.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = worker.submit(next, batches, None)
+            yield batch
 
-    All processes call it together. Each measures its share; rows and sums are put together batch by
-    batch in the order of the set, so that the result does not depend on the number of processes, to
-    the last bit. Raises UserError where features are not finite.
-    """
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    main, count, batch_size = rank == 0, len(images), batch_size or extractor.batch_size
-    spaces = {name: extractor.spaces[name] for name in {*extractor.rows, *extractor.distances.values()}}
-    spaces = {name: spaces[name] for name in extractor.spaces if name in spaces}  # one order on all processes
-    gather = Gatherer(accelerator, count, batch_size, sum(spaces.values()))
-    rows = {name: torch.empty(count, spaces[name], device=device) for name in extractor.rows if main}
-    moments = {name: Moments(spaces[name], device) for name in dict.fromkeys(extractor.distances.values()) if main}
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    batches = images.batches(batch_size, rank, world)
-    batches = ahead(batches) if images.on_disk else batches
-    with tqdm(total=count, unit="img", desc=desc, mininterval=1.0, disable=not main) as progress:
-        for _ in range(0, count, batch_size * world):
-            batch = next(batches, None)
-            found = None if batch is None else extractor(to_device(batch, device))
-            own = None if found is None else torch.cat([found[name] for name in spaces], dim=1)
-            for place, values in gather(own):
-                for name, part in zip(spaces, values.split(list(spaces.values()), dim=1), strict=True):
-                    if name in rows:
-                        rows[name][place] = part
-                    if name in moments:
-                        moments[name].add(part)
-                finite &= values.isfinite().all()
-                progress.update(len(values))
-    if not bool(finite):  # looked at once: each look makes the device wait
-        raise UserError(f"features={extractor.name}: the features of {images.name} are not finite; check the weights")
-    return FeatureSet(count, rows, moments) if main else None
+
+def to_device(batch: np.ndarray, device: torch.device) -> Tensor:
+    """Return images (B, H, W, C) as a tensor (B, C, H, W) on a device, without a device sync."""
+    pixels = torch.tensor(batch)
+    if device.type == "cuda":
+        pixels = pixels.pin_memory()
+    return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+
+
+@contextlib.contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Turn off TF32 and all that chooses kernels by speed, and restore the flags afterwards."""
+    before = torch.get_float32_matmul_precision()
+    enabled = torch.backends.cudnn.enabled
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=enabled, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
