@@ -30,7 +30,7 @@ class ReferenceStatisticsSettings:
     data: Choice
     features: FeatureSettings | None
     out: str
-    choices: dict[str, str]
+    choices: dict[str, str | None]
     inception_weights: str | None = None
     split: Literal["train", "test"] = "train"
     num_images: int | None = None
