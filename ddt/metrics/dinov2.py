@@ -111,16 +111,10 @@ def class_tokens(network: Any, images: Tensor) -> Tensor:
 
 
 class FeatureExtractorDINOv2(FeatureExtractorBase):
-    """The same features for `torch_fidelity.calculate_metrics`, by the name that importing this
-    module registers.
+    """The same features for `torch_fidelity.calculate_metrics`, by the name registered below.
 
-    torch-fidelity's own DINOv2 resizes otherwise: distances in it are not FD-DINOv2. A subclass may
-    name another model.
-
-    Args:
-        name, features_list: torch-fidelity's. feature_extractor_weights_path: see `load_network`.
-        feature_extractor_internal_dtype: float32 alone. Others of torch-fidelity's arguments are
-        not looked at.
+    torch-fidelity's own DINOv2 resizes otherwise: distances in it are not FD-DINOv2.
+    feature_extractor_weights_path: see `load_network`. A subclass may name another model.
     """
 
     model = MODEL
@@ -211,13 +205,9 @@ class DINOv2:
 class DINOv2Settings:
     """What `features=dinov2` lets a user choose; it loads nothing.
 
-    Args:
-        weights: a local file (.safetensors, .pth, .bin); None takes timm's own from its hub.
-        batch_size: images the network takes at once. model: of timm; distances in any but ViT-L are
-        no FD-DINOv2.
-
-    Raises UserError for a file that is not there, an empty batch, or a model that is no DINOv2
-    without registers.
+    weights: a local file (.safetensors, .pth, .bin); None takes timm's own from its hub.
+    batch_size: images the network takes at once. model: of timm, a DINOv2 without registers;
+    distances in any but ViT-L are no FD-DINOv2.
     """
 
     weights: str | None = None

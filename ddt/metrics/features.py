@@ -123,57 +123,46 @@ def extract(
     main, count, batch_size = rank == 0, len(images), batch_size or extractor.batch_size
     needed = {*extractor.rows, *extractor.distances.values()}
     spaces = {name: size for name, size in extractor.spaces.items() if name in needed}  # one order on all processes
-    gather = Gatherer(accelerator, count, batch_size, sum(spaces.values()))
+    widths = list(spaces.values())
     rows = {name: torch.empty(count, spaces[name], device=device) for name in extractor.rows if main}
     moments = {name: Moments(spaces[name], device) for name in dict.fromkeys(extractor.distances.values()) if main}
     finite = torch.ones((), dtype=torch.bool, device=device)
     batches = images.batches(batch_size, rank, world)
     batches = prefetch(batches) if images.on_disk else batches
+    start = 0
     with tqdm(total=count, unit="img", desc=desc, mininterval=1.0, disable=not main) as progress:
         for _ in range(0, count, batch_size * world):
             batch = next(batches, None)
             features = None if batch is None else extractor(to_device(batch, device))
             own = None if features is None else torch.cat([features[name] for name in spaces], dim=1)
-            for place, values in gather(own):
-                for name, part in zip(spaces, values.split(list(spaces.values()), dim=1), strict=True):
+            for values in gather(own, accelerator, batch_size, sum(widths)):
+                values = values[: count - start]  # all but the set's last batch are full
+                if len(values) == 0:
+                    break
+                for name, part in zip(spaces, values.split(widths, dim=1), strict=True):
                     if name in rows:
-                        rows[name][place] = part
+                        rows[name][start : start + len(part)] = part
                     if name in moments:
                         moments[name].add(part)
                 finite &= values.isfinite().all()
+                start += len(values)
                 progress.update(len(values))
     if not bool(finite):  # one device sync for the whole set
         raise UserError(f"features={extractor.name}: the features of {images.name} are not finite; check the weights")
     return FeatureSet(count, rows, moments) if main else None
 
 
-class Gatherer:
-    """Brings the features of a step's batches from all processes together, in the order of the set.
-
-    Process r has batch r of the step; all but the set's last batch are of batch_size images.
+def gather(values: Tensor | None, accelerator: Accelerator, batch_size: int, width: int) -> tuple[Tensor, ...]:
+    """Return the vectors (B, F) of a step's batches, that of each process in turn, those of several
+    processes padded to batch_size. values: this process's own, None where the set has ended.
     """
-
-    def __init__(self, accelerator: Accelerator, count: int, batch_size: int, width: int) -> None:
-        self.accelerator, self.count, self.batch_size, self.width = accelerator, count, batch_size, width
-        self.start = 0  # the first image of the step
-
-    def __call__(self, values: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the place and the values (B, F) of each batch of a step, on every process; `values`
-        are this one's own, None where the set has ended. All processes call it together.
-        """
-        world = self.accelerator.num_processes
-        if world > 1:
-            padded = torch.zeros(self.batch_size, self.width, device=self.accelerator.device)
-            if values is not None:
-                padded[: len(values)] = values
-            values = self.accelerator.gather(padded)
-        assert values is not None, "a step has a batch"
-        for part in values.split(self.batch_size):
-            size = min(len(part), self.count - self.start)
-            if size <= 0:
-                break
-            yield slice(self.start, self.start + size), part[:size]
-            self.start += size
+    if accelerator.num_processes > 1:
+        padded = torch.zeros(batch_size, width, device=accelerator.device)
+        if values is not None:
+            padded[: len(values)] = values
+        values = accelerator.gather(padded)
+    assert values is not None, "a step has a batch"
+    return values.split(batch_size)
 
 
 def prefetch(batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

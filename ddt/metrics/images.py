@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ddt.checkpoint.folder import find_checkpoint
 from ddt.data.images import Images
@@ -149,7 +149,7 @@ class FolderImages:
         first = self.files[0].name
         self.size, self.channels = (0, 0), 0
         for k, file in enumerate(self.files):
-            with self._open(file) as image:
+            with image_errors(file, key), Image.open(file) as image:
                 require(image.mode in CHANNELS, f"{key}={file}: is of mode {image.mode}; convert all images to RGB")
                 size, channels = (image.height, image.width), CHANNELS[image.mode]
             if k == 0:
@@ -164,18 +164,9 @@ class FolderImages:
                 f"{key}={file}: has {channels} channels, {first} {self.channels}; convert all images to RGB",
             )
 
-    def _open(self, file: Path) -> Image.Image:
-        try:
-            return Image.open(file)
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise UserError(f"{self.key}={file}: damaged or no image ({first_line(error)}); make it again") from error
-
     def _decode(self, file: Path) -> np.ndarray:
-        with self._open(file) as image:
-            try:
-                return np.asarray(image).reshape(*self.size, self.channels)
-            except (OSError, SyntaxError, ValueError) as error:  # a truncated file has a sound head
-                raise UserError(f"{self.key}={file}: damaged ({error}); make it again") from error
+        with image_errors(file, self.key), Image.open(file) as image:
+            return np.asarray(image).reshape(*self.size, self.channels)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -274,6 +265,17 @@ def pick(images: ImageSource, indices: list[int], batch_size: int = 64) -> np.nd
 def image_files(folder: Path) -> list[Path]:
     """Return the image files in a folder, not in those below it, sorted by name."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+@contextlib.contextmanager
+def image_errors(file: Path, key: str) -> Iterator[None]:
+    """Turn what a damaged image file raises, a truncated one when it is decoded, into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{key}={file}: damaged or no image ({first_line(error)}); make it again") from error
 
 
 @contextlib.contextmanager

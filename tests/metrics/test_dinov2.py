@@ -285,6 +285,7 @@ def test_the_extractor_says_what_it_is(extractor, file):
         "dtype": "float32",
     }
     assert extractor.identity()["weights"]["tensors_sha256"] == tensors  # what a caller does to it stays with them
+    assert extractor.deviations() == [f"features.model={SMALL}: published FD-DINOv2 is of {LARGE}"]
 
 
 def test_the_config_file_names_the_defaults():

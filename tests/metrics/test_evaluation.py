@@ -98,6 +98,7 @@ def test_real_images_reach_the_real_values(evaluated):
     assert metrics["labels"]["fd_digits"] == "FD-digits-300"
     assert "FID" not in json.dumps(metrics)
     assert metrics["comparable"] is False
+    assert metrics["not_comparable_because"] == ["features=digits are those of a small classifier of this project"]
     assert (out / "nearest.png").stat().st_size > 1000
 
 

@@ -21,6 +21,7 @@ from ddt.metrics.images import FolderImages, NpzImages, open_images, pick
 from ddt.metrics.inception import (
     NUM_POOL,
     NUM_SPATIAL,
+    WEIGHTS_SHA256,
     InceptionFeatures,
     find_weights,
     load_network,
@@ -177,6 +178,10 @@ def test_inception_features_are_tensorflows(inception_weights):
         assert np.abs(found[name].numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
     np.testing.assert_allclose(found["probabilities"], values["gen_softmax"][:5], atol=1e-5)
     assert {value.dtype for value in found.values()} == {torch.float32}
+    (line,) = features.deviations()
+    assert line.startswith("the Inception weights are neither published file")
+    features.hashes["sha256"] = WEIGHTS_SHA256 + features.hashes["sha256"][8:]
+    assert features.deviations() == []
 
 
 def image_file(path, save=np.savez, **arrays):
