@@ -20,14 +20,16 @@ from types import FrameType
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ddt.config import did_you_mean, flat, locate, parse
+from ddt.config import Choice, convert, did_you_mean, flat, locate, parse
 from ddt.errors import STOPPED_STATUS, Stopped, UserError, first_line, os_error_line, require
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,6 +151,34 @@ def typed(cfg: DictConfig, settings: str) -> Any:
             group: name for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group
         }
     return parse(kind, values)
+
+
+def reference_data(reference: str) -> Choice | None:
+    """Return the data set of conf/data that `reference=data:NAME` means, None where it is a path;
+    UserError for one that does not exist, or cannot be told by its name alone.
+    """
+    if not reference.startswith("data:"):
+        return None
+    name = reference.removeprefix("data:")
+    known = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
+    require(name in known, f"reference={reference}: give data:NAME, one of data:{', data:'.join(known)}")
+    state = Singleton.get_state()  # of the running command, whose folder of configurations may be another
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            node = OmegaConf.masked_copy(hydra.compose("train", overrides=[f"data={name}"]), ["data"])
+    finally:
+        Singleton.set_state(state)
+    missing = OmegaConf.missing_keys(node)
+    require(
+        not missing,
+        f"reference={reference}: {', '.join(missing)} would have to be known; write a file of its statistics by "
+        f"scripts/reference_statistics.py data={name}, and give that",
+    )
+    values: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
+    data, problems = convert(values["data"], Choice, "data")
+    require(not problems, "\n".join(problems))
+    return data
 
 
 def one_line_errors(task: Callable[[], None]) -> None:
@@ -296,10 +326,10 @@ def mistake(error: Exception, arguments: list[str], folder: Path, config_name: s
         *parents, name = key.split(".")
         for parent in parents:
             node = node.get(parent) if isinstance(node, DictConfig) else None
-        known = list(node) if isinstance(node, DictConfig) else []  # `in` denies those without a value
-        inner = override.value() if name in known else None
+        exists = isinstance(node, DictConfig) and name in list(node)  # `in node` would leave out what is not set
+        inner = override.value() if exists and not OmegaConf.is_missing(node, name) else None
         unknown = [n for n in inner if n not in node[name]] if isinstance(inner, dict) and node.get(name) else []
-        if name in known and not unknown:
+        if exists and not unknown:
             continue
         if unknown:
             parents, name, node = [*parents, name], unknown[0], node[name]

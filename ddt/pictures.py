@@ -24,9 +24,7 @@ def imagenet_synsets() -> list[str]:
 
 
 def readable(class_names: list[str]) -> list[str]:
-    """Return class names as people read them: ImageNet's synsets by their first word in timm's
-    list.
-    """
+    """Return class names as people read them: ImageNet's synsets by their first name in timm."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
@@ -38,9 +36,7 @@ def readable(class_names: list[str]) -> list[str]:
 
 
 def enlarged(images: Tensor, min_side: int) -> Tensor:
-    """Return uint8 images (n, C, H, W) of at least `min_side` px a side, enlarged by a whole
-    factor, bicubically: 8 px are easier to read smooth than as squares.
-    """
+    """Return uint8 images (n, C, H, W) enlarged bicubically by a whole number to ≥ `min_side`."""
     factor = math.ceil(min_side / images.shape[-1])
     if factor == 1:
         return images
@@ -75,7 +71,7 @@ def image_grid(images: Tensor, columns: int, captions: list[str] | None = None, 
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:
-    """Write a uint8 picture (H, W, 1 or 3), making its folder; whole or not at all."""
+    """Write a uint8 picture (H, W, 1 or 3) atomically, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(temporary, format="PNG")
@@ -83,9 +79,7 @@ def write_png(path: Path, picture: np.ndarray) -> None:
 
 
 def write_pngs(folder: Path, images: Iterable[np.ndarray], count: int) -> None:
-    """Write `count` images (H, W, C) as `000000.png`, `000001.png`, …; a file that is there already
-    stays.
-    """
+    """Write `count` images (H, W, C) as `000000.png`, `000001.png`, …; an existing file stays."""
     if count == 0:
         return
     folder.mkdir(parents=True, exist_ok=True)

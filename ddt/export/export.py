@@ -36,7 +36,7 @@ from ddt.errors import UserError, require
 from ddt.export.model_card import model_card
 from ddt.files import atomic_folder, check_writable, fsync, reset_permissions, sha256, write_json
 from ddt.generation.load import stored_autoencoder
-from ddt.metrics.side_by_side import is_evaluation
+from ddt.metrics.compare import is_evaluation
 from ddt.model import Denoiser
 from ddt.pictures import imagenet_synsets
 from ddt.receipts import version

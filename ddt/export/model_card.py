@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ddt.checkpoint.convert import DOWNSAMPLING
-from ddt.metrics.side_by_side import numbers_of
+from ddt.metrics.compare import numbers_of
 from ddt.pictures import imagenet_synsets, readable
 
 DATASETS = {"ddt.data.images.FashionMNIST": "zalando-datasets/fashion_mnist"}  # their names on the hub

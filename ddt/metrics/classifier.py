@@ -6,7 +6,7 @@ Shapes: B batch, C channels, H W pixels, F features, K classes.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,14 @@ from ddt.autoencoder.base import from_uint8, weights_hash
 from ddt.data.images import Images
 from ddt.draws import draws
 from ddt.errors import require
-from ddt.metrics.inception import exact_arithmetic
+from ddt.metrics.features import exact_arithmetic
 
 NUM_FEATURES = 64
 CLASSIFIER_STREAM = 16  # beside the streams of ddt.data.stream
 
 
 class SmallClassifier(nn.Module):
-    """Three convolutions, one hidden layer of F = 64 features, K classes, for images of a few dozen
-    pixels.
-    """
+    """Three convolutions, one hidden layer of F = 64 features, K classes."""
 
     def __init__(self, channels: int, image_size: int, num_classes: int, num_features: int = NUM_FEATURES) -> None:
         super().__init__()
@@ -62,6 +60,8 @@ class ClassifierSettings:
     batch_size: int = 128
     learning_rate: float = 2e-3
 
+    weights_key: ClassVar[None] = None
+
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"features.epochs={self.epochs}: must be at least 1")
         require(self.batch_size >= 1, f"features.batch_size={self.batch_size}: must be at least 1")
@@ -73,16 +73,15 @@ class ClassifierSettings:
         return self.data
 
     def extractor(self, device: torch.device, train: Images | None = None) -> "ClassifierFeatures":
-        """Return the classifier of a data set's training images; it is trained when it is first
-        asked.
-        """
+        """Return the features of a classifier of `train`, which is trained at its first use."""
         assert train is not None, "a classifier is trained on a data set's images"
         return ClassifierFeatures(self, train, device)
 
 
-def trained(settings: ClassifierSettings, train: Images) -> SmallClassifier:
+def train_classifier(settings: ClassifierSettings, train: Images) -> SmallClassifier:
     """Train a classifier from a fixed seed, on the CPU with one thread, so that neither the
     machine's cores nor the number of processes change it; the global random state stays as it was.
+    It is frozen afterwards.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -93,7 +92,7 @@ def trained(settings: ClassifierSettings, train: Images) -> SmallClassifier:
 
 
 def fit(settings: ClassifierSettings, train: Images) -> SmallClassifier:
-    """Train a classifier, frozen afterwards; see `trained`."""
+    """See `train_classifier`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = SmallClassifier(train.channels, train.image_size, len(train.class_names))
@@ -120,12 +119,10 @@ def fit(settings: ClassifierSettings, train: Images) -> SmallClassifier:
 
 
 class ClassifierFeatures:
-    """The features of a trained classifier, its class probabilities, and the pixels themselves; see
-    `features.Extractor`.
-    """
+    """Features of a trained classifier, its class probabilities, and the pixels themselves."""
 
     rows = ("features", "probabilities", "pixels")
-    balls, near = "features", "pixels"
+    pr_space, nearest_space = "features", "pixels"
     own_classes = True
     batch_size = 512
 
@@ -142,24 +139,27 @@ class ClassifierFeatures:
     @functools.cached_property
     def model(self) -> SmallClassifier:
         """The classifier, trained at the first use: samples that do not fit are refused before."""
-        return trained(self.settings, self.train).to(self.device)
+        return train_classifier(self.settings, self.train).to(self.device)
 
     def identity(self) -> dict[str, Any]:
         """Return what its features depend on."""
-        trained = {key: getattr(self.settings, key) for key in ("epochs", "batch_size", "learning_rate")}
         return {
             "name": self.name,
             "network": "classifier of the training images",
-            **trained,
+            "epochs": self.settings.epochs,
+            "batch_size": self.settings.batch_size,
+            "learning_rate": self.settings.learning_rate,
             "weights": {"tensors_sha256": weights_hash(self.model)},
             "dtype": "float32",
         }
 
+    def deviations(self) -> list[str]:
+        """Return one line: no published numbers are in these features."""
+        return [f"features={self.name} are those of a small classifier of this project"]
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Return features (B, F), probabilities (B, K) and pixels in [0, 1] (B, C·H·W) of uint8
-        images (B, C, H, W).
-        """
+        """Return features (B, F), probabilities (B, K) and pixels in [0, 1] (B, C·H·W)."""
         with exact_arithmetic(), torch.autocast(images.device.type, enabled=False):
             features, logits = self.model(images)
             return {

@@ -21,7 +21,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from ddt.autoencoder.base import weights_hash
 from ddt.errors import UserError, require
 from ddt.files import sha256
-from ddt.metrics.inception import exact_arithmetic
+from ddt.metrics.features import exact_arithmetic
 from ddt.objective.alignment import reason
 
 MODEL = "vit_large_patch14_dinov2.lvd142m"
@@ -111,16 +111,10 @@ def class_tokens(network: Any, images: Tensor) -> Tensor:
 
 
 class FeatureExtractorDINOv2(FeatureExtractorBase):
-    """The same features for `torch_fidelity.calculate_metrics`, by the name that importing this
-    module registers.
+    """The same features for `torch_fidelity.calculate_metrics`, by the name registered below.
 
-    torch-fidelity's own DINOv2 resizes otherwise: distances in it are not FD-DINOv2. A subclass may
-    name another model.
-
-    Args:
-        name, features_list: torch-fidelity's. feature_extractor_weights_path: see `load_network`.
-        feature_extractor_internal_dtype: float32 alone. Others of torch-fidelity's arguments are
-        not looked at.
+    torch-fidelity's own DINOv2 resizes otherwise: distances in it are not FD-DINOv2.
+    feature_extractor_weights_path: see `load_network`. A subclass may name another model.
     """
 
     model = MODEL
@@ -164,19 +158,17 @@ register_feature_extractor("dinov2-vit-l-14-timm", FeatureExtractorDINOv2)
 
 
 class DINOv2:
-    """The class tokens of a network of timm; see `features.Extractor`. Raises UserError as
-    `load_network` does.
-    """
+    """The class tokens of a network of timm. Raises UserError as `load_network` does."""
 
     name, channels, image_size = "dinov2", 3, None
     rows = ("features",)
     distances: ClassVar[dict[str, str]] = {"fd_dinov2": "features"}
-    balls = near = "features"
+    pr_space = nearest_space = "features"
     own_classes = False
 
     def __init__(self, model: str, weights: str | None, batch_size: int, device: torch.device) -> None:
         network = load_network(model, weights)
-        self.batch_size = batch_size
+        self.model, self.batch_size = model, batch_size
         self.spaces: dict[str, int] = {"features": network.num_features}
         self._identity: dict[str, Any] = {
             "name": self.name,
@@ -196,10 +188,16 @@ class DINOv2:
         """Return what the features depend on, as plain values for a receipt."""
         return copy.deepcopy(self._identity)
 
+    def deviations(self) -> list[str]:
+        """Return one line: why FD-DINOv2 may not be the published one."""
+        if self.model != MODEL:
+            return [f"features.model={self.model}: published FD-DINOv2 is of {MODEL}"]
+        return [
+            "no hash of DINOv2's published weights is known here, and FD-DINOv2 was not compared with published values"
+        ]
+
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Return {"features": (B, F)}, float32, of uint8 images (B, 3, H, W) on the network's
-        device.
-        """
+        """Return {"features": (B, F)}, float32, of uint8 images (B, 3, H, W) on its device."""
         return {"features": class_tokens(self.network, images)}
 
 
@@ -207,13 +205,9 @@ class DINOv2:
 class DINOv2Settings:
     """What `features=dinov2` lets a user choose; it loads nothing.
 
-    Args:
-        weights: a local file (.safetensors, .pth, .bin); None takes timm's own from its hub.
-        batch_size: images the network takes at once. model: of timm; distances in any but ViT-L are
-        no FD-DINOv2.
-
-    Raises UserError for a file that is not there, an empty batch, or a model that is no DINOv2
-    without registers.
+    weights: a local file (.safetensors, .pth, .bin); None takes timm's own from its hub.
+    batch_size: images the network takes at once. model: of timm, a DINOv2 without registers;
+    distances in any but ViT-L are no FD-DINOv2.
     """
 
     weights: str | None = None
@@ -221,6 +215,8 @@ class DINOv2Settings:
     model: str = MODEL
 
     name: ClassVar[str] = "dinov2"
+    data: ClassVar[None] = None
+    weights_key: ClassVar[str] = "features.weights"
 
     def __post_init__(self) -> None:
         import timm
@@ -237,7 +233,5 @@ class DINOv2Settings:
         )
 
     def extractor(self, device: torch.device, train: object = None) -> DINOv2:
-        """Load the network onto a device; `train`, the images that a classifier is trained on, is
-        not needed.
-        """
+        """Load the network onto a device; it needs no training images."""
         return DINOv2(self.model, self.weights, self.batch_size, device)

@@ -1,10 +1,10 @@
-"""Evaluate a set of samples against a reference; needs no model.
-
-Three layers: images → features (`metrics.features`), features → statistics (`metrics.statistics`),
-statistics → metrics (`metrics.scores`). Here they are put together, and what comes out is written
-down.
+"""Evaluate a set of samples against a reference: images → features (`metrics.features`) →
+statistics (`metrics.frechet`) → metrics (`metrics.scores`) → `metrics.json` with a receipt.
 """
 
+import dataclasses
+import datetime
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,62 +13,65 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from ddt.config import Choice
+from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, require
-from ddt.files import check_writable
+from ddt.files import check_writable, write_json
 from ddt.metrics.comparability import labels, obstacles, order_matters, order_warning
-from ddt.metrics.features import Extractor, check_images, extract
+from ddt.metrics.features import Extractor, FeatureSettings, check_features, check_images, extract
+from ddt.metrics.images import SAMPLES, FolderImages, ImageSource, NpzImages, pick
 from ddt.metrics.precision_recall import PrDtype
-from ddt.metrics.reference import Reference, check_reference
+from ddt.metrics.reference import Reference, check_reference, load_reference
 from ddt.metrics.scores import Prepared, Scores, prepare, score
-from ddt.metrics.sources import ImageSource, pick
 from ddt.pictures import image_grid, write_png
-from ddt.receipts import refuse_other_evaluation, sampling_receipt, write_metrics
+from ddt.receipts import circumstances, without_paths
 
 log = logging.getLogger(__name__)
 NUM_PAIRS = 10  # nearest pairs that are shown
+LONG_LIST = 1000  # entries of a sampling receipt's list from which on its length is kept alone
 
 
-def intended_classes(samples: ImageSource, extractor: Extractor) -> np.ndarray | None:
-    """Return the class that each sample was drawn of, int64 (n,), where an extractor has a use for
-    it, else None.
+@dataclasses.dataclass(frozen=True)
+class EvaluateSettings:
+    """What to measure; see conf/evaluate.yaml."""
 
-    Raises UserError for a class that it does not know.
-    """
-    found = samples.labels() if extractor.own_classes else None
-    count = extractor.spaces.get("probabilities", 0)
-    if found is not None and not (found.min() >= 0 and found.max() < count):
-        raise UserError(f"samples={samples.name}: arr_1 holds classes outside of 0..{count - 1}")
-    return found
+    samples: str
+    reference: str
+    features: FeatureSettings | None
+    inception_weights: str | None = None
+    pr_dtype: PrDtype = "float16"
+    num_processes: int | None = None
+    out: str | None = None
 
-
-def inputs_of(samples: ImageSource, reference: Reference, extractor: Extractor, pr_dtype: PrDtype) -> dict[str, Any]:
-    """Return what a receipt says of an evaluation's inputs; reads all files once, for their hashes."""
-    return {
-        "samples": {
-            "path": samples.name,
-            "sha256": samples.sha256,
-            "count": len(samples),
-            "size": list(samples.size),
-            "channels": samples.channels,
-        },
-        "reference": reference.identity(),
-        "features": {**extractor.identity(), "pr_dtype": pr_dtype},
-        **sampling_receipt(Path(samples.name), len(samples)),
-    }
+    def __post_init__(self) -> None:
+        check_features(self.features, self.reference, self.inception_weights)
 
 
-def write_pairs(path: Path, samples: ImageSource, training: ImageSource, scores: Scores) -> None:
-    """Draw the samples that are nearest to a training image, that image below each, where they are
-    of one size.
-    """
-    assert scores.distances is not None
-    assert scores.nearest is not None
-    if samples.size != training.size:
-        return  # features compare images of two sizes, a grid does not hold them
-    order = torch.argsort(scores.distances, stable=True)[:NUM_PAIRS].tolist()
-    pairs = [pick(samples, order), pick(training, scores.nearest[order].tolist())]
-    captions = [f"{scores.distances[k].item():.3g}" for k in order] + ["reference"] * len(order)
-    write_png(path, image_grid(torch.from_numpy(np.concatenate(pairs)).permute(0, 3, 1, 2), len(order), captions))
+def run(settings: EvaluateSettings, data: Choice | None, samples: NpzImages | FolderImages) -> None:
+    """Load everything, measure and log the metrics, on each process; see `load_reference`."""
+    assert settings.features is not None
+    accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))  # the metrics of one may take hours
+    reference, extractor = load_reference(settings.reference, data, settings.features, accelerator.device)
+    if settings.out is not None:
+        out = Path(settings.out)
+    elif isinstance(samples, FolderImages):  # a folder of pictures stays as it is
+        out = samples.path.with_name(f"{samples.path.resolve().name}_evaluation")
+    else:
+        out = samples.path.parent
+    metrics = evaluate(samples, reference, extractor, out, accelerator, settings.pr_dtype)
+    if metrics is not None:
+        log_metrics(metrics)
+
+
+def log_metrics(metrics: dict[str, Any]) -> None:
+    """Log the numbers, each by its label, and what they do not compare with."""
+    width = max(map(len, metrics["labels"].values()))
+    for name, label in metrics["labels"].items():
+        value = metrics[name]
+        text = f"– ({metrics['reasons'][name]})" if value is None else f"{value:.4f}"
+        log.info("%s  %s", label.ljust(width), text)
+    for reason in metrics["not_comparable_because"]:
+        log.info("not comparable with published numbers: %s", reason)
 
 
 def evaluate(
@@ -84,10 +87,10 @@ def evaluate(
     content on the main process, None on the others. All processes call it together.
 
     `prepared` is the reference where it has been measured already. Beside the metrics of
-    `scores.score` there are `labels`, what each number is called; `reasons`, why one is None; and
-    `comparable` and `not_comparable_because`, whether they may stand beside published ones.
-    `nearest.png` shows the samples that are nearest to images of the reference, each above its
-    image.
+    `scores.score` there are `labels`, what each number is called; `reasons`, why one is None;
+    `comparable` and `not_comparable_because`, whether they may stand beside published ones; and a
+    `receipt` of all inputs. `nearest.png` shows the samples that are nearest to images of the
+    reference, each above its image.
 
     Raises UserError for samples that do not fit, and an `out` that holds another evaluation.
     """
@@ -106,18 +109,101 @@ def evaluate(
         return None
     scores = score(features, classes, prepared, extractor, pr_dtype)
     metrics: dict[str, Any] = dict(scores.metrics)
-    found = obstacles(metrics, len(samples), samples.size, reference, extractor, pr_dtype)
+    reasons = obstacles(metrics, len(samples), samples.size, reference, extractor, pr_dtype)
     if inputs["samples"]["sha256"] == reference.sha256:
-        found.append("the samples are the reference itself")
+        reasons.append("the samples are the reference itself")
     if order_matters(metrics):
         log.warning("warning: %s", order_warning(metrics))
     metrics |= {
         "labels": labels(scores.metrics, len(samples), reference, extractor, pr_dtype),
-        "comparable": not found,
-        "not_comparable_because": found,
+        "comparable": not reasons,
+        "not_comparable_because": reasons,
         **({"reasons": scores.reasons} if scores.reasons else {}),
+        "receipt": {**inputs, **circumstances(accelerator.device, ("torch", "numpy", "torch-fidelity", "timm"))},
     }
-    write_metrics(out, metrics, inputs, accelerator.device)
-    if reference.images is not None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "metrics.json", metrics)
+    log.info("%s", out / "metrics.json")
+    if reference.images is not None and samples.size == reference.images.size:
         write_pairs(out / "nearest.png", samples, reference.images, scores)
     return metrics
+
+
+def intended_classes(samples: ImageSource, extractor: Extractor) -> np.ndarray | None:
+    """Return the class of each sample, int64 (n,), or None where none is known or of use."""
+    classes = samples.labels() if extractor.own_classes else None
+    count = extractor.spaces.get("probabilities", 0)
+    if classes is not None and not (classes.min() >= 0 and classes.max() < count):
+        raise UserError(f"samples={samples.name}: arr_1 holds classes outside of 0..{count - 1}")
+    return classes
+
+
+def inputs_of(samples: ImageSource, reference: Reference, extractor: Extractor, pr_dtype: PrDtype) -> dict[str, Any]:
+    """Return what a receipt says of the inputs; reads all files once, for their hashes."""
+    return {
+        "samples": {
+            "path": samples.name,
+            "sha256": samples.sha256,
+            "count": len(samples),
+            "size": list(samples.size),
+            "channels": samples.channels,
+        },
+        "reference": reference.identity(),
+        "features": {**extractor.identity(), "pr_dtype": pr_dtype},
+        **sampling_receipt(Path(samples.name), len(samples)),
+    }
+
+
+def sampling_receipt(samples: Path, count: int) -> dict[str, Any]:
+    """Return `{"sampling": …}`, the receipt that sample.py wrote beside its samples.npz of `count`
+    images, or nothing where there is none. Raises UserError for a damaged one, and for that of
+    another set.
+    """
+    path = samples.with_name("receipt.json")
+    if samples.name != SAMPLES or not path.is_file():
+        return {}
+    try:
+        receipt = json.loads(path.read_text())
+        number = receipt.get("samples", count)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error}); sample again, or move the file away") from error
+    require(
+        number == count,
+        f"{path}: is the receipt of {number} images, but {samples} holds {count}; move the file away",
+    )
+    return {"sampling": shorten(receipt)}
+
+
+def shorten(values: Any) -> Any:
+    """Return plain values in which the length of a long list stands for it, 50,000 seeds say."""
+    if isinstance(values, dict):
+        return {key: shorten(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return f"{len(values)} values" if len(values) > LONG_LIST else [shorten(value) for value in values]
+    return values
+
+
+def refuse_other_evaluation(out: Path, inputs: dict[str, Any]) -> None:
+    """Raise UserError where `out` is a file, or holds metrics of inputs of another content."""
+    require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
+    path = out / "metrics.json"
+    if not path.exists():
+        return
+    try:
+        receipt = json.loads(path.read_text())["receipt"]
+        same = receipt["samples"]["sha256"] == inputs["samples"]["sha256"] and all(
+            without_paths(receipt[key]) == without_paths(inputs[key]) for key in ("reference", "features")
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    require(same, f"{path}: belongs to another evaluation and is not written over; choose another out=")
+
+
+def write_pairs(path: Path, samples: ImageSource, training: ImageSource, scores: Scores) -> None:
+    """Write a grid of the samples that are nearest to a training image, that image below each."""
+    assert scores.distances is not None
+    assert scores.nearest is not None
+    order = torch.argsort(scores.distances, stable=True)[:NUM_PAIRS].tolist()
+    pairs = [pick(samples, order), pick(training, scores.nearest[order].tolist())]
+    captions = [f"{scores.distances[k].item():.3g}" for k in order] + ["reference"] * len(order)
+    write_png(path, image_grid(torch.from_numpy(np.concatenate(pairs)).permute(0, 3, 1, 2), len(order), captions))

@@ -1,8 +1,9 @@
-"""The first layer of an evaluation: images → features, on one process or several.
+"""Images → features, on one process or several: what a feature extractor is, and `extract`.
 
 Shapes: n images, B batch, C channels, H W pixels, F features.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,8 @@ from tqdm import tqdm
 
 from ddt.data.images import Images
 from ddt.errors import UserError, require
-from ddt.metrics.sources import ImageBatches, ImageSource
-from ddt.metrics.statistics import Moments
+from ddt.metrics.frechet import Moments
+from ddt.metrics.images import ImageBatches, ImageSource
 
 
 class Extractor(Protocol):
@@ -30,37 +31,58 @@ class Extractor(Protocol):
     spaces: dict[str, int]  # name of a space → F
     rows: tuple[str, ...]  # the spaces whose vectors are kept image by image
     distances: dict[str, str]  # Fréchet distance → the space that it is taken in; the first one is the main one
-    balls: str  # the space of precision and recall
-    near: str  # the space in which nearest training images are looked for
-    own_classes: bool  # whether its probabilities are of the classes that the samples are drawn of
+    pr_space: str  # the space of precision and recall
+    nearest_space: str  # the space in which nearest training images are looked for
+    own_classes: bool  # whether its probabilities are of the classes that the samples are of
 
     def identity(self) -> dict[str, Any]:
-        """Return what a receipt says of it: plain values, `name` and what its features depend on."""
+        """Return what its features depend on, for receipts: plain values, `name` among them."""
+
+    def deviations(self) -> list[str]:
+        """Return one line for each way in which it may not be the network of published numbers."""
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the features float32 (B, F) of each space of uint8 images (B, C, H, W) on its
-        device.
-        """
+        """Return float32 features (B, F) by space of uint8 images (B, C, H, W) on its device."""
 
 
 class FeatureSettings(Protocol):
     """What a file of conf/features names; it loads nothing."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What `features=` calls it."""
+
+    @property
+    def data(self) -> str | None:
+        """The data set whose training images the network is trained on; None where it is fixed."""
+
+    @property
+    def weights_key(self) -> str | None:
+        """The setting that names its file of weights; None where it reads none."""
 
     def extractor(self, device: torch.device, train: Images | None = None) -> Extractor:
         """Load the extractor, or train it on a data set's training images."""
 
 
-@dataclasses.dataclass(frozen=True)
-class FeatureSet:
-    """Features of `count` images: by space the vectors (n, F) that are kept, and the moments of
-    all.
-    """
+def check_features(features: FeatureSettings | None, reference: str, inception_weights: str | None) -> None:
+    """Raise UserError where features measure nothing, or do not suit the reference or weights."""
+    if features is None:
+        raise UserError("features=none: measures nothing; choose another file of conf/features")
+    require(
+        features.data is None or reference == f"data:{features.data}",
+        f"features={features.name} reference={reference}: the classifier is trained on this data set; give "
+        f"reference=data:{features.data}",
+    )
+    check_weights(features, inception_weights)
 
-    count: int
-    rows: dict[str, Tensor]
-    moments: dict[str, Moments]
+
+def check_weights(features: FeatureSettings | None, inception_weights: str | None) -> None:
+    """Raise UserError for weights of Inception without Inception."""
+    name, key = ("none", None) if features is None else (features.name, features.weights_key)
+    require(
+        inception_weights is None or key == "inception_weights",
+        f"inception_weights={inception_weights}: has no effect with features={name}; leave it out",
+    )
 
 
 def check_images(images: ImageSource, key: str, extractor: Extractor) -> None:
@@ -78,52 +100,13 @@ def check_images(images: ImageSource, key: str, extractor: Extractor) -> None:
     )
 
 
-def ahead(batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield batches, reading each while the one before it is at work."""
-    with ThreadPoolExecutor(max_workers=1) as worker:
-        following = worker.submit(next, batches, None)
-        while (batch := following.result()) is not None:
-            following = worker.submit(next, batches, None)
-            yield batch
+@dataclasses.dataclass(frozen=True)
+class FeatureSet:
+    """Features of `count` images: by space the vectors (n, F) kept, and the moments of all."""
 
-
-def to_device(batch: np.ndarray, device: torch.device) -> Tensor:
-    """Return images (B, H, W, C) as a tensor (B, C, H, W) on a device, on a GPU without waiting for
-    it.
-    """
-    pixels = torch.tensor(batch)
-    if device.type == "cuda":
-        pixels = pixels.pin_memory()
-    return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
-
-
-class Gatherer:
-    """Brings the features of a step's batches from all processes together, in the order of the set.
-
-    Process r has batch r of the step; all but the set's last batch are of batch_size images.
-    """
-
-    def __init__(self, accelerator: Accelerator, count: int, batch_size: int, width: int) -> None:
-        self.accelerator, self.count, self.batch_size, self.width = accelerator, count, batch_size, width
-        self.start = 0  # the first image of the step
-
-    def __call__(self, values: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the place and the values (B, F) of each batch of a step, on every process; `values`
-        are this one's own, None where the set has ended. All processes call it together.
-        """
-        world = self.accelerator.num_processes
-        if world > 1:
-            padded = torch.zeros(self.batch_size, self.width, device=self.accelerator.device)
-            if values is not None:
-                padded[: len(values)] = values
-            values = self.accelerator.gather(padded)
-        assert values is not None, "a step has a batch"
-        for part in values.split(self.batch_size):
-            size = min(len(part), self.count - self.start)
-            if size <= 0:
-                break
-            yield slice(self.start, self.start + size), part[:size]
-            self.start += size
+    count: int
+    rows: dict[str, Tensor]
+    moments: dict[str, Moments]
 
 
 def extract(
@@ -138,27 +121,75 @@ def extract(
     """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     main, count, batch_size = rank == 0, len(images), batch_size or extractor.batch_size
-    spaces = {name: extractor.spaces[name] for name in {*extractor.rows, *extractor.distances.values()}}
-    spaces = {name: spaces[name] for name in extractor.spaces if name in spaces}  # one order on all processes
-    gather = Gatherer(accelerator, count, batch_size, sum(spaces.values()))
+    needed = {*extractor.rows, *extractor.distances.values()}
+    spaces = {name: size for name, size in extractor.spaces.items() if name in needed}  # one order on all processes
+    widths = list(spaces.values())
     rows = {name: torch.empty(count, spaces[name], device=device) for name in extractor.rows if main}
     moments = {name: Moments(spaces[name], device) for name in dict.fromkeys(extractor.distances.values()) if main}
     finite = torch.ones((), dtype=torch.bool, device=device)
     batches = images.batches(batch_size, rank, world)
-    batches = ahead(batches) if images.on_disk else batches
+    batches = prefetch(batches) if images.on_disk else batches
+    start = 0
     with tqdm(total=count, unit="img", desc=desc, mininterval=1.0, disable=not main) as progress:
         for _ in range(0, count, batch_size * world):
             batch = next(batches, None)
-            found = None if batch is None else extractor(to_device(batch, device))
-            own = None if found is None else torch.cat([found[name] for name in spaces], dim=1)
-            for place, values in gather(own):
-                for name, part in zip(spaces, values.split(list(spaces.values()), dim=1), strict=True):
+            features = None if batch is None else extractor(to_device(batch, device))
+            own = None if features is None else torch.cat([features[name] for name in spaces], dim=1)
+            for values in gather(own, accelerator, batch_size, sum(widths)):
+                values = values[: count - start]  # all but the set's last batch are full
+                if len(values) == 0:
+                    break
+                for name, part in zip(spaces, values.split(widths, dim=1), strict=True):
                     if name in rows:
-                        rows[name][place] = part
+                        rows[name][start : start + len(part)] = part
                     if name in moments:
                         moments[name].add(part)
                 finite &= values.isfinite().all()
+                start += len(values)
                 progress.update(len(values))
-    if not bool(finite):  # looked at once: each look makes the device wait
+    if not bool(finite):  # one device sync for the whole set
         raise UserError(f"features={extractor.name}: the features of {images.name} are not finite; check the weights")
     return FeatureSet(count, rows, moments) if main else None
+
+
+def gather(values: Tensor | None, accelerator: Accelerator, batch_size: int, width: int) -> tuple[Tensor, ...]:
+    """Return the vectors (B, F) of a step's batches, that of each process in turn, those of several
+    processes padded to batch_size. values: this process's own, None where the set has ended.
+    """
+    if accelerator.num_processes > 1:
+        padded = torch.zeros(batch_size, width, device=accelerator.device)
+        if values is not None:
+            padded[: len(values)] = values
+        values = accelerator.gather(padded)
+    assert values is not None, "a step has a batch"
+    return values.split(batch_size)
+
+
+def prefetch(batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield batches, reading each while the one before it is at work."""
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        following = worker.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = worker.submit(next, batches, None)
+            yield batch
+
+
+def to_device(batch: np.ndarray, device: torch.device) -> Tensor:
+    """Return images (B, H, W, C) as a tensor (B, C, H, W) on a device, without a device sync."""
+    pixels = torch.tensor(batch)
+    if device.type == "cuda":
+        pixels = pixels.pin_memory()
+    return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+
+
+@contextlib.contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Turn off TF32 and all that chooses kernels by speed, and restore the flags afterwards."""
+    before = torch.get_float32_matmul_precision()
+    enabled = torch.backends.cudnn.enabled
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=enabled, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

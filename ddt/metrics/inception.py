@@ -5,12 +5,10 @@ Shapes: B batch, H W pixels, 2048 pool features, 2023 spatial ones (17 × 17 × 
 Source: the evaluator of openai/guided-diffusion (ADM), whose numbers are the published ones.
 """
 
-import contextlib
 import dataclasses
 import functools
 import io
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from ddt.autoencoder.base import weights_hash
 from ddt.errors import UserError, first_line, require
 from ddt.files import sha256
+from ddt.metrics.features import exact_arithmetic
 from ddt.metrics.inception_graph import read_graph
 
 log = logging.getLogger(__name__)
@@ -102,19 +101,6 @@ def load_network(weights: Path) -> nn.Module:
         raise UserError(f"inception_weights={weights}: is not this network ({problem}); {WEIGHTS_ADVICE}") from error
 
 
-@contextlib.contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """Turn off TF32 and all that chooses kernels by speed, and give the flags back afterwards."""
-    before = torch.get_float32_matmul_precision()
-    enabled = torch.backends.cudnn.enabled
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=enabled, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 @dataclasses.dataclass(frozen=True)
 class InceptionSettings:
     """What `features=inception` lets a user choose. weights: torch-fidelity's .pth file or ADM's
@@ -125,12 +111,14 @@ class InceptionSettings:
     batch_size: int = 64
 
     name: ClassVar[str] = "inception"
+    data: ClassVar[None] = None
+    weights_key: ClassVar[str] = "inception_weights"
 
     def __post_init__(self) -> None:
         require(1 <= self.batch_size <= 10_000, f"features.batch_size={self.batch_size}: must lie in 1..10000")
 
     def extractor(self, device: torch.device, train: object = None) -> "InceptionFeatures":
-        """Load the network onto a device."""
+        """Load the network onto a device; it needs no training images."""
         weights = find_weights(None if self.weights is None else Path(self.weights))
         return InceptionFeatures(weights, self.batch_size, device)
 
@@ -147,7 +135,7 @@ class InceptionFeatures:
     spaces: ClassVar[dict[str, int]] = {"pool": NUM_POOL, "spatial": NUM_SPATIAL, "probabilities": NUM_CLASSES}
     rows = ("pool", "probabilities")
     distances: ClassVar[dict[str, str]] = {"fid": "pool", "sfid": "spatial"}
-    balls = near = "pool"
+    pr_space = nearest_space = "pool"
     own_classes = False
 
     def __init__(self, weights: Path, batch_size: int = 64, device: torch.device | str = "cpu") -> None:
@@ -173,6 +161,13 @@ class InceptionFeatures:
             "resize": RESIZE,
             "dtype": "float32",
         }
+
+    def deviations(self) -> list[str]:
+        """Return one line where the weights are of neither published file."""
+        if self.hashes["sha256"].startswith((WEIGHTS_SHA256, GRAPH_SHA256)):
+            return []
+        files = f"SHA-256 {WEIGHTS_SHA256}… of torch-fidelity, {GRAPH_SHA256[:8]}… of ADM"
+        return [f"the Inception weights are neither published file ({files})"]
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:

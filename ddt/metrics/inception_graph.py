@@ -94,9 +94,7 @@ BATCH_NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", 
 
 
 def convolutions() -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return every convolution's module and its kernel's shape in the graph, HWIO, by the prefix of
-    its nodes.
-    """
+    """Return module and kernel shape (HWIO) of every convolution, by the prefix of its nodes."""
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for folder, block, rows, sizes in BLOCKS:
         for row in rows.strip().splitlines():
@@ -111,9 +109,7 @@ class GraphError(ValueError):
 
 
 def _varint(data: memoryview, start: int) -> tuple[int, int]:
-    """Return the integer that begins at `start`, seven bits a byte, and where it ends; GraphError
-    without an end.
-    """
+    """Return the integer that begins at `start`, seven bits a byte, and where it ends."""
     value = 0
     for i, byte in enumerate(data[start : start + 10]):  # no integer of 64 bits is longer
         value |= (byte & 127) << 7 * i
@@ -148,9 +144,7 @@ def _fields(data: memoryview) -> tuple[dict[int, int], dict[int, list[memoryview
 
 
 def _constants(graph: memoryview) -> dict[bytes, memoryview]:
-    """Return the TensorProto of every constant by its node's name; GraphError where the file is
-    damaged.
-    """
+    """Return the TensorProto of every constant by its node's name."""
     constants = {}
     for node in _fields(graph)[1].get(1, []):
         _, of_node = _fields(node)  # 1 name, 2 op, 5 attributes, which are entries of a map: 1 key, 2 value
@@ -163,9 +157,7 @@ def _constants(graph: memoryview) -> dict[bytes, memoryview]:
 
 
 def _values(node: str, tensor: memoryview, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a TensorProto's values, a view of the file's; GraphError where they are no float32 of
-    that shape.
-    """
+    """Return a TensorProto's values, a view of the file's; GraphError for another type or shape."""
     integers, contents = _fields(tensor)  # 1 dtype, 2 shape, 4 bytes, 5 numbers, in one field or in one each
     dims = [dim for part in contents.get(2, []) for dim in _fields(part)[1].get(2, [])]
     found = tuple(_fields(dim)[0].get(1, 0) for dim in dims)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ddt.metrics.inception import exact_arithmetic
+from ddt.metrics.features import exact_arithmetic
 
 PrDtype = Literal["float16", "float32"]
 BLOCK = 10_000  # vectors a side of a block of distances, the evaluator's
@@ -39,9 +39,7 @@ def single_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def squared_distances(a: Tensor, b: Tensor, dtype: PrDtype) -> Tensor:
-    """Return squared distances (n, m) as float32 values; a float16 block with an overflow is taken
-    in float32.
-    """
+    """Return squared distances (n, m) as float32; a float16 block that overflows is redone."""
     if dtype == "float16":
         distances = half_distances(a, b)
         if bool(distances.isfinite().all()):
@@ -57,9 +55,7 @@ def blocks(features: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 def squared_radii(features: Tensor, k: int, dtype: PrDtype, block: int) -> Tensor:
-    """Return each vector's squared distance to its k-th nearest neighbour in the set (n,): the (k +
-    1)-th smallest, for the vector itself is among them.
-    """
+    """Return each vector's squared distance to its k-th nearest neighbour in the set (n,)."""
     radii = torch.empty(len(features), device=features.device)
     for rows, a in blocks(features, block):
         smallest = torch.empty(len(a), 0, device=features.device)
@@ -67,7 +63,7 @@ def squared_radii(features: Tensor, k: int, dtype: PrDtype, block: int) -> Tenso
             distances = squared_distances(a, b, dtype)
             near = distances.topk(min(k + 1, len(b)), dim=1, largest=False).values
             smallest = torch.cat([smallest, near], dim=1).sort(dim=1).values[:, : k + 1]
-        radii[rows] = smallest[:, k]
+        radii[rows] = smallest[:, k]  # the (k + 1)-th smallest: the vector itself is among them
     return radii
 
 

@@ -3,7 +3,7 @@ set.
 
 ADM's file holds the statistics of a whole data set, `mu` and `sigma` in pool features, `mu_s` and
 `sigma_s` in spatial ones, and in `arr_0` some of its images, for precision and recall. Ours
-(scripts/reference_statistics.py) is one that also says how it was made.
+(`ddt.metrics.reference_statistics`) is one that also says how it was made.
 Shapes: F features.
 """
 
@@ -14,26 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from ddt.config import Choice
 from ddt.data.images import Images
 from ddt.errors import UserError, first_line, require
 from ddt.files import sha256
-from ddt.metrics.features import Extractor, FeatureSet, check_images
-from ddt.metrics.npz import NpzImages, names, readable, write_npz
-from ddt.metrics.sources import DataImages, ImageSource, open_images
-from ddt.metrics.statistics import Statistics
+from ddt.metrics.features import Extractor, FeatureSettings, check_images
+from ddt.metrics.frechet import Statistics
+from ddt.metrics.images import DataImages, ImageSource, NpzImages, array_names, npz_errors, open_images
 
+DATA = "data:"  # before the name of a data set
 KEYS = (("mu", "sigma"), ("mu_s", "sigma_s"))  # of the first and the second distance of an extractor
 MADE = "receipt"  # how a file of ours was made: JSON
-MAX_BALLS = 10_000  # images of a data set that precision and recall are of
+MAX_PR_IMAGES = 10_000  # images of a data set that precision and recall are of
 MAX_IMAGES = 200_000  # whose features are held in memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
     """A reference. statistics: by distance, those that the file holds. images: real images, or None
-    where it has none.
-    held_out: other real images, what a perfect model would draw. made: how a file of ours was made.
+    where it has none. held_out: other real images, what a perfect model would sample. made: how a
+    file of ours was made.
     """
 
     name: str
@@ -44,10 +46,25 @@ class Reference:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """A hash of what it is: of the file, of a folder's images, of a data set's list. Read when
-        it is asked for.
-        """
+        """A hash of the file, of a folder's images, or of a data set's list."""
         return sha256(Path(self.name)) if self.images is None else self.images.sha256
+
+    @property
+    def count(self) -> float:
+        """How many images its statistics are of; of a file that does not say, infinitely many."""
+        if self.made is not None:
+            return self.made["count"]
+        return float("inf") if self.statistics or self.images is None else len(self.images)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether a file of ours holds the statistics of a part of its data set alone."""
+        return self.made is not None and self.made["count"] < self.made["total"]
+
+    @property
+    def is_validation(self) -> bool:
+        """Whether a file of ours was made of images that no model is trained on."""
+        return self.made is not None and self.made.get("split") == "test"
 
     def identity(self) -> dict[str, Any]:
         """Return what a receipt says of it."""
@@ -62,23 +79,100 @@ class Reference:
             "statistics": source,
             "count": None if self.images is None else len(self.images),
             "size": None if self.images is None else list(self.images.size),
-            "precision_recall_count": None if self.images is None else len(self.balls(len(self.images))),
+            "precision_recall_count": None if self.images is None else len(self.pr_indices(len(self.images))),
             **({} if self.held_out is None else {"held_out": len(self.held_out)}),
             **({} if self.made is None else {"made": self.made}),
         }
 
-    def balls(self, count: int) -> np.ndarray:
+    def pr_indices(self, count: int) -> np.ndarray:
         """Return which of its `count` images precision and recall are of: all of a file's, as in
         ADM's evaluator, of a data set as many as ADM's files hold.
         """
-        if not isinstance(self.images, DataImages) or count <= MAX_BALLS:
+        if not isinstance(self.images, DataImages) or count <= MAX_PR_IMAGES:
             return np.arange(count)
-        return np.arange(MAX_BALLS) * count // MAX_BALLS
+        return np.arange(MAX_PR_IMAGES) * count // MAX_PR_IMAGES
+
+
+def load_reference(
+    reference: str, data: Choice | None, features: FeatureSettings, device: torch.device
+) -> tuple[Reference, Extractor]:
+    """Return the reference and the extractor. data: the data set that `reference` names, None where
+    it is a path. Raises UserError where either cannot be used.
+    """
+    if data is not None:
+        train = data.build(split="train")
+        return data_reference(reference, train, data.build(split="test")), features.extractor(device, train)
+    require(
+        Path(reference).exists(),
+        f"reference={reference}: no such file; give ADM's reference npz of the data set, a file of "
+        "scripts/reference_statistics.py, or a folder of images",
+    )
+    extractor = features.extractor(device)
+    distances = {name: extractor.spaces[space] for name, space in extractor.distances.items()}
+    return read_reference(Path(reference), distances, extractor.name), extractor
+
+
+def data_reference(name: str, train: Images, test: Images) -> Reference:
+    """Return the training images of a data set as a reference, with its test images held out."""
+    require(len(train.labels) >= 2, f"reference={name}: has {len(train.labels)} images; statistics need at least 2")
+    require(
+        len(train.labels) <= MAX_IMAGES,
+        f"reference={name}: has {len(train.labels):,} images; write their statistics once, by "
+        "scripts/reference_statistics.py, and give that file",
+    )
+    held_out = DataImages(name, test) if len(test.labels) >= 2 else None
+    return Reference(name, {}, DataImages(name, train), held_out)
+
+
+def read_reference(path: Path, distances: dict[str, int], features: str) -> Reference:
+    """Open a reference npz, or a folder of a samples.npz or of images; images stay on disk.
+
+    distances: the Fréchet distances of features=`features`, main one first, and the F of each.
+    Raises UserError for a file that is damaged, that holds half of a pair of statistics or those of
+    other features, or nothing that can be used.
+    """
+    images: ImageSource | None = open_images(path, "reference") if path.is_dir() else None
+    if images is not None and not isinstance(images, NpzImages):
+        require(len(images) >= 2, f"reference={path}: holds one image; statistics need at least 2")
+        return Reference(str(path), {}, images)
+    path = images.path if isinstance(images, NpzImages) else path
+    require(path.is_file(), f"reference={path}: no such file; give ADM's reference npz of the data set")
+    names = array_names(path, "reference")
+    for pair in KEYS:
+        present = [name for name in pair if name in names]
+        require(
+            len(present) != 1, f"reference={path}: holds {''.join(present)} alone; both {' and '.join(pair)} belong"
+        )
+    require(
+        "mu" in names or "mu_s" not in names,
+        f"reference={path}: holds mu_s and sigma_s without mu and sigma; give ADM's reference npz of the data set",
+    )
+    require(
+        "mu" in names or "arr_0" in names,
+        f"reference={path}: holds neither mu and sigma nor images (arr_0), only {', '.join(names) or 'nothing'}; "
+        "give ADM's reference npz of the data set",
+    )
+    made = read_made(path) if MADE in names else None
+    if made is not None:
+        require(
+            made["features"].get("name") == features,
+            f"reference={path}: was made with features={made['features'].get('name')}; choose them, or another file",
+        )
+    images = NpzImages(path, "reference") if "arr_0" in names else None
+    if "mu" not in names:
+        assert images is not None
+        require(len(images) >= 2, f"reference={path}: holds one image; statistics need at least 2")
+    statistics = {
+        distance: read_statistics(path, pair, size, features)
+        for pair, (distance, size) in zip(KEYS, distances.items(), strict=False)
+        if pair[0] in names
+    }
+    return Reference(str(path), statistics, images, made=made)
 
 
 def read_statistics(path: Path, pair: tuple[str, str], size: int, features: str) -> Statistics:
     """Return two arrays of a reference file as statistics, float64 (F,) and (F, F), F = size."""
-    with readable(path, "reference"), np.load(path, allow_pickle=False) as file:
+    with npz_errors(path, "reference"), np.load(path, allow_pickle=False) as file:
         values = [file[name] for name in pair]
     for name, value, shape in zip(pair, values, ((size,), (size, size)), strict=True):
         require(
@@ -99,7 +193,7 @@ def read_statistics(path: Path, pair: tuple[str, str], size: int, features: str)
 
 def read_made(path: Path) -> dict[str, Any]:
     """Return what a file of ours says of how it was made."""
-    with readable(path, "reference"), np.load(path, allow_pickle=False) as file:
+    with npz_errors(path, "reference"), np.load(path, allow_pickle=False) as file:
         text = str(file[MADE])
     try:
         made = json.loads(text)
@@ -108,96 +202,6 @@ def read_made(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f"reference={path}: its {MADE} is damaged ({first_line(error)}); make it again") from error
     return made
-
-
-def read_reference(path: Path, distances: dict[str, int], features: str) -> Reference:
-    """Open a reference npz, or a folder of a samples.npz or of images; images stay on disk.
-
-    distances: the Fréchet distances of features=`features`, main one first, and the F of each.
-    Raises UserError for a file that is damaged, that holds half of a pair of statistics or those of
-    other features, or nothing that can be used.
-    """
-    images: ImageSource | None = open_images(path, "reference") if path.is_dir() else None
-    if images is not None and not isinstance(images, NpzImages):
-        require(len(images) >= 2, f"reference={path}: holds one image; statistics need at least 2")
-        return Reference(str(path), {}, images)
-    path = images.path if isinstance(images, NpzImages) else path
-    require(path.is_file(), f"reference={path}: no such file; give ADM's reference npz of the data set")
-    found = names(path, "reference")
-    for pair in KEYS:
-        present = [name for name in pair if name in found]
-        require(
-            len(present) != 1, f"reference={path}: holds {''.join(present)} alone; both {' and '.join(pair)} belong"
-        )
-    require(
-        "mu" in found or "mu_s" not in found,
-        f"reference={path}: holds mu_s and sigma_s without mu and sigma; give ADM's reference npz of the data set",
-    )
-    require(
-        "mu" in found or "arr_0" in found,
-        f"reference={path}: holds neither mu and sigma nor images (arr_0), only {', '.join(found) or 'nothing'}; "
-        "give ADM's reference npz of the data set",
-    )
-    made = read_made(path) if MADE in found else None
-    if made is not None:
-        require(
-            made["features"].get("name") == features,
-            f"reference={path}: was made with features={made['features'].get('name')}; choose them, or another file",
-        )
-    images = NpzImages(path, "reference") if "arr_0" in found else None
-    if "mu" not in found:
-        assert images is not None
-        require(len(images) >= 2, f"reference={path}: holds one image; statistics need at least 2")
-    statistics = {
-        distance: read_statistics(path, pair, size, features)
-        for pair, (distance, size) in zip(KEYS, distances.items(), strict=False)
-        if pair[0] in found
-    }
-    return Reference(str(path), statistics, images, made=made)
-
-
-def data_reference(name: str, train: Images, test: Images) -> Reference:
-    """Return the training images of a data set as a reference, with its other images held out.
-    name: `data:` and the data set's.
-    """
-    require(len(train.labels) >= 2, f"reference={name}: has {len(train.labels)} images; statistics need at least 2")
-    require(
-        len(train.labels) <= MAX_IMAGES,
-        f"reference={name}: has {len(train.labels):,} images; write their statistics once, by "
-        "scripts/reference_statistics.py, and give that file",
-    )
-    held_out = DataImages(name, test) if len(test.labels) >= 2 else None
-    return Reference(name, {}, DataImages(name, train), held_out)
-
-
-def choose(total: int, count: int | None) -> np.ndarray:
-    """Return which of `total` images stand for all: so many of them, chosen by a fixed seed,
-    sorted; None is all.
-    """
-    if count is None or count >= total:
-        return np.arange(total)
-    return np.sort(np.random.default_rng(0).choice(total, count, replace=False))
-
-
-def write_reference(
-    path: Path, images: DataImages, kept: DataImages, features: FeatureSet, extractor: Extractor, made: dict[str, Any]
-) -> None:
-    """Write a reference file in ADM's format: statistics of `images` by their `features`, the
-    pixels of those `kept`, and how it was made.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    for pair, space in zip(KEYS, extractor.distances.values(), strict=False):
-        arrays |= dict(zip(pair, (features.moments[space].mean, features.moments[space].covariance), strict=True))
-    receipt = {
-        **made,
-        "count": len(images),
-        "kept": len(kept),
-        "size": list(images.size),
-        "fingerprint": images.sha256,
-        "features": extractor.identity(),
-    }
-    arrays[MADE] = np.array(json.dumps(receipt))
-    write_npz(path, arrays, kept.batches(64), (len(kept), *kept.size, kept.channels))
 
 
 def check_reference(reference: Reference, extractor: Extractor) -> None:

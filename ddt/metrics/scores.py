@@ -1,4 +1,4 @@
-"""From features to numbers: every metric of a set of samples against a reference.
+"""Features → metrics: every number of a set of samples against a reference.
 
 Shapes: n samples, m reference images, F features, K classes.
 """
@@ -10,12 +10,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ddt.metrics.features import Extractor, FeatureSet, extract
-from ddt.metrics.metrics import accuracy, frechet_distance, inception_score
-from ddt.metrics.nearest import authenticity, nearest
+from ddt.metrics.features import Extractor, FeatureSet, exact_arithmetic, extract
+from ddt.metrics.frechet import Moments, Statistics, frechet_distance
 from ddt.metrics.precision_recall import NUM_NEIGHBOURS, PrDtype, precision_recall
 from ddt.metrics.reference import Reference
-from ddt.metrics.statistics import Moments, Statistics
+
+CHUNK = 1024  # vectors a side of a block of distances
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +39,11 @@ class Prepared:
 
 def prepare(reference: Reference, extractor: Extractor, accelerator: Accelerator) -> Prepared:
     """Measure a reference's images. All processes call it together."""
-    features = None
+    features = held_out = None
     if reference.images is not None:
         features = extract(reference.images, extractor, accelerator, "reference")
         if features is not None:  # no metric asks for a reference's classes
             features.rows.pop("probabilities", None)
-    held_out = None
     if reference.held_out is not None:
         held_out = extract(reference.held_out, extractor, accelerator, "held-out images")
     if not accelerator.is_main_process:
@@ -56,30 +55,29 @@ def prepare(reference: Reference, extractor: Extractor, accelerator: Accelerator
     prepared = Prepared(reference, statistics, features, {})
     if held_out is not None:
         assert reference.held_out is not None
-        prepared.real.update(baseline(held_out, reference.held_out.labels(), prepared, extractor))
+        prepared.real.update(score_held_out(held_out, reference.held_out.labels(), prepared, extractor))
     elif features is not None and features.count > 2:
-        prepared.real["nearest_train_distance"] = apart(features.rows[extractor.near])
+        prepared.real["nearest_train_distance"] = distance_to_others(features.rows[extractor.nearest_space])
     return prepared
 
 
-def baseline(
+def score_held_out(
     held_out: FeatureSet, labels: np.ndarray | None, prepared: Prepared, extractor: Extractor
 ) -> dict[str, float]:
     """Return what a perfect model would reach: the metrics of held-out real images."""
     assert prepared.features is not None
-    distances, _ = nearest(held_out.rows[extractor.near], prepared.features.rows[extractor.near])
-    found = {name: frechet_distance(held_out.moments[space], prepared.statistics[name])
-             for name, space in extractor.distances.items()}  # fmt: skip
-    found["nearest_train_distance"] = distances.median().item()
+    training = prepared.features.rows[extractor.nearest_space]
+    distances, _ = nearest(held_out.rows[extractor.nearest_space], training)
+    metrics = {name: frechet_distance(held_out.moments[space], prepared.statistics[name])
+               for name, space in extractor.distances.items()}  # fmt: skip
+    metrics["nearest_train_distance"] = distances.median().item()
     if extractor.own_classes and labels is not None:
-        found["class_accuracy"] = accuracy(held_out.rows["probabilities"].cpu().numpy(), labels)
-    return found
+        metrics["class_accuracy"] = accuracy(held_out.rows["probabilities"].cpu().numpy(), labels)
+    return metrics
 
 
-def apart(training: Tensor, most: int = 2000) -> float:
-    """Return the median distance of training vectors (m, F) to the nearest other one, of at most so
-    many of them.
-    """
+def distance_to_others(training: Tensor, most: int = 2000) -> float:
+    """Return the median distance of some training vectors, of (m, F), to the nearest other one."""
     count = min(most, len(training))
     chosen = torch.arange(count, device=training.device) * len(training) // count
     return nearest(training[chosen], training, own=chosen)[0].median().item()
@@ -101,17 +99,15 @@ class Scores:
 def score(
     samples: FeatureSet, labels: np.ndarray | None, prepared: Prepared, extractor: Extractor, pr_dtype: PrDtype
 ) -> Scores:
-    """Return all metrics of a set of samples. labels (n,): the class that each was drawn of, None
-    if not known.
+    """Return all metrics of a set of samples. labels (n,): the class of each, None if not known.
 
-        fid, sfid, fd_dinov2, fd_D  Fréchet distances; D a data set, in the features of its
-        classifier inception_score             by ADM's rule, which reads chunks of 5,000 images in
-        the file's order inception_score_shuffled    the same of shuffled images: what the score
-        should be class_accuracy              share of samples that the data set's classifier
-        assigns to their class precision, recall           of 3 nearest neighbours, in the
-        arithmetic pr_dtype nearest_train_distance      median distance to the nearest training
-        image authenticity                share of samples that lie apart from the training images
-        (`nearest.authenticity`)
+    - fid, sfid, fd_dinov2, fd_D: Fréchet distances; D a data set, in its classifier's features
+    - inception_score: by ADM's rule, which reads chunks of 5,000 images in the file's order
+    - inception_score_shuffled: the same of shuffled images, what the score should be
+    - class_accuracy: share of samples that the data set's classifier assigns to their class
+    - precision, recall: of 3 nearest neighbours, in the arithmetic pr_dtype
+    - nearest_train_distance: median distance to the nearest training image
+    - authenticity: share of samples that lie apart from the training images; see `authenticity`
 
     A name with `_real` is the same of held-out real images: what a perfect model would reach.
     """
@@ -124,48 +120,97 @@ def score(
             reasons[name] = "the reference has mu and sigma, but no mu_s and sigma_s"
     if "probabilities" in samples.rows:
         probabilities = samples.rows["probabilities"].cpu().numpy()
-        if extractor.own_classes:
-            metrics["class_accuracy"] = None if labels is None else accuracy(probabilities, labels)
-            if labels is None:
-                reasons["class_accuracy"] = "the samples carry no classes (arr_1)"
+        if not extractor.own_classes:
+            order = np.random.default_rng(0).permutation(len(probabilities))
+            shuffled = probabilities[order]
+            for name, each in (("inception_score", probabilities), ("inception_score_shuffled", shuffled)):
+                value = inception_score(each)
+                metrics[name] = value if np.isfinite(value) else None
+                if metrics[name] is None:
+                    reasons[name] = "a class probability is exactly 0, where ADM's formula has no value"
+        elif labels is not None:
+            metrics["class_accuracy"] = accuracy(probabilities, labels)
         else:
-            score_classes(probabilities, metrics, reasons)
-    near = None
+            metrics["class_accuracy"], reasons["class_accuracy"] = None, "the samples carry no classes (arr_1)"
+    distances = which = None
     if prepared.features is None:
         for name in ("precision", "recall", "nearest_train_distance", "authenticity"):
             metrics[name], reasons[name] = None, "the reference has no images (arr_0)"
     else:
-        balls(samples, prepared, extractor.balls, pr_dtype, metrics, reasons)
-        training = prepared.features.rows[extractor.near]
-        near = nearest(samples.rows[extractor.near], training)
-        metrics["nearest_train_distance"] = near[0].median().item()
-        metrics["authenticity"] = authenticity(*near, training) if len(training) > 1 else None
+        metrics["precision"] = metrics["recall"] = None
+        if min(samples.count, prepared.features.count) <= NUM_NEIGHBOURS:
+            reasons["precision"] = reasons["recall"] = f"needs more than {NUM_NEIGHBOURS} images on each side"
+        else:
+            rows = prepared.features.rows[extractor.pr_space]
+            real = rows[torch.from_numpy(prepared.reference.pr_indices(len(rows))).to(rows.device)]
+            metrics["precision"], metrics["recall"] = precision_recall(real, samples.rows[extractor.pr_space], pr_dtype)
+        training = prepared.features.rows[extractor.nearest_space]
+        distances, which = nearest(samples.rows[extractor.nearest_space], training)
+        metrics["nearest_train_distance"] = distances.median().item()
+        metrics["authenticity"] = authenticity(distances, which, training) if len(training) > 1 else None
         if len(training) == 1:
             reasons["authenticity"] = "needs at least 2 images in the reference"
     metrics |= {f"{name}_real": value for name, value in prepared.real.items()}
-    return Scores(metrics, reasons, *(near or (None, None)))
+    return Scores(metrics, reasons, distances, which)
 
 
-def score_classes(probabilities: np.ndarray, metrics: dict[str, float | None], reasons: dict[str, str]) -> None:
-    """Add the Inception Score of class probabilities (n, K), in the file's order and shuffled."""
-    order = np.random.default_rng(0).permutation(len(probabilities))
-    for name, rows in (("inception_score", probabilities), ("inception_score_shuffled", probabilities[order])):
-        found = inception_score(rows)
-        metrics[name] = found if np.isfinite(found) else None
-        if metrics[name] is None:
-            reasons[name] = "a class probability is exactly 0, where ADM's formula has no value"
+def inception_score(probabilities: np.ndarray, split: int = 5000) -> float:
+    """Return the Inception Score of class probabilities (n, K), by the rule of ADM's evaluator.
+
+    The mean over chunks of `split` rows of `exp(E[KL(p(y|x) ‖ p(y))])`. The order of the rows
+    matters. NaN where a probability is exactly 0.
+    """
+    scores = []
+    for start in range(0, len(probabilities), split):
+        rows = probabilities[start : start + split].astype(np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            divergences = (rows * (np.log(rows) - np.log(rows.mean(axis=0)))).sum(axis=1)
+        scores.append(np.exp(divergences.mean()))
+    return float(np.mean(scores))
 
 
-def balls(
-    samples: FeatureSet, prepared: Prepared, space: str, pr_dtype: PrDtype, metrics: dict[str, float | None],
-    reasons: dict[str, str],
-) -> None:  # fmt: skip
-    """Add precision and recall."""
-    assert prepared.features is not None
-    metrics["precision"] = metrics["recall"] = None
-    if min(samples.count, prepared.features.count) <= NUM_NEIGHBOURS:
-        reasons["precision"] = reasons["recall"] = f"needs more than {NUM_NEIGHBOURS} images on each side"
-        return
-    rows = prepared.features.rows[space]
-    real = rows[torch.from_numpy(prepared.reference.balls(len(rows))).to(rows.device)]
-    metrics["precision"], metrics["recall"] = precision_recall(real, samples.rows[space], pr_dtype)
+def accuracy(probabilities: np.ndarray, intended: np.ndarray) -> float:
+    """Return the share of rows (n, K) of probabilities that are highest at the intended (n,)."""
+    return float((probabilities.argmax(axis=1) == intended).mean())
+
+
+@torch.no_grad()
+def nearest(vectors: Tensor, training: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return each vector's distance to its nearest training vector, root mean square over features
+    (n,), and which one that is, int64 (n,).
+
+    vectors (n, F); training (m, F). own, int64 (n,): where the vectors are training vectors
+    themselves, their places, which do not count.
+    """
+    squares = training.square().sum(dim=1)
+    which = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+    with exact_arithmetic():
+        for start in range(0, len(vectors), CHUNK):
+            part = vectors[start : start + CHUNK]
+            best = torch.full((len(part),), torch.inf, device=vectors.device)
+            for first in range(0, len(training), 8 * CHUNK):
+                block = slice(first, first + 8 * CHUNK)
+                distances = squares[block] - 2 * (part @ training[block].T)  # but for |vector|², alike for all
+                if own is not None:
+                    at = own[start : start + CHUNK] - first
+                    inside = (at >= 0) & (at < distances.shape[1])
+                    distances[inside.nonzero().squeeze(1), at[inside]] = torch.inf
+                low, place = distances.min(dim=1)
+                nearer = low < best
+                best[nearer] = low[nearer]
+                which[start : start + CHUNK][nearer] = first + place[nearer]
+    # the distance itself from the difference, which is exactly 0 for a copy
+    parts = zip(vectors.split(CHUNK), which.split(CHUNK), strict=True)
+    return torch.cat([(part - training[at]).square().mean(dim=1).sqrt() for part, at in parts]), which
+
+
+def authenticity(distances: Tensor, which: Tensor, training: Tensor) -> float:
+    """Return the share of samples that are farther from their nearest training image than that
+    image is from the nearest other one: low for memorised sets.
+
+    distances, which (n,): of `nearest`; training (m, F), m ≥ 2. Source: Alaa et al., arXiv
+    2102.08921.
+    """
+    hit, place = which.unique(return_inverse=True)
+    apart, _ = nearest(training[hit], training, own=hit)
+    return (distances > apart[place]).double().mean().item()

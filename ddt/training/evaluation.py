@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class GeneratedImages:
-    """Images that are drawn as they are read; see `metrics.sources.ImageBatches`.
+    """Images that are drawn as they are read; see `metrics.images.ImageBatches`.
 
     Args:
         generator: draws them. images: classes and seeds. batch_size: images drawn at once.

@@ -18,9 +18,8 @@ from ddt.data.images import Images
 from ddt.data.survey import infer_settings
 from ddt.distributed.launch import default_processes
 from ddt.errors import UserError, require
-from ddt.metrics.classifier import ClassifierSettings
-from ddt.metrics.features import FeatureSettings
-from ddt.metrics.reference import data_reference
+from ddt.metrics.features import FeatureSettings, check_weights
+from ddt.metrics.reference import data_reference, load_reference
 from ddt.objective import Objective
 from ddt.objective.alignment import REPA, Alignment, Dispersive, build_alignment, check_depth
 from ddt.sampling.settings import SamplerSettings
@@ -132,12 +131,8 @@ def check_evaluation(settings: TrainSettings) -> None:
         require(
             eval_every > 0, f"features={features.name}: has no effect with trainer.eval_every=0; give a number of steps"
         )
-    name = "none" if features is None else features.name
-    require(
-        settings.inception_weights is None or name == "inception",
-        f"inception_weights={settings.inception_weights}: has no effect with features={name}; leave it out",
-    )
-    if isinstance(features, ClassifierSettings):
+    check_weights(features, settings.inception_weights)
+    if features is not None and features.data is not None:
         require(
             data in (features.data, f"{features.data}_latents"),
             f"features={features.name}: is the classifier of another data set than data={data}; choose other features",
@@ -245,4 +240,3 @@ def build_evaluation(run: Run, accelerator: Accelerator) -> OnlineEvaluation | N
     )  # fmt: skip
 
 
-def load_reference(*args: Any) -> Any: ...

@@ -27,14 +27,13 @@ from ddt.cli import arguments_for, checked, entry_point
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require
 from ddt.files import write_json
-from ddt.metrics.features import FeatureSet, extract, to_device
-from ddt.metrics.inception import NUM_CLASSES, NUM_POOL, NUM_SPATIAL, InceptionFeatures, exact_arithmetic
-from ddt.metrics.nearest import nearest
-from ddt.metrics.npz import NpzImages
+from ddt.metrics.features import FeatureSet, exact_arithmetic, extract, to_device
+from ddt.metrics.frechet import Moments
+from ddt.metrics.images import NpzImages
+from ddt.metrics.inception import NUM_CLASSES, NUM_POOL, NUM_SPATIAL, InceptionFeatures
 from ddt.metrics.precision_recall import precision_recall
 from ddt.metrics.reference import Reference
-from ddt.metrics.scores import Prepared, score
-from ddt.metrics.statistics import Moments
+from ddt.metrics.scores import Prepared, nearest, score
 from ddt.receipts import circumstances
 
 log = logging.getLogger(__name__)
@@ -129,7 +128,8 @@ class Shape:
     """What the metrics need to know of the extractor."""
 
     name, own_classes = "inception", False
-    distances, balls, near = InceptionFeatures.distances, InceptionFeatures.balls, InceptionFeatures.near
+    distances = InceptionFeatures.distances
+    pr_space, nearest_space = InceptionFeatures.pr_space, InceptionFeatures.nearest_space
 
 
 def peak_gib() -> float:

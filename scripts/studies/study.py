@@ -9,30 +9,27 @@ from typing import Any
 import torch
 
 from ddt.autoencoder import Autoencoder
-from ddt.cli import CONF, composing
-from ddt.config import build
+from ddt.cli import reference_data
 from ddt.errors import require
 from ddt.metrics.features import Extractor
-from ddt.metrics.reference import Reference, check_reference
-from evaluate import features_of, load_reference, reference_node
+from ddt.metrics.reference import Reference, check_reference, load_reference
 
 
 def comparison(
     config: dict[str, Any], autoencoder: Autoencoder, shape: list[int], device: torch.device
 ) -> tuple[Reference, Extractor]:
     """Return reference and extractor, once it is known that they suit the model."""
-    settings, reference = features_of(config), config["reference"]
-    with composing(CONF):
-        node = reference_node(reference)
-    if node is not None:
-        train = build(node)(split="train")
+    settings, reference = config["features"], config["reference"]
+    data = reference_data(reference)
+    if data is not None:
+        train = data.build(split="train")
         found = autoencoder.latent_shape(train.channels, train.image_size)
         require(
             list(found) == list(shape),
             f"reference={reference}: has latents of shape {list(found)}, the model draws {list(shape)}; give its own "
             "data",
         )
-    base, extractor = load_reference(reference, node, settings, device)
+    base, extractor = load_reference(reference, data, settings, device)
     require(
         autoencoder.latent_channels is not None or shape[0] == extractor.channels,
         f"features={extractor.name}: reads images of {extractor.channels} channels, this model draws {shape[0]}; "

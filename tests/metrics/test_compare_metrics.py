@@ -9,7 +9,7 @@ import re
 import pytest
 from conftest import refusal, succeed
 
-from ddt.metrics.side_by_side import is_evaluation, reasons_apart
+from ddt.metrics.compare import is_evaluation, reasons_apart
 
 SCRIPT = "scripts.compare_metrics"
 METRICS = {

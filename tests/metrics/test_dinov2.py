@@ -1,4 +1,4 @@
-"""Features of DINOv2: what the network sees and gives, the table of positions, and what is refused."""
+"""Features of DINOv2: what the network sees, the table of positions, and what is refused."""
 
 import json
 import math
@@ -97,7 +97,7 @@ def cubic(distance, a=-0.75):
 
 
 def bicubic_matrix(scale, source, target=16):
-    """One axis of bicubic interpolation at a given scale: float64 (target, source), edges repeated."""
+    """One axis of bicubic interpolation at a scale: float64 (target, source), edges repeated."""
     matrix = torch.zeros(target, source, dtype=torch.float64)
     for i in range(target):
         place = (i + 0.5) / scale - 0.5
@@ -267,7 +267,11 @@ def test_the_registered_extractor_is_vit_l_in_float32(file):
 def test_the_extractor_says_what_it_is(extractor, file):
     assert (extractor.name, extractor.channels, extractor.batch_size) == ("dinov2", 3, 64)
     assert (extractor.spaces, extractor.rows) == ({"features": 384}, ("features",))
-    assert (extractor.distances, extractor.balls, extractor.near) == ({"fd_dinov2": "features"}, "features", "features")
+    assert (extractor.distances, extractor.pr_space, extractor.nearest_space) == (
+        {"fd_dinov2": "features"},
+        "features",
+        "features",
+    )
     identity = extractor.identity()
     assert json.loads(json.dumps(identity)) == identity
     tensors = identity["weights"].pop("tensors_sha256")
@@ -281,6 +285,7 @@ def test_the_extractor_says_what_it_is(extractor, file):
         "dtype": "float32",
     }
     assert extractor.identity()["weights"]["tensors_sha256"] == tensors  # what a caller does to it stays with them
+    assert extractor.deviations() == [f"features.model={SMALL}: published FD-DINOv2 is of {LARGE}"]
 
 
 def test_the_config_file_names_the_defaults():

@@ -18,14 +18,10 @@ from ddt.errors import UserError
 from ddt.metrics.classifier import ClassifierSettings
 from ddt.metrics.evaluate import evaluate
 from ddt.metrics.features import extract
-from ddt.metrics.metrics import accuracy, frechet_distance
-from ddt.metrics.nearest import nearest
-from ddt.metrics.npz import NpzImages
+from ddt.metrics.frechet import Moments, frechet_distance
+from ddt.metrics.images import DataImages, NpzImages, open_images
 from ddt.metrics.reference import Reference, data_reference, read_reference
-from ddt.metrics.scores import prepare
-from ddt.metrics.side_by_side import beside_published
-from ddt.metrics.sources import DataImages, open_images
-from ddt.metrics.statistics import Moments
+from ddt.metrics.scores import accuracy, nearest, prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -102,6 +98,7 @@ def test_real_images_reach_the_real_values(evaluated):
     assert metrics["labels"]["fd_digits"] == "FD-digits-300"
     assert "FID" not in json.dumps(metrics)
     assert metrics["comparable"] is False
+    assert metrics["not_comparable_because"] == ["features=digits are those of a small classifier of this project"]
     assert (out / "nearest.png").stat().st_size > 1000
 
 
@@ -129,7 +126,7 @@ def test_memorised_samples_are_seen(tmp_path):
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr("ddt.metrics.classifier.trained", None)
+    monkeypatch.setattr("ddt.metrics.classifier.train_classifier", None)
     write(tmp_path / "colour.npz", arr_0=np.zeros((3, 8, 8, 3), dtype=np.uint8))
     (tmp_path / "file").write_text("")
     for name, message in (("colour", "images of 3 channels"), ("grey", "arr_1 holds classes outside")):
@@ -275,7 +272,7 @@ GOLDEN_METRICS = json.loads((GOLDEN / "eval" / "expected.json").read_text())["e2
 
 @pytest.fixture(scope="module")
 def inception_run(tmp_path_factory, inception_weights, one_thread):
-    """ADM's five metrics of 24 images against 24, by the command; the folders' names need quotes."""
+    """ADM's metrics of 24 images against 24, by the command; the folders' names need quotes."""
     folder = tmp_path_factory.mktemp("a set, of (24)")
     with np.load(GOLDEN_IMAGES) as file:
         write(folder / "samples.npz", arr_0=file["gen"], arr_1=np.zeros(24, dtype=np.int64))
@@ -385,12 +382,15 @@ class Cheap:
     """Features that need no network; the classes lie in the first pixel."""
 
     name, channels, image_size, batch_size, own_classes = "inception", 3, None, 4000, False
-    rows, balls, near = ("pool", "probabilities"), "pool", "pool"
+    rows, pr_space, nearest_space = ("pool", "probabilities"), "pool", "pool"
     spaces: ClassVar = {"pool": 8, "spatial": 12, "probabilities": 256}
     distances: ClassVar = {"fid": "pool", "sfid": "spatial"}
 
     def identity(self):
         return {"name": self.name, "weights": {"sha256": "0", "tensors_sha256": "1"}}
+
+    def deviations(self):
+        return []
 
     def __call__(self, images):
         flat = images.permute(0, 2, 3, 1).reshape(len(images), -1).float()
@@ -417,7 +417,6 @@ def test_samples_grouped_by_class_are_warned_of(tmp_path, caplog):
     assert any("depends on the order" in record.message for record in caplog.records)
     assert (metrics["sfid"], metrics["precision"], metrics["recall"]) == (None, None, None)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
-    assert beside_published(metrics, {"fid": 1.26}).count("- measured: ") == len(metrics["not_comparable_because"])
     assert not (tmp_path / "out" / "nearest.png").exists()
 
 
@@ -458,11 +457,11 @@ def test_precision_of_a_large_data_set_is_of_some_of_its_images():
     class Many:
         image_size, channels, labels, fingerprint = 8, 1, np.zeros(25_000), "0"
 
-    chosen = of(DataImages("data:x", Many())).balls(25_000)
+    chosen = of(DataImages("data:x", Many())).pr_indices(25_000)
     assert (len(chosen), chosen[0], chosen[-1]) == (10_000, 0, 24_997)
     assert len(set(chosen)) == 10_000
     assert of(DataImages("data:x", Many())).identity()["precision_recall_count"] == 10_000
-    assert len(of(None).balls(25_000)) == 25_000  # of a file, as ADM's evaluator
+    assert len(of(None).pr_indices(25_000)) == 25_000  # of a file, as ADM's evaluator
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path):

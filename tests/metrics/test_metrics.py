@@ -15,24 +15,20 @@ from conftest import GOLDEN, picture
 
 from ddt.errors import UserError
 from ddt.metrics.comparability import labels, obstacles
-from ddt.metrics.features import FeatureSet
-from ddt.metrics.folder import FolderImages
+from ddt.metrics.features import FeatureSet, exact_arithmetic
+from ddt.metrics.frechet import Moments, Statistics, frechet_distance
+from ddt.metrics.images import FolderImages, NpzImages, open_images, pick
 from ddt.metrics.inception import (
     NUM_POOL,
     NUM_SPATIAL,
+    WEIGHTS_SHA256,
     InceptionFeatures,
-    exact_arithmetic,
     find_weights,
     load_network,
 )
-from ddt.metrics.metrics import frechet_distance, inception_score
-from ddt.metrics.nearest import authenticity, nearest
-from ddt.metrics.npz import NpzImages
 from ddt.metrics.precision_recall import half_distances, precision_recall, single_distances, squared_distances
 from ddt.metrics.reference import Reference, read_reference
-from ddt.metrics.scores import Prepared, score
-from ddt.metrics.sources import open_images, pick
-from ddt.metrics.statistics import Moments, Statistics
+from ddt.metrics.scores import Prepared, authenticity, inception_score, nearest, score
 
 EXPECTED = json.loads((GOLDEN / "eval" / "expected.json").read_text())
 CASES = EXPECTED["cases"]
@@ -182,6 +178,10 @@ def test_inception_features_are_tensorflows(inception_weights):
         assert np.abs(found[name].numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
     np.testing.assert_allclose(found["probabilities"], values["gen_softmax"][:5], atol=1e-5)
     assert {value.dtype for value in found.values()} == {torch.float32}
+    (line,) = features.deviations()
+    assert line.startswith("the Inception weights are neither published file")
+    features.hashes["sha256"] = WEIGHTS_SHA256 + features.hashes["sha256"][8:]
+    assert features.deviations() == []
 
 
 def image_file(path, save=np.savez, **arrays):
@@ -309,13 +309,16 @@ class Six:
     """
 
     name, channels, image_size, batch_size, own_classes = "inception", 3, None, 64, False
-    rows, balls, near = ("pool", "probabilities"), "pool", "pool"
+    rows, pr_space, nearest_space = ("pool", "probabilities"), "pool", "pool"
     spaces: ClassVar = {"pool": 6, "spatial": 4, "probabilities": 5}
     distances: ClassVar = {"fid": "pool", "sfid": "spatial"}
-    weights = "6726825d0af5"
+    other_weights = False
 
     def identity(self):
-        return {"name": self.name, "weights": {"sha256": self.weights}}
+        return {"name": self.name, "weights": {"sha256": "0"}}
+
+    def deviations(self):
+        return ["the weights are other ones"] if self.other_weights else []
 
 
 def feature_set(count, seed=0, classes=5):
@@ -409,7 +412,7 @@ def test_obstacles_to_a_comparison(tmp_path):
     assert "68.00 in the file's, 300.00 shuffled" in line
     without = {"inception_score": None, "inception_score_shuffled": None}
     assert len(obstacles(without, 10_000, (8, 8), adm, extractor, "float16")) == 1
-    extractor.weights = "0123"
+    extractor.other_weights = True
     receipt = {"features": {"name": "inception"}, "count": 5, "total": 9, "split": "test", "size": [4, 4]}
     made = reference([statistics], made=receipt)
     lines = obstacles(scores, 6, (8, 8), made, extractor, "float16")
@@ -427,8 +430,7 @@ def test_obstacles_to_a_comparison(tmp_path):
     for part in ("no mu and sigma", "reference's images are of 8×8 pixels, the samples of 16×16", "weights", "float32"):
         assert any(part in line for line in lines), part
     extractor.own_classes = True
-    (line,) = obstacles(scores, 50_000, (8, 8), adm, extractor, "float16")
-    assert "small classifier" in line
+    assert obstacles(scores, 50, (8, 8), adm, extractor, "float16") == ["the weights are other ones"]
 
 
 def test_labels_say_what_a_number_is_of(tmp_path):

@@ -112,7 +112,7 @@ def test_some_images_of_another_split(place, arguments):
         (["features=digits"], "features=digits: a classifier is trained on the images themselves"),
         (["features=none"], "features=none: measures nothing"),
         (["data.root=no_such"], "data.root=no_such: no such folder"),
-        (["model=nano"], "model=nano: has no effect here"),
+        (["model=nano"], "model: has no effect here; choose from data, features"),
         (["num_processes=0"], "num_processes=0: must be at least 1"),
         (["split=test", "data.holdout_every=0"], "split=test: data=folder holds 0 images of it"),
     ],

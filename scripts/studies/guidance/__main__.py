@@ -33,10 +33,10 @@ from ddt.files import lock_folder, write_json
 from ddt.generation.generator import Dtype, Generator, usual_dtype
 from ddt.generation.image_set import SEED_STRIDE
 from ddt.generation.load import stored_autoencoder
+from ddt.metrics.features import check_features
 from ddt.metrics.precision_recall import PrDtype
 from ddt.metrics.scores import prepare
 from ddt.receipts import circumstances, without_paths
-from evaluate import features_of
 from scripts.studies.guidance.points import Checkpoint, Interval, Point, Recompute
 from scripts.studies.guidance.report import draw, result_of, tables
 from scripts.studies.guidance.search import Search, best_of, chosen_metric, final_jobs, proxy_jobs
@@ -135,7 +135,7 @@ def main(cfg: DictConfig) -> None:
     values = arguments_for(check, config)
     check(**values)
     config.update(values)
-    features_of(config)
+    check_features(config["features"], config["reference"], config["inception_weights"])
     checkpoints = find_checkpoints(config["ckpt"], config["weights"])
     points = search_points(config, checkpoints)
     require(

@@ -23,10 +23,10 @@ from ddt.generation.image_set import image_set
 from ddt.generation.sample_set import sample_set
 from ddt.metrics.evaluate import evaluate
 from ddt.metrics.features import Extractor
+from ddt.metrics.images import SAMPLES, open_images
 from ddt.metrics.precision_recall import PrDtype
 from ddt.metrics.reference import Reference
 from ddt.metrics.scores import Prepared
-from ddt.metrics.sources import SAMPLES, open_images
 from ddt.model import Denoiser
 from scripts.studies.guidance.points import Point, guidance_text
 

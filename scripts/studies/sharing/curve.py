@@ -18,8 +18,8 @@ from ddt.generation.generator import Generator
 from ddt.generation.image_set import ImageSet, image_set
 from ddt.metrics.comparability import title
 from ddt.metrics.features import Extractor, to_device
+from ddt.metrics.frechet import Moments
 from ddt.metrics.scores import Prepared
-from ddt.metrics.statistics import Moments
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.tracking import read_rows

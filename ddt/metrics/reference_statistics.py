@@ -1,0 +1,102 @@
+"""Write the statistics of a data set as a reference file in ADM's format, with some of its images
+and how it was made; see `ddt.metrics.reference`.
+"""
+
+import dataclasses
+import datetime
+import json
+import logging
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ddt.config import Choice
+from ddt.distributed.prepare import make_accelerator
+from ddt.errors import UserError, require
+from ddt.files import check_writable
+from ddt.metrics.features import FeatureSettings, check_images, check_weights, extract
+from ddt.metrics.images import DataImages, write_npz
+from ddt.metrics.reference import KEYS, MADE
+from ddt.version import __version__
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceStatisticsSettings:
+    """What to write; see conf/reference_statistics.yaml."""
+
+    data: Choice
+    features: FeatureSettings | None
+    out: str
+    choices: dict[str, str | None]
+    inception_weights: str | None = None
+    split: Literal["train", "test"] = "train"
+    num_images: int | None = None
+    num_kept: int = 10_000
+    num_processes: int | None = None
+
+    def __post_init__(self) -> None:
+        out, features = Path(self.out), self.features
+        require(out.suffix == ".npz", f"out={out}: give an .npz file")
+        require(not out.exists(), f"out={out}: exists and is not written over; choose another out=, or remove it")
+        check_writable(out)
+        require(
+            self.num_images is None or self.num_images >= 2,
+            f"num_images={self.num_images}: statistics need at least 2",
+        )
+        require(self.num_kept >= 0, f"num_kept={self.num_kept}: must be at least 0")
+        if features is None:
+            raise UserError("features=none: measures nothing; choose inception or dinov2")
+        require(
+            features.data is None,
+            f"features={features.name}: a classifier is trained on the images themselves; give "
+            f"reference=data:{features.data} to evaluate.py, which needs no file",
+        )
+        check_weights(features, self.inception_weights)
+
+
+def write_reference_statistics(settings: ReferenceStatisticsSettings, command: str) -> None:
+    """Measure the images on all processes and write the file. command: for its receipt."""
+    assert settings.features is not None
+    accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))
+    images, data = settings.data.build(split=settings.split), settings.choices["data"]
+    images.require_pixels()
+    total = len(images.labels)
+    require(total >= 2, f"split={settings.split}: data={data} holds {total} images of it; choose the other")
+    measured = DataImages(f"data:{data}", images, choose(total, settings.num_images))
+    extractor = settings.features.extractor(accelerator.device)
+    extractor.rows = ()  # the statistics alone: a million vectors would not fit
+    check_images(measured, "data", extractor)
+    features = extract(measured, extractor, accelerator, measured.name)
+    if features is None:
+        return
+    kept = DataImages(measured.name, images, measured.chosen[choose(len(measured), settings.num_kept)])
+    receipt = {
+        "data": settings.data.plain(),
+        "split": settings.split,
+        "total": total,
+        "transform": images.transform,
+        "command": command,
+        "versions": {"ddt": __version__},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "count": len(measured),
+        "kept": len(kept),
+        "size": list(measured.size),
+        "fingerprint": measured.sha256,
+        "features": extractor.identity(),
+    }
+    arrays: dict[str, np.ndarray] = {}
+    for (mean, covariance), space in zip(KEYS, extractor.distances.values(), strict=False):
+        arrays |= {mean: features.moments[space].mean, covariance: features.moments[space].covariance}
+    arrays[MADE] = np.array(json.dumps(receipt))
+    write_npz(Path(settings.out), arrays, kept.batches(64), (len(kept), *kept.size, kept.channels))
+    log.info("%s: statistics of %d images, %d of them kept", settings.out, len(measured), len(kept))
+
+
+def choose(total: int, count: int | None) -> np.ndarray:
+    """Return which of `total` images stand for all: `count`, by a fixed seed; None is all."""
+    if count is None or count >= total:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(0).choice(total, count, replace=False))
