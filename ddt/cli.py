@@ -48,7 +48,7 @@ PATHS = (
 def default_name(*, _root_: DictConfig) -> str:
     """Return DATA_MODEL of the chosen files, with data=folder folder_NAME_MODEL of the folder."""
     # a sweep is laid out before Hydra takes its own part out of the configuration
-    choices = (_root_.hydra if "hydra" in _root_ else HydraConfig.get()).runtime.choices
+    choices: Any = (_root_.hydra if "hydra" in _root_ else HydraConfig.get()).runtime.choices
     if choices.data != "folder" or OmegaConf.is_missing(_root_.data, "root"):
         return f"{choices.data}_{choices.model}"
     folder = re.sub(r"[^\w.+-]", "_", Path(str(_root_.data.root)).resolve().name)
@@ -127,7 +127,7 @@ def typed(cfg: DictConfig, settings: str) -> Any:
     """Return the composed configuration as the dataclass of a command; raise one UserError with all
     problems.
     """
-    kind = locate(settings)
+    kind: Any = locate(settings)
     fields: dict[str, Any] = kind.__dataclass_fields__
     names = [name for name in fields if name != "choices"]
     for override in HydraConfig.get().overrides.task:

@@ -129,7 +129,7 @@ def check_arguments(
 
 def convert(value: Any, hint: Any, key: str) -> tuple[Any, list[str]]:
     """Return a value as its annotation wants it, and one line for each problem."""
-    kinds = [part for part in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(part)]
+    kinds: list[Any] = [part for part in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(part)]
     if isinstance(value, dict) and "_target_" in value:
         return convert_node(value, Choice in kinds, key)
     if isinstance(value, dict) and kinds:

@@ -1,4 +1,6 @@
-"""Tests of the tests: each must fail on a copy of the repository that is broken in the way it is there to catch."""
+"""Tests of the tests: each must fail on a copy of the repository that is broken in the way it is
+there to catch.
+"""
 
 import shlex
 from pathlib import Path

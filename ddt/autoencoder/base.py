@@ -23,8 +23,11 @@ class Autoencoder(Protocol):
 
     pixel_space: bool  # a class attribute: whether latents are the pixels themselves
     stochastic: bool  # moments are (mean, logvar), 2C channels, and latents need noise; else the mean alone
-    encode_dtype: str | None  # fp32 or bf16, where it is a choice: a cache is of one of them
     network: Any  # the frozen network, a diffusers model that exports carry; None where there is none
+
+    @property
+    def encode_dtype(self) -> str | None:
+        """fp32 or bf16, where it is a choice: a cache is of one of them."""
 
     @property
     def fingerprint(self) -> str | None:

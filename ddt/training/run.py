@@ -76,7 +76,9 @@ class TrainSettings:
         def plain(value: Any) -> Any:
             if isinstance(value, Choice):
                 return value.plain()
-            return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            return (
+                dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+            )
 
         values = {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
         del values["choices"]
@@ -238,5 +240,3 @@ def build_evaluation(run: Run, accelerator: Accelerator) -> OnlineEvaluation | N
         ),
         accelerator,
     )  # fmt: skip
-
-
