@@ -75,6 +75,7 @@ def command(
     def decorate(task: Callable[[Any], None]) -> Callable[[], None]:
         script = Path(inspect.getfile(task)).resolve()
         started = False
+        arguments: list[str] = []
 
         def job(cfg: DictConfig) -> None:
             nonlocal started
@@ -83,12 +84,13 @@ def command(
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 run_job(script, str(cfg.name))
             else:
+                sys.argv[1:] = arguments  # as they were given, for receipts
                 one_line_errors(lambda: task(typed(cfg, settings)))
 
         run = hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(job)
 
         def main() -> None:
-            nonlocal started
+            nonlocal started, arguments
             started = False
             logging_setup()
             if not sweeps and {"-m", "--multirun"} & set(sys.argv):

@@ -77,7 +77,7 @@ def write_reference_statistics(settings: ReferenceStatisticsSettings, command: s
         "data": settings.data.plain(),
         "split": settings.split,
         "total": total,
-        "transform": images.transform,
+        "transform": images.transform or "none",
         "command": command,
         "versions": {"ddt": __version__},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

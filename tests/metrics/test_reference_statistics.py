@@ -47,11 +47,12 @@ def test_the_file_has_adms_arrays(place, written, inception_weights):
     theirs = pixels.transpose(0, 2, 3, 1)
     assert all(any(np.array_equal(image, other) for other in theirs) for image in kept)
     assert (made["count"], made["kept"], made["split"]) == (len(pixels), 5, "train")
-    assert made["transform"].startswith("ADM centre crop")
+    assert made["transform"] == "RGB, ADM centre crop to 16 px"
     assert made["fingerprint"] == images.fingerprint
     assert made["features"]["name"] == "inception"
     assert len(made["features"]["weights"]["tensors_sha256"]) == 64
     assert made["data"]["image_size"] == 16
+    assert made["command"].startswith("python scripts.reference_statistics.py data=folder data.root=")
 
 
 def test_it_is_a_reference(place, written, inception_weights):
