@@ -34,8 +34,8 @@ HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: `scripts.doctor` must run where torch is
-    missing or broken.
+    """Import a public name at its first use, so that `import ddt` costs nothing, and works where
+    torch does not (scripts/doctor.py).
     """
     if name not in HOMES:
         raise AttributeError(f"module 'ddt' has no attribute '{name}'")

@@ -40,7 +40,7 @@ def cast_weights(model: nn.Module) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """All that turns a class and a seed into an image.
+    """What turns a class and a seed into an image.
 
     model, guide: networks; guide is the weaker one of autoguidance, or None. shape: (C, H, W) of a
     latent. settings: the sampler; before images are sampled, `fitting.resolve_recompute` makes a

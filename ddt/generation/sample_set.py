@@ -92,7 +92,7 @@ def generate(
             pending.result()
 
 
-def set_state(out: Path, request: dict[str, Any]) -> Literal["new", "begun", "complete"]:
+def set_state(out: Path, request: dict[str, Any]) -> Literal["new", "unfinished", "complete"]:
     """Return how much of the requested set `out` holds; raise UserError where it holds anything
     else.
 
@@ -120,17 +120,17 @@ def set_state(out: Path, request: dict[str, Any]) -> Literal["new", "begun", "co
     )
     if not finished and not (parts / "plan.json").exists():
         return "new"  # this very set, of which only the npz was taken away
-    return "complete" if finished else "begun"
+    return "complete" if finished else "unfinished"
 
 
 def make_plan(
-    generator: Generator, request: dict[str, Any], parts: Path, begun: bool, fitted: list[int] | None
+    generator: Generator, request: dict[str, Any], parts: Path, unfinished: bool, fitted: list[int] | None
 ) -> dict[str, Any]:
-    """Return the plan of a set, `recompute_steps` and `warnings` in it: the one that a begun set
-    left, or a new one.
+    """Return the plan of a set, `recompute_steps` and `warnings` in it: that of an
+    unfinished set, or a new one.
     """
     path = parts / "plan.json"
-    if begun:
+    if unfinished:
         return json.loads(path.read_text())
     for left in (path, *parts.glob("[0-9]*-[0-9]*.npz")):  # of a plan without an image, or of none
         left.unlink(missing_ok=True)
@@ -162,7 +162,7 @@ def open_set(
     state = set_state(out, request)
     if state == "complete":
         return [None, None]
-    plan = make_plan(generator, request, parts, state == "begun", fitted)
+    plan = make_plan(generator, request, parts, state == "unfinished", fitted)
     remove_damaged(parts)
     return [plan, sampled_numbers(parts)]
 

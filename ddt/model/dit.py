@@ -70,8 +70,8 @@ class DiT(Denoiser, BlockStack):
         return self.velocity_and_hidden(x_t, t, y, hidden_depth)
 
     def velocity_and_hidden(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int) -> tuple[Tensor, Tensor]:
-        """Do what both forwards do: apart from them, for a sharded network gathers its weights in
-        each of them once.
+        """What both forwards do; apart from them, because FSDP2 gathers the weights of a sharded
+        network once in each.
         """
         at = self.positions(x_t)
         c = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))[:, None]  # (B, 1, D)

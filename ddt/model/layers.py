@@ -132,8 +132,7 @@ class LabelEmbedder(nn.Module):
     """Look up classes (B,) in a table of num_classes + 1 rows; the last row is the null label
     (method.md 2).
 
-    Label dropout is no business of the network: the objective replaces labels, once
-    (docs/method.md).
+    Label dropout is not here: the objective replaces labels, once.
     """
 
     def __init__(self, num_classes: int, hidden_size: int) -> None:
@@ -258,9 +257,7 @@ def make_mixer(name: MixerName, hidden_size: int, num_heads: int) -> nn.Module:
 
 
 def keep_products(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Tell what of a block is kept for the backward pass: what products and attention return, and
-    not what works element by element.
-    """
+    """Keep what products and attention return for the backward pass; recompute elementwise work."""
     return CheckpointPolicy.MUST_SAVE if operator in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -273,9 +270,9 @@ class Block(nn.Module):
     torch's default initialisation, as the published weights were trained; "zero" starts it at zero
     (AdaLN-Zero, as the paper says). Source: method.md 2.
 
-    activation_checkpointing: True keeps the block's inputs alone for the backward pass and computes
-    the rest again, "selective" keeps what matrix products and attention return too; same numbers.
-    It lies inside the block, where a compiler sees it.
+    activation_checkpointing: True keeps only the block's inputs for the backward pass and
+    recomputes the rest, "selective" also keeps what matrix products and attention return; same
+    numbers. It is inside the block, where a compiler sees it.
     """
 
     def __init__(
@@ -310,7 +307,7 @@ class Block(nn.Module):
         return checkpoint(self.compute, x, c, at, modulation, **options)
 
     def compute(self, x: Tensor, c: Tensor, at: Positions, modulation: Tensor | None) -> Tensor:
-        """Do what `forward` does, which chooses what of it is kept."""
+        """Run the block; `forward` chooses what the backward pass recomputes."""
         modulation = self.adaln(c) if modulation is None else modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.mixer(modulate(self.norm1(x), shift1, scale1), at)

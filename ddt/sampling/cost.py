@@ -31,7 +31,7 @@ def sampling_macs(
     """
     require(
         not settings.adaptive,
-        f"solver={settings.solver}: chooses its own steps, so their cost cannot be told beforehand",
+        f"solver={settings.solver}: chooses its own steps, so their cost is not known beforehand",
     )
     network, guidance = network_macs(model, height, width), settings.guidance()
     shared = segments(settings)

@@ -81,8 +81,8 @@ class SharedNetwork:
         cache_bytes: bound on the memory of kept modulations; what does not fit is computed at each
             call.
 
-    `encoder_calls` and `decoder_calls` count evaluations of the network an image; `cached_bytes` is
-    the most memory that kept modulations have taken.
+    `encoder_calls` and `decoder_calls` count evaluations of the network per image; `cached_bytes`
+    is the most memory that kept modulations have taken.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ class GuidedVelocity:
 
     @property
     def calls(self) -> dict[str, int]:
-        """The network evaluations an image so far: `encoder`, `decoder`, and of a guide
+        """The network evaluations per image so far: `encoder`, `decoder`, and of a guide
         `guide_encoder`, …
         """
         counts = {"encoder": self.network.encoder_calls, "decoder": self.network.decoder_calls}

@@ -1,5 +1,8 @@
 """Solvers, guidance and encoder sharing."""
 
+import dataclasses
+import inspect
+
 import pytest
 import torch
 from conftest import inputs, small_ddt
@@ -8,6 +11,7 @@ import ddt
 from ddt.errors import UserError
 from ddt.flow import time_grid
 from ddt.sampling.guidance import Guidance
+from ddt.sampling.sample import sample_latents
 from ddt.sampling.settings import SamplerSettings
 from ddt.sampling.sharing import GuidedVelocity
 from ddt.sampling.solvers import euler
@@ -92,6 +96,23 @@ def test_an_image_does_not_depend_on_its_batch():
     torch.testing.assert_close(
         torch.cat([ddt.sample(model, x[k : k + 1], y[k : k + 1], num_steps=4) for k in range(5)]), together
     )
+
+
+def test_the_public_face_takes_each_setting_by_its_name():
+    parameters = inspect.signature(ddt.sample).parameters
+    for field in dataclasses.fields(SamplerSettings):
+        assert parameters[field.name].default == field.default, field.name
+    model, (x, _, y) = small_ddt(), inputs()
+    shared = SamplerSettings(
+        solver="sde", num_steps=5, cfg_scale=1.5, cfg_interval=(0.1, 0.9), cfg_steps=[1, 2, 3], last_step=0.1,
+        timeshift=1.5, recompute=[0, 2], sde_diffusion="constant", sde_last="euler",
+    )  # fmt: skip
+    for settings in (shared, SamplerSettings(num_steps=5, recompute=[0, 1, 3], forecast_order=1)):
+        same = ddt.sample(model, x, y, **dataclasses.asdict(settings))
+        assert torch.equal(sample_latents(model, x, y, settings), same)
+    uniform = dataclasses.asdict(shared) | {"recompute": ddt.uniform_schedule(5, 2)}
+    written = dataclasses.replace(shared, recompute="uniform:2")
+    assert torch.equal(sample_latents(model, x, y, written), ddt.sample(model, x, y, **uniform))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,37 @@
+"""The sampler of a checkpoint and a command line."""
+
+import pytest
+
+from ddt.config import parse
+from ddt.errors import UserError
+from ddt.generation.settings import SamplerOverrides, SampleSettings
+from ddt.sampling.settings import SamplerSettings
+
+STORED = {"solver": "sde", "num_steps": 6, "sde_last": "euler", "cfg_interval": [0.3, 1.0], "recompute": "uniform:2"}
+
+
+def test_checkpoint_keeps_what_is_stored_and_null_is_a_value():
+    assert SamplerOverrides().resolve(STORED, True) == SamplerSettings(**STORED | {"cfg_interval": (0.3, 1.0)})
+    chosen = SamplerOverrides(cfg_interval=None, recompute=None, num_steps=9).resolve(STORED, True)
+    assert (chosen.cfg_interval, chosen.recompute, chosen.num_steps, chosen.solver) == (None, None, 9, "sde")
+
+
+def test_stored_settings_without_effect_beside_the_chosen_ones_give_way():
+    assert SamplerOverrides(sampler="heun").resolve(STORED, True).sde_last == "mean"
+    adaptive = SamplerOverrides(sampler="adaptive").resolve(STORED, True)
+    assert (adaptive.recompute, adaptive.sde_last) == (None, "mean")
+    with pytest.raises(UserError, match=r"^sde_last=euler: has no effect with sampler=heun"):
+        SamplerOverrides(sampler="heun", sde_last="euler").resolve(STORED, True)
+
+
+def test_all_problems_are_told_at_once_by_the_names_of_the_command():
+    with pytest.raises(UserError) as error:
+        parse(SampleSettings, {"ckpt": "x", "num_steps": True, "cfg_scale": "much", "sampler": "heun"})
+    assert str(error.value).splitlines() == [
+        "num_steps=true: give a number",
+        "cfg_scale=much: give a number or 'checkpoint'",
+    ]
+    with pytest.raises(UserError, match=r"^sampler=rk9: unknown solver, choose from euler, "):
+        SamplerOverrides(sampler="rk9").resolve(STORED, True)
+    with pytest.raises(UserError, match=r"^recompute=uniform:2: this model has no encoder to share; give null"):
+        SamplerOverrides().resolve(STORED, False)
