@@ -17,7 +17,6 @@ under the published key names (`ddt.checkpoint.published`).
 import dataclasses
 import json
 import logging
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from ddt.checkpoint import folder as ckpt
 from ddt.checkpoint.hub import check_push, is_hub_id, push
 from ddt.checkpoint.published import SUFFIXES, check_releasable, write_released
 from ddt.errors import UserError, require
-from ddt.export.model_card import model_card
+from ddt.export.model_card import Card
 from ddt.files import atomic_folder, check_writable, fsync, reset_permissions, sha256, write_json
 from ddt.generation.load import stored_autoencoder
 from ddt.metrics.compare import is_evaluation
@@ -45,7 +44,6 @@ from ddt.version import __version__
 
 log = logging.getLogger(__name__)
 Form = Literal["hub", "diffusers", "released"]
-PICTURE = "samples.png"
 # settings of a run that hold paths, by their last name; of each path its own last name is exported
 PATHS = ("root", "source_root", "source", "init_from", "weights", "reference", "inception_weights")
 # diffusers warns of packages that its files import and that it does not find, and would name PyPI's
@@ -219,24 +217,6 @@ def commit() -> str | None:
 
 
 # --- what the model card says
-
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """What a model card says that no checkpoint holds; see `model_card`. picture: a file."""
-
-    name: str
-    metrics: dict[str, Any] | None = None
-    license: str | None = None
-    picture: Path | None = None
-
-    def write(self, folder: Path, library: str, config: dict[str, Any], parameters: int) -> None:
-        """Write README.md, and the picture it shows, into a folder."""
-        if self.picture is not None:
-            shutil.copyfile(self.picture, folder / PICTURE)
-        picture = None if self.picture is None else PICTURE
-        card = model_card(self.name, library, config, parameters, self.metrics, self.license, picture)
-        card.save(folder / "README.md")
 
 
 def find_picture(places: Sequence[Path], weights_sha256: str) -> Path | None:
