@@ -27,7 +27,6 @@ from torch import Tensor
 
 import ddt
 from ddt.autoencoder import Autoencoder, build_autoencoder
-from ddt.autoencoder.diffusers import DiffusersAutoencoder
 from ddt.checkpoint import folder as ckpt
 from ddt.checkpoint.hub import check_push, is_hub_id, push
 from ddt.checkpoint.published import SUFFIXES, check_releasable, write_released
@@ -262,8 +261,9 @@ def write_hub(folder: Path, source: Source, state: dict[str, Tensor], card: Card
     """
     files = ckpt.write_files(folder, {"model": state})
     autoencoder = source.stored["autoencoder"]
-    if isinstance(source.autoencoder, DiffusersAutoencoder) and not is_hub_id(autoencoder["source"]):
-        copy_autoencoder(source.autoencoder, autoencoder, folder / ckpt.AUTOENCODER)
+    found = source.autoencoder
+    if found is not None and found.network is not None and not is_hub_id(autoencoder["source"]):
+        copy_autoencoder(found, autoencoder, folder / ckpt.AUTOENCODER)
         autoencoder = {**autoencoder, "source": ckpt.CARRIED, "revision": None}
         for path in sorted((folder / ckpt.AUTOENCODER).iterdir()):
             files[f"{ckpt.AUTOENCODER}/{path.name}"] = ckpt.manifest_entry(path)
@@ -272,7 +272,7 @@ def write_hub(folder: Path, source: Source, state: dict[str, Tensor], card: Card
     ckpt.write_manifest(folder, config, files, names={"model.safetensors": "ema.safetensors"})
 
 
-def copy_autoencoder(autoencoder: DiffusersAutoencoder, settings: dict[str, Any], folder: Path) -> None:
+def copy_autoencoder(autoencoder: Autoencoder, settings: dict[str, Any], folder: Path) -> None:
     """Save an autoencoder's network and compare what is read back with it."""
     autoencoder.network.save_pretrained(folder)
     tidy_saved(folder)
@@ -300,7 +300,7 @@ def write_diffusers(folder: Path, source: Source, card: Card) -> None:
 
     assert source.autoencoder is not None
     autoencoder = source.stored["autoencoder"]
-    if isinstance(source.autoencoder, DiffusersAutoencoder):
+    if source.autoencoder.network is not None:
         autoencoder = {**autoencoder, "source": "./vae", "revision": None}
     model = ckpt.load_model(source.folder, source.weights)
     config = source.config(autoencoder)
