@@ -344,6 +344,5 @@ def build_pipeline(
         transformer = DDTTransformer2DModel(stored["latent_shape"][1:], settings)
     transformer.network = model
     scheduler = DDTScheduler(**stored["sampler"])
-    if not isinstance(autoencoder, DiffusersAutoencoder):
-        return DDTPipeline(transformer.eval(), None, scheduler, id2label)
-    return DDTPipeline(transformer.eval(), autoencoder.network, scheduler, id2label, autoencoder.chunk_size)
+    chunk_size = stored["autoencoder"].get("chunk_size", 16)
+    return DDTPipeline(transformer.eval(), autoencoder.network, scheduler, id2label, chunk_size)

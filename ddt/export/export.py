@@ -17,7 +17,6 @@ under the published key names (`ddt.checkpoint.published`).
 import dataclasses
 import json
 import logging
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,12 +27,11 @@ from torch import Tensor
 
 import ddt
 from ddt.autoencoder import Autoencoder, build_autoencoder
-from ddt.autoencoder.diffusers import DiffusersAutoencoder
 from ddt.checkpoint import folder as ckpt
 from ddt.checkpoint.hub import check_push, is_hub_id, push
 from ddt.checkpoint.published import SUFFIXES, check_releasable, write_released
 from ddt.errors import UserError, require
-from ddt.export.model_card import model_card
+from ddt.export.model_card import Card
 from ddt.files import atomic_folder, check_writable, fsync, reset_permissions, sha256, write_json
 from ddt.generation.load import stored_autoencoder
 from ddt.metrics.compare import is_evaluation
@@ -45,7 +43,6 @@ from ddt.version import __version__
 
 log = logging.getLogger(__name__)
 Form = Literal["hub", "diffusers", "released"]
-PICTURE = "samples.png"
 # settings of a run that hold paths, by their last name; of each path its own last name is exported
 PATHS = ("root", "source_root", "source", "init_from", "weights", "reference", "inception_weights")
 # diffusers warns of packages that its files import and that it does not find, and would name PyPI's
@@ -221,24 +218,6 @@ def commit() -> str | None:
 # --- what the model card says
 
 
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """What a model card says that no checkpoint holds; see `model_card`. picture: a file."""
-
-    name: str
-    metrics: dict[str, Any] | None = None
-    license: str | None = None
-    picture: Path | None = None
-
-    def write(self, folder: Path, library: str, config: dict[str, Any], parameters: int) -> None:
-        """Write README.md, and the picture it shows, into a folder."""
-        if self.picture is not None:
-            shutil.copyfile(self.picture, folder / PICTURE)
-        picture = None if self.picture is None else PICTURE
-        card = model_card(self.name, library, config, parameters, self.metrics, self.license, picture)
-        card.save(folder / "README.md")
-
-
 def find_picture(places: Sequence[Path], weights_sha256: str) -> Path | None:
     """Return the grid of the first set of samples among `places` that was sampled with weights of
     this hash.
@@ -282,8 +261,9 @@ def write_hub(folder: Path, source: Source, state: dict[str, Tensor], card: Card
     """
     files = ckpt.write_files(folder, {"model": state})
     autoencoder = source.stored["autoencoder"]
-    if isinstance(source.autoencoder, DiffusersAutoencoder) and not is_hub_id(autoencoder["source"]):
-        copy_autoencoder(source.autoencoder, autoencoder, folder / ckpt.AUTOENCODER)
+    found = source.autoencoder
+    if found is not None and found.network is not None and not is_hub_id(autoencoder["source"]):
+        copy_autoencoder(found, autoencoder, folder / ckpt.AUTOENCODER)
         autoencoder = {**autoencoder, "source": ckpt.CARRIED, "revision": None}
         for path in sorted((folder / ckpt.AUTOENCODER).iterdir()):
             files[f"{ckpt.AUTOENCODER}/{path.name}"] = ckpt.manifest_entry(path)
@@ -292,7 +272,7 @@ def write_hub(folder: Path, source: Source, state: dict[str, Tensor], card: Card
     ckpt.write_manifest(folder, config, files, names={"model.safetensors": "ema.safetensors"})
 
 
-def copy_autoencoder(autoencoder: DiffusersAutoencoder, settings: dict[str, Any], folder: Path) -> None:
+def copy_autoencoder(autoencoder: Autoencoder, settings: dict[str, Any], folder: Path) -> None:
     """Save an autoencoder's network and compare what is read back with it."""
     autoencoder.network.save_pretrained(folder)
     tidy_saved(folder)
@@ -320,7 +300,7 @@ def write_diffusers(folder: Path, source: Source, card: Card) -> None:
 
     assert source.autoencoder is not None
     autoencoder = source.stored["autoencoder"]
-    if isinstance(source.autoencoder, DiffusersAutoencoder):
+    if source.autoencoder.network is not None:
         autoencoder = {**autoencoder, "source": "./vae", "revision": None}
     model = ckpt.load_model(source.folder, source.weights)
     config = source.config(autoencoder)

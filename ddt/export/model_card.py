@@ -2,7 +2,9 @@
 and was trained on, its metrics with what they were measured of, and the receipt.
 """
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ IMAGENET = "ILSVRC/imagenet-1k"
 TASK = "unconditional-image-generation"  # the hub's nearest: it has none for classes
 TAGS = ["ddt", "diffusion", "flow-matching", "class-conditional", "image-generation", "arxiv:2504.05741"]
 SHOWN_CLASSES = 20
+PICTURE = "samples.png"
 TEMPLATE = """\
 {% macro table(rows) -%}
 | | |
@@ -156,60 +159,67 @@ def eval_results(metrics: dict[str, Any], trained_on: str | None) -> list[EvalRe
     ]
 
 
-def model_card(
-    name: str,
-    library: str,
-    config: dict[str, Any],
-    parameters: int,
-    metrics: dict[str, Any] | None = None,
-    license: str | None = None,
-    picture: str | None = None,
-) -> ModelCard:
-    """Return the card.
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """A model card: what no checkpoint holds.
 
-    Args:
-        name: of the folder or the hub's model. library: "ddt" or "diffusers". config: the export's,
-            with its receipt under `export`. parameters: of the network.
-        metrics: content of a metrics.json of these weights. license: as the hub calls it.
-        picture: file of a grid of samples, beside the card.
+    name: of the folder or the hub's model. metrics: content of a metrics.json of these weights.
+    license: as the hub calls it. picture: file of a grid of samples.
     """
-    network = {key: value for key, value in config["network"].items() if not key.startswith("_")}
-    size, trained_on = image_size(config), dataset(config)
-    resolution = None if size is None else f"{size}×{size}"
-    results = [] if metrics is None else eval_results(metrics, trained_on)
-    request = {} if metrics is None else metrics["receipt"]["sampling"]["request"]
-    used = [f"{key} {value}" for key, value in request.get("sampler", {}).items() if value is not None]
-    numbers = {} if metrics is None else {metrics["labels"][key]: v for key, v in numbers_of(metrics).items()}
-    data = ModelCardData(
-        library_name=library,
-        pipeline_tag=TASK,
-        license=license,
-        datasets=None if trained_on is None else [trained_on],
-        tags=TAGS,
-        model_name=name if results else None,
-        eval_results=results or None,
-    )
-    return ModelCard.from_template(
-        data,
-        template_str=TEMPLATE,
-        name=name,
-        picture=picture,
-        resolution=resolution,
-        num_classes=len(config["class_names"]),
-        network={
-            "kind": config["network"]["_target_"].rpartition(".")[2],
-            "parameters": f"{parameters:,}",
-            **network,
-            "latents": "×".join(map(str, config["latent_shape"])),
-            "autoencoder": config["autoencoder"].get("source", "none: a model of pixels"),
-        },
-        training=training_rows(config, resolution),
-        published="run" not in config and "source" in config,
-        sampler={key: "null" if value is None else value for key, value in config["sampler"].items()},
-        metrics=metrics,
-        numbers={label: "–" if value is None else f"{value:.4f}" for label, value in numbers.items()},
-        sampled_with=", ".join([*used, str(request.get("dtype"))]),
-        guide=request.get("guide"),
-        receipt=json.dumps(config["export"], indent=2),
-        license=license,
-    )
+
+    name: str
+    metrics: dict[str, Any] | None = None
+    license: str | None = None
+    picture: Path | None = None
+
+    def write(self, folder: Path, library: str, config: dict[str, Any], parameters: int) -> None:
+        """Write README.md, and the picture it shows, into a folder."""
+        if self.picture is not None:
+            shutil.copyfile(self.picture, folder / PICTURE)
+        self.render(library, config, parameters).save(folder / "README.md")
+
+    def render(self, library: str, config: dict[str, Any], parameters: int) -> ModelCard:
+        """Return the card. library: "ddt" or "diffusers". config: the export's, with its receipt
+        under `export`. parameters: how many the network has.
+        """
+        metrics = self.metrics
+        network = {key: value for key, value in config["network"].items() if not key.startswith("_")}
+        size, trained_on = image_size(config), dataset(config)
+        resolution = None if size is None else f"{size}×{size}"
+        results = [] if metrics is None else eval_results(metrics, trained_on)
+        request = {} if metrics is None else metrics["receipt"]["sampling"]["request"]
+        used = [f"{key} {value}" for key, value in request.get("sampler", {}).items() if value is not None]
+        numbers = {} if metrics is None else {metrics["labels"][key]: v for key, v in numbers_of(metrics).items()}
+        data = ModelCardData(
+            library_name=library,
+            pipeline_tag=TASK,
+            license=self.license,
+            datasets=None if trained_on is None else [trained_on],
+            tags=TAGS,
+            model_name=self.name if results else None,
+            eval_results=results or None,
+        )
+        return ModelCard.from_template(
+            data,
+            template_str=TEMPLATE,
+            name=self.name,
+            picture=None if self.picture is None else PICTURE,
+            resolution=resolution,
+            num_classes=len(config["class_names"]),
+            network={
+                "kind": config["network"]["_target_"].rpartition(".")[2],
+                "parameters": f"{parameters:,}",
+                **network,
+                "latents": "×".join(map(str, config["latent_shape"])),
+                "autoencoder": config["autoencoder"].get("source", "none: a model of pixels"),
+            },
+            training=training_rows(config, resolution),
+            published="run" not in config and "source" in config,
+            sampler={key: "null" if value is None else value for key, value in config["sampler"].items()},
+            metrics=metrics,
+            numbers={label: "–" if value is None else f"{value:.4f}" for label, value in numbers.items()},
+            sampled_with=", ".join([*used, str(request.get("dtype"))]),
+            guide=request.get("guide"),
+            receipt=json.dumps(config["export"], indent=2),
+            license=self.license,
+        )

@@ -76,9 +76,10 @@ class TrainSettings:
         def plain(value: Any) -> Any:
             if isinstance(value, Choice):
                 return value.plain()
-            return (
-                dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-            )
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                kind = type(value)
+                return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **dataclasses.asdict(value)}
+            return value
 
         values = {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
         del values["choices"]

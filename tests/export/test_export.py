@@ -16,8 +16,8 @@ import ddt
 from ddt.checkpoint import folder as ckpt
 from ddt.errors import UserError
 from ddt.export import ExportSettings, export
-from ddt.export.export import Card, class_labels, find_picture, open_source, read_metrics, without_paths
-from ddt.export.model_card import model_card
+from ddt.export.export import class_labels, find_picture, open_source, read_metrics, without_paths
+from ddt.export.model_card import Card
 from ddt.files import temporary_folder
 from ddt.pictures import imagenet_synsets
 from ddt.sampling.schedules import write_schedule
@@ -237,7 +237,7 @@ def test_imagenet_is_named(tmp_path):
         "autoencoder": {"source": "a/b"},
         "source": {},
     }
-    card = model_card("x", "ddt", {**CARD, **config}, parameters=1)
+    card = Card("x").render("ddt", {**CARD, **config}, parameters=1)
     assert "| classes | 1000: tench, goldfish" in card.text
     assert card.data.datasets == ["ILSVRC/imagenet-1k"]
     assert class_labels(imagenet_synsets())["0"] == "tench, Tinca tinca"
@@ -246,9 +246,9 @@ def test_imagenet_is_named(tmp_path):
 def test_a_guide_is_told(tmp_path):
     metrics = json.loads((evaluation(tmp_path / "set", "0" * 64) / "metrics.json").read_text())
     config = {**CARD, "class_names": list("ab"), "latent_shape": [1, 8, 8], "autoencoder": {}}
-    assert "Guided away" not in model_card("x", "ddt", config, 1, metrics).text
+    assert "Guided away" not in Card("x", metrics).render("ddt", config, 1).text
     metrics["receipt"]["sampling"]["request"]["guide"] = {"ema_sha256": "1" * 64, "step": 1}
-    assert f"Guided away from the weights `{'1' * 64}`." in model_card("x", "ddt", config, 1, metrics).text
+    assert f"Guided away from the weights `{'1' * 64}`." in Card("x", metrics).render("ddt", config, 1).text
 
 
 def test_the_grid_of_a_runs_own_samples_is_shown(tmp_path):
