@@ -30,7 +30,7 @@ from ddt.training.resume import frozen_differences
 log = logging.getLogger(__name__)
 Rule = ConstantDecay | PowerFunction
 Array = NDArray[np.float64]
-LARGEST_RESIDUAL = 0.2  # of a reconstruction that is of use; docs/averages.md says what it does to weights
+LARGEST_RESIDUAL = 0.2  # of a reconstruction that is of use; docs/training.md says what it does to weights
 NOTABLE_RESIDUAL = 0.05  # above it a warning
 CUTOFF = 1e-12  # eigenvalues of the products, relative to the largest, below which they are rounding alone
 
