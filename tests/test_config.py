@@ -14,7 +14,7 @@ from ddt.cli import CONF
 from ddt.config import Choice, check_arguments, parse
 from ddt.errors import UserError
 from ddt.model.layers import Block
-from ddt.training.run import check
+from ddt.training.run import check, infer
 
 MODELS = [path.stem for path in sorted((CONF / "model").glob("*.yaml"))]
 GROUPS = (
@@ -70,7 +70,7 @@ def test_every_model_builds(model):
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_and_builds(choice):
     given = ["init_from=null"] if choice in ("experiment=xl_512", "experiment=finetune") else []
-    check(train_settings(*root(choice), *given))
+    check(infer(train_settings(*root(choice), *given)))
 
 
 def test_default_run_is_the_nano_model_on_digits():

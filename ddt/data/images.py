@@ -56,7 +56,8 @@ class Images(abc.ABC):
     labels: np.ndarray  # (n,) int64
     names: list[str]  # (n,) what tells the images apart: paths, or numbers
 
-    inferred: Mapping[str, Any] = MappingProxyType({})  # settings that were null, inferred from the images
+    inferable: tuple[str, ...] = ()  # settings that are inferred from the images where they are null …
+    inferred: Mapping[str, Any] = MappingProxyType({})  # … and their values then
     files_root: Path | None = None  # the folder of the image files `names`; None where there are none
     other_files: Mapping[str, int] = MappingProxyType({})  # of that folder, but no images: how many of each suffix
     transform: str | None = None  # how files become images
@@ -255,6 +256,8 @@ class ImageFolder(FileImages):
 
     Raises UserError as `list_folder` does.
     """
+
+    inferable = ("image_size", "channels")
 
     def __init__(
         self,

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -172,13 +171,14 @@ def infer_settings(model: Choice, data: Choice, autoencoder: Choice) -> tuple[Ch
 
     Raises UserError as the data set does, for a size that no patch suits, and for broken images.
     """
-    patch = model.settings.get("patch_size")
-    if patch is not None and None not in data.settings.values():
+    patch, images_kind, latents_kind = model.settings["patch_size"], locate(data.target), locate(autoencoder.target)
+    inferable: tuple[str, ...] = images_kind.inferable  # type: ignore[attr-defined]
+    if patch is not None and all(data.settings.get(name, "default") is not None for name in inferable):
         return model, data
     images = data.build(split="train")
     if patch is None:
-        kind: Any = locate(autoencoder.target)
-        patch = patch_size(images.image_size) if kind.pixel_space else PATCH_OF_LATENTS
+        pixels: bool = latents_kind.pixel_space  # type: ignore[attr-defined]
+        patch = patch_size(images.image_size) if pixels else PATCH_OF_LATENTS
     images.log_summary(patch)
     return (
         Choice(model.target, {**model.settings, "patch_size": patch}),
