@@ -153,7 +153,7 @@ def test_no_random_state_is_touched():
 
 def test_images_do_not_depend_on_how_they_are_drawn(tiny):
     settings = SamplerSettings(num_steps=2)
-    generator = Generator(tiny, Identity(), (tiny.in_channels, 8, 8), settings, None, "fp32", torch.device("cpu"))
+    generator = Generator(tiny, Identity(), (tiny.in_channels, 8, 8), settings, "fp32", torch.device("cpu"))
     images = image_set(tiny.num_classes, 11)
 
     def drawn(batch_size, at_once, world=1):
