@@ -3,11 +3,15 @@
 import datetime
 import importlib.metadata
 import platform
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ddt.version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def version(package: str) -> str | None:
@@ -15,6 +19,17 @@ def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def revision() -> str | None:
+    """Return the git commit of this code; None where it is no clone."""
+    if not (ROOT / ".git").exists():
+        return None
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git here
         return None
 
 

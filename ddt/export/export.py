@@ -18,7 +18,6 @@ import dataclasses
 import json
 import logging
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +38,7 @@ from ddt.generation.load import stored_autoencoder
 from ddt.metrics.compare import is_evaluation
 from ddt.model import Denoiser
 from ddt.pictures import imagenet_synsets
-from ddt.receipts import version
+from ddt.receipts import revision, version
 from ddt.sampling.schedules import content_of
 from ddt.version import __version__
 
@@ -173,7 +172,7 @@ class Source:
             "weights_sha256": written,
             "ddt_version": __version__,
             "torch": version("torch"),
-            "commit": commit(),
+            "commit": revision(),
         }
 
 
@@ -204,18 +203,6 @@ def without_paths(values: Any) -> Any:
         return Path(value).name
 
     return {key: last_name(key, value) for key, value in values.items()} if isinstance(values, dict) else values
-
-
-def commit() -> str | None:
-    """Return the commit of this code, where it is a clone; None elsewhere."""
-    root = Path(ddt.__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 # --- what the model card says
