@@ -75,11 +75,13 @@ def command(
     def decorate(task: Callable[[Any], None]) -> Callable[[], None]:
         script = Path(inspect.getfile(task)).resolve()
         started = False
+        given: list[str] = []  # arguments, without those of ours for Hydra
 
         def job(cfg: DictConfig) -> None:
             nonlocal started
             started = True
             logging_setup()  # a launcher of Hydra's may have started this process
+            sys.argv[1:] = given or sys.argv[1:]  # as receipts quote them
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 run_job(script, str(cfg.name))
             else:
@@ -93,7 +95,7 @@ def command(
             logging_setup()
             if not sweeps and {"-m", "--multirun"} & set(sys.argv):
                 sys.exit("-m: only train.py sweeps over settings; call this command once for each value")
-            arguments = sys.argv[1:]
+            arguments = given[:] = sys.argv[1:]
             summary = (task.__doc__ or "").partition("\n")[0]
             about = f"{summary} Every setting with its comment: conf/{config_name}.yaml"
             header = (f"hydra.job.name={script.stem}", quoted("hydra.help.header", about))

@@ -3,7 +3,9 @@
 import datetime
 import importlib.metadata
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,17 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def command_line() -> str:
+    """Return the command that runs, as it is typed in the repository: `python train.py …`, `python
+    -m scripts.benchmark …`.
+    """
+    path = Path(sys.argv[0])
+    path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    module = list(path.with_suffix("").parts)[: -1 if path.name == "__main__.py" else None]
+    program = ["-m", ".".join(module)] if len(path.parts) > 2 and path.parts[0] == "scripts" else [str(path)]
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def revision() -> str | None:
