@@ -126,8 +126,8 @@ def command(
 
 
 def typed(cfg: DictConfig, settings: str) -> Any:
-    """Return the composed configuration as the dataclass of a command; raise one UserError with all
-    problems.
+    """Return the composed configuration as the dataclass of a command, whose `may_be_missing` names
+    the keys that need no value; raise one UserError with all problems.
     """
     kind: Any = locate(settings)
     fields: dict[str, Any] = kind.__dataclass_fields__
@@ -144,10 +144,15 @@ def typed(cfg: DictConfig, settings: str) -> Any:
     written = {
         key: value for key, value in flat(OmegaConf.to_container(cfg)).items() if key.partition(".")[0] in fields
     }
-    missing = [f"{key}: not set; give {key}=…" for key in sorted(written) if written[key] == "???"]
+    unread = [key for key in getattr(kind, "may_be_missing", ()) if written.get(key) == "???"]
+    missing = [
+        f"{key}: not set; give {key}=…" for key in sorted(written) if written[key] == "???" and key not in unread
+    ]
     require(not missing, "\n".join(missing))
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     values = {key: value for key, value in values.items() if key in names}
+    for group, _, name in (key.partition(".") for key in unread):
+        del values[group][name]
     if "choices" in fields:
         values["choices"] = {
             group: name for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group
