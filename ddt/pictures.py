@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 PADDING = 2
 FIGURE_STYLE = {
-    "figure.constrained_layout.use": True, "savefig.dpi": 110, "axes.grid": True, "grid.alpha": 0.3,
+    "figure.constrained_layout.use": True, "savefig.dpi": 120, "axes.grid": True, "grid.alpha": 0.3,
     "legend.frameon": False, "legend.fontsize": "small", "axes.titlesize": "medium",
 }  # fmt: skip
 

@@ -153,7 +153,7 @@ def cells(row: Row, first: bool) -> list[str]:
         bound = f"≥ {low:g}" if low is not None else f"≤ {high:g}" if high is not None else ""
     text = "" if value is None else value if isinstance(value, str) else f"{value:.3g}"
     name, seconds = (row["check"], f"{row['seconds']:.1f}") if first else ("", "")
-    return [name, row["what"].replace("|", "/"), text, bound, row["result"], seconds]
+    return [name, row["what"], text, bound, row["result"], seconds]
 
 
 def report(stages: dict[str, Any]) -> str:
@@ -167,7 +167,7 @@ def report(stages: dict[str, Any]) -> str:
         lines = [cells(row, n == 0 or names[n - 1] != row["check"]) for n, row in enumerate(rows)]
         parts += [
             f"## {name}: {total}",
-            markdown_table(["check", "", "value", "bound", "result", "seconds"], lines, padded=True),
+            markdown_table(["check", "", "value", "bound", "result", "seconds"], lines, "lllllr"),
             f"{about['device']}, torch {about['torch']}, {found['date']}, revision {about['revision']}, size "
             f"{found['size']}: `{found['command']}`",
         ]

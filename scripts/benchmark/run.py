@@ -278,7 +278,10 @@ def report(found: dict[str, Any]) -> str:
     ]
     measured = [row for row in found["rows"] if "seconds" in row]
     for part in dict.fromkeys(row["part"] for row in measured):
-        parts += [f"## {part}", markdown_table(HEADS, [cells(row) for row in measured if row["part"] == part])]
+        parts += [
+            f"## {part}",
+            markdown_table(HEADS, [cells(row) for row in measured if row["part"] == part], "ll" + "r" * 9),
+        ]
     not_run = [f"- {row['part']}: {row['not_run']}" for row in found["rows"] if "not_run" in row]
     return "\n\n".join([*parts, *(["## Not run", "\n".join(not_run)] if not_run else [])]) + "\n"
 

@@ -381,7 +381,7 @@ def test_in_fp32_no_time_is_told():
         (["num_classes=7"], "num_classes=7: data=digits has 10; leave it out"),
         (["num_classes=0"], "num_classes=0: must be at least 1"),
         (["autoencoder=kl"], "autoencoder.source: not set; give autoencoder.source=…"),
-        (["model=dit_nano", "sampler.recompute=uniform:5"], "sampler.recompute=uniform:5: this model has no encoder"),
+        (["model=dit_nano", "sampler.recompute=uniform:5"], "sampler.recompute: DiT has no encoder to share"),
         (["sampler.solver=adaptive"], "sampler.solver=adaptive: chooses its own steps"),
         (["sampler.recompute=dp:5"], "sampler.recompute=dp:5: is fitted to a trained model"),
         (["model.patch_size=3"], "model.patch_size=3 does not divide the latent size 8×8"),
