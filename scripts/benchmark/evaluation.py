@@ -115,7 +115,8 @@ class Shape:
     """What the metrics need to know of the extractor."""
 
     name, own_classes = "inception", False
-    distances, balls, near = InceptionFeatures.distances, InceptionFeatures.balls, InceptionFeatures.near
+    distances = InceptionFeatures.distances
+    pr_space, nearest_space = InceptionFeatures.pr_space, InceptionFeatures.nearest_space
 
 
 def peak_gib() -> float:
