@@ -25,7 +25,6 @@ from typing import Any, Literal
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
-import ddt
 from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.autoencoder.diffusers import DiffusersAutoencoder
 from ddt.checkpoint import folder as ckpt

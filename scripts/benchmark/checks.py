@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 import ddt
 from ddt.checkpoint import folder as ckpt
-from ddt.checkpoint.published import our_name
 from ddt.config import locate
 from ddt.data.images import FASHION_ROOTS
 from ddt.data.photos import PHOTOS, photo
@@ -231,10 +230,11 @@ def golden_case(device: torch.device, name: str, number: int) -> tuple[float, fl
     loss.backward()
     found = {"z": z, "v": v, "v_shared": network.decode(shared, z), "loss": loss}
     outputs = max(of_tolerance(value, io[key], **golden.TOLERANCE) for key, value in found.items())
-    weights, depth = dict(network.named_parameters()), len(network.encoder.blocks)
+    settings = {"encoder_depth": len(network.encoder.blocks)}
+    weights = {network.release.published_name(name, settings): p for name, p in network.named_parameters()}
     norms = {key.removeprefix("gradnorm."): norm for key, norm in io.items() if key.startswith("gradnorm.")}
     assert len(norms) == len(weights), "a norm for each weight"
-    slopes = {key: weights[our_name(key, depth)].grad for key in norms}
+    slopes = {key: weights[key].grad for key in norms}
     return outputs, max(
         math.nan if slope is None else of_tolerance(slope.norm(), norms[key], **golden.GRADIENT_TOLERANCE)
         for key, slope in slopes.items()

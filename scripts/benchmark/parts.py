@@ -32,7 +32,7 @@ from ddt.model.layers import Attention
 from ddt.objective import FlowMatching
 from ddt.objective.alignment import REPA, Target
 from ddt.sampling.cost import sampling_macs
-from ddt.sampling.sample import sample
+from ddt.sampling.sample import sample_latents
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.ema import EMA, ConstantDecay
 from ddt.training.optimizer import adamw
@@ -194,7 +194,7 @@ def sampling(setup: Setup) -> Iterator[Case]:
 
         def ours(settings: SamplerSettings, noise: Tensor = noise, y: Tensor = y) -> Tensor:
             with setup.autocast():
-                return sample(model, noise, y, **settings.arguments())
+                return sample_latents(model, noise, y, settings)
 
         def moved(call: Callable[[], Tensor], noise: Tensor = noise) -> Tensor:
             return call() - noise  # the noise is most of the latents, whatever sampling does
