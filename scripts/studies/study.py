@@ -21,6 +21,7 @@ from ddt.model import network_class
 from ddt.sampling.settings import SamplerSettings
 
 Spread = dict[str, float | None]  # mean and standard deviation over repeats; of one repeat there is no deviation
+BUSY = "another command is sampling for this study; wait for it, or choose another out="
 
 
 def unshared_sampler(overrides: SamplerOverrides, path: str) -> tuple[Path, dict[str, Any], SamplerSettings]:

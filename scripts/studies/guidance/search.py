@@ -25,11 +25,11 @@ from ddt.checkpoint import folder as ckpt
 from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require
-from ddt.files import write_json
+from ddt.files import lock_folder, write_json
 from ddt.generation.generator import Dtype, Generator, usual_dtype
 from ddt.generation.image_set import image_set
 from ddt.generation.load import stored_autoencoder
-from ddt.generation.sample_set import locked, sample_set
+from ddt.generation.sample_set import sample_set
 from ddt.metrics.evaluate import evaluate
 from ddt.metrics.features import Extractor
 from ddt.metrics.images import SAMPLES, open_images
@@ -39,7 +39,7 @@ from ddt.model import Denoiser
 from ddt.receipts import circumstances, command_line, without_paths
 from scripts.studies.guidance.report import draw, make_result, tables
 from scripts.studies.guidance.settings import Checkpoint, GuidanceSettings, Point, interval_text
-from scripts.studies.study import load_comparison, resume_study
+from scripts.studies.study import BUSY, load_comparison, resume_study
 
 log = logging.getLogger(__name__)
 RESULT, WORK = "search", ".search"
@@ -176,7 +176,7 @@ def search(settings: GuidanceSettings, data: Choice | None, checkpoints: list[Ch
     shape = stored["latent_shape"]
     reference, extractor = load_comparison(settings.reference, data, features, autoencoder, shape, device)
     metric = choose_metric(settings.metric, reference, extractor)
-    with locked(out / WORK) if main else contextlib.nullcontext():
+    with lock_folder(out / WORK, f"out={out}: {BUSY}") if main else contextlib.nullcontext():
         if main:
             inputs = {"reference": reference.identity(), "features": extractor.identity()}
             inputs = json.loads(json.dumps(without_paths(inputs)))

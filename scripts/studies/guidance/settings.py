@@ -131,7 +131,7 @@ class GuidanceSettings(SamplerOverrides):
                 ckpt.check_weights(other.folder, kind)
         return found
 
-    def sampler(self, checkpoint: Checkpoint, chosen: dict[str, Any]) -> SamplerSettings:
+    def point_sampler(self, checkpoint: Checkpoint, chosen: dict[str, Any]) -> SamplerSettings:
         """Return the sampler of a checkpoint with the chosen value of each axis."""
         others = {key: getattr(self, key) for key in ("sampler", *SAMPLER_KEYS) if key not in SAMPLER_AXES}
         if chosen["recompute"] is None and self.axis("recompute") != [None]:
@@ -149,7 +149,7 @@ class GuidanceSettings(SamplerOverrides):
             checkpoints, self.axis("weights"), *map(self.axis, SAMPLER_AXES)
         ):
             chosen = dict(zip(SAMPLER_AXES, values, strict=True))
-            settings = self.sampler(checkpoint, chosen)
+            settings = self.point_sampler(checkpoint, chosen)
             label = self.label(len(checkpoints), checkpoint, weights, chosen["recompute"], settings)
             point = found.setdefault(label, Point(label, checkpoint, weights, settings))
             require(

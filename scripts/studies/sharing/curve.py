@@ -24,11 +24,10 @@ from ddt.checkpoint import folder as ckpt
 from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, require
-from ddt.files import write_json
+from ddt.files import lock_folder, write_json
 from ddt.generation.generator import Dtype, Generator, usual_dtype
 from ddt.generation.image_set import ImageSet, image_set
 from ddt.generation.load import load_generator, stored_autoencoder
-from ddt.generation.sample_set import locked
 from ddt.generation.settings import SamplerOverrides
 from ddt.metrics.comparability import title
 from ddt.metrics.features import Extractor, FeatureSettings, check_features, to_device
@@ -41,7 +40,7 @@ from ddt.sampling.schedules import optimal_schedule, uniform_schedule
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.tracking import read_rows
 from scripts.studies.sharing.report import UNSHARED, draw, summarise, table
-from scripts.studies.study import load_comparison, resume_study, unshared_sampler
+from scripts.studies.study import BUSY, load_comparison, resume_study, unshared_sampler
 
 log = logging.getLogger(__name__)
 RESULT = "sharing_curve"
@@ -319,7 +318,7 @@ def measure(settings: SharingSettings, data: Choice | None) -> None:
         settings.reference, data, features, autoencoder, stored["latent_shape"], device
     )
     generator = load_generator(folder, sampler, autoencoder, device, dtype=dtype, cache_gib=settings.cache_gib)
-    with locked(out / KEPT):
+    with lock_folder(out / KEPT, f"out={out}: {BUSY}"):
         if plan is None:
             plan = {"request": request, "schedules": make_schedules(generator, settings)}
             write_json(out / "plan.json", plan)
