@@ -1,5 +1,5 @@
 """Report what this machine has for the project, and the command that adds what is missing:
-`python -m scripts.doctor`.
+`python scripts/doctor.py`.
 
 Versions, processor and GPUs are torch's own report (`python -m torch.utils.collect_env`), so torch
 must be importable. Nothing is downloaded, no key is shown. Status 1: a required package is missing.

@@ -38,7 +38,7 @@ def rows_of(run: str) -> list[dict[str, float]]:
     return rows
 
 
-@command("plot_run", settings="scripts.plot_run.PlotRunSettings")
+@command("plot_run", settings=f"{__name__}.PlotRunSettings")
 def main(settings: PlotRunSettings) -> None:
     """Write a picture with a panel for each logged key and in it a line a run, against the step."""
     from ddt.pictures import pyplot, save_figure

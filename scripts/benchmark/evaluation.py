@@ -152,7 +152,7 @@ def time_metrics(settings: EvaluationBenchmarkSettings, device: torch.device) ->
     return {"seconds": seconds, "memory_gib": {**memory, "peak": peak_gib(), "rows_alone": rows}}
 
 
-@command("benchmark_evaluation", settings="scripts.benchmark.evaluation.EvaluationBenchmarkSettings")
+@command("benchmark_evaluation", settings=f"{__name__}.EvaluationBenchmarkSettings")
 def main(settings: EvaluationBenchmarkSettings) -> None:
     """Measure, print, write."""
     accelerator = make_accelerator("no")

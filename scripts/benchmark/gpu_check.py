@@ -192,7 +192,7 @@ def run_stage(stage: str, settings: GpuCheckSettings, place: Place) -> list[Row]
     return rows
 
 
-@command("gpu_check", settings="scripts.benchmark.gpu_check.GpuCheckSettings")
+@command("gpu_check", settings=f"{__name__}.GpuCheckSettings")
 def main(settings: GpuCheckSettings) -> None:
     """Run the stages, print the table; what failed ends it with status 1."""
     out, device = Path(settings.out).absolute(), torch.device(settings.device)

@@ -71,7 +71,7 @@ def test_compiler_and_disk_are_looked_at(monkeypatch):
 
 @pytest.mark.slow
 def test_this_installation_is_sound():
-    done = run("-m", "scripts.doctor")
+    done = run("scripts/doctor.py")
     assert done.returncode == 0, done.stdout
     assert "PyTorch version" in done.stdout
     assert not [line for line in done.stdout.splitlines() if line.startswith("packages: ") and "missing" in line]

@@ -49,7 +49,7 @@ class FitSettings(SamplerOverrides):
             require(not path.exists(), f"out={out}: {path} exists already and is not written over; choose another out=")
 
 
-@command("sharing_fit", settings="scripts.studies.sharing.fit.FitSettings", folder=CONF / "study")
+@command("sharing_fit", settings=f"{__name__}.FitSettings", folder=CONF / "study")
 def main(settings: FitSettings) -> None:
     """Fit the schedule, and write it with a picture of the similarities."""
     folder, stored, sampler = unshared_sampler(settings, settings.ckpt)
