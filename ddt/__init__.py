@@ -34,9 +34,7 @@ HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name at its first use, so that `import ddt` costs nothing, and works where
-    torch does not (scripts/doctor.py).
-    """
+    """Import a public name when it is first used, so that `import ddt` loads no torch."""
     if name not in HOMES:
         raise AttributeError(f"module 'ddt' has no attribute '{name}'")
     return getattr(importlib.import_module(f"ddt.{HOMES[name]}"), name)

@@ -75,7 +75,7 @@ def command(
     def decorate(task: Callable[[Any], None]) -> Callable[[], None]:
         script = Path(inspect.getfile(task)).resolve()
         started = False
-        arguments: list[str] = []
+        arguments: list[str] = []  # as the user gave them
 
         def job(cfg: DictConfig) -> None:
             nonlocal started
@@ -84,7 +84,7 @@ def command(
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 run_job(script, str(cfg.name))
             else:
-                sys.argv[1:] = arguments  # as they were given, for receipts
+                sys.argv[1:] = arguments  # for receipts
                 one_line_errors(lambda: task(typed(cfg, settings)))
 
         run = hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(job)
@@ -96,11 +96,11 @@ def command(
             if not sweeps and {"-m", "--multirun"} & set(sys.argv):
                 sys.exit("-m: only train.py sweeps over settings; call this command once for each value")
             arguments = sys.argv[1:]
-            summary = (task.__doc__ or "").partition("\n")[0]
-            about = f"{summary} Every setting with its comment: conf/{config_name}.yaml"
-            header = (f"hydra.job.name={script.stem}", quoted("hydra.help.header", about))
+            about = f"{task.__doc__} Every setting with its comment: {(folder / config_name).relative_to(ROOT)}.yaml"
+            name = script.parent.name if script.stem == "__main__" else script.stem
+            ours = [*HYDRA, f"hydra.job.name={name}", quoted("hydra.help.header", " ".join(about.split()))]
+            # beside the other overrides, for argparse wants them together
             first = next((i for i, argument in enumerate(arguments) if "=" in argument), len(arguments))
-            ours = [*HYDRA, *header]  # beside the overrides, for argparse wants them together
             sys.argv[1:] = [*arguments[:first], *ours, *map(quoted_path, arguments[first:])]
             own_errors = os.environ.get("HYDRA_FULL_ERROR")
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
@@ -126,8 +126,8 @@ def command(
 
 
 def typed(cfg: DictConfig, settings: str) -> Any:
-    """Return the composed configuration as the dataclass of a command; raise one UserError with all
-    problems.
+    """Return the composed configuration as the dataclass of a command, whose `may_be_missing` names
+    the keys that need no value; raise one UserError with all problems.
     """
     kind: Any = locate(settings)
     fields: dict[str, Any] = kind.__dataclass_fields__
@@ -144,10 +144,15 @@ def typed(cfg: DictConfig, settings: str) -> Any:
     written = {
         key: value for key, value in flat(OmegaConf.to_container(cfg)).items() if key.partition(".")[0] in fields
     }
-    missing = [f"{key}: not set; give {key}=…" for key in sorted(written) if written[key] == "???"]
+    unread = [key for key in getattr(kind, "may_be_missing", ()) if written.get(key) == "???"]
+    missing = [
+        f"{key}: not set; give {key}=…" for key in sorted(written) if written[key] == "???" and key not in unread
+    ]
     require(not missing, "\n".join(missing))
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     values = {key: value for key, value in values.items() if key in names}
+    for group, _, name in (key.partition(".") for key in unread):
+        del values[group][name]
     if "choices" in fields:
         values["choices"] = {
             group: name for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group

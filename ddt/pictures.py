@@ -1,10 +1,11 @@
-"""Pictures for people: PNG files and grids. Shapes: n images, C H W."""
+"""Pictures for people: PNG files, grids, and one style of figures. Shapes: n images, C H W."""
 
 import math
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,10 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 PADDING = 2
+FIGURE_STYLE = {
+    "figure.constrained_layout.use": True, "savefig.dpi": 120, "axes.grid": True, "grid.alpha": 0.3,
+    "legend.frameon": False, "legend.fontsize": "small", "axes.titlesize": "medium",
+}  # fmt: skip
 
 
 def imagenet_synsets() -> list[str]:
@@ -97,3 +102,20 @@ def write_pngs(folder: Path, images: Iterable[np.ndarray], count: int) -> None:
                 list(pool.map(write, waiting))
                 progress.update(len(waiting))
                 waiting.clear()
+
+
+def pyplot() -> Any:
+    """Return matplotlib's pyplot without a display, in the style of all figures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(FIGURE_STYLE)
+    return plt
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure and close it."""
+    figure.savefig(path)
+    pyplot().close(figure)

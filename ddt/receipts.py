@@ -3,11 +3,17 @@
 import datetime
 import importlib.metadata
 import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ddt.version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def version(package: str) -> str | None:
@@ -15,6 +21,28 @@ def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def command_line() -> str:
+    """Return the command that runs, as it is typed in the repository: `python train.py …`, `python
+    -m scripts.benchmark …`.
+    """
+    path = Path(sys.argv[0])
+    path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    module = list(path.with_suffix("").parts)[: -1 if path.name == "__main__.py" else None]
+    program = ["-m", ".".join(module)] if len(path.parts) > 2 and path.parts[0] == "scripts" else [str(path)]
+    return shlex.join(["python", *program, *sys.argv[1:]])
+
+
+def revision() -> str | None:
+    """Return the git commit of this code; None where it is no clone."""
+    if not (ROOT / ".git").exists():
+        return None
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git here
         return None
 
 

@@ -20,5 +20,6 @@ if [ -z "${PYTHON:-}" ] && [ ! -x "$python" ]; then
     python=python3
 fi
 export HF_HUB_OFFLINE=1 WANDB_MODE=disabled
-"$python" "$root/benchmarks/packages.py"
-exec "$python" "$root/scripts/gpu_check.py" "out=$out" "stage=$stage" "$@"
+"$python" "$root/scripts/benchmark/packages.py"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+exec "$python" -m scripts.benchmark.gpu_check "out=$out" "stage=$stage" "$@"

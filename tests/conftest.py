@@ -131,14 +131,19 @@ def one_thread():
 
 def train_settings(*overrides):
     """Compose as train.py does; return its settings."""
+    return composed("train", "ddt.training.run.TrainSettings", *overrides)
+
+
+def composed(command, settings, *overrides):
+    """Compose as a command does; return its settings."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
+        cfg = compose(command, overrides=list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
         name = cfg.name  # resolved while Hydra's part is there
         with open_dict(cfg):
             del cfg.hydra
             cfg.name = name
-        return typed(cfg, "ddt.training.run.TrainSettings")
+        return typed(cfg, settings)
 
 
 def rows(run_dir):

@@ -11,6 +11,8 @@ import pytest
 import yaml
 from conftest import ROOT, run
 
+import ddt
+
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -105,3 +107,11 @@ def test_help_and_config_are_shown(script):
     done = run(ROOT / script, "--cfg", "job")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) > 4
+
+
+def test_public_names_are_those_of_their_modules():
+    for name in ddt.__all__:
+        assert getattr(ddt, name) is not None
+    assert set(ddt.HOMES) == set(ddt.__all__) - {"UserError", "__version__"}
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = ddt.nothing

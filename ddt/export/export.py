@@ -17,7 +17,6 @@ under the published key names (`ddt.checkpoint.published`).
 import dataclasses
 import json
 import logging
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,6 @@ from typing import Any, Literal
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
-import ddt
 from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.checkpoint import folder as ckpt
 from ddt.checkpoint.hub import check_push, is_hub_id, push
@@ -37,7 +35,7 @@ from ddt.generation.load import stored_autoencoder
 from ddt.metrics.compare import is_evaluation
 from ddt.model import Denoiser
 from ddt.pictures import imagenet_synsets
-from ddt.receipts import version
+from ddt.receipts import revision, version
 from ddt.sampling.schedules import content_of
 from ddt.version import __version__
 
@@ -170,7 +168,7 @@ class Source:
             "weights_sha256": written,
             "ddt_version": __version__,
             "torch": version("torch"),
-            "commit": commit(),
+            "commit": revision(),
         }
 
 
@@ -201,18 +199,6 @@ def without_paths(values: Any) -> Any:
         return Path(value).name
 
     return {key: last_name(key, value) for key, value in values.items()} if isinstance(values, dict) else values
-
-
-def commit() -> str | None:
-    """Return the commit of this code, where it is a clone; None elsewhere."""
-    root = Path(ddt.__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 # --- what the model card says

@@ -135,7 +135,7 @@ def check_fitted(content: dict[str, Any], settings: SamplerSettings, ema_sha256:
         content["time_grid"] == grid,
         f"recompute={name}: was fitted to another time grid ({len(content['time_grid']) - 1} steps up to "
         f"t = {content['time_grid'][-2]:.3f}, here {len(grid) - 1} up to {grid[-2]:.3f}): fit one to this sampler with "
-        "scripts/studies/sharing/fit.py",
+        "python -m scripts.studies.sharing.fit",
     )
     ours = {"solver": settings.solver, "guidance": guidance_of(settings), "ema_sha256": ema_sha256}
     names = {"solver": "solver", "guidance": "guidance", "ema_sha256": "checkpoint"}

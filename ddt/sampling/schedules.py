@@ -1,7 +1,7 @@
 """Recompute schedules: the steps at which a shared encoder runs. Source: method.md 4.
 
 A schedule is written as `uniform:5` (every 5th step), `dp:50` (50 steps, fitted to the model), a
-list of steps, or the JSON file that `scripts/studies/sharing/fit.py` wrote. Shapes: N steps.
+list of steps, or the JSON file that `python -m scripts.studies.sharing.fit` wrote. Shapes: N steps.
 """
 
 import dataclasses
@@ -134,14 +134,17 @@ def read_schedule(path: Path) -> dict[str, Any]:
         sound = content["format_version"] == FORMAT_VERSION and all(type(step) is int for step in steps)
         sound = sound and all(isinstance(t, float) for t in grid) and isinstance(content["guidance"], dict)
     except FileNotFoundError as error:
-        raise UserError(f"recompute={path}: no such file; scripts/studies/sharing/fit.py writes schedules") from error
+        raise UserError(
+            f"recompute={path}: no such file; python -m scripts.studies.sharing.fit writes schedules"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"recompute={path}: is no schedule file; fit it again with scripts/studies/sharing/fit.py"
+            f"recompute={path}: is no schedule file; fit it again with python -m scripts.studies.sharing.fit"
         ) from error
     require(
         sound,
-        f"recompute={path}: is no schedule file of this version; fit it again with scripts/studies/sharing/fit.py",
+        f"recompute={path}: is a schedule file of another version; fit it again with python -m "
+        "scripts.studies.sharing.fit",
     )
     check_schedule(steps, len(grid) - 1)
     return content

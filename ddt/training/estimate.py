@@ -1,9 +1,9 @@
 """What a recipe costs before anyone starts it: parameters, arithmetic, memory, time, disk.
 
 Counted on the meta device, without data and without weights. Arithmetic by `ddt.model.cost` and
-`ddt.training.throughput`; memory by what training keeps (`ddt.training.state`) and what autograd
+`ddt.training.throughput`; memory by what training holds (`ddt.training.state`) and what autograd
 saves; time by a rate that was measured or is assumed.
-Shapes: C H W latent, N tokens, D width, P parameters, G images a step, n devices.
+Shapes: C H W latent, N tokens, D width, P parameters, n devices.
 """
 
 import copy
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ddt.autoencoder import Identity
-from ddt.autoencoder.diffusers import DiffusersAutoencoder
+from ddt.autoencoder import Autoencoder, build_autoencoder
+from ddt.config import Choice
+from ddt.data.photos import PHOTOS
+from ddt.data.survey import infer_settings
 from ddt.errors import UserError, require
-from ddt.model.cost import network_macs
+from ddt.model.cost import network_macs, num_tokens
 from ddt.model.layers import PRODUCTS, Block, BlockStack, Checkpointing, positions
-from ddt.objective import FlowMatching
-from ddt.objective.alignment import AlignmentLoss, Target
+from ddt.objective import Objective
+from ddt.objective.alignment import REPA, AlignmentLoss, Dispersive, Target, check_depth
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.ema import ema_rules
@@ -40,14 +43,66 @@ MEMORY = {
     "H200": 141e9, "H100 PCIe": 80e9, "H100 NVL": 94e9, "H100": 80e9, "A100": 80e9, "L40S": 48e9, "L4": 24e9,
     "A10": 24e9, "RTX 4090": 24e9, "B200": 180e9,
 }  # fmt: skip
+IMAGENET = ("in256", "in256_latents", "in512", "in512_latents")  # files of conf/data
+
+
+@dataclasses.dataclass(frozen=True)
+class EstimateSettings:
+    """See conf/estimate.yaml. Raises UserError for values that cannot be."""
+
+    model: Choice
+    data: Choice
+    autoencoder: Choice
+    alignment: REPA | Dispersive | None
+    objective: Choice
+    sampler: SamplerSettings
+    trainer: TrainerSettings
+    choices: dict[str, str | None]
+    gpus: int
+    device: str | None
+    share: float | None
+    measured: str | None
+    memory_gb: float | None
+    num_samples: int
+    num_classes: int | None
+    out: str | None
+
+    may_be_missing = ("data.root",)  # nothing is read from it
+
+    def __post_init__(self) -> None:
+        for key in ("gpus", "num_samples"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        require(
+            self.num_classes is None or self.num_classes >= 1, f"num_classes={self.num_classes}: must be at least 1"
+        )
+        require(self.memory_gb is None or self.memory_gb > 0, f"memory_gb={self.memory_gb}: must be above 0")
+        if self.measured is not None:
+            for key in ("device", "share"):
+                value = getattr(self, key)
+                require(
+                    value is None, f"{key}={value}: has no effect with measured=, which brings its own; leave one out"
+                )
+        trainer, out = self.trainer, self.out
+        require(
+            trainer.num_processes is None,
+            f"trainer.num_processes={trainer.num_processes}: has no effect here; give gpus={trainer.num_processes}",
+        )
+        require(
+            trainer.parallelism == "ddp" or self.gpus > 1,
+            "trainer.parallelism=fsdp: needs several processes to shard among; give gpus=8, or leave it out",
+        )
+        trainer.micro_batches(self.gpus)
+        require(out is None or Path(out).suffix == ".json", f"out={out}: give a .json file")
+        require(
+            out is None or not Path(out).exists(), f"out={out}: exists already and is not written over; choose another"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """How fast a device is. training, sampling: FLOP/s, None where it is not known; memory: bytes,
-    or None.
+    """How fast a device is. training, sampling: FLOP/s, None where unknown; memory: bytes, or None.
 
-    source: where the FLOP/s come from, in words; `measured` tells whether from a measurement.
+    source: where the FLOP/s come from, in words; measured: whether from a measurement.
     """
 
     training: float | None
@@ -62,17 +117,14 @@ class Recipe:
     """What a cost depends on. All networks lie on the meta device.
 
     objective: with the projector, where there is an alignment. shape: (C, H, W) of a latent;
-    image_size: pixels a side;
-    num_images: of an epoch, None where nobody knows. cached: whether latents are read rather than
-    encoded. align_until: the first step without alignment. gpus: n, processes with a device each.
-    num_samples: images to draw.
-
-    Raises UserError where the processes cannot share the work.
+    image_size: pixels a side; num_images: of an epoch, None where unknown. cached: whether latents
+    are read rather than encoded. align_until: the first step without alignment. gpus: n, processes
+    with a device each. num_samples: images to sample.
     """
 
-    objective: FlowMatching
+    objective: Objective
     target: Target | None
-    autoencoder: DiffusersAutoencoder | Identity
+    autoencoder: Autoencoder
     shape: tuple[int, int, int]
     image_size: int
     num_images: int | None
@@ -83,15 +135,6 @@ class Recipe:
     gpus: int
     num_samples: int
 
-    def __post_init__(self) -> None:
-        for key in ("gpus", "num_samples"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
-        require(
-            self.trainer.parallelism == "ddp" or self.gpus > 1,
-            "trainer.parallelism=fsdp: needs several processes to shard among; give gpus=8, or leave it out",
-        )
-        self.trainer.micro_batches(self.gpus)
-
     @property
     def bf16(self) -> bool:
         """Whether the network computes in bf16."""
@@ -101,6 +144,74 @@ class Recipe:
     def checkpointing(self) -> Checkpointing:
         """What of the blocks is computed again in the backward pass."""
         return blocks(self.objective)[0].activation_checkpointing
+
+    @property
+    def num_emas(self) -> int:
+        """EMAs of the weights."""
+        return len(ema_rules(self.trainer.ema_decay, self.trainer.ema_decays, self.trainer.ema_powers))
+
+
+def data_facts(data: Choice, name: str, num_classes: int | None) -> tuple[int, int, int, int | None]:
+    """Return channels, pixels a side, classes and training images of a data set, conf/data/`name`,
+    that is not opened; None: unknown.
+
+    Raises UserError where sizes or classes must be given, and for a number of classes that is known
+    already.
+    """
+    kind, settings = data.target.rpartition(".")[2], data.settings
+    channels, size, classes, images = {
+        "Digits": (1, 8, 10, 1497),
+        "FashionMNIST": (1, 32, 10, 60_000),
+        "Photos": (3, settings.get("image_size"), len(PHOTOS), len(PHOTOS) * settings.get("crops", 0)),
+    }.get(kind, (settings.get("channels") or 3, settings.get("image_size"), None, None))
+    if name in IMAGENET:
+        classes, images = 1000, None if settings.get("holdout_every") else 1_281_167
+    require(
+        classes is None or num_classes is None, f"num_classes={num_classes}: data={name} has {classes}; leave it out"
+    )
+    for key, value in (("data.image_size", size), ("num_classes", classes or num_classes)):
+        require(value is not None, f"{key}: data={name} does not tell it without being opened; give {key}=")
+    return channels, size, classes or num_classes, images
+
+
+def build_recipe(settings: EstimateSettings) -> Recipe:
+    """Return the recipe that train.py would run; of its data and weights nothing is opened, but for
+    a folder of images whose size is to be inferred.
+
+    Raises UserError as train.py does, as far as that needs no data.
+    """
+    sampler, alignment, model, data = settings.sampler, settings.alignment, settings.model, settings.data
+    if data.settings.get("root") and None in (model.settings["patch_size"], data.settings.get("image_size")):
+        model, data = infer_settings(model, data, settings.autoencoder)
+    channels, image_size, classes, num_images = data_facts(data, settings.choices["data"] or "", settings.num_classes)
+    autoencoder = build_autoencoder(settings.autoencoder.plain(), outline=True)
+    shape = autoencoder.latent_shape(channels, image_size)
+    patch_size = model.settings["patch_size"]
+    require(patch_size is not None, "model.patch_size: is inferred from the images; give it, or data.root=")
+    with torch.device("meta"):
+        network = model.build(in_channels=shape[0], num_classes=classes)
+    num_tokens(network, *shape[1:])  # raises where the patch size does not divide the latent
+    try:
+        sampling_macs(network, *shape[1:], sampler)  # raises where the cost cannot be counted
+    except UserError as error:
+        raise UserError(f"sampler.{error}") from error
+    loss, target, align_until = None, None, 0.0
+    if alignment is not None:
+        check_depth(alignment.align_depth, network.num_alignable_blocks)
+        align_until = math.inf if alignment.until_step is None else alignment.until_step
+        if isinstance(alignment, REPA):
+            target = alignment.outline_target(image_size)
+            grid = (shape[1] // patch_size, shape[2] // patch_size)
+            with torch.device("meta"):
+                loss = alignment.build_loss(network.hidden_size, target.num_features, target.grid, grid)
+        else:
+            loss = alignment.build_loss()
+    return Recipe(
+        objective=settings.objective.build(denoiser=network, alignment=loss), target=target, autoencoder=autoencoder,
+        shape=shape, image_size=image_size, num_images=num_images, align_until=align_until,
+        cached=data.target.endswith(".LatentCache"), trainer=settings.trainer, sampler=sampler, gpus=settings.gpus,
+        num_samples=settings.num_samples,
+    )  # fmt: skip
 
 
 def stacks(module: nn.Module) -> list[BlockStack]:
@@ -113,7 +224,7 @@ def blocks(module: nn.Module) -> list[Block]:
     return [part for part in module.modules() if isinstance(part, Block)]
 
 
-def with_checkpointing(objective: FlowMatching, kind: Checkpointing) -> FlowMatching:
+def with_checkpointing(objective: Objective, kind: Checkpointing) -> Objective:
     """Return a copy of an objective whose blocks keep this much for the backward pass."""
     changed = copy.deepcopy(objective)
     for block in blocks(changed):
@@ -129,11 +240,17 @@ def count(module: nn.Module | None) -> int:
 # --- rates
 
 
+def choose_rate(settings: EstimateSettings, recipe: Recipe) -> Rate:
+    """Return the rate that is used: the measured one, or else an assumed one; never a mixture."""
+    memory, dtype = settings.memory_gb, "bf16" if recipe.bf16 else "fp32"
+    if settings.measured is None:
+        return assumed_rate(settings.device or "H100", 0.4 if settings.share is None else settings.share, memory, dtype)
+    return measured_rate(settings.measured, memory, dtype, settings.choices["model"] or "", recipe.target is not None)
+
+
 def assumed_rate(device: str, share: float, memory_gb: float | None, dtype: str) -> Rate:
     """Return the rate of a device of `throughput.PEAKS` at a share of its data sheet's dense bf16
-    rate.
-
-    In fp32 no rate is known. Raises UserError for another device or share.
+    rate; in fp32 none is known. Raises UserError for another device or share.
     """
     require(device in PEAKS, f"device={device}: its rate is not known here; choose from {', '.join(PEAKS)}")
     require(0 < share <= 1, f"share={share:g}: must lie in 0..1, a share of the data sheet's rate such as 0.4")
@@ -157,16 +274,12 @@ def fastest(rows: list[dict[str, Any]], part: str, aligned: bool) -> dict[str, A
 
 
 def measured_rate(path: str, memory_gb: float | None, dtype: str, model: str, aligned: bool) -> Rate:
-    """Return the rate that a `benchmark.json` of scripts/benchmark/__main__.py holds, for a recipe
-    of conf/model/`model`.
-
-    aligned: whether an alignment's target runs in the recipe.
+    """Return the rate that a `benchmark.json` of scripts/benchmark holds, for a recipe of
+    conf/model/`model`. aligned: whether an alignment's target runs in the recipe.
 
     Raises UserError where the file is none, or was measured in another arithmetic than `dtype`.
     """
-    require(
-        Path(path).is_file(), f"measured={path}: no such file; give a benchmark.json of scripts/benchmark/__main__.py"
-    )
+    require(Path(path).is_file(), f"measured={path}: no such file; give a benchmark.json of scripts/benchmark")
     try:
         content = json.loads(Path(path).read_bytes())
         rows, device, date = content["rows"], content["machine"]["device"], content["date"][:10]
@@ -177,10 +290,10 @@ def measured_rate(path: str, memory_gb: float | None, dtype: str, model: str, al
         sound = content["kind"] == "benchmark" and all(rate is None or rate > 0 for rate in rates)
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         sound = False
-    require(sound, f"measured={path}: is no result of scripts/benchmark/__main__.py; give its benchmark.json")
+    require(sound, f"measured={path}: is no result of scripts/benchmark; give its benchmark.json")
     require(
         training is not None,
-        f"measured={path}: measured no training; run scripts/benchmark/__main__.py with parts=[training,sampling]",
+        f"measured={path}: measured no training; run python -m scripts.benchmark parts=[training,sampling]",
     )
     require(
         used == dtype,
@@ -195,56 +308,45 @@ def measured_rate(path: str, memory_gb: float | None, dtype: str, model: str, al
 # --- arithmetic
 
 
-def autoencoder_flops(recipe: Recipe) -> tuple[int, int]:
-    """Return the FLOPs of encoding and of decoding an image."""
-    if isinstance(recipe.autoencoder, Identity):
-        return 0, 0
-    network, size = recipe.autoencoder.network, recipe.image_size
-    pixels = torch.empty(1, network.config.in_channels, size, size, device="meta")
-    latents = torch.empty(1, *recipe.shape, device="meta")
-    return counted_flops(network.encode, pixels), counted_flops(network.decode, latents)
-
-
 def flops(recipe: Recipe) -> dict[str, float]:
     """Return the FLOPs of an image in a forward pass, a training step and sampling, and of the
     whole of both.
 
     A training step is three forwards of the network (`throughput.training_flops`); with activation
-    checkpointing one more, `recomputed`, which takes time and is no progress. The autoencoder's are
-    apart: they are in no total.
+    checkpointing one more, `recomputed`, which takes time and is no progress. Encoding and decoding
+    are apart: they are in no total.
     """
-    denoiser, size, trainer = recipe.objective.denoiser, recipe.shape[1:], recipe.trainer
-    forward = 2 * network_macs(denoiser, *size).total
-    plain, aligned = 3 * forward, training_flops(recipe.objective, recipe.shape)
-    target = target_flops(recipe.target, recipe.image_size)
+    denoiser, shape, trainer, network = (
+        recipe.objective.denoiser,
+        recipe.shape,
+        recipe.trainer,
+        recipe.autoencoder.network,
+    )
+    forward = 2 * network_macs(denoiser, *shape[1:]).total
+    aligned, target = training_flops(recipe.objective, shape), target_flops(recipe.target, recipe.image_size)
     recomputed = forward if recipe.checkpointing is True else 0  # selective: no matrix product
     steps = min(trainer.max_steps, recipe.align_until)
-    rest = trainer.max_steps - steps
-    encode, decode = autoencoder_flops(recipe)
-    sampled = 2 * sampling_macs(denoiser, *size, recipe.sampler)
+    each = steps * (aligned + target + recomputed) + (trainer.max_steps - steps) * (3 * forward + recomputed)
+    encode = decode = 0
+    if network is not None:
+        pixels = torch.empty(1, network.config.in_channels, recipe.image_size, recipe.image_size, device="meta")
+        encode = counted_flops(network.encode, pixels)
+        decode = counted_flops(network.decode, torch.empty(1, *shape, device="meta"))
+    sampled = 2 * sampling_macs(denoiser, *shape[1:], recipe.sampler)
     return {
-        "forward": forward,
-        "training": aligned,
-        "target": target,
-        "recomputed": recomputed,
-        "all_training": trainer.global_batch_size
-        * (steps * (aligned + target + recomputed) + rest * (plain + recomputed)),
-        "encode": encode,
-        "decode": decode,
-        "sampling": sampled,
+        "forward": forward, "training": aligned, "target": target, "recomputed": recomputed,
+        "all_training": trainer.global_batch_size * each, "encode": encode, "decode": decode, "sampling": sampled,
         "all_sampling": sampled * recipe.num_samples,
-    }
+    }  # fmt: skip
 
 
 # --- memory
 
 
 class Products(TorchDispatchMode):
-    """Adds up, in `bytes`, what the operators return whose results selective checkpointing keeps."""
+    """Sums, in `bytes`, what the operators return whose results selective checkpointing keeps."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
+    bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call an operator and look at what it returns."""
@@ -254,12 +356,12 @@ class Products(TorchDispatchMode):
         return out
 
 
-def saved_bytes(module: nn.Module, bf16: bool, *inputs: tuple[int, ...], **others: Any) -> int:
+def saved_bytes(module: nn.Module, bf16: bool, make_inputs: Callable[[], tuple[Tensor, ...]], **others: Any) -> int:
     """Return the bytes of all tensors that autograd saves in one forward of a module, weights and
     casts among them.
 
-    Nothing is computed: parameters and float32 inputs of these shapes are fake tensors. The
-    operators are those of the CPU; a GPU's fused RMSNorm saves less.
+    Nothing is computed: parameters and what `make_inputs` returns are fake tensors. The operators
+    are those of the CPU; a GPU's fused RMSNorm saves less.
     """
     saved: dict[int, tuple[int, Tensor]] = {}
 
@@ -268,121 +370,99 @@ def saved_bytes(module: nn.Module, bf16: bool, *inputs: tuple[int, ...], **other
         saved[storage._cdata] = storage.nbytes(), tensor  # held, so that no other storage takes its place
         return tensor
 
-    # the table of positions is real, and kept for others: it must not be made in here
     with FakeTensorMode(allow_non_fake_inputs=True):
         parameters = {name: torch.empty(p.shape, requires_grad=True) for name, p in module.named_parameters()}
-        tensors = tuple(torch.empty(shape) for shape in inputs)
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=bf16),
         ):
-            torch.func.functional_call(module, parameters, tensors, others)
+            torch.func.functional_call(module, parameters, make_inputs(), others)
     return sum(size for size, _ in saved.values())
 
 
-class LossOf(nn.Module):
-    """An objective that is called with latents, noise, times and features alone."""
-
-    def __init__(self, objective: FlowMatching) -> None:
-        super().__init__()
-        self.objective = objective
-
-    def forward(self, latents: Tensor, times: Tensor, features: Tensor) -> dict[str, Tensor]:
-        """Return the losses, of class 0."""
-        return self.objective(latents, torch.zeros(len(latents), dtype=torch.long), latents, times, times, features)
-
-
-def activation_bytes(objective: FlowMatching, shape: tuple[int, int, int], bf16: bool) -> int:
+def activation_bytes(objective: Objective, shape: tuple[int, int, int], bf16: bool) -> int:
     """Return what a training step holds between forward and backward pass, bytes an image, for
     latents (C, H, W).
 
-    It is the difference of two batches, so what does not grow with the batch is not in it. Of a
-    stack's blocks, which all save the same, one and two are run and the others added. With
+    It is the difference of two batches, so what does not grow with the batch is not in it. With
     activation checkpointing it is the blocks' inputs, and what the one block saves that is computed
     again; with selective checkpointing also what its products return.
     """
     kind = blocks(objective)[0].activation_checkpointing
     if kind == "selective":
         objective = with_checkpointing(objective, True)
-    first, alignment = stacks(objective)[0], objective.alignment
+    denoiser, alignment, first = objective.denoiser, objective.alignment, stacks(objective)[0]
     height, width = shape[1] // first.patch_size, shape[2] // first.patch_size
+    # the table of positions is real, and kept for others: it must not be made of fake tensors
     at = positions(first.head_dim, height, width, torch.device("cpu"))
-    grid, channels = (1, 1), 1
+    tokens, channels = 1, 1  # of the features
     if isinstance(alignment, AlignmentLoss):
-        grid, channels = alignment.grid, list(alignment.projector.parameters())[-1].numel()
+        tokens, channels = math.prod(alignment.grid), list(alignment.projector.parameters())[-1].numel()
 
-    def loss(*depths: int) -> int:
-        shallow = LossOf(copy.deepcopy(objective))
-        for stack, depth in zip(stacks(shallow), depths, strict=True):
-            stack.blocks = stack.blocks[:depth]
-        small, large = (
-            saved_bytes(shallow, bf16, (batch, *shape), (batch,), (batch, grid[0] * grid[1], channels))
-            for batch in (2, 4)
-        )
-        return (large - small) // 2
+    def of_loss(batch: int) -> int:
+        def inputs() -> tuple[Tensor, ...]:
+            latents, times = torch.empty(batch, *shape), torch.empty(batch)
+            classes = torch.zeros(batch, dtype=torch.long)
+            return latents, classes, latents, times, times, torch.empty(batch, tokens, channels)
 
-    def block(batch: int, stack: BlockStack, products: bool) -> int:
-        tokens, last = (batch, height * width, objective.denoiser.hidden_size), copy.deepcopy(blocks(stack)[-1])
+        return saved_bytes(objective, bf16, inputs)
+
+    def of_block(batch: int, stack: BlockStack, products: bool) -> int:
+        last, size = copy.deepcopy(blocks(stack)[-1]), denoiser.hidden_size
         last.activation_checkpointing = False
-        per_token = objective.denoiser.shares_encoder and stack is stacks(objective)[-1]
+        per_token = denoiser.shares_encoder and stack is stacks(objective)[-1]
+        c = (batch, height * width if per_token else 1, size)
         with Products() as returned:
-            saved = saved_bytes(last, bf16, tokens, tokens if per_token else (batch, 1, tokens[2]), at=at)
+            saved = saved_bytes(last, bf16, lambda: (torch.empty(batch, height * width, size), torch.empty(c)), at=at)
         return returned.bytes if products else saved
 
-    def each(stack: BlockStack, products: bool) -> int:
-        return (block(4, stack, products) - block(2, stack, products)) // 2
+    def each(function: Callable[..., int], *arguments: Any) -> int:
+        return (function(4, *arguments) - function(2, *arguments)) // 2
 
-    depths = [len(stack.blocks) for stack in stacks(objective)]
-    ones = [1] * len(depths)
-    base = found = loss(*ones)
-    for place, depth in enumerate(depths):
-        if depth > 1:
-            found += (depth - 1) * (loss(*(number + (k == place) for k, number in enumerate(ones))) - base)
+    found = each(of_loss)
     if kind:
-        found += each(stacks(objective)[-1], products=False)
+        found += each(of_block, stacks(objective)[-1], False)
     if kind == "selective":
-        found += sum(len(stack.blocks) * each(stack, products=True) for stack in stacks(objective))
+        found += sum(len(stack.blocks) * each(of_block, stack, True) for stack in stacks(objective))
     return found
 
 
 def memory(recipe: Recipe) -> dict[str, float]:
     """Return the bytes that each device holds at the end of a forward pass, by what they are.
 
-    Weights, gradients, optimizer and averages are float32. Not in it: what kernels and the
-    allocator need beside, the CUDA context, and encoding and decoding, which come when no
-    activations are held.
+    Weights, gradients, optimizer and EMA are float32. Not in it: what kernels and the allocator
+    need beside, the CUDA context, and encoding and decoding, which come when no activations are
+    held.
     """
-    trainer, sharded = recipe.trainer, recipe.trainer.parallelism == "fsdp"
-    trained, averaged = count(recipe.objective), count(recipe.objective.denoiser)
-    averages = len(ema_rules(trainer.ema_decay, trainer.ema_decays, trainer.ema_powers))
+    trained, sharded = count(recipe.objective), recipe.trainer.parallelism == "fsdp"
     parts = recipe.gpus if sharded else 1
     cast = [layer for layer in recipe.objective.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     block = max(map(count, blocks(recipe.objective)))
-    micro, _ = trainer.micro_batches(recipe.gpus)
+    micro, _ = recipe.trainer.micro_batches(recipe.gpus)
     found = {
         "weights": FLOAT * trained / parts,
         "gradients": FLOAT * trained / parts,
         "AdamW moments": 2 * FLOAT * trained / parts,
-        "averages": FLOAT * averages * averaged / parts,
+        "EMA weights": FLOAT * recipe.num_emas * count(recipe.objective.denoiser) / parts,
         # DDP exchanges gradients in buckets of its own; a sharded network gathers the next block
         # beside the present one
         "buckets of DDP": FLOAT * trained if recipe.gpus > 1 and not sharded else 0,
         "gathered by FSDP": FLOAT * (outside_blocks(recipe.objective) + 3 * block) if sharded else 0,
         "bf16 copies of weights": HALF * sum(map(count, cast)) if recipe.bf16 else 0,
-        "alignment target": FLOAT * count(None if recipe.target is None else recipe.target.network),
-        "autoencoder": FLOAT * count(getattr(recipe.autoencoder, "network", None)),
+        "alignment target": FLOAT * count(recipe.target and recipe.target.network),
+        "autoencoder": FLOAT * count(recipe.autoencoder.network),
         "activations": micro * activation_bytes(recipe.objective, recipe.shape, recipe.bf16),
     }
     return {**{name: math.ceil(size) for name, size in found.items()}, "total": sum(map(math.ceil, found.values()))}
 
 
-def outside_blocks(objective: FlowMatching) -> int:
+def outside_blocks(objective: Objective) -> int:
     """Return the parameters that are in no block."""
     return count(objective) - sum(map(count, blocks(objective)))
 
 
 def ways_to_fit(recipe: Recipe, found: dict[str, float], limit: float) -> str:
-    """Return the settings that make a recipe fit which holds `found` bytes where `limit` are there."""
+    """Return the settings by which a recipe that holds `found` bytes fits into `limit`."""
     micro, _ = recipe.trainer.micro_batches(recipe.gpus)
     share = recipe.trainer.global_batch_size // recipe.gpus
     rest = found["total"] - found["activations"]
@@ -406,7 +486,7 @@ def ways_to_fit(recipe: Recipe, found: dict[str, float], limit: float) -> str:
     return ", or ".join(ways)
 
 
-# --- disk and wires
+# --- disk and network
 
 
 def saved_steps(trainer: TrainerSettings) -> list[int]:
@@ -428,22 +508,17 @@ def disk(recipe: Recipe) -> dict[str, float | None]:
     latent cache it reads.
 
     `run` has the checkpoints that stay and the snapshots; while one is saved there is one more.
-    `cache`: moments in float16, None where nothing is cached or nobody knows how many images there
-    are.
+    `cache`: moments in float16, None where nothing is cached or the number of images is unknown.
     """
-    trainer = recipe.trainer
-    trained, averaged = count(recipe.objective), count(recipe.objective.denoiser)
-    averages = len(ema_rules(trainer.ema_decay, trainer.ema_decays, trainer.ema_powers))
-    checkpoint = FLOAT * (3 * trained + averages * averaged)
-    every = trainer.snapshot_every
-    snapshots = -(-trainer.max_steps // every) if every else 0  # the last step's among them
-    channels = (2 if recipe.autoencoder.stochastic else 1) * recipe.shape[0]
-    record = HALF * channels * recipe.shape[1] * recipe.shape[2]
+    trainer, averaged = recipe.trainer, FLOAT * count(recipe.objective.denoiser)
+    checkpoint = 3 * FLOAT * count(recipe.objective) + recipe.num_emas * averaged
+    snapshots = -(-trainer.max_steps // trainer.snapshot_every) if trainer.snapshot_every else 0  # the last step's too
+    record = HALF * (2 if recipe.autoencoder.stochastic else 1) * math.prod(recipe.shape)
     kept = len(saved_steps(trainer))
     return {
         "checkpoint": checkpoint,
         "checkpoints": kept,
-        "run": kept * checkpoint + snapshots * len(trainer.ema_powers) * FLOAT * averaged,
+        "run": kept * checkpoint + snapshots * len(trainer.ema_powers) * averaged,
         "record": record if recipe.cached else None,
         "cache": record * recipe.num_images if recipe.cached and recipe.num_images is not None else None,
     }
@@ -468,66 +543,44 @@ def exchanged_bytes(recipe: Recipe) -> float:
 # --- the whole
 
 
-def hours(work: float, rate: float | None, gpus: int) -> float | None:
-    """Return the hours that `work` FLOPs take on devices of `rate` FLOP/s, None where that is not
-    known.
-    """
-    return None if rate is None else work / (rate * gpus) / 3600
-
-
 def estimate(recipe: Recipe, rate: Rate) -> dict[str, Any]:
-    """Return all that is told of a recipe, as plain values: counts, FLOPs, bytes, hours."""
-    denoiser, trainer = recipe.objective.denoiser, recipe.trainer
-    encoder = count(denoiser.get_submodule("encoder")) if denoiser.shares_encoder else 0
+    """Return what is reported of a recipe, as plain values: counts, FLOPs, bytes, hours."""
+    denoiser, trainer, gpus = recipe.objective.denoiser, recipe.trainer, recipe.gpus
+    encoder = count(denoiser.encoder) if denoiser.shares_encoder else 0
     work, held = flops(recipe), memory(recipe)
     images = trainer.max_steps * trainer.global_batch_size
     fits = None if rate.memory is None else held["total"] <= rate.memory
-    training, sampling = (
-        hours(work[key], speed, recipe.gpus)
-        for key, speed in (("all_training", rate.training), ("all_sampling", rate.sampling))
-    )
-    micro, num_micro = trainer.micro_batches(recipe.gpus)
+    hours = {
+        name: None if speed is None else work[f"all_{name}"] / (speed * gpus) / 3600
+        for name, speed in (("training", rate.training), ("sampling", rate.sampling))
+    }
+    micro, num_micro = trainer.micro_batches(gpus)
     return {
         "parameters": {
-            "denoiser": count(denoiser),
-            "encoder": encoder,
-            "decoder": count(denoiser) - encoder,
-            "projector": count(recipe.objective.alignment),
-            "target": count(None if recipe.target is None else recipe.target.network),
-            "autoencoder": count(getattr(recipe.autoencoder, "network", None)),
+            "denoiser": count(denoiser), "encoder": encoder, "decoder": count(denoiser) - encoder,
+            "projector": count(recipe.objective.alignment), "target": count(recipe.target and recipe.target.network),
+            "autoencoder": count(recipe.autoencoder.network),
         },
         "flops": work,
         "memory": {
-            **held,
-            "device": rate.memory,
-            "fits": fits,
+            **held, "device": rate.memory, "fits": fits,
             "fix": ways_to_fit(recipe, held, rate.memory) if rate.memory is not None and not fits else None,
         },
         "time": {
-            "rate": rate.source,
-            "measured": rate.measured,
-            "training_flops_per_second": rate.training,
-            "sampling_flops_per_second": rate.sampling,
-            "images_per_second": None if training is None else images / (3600 * training),
-            "training_hours": training,
-            "training_gpu_hours": None if training is None else recipe.gpus * training,
-            "sampling_hours": sampling,
-            "sampling_gpu_hours": None if sampling is None else recipe.gpus * sampling,
+            "rate": rate.source, "measured": rate.measured,
+            "training_flops_per_second": rate.training, "sampling_flops_per_second": rate.sampling,
+            "images_per_second": None if hours["training"] is None else images / (3600 * hours["training"]),
+            **{f"{name}_hours": each for name, each in hours.items()},
+            **{f"{name}_gpu_hours": None if each is None else gpus * each for name, each in hours.items()},
         },
-        "disk": disk(recipe),
-        "exchanged_bytes": exchanged_bytes(recipe),
-        "gpus": recipe.gpus,
-        "micro_batch_size": micro,
-        "micro_batches": num_micro,
-        "steps": trainer.max_steps,
-        "global_batch_size": trainer.global_batch_size,
+        "disk": disk(recipe), "exchanged_bytes": exchanged_bytes(recipe), "gpus": gpus, "micro_batch_size": micro,
+        "micro_batches": num_micro, "steps": trainer.max_steps, "global_batch_size": trainer.global_batch_size,
         "epochs": None if recipe.num_images is None else images / recipe.num_images,
-        "num_samples": recipe.num_samples,
-        "cached": recipe.cached,
-    }
+        "num_samples": recipe.num_samples, "cached": recipe.cached,
+    }  # fmt: skip
 
 
-# --- words
+# --- the report
 
 
 def si(value: float, unit: str) -> str:
@@ -539,7 +592,7 @@ def si(value: float, unit: str) -> str:
     return f"{value / 1000**power:.3g} {prefixes[power]}{unit}"
 
 
-def plain(value: float) -> str:
+def number(value: float) -> str:
     """Return a number with three digits, or with all before the point."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
@@ -548,67 +601,46 @@ def duration(each: float | None, gpus: int) -> str:
     """Return hours on all devices as hours, days and GPU hours."""
     if each is None:
         return "not known"
-    days, all_hours = plain(each / 24), plain(each * gpus)
-    return f"{plain(each)} hours = {days} days on {gpus} GPU{'s' * (gpus > 1)}, {all_hours} GPU hours"
-
-
-def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return an estimate as rows of a name and what is said of it; a name of "" goes on with the
-    row before.
-    """
-    p, work, held, time, disk = (found[key] for key in ("parameters", "flops", "memory", "time", "disk"))
-    halves = f" (encoder {p['encoder']:,}, decoder {p['decoder']:,})" if p["encoder"] else ""
-    frozen = [f"{name} {p[key]:,}" for name, key in (("alignment target", "target"), ("autoencoder", "autoencoder"))
-              if p[key]]  # fmt: skip
-    step = [f"{si(work['training'], 'FLOP')} an image"]
-    step += [f"{si(work['target'], 'FLOP')} in the alignment's target"] if work["target"] else []
-    step += [f"{si(work['recomputed'], 'FLOP')} computed again"] if work["recomputed"] else []
-    epochs = "" if found["epochs"] is None else f", {found['epochs']:.4g} epochs"
-    gpus, micro = found["gpus"], found["micro_batches"]
-    batch = f"{found['micro_batch_size']} images" + (f" {micro} times" if micro > 1 else "") + " a step"
-    parts = {name: size for name, size in held.items() if name not in ("total", "device", "fits", "fix") and size}
-    limit = "" if held["device"] is None else f" of {si(held['device'], 'B')}"
-    fits = {None: "device unknown: give memory_gb=", True: "fits", False: f"DOES NOT FIT; give {held['fix']}"}
-    speed = time["images_per_second"]
-    rows = [
-        ("parameters", f"{p['denoiser']:,}{halves}" + (f", projector {p['projector']:,}" if p["projector"] else "")),
-        *([("frozen", ", ".join(frozen))] if frozen else []),
-        ("forward", f"{si(work['forward'], 'FLOP')} an image"),
-        ("training step", " + ".join(step)),
-        ("whole training", f"{found['steps']:,} steps of {found['global_batch_size']}{epochs}: "
-                           f"{si(work['all_training'], 'FLOP')}"),
-        ("memory", f"{si(held['total'], 'B')}{limit} on each GPU, {batch}: {fits[held['fits']]}"),
-        *(("", f"{name} {si(size, 'B')}") for name, size in parts.items()),
-        ("rate", time["rate"]),
-        ("training", duration(time["training_hours"], gpus)
-                     + ("" if speed is None else f", {plain(speed)} images/s")),
-        ("sampling", f"{found['num_samples']:,} images of {si(work['sampling'], 'FLOP')}: "
-                     f"{duration(time['sampling_hours'], gpus)}"),
-    ]  # fmt: skip
-    if gpus > 1:
-        sent = f"each GPU sends {si(found['exchanged_bytes'], 'B')} a step"
-        rows.append(("", f"assumed: {gpus} GPUs are {gpus} times as fast as one; {sent}, which is not counted"))
-    if work["encode"]:
-        where = "once, for the cache" if found["cached"] else "in each step; a latent cache saves it"
-        rows.append(("autoencoder", f"encodes an image in {si(work['encode'], 'FLOP')} ({where}), decodes it in "
-                                    f"{si(work['decode'], 'FLOP')}: in no time above"))  # fmt: skip
-    number = disk["checkpoints"]
-    rows.append(("disk", f"{si(disk['checkpoint'], 'B')} a checkpoint, {si(disk['run'], 'B')} in all with {number} "
-                         f"checkpoint{'s' * (number > 1)}"))  # fmt: skip
-    if found["cached"]:
-        whole = "how many images is not known" if disk["cache"] is None else f"{si(disk['cache'], 'B')} in all"
-        rows.append(("latent cache", f"{si(disk['record'], 'B')} an image, {whole}"))
-    return rows
+    days, all_hours = number(each / 24), number(each * gpus)
+    return f"{number(each)} hours = {days} days on {gpus} GPU{'s' * (gpus > 1)}, {all_hours} GPU hours"
 
 
 def report(found: dict[str, Any]) -> str:
-    """Return an estimate as an aligned table."""
-    rows = rows_of(found)
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
-
-
-def require_known(value: Any, key: str, data: str) -> None:
-    """Raise UserError where a data set does not tell a value without being opened."""
-    if value is None:
-        raise UserError(f"{key}: data={data} does not tell it without being opened; give {key}=")
+    """Return an estimate as an aligned table; a line without a name belongs to the one before."""
+    p, work, held, time, disk = (found[key] for key in ("parameters", "flops", "memory", "time", "disk"))
+    halves = f" (encoder {p['encoder']:,}, decoder {p['decoder']:,})" if p["encoder"] else ""
+    frozen = {"alignment target": p["target"], "autoencoder": p["autoencoder"]}
+    step = {"an image": work["training"], "in the alignment's target": work["target"],
+            "computed again": work["recomputed"]}  # fmt: skip
+    epochs = "" if found["epochs"] is None else f", {found['epochs']:.4g} epochs"
+    gpus, micro, kept = found["gpus"], found["micro_batches"], disk["checkpoints"]
+    batch = f"{found['micro_batch_size']} images" + (f" {micro} times" if micro > 1 else "") + " a step"
+    limit = "" if held["device"] is None else f" of {si(held['device'], 'B')}"
+    fits = {None: "device unknown: give memory_gb=", True: "fits", False: f"DOES NOT FIT; give {held['fix']}"}
+    speed = "" if time["images_per_second"] is None else f", {number(time['images_per_second'])} images/s"
+    rows = [
+        ("parameters", f"{p['denoiser']:,}{halves}" + (f", projector {p['projector']:,}" if p["projector"] else "")),
+        ("frozen", ", ".join(f"{name} {value:,}" for name, value in frozen.items() if value)),
+        ("forward", f"{si(work['forward'], 'FLOP')} an image"),
+        ("training step", " + ".join(f"{si(value, 'FLOP')} {name}" for name, value in step.items() if value)),
+        ("whole training", f"{found['steps']:,} steps of {found['global_batch_size']}{epochs}: "
+                           f"{si(work['all_training'], 'FLOP')}"),
+        ("memory", f"{si(held['total'], 'B')}{limit} on each GPU, {batch}: {fits[held['fits']]}"),
+        *(("", f"{name} {si(size, 'B')}") for name, size in held.items()
+          if name not in ("total", "device", "fits", "fix") and size),
+        ("rate", time["rate"]),
+        ("training", duration(time["training_hours"], gpus) + speed),
+        ("sampling", f"{found['num_samples']:,} images of {si(work['sampling'], 'FLOP')}: "
+                     f"{duration(time['sampling_hours'], gpus)}"),
+        ("", f"assumed: {gpus} GPUs are {gpus} times as fast as one; each GPU sends "
+             f"{si(found['exchanged_bytes'], 'B')} a step, which is not counted" if gpus > 1 else ""),
+        ("autoencoder", f"encodes an image in {si(work['encode'], 'FLOP')} "
+                        f"({'once, for the cache' if found['cached'] else 'in each step; a latent cache saves it'}), "
+                        f"decodes it in {si(work['decode'], 'FLOP')}: in no time above" if work["encode"] else ""),
+        ("disk", f"{si(disk['checkpoint'], 'B')} a checkpoint, {si(disk['run'], 'B')} in all with {kept} "
+                 f"checkpoint{'s' * (kept > 1)}"),
+    ]  # fmt: skip
+    if found["cached"]:
+        whole = "how many images is not known" if disk["cache"] is None else f"{si(disk['cache'], 'B')} in all"
+        rows.append(("latent cache", f"{si(disk['record'], 'B')} an image, {whole}"))
+    return "\n".join(f"{name:<14}  {text}" for name, text in rows if text)

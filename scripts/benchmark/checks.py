@@ -1,35 +1,49 @@
-"""What must hold on a device: functions from the place of a check to its findings, which
-scripts/benchmark/gpu_check.py runs.
+"""What must hold on a device: functions from a `Place` to findings, which gpu_check.py runs.
 
-Errors of vectors are relative, ‖a − b‖ / ‖b‖, over all their values. Shapes: B batch, C channels, H
-W size.
+The first ones compare numbers in this process; the others go through the entry points, each in a
+process with a time limit, and write under `Place.out`. Errors of vectors are relative,
+‖a − b‖ / ‖b‖, over all their values. Shapes: B batch, C channels, H W size.
 """
 
 import contextlib
 import copy
 import dataclasses
+import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import hydra
+import numpy as np
 import torch
-from omegaconf import OmegaConf
+import yaml
 from torch import Tensor, nn
 
 import ddt
-from ddt.cli import CONF, composing
-from ddt.config import build
+from ddt.checkpoint import folder as ckpt
+from ddt.config import locate
+from ddt.data.images import FASHION_ROOTS
+from ddt.data.photos import PHOTOS, photo
 from ddt.distributed.compile import compile_blocks
+from ddt.errors import UserError
 from ddt.objective import FlowMatching
+from ddt.training.stopping import read_status
+from ddt.training.tracking import read_rows
 from scripts.benchmark import golden
 from scripts.benchmark.parts import CHANNELS, CLASSES, without_zeros
 
+ROOT = Path(__file__).resolve().parents[2]
 FLOAT32 = 1e-4  # of rounding through a deep network; TF32 gives 1e-3
 BF16 = (1e-3, 3e-2)  # below it nothing was rounded to bf16, above it more than operands
 BF16_LATENTS = (1e-4, 3e-2)  # which are for the most part the noise
+BF16_LOSS = 1e-2  # two halves of a batch round to bf16 in other places
+TRAINING_MINUTES = 2  # of the benchmark stage, for the short training
+GRACE = 30  # seconds that a process which began in time may still take
 Dtype = Literal["fp32", "bf16"]
 
 
@@ -47,83 +61,58 @@ class Finding:
     high: float | None = None
 
     @property
-    def sound(self) -> bool:
-        """Whether the value lies within its bounds; what is no number lies in none."""
+    def result(self) -> Literal["measured", "passed", "failed"]:
+        """Whether the value lies within its bounds; NaN lies in none."""
         if self.low is None and self.high is None:
-            return True
+            return "measured"
         value = float(self.value)
-        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+        inside = (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+        return "passed" if inside else "failed"
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How large the networks of the checks are.
+    """How large the networks of the checks are."""
 
-    models: the small and the large one, of conf/model. changes: to both. latent_size, batch_size:
-    of their inputs.
-    image_size: of the autoencoder's and the target's images. vae_channels: of its levels, in
-    vae_groups. target: a name of timm's. run: settings of the runs of train.py on digits, which end
-    at twice `steps`. benchmarks: what scripts/benchmark/__main__.py gets, by name, after its share
-    of the time. short: settings of the short training.
-    digits_alone: whether that looks for no larger pictures.
-    """
-
-    models: tuple[str, str]
-    changes: tuple[str, ...]
-    latent_size: int
+    models: tuple[str, str]  # the small and the large one, of conf/model
+    changes: dict[str, int]  # to both
+    latent_size: int  # of their inputs
     batch_size: int
-    image_size: int
-    vae_channels: tuple[int, int, int, int]
-    vae_groups: int
-    target: str
-    run: tuple[str, ...]
+    image_size: int  # of the autoencoder's and the target's images
+    vae: dict[str, Any]  # changes to SD-VAE's configuration
+    target: str  # a timm model
+    run: tuple[str, ...]  # settings of the runs of train.py on digits, which end at twice `steps`
     steps: int
-    benchmarks: dict[str, tuple[float, tuple[str, ...]]]
-    short: tuple[str, ...]
-    digits_alone: bool
+    benchmarks: dict[str, tuple[float, tuple[str, ...]]]  # name → share of the time, settings
+    short: tuple[str, ...]  # settings of the short training
+    digits_alone: bool  # whether that looks for no larger images
 
 
 FAST = ("dtype=bf16", "compile=true", "batch_size=max")
 FEW = ("parts=[sampling,training]", "sampling_batch_sizes=[32]", "num_steps=20", "ratios=[0,0.8]", "repeats=3")
-MOST = "[training,forward,sampling,target,autoencoder,average,optimizer,activations,candidates]"
-TINY = ("parts=[forward,optimizer]", "align_depth=1", "repeats=1")
-SMALL = ("model.hidden_size=32", "model.num_heads=2", "model.depth=2", "model.encoder_depth=1")
+MOST = "parts=[training,forward,sampling,ema,optimizer,activations]"
+TINY = ("parts=[forward,optimizer]", "align_depth=1", "repeats=1", "latent_size=8", "batch_size=2")
+SMALL = {"hidden_size": 32, "num_heads": 2, "depth": 2, "encoder_depth": 1}
+SMALL_RUN = ("model.patch_size=4", *(f"model.{key}={value}" for key, value in SMALL.items()))
 SIZES = {
     "full": Size(
-        models=("b_8en4de", "xl_22en6de"),
-        changes=(),
-        latent_size=32,
-        batch_size=4,
-        image_size=256,
-        vae_channels=(128, 256, 512, 512),
-        vae_groups=32,
-        target="vit_base_patch14_dinov2.lvd142m",
-        run=("trainer.global_batch_size=64",),
-        steps=10,
+        models=("b_8en4de", "xl_22en6de"), changes={}, latent_size=32, batch_size=4, image_size=256, vae={},
+        target="vit_base_patch14_dinov2.lvd142m", run=("trainer.global_batch_size=64",), steps=10,
         benchmarks={
             "xl": (0.5, ("model=xl_22en6de", *FAST, *FEW)),
-            "b": (0.3, ("model=b_8en4de", *FAST, "sampling_batch_sizes=[1,32]", f"parts={MOST}")),
+            "b": (0.3, ("model=b_8en4de", *FAST, "sampling_batch_sizes=[1,32]", MOST)),
             "l": (0.2, ("model=l_20en4de", *FAST, *FEW)),
         },
-        short=("trainer.max_steps=1000", "trainer.warmup_steps=100"),
-        digits_alone=False,
+        short=("trainer.max_steps=1000", "trainer.warmup_steps=100"), digits_alone=False,
     ),
     "tiny": Size(
-        models=("nano", "nano"),
-        changes=SMALL,
-        latent_size=8,
-        batch_size=2,
-        image_size=32,
-        vae_channels=(8, 8, 8, 8),
-        vae_groups=4,
-        target="vit_tiny_patch16_224.augreg_in21k",
-        run=("trainer.global_batch_size=8", "model.patch_size=4", *SMALL),
-        steps=2,
-        benchmarks={"b": (1, ("model=nano", "latent_size=8", "batch_size=2", "dtype=fp32", "compile=false", *TINY))},
-        short=("trainer.max_steps=40", "trainer.warmup_steps=0", "model.patch_size=4", *SMALL),
-        digits_alone=True,
+        models=("nano", "nano"), changes=SMALL, latent_size=8, batch_size=2, image_size=32,
+        vae={"block_out_channels": [8] * 4, "norm_num_groups": 4}, target="vit_tiny_patch16_224.augreg_in21k",
+        run=("trainer.global_batch_size=8", *SMALL_RUN), steps=2,
+        benchmarks={"b": (1, ("model=nano", "dtype=fp32", "compile=false", *TINY))},
+        short=("trainer.max_steps=40", "trainer.warmup_steps=0", *SMALL_RUN), digits_alone=True,
     ),
-}
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +131,9 @@ class Place:
     def left(self) -> float:
         """Return the seconds that the stage has left."""
         return self.deadline - time.monotonic()
+
+
+# --- numbers
 
 
 def relative(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
@@ -164,26 +156,25 @@ def of_tolerance(a: Tensor, b: Tensor, rtol: float, atol: float) -> float:
 
 def network_of(place: Place, name: str, device: torch.device) -> ddt.DDT:
     """Return a network of conf/model with random weights, also where a new one starts at zero."""
-    with composing(CONF):
-        overrides = [f"model={name}", *place.size.changes]
-        settings: Any = OmegaConf.to_container(hydra.compose("train", overrides).model, resolve=True)
+    settings = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text()) | place.size.changes
     torch.manual_seed(0)
     with device:
-        return without_zeros(build(settings)(in_channels=CHANNELS, num_classes=CLASSES))
+        build = locate(settings.pop("_target_"))
+        return without_zeros(build(**settings, in_channels=CHANNELS, num_classes=CLASSES))
 
 
 def batch_of(place: Place, device: torch.device) -> dict[str, Tensor]:
-    """Return a training batch: latents, noise (B, C, H, W), y, time_normal, dropout_uniform (B,)."""
+    """Return a training batch: latents and noise (B, C, H, W), and the other arguments (B,)."""
     generator = torch.Generator().manual_seed(1)
     batch, side = place.size.batch_size, place.size.latent_size
-    drawn = {
+    values = {
         "latents": torch.randn(batch, CHANNELS, side, side, generator=generator),
         "noise": torch.randn(batch, CHANNELS, side, side, generator=generator),
         "y": torch.randint(CLASSES, (batch,), generator=generator),
         "time_normal": torch.randn(batch, generator=generator),
         "dropout_uniform": torch.rand(batch, generator=generator),
     }
-    return {key: value.to(device) for key, value in drawn.items()}
+    return {key: value.to(device) for key, value in values.items()}
 
 
 def autocast(device: torch.device, dtype: Dtype) -> torch.autocast:
@@ -218,7 +209,7 @@ def gradients(network: ddt.DDT, batch: dict[str, Tensor], dtype: Dtype = "fp32")
 
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
-    """Let float32 mean float32 for a while: no TF32, in products or in convolutions."""
+    """Compute float32 products and convolutions without TF32 inside."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -229,9 +220,10 @@ def exact() -> Iterator[None]:
 
 
 def golden_case(device: torch.device, name: str, number: int) -> tuple[float, float]:
-    """Return what a network's outputs and its gradient norms differ by, as shares of the tolerance."""
-    network = golden.network(name).to(device)
-    io = golden.case(name, number)
+    """Return the errors of a network's outputs and of its gradient norms, as shares of the
+    tolerance.
+    """
+    network, io = golden.network(name).to(device), golden.case(name, number)
     x, t, y, shared, target = (io[key].to(device) for key in ("x", "t", "y", "x_shared", "target"))
     z, v = network.encode(x, t, y), network(x, t, y)
     loss = (v - target).square().mean()
@@ -270,8 +262,8 @@ def golden_numbers(place: Place) -> list[Finding]:
     ]
 
 
-def against_cpu(place: Place) -> list[Finding]:
-    """Compare the small model's velocity, gradients and samples with those of the CPU, in float32."""
+def device_against_cpu(place: Place) -> list[Finding]:
+    """Compare the small model's float32 velocity, gradients and samples with those of the CPU."""
     cpu = torch.device("cpu")
     wanted = network_of(place, place.size.models[0], cpu)
     network = copy.deepcopy(wanted).to(place.device)
@@ -284,16 +276,11 @@ def against_cpu(place: Place) -> list[Finding]:
 
 
 def bf16_against_fp32(place: Place) -> list[Finding]:
-    """Compare bf16 autocast with float32: velocity, gradients and samples, of the small and the
-    large model.
-    """
-    findings = []
-    batch = batch_of(place, place.device)
+    """Compare bf16 autocast with float32: velocity, gradients and samples of both models."""
+    findings, batch = [], batch_of(place, place.device)
     for name in dict.fromkeys(place.size.models):
         network = network_of(place, name, place.device)
-        v, latents = (
-            relative([function(network, batch, "bf16")], [function(network, batch)]) for function in (velocity, sampled)
-        )
+        v, latents = (relative([f(network, batch, "bf16")], [f(network, batch)]) for f in (velocity, sampled))
         slopes = relative(gradients(network, batch, "bf16"), gradients(network, batch))
         findings += [
             Finding(f"{name}: velocity", v, *BF16),
@@ -304,20 +291,15 @@ def bf16_against_fp32(place: Place) -> list[Finding]:
     return findings
 
 
-def graphs() -> int:
-    """Return how many graphs have been compiled since the last reset."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
 def compiled_against_eager(place: Place) -> list[Finding]:
-    """Compare compiled blocks with eager ones: velocity and gradients, in both precisions; compile
-    seconds.
+    """Compare compiled blocks with eager ones, in both precisions: velocity, gradients; seconds to
+    compile.
     """
-    findings = []
-    batch = batch_of(place, place.device)
+    findings, batch = [], batch_of(place, place.device)
+    counters = torch._dynamo.utils.counters
     for dtype, bound in (("fp32", FLOAT32), ("bf16", BF16[1])):
         torch.compiler.reset()
-        torch._dynamo.utils.counters.clear()
+        counters.clear()
         eager = network_of(place, place.size.models[0], place.device)
         network = copy.deepcopy(eager)
         compile_blocks(network, dynamic=False)
@@ -327,7 +309,7 @@ def compiled_against_eager(place: Place) -> list[Finding]:
         findings += [
             Finding(f"{dtype} velocity", relative([v], [velocity(eager, batch, dtype)]), high=bound),
             Finding(f"{dtype} gradients", relative(slopes, gradients(eager, batch, dtype)), high=bound),
-            Finding(f"{dtype} graphs compiled", graphs(), low=1),
+            Finding(f"{dtype} graphs compiled", counters["stats"]["unique_graphs"], low=1),
             Finding(f"{dtype} seconds to compile forward and backward", first),
         ]
     torch.compiler.reset()
@@ -351,10 +333,8 @@ def frozen_networks(place: Place) -> list[Finding]:
 
     torch.manual_seed(0)
     size, cpu = place.size, torch.device("cpu")
-    widths = {"block_out_channels": size.vae_channels, "norm_num_groups": size.vae_groups}
-    diffusers.AutoencoderKL.from_config(SD_VAE | widths).save_pretrained(place.scratch / "vae")
-    extractor = timm.create_model(size.target)
-    save_file(random_values(extractor).state_dict(), place.scratch / "target.safetensors")
+    diffusers.AutoencoderKL.from_config(SD_VAE | size.vae).save_pretrained(place.scratch / "vae")
+    save_file(random_values(timm.create_model(size.target)).state_dict(), place.scratch / "target.safetensors")
     found: list[list[Tensor]] = []
     for device in (place.device, cpu):
         generator = torch.Generator().manual_seed(2)
@@ -376,10 +356,214 @@ def frozen_networks(place: Place) -> list[Finding]:
 
 @torch.no_grad()
 def random_values(network: nn.Module) -> nn.Module:
-    """Fill a network of timm with values none of which is a constant that hides an error, and
-    return it.
-    """
+    """Fill a timm network with random values, for constants hide errors; return it."""
     for name, parameter in network.named_parameters():
         scales = parameter.ndim == 1 and not name.endswith("bias")
         parameter.copy_(scales + 0.04 * torch.randn_like(parameter))
     return network
+
+
+# --- entry points
+
+
+def call(place: Place, entry: str, *arguments: str, name: str, seconds: float = 300) -> None:
+    """Run an entry point, a file of the repository or a module, in `Place.out`, its output in
+    runs/logs/NAME.txt; raise RuntimeError with its last line where it fails or takes more than
+    `seconds`, or than the stage has.
+    """
+    log = place.out / "runs" / "logs" / f"{name}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if place.left() <= 0:
+        raise NotRun("out of time")
+    seconds = min(seconds, place.left() + GRACE)
+    what = [str(ROOT / entry)] if entry.endswith(".py") else ["-m", entry]
+    with log.open("w") as file:
+        try:
+            done = subprocess.run(
+                [sys.executable, *what, *arguments], cwd=place.out, stdin=subprocess.DEVNULL, stdout=file,
+                stderr=subprocess.STDOUT, timeout=seconds, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"{entry} took more than {seconds:.0f} s: {log.relative_to(place.out)}") from error
+    if done.returncode:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        raise RuntimeError(f"{entry}: status {done.returncode}: {lines[-1] if lines else 'no output'}")
+
+
+def train(place: Place, name: str, *overrides: str) -> Path:
+    """Train or resume runs/NAME and return its folder."""
+    quiet = ("trainer.validate_every=0", "trainer.preview_every=0", "trainer.num_workers=0", "trainer.save_every=0")
+    call(place, "train.py", *quiet, *overrides, f"name={name}", name=name)
+    return place.out / "runs" / name
+
+
+def on_digits(place: Place, name: str, steps: int, *overrides: str) -> Path:
+    """Train on digits in bf16, at a constant rate, so that a run's end can be moved."""
+    constant = ("trainer.lr_schedule=constant", "trainer.warmup_steps=0", "trainer.log_every=1")
+    settings = ("data=digits", "trainer.mixed_precision=bf16", f"trainer.max_steps={steps}", *constant)
+    return train(place, name, *settings, *place.size.run, *overrides)
+
+
+def uninterrupted(place: Place) -> Path:
+    """Return the run that nothing interrupts, which several checks compare with."""
+    folder = place.out / "runs" / "uninterrupted"
+    if read_status(folder).get("state") != "done":
+        on_digits(place, "uninterrupted", 2 * place.size.steps, "trainer.num_processes=1")
+    return folder
+
+
+def tensors(run: Path, step: int) -> dict[str, Tensor]:
+    """Return weights, EMA weights and the optimizer's state of a checkpoint, by file and name."""
+    folder, found = ckpt.checkpoint_folder(run, step), {}
+    for name in ckpt.weights_names(folder):
+        found |= {f"{name} {key}": value for key, value in ckpt.read_weights(folder, name).items()}
+    for index, values in ckpt.read_train_state(folder)["optimizer"]["state"].items():
+        found |= {f"optimizer {index} {key}": value for key, value in values.items()}
+    return found
+
+
+def resume(place: Place) -> list[Finding]:
+    """Compare k steps, a stop and k more with 2k steps: weights, EMA, optimizer, bit for bit."""
+    steps = place.size.steps
+    for end in (steps, 2 * steps):
+        run = on_digits(place, "resumed", end, "trainer.num_processes=1")
+    found, wanted = tensors(run, 2 * steps), tensors(uninterrupted(place), 2 * steps)
+    assert found.keys() == wanted.keys(), "the same tensors"
+    differ = sum(not torch.equal(found[key], value) for key, value in wanted.items())
+    return [Finding(f"tensors of {len(wanted)} that differ", differ, high=0)]
+
+
+def two_processes(place: Place) -> list[Finding]:
+    """Compare the losses of two processes with those of one."""
+    if place.device.type == "cuda" and torch.cuda.device_count() < 2:
+        raise NotRun("one GPU")
+    steps = 2 * place.size.steps
+    runs = on_digits(place, "two_processes", steps, "trainer.num_processes=2"), uninterrupted(place)
+    pairs = [[row["loss"] for row in read_rows(folder / "metrics.jsonl")] for folder in runs]
+    assert len(pairs[1]) == steps, "a row a step"
+    errors = [abs(a - b) / b for a, b in zip(*pairs, strict=True)]
+    return [Finding(f"losses of {steps} steps: relative error", max(errors), high=BF16_LOSS)]
+
+
+def sampling(place: Place) -> list[Finding]:
+    """Compare sets of images that must be equal: other batch sizes, cached modulations or not,
+    compiled or not; and the default dtype.
+    """
+    images, receipts = {}, {}
+    shared = ("dtype=fp32", "recompute=uniform:5")
+    for name, settings in {
+        "batches_of_4": (*shared, "batch_size=4"),
+        "batches_of_8": (*shared, "batch_size=8"),
+        "uncached": (*shared, "batch_size=8", "cache_gib=0"),
+        "compiled": (*shared, "batch_size=8", "compile=true"),
+        "default": (),
+    }.items():
+        out = place.out / "runs" / "samples" / name
+        common = (f"ckpt={uninterrupted(place)}", f"out={out}", "num_samples=16", "num_steps=10", "num_processes=1")
+        call(place, "sample.py", *common, *settings, name=f"samples_{name}")
+        images[name] = np.load(out / "samples.npz")["arr_0"].astype(int)
+        receipts[name] = json.loads((out / "receipt.json").read_text())
+    assert receipts["batches_of_8"]["cached_modulations_bytes"] > 0, "modulations are cached"
+    wanted, dtype = "bf16" if place.device.type == "cuda" else "fp32", receipts["default"]["request"]["dtype"]
+    eights = images["batches_of_8"]
+    differences = {
+        "batches of 4 and 8": "batches_of_4", "modulations cached and not": "uncached", "compiled and not": "compiled",
+    }  # fmt: skip
+    return [
+        *(
+            Finding(f"{what}: grey levels", int(np.abs(eights - images[name]).max()), high=1)
+            for what, name in differences.items()
+        ),
+        Finding(f"dtype by default is {wanted}, by the receipt {dtype}", float(dtype == wanted), low=1),
+    ]
+
+
+def rate(row: dict[str, Any]) -> str:
+    """Return a row's images a second as they stand in the table."""
+    images = row["images_per_second"]
+    return f"{images:,.0f} images/s" if images >= 100 else f"{images:.3g} images/s"
+
+
+def speed(row: dict[str, Any]) -> str:
+    """Return images a second, share and speed against the plain ways as they stand in the table."""
+    parts = [rate(row)]
+    if row["share_of_matmul"] is not None:
+        parts.append(f"{row['share_of_matmul']:.0%} of a product's rate")
+    if row["way"] != row["base"]:
+        parts.append(f"× {row['ratio']:.2f} of {row['base']}")
+    if row["first"] not in (row["base"], row["way"]):
+        parts.append(f"× {row['ratio_to_first']:.2f} of {row['first']}")
+    return ", ".join(parts)
+
+
+def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return, of each case of training and sampling, the rows of the fastest way that is not plain,
+    and of sampling at each ratio; of each other part the fastest row of all.
+    """
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in rows:
+        if not row.get("images_per_second"):  # not run, or of no images, as the optimizer's step
+            continue
+        key: tuple[str, ...] = (row["part"],)
+        if row["part"] in ("training", "sampling"):
+            if row["way"].startswith("plain"):
+                continue
+            key += (row["case"], row["base"])
+        if key not in found or row["images_per_second"] > found[key]["images_per_second"]:
+            found[key] = row
+    return list(found.values())
+
+
+def benchmark(place: Place, name: str) -> list[Finding]:
+    """Run scripts.benchmark and return the fastest way of each part."""
+    out = place.out / f"benchmark_{name}"
+    share, chosen = place.size.benchmarks[name]
+    minutes = share * max(place.minutes - TRAINING_MINUTES, 1)
+    settings = (*chosen, f"minutes={minutes:g}", f"out={out}")
+    file, problem = out / "benchmark.json", ""
+    try:
+        call(place, "scripts.benchmark", *settings, name=f"benchmark_{name}", seconds=60 * minutes + GRACE)
+    except RuntimeError as error:  # what was measured before is reported
+        if not file.is_file():
+            raise
+        problem = str(error)
+    rows = json.loads(file.read_text())["rows"]
+    findings = [Finding(f"{row['part']}, {row['case']}, {row['way']}", speed(row)) for row in best(rows)]
+    findings += [Finding(f"{row['part']}: not run: {row['not_run']}", "–") for row in rows if "not_run" in row]
+    return findings + ([Finding(problem, 1, high=0)] if problem else [])
+
+
+def short_training_data(place: Place) -> tuple[str, tuple[str, ...]]:
+    """Return name and settings of the short training's data: Fashion-MNIST where its files are,
+    else nine photos where scikit-image is, as pixels, else digits.
+    """
+    if place.size.digits_alone:
+        return "digits", ("data=digits",)
+    for root in FASHION_ROOTS:
+        if any(root.glob("train-images-idx3-ubyte*")):
+            return "fashion_mnist", ("experiment=fashion_mnist", f"data.root={root.absolute()}")
+    try:
+        for name in PHOTOS:
+            photo(name)
+    except UserError:
+        return "digits", ("data=digits",)
+    return "photos", ("data=photos", "model.patch_size=8")
+
+
+def short_training(place: Place) -> list[Finding]:
+    """Train on real images in bf16 and sample a grid, OUT/grid.png."""
+    name, settings = short_training_data(place)
+    rules = ("trainer.mixed_precision=bf16", "trainer.num_processes=1", "trainer.log_every=10", *place.size.short)
+    run = train(place, "training", *settings, *rules)
+    rows = read_rows(run / "metrics.jsonl")
+    losses = [row["loss"] for row in rows]
+    part = max(1, len(losses) // 10)  # a tenth of the rows: one is the mean of ten steps
+    first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
+    samples = run / "samples"
+    call(place, "sample.py", f"ckpt={run}", f"out={samples}", "num_processes=1", name="samples_training")
+    shutil.copyfile(samples / "grid.png", place.out / "grid.png")
+    return [
+        Finding(f"{name}: last loss over first ({last:.3f} over {first:.3f})", last / first, high=0.9),
+        Finding(f"{name}: steps skipped", rows[-1]["skipped_steps"], high=0),
+        Finding(f"{name}: training", rate(rows[-1])),
+    ]

@@ -1,29 +1,24 @@
-"""Measure an evaluation's stages: features against the bare Inception network in turns, and the
-metrics of 50,000 rows.
+"""Time an evaluation's stages: feature extraction against the bare Inception network in turns, and
+the metrics of 50,000 rows.
 
-python scripts/benchmark/evaluation.py [inception_weights=FILE] [out=FOLDER]
+python -m scripts.benchmark.evaluation [inception_weights=FILE] [out=FOLDER]
 """
 
+import dataclasses
+import functools
 import logging
 import os
 import resource
-import shlex
 import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import torch
-from omegaconf import DictConfig
-from torch import nn
+from accelerate import Accelerator
 
-from ddt.cli import arguments_for, checked, entry_point
+from ddt.cli import command
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require
 from ddt.files import write_json
@@ -34,22 +29,31 @@ from ddt.metrics.inception import NUM_CLASSES, NUM_POOL, NUM_SPATIAL, InceptionF
 from ddt.metrics.precision_recall import precision_recall
 from ddt.metrics.reference import Reference
 from ddt.metrics.scores import Prepared, nearest, score
-from ddt.receipts import circumstances
+from ddt.receipts import circumstances, command_line
+from scripts.benchmark.timing import seconds_of
 
 log = logging.getLogger(__name__)
-SIDE = 256
+SIDE = 256  # pixels
 
 
-def check(
-    num_images: int, rounds: int, num_vectors: int, num_reference: int, batch_size: int, inception_weights: str | None,
-    out: str | None,
-) -> None:  # fmt: skip
-    """Refuse settings that cannot be."""
-    counts = {"num_images": num_images, "rounds": rounds, "batch_size": batch_size}
-    for key, value in counts.items():
-        require(value >= 1, f"{key}={value}: must be at least 1")
-    for key, value in {"num_vectors": num_vectors, "num_reference": num_reference}.items():
-        require(value >= 5, f"{key}={value}: precision and recall need at least 5")
+@dataclasses.dataclass(frozen=True)
+class EvaluationBenchmarkSettings:
+    """See conf/benchmark_evaluation.yaml. Raises UserError for values that cannot be."""
+
+    num_images: int
+    rounds: int
+    num_vectors: int
+    num_reference: int
+    batch_size: int
+    inception_weights: str | None
+    out: str | None
+
+    def __post_init__(self) -> None:
+        for key in ("num_images", "rounds", "batch_size"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        for key in ("num_vectors", "num_reference"):
+            value = getattr(self, key)
+            require(value >= 5, f"{key}={value}: precision and recall need at least 5")
 
 
 def random_weights(path: Path) -> Path:
@@ -58,61 +62,44 @@ def random_weights(path: Path) -> Path:
 
     class Untrained(FeatureExtractorInceptionV3):
         def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-            """Keep the weights that were drawn."""
+            """Keep the random weights."""
 
     torch.save({}, path)
     torch.save(Untrained("inception-v3-compat", ["2048"], str(path)).state_dict(), path)
     return path
 
 
-def timed(device: torch.device, function: Callable[[], Any]) -> float:
-    """Return the seconds that a call takes, the device's work included."""
-    began = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
-def features_stage(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+def time_features(settings: EvaluationBenchmarkSettings, accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     """Return images a second of the bare network on batches in memory, and of extraction from
     files, and the ratio.
     """
-    accelerator, count, batch_size = make_accelerator("no"), values["num_images"], values["batch_size"]
-    device = accelerator.device
-    weights = values["inception_weights"] or random_weights(folder / "weights.pth")
+    count, batch_size, device = settings.num_images, settings.batch_size, accelerator.device
+    weights = settings.inception_weights or random_weights(folder / "weights.pth")
     extractor = InceptionFeatures(Path(weights), batch_size, device)
     pixels = np.random.default_rng(0).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
     np.savez(folder / "samples.npz", arr_0=pixels)
     source = NpzImages(folder / "samples.npz", "samples")
     batches = [to_device(part, device) for part in np.split(pixels, range(batch_size, count, batch_size))]
-    network: nn.Module = extractor.network
 
     @torch.no_grad()
     def bare() -> None:
         with exact_arithmetic():
             for batch in batches:
-                network(batch)
+                extractor.network(batch)
 
-    def whole() -> None:
-        extract(source, extractor, accelerator, "features")
-
-    timed(device, bare)
+    whole = functools.partial(extract, source, extractor, accelerator, "features")
+    seconds_of(bare, device)
     rates: dict[str, list[float]] = {"bare": [], "whole": []}
-    for _ in range(values["rounds"]):
+    for _ in range(settings.rounds):
         for name, function in (("bare", bare), ("whole", whole)):
-            rates[name].append(count / timed(device, function))
+            rates[name].append(count / seconds_of(function, device))
     shares = [b / a for a, b in zip(rates["bare"], rates["whole"], strict=True)]
-    return {
-        "images_per_second_bare": statistics.median(rates["bare"]),
-        "images_per_second_whole": statistics.median(rates["whole"]),
-        "share_of_bare": statistics.median(shares),
-        "shares": shares,
-    }
+    medians = {f"images_per_second_{name}": statistics.median(values) for name, values in rates.items()}
+    return {**medians, "share_of_bare": statistics.median(shares), "shares": shares}
 
 
-def made_up(count: int, seed: int, device: torch.device) -> FeatureSet:
-    """Return made-up features whose pool vectors have Inception's size and spread."""
+def random_features(count: int, seed: int, device: torch.device) -> FeatureSet:
+    """Return random features whose pool vectors have Inception's size and spread."""
     rng = torch.Generator(device).manual_seed(seed)
     scale = torch.linspace(0.1, 1, NUM_POOL, device=device)
     pool = (torch.randn(count, NUM_POOL, generator=rng, device=device) * scale).add_(0.4)
@@ -137,60 +124,52 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def metrics_stage(count: int, num_reference: int) -> dict[str, Any]:
-    """Return seconds and memory of the statistics and of every metric of made-up features."""
-    device = make_accelerator("no").device
-    seconds: dict[str, float] = {}
-    before, sets = peak_gib(), {}
-    for name, number, seed in (("samples", count, 0), ("reference", num_reference, 1)):
-        seconds[f"moments_{name}"] = timed(
-            device, lambda n=number, s=seed, k=name: sets.update({k: made_up(n, s, device)})
-        )
-    samples, reference = sets["samples"], sets["reference"]
-    made = peak_gib()
-    prepared = Prepared(Reference("made up", {}, None), {
-        name: reference.moments[space] for name, space in Shape.distances.items()}, reference, {})  # fmt: skip
-    seconds["all_metrics"] = timed(device, lambda: score(samples, None, prepared, Shape(), "float16"))  # type: ignore[arg-type]
-    for dtype in ("float16", "float32"):
-        seconds[f"precision_recall_{dtype}"] = timed(
-            device, lambda d=dtype: precision_recall(reference.rows["pool"], samples.rows["pool"], d)
-        )
-    seconds["nearest"] = timed(device, lambda: nearest(samples.rows["pool"], reference.rows["pool"]))
-    vectors = sum(v.nbytes for s in (samples, reference) for v in s.rows.values()) / 2**30
-    return {
-        "seconds": seconds,
-        "memory_gib": {"before": before, "with_features": made, "peak": peak_gib(), "rows_alone": vectors},
+def time_metrics(settings: EvaluationBenchmarkSettings, device: torch.device) -> dict[str, Any]:
+    """Return seconds and memory of the statistics and of every metric of random features."""
+    sets: dict[str, FeatureSet] = {}
+
+    def fill(name: str, count: int, seed: int) -> None:
+        sets[name] = random_features(count, seed, device)
+
+    counts = {"samples": settings.num_vectors, "reference": settings.num_reference}
+    memory = {"before": peak_gib()}
+    seconds = {
+        f"moments_{name}": seconds_of(functools.partial(fill, name, count, seed), device)
+        for seed, (name, count) in enumerate(counts.items())
     }
+    samples, reference = sets["samples"], sets["reference"]
+    memory["with_features"] = peak_gib()
+    statistics_of = {name: reference.moments[space] for name, space in Shape.distances.items()}
+    prepared = Prepared(Reference("random", {}, None), statistics_of, reference, {})  # type: ignore[arg-type]
+    pools = reference.rows["pool"], samples.rows["pool"]
+    calls = {
+        "all_metrics": functools.partial(score, samples, None, prepared, Shape(), "float16"),  # type: ignore[arg-type]
+        **{f"precision_recall_{d}": functools.partial(precision_recall, *pools, d) for d in ("float16", "float32")},
+        "nearest": functools.partial(nearest, *reversed(pools)),
+    }
+    seconds |= {name: seconds_of(call, device) for name, call in calls.items()}
+    rows = sum(v.nbytes for s in (samples, reference) for v in s.rows.values()) / 2**30
+    return {"seconds": seconds, "memory_gib": {**memory, "peak": peak_gib(), "rows_alone": rows}}
 
 
-@entry_point("benchmark_evaluation")
-def main(cfg: DictConfig) -> None:
-    """Check, measure, write."""
-    values = arguments_for(check, checked(cfg))
-    check(**values)
-    metrics = metrics_stage(values["num_vectors"], values["num_reference"])
+@command("benchmark_evaluation", settings=f"{__name__}.EvaluationBenchmarkSettings")
+def main(settings: EvaluationBenchmarkSettings) -> None:
+    """Measure, print, write."""
+    accelerator = make_accelerator("no")
+    device = accelerator.device
+    metrics = time_metrics(settings, device)
     log.info("metrics: %s", metrics)
     with tempfile.TemporaryDirectory() as folder:
-        features = features_stage(values, Path(folder))
-    device = make_accelerator("no").device
-    result = {
-        "features": features,
-        "metrics": metrics,
-        "settings": {
-            key: values[key] for key in ("num_images", "rounds", "num_vectors", "num_reference", "batch_size")
-        },
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "load_after": os.getloadavg()[0],
-        "command": shlex.join(["python", *sys.argv]),
-        **circumstances(device),
-    }
-    log.info("features at %.1f %% of the bare network (%.1f images/s)", 100 * features["share_of_bare"],
-             features["images_per_second_bare"])  # fmt: skip
-    if values["out"] is not None:
-        path = Path(values["out"]) / f"evaluation_{device.type}.json"
+        features = time_features(settings, accelerator, Path(folder))
+    share, rate = 100 * features["share_of_bare"], features["images_per_second_bare"]
+    log.info("features at %.1f %% of the bare network (%.1f images/s)", share, rate)
+    if settings.out is not None:
+        path = Path(settings.out) / f"evaluation_{device.type}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, result)
+        given = {key: value for key, value in vars(settings).items() if key not in ("out", "inception_weights")}
+        about = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "load_after": os.getloadavg()[0]}
+        origin = {"command": command_line(), **circumstances(device)}
+        write_json(path, {"features": features, "metrics": metrics, "settings": given, **about, **origin})
         log.info("%s", path)
 
 

@@ -18,10 +18,8 @@ CASES = (("tiny", 0), ("tiny", 1), ("patch1", 0))  # of inputs and outputs, by n
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 BF16_ERROR = 0.025  # of the velocity under autocast, relative
-CLOSE = {
-    "adam3": 1e-4,
-    "adam4": 1e-4,
-}  # the release rounds their coefficients (tests/sampling/test_solvers.py); others 1e-5
+# absolute tolerance of the latents, else 1e-5: the release rounds these coefficients
+CLOSE = {"adam3": 1e-4, "adam4": 1e-4}
 
 
 def network(name: str) -> ddt.DDT:
@@ -51,7 +49,7 @@ def trajectories() -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def sampler_settings(name: str, case: dict[str, Any], samplers: dict[str, Tensor]) -> dict[str, Any]:
-    """Translate a run's settings; where the release names no interval, its own default is (0, 1)."""
+    """Return a run's settings in our names; the release's default interval is (0, 1)."""
     every = case.get("state_refresh_rate")
     settings: dict[str, Any] = {
         "num_steps": case["num_steps"],

@@ -44,7 +44,7 @@ def rotations(head_dim: int, height: int, width: int, device: torch.device) -> T
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn the channel pairs of x (B, heads, N, d)."""
+    """Rotate the channel pairs of x (B, heads, N, d)."""
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # to be fair to the compiler, which makes no code for complex numbers
         a, b = pairs.unbind(-1)
@@ -201,7 +201,7 @@ class PlainDDT(nn.Module):
 
 @torch.no_grad()
 def plain_sample(model: PlainDDT, noise: Tensor, y: Tensor, settings: SamplerSettings) -> Tensor:
-    """Draw latents (B, C, H, W) from noise (B, C, H, W) and classes y (B,) by Euler's method, as
+    """Sample latents (B, C, H, W) from noise (B, C, H, W) and classes y (B,) by Euler's method, as
     the release does.
 
     Conditional and unconditional half run as one batch of 2B at every step, guided or not; the
@@ -234,7 +234,7 @@ def plain_features(network: Any, images: Tensor, mean: Tensor, std: Tensor) -> T
 
 
 class PlainTraining:
-    """One training step after the other, as method.md 1 and 3 have it: losses, AdamW, the average.
+    """One training step after the other, as method.md 1 and 3 have it: losses, AdamW, EMA.
 
     projector: of the alignment, or None; align_depth: the encoder block that it reads. dtype:
     "bf16" runs the networks under autocast.
@@ -245,7 +245,7 @@ class PlainTraining:
     ) -> None:
         self.model, self.projector, self.align_depth, self.weight = model, projector, align_depth, weight
         self.dtype = dtype
-        self.average = copy.deepcopy(model)
+        self.ema = copy.deepcopy(model)
         self.parameters = [*model.parameters(), *(projector.parameters() if projector is not None else ())]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
@@ -269,10 +269,10 @@ class PlainTraining:
         self.loss(batch).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.update_average()
+        self.update_ema()
 
     @torch.no_grad()
-    def update_average(self) -> None:
-        """Move the average, of decay 0.9999."""
-        for average, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
-            average.mul_(0.9999).add_(weight, alpha=1 - 0.9999)
+    def update_ema(self) -> None:
+        """Move the EMA weights, of decay 0.9999."""
+        for ema, weight in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+            ema.mul_(0.9999).add_(weight, alpha=1 - 0.9999)

@@ -1,13 +1,12 @@
-"""Time ways of doing the same thing in turns, in one run: medians, ratios, peak memory, share of a
+"""Time ways of doing the same thing in turns: medians, ratios, peak memory, share of a matrix
 product's rate.
 
 A ratio is the median, over the rounds, of the ratio within a round, so that what slows the machine
-for a while slows both.
+for a while slows both ways.
 """
 
 import contextlib
 import dataclasses
-import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,6 @@ from tqdm import tqdm
 
 from ddt.errors import require
 
-log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 
@@ -30,9 +28,8 @@ class Way:
     """One way of doing a thing.
 
     call: does it once. flops: counted, of a call; 0 where none are counted. base: the way it is
-    compared with; None is the case's first. context: what is entered around each call, eager or
-    compiled. check: returns what must agree with the base's, outside of the timing; None takes what
-    `call` returns.
+    compared with; None is the case's first. context: entered around each call, eager or compiled.
+    check: returns, untimed, what must agree with the base; None takes what `call` returns.
     """
 
     call: Callable[[], Any]
@@ -71,9 +68,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 15) -> float:
-    """Return the FLOP/s of the product of two random square matrices of `size`: what the hardware
-    is held against.
-    """
+    """Return the FLOP/s of the product of two random square matrices of `size`."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = [seconds_of(lambda: a @ b, device) for _ in range(repeats)]
     return 2 * size**3 / statistics.median(seconds[1:])
@@ -89,7 +84,7 @@ def profiled(way: Way, device: torch.device) -> Any:
 
 
 def peak_bytes(way: Way, device: torch.device) -> int:
-    """Return how far a call's memory rises above what is there before it."""
+    """Return how far a call's memory rises above what is allocated before it."""
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -107,12 +102,12 @@ def peak_bytes(way: Way, device: torch.device) -> int:
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """Return ‖a − b‖/‖b‖, in float64; NaN where a value is none."""
+    """Return ‖a − b‖/‖b‖, in float64; NaN where a value is NaN."""
     a, b = a.double(), b.double()
     return ((a - b).norm() / b.norm()).item()
 
 
-def first_results(case: Case, device: torch.device, progress: tqdm) -> tuple[dict[str, Tensor], dict[str, float]]:
+def first_results(case: Case, device: torch.device) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return what must agree of each way, and the seconds of that call: it allocates, chooses
     kernels, compiles.
     """
@@ -123,7 +118,6 @@ def first_results(case: Case, device: torch.device, progress: tqdm) -> tuple[dic
             results[name] = (way.check or way.call)()
             synchronize(device)
             seconds[name] = time.perf_counter() - start
-        progress.update()
     return results, seconds
 
 
@@ -147,21 +141,20 @@ def errors_of(case: Case, results: dict[str, Tensor]) -> dict[str, float]:
     return errors
 
 
-def rounds(case: Case, device: torch.device, repeats: int, deadline: float, progress: tqdm) -> dict[str, list[float]]:
+def rounds(case: Case, device: torch.device, repeats: int, deadline: float) -> dict[str, list[float]]:
     """Return the seconds of each way in each round.
 
     Every second round goes backwards, so that no way always follows the same other one. After the
     deadline no further round begins.
     """
     seconds: dict[str, list[float]] = {name: [] for name in case.ways}
-    for repeat in range(repeats):
+    for repeat in tqdm(range(repeats), desc=f"{case.part}: {case.name}", unit="round", leave=False):
         if repeat and time.monotonic() > deadline:
             break
         for name in list(case.ways) if repeat % 2 == 0 else reversed(case.ways):
             way = case.ways[name]
             with way.context():
                 seconds[name].append(seconds_of(way.call, device))
-            progress.update()
     return seconds
 
 
@@ -178,20 +171,16 @@ def measure(
     rate: FLOP/s of a matrix product. profiles: folder for a table of each way's longest operations.
     Raises UserError where they do not agree.
     """
-    # the first calls and those whose memory is looked at are not timed
-    total = (2 + repeats) * len(case.ways)
-    with tqdm(total=total, desc=f"{case.part}: {case.name}", unit="call", leave=False) as progress:
-        results, first_calls = first_results(case, device, progress)
-        errors = errors_of(case, results)
-        del results
-        peaks = {}
-        for name, way in case.ways.items():
-            if way.check is not None:  # what a first call makes and keeps, as the optimizer's state, is no peak
-                with way.context():
-                    way.call()
-            peaks[name] = peak_bytes(way, device)
-            progress.update()
-        times = rounds(case, device, repeats, deadline, progress)
+    results, first_calls = first_results(case, device)
+    errors = errors_of(case, results)
+    del results
+    peaks = {}
+    for name, way in case.ways.items():
+        if way.check is not None:  # what a first call makes and keeps, as the optimizer's state, is no peak
+            with way.context():
+                way.call()
+        peaks[name] = peak_bytes(way, device)
+    times = rounds(case, device, repeats, deadline)
     first, found = next(iter(case.ways)), []
     for name, way in case.ways.items():
         seconds, base = statistics.median(times[name]), way.base or first

@@ -2,7 +2,6 @@
 refuses.
 """
 
-import importlib
 import json
 import os
 import shlex
@@ -17,8 +16,7 @@ from conftest import ROOT, refusal, run_inside
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
 
-from ddt.receipts import circumstances
-from scripts.benchmark import checks, gpu_check, packages, runs
+from scripts.benchmark import checks, gpu_check, packages
 from scripts.benchmark.checks import SIZES, Finding, NotRun, Place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,18 +35,18 @@ rows = [{**dict(zip(keys, row)), **others} for row in rows] + [{"part": "samplin
 """
 
 
-def call_inside(place, script, *arguments, name, seconds=300):
-    """Call an entry point as `runs.call` does, but in this process, which has imported everything."""
+def call_inside(place, entry, *arguments, name, seconds=300):
+    """Call an entry point as `checks.call` does, but in this process."""
     state = Singleton.get_state()
     GlobalHydra.instance().clear()
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(place.out)
-            done = run_inside(script.stem, *arguments)
+            done = run_inside(entry.removesuffix(".py"), *arguments)
     finally:
         Singleton.set_state(state)
     if done.returncode:
-        raise RuntimeError(f"{script.name}: {done.stderr}")
+        raise RuntimeError(f"{entry}: {done.stderr}")
 
 
 @pytest.fixture
@@ -56,16 +54,16 @@ def quick(monkeypatch, tmp_path):
     """Leave out what takes long on a CPU: new processes, kernels in C++, and the benchmark, which
     has its own tests.
     """
-    call, compile_blocks = runs.call, torch.nn.Module.compile
+    call, compile_blocks = checks.call, torch.nn.Module.compile
     (tmp_path / "benchmark.py").write_text(BENCHMARK)
-    monkeypatch.setattr(runs, "BENCHMARK", tmp_path / "benchmark.py")
-    monkeypatch.setattr(
-        runs,
-        "call",
-        lambda place, script, *arguments, **options: (call if script == runs.BENCHMARK else call_inside)(
-            place, script, *arguments, **options
-        ),
-    )
+
+    def quick_call(place, entry, *arguments, **options):
+        if entry == "scripts.benchmark":
+            call(place, str(tmp_path / "benchmark.py"), *arguments, **options)
+        else:
+            call_inside(place, entry, *arguments, **options)
+
+    monkeypatch.setattr(checks, "call", quick_call)
     monkeypatch.setattr(
         torch.nn.Module,
         "compile",
@@ -121,7 +119,7 @@ def test_what_breaks_is_told_and_the_others_go_on(quick, tmp_path, monkeypatch):
         "golden numbers": checks.golden_numbers,
         "two processes": lambda place: (_ for _ in ()).throw(NotRun("one GPU")),
         "no number": lambda place: [Finding("loss", float("nan"), high=1)],
-        "device against CPU": checks.against_cpu,
+        "device against CPU": checks.device_against_cpu,
     }
     monkeypatch.setattr(gpu_check, "CHECKS", chosen)
     monkeypatch.setattr(
@@ -143,7 +141,8 @@ def test_what_breaks_is_told_and_the_others_go_on(quick, tmp_path, monkeypatch):
     assert ["breaks", "ValueError: the first line", "", "", "failed"] in [row[:5] for row in table(text)]
     assert ["two processes", "one GPU", "", "", "not run"] in [row[:5] for row in table(text)]
     before = json.loads((out / "gpu_check.json").read_text())["stages"]["check"]
-    monkeypatch.setattr(gpu_check, "checks_of", lambda stage, size: {"fine": lambda place: [Finding("one", 1, 1, 1)]})
+    fine = {"fine": lambda place: [Finding("one", 1, 1, 1)]}
+    monkeypatch.setattr(gpu_check.GpuCheckSettings, "checks", lambda self, stage: fine)
     assert run_inside("scripts.benchmark.gpu_check", f"out={out}", "stage=benchmark", *TINY).returncode == 0
     content = json.loads((out / "gpu_check.json").read_text())["stages"]
     assert content["check"] == before  # the second stage repeats the first
@@ -170,33 +169,34 @@ def test_each_difference_is_seen(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(checks, "velocity", drifting)
-        assert [found.sound for found in checks.against_cpu(place)] == [False, True, True]
+        assert [found.result for found in checks.device_against_cpu(place)] == ["failed", "passed", "passed"]
     monkeypatch.setattr(checks, "autocast", lambda device, dtype: torch.autocast("cpu", enabled=False))
-    assert not any(found.sound for found in checks.bf16_against_fp32(place))  # nothing was in bf16
+    assert {found.result for found in checks.bf16_against_fp32(place)} == {"failed"}  # nothing was in bf16
     monkeypatch.setattr(checks, "compile_blocks", lambda network, dynamic: None)
-    found = {finding.what: finding.sound for finding in checks.compiled_against_eager(place)}
-    assert not found["fp32 graphs compiled"]
+    found = {finding.what: finding.result for finding in checks.compiled_against_eager(place)}
+    assert found["fp32 graphs compiled"] == "failed"
 
 
 def test_runs_that_differ_are_seen(tmp_path, monkeypatch):
     place, zero = place_in(tmp_path), torch.zeros(3)
-    monkeypatch.setattr(runs, "on_digits", lambda place, name, *_: Path(name))
-    monkeypatch.setattr(runs, "straight", lambda place: Path("straight"))
-    monkeypatch.setattr(runs, "tensors", lambda run, step: {"a": zero, "b": zero + (run.name == "resumed") * 1e-7})
-    assert runs.resumed(place) == [Finding("tensors of 2 that differ", 1, high=0)]
-    losses = {"straight": [1.0] * 4, "two_processes": [1.0, 1.0, 1.02, 1.0]}
-    monkeypatch.setattr(runs, "read_rows", lambda path: [{"loss": loss} for loss in losses[path.parent.name]])
-    (found,) = runs.two_processes(place)
-    assert not found.sound
+    monkeypatch.setattr(checks, "on_digits", lambda place, name, *_: Path(name))
+    monkeypatch.setattr(checks, "uninterrupted", lambda place: Path("uninterrupted"))
+    monkeypatch.setattr(checks, "tensors", lambda run, step: {"a": zero, "b": zero + (run.name == "resumed") * 1e-7})
+    assert checks.resume(place) == [Finding("tensors of 2 that differ", 1, high=0)]
+    losses = {"uninterrupted": [1.0] * 4, "two_processes": [1.0, 1.0, 1.02, 1.0]}
+    monkeypatch.setattr(checks, "read_rows", lambda path: [{"loss": loss} for loss in losses[path.parent.name]])
+    (found,) = checks.two_processes(place)
+    assert found.result == "failed"
 
 
 def test_a_process_that_fails_or_hangs_is_told_in_one_line(tmp_path):
-    (tmp_path / "fails.py").write_text("import sys; print('why'); sys.exit(3)")
-    with pytest.raises(RuntimeError, match=r"^fails.py: status 3: why$"):
-        runs.call(place_in(tmp_path), tmp_path / "fails.py", name="fails")
-    (tmp_path / "hangs.py").write_text("import time; time.sleep(60)")
-    with pytest.raises(RuntimeError, match=r"^hangs.py took more than 1 s: runs/logs/hangs.txt$"):
-        runs.call(place_in(tmp_path), tmp_path / "hangs.py", name="hangs", seconds=1)
+    fails, hangs = tmp_path / "fails.py", tmp_path / "hangs.py"
+    fails.write_text("import sys; print('why'); sys.exit(3)")
+    with pytest.raises(RuntimeError, match=r"fails.py: status 3: why$"):
+        checks.call(place_in(tmp_path), str(fails), name="fails")
+    hangs.write_text("import time; time.sleep(60)")
+    with pytest.raises(RuntimeError, match=r"hangs.py took more than 1 s: runs/logs/hangs.txt$"):
+        checks.call(place_in(tmp_path), str(hangs), name="hangs", seconds=1)
 
 
 @pytest.mark.parametrize(
@@ -254,9 +254,4 @@ def test_the_script_passes_on_what_it_was_asked(tmp_path):
     assert shell(tmp_path, python=told).returncode == 2
     for given, stage, rest in (([], "all", ""), (["check"], "check", ""), (["size=tiny"], "all", " size=tiny")):
         done = shell(tmp_path, "my out", *given, python=told)
-        assert done.stdout.splitlines()[-1] == f"1 {ROOT}/scripts/gpu_check.py out=my out stage={stage}{rest}"
-
-
-def test_a_receipt_says_which_package_is_not_there(monkeypatch):
-    versions = circumstances(torch.device("cpu"), ("torch", "no-such-package"))["versions"]
-    assert (versions["torch"], versions["no-such-package"]) == (importlib.metadata.version("torch"), None)
+        assert done.stdout.splitlines()[-1] == f"1 -m scripts.benchmark.gpu_check out=my out stage={stage}{rest}"

@@ -23,28 +23,27 @@ from ddt.errors import UserError
 from ddt.flow import clean, interpolate, velocity
 from ddt.generation.generator import Generator
 from ddt.generation.image_set import ImageSet, image_set
-from ddt.generation.settings import SAMPLER_KEYS
 from ddt.objective.flow_matching import velocity_errors
 from ddt.sampling.fitting import fit_schedule
 from ddt.sampling.settings import SamplerSettings
-from scripts.studies import inside as visualize
 from scripts.studies.inside import measure as inside
 from scripts.studies.inside import report as inside_report
 from scripts.studies.inside.measure import (
     Similarity,
-    film,
-    held_out,
+    decode_film,
+    find_images,
     loss_by_t,
     principal_components,
     shown_steps,
     walk,
     z_colours,
 )
+from scripts.studies.inside.run import InsideSettings
 
-SCRIPT = "scripts.studies.inside"
+SCRIPT = "scripts.studies.inside.__main__"
 SAMPLER = {"solver": "euler", "num_steps": 6, "cfg_scale": 2.0, "cfg_interval": (0.3, 1.0), "last_step": None}
-DIGITS = {"_target_": "ddt.data.images.Digits", "_partial_": True, "fingerprint": Digits().fingerprint}
-PICTURES = ["denoising.png", "loss_by_t.png", "similarity.png", "visualize.json", "z_pca.png"]
+DIGITS = {"_target_": "ddt.data.images.Digits", "fingerprint": Digits().fingerprint}
+PICTURES = ["denoising.png", "inside.json", "loss_by_t.png", "similarity.png", "z_pca.png"]
 IMAGES = ("classes=[1,8]", "seeds=4-5")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,11 +95,11 @@ def looked(run_folder, tmp_path_factory):
 
 def generator(**changes):
     settings = SamplerSettings(**{**SAMPLER, **changes})
-    return Generator(network(), Identity(), (1, 8, 8), settings, None, "fp32", torch.device("cpu"))
+    return Generator(network(), Identity(), (1, 8, 8), settings, "fp32", torch.device("cpu"))
 
 
 def found(out):
-    return json.loads((out / "visualize.json").read_text())
+    return json.loads((out / "inside.json").read_text())
 
 
 def test_everything_is_drawn_and_the_numbers_are_kept(looked, run_folder):
@@ -127,20 +126,20 @@ def test_the_last_column_is_what_sample_draws(looked, run_folder, tmp_path):
     pictures = np.load(out / "samples.npz")["arr_0"]
     said = found(looked)
     assert said["denoising"]["samples_sha256"] == hashlib.sha256(pictures.tobytes()).hexdigest()
-    maker = dataclasses.replace(generator(), recompute=said["similarity"]["chosen"])
+    maker = generator(recompute=said["similarity"]["chosen"])
     images = ImageSet([1, 8], [4, 5])
-    strip = film(maker, walk(maker, images), [0, 5])
+    strip = decode_film(maker, walk(maker, images), [0, 5])
     assert np.array_equal(strip.samples, pictures[[0, 3]])
     assert np.abs(strip.predicted[-1].astype(int) - strip.samples).max() <= 1  # Euler's last step is the prediction
     start = Identity().decode(noise_of(images.seeds, (1, 8, 8))).permute(0, 2, 3, 1)
     assert np.array_equal(strip.noisy[0], start)
-    unshared = film(generator(), walk(generator(), images), [0]).samples
+    unshared = decode_film(generator(), walk(generator(), images), [0]).samples
     assert not np.array_equal(unshared, strip.samples)
 
 
 def test_the_strip_is_drawn_with_the_sample_at_its_end(monkeypatch, tmp_path):
     maker = generator()
-    strip = film(maker, walk(maker, ImageSet([1, 8], [4, 5])), [0, 3])
+    strip = decode_film(maker, walk(maker, ImageSet([1, 8], [4, 5])), [0, 3])
     given = {}
     monkeypatch.setattr(inside_report, "draw_grid", lambda *values: given.update(values=values))
     inside_report.draw_film(strip, [0.0, 0.5], ["1", "8"], tmp_path / "x.png")
@@ -224,7 +223,7 @@ def test_the_schedules_are_those_that_sampling_uses(looked):
     ids=str,
 )
 def test_schedules_of_as_many_runs_lie_beside_the_chosen_one(recompute, names, chosen):
-    seen = inside.similarity(generator(recompute=recompute), "0")
+    seen = inside.measure_similarity(generator(recompute=recompute), "0")
     assert seen.chosen == chosen
     assert set(seen.schedules) <= set(names)
     assert chosen is None or chosen in seen.schedules.values()
@@ -281,42 +280,40 @@ def test_what_cannot_be_drawn_is_left_out_and_said(tmp_path, caplog):
     for name, why in reasons.items():
         assert f"{name}.png is left out: {why}" in caplog.text
     assert found(tmp_path / "out")["left_out"] == reasons
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["denoising.png", "visualize.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["denoising.png", "inside.json"]
 
 
 def test_moved_data_are_found_where_they_are_said_to_be(tmp_path):
     root = picture_folder(tmp_path / "data", count=12)
-    data = {"_target_": "ddt.data.images.ImageFolder", "_partial_": True, "root": str(root), "image_size": 8,
+    data = {"_target_": "ddt.data.images.ImageFolder", "root": str(root), "image_size": 8,
             "holdout_every": 6}  # fmt: skip
     stored = {"run": {"data": {**data, "fingerprint": ImageFolder(str(root), 8, holdout_every=6).fingerprint}}}
-    assert len(held_out(stored, "checkpoint", Identity()).labels) == 4
+    assert len(find_images(stored, "checkpoint", Identity()).labels) == 4
     moved = root.rename(tmp_path / "moved")
-    images, why = visualize.find_images(stored, "checkpoint", Identity())
-    assert images is None
-    assert why.startswith(f"data_root={root}: no such folder; give ")
-    assert len(visualize.find_images(stored, str(moved), Identity())[0].labels) == 4
-    with pytest.raises(UserError, match=f"^data_root={tmp_path}/nowhere: no such folder"):
-        visualize.find_images(stored, f"{tmp_path}/nowhere", Identity())
+    with pytest.raises(UserError, match=f"^data.root={root}: no such folder; give "):
+        find_images(stored, "checkpoint", Identity())
+    assert len(find_images(stored, str(moved), Identity()).labels) == 4
     shutil.rmtree(moved / "class1")
-    with pytest.raises(
-        UserError, match=f"^data_root={moved}: holds other images than the run was trained on; give data_root="
-    ):
-        visualize.find_images(stored, str(moved), Identity())
+    with pytest.raises(UserError, match=f"^data.root={moved}: holds other images than the run was trained on; give"):
+        find_images(stored, str(moved), Identity())
+    folder = write_run(tmp_path / "run", data=stored["run"]["data"])
+    line = refusal(SCRIPT, f"ckpt={folder}", f"out={tmp_path / 'out'}", f"data_root={tmp_path}/nowhere")
+    assert line.startswith(f"data_root={tmp_path}/nowhere: no such folder")
 
 
 @pytest.mark.parametrize("change", [{"_target_": "ddt.data.stream.Digits"}, {"gone": 1}], ids=str)
 def test_data_of_an_earlier_version_are_said_to_be(change):
     with pytest.raises(UserError, match=r"^the run's data are of an earlier version of the code \("):
-        held_out({"run": {"data": DIGITS | change}}, "checkpoint", Identity())
+        find_images({"run": {"data": DIGITS | change}}, "checkpoint", Identity())
 
 
 def test_a_run_that_held_nothing_out_says_so(tmp_path):
     root = picture_folder(tmp_path / "data", count=2)
     images = ImageFolder(str(root), 8, holdout_every=0)
     data = {"_target_": "ddt.data.images.ImageFolder", "root": str(root), "image_size": 8, "holdout_every": 0,
-            "_partial_": True, "fingerprint": images.fingerprint}  # fmt: skip
+            "fingerprint": images.fingerprint}  # fmt: skip
     with pytest.raises(UserError, match=r"^the run held no images out \(data\.holdout_every=0\)$"):
-        held_out({"run": {"data": data}}, "checkpoint", Identity())
+        find_images({"run": {"data": data}}, "checkpoint", Identity())
 
 
 @pytest.mark.parametrize(
@@ -348,26 +345,30 @@ def test_a_wrong_setting_is_one_line(run_folder, tmp_path, monkeypatch, argument
 )
 def test_settings_of_sampling_are_those_of_sample(run_folder, changes, message):
     stored = ckpt.read_config(ckpt.find_checkpoint(run_folder))
-    usual = dict.fromkeys(("sampler", *SAMPLER_KEYS), "checkpoint") | {"classes": "random", "seeds": "0-5"}
-    settings, images = visualize.what_to_draw(usual, stored)
+    settings, images = settings_of().sampler_and_images(stored)
     assert settings == SamplerSettings(**SAMPLER)
     assert images == image_set(10, classes="random", seeds="0-5")
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        visualize.what_to_draw(usual | changes, stored)
+        settings_of(**changes).sampler_and_images(stored)
+
+
+def settings_of(**changes):
+    """The settings of the command, as its file has them."""
+    usual = dict(
+        ckpt="", out="no/such", columns=1, loss_images=1, batch_size=1, data_root="checkpoint",
+        autoencoder="checkpoint", dtype=None, classes="random", seeds="0-5",
+    )  # fmt: skip
+    return InsideSettings(**(usual | changes))
 
 
 def test_nothing_is_written_over(looked, tmp_path):
     (tmp_path / "file").touch()
-    usual = dict(
-        ckpt="", columns=1, loss_images=1, batch_size=1, data_root="checkpoint", autoencoder="checkpoint", dtype=None
-    )
-    visualize.check(out=str(tmp_path / "new"), **usual)
     for out, message in (
         (looked, "holds files already and is not written over; choose another out="),
         (tmp_path / "file", "is a file; give a folder"),
     ):
         with pytest.raises(UserError, match=f"^out={out}: {message}$"):
-            visualize.check(out=str(out), **usual)
+            settings_of(out=str(out))
 
 
 def test_samples_that_are_no_numbers_are_one_line():

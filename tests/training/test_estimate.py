@@ -1,17 +1,16 @@
-"""The cost model: against method.md, ddt.model.cost, hand-made sums and what autograd really saves."""
+"""The cost model: against method.md, ddt.model.cost, sums by hand, and what autograd saves."""
 
 import dataclasses
 import json
 import math
-import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, inputs, refusal, run_inside, small_ddt, small_vae
-from test_config import config
+from conftest import ROOT, composed, inputs, picture_folder, refusal, run_inside, small_ddt, small_vae
 
 from ddt.autoencoder import Identity, KLAutoencoder
+from ddt.config import Choice
 from ddt.data.images import Digits
 from ddt.data.photos import PHOTOS
 from ddt.errors import UserError
@@ -24,9 +23,12 @@ from ddt.sampling.cost import sampling_macs
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.ema import EMA, ConstantDecay
 from ddt.training.estimate import (
+    IMAGENET,
     Recipe,
     activation_bytes,
     assumed_rate,
+    build_recipe,
+    data_facts,
     disk,
     estimate,
     exchanged_bytes,
@@ -41,7 +43,6 @@ from ddt.training.optimizer import adamw
 from ddt.training.settings import TrainerSettings
 from ddt.training.state import TrainingState
 from ddt.training.throughput import PEAKS, training_flops
-from scripts.estimate import IMAGENET, facts, rate, recipe_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PERIODS = dict(log_every=1, validate_every=0, preview_every=0, num_workers=0, warmup_steps=0)
@@ -69,15 +70,7 @@ def small_recipe(trainer=None, **changes):
 
 def published(*overrides):
     """The recipe of a command of train.py, without its data."""
-    values = config(*overrides, "data.root=nowhere")
-    choice = next(o.partition("=")[2] for o in [*overrides, "data=in512"] if o.startswith("data="))
-    return recipe_of(values, choice, 8, 50_000, None)
-
-
-@pytest.fixture(scope="module")
-def nano():
-    """The settings of train.py without arguments."""
-    return config()
+    return build_recipe(composed("estimate", "ddt.training.estimate.EstimateSettings", "gpus=8", *overrides))
 
 
 def numbers(module):
@@ -130,7 +123,7 @@ def test_a_small_recipe_by_hand():
     assert found["epochs"] == 2
     held = found["memory"]
     assert held["weights"] == held["gradients"] == held["AdamW moments"] / 2 == 4 * (network + projector)
-    assert held["averages"] == 3 * 4 * network
+    assert held["EMA weights"] == 3 * 4 * network
     checkpoint = 4 * (3 * (network + projector) + 3 * network)
     assert found["disk"]["checkpoint"] == checkpoint
     # checkpoints of steps 4, 8, 10; snapshots of 3, 6, 9, 10; one record is 2 channels of 8×8 in
@@ -141,10 +134,10 @@ def test_a_small_recipe_by_hand():
 
 def test_a_checkpoint_is_as_large_as_training_says():
     objective = aligned(small_ddt())
-    averages = {"ema": EMA(objective.denoiser, ConstantDecay(0.9))}
+    emas = {"ema": EMA(objective.denoiser, ConstantDecay(0.9))}
     optimizer = adamw(objective.named_parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
     cpu = SimpleNamespace(device=torch.device("cpu"))
-    state = TrainingState(objective, optimizer, averages, cpu)
+    state = TrainingState(objective, optimizer, emas, cpu)
     assert disk(small_recipe())["checkpoint"] == state.bytes()
 
 
@@ -215,7 +208,7 @@ def test_sharding_divides_what_ddp_repeats():
     whole, sharded = (
         memory(small_recipe(trainer=dict(parallelism=kind), gpus=4, align_until=0)) for kind in ("ddp", "fsdp")
     )
-    for part in ("weights", "gradients", "AdamW moments", "averages"):
+    for part in ("weights", "gradients", "AdamW moments", "EMA weights"):
         assert sharded[part] == math.ceil(whole[part] / 4)
     assert (whole["buckets of DDP"], sharded["buckets of DDP"]) == (whole["weights"], 0)
     assert whole["gathered by FSDP"] == 0 < sharded["gathered by FSDP"]
@@ -254,11 +247,17 @@ def test_checkpoints_that_stay(changes, steps):
 
 def test_sizes_of_data_are_those_of_the_data():
     digits = Digits()
-    node = {"_target_": "ddt.data.images.Digits"}
-    assert facts(node, "digits", None) == (digits.channels, digits.image_size, 10, len(digits.labels))
-    photos = {"_target_": "ddt.data.photos.Photos", "image_size": 64, "crops": 200}
-    assert facts(photos, "photos", None) == (3, 64, len(PHOTOS), 200 * len(PHOTOS))
+    expected = (digits.channels, digits.image_size, 10, len(digits.labels))
+    assert data_facts(Choice("ddt.data.images.Digits", {}), "digits", None) == expected
+    photos = Choice("ddt.data.photos.Photos", {"image_size": 64, "crops": 200})
+    assert data_facts(photos, "photos", None) == (3, 64, len(PHOTOS), 200 * len(PHOTOS))
     assert {*IMAGENET} == {path.stem for path in (ROOT / "conf" / "data").glob("in*.yaml")}
+
+
+def test_the_size_of_a_folder_is_inferred_where_its_images_are_there(tmp_path):
+    picture_folder(tmp_path / "images", count=3)
+    recipe = published("data=folder", f"data.root={tmp_path / 'images'}", "num_classes=2", "gpus=1")
+    assert (recipe.image_size, recipe.shape) == (32, (3, 32, 32))
 
 
 def test_an_autoencoder_of_a_folder_is_counted_as_it_is(tmp_path):
@@ -278,7 +277,7 @@ def test_a_target_without_weights_is_a_target():
 
 
 def benchmark_file(tmp_path, **changes):
-    """A result of scripts/benchmark/__main__.py."""
+    """A result of scripts/benchmark."""
     common = {"images": 8, "case": "b_8en4de, batch 8"}
     rows = [
         {"part": "training", "way": "ours", "seconds": 2.0, "flops": 4e12, **common},
@@ -325,9 +324,9 @@ def test_a_processor_that_was_measured_has_no_known_memory(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "sharing"}, "is no result of scripts/benchmark/__main__.py"),
-        ({"rows": None}, "is no result of scripts/benchmark/__main__.py"),
-        ({"machine": {}}, "is no result of scripts/benchmark/__main__.py"),
+        ({"kind": "sharing"}, "is no result of scripts/benchmark"),
+        ({"rows": None}, "is no result of scripts/benchmark"),
+        ({"machine": {}}, "is no result of scripts/benchmark"),
         ({"rows": [{"part": "training", "way": "ours", "seconds": 0, "flops": 1}]}, "is no result of"),
         ({"rows": []}, "measured no training"),
         ({"matmul": {"dtype": "fp32"}}, "was measured in fp32, this recipe computes in bf16"),
@@ -366,13 +365,27 @@ def test_in_fp32_no_time_is_told():
     ("arguments", "message"),
     [
         (["gpus=x"], "gpus=x: "),
+        (["gpus=0"], "gpus=0: must be at least 1"),
+        (["num_samples=0"], "num_samples=0: must be at least 1"),
         (["gpus=3"], "trainer.global_batch_size=64 cannot be divided among 3 processes"),
+        (["trainer.num_processes=2"], "trainer.num_processes=2: has no effect here; give gpus=2"),
+        (["trainer.parallelism=fsdp"], "trainer.parallelism=fsdp: needs several processes"),
         (["measured=README.md", "share=0.3"], "share=0.3: has no effect with measured="),
-        (["data=folder"], "data.image_size: is found from the images; give it, or data.root="),
+        (["measured=x.json", "device=A100"], "device=A100: has no effect with measured="),
+        (["measured=nowhere.json"], "measured=nowhere.json: no such file; give a benchmark"),
+        (["memory_gb=0"], "memory_gb=0.0: must be above 0"),
+        (["share=2"], "share=2: must lie in 0..1"),
+        (["device=H900"], "device=H900: its rate is not known here; choose from H200, "),
+        (["data=folder"], "data.image_size: data=folder does not tell it without being opened; give data.image_size="),
         (["data=folder_256"], "num_classes: data=folder_256 does not tell it without being opened; give num_classes="),
+        (["num_classes=7"], "num_classes=7: data=digits has 10; leave it out"),
+        (["num_classes=0"], "num_classes=0: must be at least 1"),
         (["autoencoder=kl"], "autoencoder.source: not set; give autoencoder.source=…"),
-        (["model=dit_nano", "sampler.recompute=uniform:5"], "sampler.recompute=uniform:5: this model has no encoder"),
-        (["optimizer=adamw"], "optimizer=adamw: has no effect here"),
+        (["model=dit_nano", "sampler.recompute=uniform:5"], "sampler.recompute: DiT has no encoder to share"),
+        (["sampler.solver=adaptive"], "sampler.solver=adaptive: chooses its own steps"),
+        (["sampler.recompute=dp:5"], "sampler.recompute=dp:5: is fitted to a trained model"),
+        (["model.patch_size=3"], "model.patch_size=3 does not divide the latent size 8×8"),
+        (["optimizer=adamw"], "optimizer: has no effect here"),
         (["out=cost.txt"], "out=cost.txt: give a .json file"),
     ],
     ids=str,
@@ -381,73 +394,3 @@ def test_wrong_settings_are_one_line(arguments, message):
     said = refusal("scripts.estimate", *arguments)
     assert said.startswith(message)
     assert "\n" not in said
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("trainer.num_processes", 2, "trainer.num_processes=2: has no effect here; give gpus=2"),
-        ("sampler.solver", "adaptive", "sampler.solver=adaptive: chooses its own steps"),
-        ("sampler.recompute", "dp:5", "sampler.recompute=dp:5: is fitted to a trained model"),
-        ("model.patch_size", 3, "model.patch_size=3 does not divide the latent size 8×8"),
-        ("data._target_", "ddt.data.latent_cache.LatentCache", "data.image_size: data=digits does not tell it without"),
-    ],
-)
-def test_recipes_that_cannot_be_are_named(nano, key, value, message):
-    group, _, name = key.partition(".")
-    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        recipe_of({**nano, group: {**nano[group], name: value}}, "digits", 1, 1, None)
-
-
-@pytest.mark.parametrize(
-    ("function", "arguments", "message"),
-    [
-        (rate, ("H100", 2.0, None, None, "bf16", "nano", False), "share=2: must lie in 0..1"),
-        (
-            rate,
-            ("H900", None, None, None, "bf16", "nano", False),
-            "device=H900: its rate is not known here; choose from H200, ",
-        ),
-        (rate, (None, None, None, 0.0, "bf16", "nano", False), "memory_gb=0.0: must be above 0"),
-        (
-            rate,
-            (None, None, "nowhere.json", None, "bf16", "nano", False),
-            "measured=nowhere.json: no such file; give a benchmark",
-        ),
-        (rate, ("A100", None, "x.json", None, "bf16", "nano", False), "device=A100: has no effect with measured="),
-        (
-            facts,
-            ({"_target_": "ddt.data.images.Digits"}, "digits", 7),
-            "num_classes=7: data=digits has 10; leave it out",
-        ),
-        (
-            facts,
-            ({"_target_": "ddt.data.images.ImageFolder", "image_size": 8}, "folder", 0),
-            "num_classes=0: must be at",
-        ),
-        (small_recipe, ({}, ("gpus", 0)), "gpus=0: must be at least 1"),
-        (small_recipe, ({}, ("num_samples", 0)), "num_samples=0: must be at least 1"),
-        (small_recipe, ({"parallelism": "fsdp"},), "trainer.parallelism=fsdp: needs several processes"),
-    ],
-    ids=lambda value: getattr(value, "__name__", str(value)),  # the same in each process of the suite
-)
-def test_values_that_cannot_be_are_named(function, arguments, message):
-    changes = {}
-    if function is small_recipe:
-        arguments, changes = arguments[:1], dict(arguments[1:])
-    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        function(*arguments, **changes)
-
-
-def test_growth_is_drawn_and_printed(tmp_path):
-    out = tmp_path / "growth.png"
-    done = run_inside("scripts.plot_cost_growth", "model=nano", f"out={out}")
-    assert out.stat().st_size > 10_000
-    assert "blocks: 3, 6, 9, 12" in done.stderr
-    assert "the undivided baseline has no encoder depth" in refusal(
-        "scripts.plot_cost_growth", "model=dit_nano", "out=x.png"
-    )
-
-
-def test_growth_needs_a_picture_file():
-    assert refusal("scripts.plot_cost_growth", "out=x.txt") == "out=x.txt: give a .png, .pdf or .svg file"

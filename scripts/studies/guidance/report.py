@@ -1,61 +1,50 @@
-"""What comes out of a guidance search: the numbers of both stages, their tables and their heat map."""
+"""What comes out of a guidance search: numbers, tables and heat map of both stages."""
 
 import itertools
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from scripts.studies.guidance.points import Point, interval_text
-from scripts.studies.guidance.search import Job
-from scripts.studies.sharing.report import spread, written
+from ddt.pictures import pyplot, save_figure
+from ddt.tables import markdown_table
+from scripts.studies.guidance.settings import Point, interval_text
+from scripts.studies.study import mean_sd, spread
 
 Row = dict[str, Any]
 PANELS = ("checkpoint", "weights", "recompute", "timeshift")  # axes of which each combination has a panel
 FRAME = "#d62728"
 
 
-def result_of(
-    points: list[Point], proxy: list[Row], order: list[int], jobs: list[Job], final: list[Row], metric: str
+def make_result(
+    points: list[tuple[Point, Row]], winners: list[tuple[Point, Row, list[tuple[int, Row]]]], metric: str
 ) -> Row:
     """Return what a search found: the points in their order, and the winners, the best at full size
     first.
 
-    proxy, final: the metrics of the points and of the jobs. order: the winners' places among the
-    points.
+    points: each with its metrics. winners: the best first, each with its metrics as a point and, by
+    seed, at full size.
     """
-    names = list(proxy[0]["labels"])
-    winners = []
-    for rank, n in enumerate(order, start=1):
-        own = [(job, found) for job, found in zip(jobs, final, strict=True) if job.point is points[n]]
-        values = {name: [found[name] for _, found in own] for name in names}
-        winners.append(
+    first, last = points[0][1], winners[0][2][0][1]
+    names, rows = list(first["labels"]), []
+    for rank, (point, proxy, repeats) in enumerate(winners, start=1):
+        values = {name: [found[name] for _, found in repeats] for name in names}
+        rows.append(
             {
-                **points[n].row(),
+                **point.row(),
                 "proxy_rank": rank,
-                "proxy": proxy[n][metric],
+                "proxy": proxy[metric],
                 "metrics": {name: None if None in found else spread(found) for name, found in values.items()},
-                "repeats": [{"seed": job.seed, **{name: found[name] for name in names}} for job, found in own],
+                "repeats": [{"seed": seed, **{name: found[name] for name in names}} for seed, found in repeats],
             }
         )
     return {
         "metric": metric,
-        "labels": {"proxy": proxy[0]["labels"], "final": final[0]["labels"]},
-        "comparable": final[0]["comparable"],
-        "not_comparable_because": final[0]["not_comparable_because"],
-        "points": [
-            {**point.row(), "metrics": {name: found[name] for name in names}}
-            for point, found in zip(points, proxy, strict=True)
-        ],
-        "winners": sorted(winners, key=lambda row: row["metrics"][metric]["mean"]),
+        "labels": {"proxy": first["labels"], "final": last["labels"]},
+        "comparable": last["comparable"],
+        "not_comparable_because": last["not_comparable_because"],
+        "points": [{**point.row(), "metrics": {name: found[name] for name in names}} for point, found in points],
+        "winners": sorted(rows, key=lambda row: row["metrics"][metric]["mean"]),
     }
 
 
@@ -80,12 +69,6 @@ def shown_axes(points: list[Row]) -> list[str]:
     return [axis for axis in PANELS if len(values_of(points, axis)) > 1] + ["cfg_scale", "cfg_interval"]
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def settings_cells(row: Row, axes: list[str]) -> list[str]:
     """Return the settings of a row; without guidance there is no interval."""
     return ["–" if axis == "cfg_interval" and row["cfg_scale"] == 1 else axis_text(axis, row[axis]) for axis in axes]
@@ -108,7 +91,7 @@ def tables(result: Row) -> str:
     final = [
         settings_cells(row, axes)
         + [number(row["proxy"])]
-        + ["–" if row["metrics"][name] is None else written(row["metrics"][name], 3) for name in names]
+        + ["–" if row["metrics"][name] is None else mean_sd(row["metrics"][name], 3) for name in names]
         for row in result["winners"]
     ]
     repeats = len(result["winners"][0]["repeats"])
@@ -118,9 +101,9 @@ def tables(result: Row) -> str:
     return "\n\n".join(
         [
             "Every point, on the same noise:",
-            markdown([*titles, *(labels["proxy"][name] for name in names)], proxy),
+            markdown_table([*titles, *(labels["proxy"][name] for name in names)], proxy),
             f"The best of them, on other noise, {'once' if repeats == 1 else f'mean ± sd of {repeats}'}:",
-            markdown(
+            markdown_table(
                 [*titles, f"on the first noise: {labels['proxy'][metric]}", *(labels["final"][name] for name in names)],
                 final,
             ),
@@ -131,8 +114,11 @@ def tables(result: Row) -> str:
 
 def draw(result: Row, path: Path) -> None:
     """Write a heat map: scale across, interval down, a panel for each combination of the other
-    axes. The points that were drawn again are framed, the best of them thickly.
+    axes. The points that were sampled again are framed, the best of them thickly.
     """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+
     points, metric = result["points"], result["metric"]
     scales, intervals = sorted(values_of(points, "cfg_scale")), intervals_of(points)
     varied = [axis for axis in PANELS if len(values_of(points, axis)) > 1]
@@ -140,7 +126,7 @@ def draw(result: Row, path: Path) -> None:
     columns = min(2, len(combinations))
     lines = -(-len(combinations) // columns)
     size = (1.6 + columns * (1.2 + 0.85 * len(scales)), 1.0 + lines * (1.0 + 0.6 * len(intervals)))
-    figure, grid = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    figure, grid = pyplot().subplots(lines, columns, figsize=size, squeeze=False)
     distances = [row["metrics"][metric] for row in points]
     low = max(min(distances), 1e-9)  # a logarithm has no 0
     norm = LogNorm(low, max(max(distances), 1.01 * low))
@@ -152,10 +138,12 @@ def draw(result: Row, path: Path) -> None:
     for axes in grid.flat[len(combinations) :]:
         axes.set_visible(False)
     label = result["labels"]["proxy"][metric]
-    colour_bar(figure, grid, norm, label)
-    figure.suptitle(f"{label}; framed: drawn again on other noise, thickly: the best there")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    bar = figure.colorbar(ScalarMappable(norm, "viridis_r"), ax=grid, label=label)
+    ticks = np.geomspace(norm.vmin, norm.vmax, 5)
+    bar.set_ticks(ticks.tolist(), labels=[f"{tick:.3g}" for tick in ticks])
+    bar.ax.minorticks_off()
+    figure.suptitle(f"{label}; framed: sampled again with other noise, thickly: the best there")
+    save_figure(figure, path)
 
 
 def intervals_of(points: list[Row]) -> list[Any]:
@@ -165,10 +153,12 @@ def intervals_of(points: list[Row]) -> list[Any]:
     return values_of([row for row in points if row["cfg_scale"] != 1] or points, "cfg_interval")
 
 
-def panel(axes: Axes, own: list[Row], result: Row, scales: list[float], intervals: list[Any], norm: LogNorm) -> None:
+def panel(axes: Any, own: list[Row], result: Row, scales: list[float], intervals: list[Any], norm: Any) -> None:
     """Draw a panel of the heat map. A point without guidance takes a whole column: no interval
     changes it.
     """
+    from matplotlib.patches import Rectangle
+
     values = np.full((len(intervals), len(scales)), np.nan)
     best, *others = [row["label"] for row in result["winners"]]
     for row in own:
@@ -187,24 +177,10 @@ def panel(axes: Axes, own: list[Row], result: Row, scales: list[float], interval
     for (i, j), value in np.ndenumerate(values):
         if not np.isnan(value):
             luminance = np.dot(image.cmap(norm(value))[:3], (0.299, 0.587, 0.114))
-            axes.text(
-                j,
-                i,
-                f"{value:.3g}",
-                ha="center",
-                va="center",
-                color="black" if luminance > 0.5 else "white",
-                fontsize=9,
-            )
+            color = "black" if luminance > 0.5 else "white"
+            axes.text(j, i, f"{value:.3g}", ha="center", va="center", color=color, fontsize=9)
     axes.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
     axes.set_yticks(range(len(intervals)), [interval_text(interval) for interval in intervals])
     axes.set(xlabel="cfg scale", ylabel="guidance interval")
     axes.tick_params(length=0)
-
-
-def colour_bar(figure: Figure, grid: np.ndarray, norm: LogNorm, label: str) -> None:
-    """Add the bar of the common colour scale, with a few round numbers beside it."""
-    bar = figure.colorbar(plt.cm.ScalarMappable(norm, "viridis_r"), ax=grid, label=label)
-    ticks = np.geomspace(norm.vmin, norm.vmax, 5)
-    bar.set_ticks(ticks.tolist(), labels=[f"{tick:.3g}" for tick in ticks])
-    bar.ax.minorticks_off()
+    axes.grid(False)

@@ -1,43 +1,55 @@
 """Which guidance suits a trained model: many settings on few images each, then the best of them on
 many.
 
-The points of the proxy stage draw the same noise, so that they differ by their settings alone. The
-best of them is partly the one that this noise happened to suit (selection bias), so the final stage
-never draws it again: its seeds are 1, 2, …, the proxy's is 0.
+The points of the proxy stage sample the same noise, so that they differ by their settings alone.
+The best of them is partly the one that this noise happened to suit (selection bias), so the final
+stage never samples it again: its seeds are 1, 2, …, the proxy's is 0.
 """
 
+import contextlib
 import dataclasses
+import datetime
 import json
 import logging
-from collections.abc import Callable
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from ddt.autoencoder import Autoencoder
 from ddt.checkpoint import folder as ckpt
+from ddt.config import Choice
+from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require
-from ddt.generation.generator import Generator
+from ddt.files import lock_folder, write_json
+from ddt.generation.generator import Dtype, Generator, usual_dtype
 from ddt.generation.image_set import image_set
+from ddt.generation.load import stored_autoencoder
 from ddt.generation.sample_set import sample_set
 from ddt.metrics.evaluate import evaluate
 from ddt.metrics.features import Extractor
 from ddt.metrics.images import SAMPLES, open_images
-from ddt.metrics.precision_recall import PrDtype
 from ddt.metrics.reference import Reference
-from ddt.metrics.scores import Prepared
+from ddt.metrics.scores import Prepared, prepare
 from ddt.model import Denoiser
-from scripts.studies.guidance.points import Point, guidance_text
+from ddt.receipts import circumstances, command_line, without_paths
+from scripts.studies.guidance.report import draw, make_result, tables
+from scripts.studies.guidance.settings import Checkpoint, GuidanceSettings, Point, interval_text
+from scripts.studies.study import BUSY, load_comparison, resume_study
 
 log = logging.getLogger(__name__)
+RESULT, WORK = "search", ".search"
 PROXY_SEED = 0
 METRICS = "metrics.json"  # its presence makes a set complete
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A set of images to be drawn and measured."""
+    """A set of images to be sampled and measured."""
 
     point: Point
     num_samples: int
@@ -45,57 +57,61 @@ class Job:
     folder: Path
 
 
+@dataclasses.dataclass
 class Search:
-    """Draws and measures sets of images on all processes.
-
-    Args:
-        make: builds a Generator of `model` and `settings`. autoencoder_sha256: of its autoencoder,
-        for receipts. reference, extractor, prepared, pr_dtype: what images are compared with, and
-        how.
-        metric: the Fréchet distance that points are told apart by.
-        keep_samples: whether samples.npz stays once it is measured.
+    """Samples and measures sets of images on all processes. metric: the Fréchet distance that
+    points are compared by.
     """
 
-    def __init__(
-        self, make: Callable[..., Generator], autoencoder_sha256: str | None, reference: Reference,
-        extractor: Extractor, prepared: Prepared, pr_dtype: PrDtype, metric: str, batch_size: int, keep_samples: bool,
-        accelerator: Accelerator,
-    ) -> None:  # fmt: skip
-        self.make, self.autoencoder_sha256 = make, autoencoder_sha256
-        self.reference, self.extractor, self.prepared, self.pr_dtype = reference, extractor, prepared, pr_dtype
-        self.metric, self.batch_size, self.keep_samples = metric, batch_size, keep_samples
-        self.accelerator = accelerator
-        self.loaded: tuple[Path, str] | None = None  # where the network in memory is from
-        self.model: Denoiser | None = None
+    settings: GuidanceSettings
+    autoencoder: Autoencoder
+    dtype: Dtype
+    reference: Reference
+    extractor: Extractor
+    prepared: Prepared
+    metric: str
+    accelerator: Accelerator
+    loaded: tuple[Path, str] | None = None  # where the network in memory is from
+    model: Denoiser | None = None
 
     def run(self, jobs: list[Job]) -> list[dict[str, Any]]:
-        """Draw and measure what is missing; return the metrics of all jobs, on every process."""
+        """Sample and measure what is missing; return the metrics of all jobs, on every process."""
         main = self.accelerator.is_main_process
         missing = [n for n, job in enumerate(jobs) if not (job.folder / METRICS).is_file()] if main else None
         (missing,) = broadcast_object_list([missing])  # one process decides
-        for number in set(range(len(jobs))) - set(missing) if main and not self.keep_samples else ():
+        for number in set(range(len(jobs))) - set(missing) if main and not self.settings.keep_samples else ():
             (jobs[number].folder / SAMPLES).unlink(missing_ok=True)  # measured, then killed before it was removed
         for done, number in enumerate(missing):
             job = jobs[number]
             metrics = self.measure(job)
             if metrics is not None:
-                label, value = metrics["labels"][self.metric], metrics[self.metric]
+                sampler = job.point.settings
+                guidance = f"cfg {sampler.cfg_scale:g}, interval {interval_text(sampler.cfg_interval)}"
                 log.info(
                     "point %d of %d: %s (%s): %s %.4f; %d left", number + 1, len(jobs),
-                    guidance_text(job.point.settings), job.folder, label, value, len(missing) - done - 1,
+                    "no guidance" if sampler.cfg_scale == 1 else guidance, job.folder,
+                    metrics["labels"][self.metric], metrics[self.metric], len(missing) - done - 1,
                 )  # fmt: skip
         found = [json.loads((job.folder / METRICS).read_text()) for job in jobs] if main else []
         return broadcast_object_list([found])[0]
 
     def measure(self, job: Job) -> dict[str, Any] | None:
-        """Draw a set and measure it; return the metrics on the main process."""
-        model = self.load(job.point)
+        """Sample a set and measure it; return the metrics on the main process."""
+        model, stored = self.load(job.point), job.point.checkpoint.stored
+        receipt = {
+            **ckpt.weights_receipt(job.point.checkpoint.folder, job.point.weights),
+            "step": stored["step"],
+            "class_names": stored["class_names"],
+            "autoencoder_sha256": self.autoencoder.fingerprint,
+        }
+        generator = Generator(
+            model=model, autoencoder=self.autoencoder, shape=tuple(stored["latent_shape"]),
+            settings=job.point.settings, dtype=self.dtype, device=self.accelerator.device,
+            cache_bytes=self.settings.cache_gib * 2**30,
+        )  # fmt: skip
+        images = image_set(model.num_classes, job.num_samples, seed=job.seed)
         try:
-            sample_set(
-                self.make(model=model, settings=job.point.settings),
-                image_set(model.num_classes, job.num_samples, seed=job.seed),
-                self.batch_size, job.folder, self.receipt(job.point), self.accelerator,
-            )  # fmt: skip
+            sample_set(generator, images, self.settings.batch_size, job.folder, receipt, self.accelerator)
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"{job.point.label}: {error}; or leave this point out, with another out="
@@ -103,9 +119,9 @@ class Search:
         self.accelerator.wait_for_everyone()  # until the main process has written what all read
         metrics = evaluate(
             open_images(job.folder, "out"), self.reference, self.extractor, job.folder, self.accelerator,
-            self.pr_dtype, self.prepared,
+            self.settings.pr_dtype, self.prepared,
         )  # fmt: skip
-        if metrics is not None and not self.keep_samples:
+        if metrics is not None and not self.settings.keep_samples:
             (job.folder / SAMPLES).unlink()
         return metrics
 
@@ -114,23 +130,13 @@ class Search:
         wanted = point.checkpoint.folder, point.weights
         if self.model is None or self.loaded != wanted:
             self.model = None  # before the next one is read
-            self.model = ckpt.load_model(point.checkpoint.folder, point.weights).to(self.accelerator.device)
+            self.model = ckpt.load_model(*wanted).to(self.accelerator.device)
             self.loaded = wanted
         return self.model
 
-    def receipt(self, point: Point) -> dict[str, Any]:
-        """Return what a receipt says of a point's weights."""
-        stored, weights = point.checkpoint.stored, point.weights
-        return {
-            **ckpt.weights_receipt(point.checkpoint.folder, weights),
-            "step": stored["step"],
-            "class_names": stored["class_names"],
-            "autoencoder_sha256": self.autoencoder_sha256,
-        }
 
-
-def chosen_metric(metric: str | None, reference: Reference, extractor: Extractor) -> str:
-    """Return the distance that points are told apart by; raise UserError for one that cannot be
+def choose_metric(metric: str | None, reference: Reference, extractor: Extractor) -> str:
+    """Return the distance that points are compared by; raise UserError for one that cannot be
     measured.
     """
     known = list(extractor.distances)
@@ -147,21 +153,58 @@ def chosen_metric(metric: str | None, reference: Reference, extractor: Extractor
     return name
 
 
-def best_of(metrics: list[dict[str, Any]], metric: str, top: int) -> list[int]:
-    """Return the places of the `top` best sets, the best first: a distance is the better the
-    smaller.
+def search(settings: GuidanceSettings, data: Choice | None, checkpoints: list[Checkpoint], points: list[Point]) -> None:
+    """Load everything, refuse what does not fit, sample both stages on each process, and write
+    tables, picture and, last, the JSON file of a complete search. data: the data set that the
+    reference is.
     """
-    return sorted(range(len(metrics)), key=lambda n: metrics[n][metric])[:top]
-
-
-def proxy_jobs(points: list[Point], num_samples: int, out: Path) -> list[Job]:
-    """Return the sets of the first stage: one a point, all of the same noise."""
-    return [Job(point, num_samples, PROXY_SEED, out / "proxy" / point.label) for point in points]
-
-
-def final_jobs(winners: list[Point], num_samples: int, repeats: int, out: Path) -> list[Job]:
-    """Return the sets of the second stage, winner by winner: never of the noise that they were
-    chosen on.
-    """
-    seeds = range(PROXY_SEED + 1, PROXY_SEED + 1 + repeats)
-    return [Job(p, num_samples, seed, out / "final" / p.label / f"seed_{seed}") for p in winners for seed in seeds]
+    accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))  # one GPU may be hours behind another
+    device, main, out = accelerator.device, accelerator.is_main_process, Path(settings.out)
+    dtype = settings.dtype or usual_dtype(device)
+    plan: dict[str, Any] | None = None
+    request: dict[str, Any] = {}
+    if main:  # it alone reads files for their hashes
+        request = settings.request(checkpoints, dtype, circumstances(device)["device"])
+        plan = resume_study(out, request, "search", WORK)
+    (complete,) = broadcast_object_list([(out / f"{RESULT}.json").exists()])  # as the main process sees it
+    if complete:
+        log.info("%s: complete, nothing to do", out / f"{RESULT}.json")
+        return
+    stored, features = checkpoints[0].stored, settings.features
+    assert features is not None
+    autoencoder = stored_autoencoder(stored, settings.autoencoder).to(device)
+    shape = stored["latent_shape"]
+    reference, extractor = load_comparison(settings.reference, data, features, autoencoder, shape, device)
+    metric = choose_metric(settings.metric, reference, extractor)
+    with lock_folder(out / WORK, f"out={out}: {BUSY}") if main else contextlib.nullcontext():
+        if main:
+            inputs = {"reference": reference.identity(), "features": extractor.identity()}
+            inputs = json.loads(json.dumps(without_paths(inputs)))
+            require(
+                plan is None or plan["inputs"] == inputs,
+                f"out={out}: its points were measured with another content of reference, features or weights; choose "
+                "another out=",
+            )
+            write_json(out / "plan.json", {"request": request, "inputs": inputs})
+        prepared = prepare(reference, extractor, accelerator)
+        runner = Search(settings, autoencoder, dtype, reference, extractor, prepared, metric, accelerator)
+        proxy = runner.run([Job(p, settings.num_samples, PROXY_SEED, out / "proxy" / p.label) for p in points])
+        best = sorted(range(len(points)), key=lambda n: proxy[n][metric])[: settings.top]
+        seeds = range(PROXY_SEED + 1, PROXY_SEED + 1 + settings.repeats)
+        jobs = [
+            Job(points[n], settings.final_samples, seed, out / "final" / points[n].label / f"seed_{seed}")
+            for n in best
+            for seed in seeds
+        ]
+        final = dict(zip(((job.point.label, job.seed) for job in jobs), runner.run(jobs), strict=True))
+        if main:
+            winners = [(points[n], proxy[n], [(seed, final[points[n].label, seed]) for seed in seeds]) for n in best]
+            result = make_result(list(zip(points, proxy, strict=True)), winners, metric)
+            (out / f"{RESULT}.md").write_text(tables(result) + "\n")
+            draw(result, out / f"{RESULT}.png")
+            about = {"num_processes": accelerator.num_processes, "threads": torch.get_num_threads(),
+                     "cores": os.cpu_count()}  # fmt: skip
+            origin = {"command": command_line(), **circumstances(device), **about}
+            write_json(out / f"{RESULT}.json", {"request": request, **result, **origin})
+            log.info("%s\n%s", tables(result), out / f"{RESULT}.png")
+            shutil.rmtree(out / WORK)

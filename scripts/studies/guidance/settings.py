@@ -1,87 +1,204 @@
-"""What a guidance search is asked for: its axes, its checkpoints, its points, and what makes two
-searches one.
+"""What a guidance search is asked for: its axes, its checkpoints, and its points, every combination
+of them.
 """
 
+import dataclasses
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ddt.checkpoint import folder as ckpt
-from ddt.config import parse
 from ddt.errors import require
 from ddt.files import sha256
 from ddt.generation.generator import Dtype
-from ddt.generation.settings import SAMPLER_KEYS, SamplerOverrides
+from ddt.generation.image_set import SEED_STRIDE
+from ddt.generation.settings import SAMPLER_KEYS, SamplerOverrides, Stored
+from ddt.metrics.features import FeatureSettings, check_features
+from ddt.metrics.precision_recall import PrDtype
 from ddt.model import network_class
 from ddt.sampling.schedules import content_of
 from ddt.sampling.settings import SamplerSettings
-from scripts.studies.guidance.points import Axes, Checkpoint, Point, points_of
 
-AXES = ("ckpt", "weights", "recompute", "timeshift", "cfg_scale", "cfg_interval")
+Interval = tuple[float, float] | None
+Recompute = list[int] | str | None
+SAMPLER_AXES = ("recompute", "timeshift", "cfg_scale", "cfg_interval")
 
 
-def listed(key: str, value: Any) -> Any:
-    """Return an axis as the list of its values where one value stands for it: 2, [0.3,1], or the
-    steps [0,5,10].
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of a search. name: what the search calls it. stored: its config."""
+
+    name: str
+    folder: Path
+    stored: dict[str, Any]
+
+    def hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of its weights by name, as its manifest has them; reading compares
+        them.
+        """
+        return {name: ckpt.weights_sha256(self.folder, name) for name in ckpt.weights_names(self.folder)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One combination. label: the name of its folder."""
+
+    label: str
+    checkpoint: Checkpoint
+    weights: str
+    settings: SamplerSettings
+
+    def row(self) -> dict[str, Any]:
+        """Return what tells points apart, as plain values."""
+        chosen = {name: getattr(self.settings, name) for name in SAMPLER_AXES}
+        return {"label": self.label, "checkpoint": self.checkpoint.name, "weights": self.weights, **chosen}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuidanceSettings(SamplerOverrides):
+    """See conf/study/guidance.yaml. The axes are lists, or one value.
+
+    Raises UserError for values that cannot be.
     """
-    numbers = isinstance(value, list) and bool(value) and all(isinstance(v, int | float) for v in value)
-    single = not isinstance(value, list) or (key in ("recompute", "cfg_interval") and numbers)
-    return [value] if single else value
 
+    ckpt: list[str] | str
+    weights: list[str] | str
+    recompute: list[Recompute] | Recompute  # type: ignore[assignment]
+    timeshift: list[float | Stored] | float | Stored  # type: ignore[assignment]
+    cfg_scale: list[float | Stored] | float | Stored  # type: ignore[assignment]
+    cfg_interval: list[Interval | Stored] | Interval | Stored  # type: ignore[assignment]
+    reference: str
+    out: str
+    features: FeatureSettings | None
+    num_samples: int
+    metric: str | None
+    top: int
+    final_samples: int
+    repeats: int
+    keep_samples: bool
+    autoencoder: str
+    dtype: Dtype | None
+    batch_size: int
+    num_processes: int | None
+    cache_gib: float
+    inception_weights: str | None
+    pr_dtype: PrDtype
 
-def find_checkpoints(paths: list[str], weights: list[str]) -> list[Checkpoint]:
-    """Return the checkpoints that paths mean; raise UserError where they do not belong in one
-    search.
-    """
-    folders = [ckpt.find_checkpoint(path) for path in paths]
-    require(len({f.resolve() for f in folders}) == len(folders), f"ckpt={paths}: two of them are one checkpoint")
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names):  # the same step of several runs
-        names = [f"{folder.resolve().parent.parent.name}-{folder.name}" for folder in folders]
-    require(len(set(names)) == len(names), f"ckpt={paths}: runs of the same name; rename the folder of one")
-    found = [Checkpoint(name, f, ckpt.read_config(f)) for name, f in zip(names, folders, strict=True)]
-    for other in found:
-        for key in ("latent_shape", "class_names", "autoencoder_fingerprint"):
+    def __post_init__(self) -> None:
+        for key in ("ckpt", "weights", *SAMPLER_AXES):
+            values = self.axis(key)
+            require(len(values) > 0, f"{key}=[]: name at least one")
+            twice = [value for n, value in enumerate(values) if value in values[:n]]
+            require(not twice, f"{key}: names {twice[:1]} twice; name each value once")
+        for key in ("top", "repeats", "batch_size"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        for key in ("num_samples", "final_samples"):
+            count = getattr(self, key)
             require(
-                found[0].stored.get(key) == other.stored.get(key),
-                f"ckpt={other.folder}: has another {key} than {found[0].folder}; search them one by one",
+                2 <= count <= SEED_STRIDE, f"{key}={count}: must lie in 2..{SEED_STRIDE}; statistics need at least 2"
             )
-        for kind in weights:
-            ckpt.check_weights(other.folder, kind)
-    return found
+        require(self.cache_gib >= 0, f"cache_gib={self.cache_gib}: must be at least 0 (0 keeps no modulations)")
+        check_features(self.features, self.reference, self.inception_weights)
+
+    def axis(self, key: str) -> list[Any]:
+        """Return the values of an axis; one value stands for a list of it: 2, [0.3,1], or the steps
+        [0,5,10].
+        """
+        value = getattr(self, key)
+        if not isinstance(value, list):
+            return [value]
+        is_schedule = key == "recompute" and bool(value) and all(isinstance(step, int) for step in value)
+        return [value] if is_schedule else value
+
+    def find_checkpoints(self) -> list[Checkpoint]:
+        """Return the checkpoints; raise UserError where they do not belong in one search."""
+        paths = self.axis("ckpt")
+        folders = [ckpt.find_checkpoint(path) for path in paths]
+        require(len({f.resolve() for f in folders}) == len(folders), f"ckpt={paths}: two of them are one checkpoint")
+        names = [folder.resolve().name for folder in folders]
+        if len(set(names)) < len(names):  # the same step of several runs
+            names = [f"{folder.resolve().parent.parent.name}-{folder.name}" for folder in folders]
+        require(len(set(names)) == len(names), f"ckpt={paths}: runs of the same name; rename the folder of one")
+        found = [Checkpoint(name, f, ckpt.read_config(f)) for name, f in zip(names, folders, strict=True)]
+        for other in found:
+            for key in ("latent_shape", "class_names", "autoencoder_fingerprint"):
+                require(
+                    found[0].stored.get(key) == other.stored.get(key),
+                    f"ckpt={other.folder}: has another {key} than {found[0].folder}; search them one by one",
+                )
+            for kind in self.axis("weights"):
+                ckpt.check_weights(other.folder, kind)
+        return found
+
+    def point_sampler(self, checkpoint: Checkpoint, chosen: dict[str, Any]) -> SamplerSettings:
+        """Return the sampler of a checkpoint with the chosen value of each axis."""
+        others = {key: getattr(self, key) for key in ("sampler", *SAMPLER_KEYS) if key not in SAMPLER_AXES}
+        if chosen["recompute"] is None and self.axis("recompute") != [None]:
+            others["forecast_order"] = 0  # it is that of the others
+        shares = network_class(checkpoint.stored["network"]).shares_encoder
+        settings = SamplerOverrides(**others, **chosen).resolve(checkpoint.stored["sampler"], shares)
+        return dataclasses.replace(settings, cfg_interval=None) if settings.cfg_scale == 1 else settings
+
+    def points(self, checkpoints: list[Checkpoint]) -> list[Point]:
+        """Return all combinations. With cfg_scale 1 no interval makes a difference: that is one
+        point.
+        """
+        found: dict[str, Point] = {}
+        for checkpoint, weights, *values in itertools.product(
+            checkpoints, self.axis("weights"), *map(self.axis, SAMPLER_AXES)
+        ):
+            chosen = dict(zip(SAMPLER_AXES, values, strict=True))
+            settings = self.point_sampler(checkpoint, chosen)
+            label = self.label(len(checkpoints), checkpoint, weights, chosen["recompute"], settings)
+            point = found.setdefault(label, Point(label, checkpoint, weights, settings))
+            require(
+                point.settings == settings or settings.cfg_scale == 1,
+                f"{label}: two points of this name differ in digits that it does not show; choose rounder numbers",
+            )
+        require(self.top <= len(found), f"top={self.top}: there are {len(found)} points; choose at most so many")
+        return list(found.values())
+
+    def label(
+        self, num_checkpoints: int, checkpoint: Checkpoint, weights: str, recompute: Recompute,
+        settings: SamplerSettings,
+    ) -> str:  # fmt: skip
+        """Return a folder's name for a combination: scale, interval and weights, and of the other
+        axes those that have several values.
+        """
+        interval, schedules = settings.cfg_interval, self.axis("recompute")
+        parts = [checkpoint.name] if num_checkpoints > 1 else []
+        parts.append(f"cfg{settings.cfg_scale:g}" + ("" if interval is None else f"_t{interval[0]:g}-{interval[1]:g}"))
+        parts.append(weights)
+        if len(schedules) > 1:
+            named = isinstance(recompute, str) and not recompute.endswith(".json")
+            other = str(recompute).replace(":", "") if named else f"z{schedules.index(recompute)}"
+            parts.append("unshared" if recompute is None else other)
+        if len(self.axis("timeshift")) > 1:
+            parts.append(f"shift{settings.timeshift:g}")
+        return "_".join(parts)
+
+    def request(self, checkpoints: list[Checkpoint], dtype: Dtype, device: str) -> dict[str, Any]:
+        """Return what makes two searches one: all that a number in their results depends on."""
+        keys = ("reference", "metric", "num_samples", "top", "final_samples", "repeats", "autoencoder",
+                "inception_weights", "pr_dtype")  # fmt: skip
+        reference, features = Path(self.reference), self.features
+        return {
+            **{key: getattr(self, key) for key in keys},
+            "features": dataclasses.asdict(features),  # type: ignore[call-overload]
+            "reference_sha256": sha256(reference) if reference.is_file() else None,
+            "checkpoints": {
+                c.name: {"step": c.stored["step"], "sha256": c.hashes(), "sampler": c.stored["sampler"]}
+                for c in checkpoints
+            },
+            **{key: self.axis(key) for key in ("weights", *SAMPLER_AXES)},
+            "recompute": [content_of(value) for value in self.axis("recompute")],
+            **{key: getattr(self, key) for key in ("sampler", *SAMPLER_KEYS) if key not in SAMPLER_AXES},
+            "dtype": dtype,
+            "device": device,
+        }
 
 
-def search_points(config: dict[str, Any], checkpoints: list[Checkpoint]) -> list[Point]:
-    """Return the points, each with a sampler as sample.py makes it of the command line and the
-    checkpoint.
-    """
-    shares = any(value is not None for value in config["recompute"])
-
-    def settings_of(checkpoint: Checkpoint, chosen: dict[str, Any]) -> SamplerSettings:
-        values = {**config, **chosen}
-        if shares and chosen["recompute"] is None:
-            values["forecast_order"] = 0  # of the others
-        overrides = parse(SamplerOverrides, {key: values[key] for key in ("sampler", *SAMPLER_KEYS)})
-        stored = checkpoint.stored
-        return overrides.resolve(stored["sampler"], network_class(stored["network"]).shares_encoder)
-
-    axes = Axes(checkpoints, **{key: config[key] for key in AXES if key != "ckpt"})
-    return points_of(axes, settings_of)
-
-
-def request_of(config: dict[str, Any], checkpoints: list[Checkpoint], dtype: Dtype, device: str) -> dict[str, Any]:
-    """Return what makes two searches one: all that a number in their results depends on."""
-    keys = ("reference", "features", "metric", "num_samples", "top", "final_samples", "repeats", "autoencoder")
-    reference = Path(config["reference"])
-    return {
-        **{key: config[key] for key in (*keys, "inception_weights", "pr_dtype")},
-        "reference_sha256": sha256(reference) if reference.is_file() else None,
-        "checkpoints": {
-            c.name: {"step": c.stored["step"], "sha256": c.hashes(), "sampler": c.stored["sampler"]}
-            for c in checkpoints
-        },
-        **{key: config[key] for key in AXES if key not in ("ckpt", "recompute")},
-        "recompute": [content_of(value) for value in config["recompute"]],
-        **{key: config[key] for key in ("sampler", *SAMPLER_KEYS) if key not in AXES},
-        "dtype": dtype,
-        "device": device,
-    }
+def interval_text(interval: Sequence[float] | None) -> str:
+    """Return what people call a guidance interval."""
+    return "every time" if interval is None else f"{interval[0]:g}–{interval[1]:g}"

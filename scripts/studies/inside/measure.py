@@ -16,9 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddt.autoencoder import Autoencoder
-from ddt.config import build
+from ddt.config import Choice
 from ddt.data.images import Images
-from ddt.data.latent_cache import LatentCache
 from ddt.data.stream import validation_batch
 from ddt.data.survey import spread
 from ddt.draws import golden_sequence
@@ -54,7 +53,7 @@ class Trajectory:
 
 
 def walk(generator: Generator, images: ImageSet) -> Trajectory:
-    """Draw images as `sample.py` does, all in one batch, and keep the way there; raise UserError
+    """Sample images as `sample.py` does, all in one batch, and keep the way there; raise UserError
     where they are not finite.
     """
     times: list[float] = []
@@ -86,7 +85,7 @@ def shown_steps(num_steps: int, columns: int) -> list[int]:
 @dataclasses.dataclass(frozen=True)
 class Film:
     """Pictures on the way, uint8. predicted: of the clean image, (K, B, H, W, C). noisy: x_t, the
-    same shape. samples: (B, H, W, C), what `sample.py` draws.
+    same shape. samples: (B, H, W, C), what `sample.py` samples.
     """
 
     predicted: np.ndarray
@@ -94,7 +93,7 @@ class Film:
     samples: np.ndarray
 
 
-def film(generator: Generator, path: Trajectory, steps: list[int]) -> Film:
+def decode_film(generator: Generator, path: Trajectory, steps: list[int]) -> Film:
     """Decode what lies on the way at K steps, and its end."""
 
     def pixels(latents: Tensor) -> np.ndarray:
@@ -186,24 +185,24 @@ class Similarity:
         return float(np.mean([self.values[a, s] for a, b in zip(steps, ends, strict=True) for s in range(a, b)]))
 
 
-def similarity(generator: Generator, ema_sha256: str) -> Similarity:
+def measure_similarity(generator: Generator, ema_sha256: str) -> Similarity:
     """Compare z at all steps of the templates' sampling at full cost, and lay schedules over it:
     the sampler's own, the uniform one and the fitted one of as many runs of the encoder. Where
     nothing is shared, these have a fifth of the steps.
     """
     model, shape, settings, device = generator.model, generator.shape, generator.settings, generator.device
-    steps, fitted = settings.num_steps, settings.parsed_recompute.kind == "dp"
+    steps, recompute = settings.num_steps, settings.parsed_recompute
     chosen: Any = None
     warnings: list[str] = []
-    if fitted:
-        budget = settings.parsed_recompute.number
+    if recompute.kind == "dp":
+        budget = recompute.number
     else:
         resolved, warnings = resolve_recompute(model, shape, settings, device, ema_sha256)
         chosen = resolved.recompute
         budget = math.ceil(steps / USUAL_SHARE) if chosen is None else len(chosen)
     with generator.autocast():
         content = fit_schedule(model, shape, settings, budget, device)  # of sampling that shares nothing
-    if fitted:
+    if recompute.kind == "dp":
         chosen = content["recompute_steps"]
     every = math.ceil(steps / budget)
     schedules = {f"uniform:{every}": uniform_schedule(steps, every), f"dp:{budget}": content["recompute_steps"]}
@@ -215,7 +214,7 @@ def similarity(generator: Generator, ema_sha256: str) -> Similarity:
 # --- the loss
 
 
-def held_out(stored: dict[str, Any], root: str, autoencoder: Autoencoder) -> Images:
+def find_images(stored: dict[str, Any], root: str, autoencoder: Autoencoder) -> Images:
     """Return the held-out images of a checkpoint's run, from `root` or, where that is "checkpoint",
     from where they lay.
 
@@ -225,20 +224,20 @@ def held_out(stored: dict[str, Any], root: str, autoencoder: Autoencoder) -> Ima
     run = stored.get("run")
     if run is None:
         raise UserError("the checkpoint was not trained here and names no data")
-    node = {key: value for key, value in run["data"].items() if key != "fingerprint"}
+    data = dict(run["data"])
+    fingerprint, target = data.pop("fingerprint"), data.pop("_target_")
     if root != "checkpoint":
-        require("root" in node, f"data.root={root}: this run's data have no folder; leave it out")
-        node["root"] = root
+        require("root" in data, f"data.root={root}: this run's data have no folder; leave it out")
+        data["root"] = root
     try:
-        train, test = (build(node)(split=split) for split in ("train", "test"))
+        train, test = (Choice(target, data).build(split=split) for split in ("train", "test"))
     except (ImportError, TypeError) as error:
         raise UserError(f"the run's data are of an earlier version of the code ({first_line(error)})") from error
     require(
-        train.fingerprint == run["data"]["fingerprint"],
-        f"data.root={node.get('root')}: holds other images than the run was trained on; give data.root=FOLDER",
+        train.fingerprint == fingerprint,
+        f"data.root={data.get('root')}: holds other images than the run was trained on; give data.root=FOLDER",
     )
-    if isinstance(test, LatentCache):
-        test.check_autoencoder(autoencoder)
+    test.check_autoencoder(autoencoder)
     require(len(test.labels) > 0, "the run held no images out (data.holdout_every=0)")
     return test
 

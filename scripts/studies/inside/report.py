@@ -1,16 +1,13 @@
-"""Pictures of what scripts/studies/inside/__main__.py finds inside a model."""
+"""Pictures of what is found inside a model."""
 
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
+from ddt.pictures import pyplot, save_figure
 from scripts.studies.inside.measure import Film, Losses, Similarity
-from scripts.studies.sharing.report import draw_similarity
+from scripts.studies.study import draw_similarity
 
 CELL = 0.85  # inches a side of a small picture
 
@@ -19,16 +16,16 @@ def draw_similarities(found: Similarity, path: Path) -> None:
     """Write a panel for each schedule: the similarity of z between all steps, the segments that
     share one, and at their corners the steps at which the encoder runs.
     """
-    figure, panels = plt.subplots(ncols=len(found.schedules), figsize=(4.6 * len(found.schedules), 4.4), squeeze=False,
-                                  layout="constrained")  # fmt: skip
+    figure, panels = pyplot().subplots(
+        ncols=len(found.schedules), figsize=(4.6 * len(found.schedules), 4.4), squeeze=False
+    )
     for axes, (name, steps) in zip(panels[0], found.schedules.items(), strict=True):
         image = draw_similarity(axes, found.values, steps)
         axes.plot(np.array(steps) + 0.5, np.array(steps) + 0.5, ".", color="red", markersize=4)
         chosen = " (chosen)" if steps == found.chosen else ""
         axes.set_title(f"{name}{chosen}: mean similarity of z to the z in use {found.kept(name):.4f}", fontsize="small")
     figure.colorbar(image, ax=panels, label="cosine similarity of z")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_grid(pictures: np.ndarray, titles: list[str], names: list[str], title: str, path: Path) -> None:
@@ -36,8 +33,7 @@ def draw_grid(pictures: np.ndarray, titles: list[str], names: list[str], title: 
     a column and beside a name a row.
     """
     rows, columns = pictures.shape[:2]
-    figure, panels = plt.subplots(rows, columns, figsize=(CELL * columns + 0.8, CELL * rows + 0.7), squeeze=False,
-                                  layout="constrained")  # fmt: skip
+    figure, panels = pyplot().subplots(rows, columns, figsize=(CELL * columns + 0.8, CELL * rows + 0.7), squeeze=False)
     for row, name in enumerate(names):
         for column, heading in enumerate(titles):
             axes, picture = panels[row, column], pictures[row, column]
@@ -45,12 +41,12 @@ def draw_grid(pictures: np.ndarray, titles: list[str], names: list[str], title: 
                         vmin=0, vmax=255)  # fmt: skip
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
+            axes.grid(False)
             if row == 0:
                 axes.set_title(heading, fontsize="small")
         panels[row, 0].set_ylabel(name, fontsize="small")
     figure.suptitle(title, fontsize="medium")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def at(times: list[float]) -> list[str]:
@@ -81,14 +77,12 @@ def draw_film(film: Film, times: list[float], names: list[str], path: Path) -> N
 def draw_losses(found: Losses, path: Path) -> None:
     """Write the loss in each bin of t, with its standard error over images."""
     edges = np.array(found.edges)
-    figure, axes = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(5.6, 3.8))
     axes.errorbar((edges[1:] + edges[:-1]) / 2, found.mean, found.standard_error, np.diff(edges) / 2, fmt="o",
                   markersize=4, capsize=3)  # fmt: skip
     axes.set(xlabel="t (0 is noise, 1 is data)", ylabel="flow-matching loss", xlim=(0, 1), ylim=(0, None),
              title=f"{len(found.errors)} held-out images, EMA weights")  # fmt: skip
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def numbers(values: Any) -> list[Any]:

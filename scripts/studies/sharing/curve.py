@@ -1,37 +1,145 @@
 """Quality against speed of shared sampling: every rule at every budget, on the same noise as the
 run without sharing.
 
+A rule is a kind of schedule with an order of forecasts of z, a budget the number of encoder runs.
 Shapes: n images of a point, B batch, C H W latent.
 """
 
 import dataclasses
 import json
+import logging
+import os
+import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from ddt.generation.generator import Generator
+from ddt.checkpoint import folder as ckpt
+from ddt.config import Choice
+from ddt.distributed.prepare import make_accelerator
+from ddt.errors import UserError, require
+from ddt.files import lock_folder, write_json
+from ddt.generation.generator import Dtype, Generator, usual_dtype
 from ddt.generation.image_set import ImageSet, image_set
+from ddt.generation.load import load_generator, stored_autoencoder
+from ddt.generation.settings import SamplerOverrides
 from ddt.metrics.comparability import title
-from ddt.metrics.features import Extractor, to_device
+from ddt.metrics.features import Extractor, FeatureSettings, check_features, to_device
 from ddt.metrics.frechet import Moments
-from ddt.metrics.scores import Prepared
+from ddt.metrics.scores import Prepared, prepare
+from ddt.receipts import circumstances, command_line
 from ddt.sampling.cost import sampling_macs
+from ddt.sampling.fitting import fit_schedule
+from ddt.sampling.schedules import optimal_schedule, uniform_schedule
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.tracking import read_rows
-from scripts.studies.sharing.rules import Schedules, parse_rule
+from scripts.studies.sharing.report import UNSHARED, draw, summarise, table
+from scripts.studies.study import BUSY, load_comparison, resume_study, unshared_sampler
 
-UNSHARED = "unshared"
+log = logging.getLogger(__name__)
+RESULT = "sharing_curve"
 KEPT = ".unshared"  # folder of the images that the others are compared with
+Schedules = dict[str, dict[str, list[int]]]  # kind → budget → steps at which the encoder runs, as JSON holds them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharingSettings(SamplerOverrides):
+    """See conf/study/sharing.yaml. Raises UserError for values that cannot be."""
+
+    ckpt: str
+    reference: str
+    out: str
+    features: FeatureSettings | None
+    rules: list[str]
+    budgets: list[int]
+    repeats: int
+    num_samples: int
+    batch_size: int
+    templates: int
+    inception_weights: str | None
+    autoencoder: str
+    dtype: Dtype | None
+    cache_gib: float
+
+    def __post_init__(self) -> None:
+        for key in ("repeats", "batch_size", "templates"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        require(self.num_samples >= 2, f"num_samples={self.num_samples}: statistics need at least 2")
+        require(self.cache_gib >= 0, f"cache_gib={self.cache_gib}: must be at least 0 (0 keeps no modulations)")
+        for rule in self.rules:
+            parse_rule(rule)
+        for key in ("rules", "budgets"):
+            values = getattr(self, key)
+            require(len(values) > 0, f"{key}=[]: name at least one")
+            require(len(set(values)) == len(values), f"{key}={values}: names one twice")
+        check_features(self.features, self.reference, self.inception_weights)
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of schedules that the rules use."""
+        return {parse_rule(rule)[0] for rule in self.rules}
+
+    def check_budgets(self, num_steps: int) -> None:
+        """Raise UserError for a budget that a sampler of num_steps steps cannot spend."""
+        for budget in self.budgets:
+            require(1 <= budget <= num_steps, f"budgets={budget}: must lie in 1..num_steps={num_steps}")
+            runs = len(uniform_for(num_steps, budget))
+            require(
+                "uniform" not in self.kinds or runs == budget,
+                f"budgets={budget}: no every r-th of {num_steps} steps makes {budget}; choose {runs}, or dp rules "
+                "alone",
+            )
+
+    def request(self) -> dict[str, Any]:
+        """Return the settings that the result depends on, as plain values."""
+        keys = (
+            "reference", "rules", "budgets", "repeats", "num_samples", "batch_size", "templates", "autoencoder",
+            "inception_weights", "cache_gib",
+        )  # fmt: skip
+        features: Any = self.features
+        return {**{key: getattr(self, key) for key in keys}, "features": dataclasses.asdict(features)}
+
+
+def parse_rule(rule: str) -> tuple[str, int]:
+    """Return the kind of schedule and the forecast order that "uniform", "dp+1", … mean."""
+    match = re.fullmatch(r"(uniform|dp)(?:\+([12]))?", rule)
+    if match is None:
+        raise UserError(f"rules={rule}: give uniform or dp, with +1 or +2 where z is forecast, as in dp+1")
+    return match[1], int(match[2] or 0)
+
+
+def uniform_for(num_steps: int, budget: int) -> list[int]:
+    """Return the uniform schedule of the most steps, at most `budget`."""
+    return uniform_schedule(num_steps, -(-num_steps // budget))
+
+
+def make_schedules(generator: Generator, settings: SharingSettings) -> Schedules:
+    """Return for each kind of schedule and each budget the steps at which the encoder runs; dp is
+    fitted here.
+    """
+    steps, schedules = generator.settings.num_steps, Schedules()
+    if "dp" in settings.kinds:
+        with generator.autocast():
+            fitted = fit_schedule(
+                generator.model, generator.shape, generator.settings, settings.budgets[0], generator.device,
+                settings.templates,
+            )  # fmt: skip
+        similarity = np.array(fitted["similarity"])
+        schedules["dp"] = {str(budget): optimal_schedule(similarity, budget) for budget in settings.budgets}
+    if "uniform" in settings.kinds:
+        schedules["uniform"] = {str(budget): uniform_for(steps, budget) for budget in settings.budgets}
+    return schedules
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One set to be drawn: a rule at a budget (`UNSHARED` at num_steps), with the noise of one
+    """One set to be sampled: a rule at a budget (`UNSHARED` at num_steps), with the noise of one
     repeat.
     """
 
@@ -41,45 +149,28 @@ class Point:
 
 
 class Curve:
-    """The points of a curve, drawn one after the other and kept in `out/points.jsonl`.
+    """The points of a curve, sampled one after the other and kept in `out/points.jsonl`.
 
-    Args:
-        generator: of images, without sharing. schedules: see `sharing_rules.schedules_of`.
-        extractor, prepared: features and reference of the Fréchet distance.
-        repeats, num_samples, batch_size: repeat r draws num_samples images of seed r.
-        out: holds points.jsonl, and of each repeat the images without sharing.
+    generator: of images, without sharing. extractor, prepared: features and reference of the
+    Fréchet distance. Repeat r samples num_samples images of seed r.
     """
 
     def __init__(
-        self,
-        generator: Generator,
-        schedules: Schedules,
-        rules: list[str],
-        extractor: Extractor,
+        self, settings: SharingSettings, generator: Generator, schedules: Schedules, extractor: Extractor,
         prepared: Prepared,
-        repeats: int,
-        num_samples: int,
-        batch_size: int,
-        out: Path,
-    ) -> None:
-        self.generator, self.schedules, self.rules = generator, schedules, rules
+    ) -> None:  # fmt: skip
+        self.settings, self.generator, self.schedules = settings, generator, schedules
         self.extractor, self.prepared = extractor, prepared
-        self.repeats, self.num_samples, self.batch_size = repeats, num_samples, batch_size
-        self.out = out
-        self.budgets = sorted({int(b) for kind in schedules.values() for b in kind}, reverse=True)
-
-    @property
-    def distance_name(self) -> str:
-        """What people call the distance."""
-        return title(next(iter(self.extractor.distances)))
+        self.out = Path(settings.out)
+        self.budgets = sorted(settings.budgets, reverse=True)
 
     def points(self) -> Iterator[Point]:
         """Yield all points, repeat by repeat, each repeat's without sharing first."""
-        for repeat in range(self.repeats):
+        for repeat in range(self.settings.repeats):
             yield Point(UNSHARED, self.generator.settings.num_steps, repeat)
-            yield from (Point(rule, budget, repeat) for rule in self.rules for budget in self.budgets)
+            yield from (Point(rule, budget, repeat) for rule in self.settings.rules for budget in self.budgets)
 
-    def settings(self, rule: str, budget: int) -> SamplerSettings:
+    def sampler(self, rule: str, budget: int) -> SamplerSettings:
         """Return the sampler of a rule at a budget."""
         if rule == UNSHARED:
             return self.generator.settings
@@ -87,21 +178,21 @@ class Curve:
         steps = self.schedules[kind][str(budget)]
         return dataclasses.replace(self.generator.settings, recompute=steps, forecast_order=order)
 
-    def bound(self, rule: str, budget: int) -> float:
-        """Return how many times fewer MACs a rule takes at a budget than sampling without sharing."""
+    def speed_by_macs(self, rule: str, budget: int) -> float:
+        """Return how many times fewer MACs a rule takes at a budget than no sharing."""
         model, (_, height, width) = self.generator.model, self.generator.shape
         unshared, own = (
             sampling_macs(model, height, width, settings)
-            for settings in (self.generator.settings, self.settings(rule, budget))
+            for settings in (self.generator.settings, self.sampler(rule, budget))
         )
         return unshared / own
 
     def images(self, repeat: int) -> ImageSet:
         """Return the images of a repeat: classes in turns, the noise of seed `repeat`."""
-        return image_set(self.generator.model.num_classes, self.num_samples, seed=repeat)
+        return image_set(self.generator.model.num_classes, self.settings.num_samples, seed=repeat)
 
     def run(self) -> list[dict[str, Any]]:
-        """Draw the points that are missing and return the rows of all."""
+        """Sample the points that are missing and return the rows of all."""
         path = self.out / "points.jsonl"
         rows = read_rows(path, key="rule") if path.exists() else []
         temporary = path.with_suffix(".tmp")
@@ -110,44 +201,42 @@ class Curve:
         found = {Point(row["rule"], row["budget"], row["repeat"]): row for row in rows}
         points = list(self.points())
         left = [point for point in points if point not in found]
-        total, done = (number * self.num_samples for number in (len(points), len(points) - len(left)))
+        total, done = (number * self.settings.num_samples for number in (len(points), len(points) - len(left)))
         bar = tqdm(total=total, initial=done, unit="img", desc="curve", mininterval=1.0)
         with path.open("a") as file, bar, self.generator.exact():
             if left:
                 self.warm_up()
             for point in left:
                 if point.rule != UNSHARED and not self.kept(point.repeat).is_file():
-                    self.draw(Point(UNSHARED, self.generator.settings.num_steps, point.repeat), None)
-                row = {**dataclasses.asdict(point), **self.draw(point, bar)}
+                    self.measure(Point(UNSHARED, self.generator.settings.num_steps, point.repeat), None)
+                row = {**dataclasses.asdict(point), **self.measure(point, bar)}
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 found[point] = row
         return [found[point] for point in points]
 
     def warm_up(self) -> None:
-        """Draw one batch in two steps: the first calls allocate and choose their kernels."""
-        images = self.images(0)
-        short = SamplerSettings(num_steps=2, last_step=None)
-        generator = dataclasses.replace(self.generator, settings=short)
-        latents, _ = generator.latents(images.classes[: self.batch_size], images.seeds[: self.batch_size])
+        """Sample one batch in two steps: the first calls allocate and choose their kernels."""
+        images, size = self.images(0), self.settings.batch_size
+        generator = dataclasses.replace(self.generator, settings=SamplerSettings(num_steps=2, last_step=None))
+        latents, _ = generator.latents(images.classes[:size], images.seeds[:size])
         generator.pixels(latents, None, None)
 
     def kept(self, repeat: int) -> Path:
         """Return the file of the latents without sharing; their images lie beside it."""
         return self.out / KEPT / f"latents_{repeat}.npy"
 
-    def draw(self, point: Point, bar: tqdm | None) -> dict[str, Any]:
-        """Draw the images of a point; return its measurements. Those without sharing are kept, as
+    def measure(self, point: Point, bar: tqdm | None) -> dict[str, Any]:
+        """Sample the images of a point; return its measurements. Those without sharing are kept, as
         `kept` says.
         """
-        settings, images = self.settings(point.rule, point.budget), self.images(point.repeat)
-        generator = dataclasses.replace(self.generator, settings=settings)
-        kept = self.kept(point.repeat)
-        comparison = Comparison(kept, self.num_samples, new=point.rule == UNSHARED)
+        images, count, size = self.images(point.repeat), self.settings.num_samples, self.settings.batch_size
+        generator = dataclasses.replace(self.generator, settings=self.sampler(point.rule, point.budget))
+        comparison = Comparison(self.kept(point.repeat), count, new=point.rule == UNSHARED)
         space = next(iter(self.extractor.distances.values()))
         moments, seconds = Moments(self.extractor.spaces[space], self.generator.device), 0.0
-        for start in range(0, self.num_samples, self.batch_size):
-            chosen = slice(start, min(start + self.batch_size, self.num_samples))
+        for start in range(0, count, size):
+            chosen = slice(start, min(start + size, count))
             began = time.perf_counter()
             latents, _ = generator.latents(images.classes[chosen], images.seeds[chosen])
             pixels = generator.pixels(latents, None, None)  # on the CPU, so all work is done
@@ -160,7 +249,7 @@ class Curve:
         return {
             "frechet_distance": self.prepared.main_distance(moments),
             **comparison.finish(),
-            "images_per_second": self.num_samples / seconds,
+            "images_per_second": count / seconds,
         }
 
 
@@ -170,7 +259,7 @@ class Comparison:
     """
 
     def __init__(self, path: Path, count: int, new: bool) -> None:
-        self.path, self.count, self.new = path, count, new
+        self.count, self.new = count, new
         self.files = {"latents": path, "pixels": path.with_name(path.name.replace("latents", "pixels"))}
         self.arrays: dict[str, np.ndarray] = {}
         self.squares = dict.fromkeys(self.files, 0.0)
@@ -201,3 +290,46 @@ class Comparison:
             self.files[name].with_suffix(".tmp").replace(self.files[name])
         rms = {name: (self.squares[name] / self.values[name]) ** 0.5 for name in self.files}
         return {"pixels_rms": rms["pixels"] / 255, "latents_rms": rms["latents"]}
+
+
+def measure(settings: SharingSettings, data: Choice | None) -> None:
+    """Check what can be without weights, fit the schedules, sample the points, and write table,
+    picture and, last, the JSON file of a complete curve. data: the data set that the reference is.
+    """
+    folder, stored, sampler = unshared_sampler(settings, settings.ckpt)
+    settings.check_budgets(sampler.num_steps)
+    accelerator, out = make_accelerator("no"), Path(settings.out)
+    device = accelerator.device
+    dtype = settings.dtype or usual_dtype(device)
+    request = {
+        **settings.request(),
+        "ema_sha256": ckpt.weights_sha256(folder, "ema"),
+        "sampler": dataclasses.asdict(sampler),
+        "dtype": dtype,
+        "device": circumstances(device)["device"],
+    }
+    plan = resume_study(out, request, "curve", KEPT)
+    if (out / f"{RESULT}.json").exists():
+        log.info("%s: complete, nothing to do", out / f"{RESULT}.json")
+        return
+    autoencoder, features = stored_autoencoder(stored, settings.autoencoder), settings.features
+    assert features is not None
+    reference, extractor = load_comparison(
+        settings.reference, data, features, autoencoder, stored["latent_shape"], device
+    )
+    generator = load_generator(folder, sampler, autoencoder, device, dtype=dtype, cache_gib=settings.cache_gib)
+    with lock_folder(out / KEPT, f"out={out}: {BUSY}"):
+        if plan is None:
+            plan = {"request": request, "schedules": make_schedules(generator, settings)}
+            write_json(out / "plan.json", plan)
+        prepared = prepare(reference, extractor, accelerator)
+        curve = Curve(settings, generator, plan["schedules"], extractor, prepared)
+        rows = curve.run()
+        summary, distance = summarise(rows, curve.speed_by_macs), title(next(iter(extractor.distances)))
+        (out / f"{RESULT}.md").write_text(table(summary, distance) + "\n")
+        draw(summary, distance, out / f"{RESULT}.png")
+        about = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "load_after": os.getloadavg()[0]}
+        origin = {"command": command_line(), **circumstances(device), **about}
+        write_json(out / f"{RESULT}.json", {**plan, "summary": summary, "points": rows, **origin})
+        log.info("%s\n%s", table(summary, distance), out / f"{RESULT}.png")
+        shutil.rmtree(out / KEPT)

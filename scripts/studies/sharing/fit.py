@@ -1,93 +1,79 @@
 """Fit a recompute schedule to a checkpoint and its sampler, for `sample.py
 recompute=schedule.json`.
 
-python scripts/studies/sharing/fit.py ckpt=RUN_OR_CHECKPOINT budget=10 out=schedule.json
+python -m scripts.studies.sharing.fit ckpt=RUN_OR_CHECKPOINT budget=10 out=schedule.json
 [templates=8] [num_steps=…]
 """
 
+import dataclasses
 import logging
-import sys
 from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from omegaconf import DictConfig
 
 from ddt.checkpoint import folder as ckpt
-from ddt.cli import CONF, arguments_for, checked, entry_point
+from ddt.cli import CONF, command
+from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require
-from ddt.generation.generator import Dtype
+from ddt.generation.generator import Dtype, usual_dtype
+from ddt.generation.settings import SamplerOverrides
+from ddt.pictures import pyplot, save_figure
 from ddt.receipts import circumstances
 from ddt.sampling.fitting import fit_schedule
 from ddt.sampling.schedules import write_schedule
-from ddt.sampling.settings import SamplerSettings
-from scripts.studies.sharing.report import draw_similarity
-from scripts.studies.sharing.unshared import find_shareable, place, unshared_sampler
+from scripts.studies.study import draw_similarity, unshared_sampler
 
 log = logging.getLogger(__name__)
 
 
-def check(ckpt: str, budget: int, out: str, templates: int, batch_size: int, dtype: Dtype | None) -> None:
-    """Refuse settings that cannot be, and files that would be written over."""
-    require(budget >= 1, f"budget={budget}: must be at least 1")
-    require(templates >= 1, f"templates={templates}: must be at least 1")
-    require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
-    require(Path(out).suffix == ".json", f"out={out}: give a .json file")
-    for path in (Path(out), Path(out).with_suffix(".png")):
-        require(not path.exists(), f"out={out}: {path} exists already and is not written over; choose another out=")
-
-
-def draw(content: dict[str, Any], path: Path) -> None:
-    """Write a picture of the similarity of z between all steps, and over it the segments that share
-    one.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitSettings(SamplerOverrides):
+    """See conf/study/sharing_fit.yaml. Raises UserError for values that cannot be, and files that
+    would be written over.
     """
-    similarity, steps = np.array(content["similarity"]), content["recompute_steps"]
-    figure, axes = plt.subplots(figsize=(5.6, 4.8), layout="constrained")
-    image = draw_similarity(axes, similarity, steps)
-    axes.set_title(f"the encoder runs at {len(steps)} of {len(similarity)} steps")
-    figure.colorbar(image, ax=axes, label="cosine similarity of z")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+    ckpt: str
+    budget: int
+    out: str
+    templates: int
+    batch_size: int
+    dtype: Dtype | None
+
+    def __post_init__(self) -> None:
+        for key in ("budget", "templates", "batch_size"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        out = Path(self.out)
+        require(out.suffix == ".json", f"out={out}: give a .json file")
+        for path in (out, out.with_suffix(".png")):
+            require(not path.exists(), f"out={out}: {path} exists already and is not written over; choose another out=")
 
 
-def fit(folder: Path, stored: dict[str, Any], settings: SamplerSettings, arguments: dict[str, Any]) -> None:
-    """Load the weights, fit, and write the file and its picture."""
-    device, dtype = place(arguments["dtype"])
+@command("sharing_fit", settings=f"{__name__}.FitSettings", folder=CONF / "study")
+def main(settings: FitSettings) -> None:
+    """Fit the schedule, and write it with a picture of the similarities."""
+    folder, stored, sampler = unshared_sampler(settings, settings.ckpt)
+    num_steps, out = sampler.num_steps, Path(settings.out)
+    require(settings.budget <= num_steps, f"budget={settings.budget}: must lie in 1..num_steps={num_steps}")
+    device = make_accelerator("no").device
+    dtype = settings.dtype or usual_dtype(device)
     model = ckpt.load_model(folder).to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16"):
         content = fit_schedule(
-            model, tuple(stored["latent_shape"]), settings, arguments["budget"], device, arguments["templates"],
-            arguments["batch_size"],
+            model, tuple(stored["latent_shape"]), sampler, settings.budget, device, settings.templates,
+            settings.batch_size,
         )  # fmt: skip
-    out = Path(arguments["out"])
+    similarity, steps = content.pop("similarity"), content["recompute_steps"]
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw(content, out.with_suffix(".png"))
+    figure, axes = pyplot().subplots(figsize=(5.6, 4.8))
+    image = draw_similarity(axes, np.array(similarity), steps)
+    axes.set_title(f"the encoder runs at {len(steps)} of {num_steps} steps")
+    figure.colorbar(image, ax=axes, label="cosine similarity of z")
+    save_figure(figure, out.with_suffix(".png"))
     origin = {"ema_sha256": ckpt.weights_sha256(folder, "ema"), "dtype": dtype, **circumstances(device)}
-    similarity = content.pop("similarity")
     write_schedule(out, {**content, **origin, "similarity": similarity})
-    steps = content["recompute_steps"]
-    log.info("the encoder runs at %d of %d steps: %s", len(steps), settings.num_steps, ", ".join(map(str, steps)))
+    log.info("the encoder runs at %d of %d steps: %s", len(steps), num_steps, ", ".join(map(str, steps)))
     log.info("%s, %s", out, out.with_suffix(".png"))
-
-
-@entry_point("fit_sharing_schedule", CONF / "study")
-def main(cfg: DictConfig) -> None:
-    """Check, fit, write."""
-    config = checked(cfg)
-    arguments = arguments_for(check, config)
-    check(**arguments)
-    folder, stored = find_shareable(arguments["ckpt"])
-    settings = unshared_sampler(config, stored)
-    steps, budget = settings.num_steps, arguments["budget"]
-    require(budget <= steps, f"budget={budget}: must lie in 1..num_steps={steps}")
-    fit(folder, stored, settings, arguments)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from ddt.checkpoint import folder as ckpt
 from ddt.draws import noise_of
 from ddt.errors import UserError
 from ddt.generation.image_set import image_set
-from ddt.sampling.settings import SamplerSettings
+from ddt.metrics.classifier import ClassifierSettings
 from scripts.studies.guidance import search as guidance_search
-from scripts.studies.guidance.points import Axes, Checkpoint, points_of
 from scripts.studies.guidance.report import draw, tables
+from scripts.studies.guidance.settings import Checkpoint, GuidanceSettings
 
-SEARCH = "scripts.studies.guidance"
+SEARCH = "scripts.studies.guidance.__main__"
 SAMPLER = {"solver": "euler", "num_steps": 3, "cfg_scale": 2.0, "cfg_interval": [0.3, 1.0], "last_step": None}
 METRIC = "fd_digits"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,18 +78,23 @@ def values(metrics):
     return {name: metrics[name] for name in metrics["labels"]}
 
 
-def test_without_guidance_there_are_no_intervals():
-    checkpoint = Checkpoint("step_3", None, {})
-    axes = Axes(
-        [checkpoint], ["ema", "model"], [None, "uniform:2", [0, 1]], [1.0, 1.5], [1.0, 1.5, "checkpoint"],
-        [None, (0.3, 1.0), (0.0, 0.7)],
+def points_of(**axes):
+    """The points of a search over one checkpoint."""
+    given = dict(
+        ckpt="run", weights="ema", recompute=None, timeshift=1.0, cfg_scale=1.0, cfg_interval=None, sampler="euler",
+        reference="data:digits", out="out", num_samples=2, metric=None, top=1, final_samples=2, repeats=1,
+        keep_samples=False, autoencoder="checkpoint", dtype=None, batch_size=1, num_processes=None, cache_gib=4.0,
+        inception_weights=None, pr_dtype="float16", features=ClassifierSettings("digits", 1, 128, 2e-3),
     )  # fmt: skip
+    stored = {"sampler": {**SAMPLER, "num_steps": 4, "cfg_scale": 3.0}, "network": {"_target_": "ddt.model.DDT"}}
+    return GuidanceSettings(**(given | axes)).points([Checkpoint("step_3", None, stored)])
 
-    def settings_of(_, chosen):
-        chosen = {key: value for key, value in chosen.items() if value != "checkpoint"}
-        return SamplerSettings(num_steps=4, last_step=None, **{"cfg_scale": 3.0, **chosen})
 
-    points = points_of(axes, settings_of)
+def test_without_guidance_there_are_no_intervals():
+    points = points_of(
+        weights=["ema", "model"], recompute=[None, "uniform:2", [0, 1]], timeshift=[1.0, 1.5],
+        cfg_scale=[1.0, 1.5, "checkpoint"], cfg_interval=[None, (0.3, 1.0), (0.0, 0.7)],
+    )  # fmt: skip
     assert len(points) == 2 * 3 * 2 * (1 + 2 * 3)
     assert len({point.label for point in points}) == len(points)
     assert sum(point.settings.cfg_scale == 1 for point in points) == 2 * 3 * 2
@@ -97,11 +102,9 @@ def test_without_guidance_there_are_no_intervals():
     guided = {(p.settings.cfg_scale, p.settings.cfg_interval) for p in points if p.settings.cfg_scale != 1}
     assert guided == {(scale, interval) for scale in (1.5, 3.0) for interval in (None, (0.3, 1.0), (0.0, 0.7))}
     assert {"cfg1_ema_unshared_shift1", "cfg1.5_t0.3-1_model_uniform2_shift1.5"} <= {p.label for p in points}
-    close = Axes([checkpoint], ["ema"], [None], [1.0], [1.5, 1.5000001], [None])
     with pytest.raises(UserError, match=r"cfg1.5_ema: two points of this name differ in digits"):
-        points_of(close, settings_of)
-    alone = Axes([checkpoint], ["ema"], [None], [1.0], [1.0], [(0.3, 1.0)])
-    assert [point.label for point in points_of(alone, settings_of)] == ["cfg1_ema"]
+        points_of(cfg_scale=[1.5, 1.5000001])
+    assert [point.label for point in points_of(cfg_interval=(0.3, 1.0))] == ["cfg1_ema"]
 
 
 def test_a_search_has_two_stages(search):
@@ -185,10 +188,12 @@ def test_the_tables_are_sorted_and_say_what_they_show(search):
     text = (search / "search.md").read_text()
     result = result_of(search)
     lines = [line for line in text.splitlines() if line.startswith("| ")]
-    assert lines[0].startswith("| weights | cfg scale | cfg interval | FD-digits-12 ")
-    column = [float(line.split(" | ")[3]) for line in lines[2:8]]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert rows[0][:3] == ["weights", "cfg scale", "cfg interval"]
+    assert rows[0][3].startswith("FD-digits-12 ")
+    column = [float(row[3]) for row in rows[2:8]]
     assert column == sorted(column)
-    assert sum("| 1 | – |" in line for line in lines[2:8]) == 2
+    assert sum(row[1:3] == ["1", "–"] for row in rows[2:8]) == 2
     best = result["winners"][0]["metrics"][METRIC]
     assert f"{best['mean']:.3f} ± {best['sd']:.3f}" in lines[10]
     assert "mean ± sd of 3" in text
@@ -286,7 +291,7 @@ def test_samples_are_kept_where_asked_and_one_repeat_has_no_deviation(run_folder
     assert len(list(out.rglob("samples.npz"))) == 5
     assert result["winners"][0]["metrics"][METRIC]["sd"] is None
     text = (out / "search.md").read_text()
-    assert "| checkpoint | recompute | cfg scale |" in text
+    assert [cell.strip() for cell in text.split("|")[1:4]] == ["checkpoint", "recompute", "cfg scale"]
     assert "encoder at every step" in text
     assert "on other noise, once:" in text
     assert "±" not in text
@@ -321,7 +326,7 @@ def test_samples_are_kept_where_asked_and_one_repeat_has_no_deviation(run_folder
         (["pr_dtype=float64"], "pr_dtype=float64: give"),
         (["reference=data:photos"], "features=digits reference=data:photos: the classifier is trained on this"),
         (["inception_weights=x.pth"], "inception_weights=x.pth: has no effect with features=digits"),
-        (["autoencoder=x"], "autoencoder=x: this model draws pixels"),
+        (["autoencoder=x"], "autoencoder=x: this model samples pixels"),
         (["num_processes=0"], "num_processes=0: must be at least 1"),
         (["top_k=4"], "top_k: no such setting; did you mean top?"),
     ],
@@ -347,7 +352,7 @@ def test_checkpoints_that_cannot_be_searched_are_one_line(run_folder, tmp_path):
     line = refusal(SEARCH, *arguments(write_run(tmp_path / "dit", target="ddt.model.DiT"), out, "recompute=uniform:2"))
     assert line == "recompute=uniform:2: this model has no encoder to share; give null"
     line = refusal(SEARCH, *arguments(write_run(tmp_path / "colour", channels=3), out))
-    assert line.startswith("reference=data:digits: has latents of shape [1, 8, 8], the model draws [3, 8, 8]")
+    assert line.startswith("reference=data:digits: has latents of shape [1, 8, 8], the model [3, 8, 8]")
     newest = ckpt.find_checkpoint(run_folder)
     line = refusal(SEARCH, *arguments(run_folder, out, f"ckpt=[{run_folder},{newest}]"))
     assert line.endswith("two of them are one checkpoint")

@@ -1,0 +1,305 @@
+"""Run a benchmark: its settings, its rows as they come, and its report as JSON, Markdown and a
+picture.
+"""
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler logs each start and stop; read when it is loaded
+
+import torch
+
+from ddt.config import Choice
+from ddt.distributed.compile import compiles
+from ddt.distributed.prepare import make_accelerator
+from ddt.errors import UserError, first_line, require
+from ddt.files import check_writable, write_json
+from ddt.pictures import pyplot, save_figure
+from ddt.receipts import command_line
+from ddt.tables import markdown_table
+from scripts.benchmark.parts import PARTS, OurTraining, PlainSteps, Setup, check_model, random_target
+from scripts.benchmark.timing import Row, matmul_rate, measure
+
+log = logging.getLogger(__name__)
+MOST_MEMORY = 0.45  # of a batch that is the last one tried: twice as large it would not leave enough for compiled ways
+MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}  # side of the matrices whose product's rate the others are compared with
+HEADS = (
+    "case", "way", "ms", "× base", "bound", "× first", "bound of that", "images/s", "of a product's rate", "peak MiB",
+    "error",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkSettings:
+    """See conf/benchmark.yaml. Raises UserError for values that cannot be, and for an `out` that
+    holds a benchmark already.
+    """
+
+    model: Choice
+    choices: dict[str, str]
+    parts: list[str]
+    latent_size: int
+    batch_size: int | Literal["max"]
+    sampling_batch_sizes: list[int]
+    num_steps: int
+    ratios: list[float]
+    align_depth: int
+    records: int
+    dtype: Literal["bf16", "fp32"] | None
+    compile: bool | None
+    threads: int | None
+    repeats: int
+    minutes: float | None
+    profile: bool
+    out: str | None
+
+    def __post_init__(self) -> None:
+        unknown = [part for part in self.parts if part not in PARTS]
+        require(not unknown, f"parts={','.join(unknown)}: no such part; choose from {', '.join(PARTS)}")
+        require(len(self.parts) > 0, f"parts=[]: names no part; choose from {', '.join(PARTS)}")
+        for key in ("num_steps", "align_depth", "records", "repeats", "latent_size"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        require(
+            self.threads is None or self.threads >= 1,
+            f"threads={self.threads}: must be at least 1, or null for torch's choice",
+        )
+        require(
+            self.minutes is None or self.minutes > 0, f"minutes={self.minutes}: must be above 0, or null for no limit"
+        )
+        require(self.latent_size % 2 == 0, f"latent_size={self.latent_size}: must be a multiple of 2")
+        require(
+            self.batch_size == "max" or self.batch_size >= 1,
+            f"batch_size={self.batch_size}: must be at least 1, or max on a GPU",
+        )
+        require(
+            self.batch_size != "max" or torch.cuda.is_available(),
+            "batch_size=max: asks for a GPU's memory; give a number here",
+        )
+        require(
+            len(self.sampling_batch_sizes) > 0 and min(self.sampling_batch_sizes) >= 1,
+            f"sampling_batch_sizes={self.sampling_batch_sizes}: give numbers of at least 1",
+        )
+        require(
+            len(self.ratios) > 0 and self.ratios[0] == 0,
+            f"ratios={self.ratios}: must begin with 0, which the others are compared with",
+        )
+        for ratio in self.ratios:
+            require(
+                0 <= ratio < 1 and round(1 / (1 - ratio)) <= self.num_steps,
+                f"ratios={self.ratios}: each is a share of the num_steps={self.num_steps} steps without encoder, such "
+                "as 0.8",
+            )
+        require(not self.profile or self.out is not None, "profile=true: writes tables; give out=FOLDER")
+        if self.out is not None:
+            require(not Path(self.out).is_file(), f"out={self.out}: is a file; give a folder")
+            check_writable(Path(self.out))
+            require(
+                not (Path(self.out) / "benchmark.json").exists(),
+                f"out={self.out}: holds a benchmark already, which is not written over; choose another",
+            )
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what the seconds depend on beside the settings."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    cpu = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    processor = cpu.get("model name", platform.machine())
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "gpus": torch.cuda.device_count(), "processor": processor, "cores": os.cpu_count(),
+        "instructions": sorted({"avx512f", "avx512_bf16", "amx_bf16"} & set(cpu.get("flags", "").split())),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "python": platform.python_version(), "timm": importlib.metadata.version("timm"), "load": os.getloadavg()[0],
+    }  # fmt: skip
+
+
+def largest_batch(setup: Setup) -> int:
+    """Return the largest power of two whose training step fits into the GPU's memory, plain and
+    ours side by side, and leaves some of it.
+    """
+    fits, n = 0, 4
+    while True:
+        try:
+            ours = OurTraining(setup, setup.network(), random_target(setup))
+            plain = PlainSteps(setup, ours, compiled=False)
+            batch = setup.batch(n)
+            ours.step(batch)
+            plain.step(batch, plain.eager)
+        except torch.OutOfMemoryError:
+            require(fits > 0, f"batch_size=max: not even {n} images fit into the memory; choose a smaller model=")
+            return fits
+        finally:
+            ours = plain = batch = None  # type: ignore[assignment]
+            torch.cuda.empty_cache()
+        _, total = torch.cuda.mem_get_info(setup.device)
+        if torch.cuda.max_memory_allocated(setup.device) > MOST_MEMORY * total:
+            return n
+        fits, n = n, 2 * n
+
+
+def set_up(settings: BenchmarkSettings, folder: Path) -> Setup:
+    """Return what is measured, on this machine's device. folder: for temporary files."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    cuda = torch.cuda.is_available()
+    dtype = settings.dtype or ("bf16" if cuda else "fp32")
+    accelerator = make_accelerator(dtype)
+
+    def make_model(**changes: Any) -> Any:
+        return Choice(settings.model.target, {**settings.model.settings, **changes}).build()
+
+    sizes = ("latent_size", "batch_size", "sampling_batch_sizes", "num_steps", "ratios", "align_depth", "records")
+    setup = Setup(
+        make_model=make_model, device=accelerator.device, dtype=dtype, folder=folder, accelerator=accelerator,
+        compile=compiles("compile", settings.compile, cuda, accelerator.device),
+        **{name: getattr(settings, name) for name in sizes},
+    )  # fmt: skip
+    with torch.device("meta"):
+        check_model(setup.make_model(in_channels=1, num_classes=1), setup.align_depth)
+    if settings.batch_size == "max":
+        setup.batch_size = largest_batch(setup)
+        log.info("batch_size=max: %d", setup.batch_size)
+    return setup
+
+
+def run_part(
+    part: str, setup: Setup, rate: float, repeats: int, deadline: float, profiles: Path | None
+) -> Iterator[Row]:
+    """Yield the rows of a part. What fails costs the rest of the part alone."""
+    try:
+        for case in PARTS[part](setup):
+            if time.monotonic() > deadline:
+                yield {"part": part, "case": case.name, "not_run": f"{case.name} and what follows: out of time"}
+                return
+            yield from measure(case, setup.device, rate, repeats, deadline, profiles)
+    except ImportError as error:
+        yield {"part": part, "not_run": first_line(error)}
+    except (UserError, RuntimeError) as error:  # memory, kernel, compiler: the other parts go on
+        log.warning("%s", first_line(error))
+        yield {"part": part, "not_run": first_line(error), "failed": True}
+
+
+def row_line(row: Row) -> str:
+    """Return what is logged of a row as soon as it is measured."""
+    if "not_run" in row:
+        return f"{row['part']}: not run: {row['not_run']}"
+    share = "" if row["share_of_matmul"] is None else f", {row['share_of_matmul']:.0%} of a product's rate"
+    faster = "" if row["way"] == row["base"] else f", × {row['ratio']:.2f} of {row['base']}"
+    return f"{row['part']}, {row['case']}: {row['way']}: {1000 * row['seconds']:.4g} ms{faster}{share}"
+
+
+def benchmark(settings: BenchmarkSettings) -> None:
+    """Measure, log, and write benchmark.json, benchmark.md and benchmark.png to `settings.out`.
+    Raises UserError in the end where a part failed.
+    """
+    started, out = time.monotonic(), None if settings.out is None else Path(settings.out)
+    deadline = started + 60 * (settings.minutes or float("inf"))
+    profiles = out / "profiles" if out is not None and settings.profile else None
+    with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
+        setup = set_up(settings, Path(folder))
+        for made in filter(None, (out, profiles)):
+            made.mkdir(parents=True, exist_ok=True)
+        about, size = machine(setup.device), MATMUL_SIZE[setup.device.type]
+        dtype = torch.bfloat16 if setup.dtype == "bf16" else torch.float32
+        matmul: Callable[[], float] = functools.partial(matmul_rate, setup.device, dtype, size)
+        rate = matmul()
+        log.info("%s, %s: a product of matrices runs at %.3g TFLOP/s", about["device"], setup.dtype, rate / 1e12)
+        resolved = {"model": settings.choices["model"], "batch_size": setup.batch_size, "dtype": setup.dtype,
+                    "compile": setup.compile}  # fmt: skip
+        given = {key: value for key, value in vars(settings).items() if key != "choices"}
+        found: dict[str, Any] = {
+            "kind": "benchmark", "rows": [],
+            "matmul": {"flops_per_second": rate, "dtype": setup.dtype, "size": size},
+            "machine": about, "settings": {**given, **resolved}, "command": command_line(),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }  # fmt: skip
+        rows: list[Row] = found["rows"]
+        for part in settings.parts:
+            late: list[Row] = [{"part": part, "not_run": "out of time"}]
+            in_time = time.monotonic() <= deadline
+            for row in run_part(part, setup, rate, settings.repeats, deadline, profiles) if in_time else late:
+                log.info("%s", row_line(row))
+                rows.append(row)
+                if out is not None:  # whoever ends this keeps what there is
+                    write_json(out / "benchmark.json", found)
+        found["minutes"] = (time.monotonic() - started) / 60
+        found["matmul"]["at_the_end"] = matmul()  # whether the machine is still as fast
+    if out is not None:
+        write_json(out / "benchmark.json", found)
+        (out / "benchmark.md").write_text(report(found))
+        draw([row for row in rows if "seconds" in row and row["way"] != row["base"]], out / "benchmark.png")
+        log.info("written: %s", out / "benchmark.md")
+    require(not any("failed" in row for row in rows), "parts failed: see the lines above")
+
+
+# --- the report
+
+
+def number(value: float | None, form: str) -> str:
+    """Return a number as text, or a dash for none."""
+    return "–" if value is None else format(value, form)
+
+
+def cells(row: Row) -> list[str]:
+    """Return a measured row's cells under `HEADS`."""
+    others = row["base"] != row["first"]
+    return [
+        row["case"], row["way"], number(1000 * row["seconds"], ".3g" if row["seconds"] < 1 else ".0f"),
+        "1" if row["way"] == row["base"] else number(row["ratio"], ".2f"), number(row["bound"], ".2f"),
+        number(row["ratio_to_first"], ".2f") if others else "", number(row["bound_to_first"], ".2f") if others else "",
+        number(row["images_per_second"] or None, ".3g"), number(row["share_of_matmul"], ".0%"),
+        number(row["peak_bytes"] / 2**20, ".0f"), number(row["error"], ".0e"),
+    ]  # fmt: skip
+
+
+def report(found: dict[str, Any]) -> str:
+    """Return benchmark.md: what was run where, a table a part, and what was not run and why."""
+    about, matmul = found["machine"], found["matmul"]
+    parts = [
+        f"# Benchmark: {found['settings']['model']}, {found['settings']['dtype']}",
+        f"`{found['command']}`, {found['date'][:10]}, {about['device']}, {about['threads']} threads, torch "
+        f"{about['torch']}, Python {about['python']}.",
+        f"A product of two square {matmul['dtype']} matrices of {matmul['size']} ran at "
+        f"{matmul['flops_per_second'] / 1e12:.3g} TFLOP/s. FLOPs are counted (`ddt/model/cost.py`), not measured. "
+        "Medians of runs in turns; × base: how many times as fast as the plain way of doing the same, whose own line "
+        "says 1; × first: as the first line of the case, where that does more; bound: the ratio of the counts; error: "
+        "relative difference from the plain way.",
+    ]
+    measured = [row for row in found["rows"] if "seconds" in row]
+    for part in dict.fromkeys(row["part"] for row in measured):
+        parts += [
+            f"## {part}",
+            markdown_table(HEADS, [cells(row) for row in measured if row["part"] == part], "ll" + "r" * 9),
+        ]
+    not_run = [f"- {row['part']}: {row['not_run']}" for row in found["rows"] if "not_run" in row]
+    return "\n\n".join([*parts, *(["## Not run", "\n".join(not_run)] if not_run else [])]) + "\n"
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Write a picture of how many times faster each way is than its plain one, with its bound."""
+    if not rows:
+        return
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(10, max(4.0, 0.28 * len(rows) + 1)))
+    labels = [f"{row['part']}, {row['case']}: {row['way']}" for row in rows]
+    axes.barh(labels, [row["ratio"] for row in rows])
+    bounds = [(row["bound"], label) for row, label in zip(rows, labels, strict=True) if row["bound"] is not None]
+    if bounds:
+        axes.plot(*zip(*bounds, strict=True), "|", color="black", markersize=11, label="ratio of the counts")
+        axes.legend(loc="lower right")
+    axes.axvline(1, color="gray", linewidth=0.8)
+    axes.set(xscale="log", xlabel="times as fast as the plain way of doing the same")
+    axes.tick_params(axis="y", labelsize=7)
+    axes.invert_yaxis()
+    save_figure(figure, path)

@@ -1,0 +1,164 @@
+"""Look inside a model: settings, what is measured, and the files that are written."""
+
+import dataclasses
+import functools
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ddt.checkpoint import folder as ckpt
+from ddt.distributed.prepare import make_accelerator
+from ddt.errors import UserError, collected, first_line, require
+from ddt.files import check_writable, write_json
+from ddt.generation.generator import Dtype
+from ddt.generation.image_set import ImageSet, Numbers, image_set
+from ddt.generation.load import checkpoint_receipt, load_generator, stored_autoencoder
+from ddt.generation.settings import SamplerOverrides
+from ddt.model import network_class
+from ddt.pictures import readable
+from ddt.receipts import circumstances, command_line
+from ddt.sampling.settings import SamplerSettings
+from scripts.studies.inside import report
+from scripts.studies.inside.measure import (
+    decode_film,
+    distances,
+    find_images,
+    loss_by_t,
+    measure_similarity,
+    shown_steps,
+    walk,
+    z_colours,
+)
+
+log = logging.getLogger(__name__)
+MOST_IMAGES = 16  # in a picture that a person looks at
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InsideSettings(SamplerOverrides):
+    """See conf/study/inside.yaml. Raises UserError for values that cannot be, and for a folder
+    whose content would be written over.
+    """
+
+    ckpt: str
+    out: str
+    classes: Numbers | None
+    seeds: Numbers | None
+    columns: int
+    loss_images: int
+    batch_size: int
+    data_root: str
+    autoencoder: str
+    dtype: Dtype | None
+
+    def __post_init__(self) -> None:
+        for key in ("columns", "loss_images", "batch_size"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        out = Path(self.out)
+        require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
+        require(
+            not out.exists() or not any(out.iterdir()),
+            f"out={out}: holds files already and is not written over; choose another out=",
+        )
+        check_writable(out)
+
+    def sampler_and_images(self, stored: dict[str, Any]) -> tuple[SamplerSettings, ImageSet]:
+        """Return sampler and images, as sample.py understands the same settings."""
+        network = stored["network"]
+        sampler, images = collected(
+            lambda: self.resolve(stored["sampler"], network_class(network).shares_encoder),
+            lambda: image_set(network["num_classes"], classes=self.classes, seeds=self.seeds),
+        )
+        require(
+            not sampler.adaptive,
+            "sampler=adaptive: chooses its own steps, at another t for each image; choose another sampler",
+        )
+        require(
+            len(images.seeds) <= MOST_IMAGES,
+            f"classes, seeds: make {len(images.seeds)} images; name at most {MOST_IMAGES}, as in classes=[3,7] "
+            "seeds=0-3",
+        )
+        return sampler, images
+
+
+def look_inside(settings: InsideSettings) -> None:
+    """Check, find the data, measure, and write the pictures and inside.json."""
+    folder = ckpt.find_checkpoint(settings.ckpt)
+    stored = ckpt.read_config(folder)
+    sampler, images = settings.sampler_and_images(stored)
+    accelerator = make_accelerator("no")
+    autoencoder = stored_autoencoder(stored, settings.autoencoder)
+    left_out: dict[str, str] = {}
+    data = None
+    try:
+        data = find_images(stored, settings.data_root, autoencoder)
+    except UserError as error:
+        left_out["loss_by_t"] = first_line(error).replace("data.root=", "data_root=")
+        if settings.data_root != "checkpoint":
+            raise UserError(left_out["loss_by_t"]) from error
+    generator = load_generator(folder, sampler, autoencoder, accelerator.device, dtype=settings.dtype)
+    model = generator.model
+    if not model.shares_encoder:
+        left_out |= dict.fromkeys(("similarity", "z_pca"), f"{type(model).__name__} has no encoder, so no z")
+    for name, reason in left_out.items():
+        log.warning("%s.png is left out: %s", name, reason)
+
+    pictures: dict[str, Callable[[Path], None]] = {}  # by name
+    found: dict[str, Any] = {}
+    if model.shares_encoder:
+        alike = measure_similarity(generator, ckpt.weights_sha256(folder, "ema"))
+        for warning in alike.warnings:
+            log.warning("%s", warning)
+        found["similarity"] = {
+            "schedules": alike.schedules,
+            "chosen": alike.chosen,
+            "similarity_to_z_in_use": {name: alike.kept(name) for name in alike.schedules},
+            "similarity": report.numbers(alike.values),
+        }
+        pictures["similarity"] = functools.partial(report.draw_similarities, alike)
+        resolved = dataclasses.replace(sampler, recompute=alike.chosen)
+        generator = dataclasses.replace(generator, settings=resolved)
+    path = walk(generator, images)
+    steps = shown_steps(len(path.times), settings.columns)
+    times = [path.times[step] for step in steps]
+    class_names = readable(stored["class_names"])
+    names = [class_names[label] for label in images.classes]
+    film = decode_film(generator, path, steps)
+    found["denoising"] = {
+        "steps": steps,
+        "times": times,
+        "rms_to_sample": report.numbers(distances(path)),
+        "samples_sha256": hashlib.sha256(film.samples.tobytes()).hexdigest(),
+    }
+    pictures["denoising"] = functools.partial(report.draw_film, film, times, names)
+    if model.shares_encoder:
+        colours, shares = z_colours(generator, path, images.classes, steps)
+        found["z_pca"] = {"steps": steps, "times": times, "variance_shown": report.numbers(shares)}
+        pictures["z_pca"] = functools.partial(report.draw_components, colours, times, names, shares)
+    if data is not None:
+        losses = loss_by_t(generator, data, accelerator, settings.loss_images, settings.batch_size)
+        found["loss_by_t"] = {
+            "images": len(losses.errors),
+            "edges": losses.edges,
+            "mean": report.numbers(losses.mean),
+            "standard_error": report.numbers(losses.standard_error),
+        }
+        pictures["loss_by_t"] = functools.partial(report.draw_losses, losses)
+
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        picture(out / f"{name}.png")
+        log.info("%s", out / f"{name}.png")
+    request = {
+        "checkpoint": checkpoint_receipt(folder, "ema", generator),
+        "sampler": sampler.as_receipt(),
+        "time_grid": sampler.grid(),
+        "dtype": generator.dtype,
+        "classes": images.classes,
+        "seeds": images.seeds,
+    }
+    origin = {"command": command_line(), **circumstances(accelerator.device)}
+    write_json(out / "inside.json", {"request": request, "left_out": left_out, **found, **origin})

@@ -1,0 +1,342 @@
+"""What comes out of a sweep: the means of each setting over its seeds, tables, and a curve beside
+the published ones.
+"""
+
+import csv
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddt.config import did_you_mean
+from ddt.errors import require
+from ddt.files import check_writable, write_json
+from ddt.pictures import pyplot, save_figure
+from ddt.receipts import circumstances, command_line
+from ddt.tables import markdown_table
+from scripts.studies.study import Spread, mean_sd, spread
+from scripts.studies.sweep.runs import Run, default_metric, differing, find_runs
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+DEPTH = "model.encoder_depth"
+UNDIVIDED = "ddt.model.DiT"
+# Published (arXiv 2504.05741): FID-50K on ImageNet 256 after 400K steps without guidance.
+# name → (blocks, FID by blocks of the encoder, FID of the same blocks undivided, "Improved-REPA")
+PUBLISHED: dict[str, tuple[int, dict[int, float], float]] = {
+    "B": (12, {4: 18.61, 6: 16.86, 8: 16.32, 10: 17.65}, 19.1),
+    "L": (24, {10: 8.66, 12: 8.21, 16: 8.03, 20: 7.98}, 9.3),
+}
+LOWER = ("fid", "sfid", "fd_", "loss", "validation_loss", "fm_loss", "repa_loss")
+HIGHER = ("inception_score", "precision", "recall", "class_accuracy")
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepSettings:
+    """See conf/study/sweep.yaml. Raises UserError for values that cannot be."""
+
+    sweep: list[str] | str
+    out: str
+    metric: str | None
+    x: str
+
+    def __post_init__(self) -> None:
+        require(self.x != "seed", "x=seed: the means are over seeds; give another setting, such as model.encoder_depth")
+        out, request = Path(self.out), self.request
+        require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
+        if out.exists() and any(out.iterdir()):
+            try:
+                same = json.loads((out / "report.json").read_text())["request"] == request
+            except (OSError, ValueError, KeyError, TypeError):
+                same = False
+            require(
+                same, f"out={out}: holds another report or other files and is not written over; choose another out="
+            )
+        check_writable(out)
+
+    @property
+    def request(self) -> Row:
+        """What makes two reports one."""
+        sweep = [self.sweep] if isinstance(self.sweep, str) else self.sweep
+        return {"sweep": sweep, "metric": self.metric, "x": self.x}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The runs that differ in their seed alone.
+
+    settings: those that differ between runs, without the seed. x: the value along the curve, None
+    where there is none. values: the chosen metric by seed. means: of it and of others over these
+    seeds, empty where no run counts.
+    """
+
+    settings: dict[str, Any]
+    x: float | None
+    values: dict[int, float]
+    means: dict[str, Spread | None]
+
+    def label(self, x: str) -> str:
+        """Return what sets it apart from the others on the curve of `x`, such as "DDT"."""
+        parts = []
+        for key, value in self.settings.items():
+            if key.endswith("._target_"):
+                parts.append("undivided (DiT)" if value == UNDIVIDED else str(value).rpartition(".")[2])
+            elif key != x:
+                parts.append(f"{key}={cell(self.settings, key)}")
+        return ", ".join(parts) or "this sweep"
+
+
+def better(metric: str) -> str | None:
+    """Return "lower" or "higher", whichever is the better of a metric; None where neither is."""
+    if metric.startswith(LOWER):
+        return "lower"
+    return "higher" if metric.startswith(HIGHER) else None
+
+
+def position(settings: dict[str, Any], x: str) -> float | None:
+    """Return where a run stands along the curve: its value of x, or the share of the encoder in all
+    blocks.
+    """
+    value = settings.get(x)
+    return value / settings["model.depth"] if x == DEPTH and value is not None else value
+
+
+def group_by_setting(runs: list[Run], keys: list[str], metrics: list[str], x: str) -> list[Setting]:
+    """Return the settings of the runs, each with the means over the seeds of those that ended with
+    `metrics[0]`.
+
+    keys: the settings that differ. A metric that one of the seeds lacks at its end has no mean.
+    Raises UserError for two runs of one setting and seed that would both count.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps([(key, run.settings[key]) for key in keys if key in run.settings]), []).append(run)
+    found = []
+    for own in groups.values():
+        seeds: dict[int, Run] = {}
+        for run in own:
+            if run.missing(metrics[0]) is not None:
+                continue
+            other = seeds.setdefault(run.settings["seed"], run)
+            require(
+                other is run,
+                f"{run.folder}: has the settings and the seed of {other.folder}, so it is no repeat; leave one out",
+            )
+        means: dict[str, Spread | None] = {}
+        for name in metrics if seeds else ():
+            values = [value for run in seeds.values() if (value := run.final(name)) is not None]
+            means[name] = spread(values) if len(values) == len(seeds) else None
+        settings = own[0].settings
+        chosen = {key: settings[key] for key in keys if key in settings}
+        finals = {seed: run.metrics[metrics[0]][1] for seed, run in sorted(seeds.items())}
+        found.append(Setting(chosen, position(settings, x), finals, means))
+    return found
+
+
+def check_x(x: str, runs: list[Run], keys: list[str]) -> None:
+    """Raise UserError where the setting along the curve is none of the runs', or no number."""
+    choices = [key for key in keys if any(isinstance(run.settings.get(key), int | float) for run in runs)]
+    values = [run.settings[x] for run in runs if run.settings.get(x) is not None]
+    require(len(values) > 0, f"x={x}: no run has this setting{did_you_mean(x, choices)}")
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    require(numbers, f"x={x}: has values that are no numbers{did_you_mean(x, choices)}")
+
+
+def order(run: Run, keys: list[str]) -> list[tuple[bool, float, str]]:
+    """Return what runs are sorted by: their settings, numbers by size, then the seed."""
+    values = [run.settings.get(key) for key in (*keys, "seed")]
+    return [(v is None, v, "") if isinstance(v, int | float) else (v is None, 0, str(v)) for v in values]
+
+
+def write_report(settings: SweepSettings) -> None:
+    """Read the runs, refuse what does not fit, write the report."""
+    request, x, out = settings.request, settings.x, Path(settings.out)
+    runs, unstarted = find_runs(request["sweep"])
+    keys = differing(runs, x)
+    check_x(x, runs, keys)
+    known = sorted({name for run in runs for name in run.metrics})
+    require(len(known) > 0, f"{runs[0].folder / 'metrics.jsonl'}: is empty; wait for the first row (trainer.log_every)")
+    metric = settings.metric or default_metric(runs)
+    require(metric in known, f"metric={metric}: no run has logged it; choose from {', '.join(known)}")
+    runs.sort(key=lambda run: order(run, keys))
+    measured = {name for run in runs for name in run.measured} | {"loss"} & set(known)
+    names = [metric, *sorted(measured - {metric})]
+    found = group_by_setting(runs, keys, names, x)
+    left_out = {str(run.folder): reason for run in runs if (reason := run.missing(metric)) is not None}
+    left_out |= {str(path): reason for path, reason in unstarted.items()}
+    rows = [row_of(run, keys, known, metric) for run in runs]
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(  # first: it is what tells a later call that the folder is this report's
+        out / "report.json",
+        {
+            "request": request, "metric": metric, "better": better(metric), "runs": rows, "left_out": left_out,
+            "means": [{**dataclasses.asdict(one), "seeds": len(one.values)} for one in found], "published": PUBLISHED,
+            "command": command_line(), **circumstances(torch.device("cpu")),
+        },
+    )  # fmt: skip
+    with (out / "report.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, rows[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    (out / "report.md").write_text(report(runs, found, keys, names, left_out) + "\n")
+    draw(found, metric, x, out / "curve.png")
+    log.info("%s\n%s", table_of_means(found, keys, names), out / "report.md")
+    if left_out:
+        log.warning("warning: left out of the means: %s", "; ".join(f"{k}: {v}" for k, v in left_out.items()))
+
+
+# --- tables
+
+
+def digits(value: float) -> int:
+    """Return how many decimals a value of this size is shown with."""
+    return 2 if abs(value) >= 10 else 4
+
+
+def number(value: float | None) -> str:
+    """Return a metric as a table shows it."""
+    return "–" if value is None else f"{value:.{digits(value)}f}"
+
+
+def cell(settings: Row, key: str) -> str:
+    """Return a setting as a table shows it; – where the run has none of the kind."""
+    if key not in settings:
+        return "–"
+    return settings[key] if isinstance(settings[key], str) else json.dumps(settings[key])
+
+
+def row_of(run: Run, keys: list[str], metrics: list[str], metric: str) -> Row:
+    """Return a run as a line of report.csv."""
+    return {
+        "run": str(run.folder),
+        **{key: run.settings.get(key) for key in (*keys, "seed")},
+        "parameters": run.num_parameters,
+        "step": run.step,
+        "max_steps": run.max_steps,
+        "state": run.state,
+        "left_out": run.missing(metric),
+        **{name: run.metrics[name][1] if name in run.metrics else None for name in metrics},
+        "images_per_second": run.images_per_second,
+    }
+
+
+def table_of_runs(runs: list[Run], keys: list[str], names: list[str]) -> str:
+    """Return a table with a line a run; a metric from before the run's end names its step."""
+    top = os.path.commonpath([run.folder.parent for run in runs])
+    lines = []
+    for run in runs:
+        line = [os.path.relpath(run.folder, top), *(cell(run.settings, key) for key in (*keys, "seed"))]
+        line.append("–" if run.num_parameters is None else f"{run.num_parameters:,}")
+        line += [f"{run.step}/{run.max_steps}", run.state or "–"]
+        for name in names:
+            step, value = run.metrics.get(name, (run.max_steps, None))
+            line.append(number(value) + ("" if step >= run.max_steps else f" (step {step})"))
+        rate = run.images_per_second
+        lines.append([*line, "–" if rate is None else f"{rate:.0f}"])
+    return markdown_table(["run", *keys, "seed", "parameters", "steps", "status", *names, "images/s"], lines)
+
+
+def table_of_means(found: list[Setting], keys: list[str], names: list[str]) -> str:
+    """Return a Markdown table with a line a setting, the best mean of the first metric in bold."""
+    metric = names[0]
+    means = [value["mean"] for one in found if (value := one.means.get(metric)) is not None]
+    pick = {"lower": min, "higher": max}.get(better(metric) or "")
+    best = pick(means) if pick is not None and means else None
+    lines = []
+    for one in found:
+        line = [*(cell(one.settings, key) for key in keys), str(len(one.values))]
+        for name in names:
+            value = one.means.get(name)
+            text = "–" if value is None else mean_sd(value, digits(value["mean"] or 0))
+            line.append(f"**{text}**" if name == metric and value is not None and value["mean"] == best else text)
+        lines.append(line)
+    return markdown_table([*keys, "seeds", *names], lines)
+
+
+def report(runs: list[Run], found: list[Setting], keys: list[str], names: list[str], left_out: dict[str, str]) -> str:
+    """Return the whole report as Markdown."""
+    metric = names[0]
+    direction = f"; {better(metric)} is better, the best mean is bold" if better(metric) else ""
+    omitted = [f"- `{folder}`: {reason}" for folder, reason in left_out.items()] or ["None."]
+    published = [
+        [name, f"{depth}", ", ".join(f"{n}: {value}" for n, value in curve.items()), f"{undivided}"]
+        for name, (depth, curve, undivided) in PUBLISHED.items()
+    ]
+    return "\n\n".join(
+        [
+            "# Report of a sweep",
+            f"Mean ± sample standard deviation over seeds, of the runs that ended with `{metric}`{direction}.",
+            table_of_means(found, keys, names),
+            f"![{metric} of each setting](curve.png)",
+            "Left out of the means and the curve:",
+            "\n".join(omitted),
+            "The last value of each metric of every run; report.csv and report.json have the losses of the training "
+            "batches too. images/s: mean of the logged rates.",
+            table_of_runs(runs, keys, names),
+            "Published, ImageNet 256, FID-50K after 400K steps without guidance, for the shape of the curve alone:",
+            markdown_table(["model", "blocks", "FID by encoder blocks", "undivided (Improved-REPA)"], published),
+        ]
+    )
+
+
+# --- the curve
+
+
+def panel(axes: Any, found: list[Setting], metric: str, x: str) -> None:
+    """Draw a point a seed, and of each setting the mean with its deviation: settings that differ in
+    x alone as a line, one without x as a band.
+    """
+    lines: dict[tuple[str, bool], list[Setting]] = {}
+    for one in found:
+        if one.means:
+            lines.setdefault((one.label(x), one.x is None), []).append(one)
+    for n, ((label, without_x), own) in enumerate(lines.items()):
+        values = [spread(list(one.values.values())) for one in own]
+        means, deviations = (np.array([value[key] or 0 for value in values]) for key in ("mean", "sd"))
+        if without_x:
+            axes.axhline(means[0], color=f"C{n}", linestyle="--", label=label)
+            low, high = means[0] - deviations[0], means[0] + deviations[0]
+            axes.axhspan(low, high, color=f"C{n}", alpha=0.15, linewidth=0)
+            continue
+        axes.errorbar(
+            [one.x for one in own], means, deviations, color=f"C{n}", marker="o", markersize=5, capsize=4,
+            label=label,
+        )  # fmt: skip
+        points = [(one.x, value) for one in own for value in one.values.values()]
+        axes.plot(*zip(*points, strict=True), ".", color="0.35", markersize=4, zorder=3)
+    direction = f"\n({better(metric)} is better)" if better(metric) else ""
+    axes.set(ylabel=f"{metric}{direction}", title="this sweep: mean ± sd over seeds, a dot a seed")
+    if lines:
+        axes.legend()
+    else:
+        axes.text(0.5, 0.5, "no run has ended with it yet", ha="center", transform=axes.transAxes)
+
+
+def draw(found: list[Setting], metric: str, x: str, path: Path) -> None:
+    """Write a picture of the metric against x. Against the encoder's depth, which is drawn as its
+    share of all blocks, the published curves stand beside it, on scales of their own.
+    """
+    if x != DEPTH:
+        figure, axes = pyplot().subplots(figsize=(6.4, 4.4))
+        panels = {"own": axes}
+    else:
+        mosaic = [["own", name] for name in PUBLISHED]
+        figure, panels = pyplot().subplot_mosaic(mosaic, figsize=(11, 4.8), width_ratios=[3, 2], sharex=True)
+        for name, (depth, curve, undivided) in PUBLISHED.items():
+            axes, places = panels[name], [blocks / depth for blocks in curve]
+            axes.plot(places, list(curve.values()), "s-", color="0.3", markersize=4, label=f"DDT-{name}")
+            axes.axhline(undivided, color="0.3", linestyle="--", label=f"Improved-REPA-{name}, undivided")
+            title = f"published, ImageNet 256, FID-50K: {name}, {depth} blocks"
+            axes.set(ylabel="FID-50K (lower is better)", title=title)
+            axes.legend()
+    panel(panels["own"], found, metric, x)
+    for name, axes in panels.items():
+        if name in ("own", list(PUBLISHED)[-1]):
+            axes.set_xlabel("share of the encoder: encoder_depth / depth" if x == DEPTH else x)
+        axes.title.set_fontsize(10)
+    save_figure(figure, path)
