@@ -96,7 +96,9 @@ def command(
             if not sweeps and {"-m", "--multirun"} & set(sys.argv):
                 sys.exit("-m: only train.py sweeps over settings; call this command once for each value")
             arguments = sys.argv[1:]
-            about = f"{task.__doc__} Every setting with its comment: {(folder / config_name).relative_to(ROOT)}.yaml"
+            path = "/".join(folder.parts[folder.parts.index("conf") :])
+            summary = (sys.modules[task.__module__].__doc__ or task.__doc__ or "").partition("\n\n")[0]
+            about = f"{summary} Every setting with its comment: {path}/{config_name}.yaml"
             name = script.parent.name if script.stem == "__main__" else script.stem
             ours = [*HYDRA, f"hydra.job.name={name}", quoted("hydra.help.header", " ".join(about.split()))]
             # beside the other overrides, for argparse wants them together

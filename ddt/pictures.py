@@ -15,7 +15,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 PADDING = 2
-FIGURE_STYLE = {
+FIGURE_STYLE: Any = {
     "figure.constrained_layout.use": True, "savefig.dpi": 120, "axes.grid": True, "grid.alpha": 0.3,
     "legend.frameon": False, "legend.fontsize": "small", "axes.titlesize": "medium",
 }  # fmt: skip

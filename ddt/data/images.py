@@ -45,6 +45,18 @@ class CachedFeatures:
     root: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """What a data set tells without being opened, None where it does not. num_images: for
+    training.
+    """
+
+    channels: int
+    image_size: int | None
+    num_classes: int | None = None
+    num_images: int | None = None
+
+
 class Images(abc.ABC):
     """Labelled images of one size. A subclass sets the attributes without a value and `load`; the
     others say what it offers beyond pixels.
@@ -64,6 +76,11 @@ class Images(abc.ABC):
     has_latents = False  # `load_inputs` gives moments of an autoencoder instead of pixels
     flips = 1  # 2: mirror images are stored too, and the training stream chooses between them
     cached_features: CachedFeatures | None = None
+
+    @classmethod
+    def outline(cls, settings: Mapping[str, Any]) -> Outline:
+        """Return what the settings tell of a data set that is not opened."""
+        return Outline(settings.get("channels") or 3, settings.get("image_size"))
 
     @abc.abstractmethod
     def load(self, indices: np.ndarray) -> np.ndarray:
@@ -117,6 +134,11 @@ class Digits(ArrayImages):
     scaled to 0..255.
     """
 
+    @classmethod
+    def outline(cls, settings: Mapping[str, Any]) -> Outline:
+        """Return the sizes of the set."""
+        return Outline(1, 8, num_classes=10, num_images=1497)
+
     def __init__(self, split: Split = "train") -> None:
         from sklearn.datasets import load_digits
 
@@ -158,6 +180,11 @@ class FashionMNIST(ArrayImages):
 
     Raises UserError where the files are missing.
     """
+
+    @classmethod
+    def outline(cls, settings: Mapping[str, Any]) -> Outline:
+        """Return the sizes of the set."""
+        return Outline(1, 32, num_classes=10, num_images=60_000)
 
     def __init__(self, split: Split = "train", root: str | None = None) -> None:
         roots = FASHION_ROOTS if root is None else (Path(root),)

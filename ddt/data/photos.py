@@ -5,12 +5,14 @@ Shapes: n crops in all, S pixels a side.
 """
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ddt.data.images import ArrayImages, Split, read_image
+from ddt.data.images import ArrayImages, Outline, Split, read_image
 from ddt.draws import draws
 from ddt.errors import UserError, require
 
@@ -56,6 +58,11 @@ class Photos(ArrayImages):
 
     Raises UserError where scikit-image is missing, and for sizes that cannot be.
     """
+
+    @classmethod
+    def outline(cls, settings: Mapping[str, Any]) -> Outline:
+        """Return the sizes of the set."""
+        return Outline(3, settings["image_size"], len(PHOTOS), len(PHOTOS) * settings["crops"])
 
     def __init__(self, split: Split = "train", image_size: int = 64, crops: int = 200) -> None:
         require(image_size >= 1, f"data.image_size={image_size}: must be at least 1")

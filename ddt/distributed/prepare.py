@@ -174,7 +174,7 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
-    """Return the norm of all gradients, a float32 scalar on the device, the same on all processes."""
+    """Return the norm of all gradients, a float32 scalar on the device, equal on all processes."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 

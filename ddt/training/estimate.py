@@ -22,14 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ddt.autoencoder import Autoencoder, build_autoencoder
-from ddt.config import Choice
-from ddt.data.photos import PHOTOS
+from ddt.config import Choice, locate
+from ddt.data.images import Outline
 from ddt.data.survey import infer_settings
 from ddt.errors import UserError, require
 from ddt.model.cost import network_macs, num_tokens
 from ddt.model.layers import PRODUCTS, Block, BlockStack, Checkpointing, positions
 from ddt.objective import Objective
-from ddt.objective.alignment import REPA, AlignmentLoss, Dispersive, Target, check_depth
+from ddt.objective.alignment import REPA, AlignmentLoss, Dispersive, DispersiveLoss, Target, check_depth
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.ema import ema_rules
@@ -151,27 +151,25 @@ class Recipe:
         return len(ema_rules(self.trainer.ema_decay, self.trainer.ema_decays, self.trainer.ema_powers))
 
 
-def data_facts(data: Choice, name: str, num_classes: int | None) -> tuple[int, int, int, int | None]:
-    """Return channels, pixels a side, classes and training images of a data set, conf/data/`name`,
-    that is not opened; None: unknown.
+def data_outline(data: Choice, name: str, num_classes: int | None) -> Outline:
+    """Return the sizes of a data set, conf/data/`name`, that is not opened.
 
     Raises UserError where sizes or classes must be given, and for a number of classes that is known
     already.
     """
-    kind, settings = data.target.rpartition(".")[2], data.settings
-    channels, size, classes, images = {
-        "Digits": (1, 8, 10, 1497),
-        "FashionMNIST": (1, 32, 10, 60_000),
-        "Photos": (3, settings.get("image_size"), len(PHOTOS), len(PHOTOS) * settings.get("crops", 0)),
-    }.get(kind, (settings.get("channels") or 3, settings.get("image_size"), None, None))
+    kind: Any = locate(data.target)
+    outline: Outline = kind.outline(data.settings)
     if name in IMAGENET:
-        classes, images = 1000, None if settings.get("holdout_every") else 1_281_167
+        known = None if data.settings.get("holdout_every") else 1_281_167
+        outline = dataclasses.replace(outline, num_classes=1000, num_images=known)
     require(
-        classes is None or num_classes is None, f"num_classes={num_classes}: data={name} has {classes}; leave it out"
+        outline.num_classes is None or num_classes is None,
+        f"num_classes={num_classes}: data={name} has {outline.num_classes}; leave it out",
     )
-    for key, value in (("data.image_size", size), ("num_classes", classes or num_classes)):
+    outline = dataclasses.replace(outline, num_classes=outline.num_classes or num_classes)
+    for key, value in (("data.image_size", outline.image_size), ("num_classes", outline.num_classes)):
         require(value is not None, f"{key}: data={name} does not tell it without being opened; give {key}=")
-    return channels, size, classes or num_classes, images
+    return outline
 
 
 def build_recipe(settings: EstimateSettings) -> Recipe:
@@ -183,24 +181,27 @@ def build_recipe(settings: EstimateSettings) -> Recipe:
     sampler, alignment, model, data = settings.sampler, settings.alignment, settings.model, settings.data
     if data.settings.get("root") and None in (model.settings["patch_size"], data.settings.get("image_size")):
         model, data = infer_settings(model, data, settings.autoencoder)
-    channels, image_size, classes, num_images = data_facts(data, settings.choices["data"] or "", settings.num_classes)
+    outline = data_outline(data, settings.choices["data"] or "", settings.num_classes)
+    assert outline.image_size is not None
     autoencoder = build_autoencoder(settings.autoencoder.plain(), outline=True)
-    shape = autoencoder.latent_shape(channels, image_size)
+    shape = autoencoder.latent_shape(outline.channels, outline.image_size)
     patch_size = model.settings["patch_size"]
     require(patch_size is not None, "model.patch_size: is inferred from the images; give it, or data.root=")
     with torch.device("meta"):
-        network = model.build(in_channels=shape[0], num_classes=classes)
+        network = model.build(in_channels=shape[0], num_classes=outline.num_classes)
     num_tokens(network, *shape[1:])  # raises where the patch size does not divide the latent
     try:
         sampling_macs(network, *shape[1:], sampler)  # raises where the cost cannot be counted
     except UserError as error:
         raise UserError(f"sampler.{error}") from error
-    loss, target, align_until = None, None, 0.0
+    loss: AlignmentLoss | DispersiveLoss | None = None
+    target, align_until = None, 0.0
+    data_kind: Any = locate(data.target)
     if alignment is not None:
         check_depth(alignment.align_depth, network.num_alignable_blocks)
         align_until = math.inf if alignment.until_step is None else alignment.until_step
         if isinstance(alignment, REPA):
-            target = alignment.outline_target(image_size)
+            target = alignment.outline_target(outline.image_size)
             grid = (shape[1] // patch_size, shape[2] // patch_size)
             with torch.device("meta"):
                 loss = alignment.build_loss(network.hidden_size, target.num_features, target.grid, grid)
@@ -208,8 +209,8 @@ def build_recipe(settings: EstimateSettings) -> Recipe:
             loss = alignment.build_loss()
     return Recipe(
         objective=settings.objective.build(denoiser=network, alignment=loss), target=target, autoencoder=autoencoder,
-        shape=shape, image_size=image_size, num_images=num_images, align_until=align_until,
-        cached=data.target.endswith(".LatentCache"), trainer=settings.trainer, sampler=sampler, gpus=settings.gpus,
+        shape=shape, image_size=outline.image_size, num_images=outline.num_images, align_until=align_until,
+        cached=data_kind.has_latents, trainer=settings.trainer, sampler=sampler, gpus=settings.gpus,
         num_samples=settings.num_samples,
     )  # fmt: skip
 
@@ -232,8 +233,8 @@ def with_checkpointing(objective: Objective, kind: Checkpointing) -> Objective:
     return changed
 
 
-def count(module: nn.Module | None) -> int:
-    """Return the parameters of a module, 0 of None."""
+def count(module: Any) -> int:
+    """Return the number of parameters of a module, 0 of None."""
     return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 

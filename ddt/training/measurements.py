@@ -89,7 +89,7 @@ class Measurements:
         self.run_dir = run.settings.run_dir
 
     def show_training_images(self, images: Images, tracker: JsonlTracker) -> None:
-        """Write a picture of the training images. Process 0 alone calls it, before the first step."""
+        """Write a picture of the training images, on process 0 alone, before the first step."""
         path = self.run_dir / "previews" / "training_images.png"
         with picture_or_warning(path):
             write_training_images(path, images, self.run.autoencoder, self.accelerator, self.run.latent_shape)

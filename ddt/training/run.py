@@ -93,7 +93,7 @@ def infer(settings: TrainSettings) -> TrainSettings:
 
 
 def check(settings: TrainSettings) -> None:
-    """Build what costs nothing and raise one UserError with a line for each setting that cannot be."""
+    """Build what costs nothing; raise one UserError with a line for each impossible setting."""
     problems: list[str] = []
 
     def attempt(function: Any, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
@@ -176,7 +176,7 @@ class Run:
 
 
 def build_run(settings: TrainSettings) -> Run:
-    """Build data, autoencoder, network and loss; raise UserError where they do not fit each other."""
+    """Build data, autoencoder, network and loss; raise UserError where they do not fit."""
     torch.manual_seed(settings.seed)  # the initial weights; nothing later draws from the global state
     images, held_out = (settings.data.build(split=split) for split in ("train", "test"))
     autoencoder = settings.autoencoder.build()

@@ -43,7 +43,7 @@ def number(label: str, value: float, info: str, visible: bool = True) -> gr.Numb
 
 
 def controls_of(studio: Studio) -> Fields:
-    """Lay out the controls, with the checkpoint's values; return them by their names in `Controls`."""
+    """Lay out the controls with the checkpoint's values; return them by name."""
     own, limits, made = studio.defaults, studio.limits, Fields()
     with gr.Group():
         made["classes"] = gr.Dropdown(

@@ -564,7 +564,10 @@ def test_the_same_set_again_is_left_alone_and_another_is_refused(run_folder, tmp
         ("classes=dog", "classes=dog: dog is no whole number"),
         ("seeds=[1,1]", "seeds=[1, 1]: names a number twice"),
         ("recompute=dp:9", "recompute=dp:9: the encoder runs at 1..num_steps=4 of the steps"),
-        ("recompute=missing.json", "recompute=missing.json: no such file; python -m scripts.studies.sharing.fit writes"),
+        (
+            "recompute=missing.json",
+            "recompute=missing.json: no such file; python -m scripts.studies.sharing.fit writes",
+        ),
         ("forecast_order=1", "forecast_order=1: has no effect without recompute="),
         ("sde_last=euler", "sde_last=euler: has no effect with sampler=euler"),
         ("cfg_steps=[4]", "cfg_steps=[4]: steps are 0..3"),

@@ -153,7 +153,9 @@ def test_damaged_schedule_files_are_one_line(tmp_path, text):
 
 
 def test_a_missing_schedule_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"recompute=.*s\.json: no such file; python -m scripts.studies.sharing.fit writes"):
+    with pytest.raises(
+        UserError, match=r"recompute=.*s\.json: no such file; python -m scripts.studies.sharing.fit writes"
+    ):
         read_schedule(tmp_path / "s.json")
 
 

@@ -185,7 +185,7 @@ def test_features_from_the_cache_are_those_of_the_target(place, straight, monkey
 
 @pytest.mark.slow
 def test_one_step_of_ddt_b_with_the_real_networks(tmp_path, monkeypatch):
-    """SD-VAE and DINOv2-B of true architecture and random weights, DDT-B/2, two pictures of 256 px."""
+    """SD-VAE, DINOv2-B (true architectures, random weights), DDT-B/2, two pictures of 256 px."""
     monkeypatch.chdir(tmp_path)
     picture_folder(tmp_path / "pictures", count=1)
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from conftest import ROOT, composed, inputs, picture_folder, refusal, run_inside
 
 from ddt.autoencoder import Identity, KLAutoencoder
 from ddt.config import Choice
-from ddt.data.images import Digits
+from ddt.data.images import Digits, Outline
 from ddt.data.photos import PHOTOS
 from ddt.errors import UserError
 from ddt.model import DiT
@@ -28,7 +28,7 @@ from ddt.training.estimate import (
     activation_bytes,
     assumed_rate,
     build_recipe,
-    data_facts,
+    data_outline,
     disk,
     estimate,
     exchanged_bytes,
@@ -247,10 +247,10 @@ def test_checkpoints_that_stay(changes, steps):
 
 def test_sizes_of_data_are_those_of_the_data():
     digits = Digits()
-    expected = (digits.channels, digits.image_size, 10, len(digits.labels))
-    assert data_facts(Choice("ddt.data.images.Digits", {}), "digits", None) == expected
+    expected = Outline(digits.channels, digits.image_size, 10, len(digits.labels))
+    assert data_outline(Choice("ddt.data.images.Digits", {}), "digits", None) == expected
     photos = Choice("ddt.data.photos.Photos", {"image_size": 64, "crops": 200})
-    assert data_facts(photos, "photos", None) == (3, 64, len(PHOTOS), 200 * len(PHOTOS))
+    assert data_outline(photos, "photos", None) == Outline(3, 64, len(PHOTOS), 200 * len(PHOTOS))
     assert {*IMAGENET} == {path.stem for path in (ROOT / "conf" / "data").glob("in*.yaml")}
 
 
