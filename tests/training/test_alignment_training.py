@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT, picture_folder, refusal, rows, run, small_vae, succeed
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from test_autoencoder import SD_VAE
 
+from ddt.autoencoder.diffusers import SD_VAE
 from ddt.data.latent_cache import LatentCache
 from ddt.objective.alignment import REPA
 from ddt.training import loop
@@ -185,11 +185,11 @@ def test_features_from_the_cache_are_those_of_the_target(place, straight, monkey
 
 @pytest.mark.slow
 def test_one_step_of_ddt_b_with_the_real_networks(tmp_path, monkeypatch):
-    """SD-VAE, DINOv2-B (true architectures, random weights), DDT-B/2, two pictures of 256 px."""
+    """SD-VAE and DINOv2-B of true size with random weights, DDT-B/2, two pictures of 256 px."""
     monkeypatch.chdir(tmp_path)
     picture_folder(tmp_path / "pictures", count=1)
     torch.manual_seed(0)
-    AutoencoderKL(**SD_VAE).save_pretrained(tmp_path / "vae")
+    AutoencoderKL.from_config(SD_VAE).save_pretrained(tmp_path / "vae")
     dino = "vit_base_patch14_dinov2.lvd142m"
     save_file(timm.create_model(dino, num_classes=0).state_dict(), tmp_path / "dino.safetensors")
     chosen = ["model=b_8en4de", "data=in256", f"data.root={tmp_path / 'pictures'}", "name=real",
