@@ -35,6 +35,7 @@ from ddt.sampling.cost import sampling_macs
 from ddt.sampling.sample import sample_latents
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.ema import EMA, ConstantDecay
+from ddt.training.loop import optimizer_step
 from ddt.training.optimizer import adamw
 from ddt.training.state import TrainingState
 from ddt.training.throughput import target_flops, training_flops
@@ -267,7 +268,7 @@ class OurTraining:
     def step(self, batch: dict[str, Tensor]) -> None:
         """Take a training step."""
         self.backward(batch)
-        self.state.update(clip_norm=None)
+        optimizer_step(self.state, clip_norm=None)
 
     def forward_backward(self, batch: dict[str, Tensor]) -> None:
         """Compute the gradients of a batch and drop them."""
