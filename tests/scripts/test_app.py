@@ -1,4 +1,4 @@
-"""The app: each control changes what is drawn, what it says is true, and a mistake costs one line
+"""The app: each control changes what is sampled, what it says is true, and a mistake costs one line
 and no more.
 """
 
@@ -12,51 +12,39 @@ import socket
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import gradio as gr
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from conftest import ROOT, refusal, run_inside, small_ddt, succeed
+from conftest import refusal, run_inside, small_checkpoint, succeed
 
-import scripts.app
 from ddt.checkpoint import folder as ckpt
-from ddt.errors import UserError
 from ddt.model import DiT
-from scripts.app import jobs as app_jobs
+from scripts.app import __main__ as app
 from scripts.app import page as app_page
-from scripts.app.controls import Limits, Source, class_choices, defaults_of, request_of, sharing_choices
-from scripts.app.jobs import Interrupted, Studio
-from scripts.app.page import LAUNCH, build
+from scripts.app import studio as app_studio
+from scripts.app.controls import class_choices, initial_controls, make_requests, sharing_choices
+from scripts.app.page import LAUNCH, build_page
+from scripts.app.settings import AppSettings
+from scripts.app.studio import Interrupted, Studio
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLER = {"solver": "euler", "num_steps": 6, "cfg_scale": 2.0, "cfg_interval": [0.3, 1.0], "last_step": None}
-NETWORK = {"patch_size": 2, "hidden_size": 32, "num_heads": 2, "depth": 3, "num_classes": 5, "in_channels": 1}
-LIMITS = Limits(max_images=6, max_steps=20)
-FEW = {"Classes": [0, 2], "Pictures of each class": 1}  # what the tests begin with
-
-
-def write_run(folder, model, sampler=SAMPLER, **network):
-    """A checkpoint of a few random weights that draws pictures of 8×8 px."""
-    config = {
-        "step": 3,
-        "network": {"_target_": f"ddt.model.{type(model).__name__}", **NETWORK, **network},
-        "latent_shape": [1, 8, 8],
-        "autoencoder": {"_target_": "ddt.autoencoder.Identity"},
-        "sampler": sampler,
-        "class_names": ["ant", "bee", "cat", "dog", "n02124075"],
-    }
-    ckpt.write_checkpoint(ckpt.checkpoint_folder(folder, 3), config, ema=model.state_dict())
-    return ckpt.checkpoint_folder(folder, 3)
+CLASSES = ["ant", "bee", "cat", "dog", "n02124075"]
+LIMITS = {"max_images": 6, "max_steps": 20}
+FEW = {"Classes": [0, 2], "Images per class": 1}  # what the tests begin with
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("app") / "run", small_ddt(in_channels=1), encoder_depth=2)
+    return small_checkpoint(tmp_path_factory.mktemp("app") / "model", sampler=SAMPLER, class_names=CLASSES)
 
 
-def studio_of(folder, root):
-    return Studio(Source(folder), LIMITS, root, Accelerator(cpu=True))
+def open_studio(folder, root, **changes):
+    return Studio(AppSettings(**{"ckpt": str(folder), **LIMITS, **changes}), root, Accelerator(cpu=True))
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +52,13 @@ def studio(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         root = tmp_path_factory.mktemp("results")
         patch.setenv("GRADIO_TEMP_DIR", str(root))
-        patch.setattr(app_jobs, "KEPT", 1000)
-        yield studio_of(folder, root)
+        patch.setattr(app_studio, "MAX_KEPT", 1000)
+        yield open_studio(folder, root)
 
 
 @pytest.fixture(scope="module")
 def page(studio):
-    return build(studio)
+    return build_page(studio)
 
 
 @pytest.fixture(autouse=True)
@@ -89,14 +77,20 @@ def call(page, name, inputs=(), session="a"):
 
 
 def press(page, **changes):
-    """Press Generate with fields changed, each by its label; return numbers, pictures, command and
-    files.
-    """
-    fields = endpoint(page, "draw").inputs
+    """Press Generate with fields changed, each by its label; return what the page shows."""
+    fields = endpoint(page, "sample").inputs
     assert {*FEW, *changes} <= {field.label for field in fields}
     inputs = [{**FEW, **changes}.get(field.label, field.value) for field in fields]
-    numbers, pictures, command, files = call(page, "draw", inputs)
-    return numbers, pictures, command["value"], {Path(file["path"]).name: Path(file["path"]) for file in files["value"]}
+    numbers, images, unshared, slider, command, files = call(page, "sample", inputs)
+    images, unshared = (
+        [(each["caption"], Path(each["image"]["path"])) for each in gallery.get("value", [])]
+        for gallery in (images, unshared)
+    )
+    grids = [Path(each["path"]) for each in slider.get("value", [])]
+    files = {Path(file["path"]).name: Path(file["path"]) for file in files["value"]}
+    return SimpleNamespace(
+        numbers=numbers, images=images, unshared=unshared, grids=grids, command=command["value"], files=files
+    )
 
 
 @functools.cache
@@ -122,7 +116,7 @@ UNIFORM, FITTED = {"Encoder sharing": "uniform", "k": 3}, {"Encoder sharing": "d
 # field, its new value, with which others, what changes in the settings of sample.py
 CONTROLS = [
     ("Classes", [1, 3], {}, {"classes": "[1,3]"}),
-    ("Pictures of each class", 2, {}, {"seeds": "0-1"}),
+    ("Images per class", 2, {}, {"seeds": "0-1"}),
     ("Seed", 7, {}, {"seeds": "7-7"}),
     ("Solver", "heun", {}, {"sampler": "heun"}),
     ("Steps", 5, {}, {"num_steps": "5"}),
@@ -138,108 +132,109 @@ CONTROLS = [
     ("Encoder runs", 3, FITTED, {"recompute": "dp:3"}),
     ("Between two runs", 1, UNIFORM, {"forecast_order": "1"}),
 ]
+COMPARE = "Side by side with sharing off"
 
 
 @pytest.mark.parametrize(("label", "value", "others", "changed"), CONTROLS, ids=[f"{c[0]} {c[1]}" for c in CONTROLS])
 def test_each_control_alone_changes_the_run(page, label, value, others, changed):
-    _, _, before, old = pressed(page, **others)
-    _, _, after, new = press(page, **{**others, label: value})
-    assert {k: v for k, v in settings(after).items() if settings(before).get(k) != v} == changed
-    assert not np.array_equal(array(old["samples.npz"]), array(new["samples.npz"]))
-    request = json.loads(new["receipt.json"].read_text())["request"]
+    before, after = pressed(page, **others), press(page, **{**others, label: value})
+    old = settings(before.command)
+    assert {k: v for k, v in settings(after.command).items() if old.get(k) != v} == changed
+    assert not np.array_equal(array(before.files["samples.npz"]), array(after.files["samples.npz"]))
+    request = json.loads(after.files["receipt.json"].read_text())["request"]
     for key in {"num_steps", "cfg_scale", "timeshift", "recompute", "forecast_order"} & set(changed):
         assert str(request["sampler"][key]) == changed[key]
 
 
 def test_no_control_is_forgotten(page):
-    labels = {field.label for field in endpoint(page, "draw").inputs}
-    assert labels == {case[0] for case in CONTROLS} | {"Side by side with sharing off"}
+    assert {field.label for field in endpoint(page, "sample").inputs} == {case[0] for case in CONTROLS} | {COMPARE}
 
 
-def test_side_by_side_shows_both_and_tells_the_difference(page):
-    alone = pressed(page, **UNIFORM)
-    numbers, pictures, command, files = press(page, **UNIFORM, **{"Side by side with sharing off": True})
-    assert command == alone[2]
-    assert ("With sharing" in alone[1], "Without sharing" in alone[1]) == (True, False)
-    assert pictures.count("<img") == 2 * alone[1].count("<img") == 4
-    assert "Without sharing" in pictures
-    with zipfile.ZipFile(files["unshared.zip"]) as archive:
-        plain = np.load(archive.open("samples.npz"))["arr_0"]
+def test_side_by_side_shows_both_and_reports_the_difference(page):
+    alone, plain = pressed(page, **UNIFORM), pressed(page)
+    both = press(page, **UNIFORM, **{COMPARE: True})
+    assert both.command == alone.command
+    assert alone.unshared == alone.grids == []
+    for shown, expected in ((both.images, alone.images), (both.unshared, plain.images)):
+        assert [path.read_bytes() for _, path in shown] == [path.read_bytes() for _, path in expected]
+        assert [caption for caption, _ in shown] == ["ant", "cat"]
+    assert [path.read_bytes() for path in both.grids] == [
+        each.files["receipt.json"].with_name("grid.png").read_bytes() for each in (plain, alone)
+    ]
+    with zipfile.ZipFile(both.files["unshared.zip"]) as archive:
+        unshared = np.load(archive.open("samples.npz"))["arr_0"]
         receipt = json.loads(archive.read("receipt.json"))
-    assert np.array_equal(plain, array(pressed(page)[3]["samples.npz"]))
+    assert np.array_equal(unshared, array(plain.files["samples.npz"]))
     assert "recompute=null" in receipt["command"]
-    ours = array(files["samples.npz"]).astype(int)
-    assert np.array_equal(ours, array(alone[3]["samples.npz"]))
-    assert f"<b>{np.abs(ours - plain).mean():.2f}</b>" in numbers
-    times = json.loads(files["receipt.json"].read_text())["images_per_second"] / receipt["images_per_second"]
-    assert f"<span>Speed by sharing</span><b>{times:.2f} ×</b>" in numbers
+    ours = array(both.files["samples.npz"]).astype(int)
+    assert f"differ by {np.abs(ours - unshared).mean():.2f} of 255" in both.numbers
+    speed = json.loads(both.files["receipt.json"].read_text())["images_per_second"] / receipt["images_per_second"]
+    assert f"**{speed:.2f} × as fast** with sharing" in both.numbers
 
 
 def test_numbers_are_those_of_the_receipt(page):
     """Guided at the four of six steps with t above 0.3: by hand 4·2 + 2 calls; with k = 3 the
     encoder at step 0, whose segment reaches the guided step 2, and at step 3.
     """
-    numbers, _, _, files = pressed(page, **UNIFORM)
-    receipt = json.loads(files["receipt.json"].read_text())
+    result = pressed(page, **UNIFORM)
+    receipt = json.loads(result.files["receipt.json"].read_text())
     assert receipt["recompute_steps"] == [0, 3]
     assert receipt["network_calls_an_image"] == {"encoder": 4.0, "decoder": 10.0}
-    shown = re.findall(r"<span>([^<]*)</span><b>([^<]*)</b><span>([^<]*)</span>", numbers)
-    assert shown[1:] == [("Encoder calls", "4", "60% of 10 saved"), ("Decoder calls", "10", "a picture")]
-    assert shown[0][1] == f"{2 / receipt['images_per_second']:.2f} s"
-    assert [m == "run" for m in re.findall(r'<rect [^>]*class="(\w+)"', numbers)] == [True, False, False] * 2
+    for name, value in (("Encoder", 4), ("Decoder", 10)):
+        assert re.search(rf"\| {name} calls per image +\| +{value} +\|", result.numbers)
+    assert f"{2 / receipt['images_per_second']:.2f} s" in result.numbers
+    assert "2 of 6 steps, 60% of its calls saved: ■□□■□□" in result.numbers
 
 
-def test_pictures_are_named_and_there_to_be_loaded(page, studio):
-    _, pictures, _, files = press(page, **{"Classes": [4, 0], "Pictures of each class": 2})
-    assert re.findall(r'alt="([^"]*)"', pictures) == [f"{n}, seed {s}" for s in (0, 1) for n in ("Egyptian cat", "ant")]
-    for path in re.findall(r'src="gradio_api/file=([^"]*)"', pictures):
-        assert Path(path).is_relative_to(studio.root)
-        assert Path(path).read_bytes()[:4] == b"\x89PNG"
-    with zipfile.ZipFile(files["pictures.zip"]) as archive:
-        assert archive.namelist() == [f"png/{k:06d}.png" for k in range(4)]
+def test_images_are_captioned_and_there_to_be_downloaded(page, studio):
+    result = press(page, **{"Classes": [4, 0], "Images per class": 2})
+    assert [caption for caption, _ in result.images] == [
+        f"{name}, seed {seed}" for seed in (0, 1) for name in ("Egyptian cat", "ant")
+    ]
+    for _, path in result.images:
+        assert path.is_relative_to(studio.root)
+        assert path.read_bytes()[:4] == b"\x89PNG"
+    assert sorted(result.files) == ["images.zip", "receipt.json", "samples.npz"]
+    with zipfile.ZipFile(result.files["images.zip"]) as archive:
+        assert {f"png/{k:06d}.png" for k in range(4)} <= set(archive.namelist())
 
 
 @pytest.mark.parametrize("changes", [{}, {"Solver": "sde", "Seed": 5, **FITTED}], ids=["checkpoint's", "fitted"])
-def test_the_command_draws_the_same(page, tmp_path, monkeypatch, changes):
-    _, _, command, files = pressed(page, **changes)
+def test_the_command_samples_the_same(page, tmp_path, monkeypatch, changes):
+    result = pressed(page, **changes)
     monkeypatch.chdir(tmp_path)
-    words = shlex.split(command)
+    words = shlex.split(result.command)
     assert words[:2] == ["python", "sample.py"]
     succeed("sample", *words[2:])
     out = Path(words[-1].removeprefix("out="))
-    assert array(out / "samples.npz").tobytes() == array(files["samples.npz"]).tobytes()
-    ours, theirs = (json.loads(path.read_text()) for path in (files["receipt.json"], out / "receipt.json"))
+    assert array(out / "samples.npz").tobytes() == array(result.files["samples.npz"]).tobytes()
+    ours, theirs = (json.loads(path.read_text()) for path in (result.files["receipt.json"], out / "receipt.json"))
     assert ours["request"] == theirs["request"]
     assert ours["recompute_steps"] == theirs["recompute_steps"]
-    assert ours["command"] == command
+    assert ours["command"] == result.command
 
 
 WRONG = [
     ({"Classes": []}, "classes: none is chosen"),
-    ({"Classes": [0, 1, 2], "Pictures of each class": 3}, "9 pictures, and this app draws at most 6"),
-    ({"Pictures of each class": 0}, "num_images=0: must be at least 1"),
-    ({"Pictures of each class": None}, "num_images=null: give a whole number"),
+    ({"Classes": [0, 1, 2], "Images per class": 3}, "9 images, and this app samples at most 6"),
+    ({"Images per class": 0}, "num_images=0: must be at least 1"),
+    ({"Images per class": None}, "num_images=null: give a whole number"),
     ({"Seed": -1}, "seed=-1: must lie in 0.."),
     ({"Seed": 2**32}, f"seed={2**32}: must lie in 0.."),
     ({"Steps": 21}, "num_steps=21: this app takes at most 20"),
-    ({"Steps": 0}, "num_steps=0: must lie in 1.."),
     ({"Steps": 2.5}, "num_steps=2.5: "),
-    ({"Guidance": -1}, "cfg_scale=-1.0: "),
     ({"Guidance": 1e300}, "is not finite: try"),
     ({"From t": 0.9, "To t": 0.1}, "cfg_interval=[0.9,0.1]: needs 0 &lt;= lo"),
     ({"Last step": "<b>"}, "last_step=&lt;b&gt;: "),
-    ({"Time shift": 0}, "timeshift=0.0: must be above 0"),
     ({"Encoder sharing": "uniform", "k": 0}, "recompute=uniform:0: choose 1..num_steps=6"),
-    ({"Encoder sharing": "dp", "Encoder runs": 7}, "recompute=dp:7: the encoder runs at 1..num_steps=6"),
-    ({"Solver": "sde", "Encoder sharing": "uniform", "Between two runs": 1}, "forecast_order=1: "),
-    ({"Seed": 2**32 - 1, "Guidance": -1, "Pictures of each class": 1}, "cfg_scale=-1.0: "),
     ({"Solver": "adaptive"}, "adaptive"),
+    ({"Encoder sharing": "x"}, "x"),
     ({"Classes": [9]}, "9"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), WRONG, ids=[str(case[0]) for case in WRONG])
-def test_a_wrong_value_is_told_in_our_words_and_costs_nothing(page, studio, changes, message):
+def test_a_wrong_value_is_reported_in_our_words_and_costs_nothing(page, studio, changes, message):
     folders = set(studio.root.glob("set-*"))
     with pytest.raises(gr.Error) as error:
         press(page, **changes)
@@ -248,129 +243,103 @@ def test_a_wrong_value_is_told_in_our_words_and_costs_nothing(page, studio, chan
     assert set(studio.root.glob("set-*")) == folders
 
 
-def test_the_page_goes_on_after_a_wrong_value(page):
-    with pytest.raises(gr.Error):
-        press(page, **{"Steps": 0})
-    assert press(page)[2] == pressed(page)[2]
-
-
-def test_who_goes_round_the_page_meets_the_same_limits(studio):
-    values = {**asdict(studio.defaults), "solver": "adaptive", "sharing": "off"}
-    for change, message in (
-        ({}, "sampler=adaptive: not offered"),
-        ({"solver": "euler", "sharing": "x"}, "sharing=x: "),
-    ):
-        with pytest.raises(UserError, match=message):
-            request_of({**values, **change}, studio.stored, LIMITS, studio.source)
-    with pytest.raises(UserError, match="no_such: no such setting"):
-        request_of({**values, "no_such": 1}, studio.stored, LIMITS, studio.source)
-
-
 def test_a_schedule_is_fitted_once(studio, monkeypatch):
-    fits = []
-    resolve = app_jobs.sample_set.__globals__["resolve_recompute"]
-    monkeypatch.setitem(
-        app_jobs.sample_set.__globals__, "resolve_recompute", lambda *a: fits.append(a[2].recompute) or resolve(*a)
-    )
-    told = []
-    values = {**asdict(studio.defaults), "sharing": "dp", "budget": 4, "timeshift": 1.5}
-    first, again = (studio.draw({**values, "seed": seed}, lambda *t: told.append(t[1]), bool) for seed in (0, 1))
+    fits, reports = [], []
+    names = app_studio.sample_set.__globals__
+    resolve = names["resolve_recompute"]
+    monkeypatch.setitem(names, "resolve_recompute", lambda *a: fits.append(a[2].recompute) or resolve(*a))
+    values = {**asdict(studio.controls), "sharing": "dp", "budget": 4, "timeshift": 1.5}
+    first, again = (studio.sample({**values, "seed": k}, lambda *r: reports.append(r[1]), bool)[0] for k in (0, 1))
     assert fits == ["dp:4"]
-    assert sum("fitting" in text for text in told) == 1
-    assert len(first.drawn.receipt["recompute_steps"]) == 4
-    assert first.drawn.receipt["recompute_steps"] == again.drawn.receipt["recompute_steps"]
+    assert sum("fitting" in text for text in reports) == 1
+    assert len(first.receipt["recompute_steps"]) == 4
+    assert first.receipt["recompute_steps"] == again.receipt["recompute_steps"]
 
 
-def test_progress_counts_every_step_to_the_end(studio, monkeypatch):
-    monkeypatch.setattr(studio, "source", Source(studio.source.folder, batch_size=2))
-    told = []
-    values = {**asdict(studio.defaults), "solver": "heun", "num_images": 1, "sharing": "uniform", "compare": True}
-    studio.draw(values, lambda done, _: told.append(done), bool)
-    assert told == sorted(told)
-    assert (told[0], told[-1]) == (1 / (2 * 3 * 11), 1.0)  # two sets of three batches, Heun's 2·6 − 1 calls each
+def test_progress_counts_every_call_to_the_end(folder, tmp_path):
+    studio, reports = open_studio(folder, tmp_path, batch_size=2), []
+    values = {**asdict(studio.controls), "solver": "heun", "num_images": 1, "sharing": "uniform", "compare": True}
+    studio.sample(values, lambda done, _: reports.append(done), bool)
+    calls = 2 * 3 * 11  # two sets of three batches, Heun's 2·6 − 1 calls each
+    assert reports == [k / calls for k in range(1, calls + 1)]
 
 
 def test_stop_ends_a_request_and_leaves_nothing(studio):
-    told, folders = [], set(studio.root.glob("set-*"))
+    reports, folders = [], set(studio.root.glob("set-*"))
     with pytest.raises(Interrupted):
-        studio.draw(asdict(studio.defaults), lambda done, _: told.append(done), lambda: len(told) == 3)
-    assert len(told) == 3
+        studio.sample(asdict(studio.controls), lambda done, _: reports.append(done), lambda: len(reports) == 3)
+    assert len(reports) == 3
     assert set(studio.root.glob("set-*")) == folders
-    studio.draw(asdict(studio.defaults), lambda *_: None, bool)
+    studio.sample(asdict(studio.controls), lambda *_: None, bool)
 
 
 def test_stop_is_meant_for_ones_own_request_alone(page, studio, monkeypatch):
     seen = []
 
-    def draw(values, tell, stopped):
+    def sample(values, report, stopped):
         for session in ("b", "a"):
             call(page, "stop_soon", session=session)
             seen.append(stopped())
         raise Interrupted
 
     monkeypatch.setattr(gr, "Info", lambda text: seen.append(text))
-    monkeypatch.setattr(studio, "draw", draw)
+    monkeypatch.setattr(studio, "sample", sample)
     call(page, "begin")
-    inputs = [field.value for field in endpoint(page, "draw").inputs]
-    sent = call(page, "draw", inputs)
+    inputs = [field.value for field in endpoint(page, "sample").inputs]
+    sent = call(page, "sample", inputs)
     assert seen == [False, True, "Stopped; nothing of it was kept."]
-    assert len(sent) == 4
+    assert len(sent) == 6
     assert "value" not in str(sent)  # the last result stays
     start, stop = call(page, "begin")
     assert (start["interactive"], stop["interactive"]) == (False, True)
-    monkeypatch.setattr(studio, "draw", lambda values, tell, stopped: seen.append(stopped()) or draw(None, None, bool))
-    call(page, "draw", inputs)
+    monkeypatch.setattr(studio, "sample", lambda *given: seen.append(given[2]()) or sample(None, None, bool))
+    call(page, "sample", inputs)
     assert seen[3] is False  # a new request is not stopped by the last one's button
 
 
 def test_the_disk_is_bounded(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(app_jobs, "KEPT", 2)
-    studio = studio_of(folder, tmp_path)
-    results = [studio.draw(asdict(studio.defaults), lambda *_: None, bool) for _ in range(3)]
-    assert [result.drawn.folder.exists() for result in results] == [False, True, True]
+    monkeypatch.setattr(app_studio, "MAX_KEPT", 2)
+    studio = open_studio(folder, tmp_path)
+    sets = [studio.sample(asdict(studio.controls), lambda *_: None, bool)[0] for _ in range(3)]
+    assert [each.folder.exists() for each in sets] == [False, True, True]
     assert len(list(studio.root.glob("set-*"))) == 2
 
 
-def test_the_weights_and_precision_of_the_start_draw_and_are_in_the_command(folder, tmp_path):
+def test_weights_and_precision_are_used_and_are_in_the_command(folder, tmp_path):
     ema = ckpt.read_weights(folder, "ema")
     raw = {key: 1.2 * value for key, value in ema.items()}
     ckpt.write_checkpoint(tmp_path / "both", ckpt.read_config(folder), ema=ema, model=raw)
-    drawn = []
+    images = []
     for chosen in ({}, {"weights": "model"}, {"dtype": "bf16"}):
-        studio = Studio(Source(tmp_path / "both", **chosen), LIMITS, tmp_path, Accelerator(cpu=True))
-        result = studio.draw(asdict(studio.defaults), lambda *_: None, bool)
-        said = settings(result.request.command)
-        assert {key: said[key] for key in ("weights", "dtype") if key in said} == chosen
-        assert result.drawn.receipt["request"]["dtype"] == chosen.get("dtype", "fp32")
-        drawn.append(array(result.drawn.folder / "samples.npz"))
-    assert not np.array_equal(drawn[0], drawn[1])
+        studio = open_studio(tmp_path / "both", tmp_path, **chosen)
+        (result,) = studio.sample(asdict(studio.controls), lambda *_: None, bool)
+        written = settings(result.request.command)
+        assert {key: written[key] for key in ("weights", "dtype") if key in written} == chosen
+        assert result.receipt["request"]["dtype"] == chosen.get("dtype", "fp32")
+        images.append(array(result.folder / "samples.npz"))
+    assert not np.array_equal(images[0], images[1])
 
 
 def test_a_model_without_encoder_is_not_offered_sharing(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    folder = write_run(tmp_path / "run", DiT(**NETWORK))
-    studio = studio_of(folder, tmp_path)
-    page = build(studio)
-    labels = {field.label for field in endpoint(page, "draw").inputs}
-    assert labels == {case[0] for case in CONTROLS[:11]}
-    numbers, _, command, _ = press(page)
-    assert "recompute" not in command
-    assert "saved" not in numbers
-    with pytest.raises(UserError, match="no encoder to share"):
-        request_of({**asdict(studio.defaults), "sharing": "uniform"}, studio.stored, LIMITS, studio.source)
-
-
-def test_the_page_has_one_endpoint_and_calls_nobody(page, monkeypatch):
-    public = [f.api_name for f in page.fns.values() if f.api_visibility == "public"]
-    assert public == ["draw"]
-    assert not page.analytics_enabled
-    assert LAUNCH["share"] is False
-    assert not any(
-        isinstance(font, gr.themes.GoogleFont) for font in (*LAUNCH["theme"]._font, *LAUNCH["theme"]._font_mono)
+    sizes = {"patch_size": 2, "hidden_size": 32, "num_heads": 2, "depth": 3, "num_classes": 5, "in_channels": 1}
+    network = {"_target_": "ddt.model.DiT", **sizes}
+    folder = small_checkpoint(
+        tmp_path / "model", model=DiT(**sizes), network=network, sampler=SAMPLER, class_names=CLASSES
     )
-    assert endpoint(page, "draw").queue
-    for path in (ROOT / "ddt").rglob("*.py"):
-        assert "gradio" not in path.read_text(), path
+    page = build_page(open_studio(folder, tmp_path))
+    assert {field.label for field in endpoint(page, "sample").inputs} == {case[0] for case in CONTROLS[:11]}
+    result = press(page)
+    assert "recompute" not in result.command
+    assert "saved" not in result.numbers
+
+
+def test_the_page_has_one_endpoint_and_calls_nobody(page):
+    assert [f.api_name for f in page.fns.values() if f.api_visibility == "public"] == ["sample"]
+    assert endpoint(page, "sample").queue
+    assert not page.analytics_enabled
+    fonts = (*LAUNCH["theme"]._font, *LAUNCH["theme"]._font_mono)
+    assert not any(isinstance(font, gr.themes.GoogleFont) for font in fonts)
 
 
 def test_classes_of_one_name_are_told_apart():
@@ -379,104 +348,85 @@ def test_classes_of_one_name_are_told_apart():
 
 
 @pytest.mark.parametrize(
-    ("sampler", "expected"),
+    ("sampler", "expected", "recompute"),
     [
-        ({"recompute": "uniform:3", "forecast_order": 1}, {"sharing": "uniform", "every": 3, "forecast_order": 1}),
-        ({"recompute": "dp:4"}, {"sharing": "dp", "budget": 4}),
-        ({"recompute": [0, 2, 3]}, {"sharing": "checkpoint"}),
-        ({"cfg_interval": None}, {"limit_guidance": False, "cfg_from": 0.3, "cfg_to": 1.0}),
-        ({"cfg_interval": [0.1, 0.8]}, {"limit_guidance": True, "cfg_from": 0.1, "cfg_to": 0.8}),
-        ({"num_steps": 250, "last_step": 0.04}, {"num_steps": 20, "last_step": 0.04}),
-        ({"solver": "adaptive", "cfg_scale": 3.0}, {"solver": "euler", "cfg_scale": 3.0}),
+        ({"recompute": "uniform:3", "forecast_order": 1}, {"every": 3, "forecast_order": 1}, "uniform:3"),
+        ({"recompute": "dp:4"}, {"sharing": "dp", "budget": 4}, "dp:4"),
+        ({"recompute": [0, 2, 3]}, {"sharing": "checkpoint"}, [0, 2, 3]),
+        ({"cfg_interval": None}, {"limit_guidance": False, "cfg_from": 0.3, "cfg_to": 1.0}, None),
+        ({"cfg_interval": [0.1, 0.8]}, {"limit_guidance": True, "cfg_from": 0.1, "cfg_to": 0.8}, None),
+        ({"num_steps": 250, "last_step": 0.04}, {"num_steps": 20, "last_step": 0.04}, None),
+        ({"num_steps": 50, "recompute": "dp:30"}, {"num_steps": 20}, "dp:20"),
+        ({"num_steps": 50, "recompute": "uniform:30"}, {"num_steps": 20}, "uniform:20"),
+        ({"solver": "adaptive", "cfg_scale": 3.0}, {"solver": "euler", "cfg_scale": 3.0}, None),
     ],
 )
-def test_the_page_begins_with_the_checkpoints_sampler(studio, sampler, expected):
+def test_the_page_begins_with_the_checkpoints_sampler_within_the_limits(studio, sampler, expected, recompute):
     stored = {**studio.stored, "sampler": SAMPLER | sampler}
-    values = asdict(defaults_of(stored, LIMITS))
+    values = asdict(initial_controls(stored, studio.settings))
     assert expected.items() <= values.items()
     assert values["classes"] == [0, 1, 2, 3, 4]
-    request = request_of(values, stored, LIMITS, studio.source)
-    recompute = sampler.get("recompute")
-    assert request.settings.recompute == recompute
+    (request,) = make_requests(values, stored, studio.settings)
+    assert request.sampler.recompute == recompute
     assert ("checkpoint" in sharing_choices(stored)) == isinstance(recompute, list)
-
-
-@pytest.mark.parametrize("recompute", ["dp:30", "uniform:30"])
-def test_stored_sharing_is_kept_within_the_limit_of_steps(studio, recompute):
-    stored = {**studio.stored, "sampler": SAMPLER | {"num_steps": 50, "recompute": recompute}}
-    request = request_of(asdict(defaults_of(stored, LIMITS)), stored, LIMITS, studio.source)
-    assert (request.settings.num_steps, request.settings.recompute) == (20, f"{recompute.split(':')[0]}:20")
 
 
 def test_many_classes_begin_with_a_few_spread_over_all(studio):
     stored = {**studio.stored, "network": {**studio.stored["network"], "num_classes": 1000}}
-    assert defaults_of(stored, LIMITS).classes == [0, 250, 500, 750]
+    assert initial_controls(stored, studio.settings).classes == [0, 250, 500, 750]
 
 
-# the entry point
+# --- the entry point
 
 
 def test_it_says_what_is_missing_before_anything_is_loaded(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "there is no runs/demo; run bash scripts/demo.sh first" in refusal("scripts.app")
-    run = f"ckpt={folder}"
-    for change, message in (
-        ("max_images=0", "max_images=0: must be at least 1"),
-        ("max_queue=0", "max_queue=0: must be at least 1"),
-        ("batch_size=0", "batch_size=0: must be at least 1"),
-        ("port=0", "port=0: must lie in 1..65535"),
-        ("host=", "host=: is empty; leave it out"),
-        ("host=no.such.host.invalid", "host=no.such.host.invalid: no such address"),
-        ("weights=model", "weights=model: "),
-        ("dtype=fp16", "dtype=fp16: "),
-        ("share=true", "share: no such setting"),
-    ):
-        text = refusal("scripts.app", run, change)
-        assert message in text
-        assert len(text.splitlines()) == 1
+    assert "there is no runs/demo; run bash scripts/demo.sh first" in refusal("scripts.app.__main__")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"port={port}: Address already in use on host=127.0.0.1; choose another port=" in refusal(
-            "scripts.app", run, f"port={port}"
-        )
-    monkeypatch.setattr(scripts.app.importlib.util, "find_spec", lambda name: None)
-    assert "needs gradio; install it with pip install -e '.[app]'" in refusal("scripts.app", run)
+        for change, message in (
+            ("max_images=0", "max_images=0: must be at least 1"),
+            ("max_queue=0", "max_queue=0: must be at least 1"),
+            ("batch_size=0", "batch_size=0: must be at least 1"),
+            ("port=0", "port=0: must lie in 1..65535"),
+            (f"port={port}", f"port={port}: Address already in use on host=127.0.0.1; choose another port="),
+            ("host=", "host=: is empty; leave it out"),
+            ("host=no.such.host.invalid", "host=no.such.host.invalid: no such address"),
+            ("weights=model", "weights=model: "),
+            ("dtype=fp16", "dtype=fp16: "),
+            ("share=true", "share: no such setting"),
+        ):
+            text = refusal("scripts.app.__main__", f"ckpt={folder}", change)
+            assert message in text
+            assert len(text.splitlines()) == 1
+    monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: None)
+    assert "needs gradio; install it with pip install -e '.[app]'" in refusal("scripts.app.__main__", f"ckpt={folder}")
 
 
-def test_it_listens_where_it_is_told_and_draws_one_request_at_a_time(tmp_path, monkeypatch):
-    told = {}
-
-    class Page:
-        def queue(self, **options):
-            told.update(options)
-            return self
-
-        def launch(self, **options):
-            told.update(options)
-            raise KeyboardInterrupt
-
-        def close(self, **_):
-            told["closed"] = True
-
-    monkeypatch.setattr(app_page, "build", lambda studio: Page())
-    monkeypatch.setattr(scripts.app.signal, "signal", lambda *_: None)
+def test_it_listens_where_it_is_asked_to_and_runs_one_request_at_a_time(tmp_path, monkeypatch):
+    page = MagicMock()
+    page.queue.return_value, page.launch.side_effect = page, KeyboardInterrupt
+    monkeypatch.setattr(app_page, "build_page", lambda studio: page)
+    monkeypatch.setattr(app.signal, "signal", lambda *_: None)
     for key in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR"):
         monkeypatch.setenv(key, "")
-    scripts.app.serve(None, "127.0.0.1", 7860, 3, tmp_path)
-    wanted = {"max_size": 3, "default_concurrency_limit": 1, "server_name": "127.0.0.1", "server_port": 7860}
-    wanted |= {"share": False, "allowed_paths": [str(tmp_path)], "closed": True}
-    assert {key: told.get(key) for key in wanted} == wanted
+    app.serve(SimpleNamespace(root=tmp_path), AppSettings(ckpt="x", max_queue=3))
+    page.queue.assert_called_once_with(max_size=3, default_concurrency_limit=1, api_open=False)
+    wanted = {"server_name": "127.0.0.1", "server_port": 7860, "allowed_paths": [str(tmp_path)], "share": False}
+    assert wanted.items() <= page.launch.call_args.kwargs.items()
+    page.close.assert_called_once()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_another_host_is_warned_of(folder, monkeypatch, host):
     served = []
-    monkeypatch.setattr(scripts.app, "serve", lambda studio, *rest: served.append((studio.root, *rest)))
-    monkeypatch.setattr(logging.getLogger("scripts.app"), "level", logging.INFO)
+    monkeypatch.setattr(app, "serve", lambda studio, settings: served.append((studio.root, settings)))
+    monkeypatch.setattr(logging.getLogger(app.__name__), "level", logging.INFO)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    done = run_inside("scripts.app", f"ckpt={folder}", f"host={host}", f"port={port}")
+    done = run_inside("scripts.app.__main__", f"ckpt={folder}", f"host={host}", f"port={port}")
     assert done.returncode == 0, done.stderr
     assert ("there is no password" in done.stderr) == (host == "0.0.0.0")
-    assert served[0][1:4] == (host, port, 16)
-    assert not served[0][0].exists()  # with all that was drawn
+    ((root, settings),) = served
+    assert (settings.host, settings.port, settings.max_queue) == (host, port, 16)
+    assert not root.exists()  # with all that was sampled

@@ -1,0 +1,35 @@
+"""Settings of the app."""
+
+import dataclasses
+from pathlib import Path
+
+from ddt.errors import require
+from ddt.generation.generator import Dtype
+
+DEMO = "runs/demo"
+
+
+@dataclasses.dataclass(frozen=True)
+class AppSettings:
+    """See conf/app.yaml. Raises UserError for values that cannot be."""
+
+    ckpt: str | None = None
+    weights: str = "ema"
+    autoencoder: str = "checkpoint"
+    dtype: Dtype | None = None
+    batch_size: int = 64
+    max_images: int = 64
+    max_steps: int = 1000
+    max_queue: int = 16
+    host: str = "127.0.0.1"
+    port: int = 7860
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "max_images", "max_steps", "max_queue"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        require(self.host != "", "host=: is empty; leave it out for 127.0.0.1, or give 0.0.0.0")
+        require(1 <= self.port <= 65535, f"port={self.port}: must lie in 1..65535")
+        require(
+            self.ckpt is not None or Path(DEMO).exists(),
+            f"ckpt: not set, and there is no {DEMO}; run bash scripts/demo.sh first, or give ckpt=RUN_OR_CHECKPOINT",
+        )

@@ -1,0 +1,147 @@
+"""What the app does with a request: samples it by the code of sample.py into a folder of its own,
+and reports each step.
+
+Shapes: H W C pixels.
+"""
+
+import collections
+import dataclasses
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from ddt.checkpoint import folder as ckpt
+from ddt.generation.load import checkpoint_receipt, load_generator, stored_autoencoder
+from ddt.generation.sample_set import sample_set
+from ddt.sampling.settings import SamplerSettings
+from scripts.app.controls import Request, initial_controls, make_requests
+from scripts.app.settings import DEMO, AppSettings
+
+MAX_KEPT = 20  # requests whose files stay
+Report = Callable[[float, str], None]  # how much is done, 0..1, and what is being done
+
+
+class Interrupted(Exception):
+    """A user has asked to stop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledSet:
+    """A set on disk: what was asked for, its folder and the receipt in it."""
+
+    request: Request
+    folder: Path
+    receipt: dict[str, Any]
+
+    @property
+    def seconds(self) -> float:
+        """The time from the first network call to the last file, without warm-up and fitting."""
+        return self.receipt["samples"] / self.receipt["images_per_second"]
+
+
+class Studio:
+    """A checkpoint that is loaded once and sampled, one request at a time, into folders under
+    `root`.
+
+    Raises UserError as sample.py does for a checkpoint that cannot be sampled.
+    """
+
+    def __init__(self, settings: AppSettings, root: Path, accelerator: Accelerator) -> None:
+        folder = ckpt.find_checkpoint(settings.ckpt or DEMO)
+        ckpt.check_weights(folder, settings.weights)
+        self.settings = dataclasses.replace(settings, ckpt=str(folder))
+        self.root, self.accelerator = root, accelerator
+        self.stored = ckpt.read_config(folder)
+        self.controls = initial_controls(self.stored, settings)
+        self.generator = load_generator(
+            folder,
+            SamplerSettings(),  # of each request
+            stored_autoencoder(self.stored, settings.autoencoder),
+            accelerator.device,
+            weights=settings.weights,
+            dtype=settings.dtype,
+        )
+        self.receipt = checkpoint_receipt(folder, settings.weights, self.generator)
+        self.fitted: dict[str, list[int]] = {}  # steps by sampler, for the next request
+        self.warm: set[int] = set()  # batch sizes
+        self.kept: collections.deque[Path] = collections.deque()
+        self.image_shape = self.warm_up(1)
+
+    def warm_up(self, batch_size: int) -> tuple[int, ...]:
+        """Sample a batch in four steps, with and without sharing, so that no time reported later is
+        that of a first call; return the shape (H, W, C) of an image.
+        """
+        plain = SamplerSettings(num_steps=4, last_step=None, cfg_scale=2.0, cfg_interval=(0.3, 1.0))
+        shared = dataclasses.replace(plain, recompute=[0, 1], forecast_order=1)
+        for sampler in [shared, plain] if self.generator.model.shares_encoder else [plain]:
+            generator = dataclasses.replace(self.generator, settings=sampler)
+            with generator.exact():
+                latents, _ = generator.latents([0] * batch_size, list(range(batch_size)))
+                shape = generator.pixels(latents, None, None).shape[1:]
+        self.warm.add(batch_size)
+        return shape
+
+    def sample(self, values: dict[str, Any], report: Report, stopped: Callable[[], bool]) -> list[SampledSet]:
+        """Sample what the values of the controls ask for, and report each network call; return the
+        set, and the same without sharing where it was asked for.
+
+        Raises UserError for values that cannot be, and Interrupted soon after `stopped` returns
+        True; nothing is left then.
+        """
+        requests = make_requests(values, self.stored, self.settings)
+        folder = Path(tempfile.mkdtemp(prefix="set-", dir=self.root))
+        try:
+            sets = self._sample_sets(requests, folder, report, stopped)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        self.kept.append(folder)
+        while len(self.kept) > MAX_KEPT:
+            shutil.rmtree(self.kept.popleft())
+        return sets
+
+    def _sample_sets(
+        self, requests: list[Request], folder: Path, report: Report, stopped: Callable[[], bool]
+    ) -> list[SampledSet]:
+        """Warm up for these batches, sample, and lay out the files for download."""
+        sampler, total, batch_size = requests[0].sampler, len(requests[0].images.seeds), self.settings.batch_size
+        for size in {min(total, batch_size), total % batch_size} - self.warm - {0}:
+            self.warm_up(size)
+        if sampler.parsed_recompute.kind == "dp" and str(sampler) not in self.fitted:
+            report(0.0, "fitting the schedule to the model")
+        done = itertools.count(1)
+        num_calls = len(requests) * -(-total // batch_size) * sum(map(len, sampler.call_times()))
+        what = f"sampling {total} images" + (", with and without sharing" if len(requests) > 1 else "")
+
+        def observe(step: int, t: float | Tensor, x_t: Tensor, v: Tensor) -> None:
+            if stopped():
+                raise Interrupted
+            report(next(done) / num_calls, what)
+
+        sets = []
+        for request, out in zip(requests, (folder, folder / "unshared"), strict=False):
+            sample_set(
+                dataclasses.replace(self.generator, settings=request.sampler, observe=observe),
+                images=request.images,
+                batch_size=batch_size,
+                out=out,
+                checkpoint=self.receipt,
+                accelerator=self.accelerator,
+                png="all",
+                command=request.command,
+                fitted=self.fitted.get(str(request.sampler)),
+            )
+            sets.append(SampledSet(request, out, json.loads((out / "receipt.json").read_text())))
+        if sampler.parsed_recompute.kind == "dp":
+            self.fitted[str(sampler)] = sets[0].receipt["recompute_steps"]
+        shutil.make_archive(str(folder / "images"), "zip", folder, "png")
+        if len(sets) > 1:
+            shutil.make_archive(str(folder / "unshared"), "zip", folder / "unshared")
+        return sets
