@@ -210,7 +210,7 @@ def build_run(settings: TrainSettings) -> Run:
         "latent_shape": list(shape),
         "autoencoder": settings.autoencoder.plain(),
         "autoencoder_fingerprint": autoencoder.fingerprint,
-        "sampler": plain["sampler"],
+        "sampler": dataclasses.asdict(settings.sampler),
         "class_names": images.class_names,
         "run": plain,
     }
