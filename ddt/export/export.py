@@ -28,11 +28,11 @@ from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.checkpoint import folder as ckpt
 from ddt.checkpoint.hub import check_push, is_hub_id, push
 from ddt.checkpoint.published import SUFFIXES, check_releasable, write_released
-from ddt.errors import UserError, require
+from ddt.errors import require
 from ddt.export.model_card import Card
 from ddt.files import atomic_folder, check_writable, fsync, reset_permissions, sha256, write_json
 from ddt.generation.load import stored_autoencoder
-from ddt.metrics.compare import is_evaluation
+from ddt.metrics.compare import read_evaluation
 from ddt.model import Denoiser
 from ddt.pictures import imagenet_synsets
 from ddt.receipts import revision, version
@@ -114,9 +114,8 @@ def export(settings: ExportSettings) -> None:
     else:
         places, metrics = [folder / "samples", Path(settings.ckpt) / "samples"], None
         if settings.metrics is not None:
-            path = Path(settings.metrics)
-            metrics = read_metrics(path, source.sha256)
-            places.insert(0, path if path.is_dir() else path.parent)
+            path, metrics = read_metrics(settings.metrics, source.sha256)
+            places.insert(0, path.parent)
         if settings.push is not None:
             check_push(settings.push)
         card = Card(settings.push or out.name, metrics, settings.license, find_picture(places, source.sha256))
@@ -218,24 +217,18 @@ def find_picture(places: Sequence[Path], weights_sha256: str) -> Path | None:
     return None
 
 
-def read_metrics(path: Path, weights_sha256: str) -> dict[str, Any]:
-    """Return the content of a metrics.json; raise UserError where it is none, or that of other
-    weights.
+def read_metrics(entry: str, weights_sha256: str) -> tuple[Path, dict[str, Any]]:
+    """Return the file and the content of a metrics.json; raise UserError where it is none, or that
+    of other weights.
     """
-    path = path / "metrics.json" if path.is_dir() else path
-    require(path.is_file(), f"metrics={path}: no such file; give what evaluate.py wrote, or leave it out")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"metrics={path}: damaged or no JSON ({error}); evaluate again") from error
-    require(is_evaluation(content), f"metrics={path}: is no evaluation; give a metrics.json of evaluate.py")
+    path, content = read_evaluation(entry)
     used = content.get("receipt", {}).get("sampling", {}).get("request", {}).get("checkpoint", {})
     require(
         weights_sha256 in used.values(),
-        f"metrics={path}: does not say that its samples were generated with these weights ({weights_sha256[:12]}…); "
+        f"metrics={entry}: does not say that its samples were generated with these weights ({weights_sha256[:12]}…); "
         "evaluate samples of this checkpoint, or leave it out",
     )
-    return content
+    return path, content
 
 
 # --- the folders
