@@ -210,7 +210,7 @@ def build_run(settings: TrainSettings) -> Run:
         "latent_shape": list(shape),
         "autoencoder": settings.autoencoder.plain(),
         "autoencoder_fingerprint": autoencoder.fingerprint,
-        "sampler": plain["sampler"],
+        "sampler": {key: value for key, value in plain["sampler"].items() if key != "_target_"},
         "class_names": images.class_names,
         "run": plain,
     }
