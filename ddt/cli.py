@@ -163,15 +163,15 @@ def typed(cfg: DictConfig, settings: str) -> Any:
 
 
 def reference_data(reference: str) -> Choice | None:
-    """Return the data set of conf/data that `reference=data:NAME` means, None where it is a path;
-    UserError for one that does not exist, or cannot be told by its name alone.
+    """Return the data set that `reference=data:NAME` names, None for a path; raise UserError for an
+    unknown name and one that needs more settings.
     """
     if not reference.startswith("data:"):
         return None
     name = reference.removeprefix("data:")
     known = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
     require(name in known, f"reference={reference}: give data:NAME, one of data:{', data:'.join(known)}")
-    state = Singleton.get_state()  # of the running command, whose folder of configurations may be another
+    state = Singleton.get_state()  # of the running command, whose config folder may be another
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -191,9 +191,7 @@ def reference_data(reference: str) -> Choice | None:
 
 
 def one_line_errors(task: Callable[[], None]) -> None:
-    """Call a task; end the process with one line, on the first process of a machine alone, for a
-    user's mistake.
-    """
+    """Call a task; a user's mistake ends the process with one line, printed once per machine."""
     try:
         task()
     except Stopped as stopped:
@@ -207,8 +205,8 @@ def one_line_errors(task: Callable[[], None]) -> None:
 
 
 def is_echo() -> bool:
-    """Tell whether another process of this machine prints the same mistake: none has joined a
-    process group yet.
+    """Return whether another process of this machine prints the same error, before they join a
+    process group.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         return False

@@ -199,7 +199,7 @@ def asked_for(error: ValidationError, hint: Any) -> str:
 
 
 def truth_as_number(value: Any, converted: Any) -> bool:
-    """Tell whether true or false, or one in a list, was taken for a number."""
+    """Return whether true or false, alone or in a list, was converted to a number."""
     if isinstance(value, list | tuple) and isinstance(converted, list | tuple):
         return any(truth_as_number(a, b) for a, b in zip(value, converted, strict=False))
     return isinstance(value, bool) and not isinstance(converted, bool)

@@ -5,7 +5,7 @@ was asked to stop.
 from collections.abc import Callable
 from typing import Any
 
-STOPPED_STATUS = 85  # exit status of a run that stopped on request and can go on; launchers may make 1 of it
+STOPPED_STATUS = 85  # exit status of a run that stopped on request and can resume; launchers may turn it into 1
 
 
 class UserError(ValueError):
@@ -14,7 +14,7 @@ class UserError(ValueError):
 
 class Stopped(Exception):
     """A run ended before its last step because it was asked to, with everything saved; the same
-    command goes on.
+    command resumes.
 
     Entry points print the message and exit with `STOPPED_STATUS`.
     """

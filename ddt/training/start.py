@@ -63,12 +63,12 @@ class Session:
 
 @contextlib.contextmanager
 def start(run: Run) -> Iterator[Session | None]:
-    """Reserve the run's folder, resume from its newest intact checkpoint or begin, and yield what
-    the loop works with; None where the run is complete.
+    """Lock the run's folder, resume from its newest intact checkpoint or start, and yield what the
+    loop works with; None where the run is complete.
 
     Raises UserError where a setting is impossible or the checkpoint belongs to another training.
     """
-    began = time.time()
+    started = time.time()
     settings, trainer, run_dir = run.settings, run.settings.trainer, run.settings.run_dir
     accelerator = make_accelerator(trainer.mixed_precision, WAIT_FOR_MAIN)
     rank, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -81,7 +81,7 @@ def start(run: Run) -> Iterator[Session | None]:
     compiled = compiles("trainer.compile", trainer.compile, device.type == "cuda", device)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(reserved(run_dir, accelerator))
+        stack.enter_context(locked(run_dir, accelerator))
         run.autoencoder.to(device)
         if run.alignment.target is not None:
             run.alignment.target.to(device)
@@ -89,7 +89,7 @@ def start(run: Run) -> Iterator[Session | None]:
             training_flops(run.objective, run.latent_shape),
             target_flops(run.alignment.target, run.images.image_size),
         )
-        model, state = resume_or_begin(run, accelerator, compiled)
+        model, state = resume_or_start(run, accelerator, compiled)
         saver = Saver(run_dir, trainer, run.config, accelerator)
         saver.restore_folder(state.step)
         missing = decide_on_main(accelerator, lambda: missing_measurements(trainer, run.held_out, run_dir, state.step))
@@ -114,7 +114,7 @@ def start(run: Run) -> Iterator[Session | None]:
         stack.enter_context(reported_status(run_dir, state))
         stack.enter_context(logging_redirect_tqdm())  # log lines go above the bar
         requests = stack.enter_context(
-            StopRequests(run_dir, end_of_job(trainer.max_hours, began), device, rank, num_processes)
+            StopRequests(run_dir, end_of_job(trainer.max_hours, started), device, rank, num_processes)
         )
         tracker = open_tracker(run, state.step, stack) if rank == 0 else None
 
@@ -167,7 +167,7 @@ def open_tracker(run: Run, step: int, stack: contextlib.ExitStack) -> JsonlTrack
     return tracker
 
 
-def resume_or_begin(run: Run, accelerator: Accelerator, compiled: bool) -> tuple[nn.Module, TrainingState]:
+def resume_or_start(run: Run, accelerator: Accelerator, compiled: bool) -> tuple[nn.Module, TrainingState]:
     """Return the model to call and the state of a run, from its newest intact checkpoint or from
     the start.
 
@@ -193,15 +193,13 @@ def resume_or_begin(run: Run, accelerator: Accelerator, compiled: bool) -> tuple
     state = TrainingState(objective, optimizer, emas, accelerator)
     if newest is not None:
         state.load(newest)
-    accelerator.wait_for_everyone()  # nobody writes before all have read
+    accelerator.wait_for_everyone()  # no process writes before all have read
     return model, state
 
 
 @contextlib.contextmanager
-def reserved(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Hold a run's folder for this command, on all processes; raise UserError where another one
-    trains in it.
-    """
+def locked(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Lock a run's folder, on all processes; raise UserError where another command trains in it."""
     new = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     message = f"{run_dir}: another command is training in this folder; wait for it, or give this one another name="
     with contextlib.ExitStack() as stack:
@@ -211,16 +209,14 @@ def reserved(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
         finally:
             if accelerator.is_main_process and new and os.listdir(run_dir) == [".lock"]:  # refused before any writing
                 (run_dir / ".lock").unlink()
-                with contextlib.suppress(OSError):  # beside it another run may have begun
+                with contextlib.suppress(OSError):  # another run may have started beside it
                     for folder in new:
                         folder.rmdir()
 
 
 @contextlib.contextmanager
 def reported_status(run_dir: Path, state: TrainingState) -> Iterator[None]:
-    """Keep a run's `status.json` true: running, and at the end done, preempted or failed, with the
-    reason.
-    """
+    """Keep a run's `status.json` up to date: running, then done, preempted or failed."""
     main = state.accelerator.is_main_process
     if main:
         write_status(run_dir, "running", state.step)
