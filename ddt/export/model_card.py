@@ -155,7 +155,7 @@ def eval_results(metrics: dict[str, Any], trained_on: str | None) -> list[EvalRe
             metric_name=metrics["labels"][name],
         )
         for name, value in numbers_of(metrics).items()
-        if value is not None
+        if value is not None and not name.endswith("_real")  # of the reference's own images
     ]
 
 

@@ -62,7 +62,8 @@ def evaluation(folder, weights_sha256, **changes):
     }
     content = {
         "fid": 12.3456,
-        "labels": {"fid": "FID-5K (validation images)"},
+        "class_accuracy_real": 0.98,
+        "labels": {"fid": "FID-5K (validation images)", "class_accuracy_real": "class accuracy of real images"},
         "comparable": False,
         "not_comparable_because": ["5,000 samples instead of 50,000"],
         "receipt": {"samples": {}, "reference": {}, "features": {}, "sampling": {"request": request}},
@@ -206,6 +207,7 @@ def test_the_card_says_what_the_model_is(tmp_path):
         assert result.metric_name == "FID-5K (validation images)"
         for line in (
             "| FID-5K (validation images) | 12.3456 |",
+            "| class accuracy of real images | 0.9800 |",
             "Not comparable with published numbers: 5,000 samples instead of 50,000.",
             "Sampled with solver heun, fp32.",
             "| steps | 7 of 4 images each, 28 images seen |",
