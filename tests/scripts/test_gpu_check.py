@@ -76,7 +76,7 @@ def quick(monkeypatch, tmp_path):
 
 def table(text):
     """The rows of all tables in a text: check, what, value, bound, result."""
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    lines = [line for line in text.splitlines() if line.startswith("| ") and not set(line) <= set("|-: ")]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
