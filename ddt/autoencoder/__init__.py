@@ -1,4 +1,4 @@
-"""Latent spaces: one file a kind, registered here. What one is: `ddt/autoencoder/base.py`."""
+"""Latent spaces: one file a kind, registered here; `Autoencoder` (base.py) says what one is."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ AUTOENCODERS: dict[str, Any] = {
 
 
 def build_autoencoder(settings: dict[str, Any], outline: bool = False) -> Autoencoder:
-    """Build the autoencoder that a checkpoint's settings describe: `_target_`, one of
-    `AUTOENCODERS`, and its arguments. outline: on the meta device, without weights, to count its
-    cost.
+    """Build the autoencoder of a checkpoint's settings: `_target_` of `AUTOENCODERS` and arguments.
+
+    outline: on the meta device, without weights, to count its cost.
     """
     arguments = dict(settings)
     target = arguments.pop("_target_", None)

@@ -1,12 +1,11 @@
 """The only border between pixels and latents: what an autoencoder is.
 
-Pixels are uint8 (B, C, H, W) on the outside and [−1, 1] inside. Images are encoded into moments,
-which are what a latent cache stores; latents, what the network sees, are sampled from them and
-normalised.
+Pixels are uint8 (B, C, H, W) outside and [−1, 1] inside. Images are encoded into moments, which a
+latent cache stores; latents, which the network sees, are sampled from them and normalised.
 
 To add a latent space: a file here with a class that has the members of `Autoencoder`, its name in
-`AUTOENCODERS` (`ddt/autoencoder/__init__.py`), and a file in conf/autoencoder whose `_target_` is
-that name and whose other keys are the constructor's arguments.
+`AUTOENCODERS` (__init__.py), and a file in conf/autoencoder whose `_target_` is that name and whose
+other keys are the constructor's arguments.
 """
 
 import hashlib
@@ -17,37 +16,34 @@ from torch import Tensor, nn
 
 
 class Autoencoder(Protocol):
-    """What the rest of the project asks of an autoencoder. Only what `encode` returns and `sample`
-    takes, the moments, is its own business; the latents have about mean 0 and variance 1.
-    """
+    """The interface of an autoencoder. Latents have about mean 0 and variance 1."""
 
     pixel_space: bool  # a class attribute: whether latents are the pixels themselves
     stochastic: bool  # moments are (mean, logvar), 2C channels, and latents need noise; else the mean alone
-    network: Any  # the frozen network, a diffusers model that exports carry; None where there is none
+    network: Any  # the frozen diffusers network, which exports include; None for pixels
 
     @property
     def encode_dtype(self) -> str | None:
-        """fp32 or bf16, where it is a choice: a cache is of one of them."""
+        """fp32 or bf16, which a latent cache must share; None for pixels."""
 
     @property
     def fingerprint(self) -> str | None:
-        """SHA-256 of the weights; None where there are none."""
+        """SHA-256 of the weights; None without weights."""
 
     @property
     def latent_channels(self) -> int | None:
-        """Channels of the latents; None where they are those of the images."""
+        """Channels of the latents; None: those of the images."""
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
-        """Return (C, H, W) of the latents of images with `channels` channels and `image_size`
-        pixels a side; raise UserError for images that it does not take.
-        """
+        """Return (C, H, W) of latents of images of `image_size` px; UserError where they misfit."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the moments, float32 (B, 2C or C, H, W), of uint8 images."""
 
     def sample(self, moments: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
-        """Return normalised latents, float32 (B, C, H, W), sampled from moments. posterior_noise:
-        (B, C, H, W), standard normal, needed where the autoencoder is stochastic.
+        """Return normalised latents, float32 (B, C, H, W), sampled from moments.
+
+        posterior_noise: (B, C, H, W), standard normal, needed where the autoencoder is stochastic.
         """
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -58,21 +54,17 @@ class Autoencoder(Protocol):
 
 
 def from_uint8(images: Tensor) -> Tensor:
-    """Map uint8 pixels to float32 in [−1, 1]; `to_uint8` gives them back exactly."""
+    """Map uint8 pixels to float32 in [−1, 1]; `to_uint8` is the exact inverse."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Map pixels in [−1, 1] to uint8: floor(clip((x + 1)·127.5 + 0.5, 0, 255)). Source: method.md
-    4.
-    """
+    """Map [−1, 1] to uint8: floor(clip((x + 1)·127.5 + 0.5, 0, 255)). Source: method.md 4."""
     return ((pixels.float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
 
 
 def weights_hash(network: nn.Module, **others: Tensor) -> str:
-    """Return the SHA-256 of a network's names, shapes and float32 values, wherever they came from,
-    and of `others`.
-    """
+    """Return the SHA-256 of names, shapes and float32 values of weights and `others`."""
     digest = hashlib.sha256()
     for name, value in sorted({**network.state_dict(), **others}.items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())

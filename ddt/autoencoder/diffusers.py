@@ -1,6 +1,6 @@
 """Autoencoders of the diffusers library: AutoencoderKL and AutoencoderTiny.
 
-Shapes: B batch, C channels, H W.
+Shapes: B batch, C channels, H W pixels, h w latent.
 """
 
 import abc
@@ -22,7 +22,7 @@ SD_VAE = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
-# what of their config.json is not diffusers' default, so that their cost is counted without a hub
+# their config.json beside diffusers' defaults, so that their cost is counted without a hub
 PUBLISHED: dict[str, dict[str, Any]] = {
     "stabilityai/sd-vae-ft-ema": SD_VAE,
     "stabilityai/sd-vae-ft-mse": SD_VAE,
@@ -31,10 +31,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def load_diffusers(kind: str, source: str, revision: str | None) -> Any:
-    """Load a frozen diffusers autoencoder of class `kind` from the hub or a local folder, every
-    weight accounted for.
+    """Load a frozen diffusers autoencoder of class `kind` from the hub or a local folder.
 
-    Raises UserError naming `source` where it cannot be loaded, is another class or lacks weights.
+    Raises UserError naming `source` where it cannot be loaded, is another class, or its weights are
+    not exactly the network's.
     """
     import diffusers
 
@@ -44,8 +44,8 @@ def load_diffusers(kind: str, source: str, revision: str | None) -> Any:
     require(local or not looks_local, f"autoencoder.source={source}: no such folder, and no hub name (owner/name)")
     try:
         stored = network_class.load_config(source, revision=None if local else revision)
-        found = stored.get("_class_name")
-        require(found == kind, f"autoencoder.source={source}: is of class {found}, expected {kind}")
+        stored_kind = stored.get("_class_name")
+        require(stored_kind == kind, f"autoencoder.source={source}: is of class {stored_kind}, expected {kind}")
         network, info = network_class.from_pretrained(
             source, revision=None if local else revision, use_safetensors=True, output_loading_info=True
         )
@@ -61,40 +61,17 @@ def load_diffusers(kind: str, source: str, revision: str | None) -> Any:
     return network.eval().requires_grad_(False)
 
 
-def outline_diffusers(kind: str, source: str) -> Any:
-    """Build a diffusers autoencoder of class `kind` on the meta device, as a local folder or
-    `PUBLISHED` describes it.
-
-    Raises UserError for another source.
-    """
-    import diffusers
-
-    network_class = getattr(diffusers, kind)
-    require(
-        source in PUBLISHED or Path(source).is_dir(),
-        f"autoencoder.source={source}: its shape is not known here; give a local folder, or one of "
-        f"{', '.join(PUBLISHED)}",
-    )
-    try:
-        stored = PUBLISHED[source] if source in PUBLISHED else network_class.load_config(source)
-        with torch.device("meta"):
-            network = network_class.from_config(stored)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"autoencoder.source={source}: has no config.json of {kind} ({first_line(error)})") from error
-    return network.eval().requires_grad_(False)
-
-
 class DiffusersAutoencoder(abc.ABC):
-    """A frozen diffusers autoencoder: what `KLAutoencoder` and `TinyAutoencoder` have in common.
+    """A frozen diffusers autoencoder.
 
-    Channels, downsampling and normalisation are read from its config: latents are `(sample −
-    shift)·scale`, where shift and scale are numbers or, as `latents_mean` and `latents_std`, one a
-    channel. Source: method.md 3.
+    Channels, downsampling and normalisation come from its config: latents are `(sample −
+    shift)·scale`, with scalars or, as `latents_mean` and `latents_std`, one number a channel.
+    Source: method.md 3.
 
     Args:
-        source: hub name (owner/name) or local folder. revision: commit on the hub, pinned so that
-            the weights cannot change; without meaning for a folder.
-        chunk_size: images encoded or decoded at once: what bounds the memory.
+        source: hub name (owner/name) or local folder.
+        revision: commit on the hub, pinned so that the weights cannot change; unused for a folder.
+        chunk_size: images encoded or decoded at once, which bounds the memory.
         encode_dtype: "fp32", or "bf16" autocast when encoding.
 
     Raises UserError where the weights cannot be loaded.
@@ -103,7 +80,7 @@ class DiffusersAutoencoder(abc.ABC):
     pixel_space = False
     kind: str
     stochastic: bool
-    levels: str  # key of the config with an entry a level of the encoder
+    levels: str  # key of the config with one entry per level of the encoder
 
     def __init__(
         self,
@@ -124,10 +101,10 @@ class DiffusersAutoencoder(abc.ABC):
 
     @classmethod
     def around(cls, network: Any, chunk_size: int) -> Self:
-        """Make one of a diffusers network that is loaded already."""
-        made = cls.__new__(cls)
-        made._hold(network, chunk_size, "fp32")
-        return made
+        """Wrap a loaded diffusers network."""
+        autoencoder = cls.__new__(cls)
+        autoencoder._hold(network, chunk_size, "fp32")
+        return autoencoder
 
     @classmethod
     def outline(
@@ -137,14 +114,28 @@ class DiffusersAutoencoder(abc.ABC):
         revision: str | None = None,
         chunk_size: int = 1,
     ) -> Self:
-        """Build one on the meta device, without weights and without a hub: what its cost is counted
-        on. It is of no revision and of no chunk size.
+        """Build one on the meta device, without weights or a hub, to count its cost. The other
+        arguments are unused.
 
         Raises UserError where `source` is neither a local folder nor one of `PUBLISHED`.
         """
-        made = cls.__new__(cls)
-        made._hold(outline_diffusers(cls.kind, source), 1, encode_dtype)
-        return made
+        import diffusers
+
+        network_class = getattr(diffusers, cls.kind)
+        require(
+            source in PUBLISHED or Path(source).is_dir(),
+            f"autoencoder.source={source}: its shape is not known here; give a local folder, or one of "
+            f"{', '.join(PUBLISHED)}",
+        )
+        try:
+            config = PUBLISHED[source] if source in PUBLISHED else network_class.load_config(source)
+            with torch.device("meta"):
+                network = network_class.from_config(config)
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"autoencoder.source={source}: has no config.json of {cls.kind} ({first_line(error)})"
+            ) from error
+        return cls.around(network.eval().requires_grad_(False), 1)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -153,18 +144,15 @@ class DiffusersAutoencoder(abc.ABC):
 
     @property
     def latent_channels(self) -> int:
-        """Channels of the latents."""
         return int(self.network.config.latent_channels)
 
     @property
     def downsampling(self) -> int:
-        """Pixels a side of a latent's cell: one halving between two levels."""
+        """Pixels a side per latent position: one halving between two levels."""
         return 2 ** (len(self.network.config[self.levels]) - 1)
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
-        """Return (C, H, W) of the latents; raise UserError where the image size is no multiple of
-        the downsampling.
-        """
+        """Return (C, h, w); raise UserError where the size is no multiple of the downsampling."""
         config, factor = self.network.config, self.downsampling
         if channels != config.in_channels or image_size % factor:
             raise UserError(
@@ -175,19 +163,19 @@ class DiffusersAutoencoder(abc.ABC):
 
     @abc.abstractmethod
     def _moments(self, pixels: Tensor) -> Tensor:
-        """Return the moments of pixels (B, 3, H, W) in [−1, 1]."""
+        """Return the moments (B, 2C or C, h, w) of pixels (B, 3, H, W) in [−1, 1]."""
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Return moments, float32, of uint8 images (B, 3, H, W), `chunk_size` at a time."""
+        """Return moments, float32 (B, 2C or C, h, w), of uint8 images (B, 3, H, W)."""
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.encode_dtype == "bf16"):
             return torch.cat([self._moments(from_uint8(c)).float() for c in images.split(self.chunk_size)])
 
     def sample(self, moments: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
         """Return float32 latents (B, C, h, w) of moments (B, 2C or C, h, w).
 
-        With a posterior: `mean + exp(logvar/2)·noise`, logvar clamped to [−30, 20], noise (B, C, h,
-        w). Source: method.md 3.
+        With a posterior: `mean + exp(logvar/2)·noise`, noise (B, C, h, w), logvar clamped to
+        [−30, 20]. Source: method.md 3.
         """
         moments = moments.float()
         if self.stochastic:
@@ -198,7 +186,7 @@ class DiffusersAutoencoder(abc.ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return uint8 images (B, 3, H, W), `chunk_size` at a time, under the caller's autocast.
+        """Return uint8 images (B, 3, H, W), under the caller's autocast.
 
         Raises UserError for latents of another number of channels.
         """
@@ -211,16 +199,14 @@ class DiffusersAutoencoder(abc.ABC):
         return torch.cat([to_uint8(self.network.decode(chunk).sample) for chunk in chunks])
 
     def to(self, device: torch.device) -> "DiffusersAutoencoder":
-        """Move the network to a device and return itself."""
+        """Move to a device and return itself."""
         self.network.to(device)
         self.shift, self.scale = self.shift.to(device), self.scale.to(device)
         return self
 
 
 class KLAutoencoder(DiffusersAutoencoder):
-    """A diffusers `AutoencoderKL`: SD-VAE and its relatives with 4, 16 or 32 channels. See
-    `DiffusersAutoencoder`.
-    """
+    """A diffusers `AutoencoderKL`, such as SD-VAE, with 4, 16 or 32 channels."""
 
     kind, stochastic, levels = "AutoencoderKL", True, "block_out_channels"
 
@@ -229,9 +215,7 @@ class KLAutoencoder(DiffusersAutoencoder):
 
 
 class TinyAutoencoder(DiffusersAutoencoder):
-    """A diffusers `AutoencoderTiny` (TAESD and its relatives): deterministic. See
-    `DiffusersAutoencoder`.
-    """
+    """A diffusers `AutoencoderTiny`, such as TAESD: deterministic."""
 
     kind, stochastic, levels = "AutoencoderTiny", False, "encoder_block_out_channels"
 

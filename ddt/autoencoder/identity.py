@@ -7,7 +7,7 @@ from ddt.autoencoder.base import from_uint8, to_uint8
 
 
 class Identity:
-    """Pixels as latents, so that the same path trains on either. See `Autoencoder`."""
+    """Pixels as latents, so that one path trains on either; see `Autoencoder`."""
 
     pixel_space = True
     stochastic = False
@@ -18,11 +18,9 @@ class Identity:
 
     @classmethod
     def outline(cls) -> "Identity":
-        """Return one whose cost can be counted: itself."""
         return cls()
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
-        """Return (channels, image_size, image_size)."""
         return channels, image_size, image_size
 
     def encode(self, images: Tensor) -> Tensor:
@@ -30,7 +28,7 @@ class Identity:
         return from_uint8(images)
 
     def sample(self, moments: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
-        """Return the pixels as they are: there is no posterior."""
+        """Return the pixels unchanged; the noise is unused."""
         return moments.float()
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -38,5 +36,4 @@ class Identity:
         return to_uint8(latents)
 
     def to(self, device: torch.device) -> "Identity":
-        """Return itself: there is nothing to move."""
         return self

@@ -1,4 +1,4 @@
-"""Data sets of labelled images: what one is, those that fit in memory, and files in folders.
+"""Data sets of labelled images: in memory, or files in folders.
 
 To add one: a subclass of `Images` (of `ArrayImages`, where it fits in memory) whose constructor
 takes `split`, and a file in conf/data that names it.
@@ -24,32 +24,15 @@ from ddt.errors import UserError, require
 
 if TYPE_CHECKING:
     from ddt.autoencoder import Autoencoder
+    from ddt.objective.alignment import CachedFeatures
 
 Split = Literal["train", "test"]
 MAX_ASPECT = 100  # beyond it the resized picture fills the memory before it is cropped
 
 
 @dataclasses.dataclass(frozen=True)
-class CachedFeatures:
-    """Features of an alignment target that a data set holds: whose they are and their shape.
-
-    target: name of the timm model. weights_sha256: of its weight file, None for timm's own.
-    fingerprint: of the weights in use. num_features: F. grid: (h, w). root: where they lie.
-    """
-
-    target: str
-    weights_sha256: str | None
-    fingerprint: str
-    num_features: int
-    grid: tuple[int, int]
-    root: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Outline:
-    """What a data set tells without being opened, None where it does not. num_images: for
-    training.
-    """
+    """The sizes of a data set that is not opened, None where unknown. num_images: for training."""
 
     channels: int
     image_size: int | None
@@ -58,28 +41,26 @@ class Outline:
 
 
 class Images(abc.ABC):
-    """Labelled images of one size. A subclass sets the attributes without a value and `load`; the
-    others say what it offers beyond pixels.
-    """
+    """Labelled images of one size. A subclass sets the attributes without a value, and `load`."""
 
     channels: int
     image_size: int  # pixels a side
     class_names: list[str]
     labels: np.ndarray  # (n,) int64
-    names: list[str]  # (n,) what tells the images apart: paths, or numbers
+    names: list[str]  # (n,) unique: paths, or numbers
 
     inferable: tuple[str, ...] = ()  # settings that are inferred from the images where they are null …
-    inferred: Mapping[str, Any] = MappingProxyType({})  # … and their values then
-    files_root: Path | None = None  # the folder of the image files `names`; None where there are none
-    other_files: Mapping[str, int] = MappingProxyType({})  # of that folder, but no images: how many of each suffix
+    inferred: Mapping[str, Any] = MappingProxyType({})  # … and the inferred values
+    files_root: Path | None = None  # the folder of the image files `names`; None in memory
+    other_files: Mapping[str, int] = MappingProxyType({})  # in that folder: number of non-images of each suffix
     transform: str | None = None  # how files become images
-    has_latents = False  # `load_inputs` gives moments of an autoencoder instead of pixels
+    has_latents = False  # `load_inputs` returns moments of an autoencoder instead of pixels
     flips = 1  # 2: mirror images are stored too, and the training stream chooses between them
-    cached_features: CachedFeatures | None = None
+    cached_features: "CachedFeatures | None" = None
 
     @classmethod
     def outline(cls, settings: Mapping[str, Any]) -> Outline:
-        """Return what the settings tell of a data set that is not opened."""
+        """Return the sizes that the settings of a data set imply, without opening it."""
         return Outline(settings.get("channels") or 3, settings.get("image_size"))
 
     @abc.abstractmethod
@@ -87,16 +68,14 @@ class Images(abc.ABC):
         """Return the images at `indices` as uint8 (B, C, H, W)."""
 
     def load_inputs(self, indices: np.ndarray, flipped: np.ndarray, aligned: bool) -> dict[str, np.ndarray]:
-        """Return what a training step reads: `images`, uint8 (B, C, H, W), or `moments` and, with
-        `aligned`, what an alignment compares with. flipped: (B,) bool, which mirror images.
+        """Return the inputs of a training step: `images`, uint8 (B, C, H, W), or `moments` and,
+        with `aligned`, `images` or `features`. flipped: (B,) bool, which mirror images.
         """
         return {"images": self.load(indices)}
 
     @property
     def fingerprint(self) -> str:
-        """Hash of which images these are, in which order and classes: what the order of training
-        depends on.
-        """
+        """Hash of classes, names and labels in order, on which the order of training depends."""
         listed = repr((self.class_names, self.names)).encode() + self.labels.tobytes()
         return hashlib.sha256(listed).hexdigest()[:16]
 
@@ -104,7 +83,7 @@ class Images(abc.ABC):
         """Raise UserError where stored latents are those of another autoencoder."""
 
     def require_pixels(self) -> None:  # noqa: B027
-        """Raise UserError where `load` has no pixels to give."""
+        """Raise UserError where `load` has no pixels."""
 
     def log_summary(self, patch_size: int) -> None:  # noqa: B027
         """Log what was inferred from the images, and hints; raise UserError for broken files."""
@@ -123,30 +102,26 @@ class ArrayImages(Images):
         self.channels, self.image_size = images.shape[1], images.shape[2]
 
     def load(self, indices: np.ndarray) -> np.ndarray:
-        """Return the images at `indices` as uint8 (B, C, H, W)."""
         return self.images[indices]
 
 
 class Digits(ArrayImages):
-    """scikit-learn's handwritten digits: 1,797 grey images of 8×8 px in 10 classes, no download.
+    """scikit-learn's handwritten digits: grey images of 8×8 px in 10 classes, no download.
 
-    Every 6th image is held out for "test" (300 images), the other 1,497 are "train"; grey 0..16 is
-    scaled to 0..255.
+    Every 6th image is "test" (300), the other 1,497 are "train"; grey 0..16 is scaled to 0..255.
     """
 
     @classmethod
     def outline(cls, settings: Mapping[str, Any]) -> Outline:
-        """Return the sizes of the set."""
         return Outline(1, 8, num_classes=10, num_images=1497)
 
     def __init__(self, split: Split = "train") -> None:
         from sklearn.datasets import load_digits
 
         bunch = load_digits()
-        test = held_out(len(bunch.target), 6)
-        keep = test if split == "test" else ~test
-        images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[keep, None]  # (n, 1, 8, 8)
-        super().__init__(images, bunch.target[keep], [str(digit) for digit in range(10)])
+        chosen = held_out(len(bunch.target), 6) == (split == "test")
+        images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[chosen, None]  # (n, 1, 8, 8)
+        super().__init__(images, bunch.target[chosen], [str(digit) for digit in range(10)])
 
 
 FASHION_CLASSES = [
@@ -156,9 +131,7 @@ FASHION_ROOTS = (Path("/usr/share/datasets/fashion-mnist"), Path("data/FashionMN
 
 
 def read_idx(path: Path, header: int, magic: int) -> np.ndarray:
-    """Return the bytes of an IDX file, plain or gzipped, after its header; raise UserError naming a
-    damaged file.
-    """
+    """Return the bytes of an IDX file, plain or .gz, after its header, or raise UserError."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
@@ -171,19 +144,14 @@ def read_idx(path: Path, header: int, magic: int) -> np.ndarray:
 
 
 class FashionMNIST(ArrayImages):
-    """Fashion-MNIST: 60,000 + 10,000 grey images in 10 classes, 28×28 px padded to 32×32 with
-    zeros.
+    """Fashion-MNIST: 60,000 + 10,000 grey images in 10 classes, 28×28 px zero-padded to 32×32.
 
-    Args:
-        root: folder with `train-images-idx3-ubyte` and the other three files, plain or .gz, as
-            Debian's package and torchvision lay them; None looks where these two put them.
-
-    Raises UserError where the files are missing.
+    root: folder with `train-images-idx3-ubyte` and the other three files, plain or .gz; None looks
+    where Debian's package and torchvision put them. Raises UserError where the files are missing.
     """
 
     @classmethod
     def outline(cls, settings: Mapping[str, Any]) -> Outline:
-        """Return the sizes of the set."""
         return Outline(1, 32, num_classes=10, num_images=60_000)
 
     def __init__(self, split: Split = "train", root: str | None = None) -> None:
@@ -207,12 +175,11 @@ class FashionMNIST(ArrayImages):
 
 
 def read_image(path: Path) -> Image.Image:
-    """Return a picture as RGB, all of it decoded; raise UserError naming a file that cannot be
-    read.
+    """Return a decoded image as RGB; raise UserError naming a file that cannot be read.
 
-    Grey, palette and CMYK pictures are converted, 16-bit ones keep their high byte, transparency is
-    dropped and an EXIF rotation is not applied: what ADM's own reader does, so that the reference
-    statistics are of the same pixels.
+    Grey, palette and CMYK images are converted, 16-bit ones keep their high byte, transparency is
+    dropped and an EXIF rotation is not applied, as in ADM's reader: the reference statistics are of
+    the same pixels.
     """
     try:
         with Image.open(path) as image:
@@ -235,8 +202,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     """Resize the shorter side to `size` and cut the centre square, as ADM does.
 
     Halve by box filter while the shorter side is at least twice `size`, then one bicubic resize,
-    then crop.
-    Source: method.md 3 (ADM centre crop).
+    then crop. Source: method.md 3.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -247,11 +213,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 class FileImages(Images):
-    """Image files read as RGB or grey, ADM centre crop to `image_size`.
-
-    Args:
-        root: the folder that `names` are relative to. names: relative paths, (n,). labels: (n,).
-        image_size: pixels a side. channels: C, 3 is RGB and 1 grey.
+    """Image files at `names`, relative to `root`, read as RGB (3 channels) or grey (1) and
+    centre-cropped to `image_size` px.
     """
 
     files_root: Path
@@ -264,9 +227,7 @@ class FileImages(Images):
         self.transform = f"RGB, ADM centre crop to {image_size} px"
 
     def load(self, indices: np.ndarray) -> np.ndarray:
-        """Return the images at `indices` as uint8 (B, C, H, W); raise UserError naming a file that
-        cannot be read.
-        """
+        """Return uint8 (B, C, H, W); raise UserError naming a file that cannot be read."""
         pictures = [center_crop(read_image(self.files_root / self.names[i]), self.image_size) for i in indices]
         if self.channels == 1:
             return np.stack([np.asarray(picture.convert("L")) for picture in pictures])[:, None]
@@ -277,9 +238,9 @@ class ImageFolder(FileImages):
     """A folder with one sub-folder of images a class, or of images alone, which are one class.
 
     Args:
-        root: the folder. holdout_every: every so-many-th image is held out as "test"; 0 trains on
-        all and has no test set. image_size: pixels a side. channels: 3 reads RGB, 1 grey. Where one
-        of these two is None it is inferred from the images (`ddt.data.survey`).
+        image_size: px a side; None is inferred from the images (`ddt.data.survey`).
+        holdout_every: every so-many-th image is held out as "test"; 0: none.
+        channels: 3 reads RGB, 1 grey; None is inferred.
 
     Raises UserError as `list_folder` does.
     """
@@ -296,25 +257,19 @@ class ImageFolder(FileImages):
     ) -> None:
         require(image_size is None or image_size >= 1, f"data.image_size={image_size}: must be at least 1")
         require(
-            holdout_every == 0 or holdout_every >= 2,
-            f"data.holdout_every={holdout_every}: must be 0 or at least 2",
+            holdout_every == 0 or holdout_every >= 2, f"data.holdout_every={holdout_every}: must be 0 or at least 2"
         )
         self.holdout_every = holdout_every
-        given = {"image_size": image_size, "channels": channels}
-        missing = [name for name, value in given.items() if value is None]
         listed = list_folder(root)
-        if missing:
-            self.inferred = {name: getattr(survey(root), name) for name in missing}
-        self.other_files = listed.others
-        test = held_out(len(listed.labels), holdout_every)
-        keep = np.flatnonzero(test if split == "test" else ~test)
-        names, labels = [listed.names[i] for i in keep], listed.labels[keep]
-        super().__init__(Path(root), names, labels, listed.class_names, **{**given, **self.inferred})
+        sizes = {"image_size": image_size, "channels": channels}
+        self.inferred = {name: getattr(survey(root), name) for name, value in sizes.items() if value is None}
+        self.other_files = listed.other_files
+        chosen = np.flatnonzero(held_out(len(listed.labels), holdout_every) == (split == "test"))
+        names, labels = [listed.names[i] for i in chosen], listed.labels[chosen]
+        super().__init__(Path(root), names, labels, listed.class_names, **{**sizes, **self.inferred})
 
     def log_summary(self, patch_size: int) -> None:
-        """Log what was inferred from the images, and hints; raise UserError for broken files. A
-        folder of which nothing was inferred is not looked at: it may hold a million files.
-        """
+        """See `Images.log_summary`; opens no file where nothing is inferred."""
         if self.inferred:
             root = str(self.files_root)
             log_folder_summary(root, self.image_size, self.channels, patch_size, self.holdout_every)

@@ -1,16 +1,15 @@
-"""Images encoded once: a folder of fixed-size records, read at random at the speed of a memory map.
+"""Images encoded once: a folder of fixed-size records, read at random by memory map.
 
-    index.json           what the records are, where they came from, checksums; `complete` when all
-                         is written
+    index.json           shapes, sources and checksums; `complete` when all shards are written
     manifest.csv         path, label, split, size of each image, in the order of the records
     labels.npy           (n,) int64
-    moments/00000.npy    (records, flips, M, h, w) float16 or float32: of the autoencoder's encode
-    images/00000.npy     (records, C, S, S) uint8, on request: what an alignment target needs
-    features/00000.npy   (records, flips, N, F) float16, on request: what an alignment target gives
+    moments/00000.npy    (records, flips, M, h, w) float16 or float32, of the autoencoder
+    images/00000.npy     (records, C, S, S) uint8, optional: inputs of an alignment target
+    features/00000.npy   (records, flips, N, F) float16, optional: outputs of an alignment target
 
-Every shard holds `shard_size` records, the last one the rest; training images come first, held-out
-ones after them. `ddt/data/cache_writer.py` writes it. Shapes: B batch, M moments' channels (2C or
-C), h w latent, S pixels, N tokens, F features.
+Every shard holds `shard_size` records, the last one the rest; training images come first, then
+held-out ones. `ddt/data/cache_writer.py` writes it. Shapes: B batch, M moments' channels (2C or C),
+h w latent, S pixels, N tokens, F features.
 """
 
 import json
@@ -20,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from ddt.autoencoder import Autoencoder
-from ddt.data.images import CachedFeatures, FileImages, Images, Split
+from ddt.data.images import FileImages, Images, Split
 from ddt.data.manifest import Row, check_size, read_manifest
 from ddt.data.survey import spread
 from ddt.errors import UserError, require
 from ddt.files import sha256
+from ddt.objective.alignment import CachedFeatures
 
 CACHE_FORMAT_VERSION = 1
 KEYS = {
@@ -34,12 +34,12 @@ KEYS = {
 
 
 def shard_path(root: Path, array: str, shard: int) -> Path:
-    """Return the path of a shard's file of one of the arrays `moments`, `images`, `features`."""
+    """Return the file of a shard of `moments`, `images` or `features`."""
     return root / array / f"{shard:05d}.npy"
 
 
 def read_index(root: Path) -> dict[str, Any]:
-    """Return a cache's index.json; raise UserError naming what is missing or of another format."""
+    """Return a cache's index.json; raise UserError where missing, damaged or of another format."""
     path = root / "index.json"
     require(
         path.is_file(),
@@ -47,10 +47,10 @@ def read_index(root: Path) -> dict[str, Any]:
     )
     try:
         index = json.loads(path.read_text())
-        version = index["format_version"]
+        version, complete_keys = index["format_version"], index.keys() >= KEYS
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged; remove the folder and cache again") from error
-    require(isinstance(index, dict) and index.keys() >= KEYS, f"{path}: damaged; remove the folder and cache again")
+    require(complete_keys, f"{path}: damaged; remove the folder and cache again")
     require(
         version == CACHE_FORMAT_VERSION,
         f"{path}: format version {version}, this code reads {CACHE_FORMAT_VERSION}; see CHANGELOG.md",
@@ -59,7 +59,7 @@ def read_index(root: Path) -> dict[str, Any]:
 
 
 def check_files(root: Path, index: dict[str, Any]) -> None:
-    """Raise UserError naming what a cache lacks: all shards are written and of their sizes."""
+    """Raise UserError unless a cache is complete and every file has its size."""
     done, total = len(index["shards"]), -(-index["count"] // index["shard_size"])
     require(
         index["complete"],
@@ -75,17 +75,16 @@ def check_files(root: Path, index: dict[str, Any]) -> None:
 
 
 class LatentCache(Images):
-    """A latent cache as a data set: moments instead of pixels, and pixels or features where an
-    alignment needs them.
+    """A latent cache as a data set: moments, and pixels or features where an alignment needs them.
 
     Args:
         root: the cache's folder.
         split: "train" or "test", as the cached data set was split.
-        image_size: pixels a side that the cached images must have; None takes any.
-        source_root: where the image files are now, for an alignment target without cached pixels;
-            None is where they were when the cache was made.
-        cached_features: read the alignment target's features from the cache where it holds them,
-            rather than running the target.
+        image_size: px a side that the cached images must have; None takes any.
+        source_root: folder of the image files, for an alignment target without cached pixels; None:
+            where they were when the cache was written.
+        cached_features: read the target's features from the cache where it holds them, rather than
+            running the target.
 
     Raises UserError for a cache that is missing, incomplete or damaged.
     """
@@ -126,7 +125,7 @@ class LatentCache(Images):
         self._files: FileImages | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the memory maps out: another process opens its own."""
+        """Leave out the memory maps: a loading process opens its own."""
         return {**self.__dict__, "_maps": {}}
 
     @property
@@ -143,52 +142,48 @@ class LatentCache(Images):
         return [row.path for row in self._rows()]
 
     def check_autoencoder(self, autoencoder: Autoencoder) -> None:
-        """Raise UserError where the moments were made by another autoencoder than the run's."""
-        made_by = self.index["autoencoder"]
-        wanted, found = autoencoder.encode_dtype, made_by["settings"].get("encode_dtype")
+        """Raise UserError where the moments are those of another autoencoder than the run's."""
+        stored, settings = self.index["autoencoder"]["fingerprint"], self.index["autoencoder"]["settings"]
         require(
-            wanted == found or made_by["fingerprint"] != autoencoder.fingerprint,
-            f"data.root={self.root}: was encoded with autoencoder.encode_dtype={found}, not {wanted}; give that, or "
-            "cache again",
+            stored == autoencoder.fingerprint,
+            f"data.root={self.root}: was made by another autoencoder, {settings.get('source', 'identity')} (weights "
+            f"{str(stored)[:12]}), than the run's (weights {str(autoencoder.fingerprint)[:12]}); choose that one with "
+            "autoencoder=, or cache again",
         )
+        encode_dtype = settings.get("encode_dtype")
         require(
-            made_by["fingerprint"] == autoencoder.fingerprint,
-            f"data.root={self.root}: was made by another autoencoder, {made_by['settings'].get('source', 'identity')} "
-            f"(weights {str(made_by['fingerprint'])[:12]}), than the run's (weights "
-            f"{str(autoencoder.fingerprint)[:12]}); choose that one with autoencoder=, or cache again",
+            encode_dtype == autoencoder.encode_dtype,
+            f"data.root={self.root}: was encoded with autoencoder.encode_dtype={encode_dtype}, not "
+            f"{autoencoder.encode_dtype}; give that, or cache again",
         )
 
     def _records(self, array: str, indices: np.ndarray, flipped: np.ndarray | None = None) -> np.ndarray:
         """Return records of an array, (B, …), read shard by shard in ascending order."""
         shards, rows = np.divmod(indices + self.first, self.index["shard_size"])
         order = np.argsort(indices, kind="stable")
-        result: np.ndarray | None = None
+        description = self.index["arrays"][array]
+        shape = description["shape"] if flipped is None else description["shape"][1:]
+        result = np.empty((len(indices), *shape), dtype=description["dtype"])
         for shard in np.unique(shards):
             where = order[shards[order] == shard]
             path = shard_path(self.root, array, shard)
             if path not in self._maps:
-                self._maps[path] = self._open(path, self.index["arrays"][array])
+                self._maps[path] = self._open(path, description)
             stored = self._maps[path]
-            values = stored[rows[where]] if flipped is None else stored[rows[where], flipped[where].astype(int)]
-            if result is None:
-                result = np.empty((len(indices), *values.shape[1:]), dtype=values.dtype)
-            result[where] = values
-        assert result is not None, "a batch holds at least one image"
+            result[where] = stored[rows[where]] if flipped is None else stored[rows[where], flipped[where].astype(int)]
         return result
 
-    def _open(self, path: Path, array: dict[str, Any]) -> np.ndarray:
+    def _open(self, path: Path, description: dict[str, Any]) -> np.ndarray:
         try:
             stored = np.load(path, mmap_mode="r", allow_pickle=False)
-            intact = list(stored.shape[1:]) == array["shape"] and stored.dtype == array["dtype"]
+            intact = list(stored.shape[1:]) == description["shape"] and stored.dtype == description["dtype"]
         except (OSError, ValueError, EOFError):  # numpy's advice, to allow pickled objects, is not for a user
             intact = False
         require(intact, f"{path}: is damaged; run the command that made the cache again")
         return stored
 
     def load_moments(self, indices: np.ndarray, flipped: np.ndarray) -> np.ndarray:
-        """Return the moments (B, M, h, w) at `indices`, in the stored dtype; `flipped` (B,) chooses
-        mirror images.
-        """
+        """Return moments (B, M, h, w) in the stored dtype; `flipped` (B,) chooses mirror images."""
         return self._records("moments", indices, flipped)
 
     def load_features(self, indices: np.ndarray, flipped: np.ndarray) -> np.ndarray:
@@ -206,15 +201,13 @@ class LatentCache(Images):
         return inputs
 
     def load(self, indices: np.ndarray) -> np.ndarray:
-        """Return the images at `indices` as uint8 (B, C, S, S): from the cache, or else from the
-        image files.
-        """
+        """Return uint8 images (B, C, S, S) from the cache, or else from the image files."""
         if "images" in self.index["arrays"]:
             return self._records("images", indices)
         return self._source().load(indices)
 
     def require_pixels(self) -> None:
-        """Raise UserError where neither the cache nor the image files can give pixels."""
+        """Raise UserError where neither cache nor image files have the pixels."""
         if "images" not in self.index["arrays"]:
             root = self._source().files_root
             require(
@@ -234,9 +227,8 @@ class LatentCache(Images):
             root = Path(self.source_root or stored)
             rows = self._rows()
             if root.is_dir():
-                for k in spread(len(rows), 64):  # are these the images?
+                for k in spread(len(rows), 64):  # a sample is enough to notice another folder
                     check_size(root / rows[k].path, rows[k].bytes)
-            self._files = FileImages(
-                root, [row.path for row in rows], self.labels, self.class_names, self.image_size, self.channels
-            )
+            names = [row.path for row in rows]
+            self._files = FileImages(root, names, self.labels, self.class_names, self.image_size, self.channels)
         return self._files

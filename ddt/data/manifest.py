@@ -1,7 +1,7 @@
-"""The list of images behind a latent cache: every file is read once, before anything is encoded.
+"""The list of images of a latent cache: every file is read once, before anything is encoded.
 
-manifest.csv has a row an image, in the order of the cache's records: training images first,
-held-out ones after them. broken.csv names the files that cannot be read.
+manifest.csv has one row per image, in the order of the cache's records: training images first, then
+held-out ones. broken.csv names the files that cannot be read.
 """
 
 import csv
@@ -28,7 +28,7 @@ COLUMNS = ("path", "label", "split", "bytes", "width", "height", "mode", "rotate
 
 
 class Row(NamedTuple):
-    """What the manifest says of an image, as far as reading needs it."""
+    """The columns of the manifest that reading needs."""
 
     path: str
     label: int
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 
 def read_manifest(root: Path) -> list[Row]:
-    """Return the rows of a cache's manifest.csv, one an image, in the order of the records."""
+    """Return the rows of a cache's manifest.csv, in the order of the records."""
     with (root / "manifest.csv").open(newline="") as file:
         return [
             Row(row["path"], int(row["label"]), sys.intern(row["split"]), int(row["bytes"]))
@@ -46,7 +46,7 @@ def read_manifest(root: Path) -> list[Row]:
 
 
 def inspect_image(root: Path, name: str) -> dict[str, Any]:
-    """Decode a file and return what the manifest says of it, or `broken`: why it cannot be used."""
+    """Decode a file and return its manifest columns, or `broken`: why it cannot be read."""
     path = root / name
     try:
         size = path.stat().st_size
@@ -61,11 +61,11 @@ def inspect_image(root: Path, name: str) -> dict[str, Any]:
 
 
 def inspect_images(images: Images, num_workers: int) -> Iterator[dict[str, Any]]:
-    """Yield what the manifest says of each image, in order."""
-    if images.files_root is None:  # they lie in memory
+    """Yield the manifest columns of each image, in order."""
+    if images.files_root is None:  # images in memory
         side = images.image_size
-        facts = {"bytes": images.channels * side**2, "width": side, "height": side, "mode": "", "rotated": 0}
-        yield from itertools.repeat(facts, len(images.labels))
+        columns = {"bytes": images.channels * side**2, "width": side, "height": side, "mode": "", "rotated": 0}
+        yield from itertools.repeat(columns, len(images.labels))
         return
     inspect = functools.partial(inspect_image, images.files_root)
     if num_workers == 0:
@@ -76,10 +76,9 @@ def inspect_images(images: Images, num_workers: int) -> Iterator[dict[str, Any]]
 
 
 def make_manifest(out: Path, splits: dict[str, Images], num_workers: int, skip_broken: bool) -> None:
-    """Read every image once and write manifest.csv; one that is there already is kept.
+    """Read every image once and write manifest.csv, unless it exists.
 
-    Raises UserError where files cannot be read, after naming all of them in broken.csv, unless they
-    are to be skipped.
+    Raises UserError for files that cannot be read, all named in broken.csv, unless `skip_broken`.
     """
     if (out / "manifest.csv").is_file():
         if (out / "broken.csv").is_file():
@@ -89,7 +88,7 @@ def make_manifest(out: Path, splits: dict[str, Images], num_workers: int, skip_b
     require(total > 0, "data: there are no images to cache")
     out.mkdir(parents=True, exist_ok=True)
     temporary = {name: out / f".tmp-{name}.csv" for name in ("manifest", "broken")}
-    broken, modes, rotated, first = 0, Counter[str](), 0, ""
+    broken, modes, rotated, first_broken = 0, Counter[str](), 0, ""
     progress = tqdm(total=total, unit="img", desc="reading every image once", mininterval=1.0)
     with temporary["manifest"].open("w", newline="") as listed, temporary["broken"].open("w", newline="") as unreadable:
         good, bad = csv.DictWriter(listed, COLUMNS), csv.DictWriter(unreadable, ("path", "reason"))
@@ -97,27 +96,27 @@ def make_manifest(out: Path, splits: dict[str, Images], num_workers: int, skip_b
         bad.writeheader()
         for split, images in splits.items():
             inspected = inspect_images(images, num_workers)
-            for name, label, facts in zip(images.names, images.labels, inspected, strict=True):
+            for name, label, columns in zip(images.names, images.labels, inspected, strict=True):
                 progress.update()
-                if "broken" in facts:
-                    first = first or f"{name} ({facts['broken']})"
+                if "broken" in columns:
+                    first_broken = first_broken or f"{name} ({columns['broken']})"
                     broken += 1
-                    bad.writerow({"path": name, "reason": facts["broken"]})
+                    bad.writerow({"path": name, "reason": columns["broken"]})
                 else:
-                    modes[facts["mode"]] += 1
-                    rotated += facts["rotated"]
-                    good.writerow({"path": name, "label": int(label), "split": split, **facts})
+                    modes[columns["mode"]] += 1
+                    rotated += columns["rotated"]
+                    good.writerow({"path": name, "label": int(label), "split": split, **columns})
     progress.close()
     if broken:
         temporary["broken"].replace(out / "broken.csv")
     else:
         temporary["broken"].unlink()
-        (out / "broken.csv").unlink(missing_ok=True)  # of an earlier call, before the files were mended
+        (out / "broken.csv").unlink(missing_ok=True)  # of an earlier call, before the files were replaced
     if broken == total or (broken and not skip_broken):
         temporary["manifest"].unlink()
         raise UserError(
-            f"{out / 'broken.csv'}: {broken} of {total} images cannot be read, the first is {first}; replace or remove "
-            "them, or leave them out with skip_broken=true"
+            f"{out / 'broken.csv'}: {broken} of {total} images cannot be read, the first is {first_broken}; replace or "
+            "remove them, or leave them out with skip_broken=true"
         )
     if broken:
         log.warning("%d images that cannot be read are left out: %s", broken, out / "broken.csv")
@@ -126,7 +125,7 @@ def make_manifest(out: Path, splits: dict[str, Images], num_workers: int, skip_b
 
 
 def log_conversions(modes: Counter[str], rotated: int, images: Images) -> None:
-    """Log a line for each kind of file that is not read, or not as it is."""
+    """Log how many files are converted, rotated by EXIF, or not read."""
     read_as = {1: "L", 3: "RGB"}[images.channels]
     converted = [f"{count} {mode}" for mode, count in sorted(modes.items()) if mode not in ("", read_as)]
     if converted:
@@ -138,27 +137,25 @@ def log_conversions(modes: Counter[str], rotated: int, images: Images) -> None:
 
 
 def check_manifest(out: Path, manifest: list[Row], splits: dict[str, Images]) -> None:
-    """Raise UserError where manifest.csv, written by an earlier call, lists other images than the
-    data now holds.
-    """
-    left_out = 0
+    """Raise UserError where manifest.csv lists other images than the data holds now."""
+    num_broken = 0
     if (out / "broken.csv").is_file():
         with (out / "broken.csv").open(newline="") as file:
-            left_out = len(list(csv.DictReader(file)))
+            num_broken = len(list(csv.DictReader(file)))
     listed = {(row.split, row.path, row.label) for row in manifest}
-    there = {
+    present = {
         (split, name, int(label))
         for split, images in splits.items()
         for name, label in zip(images.names, images.labels, strict=True)
     }
     require(
-        listed <= there and len(listed) + left_out == len(there),
+        listed <= present and len(listed) + num_broken == len(present),
         f"{out / 'manifest.csv'}: lists other images than the data holds now, or is damaged; choose another out=",
     )
 
 
 def check_size(path: Path, size: int) -> None:
-    """Raise UserError where a file is not there or not of the `size` that the manifest says."""
+    """Raise UserError where a file is missing or not of its `size` in the manifest."""
     require(
         path.is_file() and path.stat().st_size == size,
         f"{path}: is not the file that manifest.csv was written of; give the right folder, or cache into another out=",

@@ -1,5 +1,5 @@
-"""Square crops of nine colour photos that scikit-image and scikit-learn bring along: colour data
-without a download.
+"""Square crops of nine colour photos of scikit-image and scikit-learn: colour data without a
+download.
 
 Shapes: n crops in all, S pixels a side.
 """
@@ -28,16 +28,16 @@ PHOTOS = {
     "china": ("sklearn", "datasets/images/china.jpg"),
     "flower": ("sklearn", "datasets/images/flower.jpg"),
 }
-STREAMS: dict[Split, int] = {"train": 17, "test": 18}  # of draws, beside those of `ddt.draws`
+STREAMS: dict[Split, int] = {"train": 17, "test": 18}  # random streams beside those of `ddt.draws`
 SHARES = (0.4, 1.0)  # a crop's side, as shares of its photo's shorter side
 
 
 def photo(name: str) -> Image.Image:
-    """Return one of `PHOTOS` as RGB; raise UserError where the package that has it is missing."""
-    module, inside = PHOTOS[name]
+    """Return one of `PHOTOS` as RGB; raise UserError where its package is missing."""
+    module, file = PHOTOS[name]
     spec = importlib.util.find_spec(module)  # finds the folder without the seconds that importing it takes
     folders = spec.submodule_search_locations if spec else None
-    path = Path(folders[0]) / inside if folders else None
+    path = Path(folders[0]) / file if folders else None
     if path is None or not path.is_file():
         package = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[module]
         raise UserError(f"data=photos: {package} is missing; run pip install -e '.[photos]'")
@@ -47,21 +47,20 @@ def photo(name: str) -> Image.Image:
 class Photos(ArrayImages):
     """Random square crops of the nine photos, uint8 (n, 3, S, S); a crop's class is its photo.
 
-    A crop's side lies between 0.4 and 1.0 of its photo's shorter side. Crop k of a photo is the
-    same in every run and whatever `crops` is; photos take turns. "test" holds other crops of the
-    same photos, so they overlap the training crops in content: this set shows that a colour
-    pipeline works end to end and overfits; it measures nothing else.
+    Crop k of a photo is the same in every run and for every `crops`; photos take turns. "test"
+    holds other crops of the same photos, so they overlap the training crops in content: this set
+    shows that a colour pipeline works end to end and overfits; it measures nothing else.
 
     Args:
         split: "train" has `crops` crops a photo, "test" a fifth of that.
-        image_size: S. crops: training crops a photo.
+        image_size: S.
+        crops: training crops a photo.
 
-    Raises UserError where scikit-image is missing, and for sizes that cannot be.
+    Raises UserError where scikit-image is missing, and for sizes out of range.
     """
 
     @classmethod
     def outline(cls, settings: Mapping[str, Any]) -> Outline:
-        """Return the sizes of the set."""
         return Outline(3, settings["image_size"], len(PHOTOS), len(PHOTOS) * settings["crops"])
 
     def __init__(self, split: Split = "train", image_size: int = 64, crops: int = 200) -> None:
@@ -71,7 +70,7 @@ class Photos(ArrayImages):
         count = (crops if split == "train" else crops // 5) * len(PHOTOS)
         labels = np.arange(count) % len(PHOTOS)
         images = np.empty((count, 3, image_size, image_size), dtype=np.uint8)
-        names = []  # where in which photo: what tells one set of crops from another
+        names = []  # photo and box, so that the fingerprint covers the crops
         for position, label in enumerate(labels):
             name = list(PHOTOS)[label]
             picture = pictures[name]
@@ -79,12 +78,8 @@ class Photos(ArrayImages):
             side = round(min(picture.size) * generator.uniform(*SHARES))
             left = int(generator.integers(picture.width - side, endpoint=True))
             top = int(generator.integers(picture.height - side, endpoint=True))
-            crop = picture.resize(
-                (image_size, image_size),
-                Image.Resampling.BICUBIC,
-                box=(left, top, left + side, top + side),
-                reducing_gap=2.0,
-            )
+            box = (left, top, left + side, top + side)
+            crop = picture.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
             images[position] = np.asarray(crop).transpose(2, 0, 1)
             names.append(f"{name}/{side}+{left}+{top}")
         super().__init__(images, labels, list(PHOTOS), names)

@@ -1,9 +1,9 @@
 """The training stream: everything a step sees is a function of (seed, position).
 
 Position p counts images since the start of training; step s of a run with global batch G holds the
-positions s·G … s·G + G − 1. Which image stands at p, its noise, its time and its label dropout are
-drawn from counters, never from a state, so a run resumes anywhere and on any number of processes
-with the same data and the same noise.
+positions s·G … s·G + G − 1. The image at p, its noise, time and label dropout come from counters,
+never from a state, so a run resumes anywhere and on any number of processes with the same data and
+noise.
 
 Shapes: B batch; `latent_shape` is (C, H, W).
 """
@@ -13,16 +13,11 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from ddt.data.images import Images
 from ddt.draws import PERMUTATION, TRAINING, VALIDATION, draws, golden_sequence
 from ddt.errors import UserError, require
-
-
-def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    """Return the order in which an epoch visits `length` images."""
-    return draws(seed, PERMUTATION, epoch).permutation(length)
 
 
 class TrainingStream(Dataset):
@@ -30,16 +25,15 @@ class TrainingStream(Dataset):
 
     A batch is a dict of tensors:
 
-    - what `Images.load_inputs` gives: `images`, or `moments` (and `features`) of a latent cache
+    - of `Images.load_inputs`: `images`, or `moments` (and `features`) of a latent cache
     - `y`: int64 (B,)
     - `noise`: float32 (B, *latent_shape), standard normal
     - `time_normal`: float32 (B,), standard normal; `flow.training_times` turns it into t
     - `dropout_uniform`: float32 (B,) in [0, 1); below the dropout rate the label is dropped
-    - `posterior_noise`: float32 (B, *latent_shape), only with `posterior`: for a stochastic
-      autoencoder
+    - `posterior_noise`: float32 (B, *latent_shape), only with `posterior` (stochastic autoencoders)
 
-    Mirror images that the data set stores are chosen with probability ½. `aligned_until`: position
-    from which on no alignment needs images or features any more (math.inf: it always does).
+    Stored mirror images are chosen with probability ½. `aligned_until`: position from which on no
+    alignment needs images or features (math.inf: it always does).
     """
 
     def __init__(
@@ -56,12 +50,11 @@ class TrainingStream(Dataset):
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def index(self, position: int) -> int:
-        """Return the index of the image at a position: epochs are whole permutations, one after the
-        other.
-        """
+        """Return the index of the image at a position; each epoch is a permutation."""
         epoch, offset = divmod(position, len(self.images.labels))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(self.seed, epoch, len(self.images.labels))
+            order = draws(self.seed, PERMUTATION, epoch).permutation(len(self.images.labels))
+            self._epoch, self._order = epoch, order
         return int(self._order[offset])
 
     def __getitem__(self, positions: list[int]) -> dict[str, Tensor]:
@@ -96,42 +89,20 @@ class TrainingStream(Dataset):
 
 
 def micro_batch_positions(
-    step: int, global_batch_size: int, micro_batch_size: int, rank: int, num_processes: int
-) -> list[list[int]]:
-    """Return the positions of each micro-batch of a process in a step; over all processes they are
-    the step's positions, once.
+    start: int, end: int, global_batch_size: int, micro_batch_size: int, rank: int = 0, num_processes: int = 1
+) -> Iterator[list[int]]:
+    """Yield the positions of each micro-batch of a process, from step `start` to `end`.
+
+    Over all processes they are the positions of these steps, once.
     """
-    start = step * global_batch_size
-    across = micro_batch_size * num_processes
-    return [
-        list(range(first + rank * micro_batch_size, first + (rank + 1) * micro_batch_size))
-        for first in range(start, start + global_batch_size, across)
-    ]
-
-
-class PositionSampler(Sampler[list[int]]):
-    """Yields the micro-batches of one process from step `start` to `end`, as lists of positions."""
-
-    def __init__(
-        self,
-        start: int,
-        end: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int = 0,
-        num_processes: int = 1,
-    ) -> None:
-        self.steps = range(start, end)
-        self.sizes = (global_batch_size, micro_batch_size, rank, num_processes)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            yield from micro_batch_positions(step, *self.sizes)
+    micro_steps = range(start * global_batch_size, end * global_batch_size, micro_batch_size * num_processes)
+    for first in (position + rank * micro_batch_size for position in micro_steps):
+        yield list(range(first, first + micro_batch_size))
 
 
 def load_batches(dataset: Dataset, batches: Iterable, num_workers: int, pin_memory: bool = False) -> Iterator:
-    """Iterate over `dataset[batch]` for each of `batches` with `num_workers` loading processes; the
-    global random state is left alone. Raises a loading process's UserError as its one line.
+    """Yield `dataset[batch]` for each of `batches`, loaded by `num_workers` processes; the global
+    random state is left alone. Raises a loading process's UserError as its one line.
     """
     loader = DataLoader(
         dataset,
@@ -143,19 +114,16 @@ def load_batches(dataset: Dataset, batches: Iterable, num_workers: int, pin_memo
     )
     try:
         yield from loader
-    except UserError as error:  # a loading process hands its error over with the whole traceback as text
+    except UserError as error:  # from a loading process: the message is its traceback as text
         raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
 
 
 def validation_batch(images: Images, latent_shape: tuple[int, int, int], indices: np.ndarray) -> dict[str, Tensor]:
-    """Return held-out images with fixed times and noise, whatever the run's seed, in the form of a
-    training batch.
+    """Return held-out images as a training batch, its times and noise the same for every seed.
 
     Time i lies at the quantile frac((i + ½)·0.618…) of the training distribution, a golden-ratio
-    sequence, so that any number of images covers all times evenly; labels are kept (dropout_uniform
-    is 1).
+    sequence, so any number of images covers all times evenly; no label is dropped.
     """
-    quantiles = golden_sequence(indices)
     generators = [draws(0, VALIDATION, int(i)) for i in indices]
     noise = np.stack([g.standard_normal(latent_shape, dtype=np.float32) for g in generators])
     posterior = np.stack([g.standard_normal(latent_shape, dtype=np.float32) for g in generators])
@@ -165,6 +133,6 @@ def validation_batch(images: Images, latent_shape: tuple[int, int, int], indices
         "y": torch.from_numpy(images.labels[indices]),
         "noise": torch.from_numpy(noise),
         "posterior_noise": torch.from_numpy(posterior),
-        "time_normal": torch.special.ndtri(torch.from_numpy(quantiles)).float(),
+        "time_normal": torch.special.ndtri(torch.from_numpy(golden_sequence(indices))).float(),
         "dropout_uniform": torch.ones(len(indices)),
     }

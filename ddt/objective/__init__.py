@@ -1,7 +1,8 @@
-"""Training losses: one file an objective, alignment beside it.
+"""Training losses. The velocity loss is `velocity_loss` in flow_matching.py; REPA and the
+dispersive loss on a hidden layer are in alignment.py, the frozen network of REPA in target.py.
 
-To add one: a subclass of `Objective` (`ddt/objective/base.py`) in a file here, its name in this
-file, and a file in conf/objective whose `_target_` is `ddt.objective.NAME`. Validation calls it.
+To add an objective: a subclass of `Objective` (base.py) in a file here, its name in this file, and
+a file in conf/objective whose `_target_` is `ddt.objective.NAME`. Validation calls it.
 """
 
 from ddt.objective.base import Objective

@@ -29,7 +29,8 @@ from ddt.errors import UserError, require
 from ddt.model.cost import network_macs, num_tokens
 from ddt.model.layers import PRODUCTS, Block, BlockStack, Checkpointing, positions
 from ddt.objective import Objective
-from ddt.objective.alignment import REPA, AlignmentLoss, Dispersive, DispersiveLoss, Target, check_depth
+from ddt.objective.alignment import REPA, AlignmentLoss, Dispersive, DispersiveLoss
+from ddt.objective.target import Target
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.ema import ema_rules
@@ -198,8 +199,8 @@ def build_recipe(settings: EstimateSettings) -> Recipe:
     target, align_until = None, 0.0
     data_kind: Any = locate(data.target)
     if alignment is not None:
-        check_depth(alignment.align_depth, network.num_alignable_blocks)
-        align_until = math.inf if alignment.until_step is None else alignment.until_step
+        alignment.check_depth(network.num_alignable_blocks)
+        align_until = alignment.end_step
         if isinstance(alignment, REPA):
             target = alignment.outline_target(outline.image_size)
             grid = (shape[1] // patch_size, shape[2] // patch_size)

@@ -21,7 +21,7 @@ from ddt.errors import UserError, require
 from ddt.metrics.features import FeatureSettings, check_weights
 from ddt.metrics.reference import data_reference, load_reference
 from ddt.objective import Objective
-from ddt.objective.alignment import REPA, Alignment, Dispersive, build_alignment, check_depth
+from ddt.objective.alignment import REPA, Alignment, Dispersive
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.evaluation import OnlineEvaluation, OnlineSamples, online_evaluation
 from ddt.training.init_from import find_source
@@ -110,7 +110,7 @@ def check(settings: TrainSettings) -> None:
     attempt(settings.objective.build, denoiser=network)
     attempt(settings.optimizer.build, named_parameters=[("weight", nn.Parameter(torch.zeros(1)))])
     if settings.alignment is not None and network is not None:
-        attempt(check_depth, settings.alignment.align_depth, network.num_alignable_blocks)
+        attempt(settings.alignment.check_depth, network.num_alignable_blocks)
     attempt(check_evaluation, settings)
     if settings.init_from and ckpt.newest_checkpoint(settings.run_dir) is None:  # a resumed run does not read it
         attempt(find_source, settings.init_from)
@@ -191,9 +191,9 @@ def build_run(settings: TrainSettings) -> Run:
     sizes = {"in_channels": shape[0], "num_classes": len(images.class_names)}
     network = model.build(**sizes)
     grid = (shape[1] // patch_size, shape[2] // patch_size)
-    alignment = build_alignment(
-        settings.alignment, network.hidden_size, grid, images.image_size, images.cached_features
-    )
+    alignment = Alignment()
+    if settings.alignment is not None:
+        alignment = settings.alignment.build(network.hidden_size, grid, images.image_size, images.cached_features)
     if alignment.target is not None:
         images.require_pixels()
     # what data and frozen weights are, wherever they lie: a resumed run must share it

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ddt.checkpoint import folder as ckpt
-from ddt.data.stream import PositionSampler, TrainingStream, load_batches
+from ddt.data.stream import TrainingStream, load_batches, micro_batch_positions
 from ddt.distributed.compile import compile_blocks, compiles
 from ddt.distributed.launch import check_same_on_all_processes
 from ddt.distributed.prepare import broadcast_weights, decide_on_main, make_accelerator, prepare
@@ -121,7 +121,7 @@ def start(run: Run) -> Iterator[Session | None]:
         layout = trainer.global_batch_size, micro_batch_size, rank, num_processes
         align_until = run.alignment.end_step * trainer.global_batch_size if run.alignment.needs_features else 0
         stream = TrainingStream(run.images, settings.seed, run.latent_shape, run.autoencoder.stochastic, align_until)
-        positions = PositionSampler(state.step, trainer.max_steps, *layout)
+        positions = micro_batch_positions(state.step, trainer.max_steps, *layout)
         batches = load_batches(stream, positions, trainer.num_workers, pin_memory=device.type == "cuda")
         size = trainer.global_batch_size
         progress = stack.enter_context(
@@ -131,7 +131,7 @@ def start(run: Run) -> Iterator[Session | None]:
             )
         )  # fmt: skip
         if state.step < trainer.max_steps and (num_processes > 1 or compiled):
-            warm_up(run, model, state, stream[next(iter(PositionSampler(0, 1, *layout)))])
+            warm_up(run, model, state, stream[next(micro_batch_positions(0, 1, *layout))])
         if tracker is not None and state.step == 0:
             measure.show_training_images(run.images, tracker)
         clock = Clock(device, num_processes, trainer.global_batch_size, *flops, trainer.mixed_precision)

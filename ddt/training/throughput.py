@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddt.model.cost import network_macs, num_tokens, weight_macs
 from ddt.objective import Objective
-from ddt.objective.alignment import Target
+from ddt.objective.target import Target
 
 # Dense bf16 matrix products in FLOP/s, from the makers' data sheets; of float32 training no share
 # is told

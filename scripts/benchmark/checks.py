@@ -329,7 +329,7 @@ def frozen_networks(place: Place) -> list[Finding]:
 
     from ddt.autoencoder import KLAutoencoder
     from ddt.autoencoder.diffusers import SD_VAE
-    from ddt.objective.alignment import Target
+    from ddt.objective.target import Target
 
     torch.manual_seed(0)
     size, cpu = place.size, torch.device("cpu")

@@ -30,7 +30,8 @@ from ddt.model import DDT
 from ddt.model.cost import network_macs
 from ddt.model.layers import Attention
 from ddt.objective import FlowMatching
-from ddt.objective.alignment import REPA, Target
+from ddt.objective.alignment import REPA
+from ddt.objective.target import Target
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.sample import sample_latents
 from ddt.sampling.settings import SamplerSettings

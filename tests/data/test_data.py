@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ddt.data.images import ArrayImages
-from ddt.data.stream import PositionSampler, TrainingStream, load_batches, micro_batch_positions, validation_batch
+from ddt.data.stream import TrainingStream, load_batches, micro_batch_positions, validation_batch
 from ddt.draws import draws
 
 
@@ -61,7 +61,7 @@ def test_streams_of_draws_do_not_overlap():
 @pytest.mark.parametrize(("num_processes", "micro"), [(1, 12), (2, 3), (3, 1), (2, 6)])
 def test_processes_and_micro_batches_share_a_step_exactly(num_processes, micro):
     positions = [
-        p for r in range(num_processes) for m in micro_batch_positions(5, 12, micro, r, num_processes) for p in m
+        p for r in range(num_processes) for m in micro_batch_positions(5, 6, 12, micro, r, num_processes) for p in m
     ]
     assert sorted(positions) == list(range(60, 72))
 
@@ -69,7 +69,7 @@ def test_processes_and_micro_batches_share_a_step_exactly(num_processes, micro):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loader_gives_the_stream_and_leaves_the_global_random_state(num_workers):
     state = torch.get_rng_state()
-    batches = list(load_batches(stream(), PositionSampler(2, 5, 4, 2), num_workers, pin_memory=False))
+    batches = list(load_batches(stream(), micro_batch_positions(2, 5, 4, 2), num_workers))
     assert torch.equal(torch.get_rng_state(), state)
     assert len(batches) == 6
     for i, batch in enumerate(batches):

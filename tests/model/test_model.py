@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ddt
 from ddt.errors import UserError
 from ddt.model import build_network, network_class
-from ddt.objective.flow_matching import velocity_errors
+from ddt.objective.flow_matching import velocity_loss
 from scripts.benchmark.golden import BF16_ERROR, CASES, GRADIENT_TOLERANCE, NETWORKS, TOLERANCE, case
 from scripts.benchmark.golden import network as golden_network
 
@@ -138,7 +138,7 @@ def test_activation_checkpointing_gives_the_same_gradients(block, dtype):
         for each in (*model.encoder.blocks, *model.decoder.blocks):
             each.norm1.register_forward_hook(lambda *_, key=checkpointing: norms.update({key: norms[key] + 1}))
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            loss = velocity_errors(model(x, t, y), x, noise).mean()
+            loss = velocity_loss(model(x, t, y), x, noise).mean()
         with FlopCounterMode(display=False) as counter:  # of what is computed again for the backward pass, too
             loss.backward()
         gradients[checkpointing] = [p.grad for p in model.parameters()]

@@ -23,7 +23,7 @@ from ddt.errors import UserError
 from ddt.flow import clean, interpolate, velocity
 from ddt.generation.generator import Generator
 from ddt.generation.image_set import ImageSet, image_set
-from ddt.objective.flow_matching import velocity_errors
+from ddt.objective.flow_matching import velocity_loss
 from ddt.sampling.fitting import fit_schedule
 from ddt.sampling.settings import SamplerSettings
 from scripts.studies.inside import measure as inside
@@ -254,7 +254,7 @@ def test_the_loss_is_that_of_training_on_the_averaged_weights(looked, run_folder
             t = torch.tensor([(k + (row + 0.5) * (math.sqrt(5) - 1) / 2 % 1) / 10])
             with torch.no_grad():
                 v = model(interpolate(x, noise, t), t, torch.from_numpy(images.labels[chosen[row : row + 1]]))
-            errors[row, k] = velocity_errors(v, x, noise)
+            errors[row, k] = velocity_loss(v, x, noise)
     assert said["images"] == 7
     assert said["edges"] == [k / 10 for k in range(11)]
     assert np.allclose(said["mean"], errors.mean(0), rtol=1e-4)

@@ -1,0 +1,176 @@
+"""The frozen feature extractor of REPA: a network of timm. Source: method.md 1.
+
+Shapes: B images of H W pixels; h·w tokens of F features.
+"""
+
+import difflib
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddt.autoencoder.base import weights_hash
+from ddt.errors import UserError, require
+
+CELL = 16  # pixels a side of the image that one token of the target covers, whatever the target's own stride
+Extract = Callable[[Tensor], Tensor]
+
+
+def reason(error: Exception) -> str:
+    """Return an error's text in one line, each of its lines cut: lists of weights can be long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(line if len(line) <= 160 else f"{line[:160]}…" for line in lines[:4]) or type(error).__name__
+
+
+def check_target(name: str, weights: str | None) -> None:
+    """Raise UserError for a name unknown to timm, with close ones, or a missing weight file."""
+    import timm
+
+    known = {*timm.list_models(), *timm.list_models(include_tags=True)}
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
+        raise UserError(f"alignment.target={name}: timm has no model of this name; {hint}")
+    if weights is not None:
+        require(Path(weights).is_file(), f"alignment.weights={weights}: no such file")
+
+
+def weights_overlay(weights: str, classifier: str | tuple[str, ...] | None) -> dict[str, Any]:
+    """Return the changes to timm's `pretrained_cfg` that make it load all weights of a file.
+
+    The model gets a head of as many classes as the file's (0: none), and timm no classifier to
+    drop: its loading is strict only where it drops nothing.
+    """
+    import timm
+
+    try:
+        stored = timm.models.load_state_dict(weights)
+    except Exception as error:  # a damaged file raises whatever its reader stumbles over
+        raise UserError(f"alignment.weights={weights}: cannot be read ({reason(error)}); copy it again") from error
+    head = classifier[0] if isinstance(classifier, tuple) else classifier
+    rows = stored.get(f"{head}.weight")
+    num_classes = 0 if rows is None else len(rows)
+    return {"state_dict": stored, "custom_load": False, "num_classes": num_classes, "classifier": None}
+
+
+def load_network(name: str, weights: str | None, image_size: int, pretrained: bool) -> tuple[Any, Extract, int, int]:
+    """Load a frozen timm network; return it, its features as a function, F, and its input's side.
+
+    The function maps normalised images (B, 3, side, side) to (B, h·w, F). pretrained=False leaves
+    the weights as timm makes them. Raises UserError where the weights cannot be loaded or are not
+    exactly the network's, or where it has no feature map that fits.
+    """
+    import timm
+
+    check_target(name, weights)
+    with torch.device("meta"):  # its structure alone: the input size must be known before the weights are loaded
+        outline = timm.create_model(name)
+    is_vit = hasattr(outline, "num_prefix_tokens") and hasattr(outline, "patch_embed")
+    strides = [stage["reduction"] for stage in outline.feature_info]
+    require(
+        is_vit or (CELL in strides and hasattr(outline, "forward_intermediates")),
+        f"alignment.target={name}: has no feature map of stride {CELL}, only {sorted(set(strides))}; choose another",
+    )
+    stage = len(strides) - 1 if is_vit else max(i for i, stride in enumerate(strides) if stride == CELL)
+    side = strides[stage] * image_size // CELL
+    settings: dict[str, Any] = {}
+    if is_vit or outline.pretrained_cfg.get("fixed_input_size", False):
+        settings["img_size"] = side
+    if type(outline) is timm.models.VisionTransformer:
+        settings["weight_init"] = "skip"  # every weight comes from the file; a billion random ones take minutes
+    overlay = None if weights is None else weights_overlay(weights, outline.pretrained_cfg.get("classifier"))
+    try:
+        network = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **settings)
+    except Exception as error:  # of the hub client, of timm's filters or of load_state_dict: no common base
+        if weights is not None:
+            raise UserError(f"alignment.weights={weights}: is not a file of {name} ({reason(error)})") from error
+        raise UserError(
+            f"alignment.target={name}: pretrained weights cannot be loaded ({reason(error)}); on a machine without a "
+            "hub give alignment.weights=FILE"
+        ) from error
+    network.pretrained_cfg.pop("state_dict", None)  # else timm holds on to the file's weights
+    network.eval().requires_grad_(False)
+    if is_vit:
+        network.reset_classifier(0)
+        prefix = network.num_prefix_tokens
+
+        def extract(pixels: Tensor) -> Tensor:
+            return network.forward_features(pixels)[:, prefix:]  # after the final norm, without class and registers
+
+    else:
+        pruned = network.prune_intermediate_layers([stage], prune_norm=True, prune_head=True)
+
+        def extract(pixels: Tensor) -> Tensor:
+            maps = network.forward_intermediates(pixels, indices=pruned, intermediates_only=True, output_fmt="NCHW")
+            return maps[0].flatten(2).transpose(1, 2)  # (B, h·w, F)
+
+    return network, extract, outline.feature_info[stage]["num_chs"], side
+
+
+class Target:
+    """A frozen feature extractor: patch tokens of a ViT, or a CNN's feature map of stride 16.
+
+    Images are normalised with the model's own mean and standard deviation and resized (bicubic, not
+    antialiased) so that one token covers 16×16 of their pixels; timm resamples the position
+    embedding to that grid, as the release does. No nn.Module, so nothing trains or saves it.
+
+    Args:
+        name: of the timm model.
+        weights: a local file (.safetensors, .pth, .bin); None takes timm's own from the hub.
+        image_size: H = W of the images.
+        compiled: compile the network.
+        pretrained: False loads no weights.
+
+    Attributes: num_features, F; grid, (h, w). Raises UserError where the weights cannot be loaded
+    or do not fit exactly, or an image is not of whole 16×16 cells. Source: method.md 1.
+    """
+
+    num_features: int
+    grid: tuple[int, int]
+
+    def __init__(
+        self, name: str, weights: str | None, image_size: int, compiled: bool = False, pretrained: bool = True
+    ) -> None:
+        require(
+            image_size >= CELL and image_size % CELL == 0,
+            f"data.image_size={image_size}: alignment.target={name} needs a multiple of {CELL}",
+        )
+        with torch.random.fork_rng(devices=[]):  # timm's initialisation leaves the caller's random state alone
+            self.network, extract, self.num_features, self.side = load_network(name, weights, image_size, pretrained)
+        self.name, self.weights = name, weights
+        self.extract: Extract = torch.compile(extract) if compiled else extract
+        self.grid = (image_size // CELL, image_size // CELL)
+        statistics = self.network.pretrained_cfg
+        self.mean = torch.tensor(statistics["mean"])[:, None, None]  # (3, 1, 1)
+        self.std = torch.tensor(statistics["std"])[:, None, None]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights in use, at the grid they are used at, and of mean and std."""
+        return weights_hash(self.network, mean=self.mean, std=self.std)
+
+    def to(self, device: torch.device | str) -> "Target":
+        """Move to a device and return itself."""
+        self.network.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return features (B, h·w, F), float32, without graph, of uint8 images (B, 3, H, W).
+
+        Grey images (B, 1, H, W) stand for three equal channels. Runs under the caller's autocast.
+        """
+        pixels = (images.float() / 255 - self.mean) / self.std  # (B, 3, H, W)
+        pixels = F.interpolate(pixels, size=(self.side, self.side), mode="bicubic")
+        features = self.extract(pixels).float()  # (B, h·w, F)
+        if features.shape[1] != self.grid[0] * self.grid[1]:  # no call that builds the message on the good path
+            raise UserError(
+                f"alignment.target={self.name}: gives {features.shape[1]} tokens, not {self.grid[0]}×{self.grid[1]}; "
+                "choose another"
+            )
+        return features
