@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def encode(settings: "CacheSettings", splits: "dict[str, Images]") -> None:
-    """Encode, on each process."""
+    """Encode on each process."""
     from ddt.data.cache_writer import cache_latents
     from ddt.distributed.prepare import make_accelerator
 
@@ -27,7 +27,7 @@ def encode(settings: "CacheSettings", splits: "dict[str, Images]") -> None:
     accelerator = make_accelerator("no")
     target = None
     if settings.store_features:
-        assert settings.alignment is not None, "main has checked it"
+        assert settings.alignment is not None
         target = settings.alignment.build().build_target(splits["train"].image_size)
     cache_latents(settings, splits, settings.autoencoder.build(), target, accelerator)
 
@@ -35,10 +35,10 @@ def encode(settings: "CacheSettings", splits: "dict[str, Images]") -> None:
 @command("cache_latents", settings="ddt.data.cache_writer.CacheSettings")
 def main(settings: "CacheSettings") -> None:
     """Compose, check, read every image once, encode."""
-    from ddt.data.cache_writer import lock_folder
     from ddt.data.manifest import make_manifest
     from ddt.distributed.launch import launch
     from ddt.errors import require
+    from ddt.files import lock_folder
 
     alignment = settings.alignment and settings.alignment.build()
     require(
@@ -50,7 +50,8 @@ def main(settings: "CacheSettings") -> None:
     settings.check_images(images)
     settings.autoencoder.build().latent_shape(images.channels, images.image_size)
     out, is_main = Path(settings.out), os.environ.get("RANK", "0") == "0"
-    with lock_folder(out) if is_main else contextlib.nullcontext():
+    busy = f"out={out}: another process is writing this cache; wait for it"
+    with lock_folder(out, busy) if is_main else contextlib.nullcontext():
         if is_main:
             make_manifest(out, splits, settings.workers, settings.skip_broken)
         launch(encode, settings.num_processes, settings, splits)

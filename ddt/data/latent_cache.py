@@ -12,6 +12,7 @@ held-out ones. `ddt/data/cache_writer.py` writes it. Shapes: B batch, M moments'
 h w latent, S pixels, N tokens, F features.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,6 @@ class LatentCache(Images):
         labels = np.load(path, allow_pickle=False)
         self.labels = labels[self.first : self.first + index["splits"][split]]
         self._maps: dict[Path, np.ndarray] = {}
-        self._files: FileImages | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the memory maps: a loading process opens its own."""
@@ -204,31 +204,28 @@ class LatentCache(Images):
         """Return uint8 images (B, C, S, S) from the cache, or else from the image files."""
         if "images" in self.index["arrays"]:
             return self._records("images", indices)
-        return self._source().load(indices)
+        return self._source.load(indices)
 
     def require_pixels(self) -> None:
         """Raise UserError where neither cache nor image files have the pixels."""
         if "images" not in self.index["arrays"]:
-            root = self._source().files_root
+            root = self._source.files_root
             require(
                 root.is_dir(),
                 f"data.source_root={root}: no such folder; the alignment target needs the images: give their folder, "
                 "or cache with store_images=true",
             )
 
+    @functools.cached_property
     def _source(self) -> FileImages:
-        if self._files is None:
-            stored = self.index["source_root"]
-            require(
-                stored is not None,
-                f"data.root={self.root}: holds no pixels, which the alignment target needs; cache with "
-                "store_images=true",
-            )
-            root = Path(self.source_root or stored)
-            rows = self._rows()
-            if root.is_dir():
-                for k in spread(len(rows), 64):  # a sample is enough to notice another folder
-                    check_size(root / rows[k].path, rows[k].bytes)
-            names = [row.path for row in rows]
-            self._files = FileImages(root, names, self.labels, self.class_names, self.image_size, self.channels)
-        return self._files
+        stored = self.index["source_root"]
+        require(
+            stored is not None,
+            f"data.root={self.root}: holds no pixels, which the alignment target needs; cache with store_images=true",
+        )
+        root, rows = Path(self.source_root or stored), self._rows()
+        if root.is_dir():
+            for k in spread(len(rows), 64):  # a sample is enough to notice another folder
+                check_size(root / rows[k].path, rows[k].bytes)
+        names = [row.path for row in rows]
+        return FileImages(root, names, self.labels, self.class_names, self.image_size, self.channels)

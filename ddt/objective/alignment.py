@@ -29,11 +29,7 @@ class Projector(nn.Sequential):
 
     def __init__(self, hidden_size: int, width: int, num_features: int) -> None:
         super().__init__(
-            nn.Linear(hidden_size, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, num_features),
+            nn.Linear(hidden_size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, num_features)
         )
 
 

