@@ -1,4 +1,4 @@
-"""Reading a latent cache: records at random, training from them, and what is refused."""
+"""Reading a latent cache: records at random, training from them, and refusals."""
 
 import json
 import math
@@ -32,20 +32,17 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Pictures, an autoencoder, and caches: float16 with images, float32, float32 with mirror
-    images.
-    """
+    """Images, an autoencoder, and caches: float16 with images, float32, float32 mirrored."""
     root = tmp_path_factory.mktemp("latents")
     picture_folder(root / "pictures")
     small_vae(root / "vae", channels=3, levels=2, scaling_factor=0.5)
-    source = ["data=folder", f"data.root={root / 'pictures'}", "data.image_size=16", "data.holdout_every=5"]
-    codec = ["autoencoder=kl", f"autoencoder.source={root / 'vae'}", "shard_size=4", "batch_size=3", "num_workers=0"]
+    source = [*online(root), "shard_size=4", "batch_size=3", "num_workers=0"]
     for name, options in {
         "half": ["store_images=true"],
         "single": ["dtype=float32"],
         "mirrored": ["flip=true", "dtype=float32"],
     }.items():
-        succeed("scripts.cache_latents", *source, *codec, f"out={root / name}", *options)
+        succeed("scripts.cache_latents", *source, f"out={root / name}", *options)
     return root
 
 
@@ -58,17 +55,16 @@ def online(place):
             "autoencoder=kl", f"autoencoder.source={place / 'vae'}"]  # fmt: skip
 
 
-def test_records_come_in_the_order_asked_for(place):
+def test_records_come_in_the_order_of_their_indices(place):
     cache = LatentCache(str(place / "half"))
     indices = np.array([16, 0, 7, 3, 7, 12])
     straight = np.zeros(6, dtype=bool)
     one_by_one = [cache.load_moments(np.array([i]), straight[:1])[0] for i in indices]
     assert np.array_equal(cache.load_moments(indices, straight), np.stack(one_by_one))
-    whole = np.concatenate([np.load(p) for p in sorted((place / "half" / "moments").glob("*.npy"))])[:17, 0]
-    assert np.array_equal(cache.load_moments(indices, straight), whole[indices])
+    stored = np.concatenate([np.load(p) for p in sorted((place / "half" / "moments").glob("*.npy"))])[:, 0]
+    assert np.array_equal(cache.load_moments(indices, straight), stored[indices])
     held_out = LatentCache(str(place / "half"), "test")
-    rest = np.concatenate([np.load(p) for p in sorted((place / "half" / "moments").glob("*.npy"))])[17:, 0]
-    assert np.array_equal(held_out.load_moments(np.arange(5), straight[:5]), rest)
+    assert np.array_equal(held_out.load_moments(np.arange(5), straight[:5]), stored[17:])
 
 
 def test_a_cache_travels_to_loading_processes_without_its_maps(place):
@@ -156,7 +152,7 @@ def test_a_moved_cache_is_the_same_training(place, tmp_path, monkeypatch, caplog
     caplog.set_level("INFO")
     shutil.copytree(place / "half", tmp_path / "first")
     shutil.copytree(place / "vae", tmp_path / "vae")
-    constant = [option for option in SMALL if "max_steps" not in option] + ["trainer.lr_schedule=constant", "name=run"]
+    constant = [*SMALL, "trainer.lr_schedule=constant", "name=run"]
     succeed("train", *constant, *latents(tmp_path, "first"), "trainer.max_steps=2")
     (tmp_path / "first").rename(tmp_path / "second")
     succeed("train", *constant, *latents(tmp_path, "second"), "trainer.max_steps=4")
@@ -165,9 +161,7 @@ def test_a_moved_cache_is_the_same_training(place, tmp_path, monkeypatch, caplog
 
 
 def test_float16_moments_are_harmless(place):
-    """Rounding to float16 moves latents by less than a thousandth of their width, and decoded
-    pixels by one level.
-    """
+    """Rounding to float16 moves latents by less than 1e-3 of their std, pixels by one level."""
     codec = KLAutoencoder(str(place / "vae"))
     generator = torch.Generator().manual_seed(0)
     mean = 30 * torch.randn(64, 4, 32, 32, generator=generator)  # SD-VAE's means reach about ±40
@@ -184,7 +178,7 @@ def test_float16_moments_are_harmless(place):
 
 def test_another_cache_of_the_same_files_is_another_training(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    constant = [option for option in SMALL if "max_steps" not in option] + ["trainer.lr_schedule=constant", "name=run"]
+    constant = [*SMALL, "trainer.lr_schedule=constant", "name=run"]
     succeed("train", *constant, *latents(place, "single"), "trainer.max_steps=2")
     message = refusal("train", *constant, *latents(place, "mirrored"), "trainer.max_steps=4")
     assert "data.fingerprint" in message
@@ -222,32 +216,30 @@ def test_foreign_and_incomplete_caches_are_refused(place, tmp_path, monkeypatch)
     )
     copy = tmp_path / "copy"
     shutil.copytree(place / "half", copy)
+    moments, index = copy / "moments" / "00001.npy", json.loads((copy / "index.json").read_text())
+
+    def refused():
+        return refusal(
+            "train", *SMALL, *latents(place)[2:], "data=latents", f"data.root={copy}", "trainer.num_workers=0"
+        )
+
     labels = np.load(copy / "labels.npy")
     np.save(copy / "labels.npy", labels[::-1])
-    assert "labels.npy: is damaged" in refusal(
-        "train", *SMALL, "data=latents", f"data.root={copy}", *latents(place)[2:]
-    )
+    assert "labels.npy: is damaged" in refused()
     np.save(copy / "labels.npy", labels)
-    shutil.copy(place / "half" / "index.json", copy / "index.json")
-    whole = (copy / "moments" / "00001.npy").read_bytes()
-    (copy / "moments" / "00001.npy").write_bytes(bytes(10) + whole[10:])
-    message = refusal(
-        "train", *SMALL, "data=latents", f"data.root={copy}", *latents(place)[2:], "trainer.num_workers=0"
-    )
-    assert message == f"{copy}/moments/00001.npy: is damaged; run the command that made the cache again"
+    moments.write_bytes(bytes(10) + moments.read_bytes()[10:])
+    assert refused() == f"{moments}: is damaged; run the command that made the cache again"
     shutil.rmtree(tmp_path / "runs")
-    (copy / "moments" / "00001.npy").write_bytes(b"short")
-    assert "00001.npy: is damaged" in refusal("train", *SMALL, *latents(place)[2:], "data=latents", f"data.root={copy}")
-    (copy / "moments" / "00001.npy").unlink()
-    assert "00001.npy: is missing" in refusal("train", *SMALL, *latents(place)[2:], "data=latents", f"data.root={copy}")
-    index = json.loads((copy / "index.json").read_text())
+    moments.write_bytes(b"short")
+    assert "00001.npy: is damaged" in refused()
+    moments.unlink()
+    assert "00001.npy: is missing" in refused()
     (copy / "index.json").write_text(json.dumps({**index, "complete": False}))
-    message = refusal("train", *SMALL, *latents(place)[2:], "data=latents", f"data.root={copy}")
-    assert message.startswith(f"data.root={copy}: the cache is incomplete; run the command that makes it again")
+    assert refused().startswith(f"data.root={copy}: the cache is incomplete; run the command that makes it again")
     (copy / "index.json").write_text(json.dumps({**index, "format_version": 99}))
-    assert "format version 99" in refusal("train", *SMALL, *latents(place)[2:], "data=latents", f"data.root={copy}")
+    assert "format version 99" in refused()
     (copy / "index.json").write_text("{")
-    assert "index.json: damaged" in refusal("train", *SMALL, *latents(place)[2:], "data=latents", f"data.root={copy}")
+    assert "index.json: damaged" in refused()
     assert not (tmp_path / "runs").exists()
 
 

@@ -45,20 +45,17 @@ def test_every_photo_gives_as_many_crops(train):
     assert np.bincount(train.labels).tolist() == [10] * 9
     assert np.bincount(test.labels).tolist() == [2] * 9
     assert sorted(set(train.labels[:9])) == list(range(9))  # interleaved
+    many = Photos("test", image_size=16, crops=45)
+    assert len(set(train.names) | set(many.names)) == 90 + 81  # other crops than those of training
 
 
 def test_crops_are_the_same_in_every_run_and_for_every_number_of_them(train):
     fewer = Photos("train", image_size=16, crops=5)
+    assert train.fingerprint != fewer.fingerprint
     assert np.array_equal(fewer.images, train.images[:45])
     assert fewer.names == train.names[:45]
     assert train.names[1] == "chelsea/260+159+8"
     assert int(train.images[:9].astype(int).sum()) == pytest.approx(739_254, rel=1e-3)  # a Pillow may round otherwise
-
-
-def test_held_out_crops_are_others(train):
-    test = Photos("test", image_size=16, crops=45)
-    assert len(set(train.names) | set(test.names)) == 90 + 81
-    assert train.fingerprint != Photos("train", image_size=16, crops=9).fingerprint
 
 
 def test_a_crop_is_the_part_of_the_photo_that_its_name_says(train):
@@ -85,14 +82,14 @@ def test_sizes_that_cannot_be_are_named():
         Photos(crops=4)
 
 
-@pytest.mark.parametrize("found", ["nothing", "an older release"])
-def test_a_missing_package_is_named_in_one_line(monkeypatch, tmp_path, found):
+@pytest.mark.parametrize("installed", ["nothing", "an older release"])
+def test_a_missing_package_is_named_in_one_line(monkeypatch, tmp_path, installed):
     original = importlib.util.find_spec
 
     def find(name, package=None):
         if name != "skimage":
             return original(name, package)
-        if found == "nothing":
+        if installed == "nothing":
             return None
         spec = original("skimage")
         spec.submodule_search_locations[:] = [str(tmp_path)]

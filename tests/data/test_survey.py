@@ -1,4 +1,4 @@
-"""What is inferred from a folder of images, and what is logged of it."""
+"""Settings inferred from a folder of images, and the hints that are logged."""
 
 import json
 import shutil
@@ -33,6 +33,9 @@ def test_small_squares_of_one_size_are_trained_on_as_they_are(tmp_path):
     assert images.load(np.arange(3)).shape == (3, 1, 28, 28)
     pixels = np.asarray(Image.open(tmp_path / "a" / "1.png"))
     assert np.array_equal(images.load(np.array([1]))[0, 0], pixels)
+    write(tmp_path / "b" / "0.png", 28, 28)
+    survey.cache_clear()
+    assert survey(str(tmp_path)).channels == 3  # one coloured image makes all RGB
 
 
 @pytest.mark.parametrize(
@@ -52,17 +55,13 @@ def test_other_sizes_are_brought_to_a_usual_one(tmp_path, sizes, expected):
     assert survey(str(tmp_path)).image_size == expected
 
 
-def test_one_coloured_picture_makes_all_rgb(tmp_path):
-    write(tmp_path / "a" / "0.png", 8, 8, "L")
-    write(tmp_path / "b" / "0.png", 8, 8)
-    assert survey(str(tmp_path)).channels == 3
-
-
 @pytest.mark.parametrize(
     ("size", "patch"), [(4, 1), (8, 1), (10, 2), (16, 2), (28, 4), (32, 4), (44, 4), (64, 8), (256, 8)]
 )
 def test_patches_make_a_grid_of_at_most_eight_where_they_can(size, patch):
     assert patch_size(size) == patch
+    with pytest.raises(UserError, match=r"image_size=47: give a multiple of 4, 44 or 48, or a model\.patch_size="):
+        patch_size(47)
 
 
 def test_null_settings_are_inferred_and_others_kept(tmp_path):
@@ -71,17 +70,10 @@ def test_null_settings_are_inferred_and_others_kept(tmp_path):
     data = Choice(data.target, {**data.settings, "root": str(tmp_path)})
     for kind, patch in (("Identity", 4), ("KLAutoencoder", 2)):
         autoencoder = Choice(f"ddt.autoencoder.{kind}", {})
-        found, images = infer_settings(model, data, autoencoder)
-        assert found.settings == {"patch_size": patch}
+        inferred, images = infer_settings(model, data, autoencoder)
+        assert inferred.settings == {"patch_size": patch}
         assert images.settings == {**data.settings, "image_size": 32, "channels": 3}
-        assert infer_settings(found, images, autoencoder) == (found, images)
-
-
-def test_a_size_without_a_useful_patch_is_refused():
-    with pytest.raises(
-        UserError, match=r"data\.image_size=47: give a multiple of 4, 44 or 48, or a model\.patch_size="
-    ):
-        patch_size(47)
+        assert infer_settings(inferred, images, autoencoder) == (inferred, images)
 
 
 def test_images_without_sub_folders_are_one_class(tmp_path):
@@ -202,13 +194,3 @@ def test_nothing_is_opened_where_nothing_is_inferred(tmp_path, monkeypatch, capl
     images.log_summary(patch_size=2)
     assert images.inferred == {}
     assert not caplog.messages
-
-
-def test_a_broken_image_is_refused_with_the_summary(tmp_path):
-    picture_folder(tmp_path, count=2)
-    (tmp_path / "class1" / "zz.jpg").write_text("no picture")
-    images = ImageFolder(str(tmp_path), None, channels=3)
-    with pytest.raises(
-        UserError, match=r"class1/zz\.jpg: cannot be opened, as 1 of the images; replace or remove them"
-    ):
-        images.log_summary(patch_size=4)

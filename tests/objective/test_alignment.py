@@ -1,6 +1,4 @@
-"""The alignment losses in closed form, and the frozen target: what it loads, what it sees, what it
-refuses.
-"""
+"""The alignment losses in closed form; the frozen target: its weights, inputs and refusals."""
 
 import functools
 import math
@@ -18,21 +16,18 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from ddt.config import locate, parse
-from ddt.data.images import CachedFeatures
 from ddt.errors import UserError
 from ddt.files import sha256
 from ddt.objective.alignment import (
     REPA,
     Alignment,
     AlignmentLoss,
+    CachedFeatures,
     Dispersive,
     DispersiveLoss,
-    Projector,
-    Target,
-    build_alignment,
-    check_depth,
     to_grid,
 )
+from ddt.objective.target import Target
 
 DINOV2 = "vit_small_patch14_dinov2.lvd142m"
 REGISTERS = "vit_small_patch14_reg4_dinov2.lvd142m"
@@ -72,9 +67,7 @@ def saved(folder, name, **changes):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Weight files by model name, made on demand, at the model's own input size (518 px for
-    DINOv2).
-    """
+    """Weight files by model name, at the model's own input size (518 px for DINOv2)."""
     folder = tmp_path_factory.mktemp("weights")
     return functools.cache(lambda name: saved(folder, name))
 
@@ -178,12 +171,9 @@ def test_images_are_scaled_normalised_and_then_resized(files):
     constant = torch.tensor([(0.2 - mean) / std for mean, std in zip(*IMAGENET, strict=True)])
     torch.testing.assert_close(seen[0], constant[None, :, None, None].expand(1, 3, 28, 28))
     torch.testing.assert_close(seen[1], by_hand(images(32), 28))
-
-
-def test_a_grey_image_stands_for_three_equal_channels(files):
-    target = Target(LITE0, files(LITE0), 32)
     grey = images(32, channels=1)
-    assert torch.equal(target(grey), target(grey.expand(-1, 3, -1, -1)))
+    target(grey)
+    torch.testing.assert_close(seen[2], by_hand(grey.expand(-1, 3, -1, -1), 28))
 
 
 def test_the_target_is_frozen_and_deterministic(files):
@@ -243,10 +233,7 @@ def test_the_layout_published_by_dinov2_is_read(files, tmp_path):
     for name, change in {DINOV2: plain, REGISTERS: with_registers}.items():
         own = changed(files(name), tmp_path, change)
         assert Target(name, own, 32).fingerprint == Target(name, files(name), 32).fingerprint
-
-
-def test_pickled_weights_are_read(files, tmp_path):
-    torch.save({"model": load_file(files(DINOV2))}, tmp_path / "w.pth")
+    torch.save({"model": load_file(files(DINOV2))}, tmp_path / "w.pth")  # pickled, as DINOv2's are
     assert Target(DINOV2, str(tmp_path / "w.pth"), 32).fingerprint == Target(DINOV2, files(DINOV2), 32).fingerprint
 
 
@@ -301,7 +288,7 @@ def test_a_missing_file_and_an_unknown_name_are_refused_before_anything_is_loade
     refused(lambda: REPA("qqqqqqqq"), "alignment.target=qqqqqqqq", "timm.list_models()")
 
 
-def test_an_unreachable_hub_is_told_with_the_way_out(monkeypatch):
+def test_an_unreachable_hub_is_reported_with_the_fix(monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("no route\nto the host")
 
@@ -315,13 +302,11 @@ def test_an_image_must_be_of_whole_cells(size):
     refused(lambda: Target(DINOV2, None, size), f"data.image_size={size}: ", "a multiple of 16")
 
 
-def test_a_network_without_stride_16_is_refused():
+def test_a_network_without_a_grid_of_stride_16_is_refused(files):
     refused(lambda: Target("crossvit_tiny_240", None, 32), "alignment.target=crossvit_tiny_240", "stride 16")
-
-
-def test_an_odd_number_of_tokens_is_refused(files):
     target = Target(DINOV2, files(DINOV2), 32)
-    refused(lambda: target(images(32)) if setattr(target, "grid", (3, 3)) is None else None, "gives 4 tokens, not 3×3")
+    target.grid = (3, 3)
+    refused(lambda: target(images(32)), "gives 4 tokens, not 3×3")
 
 
 @pytest.mark.parametrize(
@@ -344,8 +329,8 @@ def test_impossible_settings_are_named(kind, values, key):
 # the losses
 
 
-def aligned(grid=(4, 4), wanted=(4, 4), projector=None):
-    return AlignmentLoss(projector or nn.Identity(), 8, 0.5, grid, wanted)
+def aligned(grid=(4, 4), token_grid=(4, 4)):
+    return AlignmentLoss(nn.Identity(), 8, 0.5, grid, token_grid)
 
 
 def tokens(batch=2, count=16, width=6, seed=0):
@@ -370,6 +355,8 @@ def test_the_projector_is_three_layers_with_silu():
     assert list(state) == names
     shapes = [tuple(state[f"projector.{layer}.weight"].shape) for layer in (0, 2, 4)]
     assert shapes == [(6, 6), (6, 6), (5, 6)]  # P = D
+    loss(tokens(), tokens(width=5, seed=1)).backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in loss.parameters())
     h = tokens()
     for layer in (0, 2, 4):
         h = h @ state[f"projector.{layer}.weight"].T + state[f"projector.{layer}.bias"]
@@ -380,14 +367,6 @@ def test_the_projector_is_three_layers_with_silu():
     wide = REPA(DINOV2, projector_width=9).build_loss(6, 5, (4, 4), (4, 4))
     assert wide.projector[2].weight.shape == (9, 9)
     assert (loss.name, loss.align_depth, loss.weight) == ("repa_loss", 8, 0.5)
-
-
-def test_gradients_reach_projector_and_hidden_state():
-    loss = aligned(projector=Projector(6, 7, 5))
-    h, features = tokens().requires_grad_(), tokens(width=5, seed=1)
-    loss(h, features).backward()
-    assert h.grad.abs().sum() > 0
-    assert all(parameter.grad.abs().sum() > 0 for parameter in loss.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -405,12 +384,12 @@ def test_cosine_is_in_float32_under_autocast(dtype):
 def test_features_on_another_grid_are_resized_bilinearly():
     features = tokens(count=6)
     maps = features.transpose(1, 2).reshape(2, 6, 2, 3)
-    wanted = F.interpolate(maps, size=(4, 4), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(to_grid(features, (2, 3), (4, 4)), wanted)
+    expected = F.interpolate(maps, size=(4, 4), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(to_grid(features, (2, 3), (4, 4)), expected)
     ramp = torch.tensor([0.0, 1.0])[None, :, None]  # (1, 2, 1): one row
     assert to_grid(ramp, (1, 2), (1, 4)).flatten().tolist() == [0.0, 0.25, 0.75, 1.0]
     assert to_grid(features, (2, 3), (2, 3)) is features
-    torch.testing.assert_close(aligned((2, 3), (4, 4))(wanted, features), torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(aligned((2, 3), (4, 4))(expected, features), torch.tensor(0.0), atol=1e-6, rtol=0)
 
 
 def test_dispersive_loss_in_closed_form():
@@ -425,6 +404,7 @@ def test_dispersive_loss_in_closed_form():
     torch.testing.assert_close(cold(h[1:]), torch.tensor(-2000.0))  # exp(−2000) is no float32
     assert (loss.name, loss.align_depth, loss.weight) == ("dispersive_loss", 2, 0.5)
     assert not loss.state_dict()
+    refused(lambda: loss(h[:1]), "trainer.micro_batch_size=1", "at least 2")  # one image has no pair
 
 
 def test_descending_the_dispersive_loss_spreads_the_batch():
@@ -438,18 +418,7 @@ def test_descending_the_dispersive_loss_spreads_the_batch():
     assert twins.grad.isfinite().all()
 
 
-def test_one_image_has_no_pair():
-    refused(lambda: DispersiveLoss(1, 0.5, 1.0)(tokens(batch=1)), "trainer.micro_batch_size=1", "at least 2")
-
-
 # the settings
-
-
-def test_depth_is_checked_against_the_encoder():
-    check_depth(1, 4)
-    check_depth(4, 4)
-    for depth in (0, 5, 8):
-        refused(lambda: check_depth(depth, 4), f"alignment.align_depth={depth}: the encoder has 4 blocks, choose 1..4")  # noqa: B023
 
 
 def alignment(name):
@@ -468,46 +437,38 @@ def cached(target, file=None, **changes):
 def test_an_alignment_is_built_of_a_target_or_of_cached_features(files):
     file = files(LITE0)
     settings = REPA(LITE0, file, align_depth=1, until_step=7)
-    online = build_alignment(settings, 6, (4, 4), 32)
+    online = settings.build(6, (4, 4), 32, None)
     assert online.target is not None
     assert (online.fingerprint, online.end_step, online.needs_features) == (online.target.fingerprint, 7, True)
     assert online.loss.projector[4].out_features == 112
-    stored = build_alignment(settings, 6, (4, 4), 32, cached(LITE0, file))
+    stored = settings.build(6, (4, 4), 32, cached(LITE0, file))
     assert (stored.target, stored.fingerprint) == (None, "f")
-    assert (stored.loss.projector[4].out_features, stored.loss.grid, stored.loss.wanted_grid) == (5, (2, 2), (4, 4))
+    assert (stored.loss.projector[4].out_features, stored.loss.grid, stored.loss.token_grid) == (5, (2, 2), (4, 4))
     other = cached(LITE0, weights_sha256="0")
-    refused(lambda: build_alignment(settings, 6, (4, 4), 32, other), "is not the file that the cached features")
-    refused(lambda: build_alignment(settings, 6, (4, 4), 32, cached(DINOV2)), f"holds features of {DINOV2}")
+    refused(lambda: settings.build(6, (4, 4), 32, other), "is not the file that the cached features")
+    refused(lambda: settings.build(6, (4, 4), 32, cached(DINOV2)), f"holds features of {DINOV2}")
 
 
 def test_without_a_target_nothing_is_loaded():
-    dispersive = build_alignment(Dispersive(), 6, (4, 4), 32, cached(LITE0))
+    dispersive = Dispersive().build(6, (4, 4), 32, cached(LITE0))
     assert isinstance(dispersive.loss, DispersiveLoss)
     assert (dispersive.end_step, dispersive.needs_features, dispersive.target) == (math.inf, False, None)
-    assert build_alignment(None, 6, (4, 4), 32) == Alignment()
     assert Alignment().end_step == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "target", "depth"),
-    [
-        ("repa_dinov2_b", "vit_base_patch14_dinov2.lvd142m", 8),
-        ("repa_efficientnet_lite0", LITE0, 2),
-    ],
-)
-def test_the_targets_on_offer(name, target, depth, tmp_path, monkeypatch):
+def test_the_alignments_on_offer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "efficientnet_lite0.safetensors").touch()
-    settings = alignment(name)
-    assert (settings.target, settings.align_depth, settings.weight) == (target, depth, 0.5)
-    assert (settings.until_step, settings.projector_width, settings.compile) == (None, None, False)
-    assert (settings.needs_target, settings.loss_name) == (True, "repa_loss")
-
-
-def test_the_other_choices():
+    for name, target, depth in (("dinov2_b", "vit_base_patch14_dinov2.lvd142m", 8), ("efficientnet_lite0", LITE0, 2)):
+        settings = alignment(f"repa_{name}")
+        assert (settings.target, settings.align_depth, settings.weight) == (target, depth, 0.5)
+        assert (settings.until_step, settings.projector_width, settings.compile) == (None, None, False)
+        assert settings.needs_target
     assert alignment("none") is None
-    settings = alignment("dispersive")
-    assert settings == Dispersive()
-    assert (settings.needs_target, settings.loss_name) == (False, "dispersive_loss")
+    assert alignment("dispersive") == Dispersive()
+    assert not Dispersive.needs_target
     refused(lambda: parse(Dispersive, {"until_step": 2.5}, "alignment"), "alignment.until_step=2.5")
+    Dispersive(align_depth=4).check_depth(4)
+    words = "alignment.align_depth=5: the encoder has 4 blocks, choose 1..4"
+    refused(lambda: Dispersive(align_depth=5).check_depth(4), words)

@@ -1,6 +1,4 @@
-"""Alignment within a training: what is logged, resumed, switched off, cached, and a step of the
-real networks.
-"""
+"""Alignment in training: logging, resuming, its last step, caches, a step of the real networks."""
 
 import json
 import math
@@ -35,9 +33,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Pictures of 32 px and the random weights of a small vision transformer: 2×2 tokens, where the
-    latent has 8×8.
-    """
+    """Images of 32 px and random weights of a small ViT: 2×2 tokens, where the latent has 8×8."""
     root = tmp_path_factory.mktemp("alignment")
     picture_folder(root / "pictures", count=6)
     torch.manual_seed(0)
@@ -79,7 +75,7 @@ def test_the_denoiser_alone_is_saved_as_model(straight):
     assert len(state["optimizer"]["state"]) == len(keys) + 6
 
 
-def test_resuming_goes_on_with_the_same_projector(place, straight, monkeypatch):
+def test_resuming_continues_the_same_projector(place, straight, monkeypatch):
     monkeypatch.chdir(place)
     for steps in (3, 6):
         succeed("train", *options(place, "name=resumed", f"trainer.max_steps={steps}"))
@@ -157,8 +153,8 @@ def test_features_from_the_cache_are_those_of_the_target(place, straight, monkey
     for mirrored in (False, True):
         flipped = torch.full((4,), mirrored).numpy()
         expected = target(images.flip(-1) if mirrored else images)
-        found = torch.from_numpy(stored.load_features(torch.arange(4).numpy(), flipped))
-        torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=2e-3)
+        features = torch.from_numpy(stored.load_features(torch.arange(4).numpy(), flipped))
+        torch.testing.assert_close(features.float(), expected, rtol=2e-3, atol=2e-3)
     training = [o for o in options(place) if not o.startswith("data") and "weights" not in o]
     training += [
         "data=latents",

@@ -1,4 +1,4 @@
-"""A small autoencoder is trained, measured and written so that everything else reads it."""
+"""A small autoencoder is trained, measured, and written as a diffusers folder."""
 
 import dataclasses
 import json
@@ -24,15 +24,9 @@ from ddt.training.autoencoder import (
 )
 
 SMALL = AutoencoderSettings(
-    steps=40,
-    batch_size=8,
-    lr=5e-3,
-    block_out_channels=[8, 8],
-    latent_channels=2,
-    kl_weight=1e-4,
-    layers_per_block=1,
+    steps=40, batch_size=8, lr=5e-3, block_out_channels=[8, 8], latent_channels=2, kl_weight=1e-4, layers_per_block=1,
     seed=3,
-)
+)  # fmt: skip
 ARGUMENTS = ("data=digits", "steps=40", "lr=5e-3", "block_out_channels=[8,8]", "latent_channels=2", "seed=3")
 
 
@@ -62,12 +56,12 @@ def test_the_script_writes_what_the_project_reads(written):
     assert report["squared_error"]["last"] < 0.5 * report["squared_error"]["first"]
 
 
-def test_the_reported_psnr_is_that_of_held_out_images_drawn_from_the_posterior(written):
+def test_the_reported_psnr_is_that_of_held_out_images_sampled_from_the_posterior(written):
     codec, test = KLAutoencoder(str(written)), torch.from_numpy(Digits("test").images)
     noise = torch.randn((len(test), 2, 4, 4), generator=torch.Generator().manual_seed(1))
-    found = psnr(test, codec.decode(codec.sample(codec.encode(test), noise)))
+    expected = psnr(test, codec.decode(codec.sample(codec.encode(test), noise)))
     reported = json.loads((written / "training.json").read_text())["psnr"]
-    assert reported == pytest.approx(found, abs=0.05)
+    assert reported == pytest.approx(expected, abs=0.05)
     assert reported > 9
 
 
@@ -135,11 +129,12 @@ def test_psnr():
     assert 100 < psnr(dark, dark) < 200
 
 
-def test_few_held_out_images_make_a_small_picture():
+def test_originals_stand_above_their_reconstructions():
     for count, rows in ((1, 2), (3, 2), (8, 2), (11, 2), (16, 4), (40, 4)):
         images = torch.zeros(count, 3, 48, 48, dtype=torch.uint8)
-        height, width, _ = comparison(images, images).shape
-        assert (height, width) == (rows * 50 + 2, min(count, 8) * 50 + 2)
+        picture = comparison(images, images + 255)
+        assert picture.shape == (rows * 50 + 2, min(count, 8) * 50 + 2, 3)
+        assert picture[25::50, 25::50].mean(axis=(1, 2)).tolist() == [0, 255] * (rows // 2)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training():
@@ -172,15 +167,12 @@ def test_mistakes_are_one_line(tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_out_is_asked_for_and_not_written_over(written):
+def test_out_must_be_given_and_is_not_written_over(written, tmp_path):
+    empty = ArrayImages(np.empty((0, 1, 8, 8), np.uint8), np.empty(0), ["0"])
+    with pytest.raises(UserError, match=r"no held-out images to measure on; give data\.holdout_every=20"):
+        train_autoencoder(Digits(), empty, SMALL, tmp_path / "out", {})
     assert refusal("scripts.train_autoencoder", "data=digits") == "out: not set; give out=…"
     before = (written / "training.json").read_bytes()
     message = refusal("scripts.train_autoencoder", *ARGUMENTS, f"out={written}")
     assert message == f"out={written}: exists already and is not written over; choose another folder"
     assert (written / "training.json").read_bytes() == before
-
-
-def test_without_held_out_images_nothing_is_trained(tmp_path):
-    empty = ArrayImages(np.empty((0, 1, 8, 8), np.uint8), np.empty(0), ["0"])
-    with pytest.raises(UserError, match=r"no held-out images to measure on; give data\.holdout_every=20"):
-        train_autoencoder(Digits(), empty, SMALL, tmp_path / "out", {})
