@@ -1,7 +1,6 @@
 """The path between noise and data: interpolation, velocity, score, training times, sampling grids.
 
-Shapes: B batch, C channels, H W latent size. t = 0 is noise, t = 1 is data. Source: method.md 1 and
-4.
+t = 0 is noise, t = 1 is data. Shapes: B batch. Source: method.md 1 and 4.
 """
 
 from typing import Literal
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ddt.errors import require
 
-MAX_STEPS = 100_000  # a slip of the keyboard must not fill the memory
+MAX_STEPS = 100_000  # so that a typo does not fill the memory
 TimeDistribution = Literal["lognorm", "uniform"]
 
 
@@ -32,39 +31,30 @@ def velocity(x: Tensor, noise: Tensor) -> Tensor:
 
 
 def score(v: Tensor, x_t: Tensor, t: float) -> Tensor:
-    """Return the score `s = (t·v − x_t)/(1 − t)` that belongs to a velocity v on this path, t < 1.
-    Source: method.md 1.
-    """
+    """Return the score `s = (t·v − x_t)/(1 − t)` of a velocity v, t < 1. Source: method.md 1."""
     return (t * v - x_t) / (1 - t)
 
 
 def clean(v: Tensor, x_t: Tensor, t: float) -> Tensor:
-    """Return the clean latent `x_t + (1 − t)·v` that a velocity v predicts on this path. Source:
-    method.md 1.
-    """
+    """Return the clean latent `x_t + (1 − t)·v` predicted by a velocity v. Source: method.md 1."""
     return x_t + (1 - t) * v
 
 
 def training_times(normal: Tensor, distribution: TimeDistribution) -> Tensor:
-    """Map standard normal draws (B,) to training times (B,) in (0, 1).
+    """Map standard normal samples (B,) to training times (B,) in (0, 1).
 
-    "lognorm": sigmoid(n), the published choice; "uniform": Φ(n), the ablation's baseline. One draw
-    serves both, so that runs with either distribution see the same noise. Source: method.md 1.
+    "lognorm": sigmoid(n), as published; "uniform": Φ(n), the ablation's baseline, from the same n,
+    so that runs with either see the same noise. Source: method.md 1.
     """
     return torch.sigmoid(normal) if distribution == "lognorm" else torch.special.ndtr(normal)
 
 
 def time_grid(num_steps: int, last_step: float | None = None, timeshift: float = 1.0) -> list[float]:
-    """Return the num_steps + 1 times that a solver walks: `linspace(0, 1 − last_step, num_steps)`,
-    then 1.
+    """Return a solver's num_steps + 1 times: `linspace(0, 1 − last_step, num_steps)`, then 1.
 
-    Args:
-        num_steps: at least 1.
-        last_step: length of the last step before the shift; None means 1/num_steps.
-        timeshift: `t ← t / (t + (1 − t)·timeshift)`; above 1 the steps crowd near the noise.
-
-    The grid is computed in float32 on the CPU and returned as Python floats that hold exactly those
-    float32 values. Raises UserError. Source: method.md 4.
+    last_step: length of the last step before the shift; None means 1/num_steps. timeshift:
+    `t ← t / (t + (1 − t)·timeshift)`; above 1, more steps near the noise. Computed in float32 on
+    the CPU, returned as floats of exactly those values. Raises UserError. Source: method.md 4.
     """
     require(1 <= num_steps <= MAX_STEPS, f"num_steps={num_steps}: must lie in 1..{MAX_STEPS}")
     last_step = 1 / num_steps if last_step is None else last_step

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # bash scripts/reproduce.sh xl_256|xl_512 REFERENCE_NPZ [key=value …]: from a published checkpoint to its numbers.
-# Converts it, samples 50 images of each class, evaluates them against ADM's npz of the data set and lays the metrics beside
-# the paper's. The same command again resumes. Keys are those of sample.py, and: released, encoder_depth (of
-# convert_checkpoint.py), inception_weights, pr_dtype (of evaluate.py).
+# Converts it, samples 50 images of each class, evaluates them against ADM's reference npz and compares with the paper.
+# The same command resumes. Keys: of sample.py, released and encoder_depth (of convert_checkpoint.py), inception_weights
+# and pr_dtype (of evaluate.py).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

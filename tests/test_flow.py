@@ -21,9 +21,7 @@ def test_path_runs_from_noise_to_data():
 
 
 def test_score_of_a_gaussian():
-    """Data N(0, s²): x_t ~ N(0, t²s² + (1−t)²), whose score is −x/variance, and the velocity is
-    known in closed form.
-    """
+    """Data N(0, s²): x_t ~ N(0, t²s² + (1−t)²), whose score is −x/variance."""
     x_t, t, s = torch.randn(64, dtype=torch.float64), 0.3, 0.7
     variance = t**2 * s**2 + (1 - t) ** 2
     v = (t * s**2 - (1 - t)) / variance * x_t
@@ -52,6 +50,8 @@ def test_grids_are_those_of_the_release(golden):
         ((4, 0.0), "last_step=0"),
         ((4, 1.5), "last_step=1.5"),
         ((4, None, 0.0), "timeshift=0"),
+        ((250, 1e-9), "last_step=1e-09, timeshift=1.0: two of the 251 times are equal in float32"),
+        ((250, 0.04, 1e-9), "two of the 251 times are equal in float32"),
     ],
 )
 def test_impossible_grids_are_named(arguments, key):

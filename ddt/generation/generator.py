@@ -1,4 +1,4 @@
-"""What turns classes and seeds into images: a network, its autoencoder, a sampler, a device.
+"""Classes and seeds to images: `Generator` holds network, autoencoder, sampler and device.
 
 Shapes: B batch, C H W latent (latents) or image (pixels).
 """
@@ -21,17 +21,14 @@ from ddt.sampling.sharing import CACHE_BYTES
 Dtype = Literal["bf16", "fp32"]
 
 
-def usual_dtype(device: torch.device) -> Dtype:
-    """Return the precision that networks run in on a device unless another is asked for."""
+def default_dtype(device: torch.device) -> Dtype:
+    """Return the default precision of networks on a device."""
     return "bf16" if device.type == "cuda" else "fp32"
 
 
 def cast_weights(model: nn.Module) -> None:
-    """Cast in place to bfloat16 those weights that autocast casts at every call: of linear layers
-    and convolutions.
-
-    Under autocast the results stay the same bits, and weights take half the memory; norms and
-    tables of embeddings, which autocast leaves alone, stay float32.
+    """Cast linears and convolutions in place to bfloat16, as autocast does at every call: the same
+    bits under autocast in half the memory. Norms and embedding tables stay float32.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
@@ -40,44 +37,36 @@ def cast_weights(model: nn.Module) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """What turns a class and a seed into an image.
-
-    model, guide: networks; guide is the weaker one of autoguidance, or None. shape: (C, H, W) of a
-    latent. settings: the sampler; before images are sampled, `fitting.resolve_recompute` makes a
-    list of its `recompute`. dtype: "bf16" runs networks and autoencoder under autocast. compiled:
-    whether the networks' blocks are, for the receipt. observe: see `ddt.sample`.
-    """
+    """Samples images from classes and seeds."""
 
     model: Denoiser
     autoencoder: Autoencoder
-    shape: tuple[int, int, int]
-    settings: SamplerSettings
-    dtype: Dtype
+    shape: tuple[int, int, int]  # (C, H, W) of a latent
+    settings: SamplerSettings  # `recompute` resolved by `fitting.resolve_recompute` before sampling
+    dtype: Dtype  # bf16: networks and autoencoder run under autocast
     device: torch.device
-    guide: Denoiser | None = None
+    guide: Denoiser | None = None  # the weaker network of autoguidance
     cache_bytes: float = CACHE_BYTES
-    compiled: bool = False
-    observe: Observer | None = None
+    compiled: bool = False  # whether the networks' blocks are, for the receipt
+    observe: Observer | None = None  # see `ddt.sample`
 
     def autocast(self) -> torch.autocast:
-        """Return the context of the networks; every thread enters its own."""
+        """Return the autocast context of networks and autoencoder; each thread enters its own."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16")
 
     def exact(self) -> contextlib.AbstractContextManager[None]:
-        """Return the context in which equal calls on one GPU give equal bits, and fp32 means
-        float32.
-        """
+        """Return the context in which equal calls give equal bits, and fp32 means no TF32."""
         return torch.backends.cudnn.flags(
             enabled=True, benchmark=False, deterministic=True, allow_tf32=self.dtype == "bf16"
         )
 
     def latents(self, classes: list[int], seeds: list[int]) -> tuple[Tensor, dict[str, int]]:
-        """Return the latents (B, C, H, W) of some images, and the network calls per image."""
+        """Sample latents (B, C, H, W); return them and the network calls per image."""
         return self.from_noise(noise_of(seeds, self.shape).to(self.device), classes)
 
     @torch.no_grad()
     def from_noise(self, noise: Tensor, classes: list[int]) -> tuple[Tensor, dict[str, int]]:
-        """Return what `latents` does, of the noise (B, C, H, W) itself."""
+        """As `latents`, from noise (B, C, H, W) on the device."""
         counts: dict[str, int] = {}
         y = torch.tensor(classes, device=self.device)
         with self.autocast():
@@ -89,9 +78,7 @@ class Generator:
 
     @torch.no_grad()
     def pixels(self, latents: Tensor, ready: torch.cuda.Event | None, stream: torch.cuda.Stream | None) -> np.ndarray:
-        """Return uint8 images (B, H, W, C); on a GPU in a stream of its own, once `ready` has
-        passed.
-        """
+        """Decode latents to uint8 images (B, H, W, C); on a GPU in `stream`, after `ready`."""
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream), self.autocast():
             if stream is not None and ready is not None:
                 stream.wait_event(ready)

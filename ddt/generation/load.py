@@ -1,4 +1,4 @@
-"""A checkpoint as sampling loads it: network, autoencoder, guide, and their part of the receipt."""
+"""Loading a checkpoint for sampling: network, autoencoder, guide, and their part of the receipt."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.checkpoint import folder as ckpt
 from ddt.distributed.compile import compile_blocks
 from ddt.errors import UserError, require
-from ddt.generation.generator import Dtype, Generator, cast_weights, usual_dtype
+from ddt.generation.generator import Dtype, Generator, cast_weights, default_dtype
 from ddt.sampling.settings import SamplerSettings
 
 
 def check_guide_config(stored: dict[str, Any], guide: dict[str, Any], scale: float) -> None:
-    """Raise UserError where a guide is of other latents or classes, or guides nothing."""
+    """Raise UserError where a guide has other latents or classes, or no effect."""
     require(scale != 1, "guide: has no effect with cfg_scale=1; choose another scale, or leave the guide out")
     for key in ("latent_shape", "class_names", "autoencoder_fingerprint"):
         ours, theirs = stored.get(key), guide.get(key)
@@ -25,10 +25,9 @@ def check_guide_config(stored: dict[str, Any], guide: dict[str, Any], scale: flo
 
 
 def stored_autoencoder(stored: dict[str, Any], chosen: str) -> Autoencoder:
-    """Return the autoencoder of a checkpoint, or the one chosen in its place.
+    """Return the autoencoder of a checkpoint, or the one `chosen` in its place.
 
-    Raises UserError where the checkpoint's is not there, or has other weights than in training, or
-    other latents.
+    Raises UserError where it is missing, or has other weights than in training, or other latents.
     """
     settings = stored["autoencoder"]
     if chosen != "checkpoint":
@@ -64,17 +63,14 @@ def load_generator(
     cache_gib: float = 4,
     compiled: bool = False,
 ) -> Generator:
-    """Load the networks that sample, a checkpoint's `weights` and a guide's; `autoencoder` is the
-    checkpoint's (`stored_autoencoder`).
+    """Load a checkpoint's network and a guide's; `autoencoder` is of `stored_autoencoder`.
 
-    dtype None: what is usual on the device. Raises UserError for files that are not there, or not
-    as they were.
+    dtype None: the device's default. Raises UserError for files that are missing or damaged.
     """
-    stored = ckpt.read_config(folder)
     model = ckpt.load_model(folder, weights)
-    guiding = None if guide is None else ckpt.load_model(guide)
-    dtype = dtype or usual_dtype(device)
-    for network in filter(None, (model, guiding)):
+    guide_model = None if guide is None else ckpt.load_model(guide)
+    dtype = dtype or default_dtype(device)
+    for network in filter(None, (model, guide_model)):
         network.to(device)
         if dtype == "bf16":
             cast_weights(network)
@@ -83,18 +79,18 @@ def load_generator(
     return Generator(
         model=model,
         autoencoder=autoencoder.to(device),
-        shape=tuple(stored["latent_shape"]),
+        shape=tuple(ckpt.read_config(folder)["latent_shape"]),
         settings=settings,
         dtype=dtype,
         device=device,
-        guide=guiding,
+        guide=guide_model,
         cache_bytes=cache_gib * 2**30,
         compiled=compiled,
     )
 
 
 def checkpoint_receipt(folder: Path, weights: str, generator: Generator) -> dict[str, Any]:
-    """Return what the receipt of a set says of its checkpoint."""
+    """Return the checkpoint's part of a set's receipt."""
     stored = ckpt.read_config(folder)
     return {
         **ckpt.weights_receipt(folder, weights),
@@ -102,8 +98,3 @@ def checkpoint_receipt(folder: Path, weights: str, generator: Generator) -> dict
         "class_names": stored["class_names"],
         "autoencoder_sha256": generator.autoencoder.fingerprint,
     }
-
-
-def guide_receipt(folder: Path) -> dict[str, Any]:
-    """Return what the receipt of a set says of its guide."""
-    return {"ema_sha256": ckpt.weights_sha256(folder, "ema"), "step": ckpt.read_config(folder)["step"]}

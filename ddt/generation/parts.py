@@ -1,12 +1,10 @@
-"""A set of images on its way to disk: part files of a few images each, then joined into one npz.
+"""Part files of a set, a few images each, and the npz that joins them.
 
 Shapes: n images of the set, m of a part, H W C pixels.
 """
 
 import json
 import logging
-import os
-import platform
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -14,28 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
-from ddt.files import fsync
+from ddt.files import atomic_file
 
 log = logging.getLogger(__name__)
-EPOCH = (1980, 1, 1, 0, 0, 0)  # of the files inside an npz, so that equal sets are equal bytes
+PARTS = "[0-9]*-[0-9]*.npz"  # FIRST-END.npz
+EPOCH = (1980, 1, 1, 0, 0, 0)  # time of the files inside an npz, so that equal sets are equal bytes
 
 
 def write_part(folder: Path, start: int, images: np.ndarray, counts: dict[str, int]) -> None:
-    """Write images start, start + 1, … of a set, uint8 (m, H, W, C), atomically, with the network
-    calls per image.
-    """
-    path = folder / f"{start:08d}-{start + len(images):08d}.npz"
-    temporary = folder / f".tmp-{platform.node()}-{os.getpid()}.npz"
-    np.savez(temporary, images=images, counts=np.array(json.dumps(counts)))
-    fsync(temporary)
-    temporary.replace(path)
+    """Write images start, start + 1, … (m, H, W, C) and network calls per image, atomically."""
+    with atomic_file(folder / f"{start:08d}-{start + len(images):08d}.npz") as temporary:
+        np.savez(temporary, images=images, counts=np.array(json.dumps(counts)))
 
 
 def read_part(path: Path) -> tuple[int, np.ndarray, dict[str, int]]:
-    """Return the number of a part's first image, its images (m, H, W, C) and its counts.
-
-    Raises ValueError, OSError or zipfile.BadZipFile where the file is damaged.
-    """
+    """Return the number of a part's first image, its images (m, H, W, C) and its counts."""
     start, stop = map(int, path.stem.split("-"))
     with np.load(path, allow_pickle=False) as file:
         images, counts = file["images"], json.loads(str(file["counts"]))
@@ -45,44 +36,39 @@ def read_part(path: Path) -> tuple[int, np.ndarray, dict[str, int]]:
 
 
 def remove_damaged(folder: Path) -> None:
-    """Read all part files and remove those that are damaged, or hold an image of the one before:
-    their images are sampled again.
-    """
+    """Remove parts that are damaged or overlap the one before; their images are sampled again."""
     end = 0
-    for path in sorted(folder.glob("[0-9]*-[0-9]*.npz")):
+    for path in sorted(folder.glob(PARTS)):
         try:
             start, images, _ = read_part(path)
             if start < end:
                 raise ValueError("overlaps")
             end = start + len(images)
         except (ValueError, OSError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
-            log.warning("%s: damaged or double, its images are sampled again", path)
+            log.warning("%s: damaged or overlapping, its images are sampled again", path)
             path.unlink()
-    for left in folder.glob(".tmp-*"):  # of a process that was killed while writing
-        left.unlink()
+    for temporary in folder.glob(".tmp-*"):  # of a process that was killed while writing
+        temporary.unlink()
 
 
 def sampled_numbers(folder: Path) -> np.ndarray:
-    """Return the numbers of the images that part files hold, sorted, int64 (k,)."""
-    spans = [path.stem.split("-") for path in folder.glob("[0-9]*-[0-9]*.npz")]
+    """Return the sorted numbers of the images in part files, int64 (k,)."""
+    spans = [path.stem.split("-") for path in folder.glob(PARTS)]
     return np.sort(np.concatenate([np.arange(int(a), int(b)) for a, b in spans] or [np.empty(0, dtype=np.int64)]))
 
 
 def merge_parts(folder: Path, target: Path, classes: list[int]) -> dict[str, float]:
-    """Join the parts into `target`, an npz with `arr_0` (n, H, W, C) uint8 and `arr_1` (n,) int64,
-    one part in memory at a time.
+    """Join the parts, one in memory at a time, into `target`: `arr_0` uint8 (n, H, W, C) and
+    `arr_1` int64 (n,). Equal images give equal bytes.
 
-    Returns the mean of each count over images, `cached_bytes` its maximum. Equal images give equal
-    bytes.
+    Returns the mean of each count over images, `cached_bytes` its maximum.
     """
     total = len(classes)
-    parts = sorted(folder.glob("[0-9]*-[0-9]*.npz"))
     assert np.array_equal(sampled_numbers(folder), np.arange(total)), "every image of the set is there, and once"
     sums: dict[str, float] = {}
-    temporary = target.with_name(f".tmp-{target.name}")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_file(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy", EPOCH), "w", force_zip64=True) as file:
-            for path in parts:
+            for path in sorted(folder.glob(PARTS)):
                 start, images, counts = read_part(path)
                 if start == 0:
                     header = {"descr": "|u1", "fortran_order": False, "shape": (total, *images.shape[1:])}
@@ -95,8 +81,6 @@ def merge_parts(folder: Path, target: Path, classes: list[int]) -> dict[str, flo
                         sums[name] = sums.get(name, 0) + number * len(images) / total
         with archive.open(zipfile.ZipInfo("arr_1.npy", EPOCH), "w", force_zip64=True) as file:
             np.lib.format.write_array(file, np.array(classes, dtype=np.int64), allow_pickle=False)
-    fsync(temporary)
-    temporary.replace(target)
     return {name: round(number, 6) for name, number in sums.items()}
 
 

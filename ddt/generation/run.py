@@ -1,6 +1,4 @@
-"""sample.py from its settings to a set of images: everything is checked first, then each process
-loads the networks and samples its share.
-"""
+"""sample.py: checks its settings, then each process loads the networks and samples its share."""
 
 import datetime
 from pathlib import Path
@@ -12,25 +10,18 @@ from ddt.distributed.launch import launch
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import collected, require
 from ddt.generation.image_set import ImageSet
-from ddt.generation.load import (
-    check_guide_config,
-    checkpoint_receipt,
-    guide_receipt,
-    load_generator,
-    stored_autoencoder,
-)
+from ddt.generation.load import check_guide_config, checkpoint_receipt, load_generator, stored_autoencoder
 from ddt.generation.sample_set import sample_set
 from ddt.generation.settings import SampleSettings
 from ddt.model import network_class
 from ddt.sampling.settings import SamplerSettings
 
-COMPILE_FROM = 1_000  # images: fewer are sampled before a compilation pays
+COMPILE_FROM = 1_000  # images; for fewer, compiling takes longer than it saves
 
 
 def sample_checkpoint(settings: SampleSettings) -> None:
-    """Sample the set that the settings ask for, and write it; see `sample_set`.
-
-    Raises UserError with a line for each setting that cannot be.
+    """Sample the set of the settings and write it (`sample_set`); UserError has a line for each
+    impossible setting.
     """
     guide = None if settings.guide is None else ckpt.find_checkpoint(settings.guide)
     require(
@@ -55,7 +46,7 @@ def sample_share(
     """Load the networks and sample this process's share of the images."""
     accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))  # one GPU may be hours behind another
     device = accelerator.device
-    worthwhile = device.type == "cuda" and len(images.seeds) >= COMPILE_FROM
+    compile_default = device.type == "cuda" and len(images.seeds) >= COMPILE_FROM
     generator = load_generator(
         folder,
         sampler,
@@ -65,8 +56,11 @@ def sample_share(
         guide=guide,
         dtype=settings.dtype,
         cache_gib=settings.cache_gib,
-        compiled=compiles("compile", settings.compile, worthwhile, device),
+        compiled=compiles("compile", settings.compile, compile_default, device),
     )
+    guide_receipt = None
+    if guide is not None:
+        guide_receipt = {"ema_sha256": ckpt.weights_sha256(guide, "ema"), "step": ckpt.read_config(guide)["step"]}
     sample_set(
         generator,
         images,
@@ -74,6 +68,6 @@ def sample_share(
         Path(settings.out or folder / "samples"),
         checkpoint_receipt(folder, settings.weights, generator),
         accelerator,
-        guide=None if guide is None else guide_receipt(guide),
+        guide=guide_receipt,
         png=settings.png,
     )

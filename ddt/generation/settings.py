@@ -1,6 +1,4 @@
-"""What sample.py is asked for (`SampleSettings`), and how a command's sampler is made of the
-checkpoint's (`SamplerOverrides`).
-"""
+"""`SampleSettings` of sample.py, and `SamplerOverrides` of a checkpoint's sampler."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,8 +19,9 @@ Stored = Literal["checkpoint"]  # takes the value stored with the checkpoint
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerOverrides:
-    """Settings in place of those of a checkpoint's sampler, each "checkpoint" by default; null has
-    a meaning of its own. `sampler` is `SamplerSettings.solver`, the others are called as there.
+    """Settings that replace those of a checkpoint's sampler unless "checkpoint"; null is a value.
+
+    `sampler` is `SamplerSettings.solver`; the others have the same names.
     """
 
     sampler: str = "checkpoint"
@@ -38,20 +37,15 @@ class SamplerOverrides:
     sde_last: LastStep | Stored = "checkpoint"
     tolerance: float | Stored = "checkpoint"
 
-    def chosen(self) -> dict[str, Any]:
-        """Return the settings that are not "checkpoint", by the names of `SamplerSettings`."""
-        values = {key: getattr(self, key) for key in SAMPLER_KEYS} | {"solver": self.sampler}
-        return {key: value for key, value in values.items() if value != "checkpoint"}
-
     def resolve(self, stored: dict[str, Any], shares_encoder: bool) -> SamplerSettings:
-        """Return the sampler of a checkpoint, `stored`, with these settings in their place.
+        """Return a checkpoint's sampler, `stored`, with these settings for its network.
 
-        shares_encoder: of the checkpoint's network. Raises UserError with a line for each setting
-        that cannot be, or would have no effect.
+        Raises UserError with a line for each setting that is impossible or has no effect.
         """
-        chosen = self.chosen()
+        values = {key: getattr(self, key) for key in SAMPLER_KEYS} | {"solver": self.sampler}
+        chosen = {key: value for key, value in values.items() if value != "checkpoint"}
         try:
-            settings = parse(SamplerSettings, without_idle(stored | chosen, chosen))
+            settings = parse(SamplerSettings, without_unused(stored | chosen, chosen))
             check_chosen(settings, chosen, shares_encoder)
         except UserError as error:
             raise UserError(str(error).replace("solver=", "sampler=")) from error
@@ -61,21 +55,19 @@ class SamplerOverrides:
 SAMPLER_KEYS = [key for key in SamplerSettings.__dataclass_fields__ if key != "solver"]
 
 
-def without_idle(values: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
-    """Return a sampler's settings without those of the checkpoint that have no effect beside the
-    chosen ones.
-    """
+def without_unused(values: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """Return a sampler's settings without stored ones that have no effect beside chosen ones."""
     solver = SOLVERS.get(values.get("solver", SamplerSettings.solver))
-    idle = {"sde_diffusion", "sde_last", "tolerance"} - set(solver.options if solver else ())
+    unused = {"sde_diffusion", "sde_last", "tolerance"} - set(solver.options if solver else ())
     if solver is not None and solver.adaptive:
-        idle |= {"recompute", "cfg_steps", "forecast_order"}
+        unused |= {"recompute", "cfg_steps", "forecast_order"}
     if values.get("recompute") is None:
-        idle.add("forecast_order")
-    return {key: value for key, value in values.items() if key in chosen or key not in idle}
+        unused.add("forecast_order")
+    return {key: value for key, value in values.items() if key in chosen or key not in unused}
 
 
 def check_chosen(settings: SamplerSettings, chosen: dict[str, Any], shares_encoder: bool) -> None:
-    """Raise UserError where a chosen setting does not suit the network, or would have no effect."""
+    """Raise UserError where a chosen setting does not suit the network, or has no effect."""
     for key in ("last_step", "timeshift"):
         require(
             not settings.adaptive or key not in chosen,
@@ -123,5 +115,5 @@ class SampleSettings(SamplerOverrides):
         require(self.png == "all" or self.png >= 0, f"png={self.png}: give a number of images, or all")
 
     def image_set(self, num_classes: int) -> ImageSet:
-        """Return the images that are asked for of a model of num_classes classes."""
+        """Return the images of the set, of a model with num_classes classes."""
         return image_set(num_classes, self.num_samples, self.classes, self.seeds, self.seed)

@@ -1,7 +1,4 @@
-"""The networks: one file a family, registered in `NETWORKS`.
-
-A family whose weights were published has a `release` (`ddt.model.released`).
-"""
+"""The networks: one file a family, registered in `NETWORKS`."""
 
 from typing import Any
 
@@ -19,23 +16,19 @@ NETWORKS: dict[str, type[Denoiser]] = {f"ddt.model.{kind.__name__}": kind for ki
 
 
 def network_class(settings: dict[str, Any]) -> type[Denoiser]:
-    """Return the class that the `_target_` of a network's settings names; UserError for another
-    than those of `NETWORKS`.
-    """
+    """Return the class named by `_target_` of a network's settings; UserError if unknown."""
     target = settings.get("_target_")
     require(target in NETWORKS, f"model._target_={target}: unknown network, choose from {', '.join(NETWORKS)}")
     return NETWORKS[str(target)]
 
 
 def build_network(settings: dict[str, Any]) -> Denoiser:
-    """Build the network that `settings` describe: `_target_`, one of `NETWORKS`, and its
-    constructor's arguments.
-    """
+    """Build the network of `settings`: `_target_`, one of `NETWORKS`, and its arguments."""
     return network_class(settings)(**{key: value for key, value in settings.items() if key != "_target_"})
 
 
 def load_network(settings: dict[str, Any], weights: dict[str, Tensor]) -> Denoiser:
-    """Build the network that `settings` describe around `weights`, strictly; in eval mode."""
+    """Build the network of `settings` in eval mode around `weights`, which must fit strictly."""
     with torch.device("meta"):
         model = build_network(settings)
     model.load_state_dict(weights, strict=True, assign=True)

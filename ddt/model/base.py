@@ -15,20 +15,14 @@ from ddt.model.released import Release
 
 
 class Denoiser(nn.Module):
-    """A network that predicts the velocity of x_t at time t for a class y.
+    """A network that predicts the velocity of x_t at time t for a class y."""
 
-    shares_encoder: whether it has an encoder whose z_t several steps can share; then `encode`,
-    `decode`, `modulations` and `modulation_layers` are there too. in_channels: C. num_classes: K,
-    label K is the null label. hidden_size: D of the blocks that alignment reads. patch_size: p; H
-    and W must be multiples of it. release: the names of its published weights, where there are any.
-    """
-
-    shares_encoder: ClassVar[bool] = False
-    release: ClassVar[Release | None] = None
-    in_channels: int
-    num_classes: int
-    hidden_size: int
-    patch_size: int
+    shares_encoder: ClassVar[bool] = False  # has `encode`, `decode` and `modulations`; steps can share z_t
+    release: ClassVar[Release | None] = None  # names of its published weights
+    in_channels: int  # C
+    num_classes: int  # K; label K is the null label
+    hidden_size: int  # D of the blocks that alignment reads
+    patch_size: int  # p; H and W must be multiples of it
 
     @property
     def num_alignable_blocks(self) -> int:
@@ -37,7 +31,7 @@ class Denoiser(nn.Module):
 
     @property
     def modulation_layers(self) -> list[nn.Module]:
-        """The decoder's layers that read nothing but z_t, in the order of `modulations`."""
+        """The decoder's layers that read z_t alone, in the order of `modulations`."""
         return []
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -45,9 +39,7 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
     def forward_with_hidden(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int) -> tuple[Tensor, Tensor]:
-        """Return the velocity (B, C, H, W) and the output (B, N, D) of block `hidden_depth`
-        (1-based), which alignment reads.
-        """
+        """Return the velocity (B, C, H, W) and the output (B, N, D) of block hidden_depth ≥ 1."""
         raise NotImplementedError
 
     def encode(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -55,19 +47,17 @@ class Denoiser(nn.Module):
         raise UserError(f"{type(self).__name__} has no encoder to share: use recompute=null, or a DDT model")
 
     def decode(self, x_t: Tensor, z_t: Tensor, modulations: Sequence[Tensor] = ()) -> Tensor:
-        """Return the velocity (B, C, H, W) from x_t (B, C, H, W) and z_t (B, N, D), which may come
-        from an earlier step; UserError where there is no decoder.
-
-        modulations: what `modulations(z_t)` returned, for several decodings with one z_t.
+        """Return the velocity (B, C, H, W) from x_t (B, C, H, W) and z_t (B, N, D), perhaps of an
+        earlier step. modulations: of `modulations(z_t)`. UserError where there is no decoder.
         """
         raise UserError(f"{type(self).__name__} has no separate decoder: call the model itself")
 
     def modulations(self, z_t: Tensor, max_bytes: float = math.inf) -> list[Tensor]:
-        """Return what the decoder's layers read of z_t (B, N, D): of each layer, or of the first
-        ones that fit into max_bytes; UserError where there is no decoder.
+        """Return the decoder's modulations by z_t (B, N, D): of the first layers, those that fit
+        into max_bytes. UserError where there is no decoder.
         """
         raise UserError(f"{type(self).__name__} has no separate decoder: call the model itself")
 
     def macs(self, num_tokens: int) -> NetworkMacs:
-        """Count the multiply-accumulates of one forward for one image of N = num_tokens."""
+        """Count the MACs of one forward for one image of N = num_tokens."""
         raise NotImplementedError

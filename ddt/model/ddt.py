@@ -1,8 +1,7 @@
 """The Decoupled Diffusion Transformer: a condition encoder and a velocity decoder.
 
-Shapes: B batch, C latent channels, H W latent size, p patch size, N = H·W/p² tokens, D width, K
-classes. The network knows nothing of paths, guidance or losses, and `model.train()` changes nothing
-in what it computes.
+Shapes: B batch, C latent channels, H W latent size, p patch size, N = H·W/p² tokens, D width.
+It knows no paths, guidance or losses, and computes the same in train and eval mode.
 """
 
 import math
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ddt.errors import require
 from ddt.model.base import Denoiser
-from ddt.model.cost import NetworkMacs, modulation_weights, stack_macs, weight_macs
+from ddt.model.cost import NetworkMacs, modulation_macs, stack_macs, weight_macs
 from ddt.model.layers import (
     AdaLNInit,
     BlockStack,
@@ -42,21 +41,14 @@ class Encoder(BlockStack):
         adaln_init: AdaLNInit = "release",
         activation_checkpointing: Checkpointing = False,
     ) -> None:
-        super().__init__(
-            in_channels,
-            patch_size,
-            hidden_size,
-            num_heads,
-            depth,
-            adaln_init=adaln_init,
-            activation_checkpointing=activation_checkpointing,
-        )
+        sizes = (in_channels, patch_size, hidden_size, num_heads, depth)
+        super().__init__(*sizes, "attention", adaln_init, activation_checkpointing)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int = 0) -> tuple[Tensor, Tensor]:
-        """Return z_t = SiLU(t_emb + s), (B, N, D), for x_t (B, C, H, W), t (B,), y (B,), and the
-        tokens (B, N, D) after `hidden_depth` blocks.
+        """Return z_t = SiLU(t_emb + s), (B, N, D), and the tokens (B, N, D) after hidden_depth
+        blocks, for x_t (B, C, H, W), t (B,), y (B,).
         """
         t_emb = self.t_embedder(t)[:, None]  # (B, 1, D)
         c = nn.functional.silu(t_emb + self.y_embedder(y)[:, None])  # (B, 1, D)
@@ -65,9 +57,7 @@ class Encoder(BlockStack):
 
 
 class Decoder(BlockStack):
-    """The velocity decoder: noisy latent and z_t → velocity. It sees the time only through z_t
-    (method.md 2).
-    """
+    """The velocity decoder: noisy latent and z_t → velocity; no other time input (method.md 2)."""
 
     def __init__(
         self,
@@ -80,38 +70,28 @@ class Decoder(BlockStack):
         adaln_init: AdaLNInit = "release",
         activation_checkpointing: Checkpointing = False,
     ) -> None:
-        super().__init__(
-            in_channels,
-            patch_size,
-            hidden_size,
-            num_heads,
-            depth,
-            mixer,
-            adaln_init,
-            activation_checkpointing,
-        )
+        sizes = (in_channels, patch_size, hidden_size, num_heads, depth)
+        super().__init__(*sizes, mixer, adaln_init, activation_checkpointing)
         self.output = OutputLayer(hidden_size, patch_size, in_channels)
 
     def modulations(self, z_t: Tensor, max_bytes: float = math.inf) -> list[Tensor]:
-        """Compute what the blocks, in their order, and then the output layer read of z_t (B, N, D).
-
-        Returns (B, N, 6D) for each block and (B, N, 2D) for the output layer, or the first of them
-        that fit into max_bytes. They stay the same as long as z_t does (method.md 4).
+        """Return the modulations by z_t (B, N, D): (B, N, 6D) of each block, then (B, N, 2D) of the
+        output layer; the first of them that fit into max_bytes. Source: method.md 4.
         """
-        kept: list[Tensor] = []
+        modulations: list[Tensor] = []
         autocast = torch.is_autocast_enabled(z_t.device.type)
         dtype = torch.get_autocast_dtype(z_t.device.type) if autocast else self.output.adaln.weight.dtype
         for layer in (*self.blocks, self.output):
             max_bytes -= z_t[..., 0].numel() * layer.adaln.out_features * dtype.itemsize
             if max_bytes < 0:
                 break
-            kept.append(layer.adaln(z_t))
-        return kept
+            modulations.append(layer.adaln(z_t))
+        return modulations
 
     def forward(self, x_t: Tensor, z_t: Tensor, modulations: Sequence[Tensor] = ()) -> Tensor:
         """Return the velocity (B, C, H, W) for x_t (B, C, H, W) and z_t (B, N, D).
 
-        modulations: what `modulations(z_t)` returned; the layers that it leaves out compute theirs.
+        modulations: of `modulations(z_t)`; the layers that it leaves out compute theirs.
         """
         at = self.positions(x_t)
         h, _ = self.run(x_t, z_t, at, modulations=modulations)
@@ -120,22 +100,18 @@ class Decoder(BlockStack):
 
 
 class DDT(Denoiser):
-    """Decoupled Diffusion Transformer: an encoder of `encoder_depth` blocks and a decoder of the
-    remaining ones.
+    """Decoupled Diffusion Transformer: `encoder_depth` encoder blocks, the rest decoder blocks.
 
     Args:
         in_channels: C, channels of the latent (of the pixels, with the identity autoencoder).
-        patch_size: p; H and W must be multiples of it. (None is for settings: to be inferred.)
-        hidden_size: D. num_heads: heads, dividing D into widths that are multiples of 4.
-        depth: blocks of both halves together. encoder_depth: blocks of the encoder, 1..depth−1; the
-            decoder has the rest, so that a sweep over encoder_depth keeps the total.
+        patch_size: p; H and W must be multiples of it.
+        hidden_size: D. num_heads: divides D into widths that are multiples of 4.
+        depth: blocks in all, constant over a sweep. encoder_depth: of the encoder, 1..depth−1.
         num_classes: K; label K is the null label.
-        decoder_block: token mixer of the decoder's blocks: attention (the published model), conv or
-            mlp (the paper's ablation).
-        adaln_init: "release" (torch's default, as the published weights were trained) or "zero"
-            (AdaLN-Zero).
+        decoder_block: token mixer of the decoder: attention (published), conv or mlp (ablation).
+        adaln_init: "release" (torch's default, as published) or "zero" (AdaLN-Zero).
         activation_checkpointing: True recomputes each block in the backward pass to save memory,
-            "selective" what in it works element by element; same numbers.
+            "selective" its elementwise work; same numbers.
 
     Raises UserError for impossible sizes. Source: method.md 2; arXiv 2504.05741, section 3.
     """
@@ -174,12 +150,12 @@ class DDT(Denoiser):
 
     @property
     def num_alignable_blocks(self) -> int:
-        """The encoder's blocks: alignment reads no other."""
+        """The encoder's blocks."""
         return len(self.encoder.blocks)
 
     @property
     def modulation_layers(self) -> list[nn.Module]:
-        """The linears z_t → modulation of the decoder's blocks, then of its output layer."""
+        """The linears z_t → modulation, of the decoder's blocks, then of its output layer."""
         return [layer.adaln for layer in (*self.decoder.blocks, self.decoder.output)]
 
     def encode(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -191,18 +167,16 @@ class DDT(Denoiser):
         return self.encoder(x_t, t, y)[0]
 
     def decode(self, x_t: Tensor, z_t: Tensor, modulations: Sequence[Tensor] = ()) -> Tensor:
-        """Return the velocity (B, C, H, W) from x_t (B, C, H, W) and z_t (B, N, D), which may come
-        from an earlier step.
+        """Return the velocity (B, C, H, W) from x_t (B, C, H, W) and z_t (B, N, D), perhaps of an
+        earlier step.
 
-        modulations: what `modulations(z_t)` returned, for several decodings with one z_t; same
-        result. Source: paper eq. 10; method.md 2 and 4.
+        modulations: of `modulations(z_t)`, for several decodings with one z_t; same result.
+        Source: paper eq. 10; method.md 2 and 4.
         """
         return self.decoder(x_t, z_t, modulations)
 
     def modulations(self, z_t: Tensor, max_bytes: float = math.inf) -> list[Tensor]:
-        """Return what the decoder's layers read of z_t (B, N, D): (B, N, 6D) for each block and
-        (B, N, 2D) for the output layer, or the first of them that fit into max_bytes.
-        """
+        """Return `Decoder.modulations` by z_t (B, N, D)."""
         return self.decoder.modulations(z_t, max_bytes)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -210,19 +184,17 @@ class DDT(Denoiser):
         return self.decode(x_t, self.encode(x_t, t, y))
 
     def forward_with_hidden(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int) -> tuple[Tensor, Tensor]:
-        """Return the velocity (B, C, H, W) and the output (B, N, D) of encoder block `hidden_depth`
-        (1-based), which alignment reads.
-        """
+        """Return the velocity (B, C, H, W) and encoder block hidden_depth's output (B, N, D)."""
         z_t, hidden = self.encoder(x_t, t, y, hidden_depth)
         return self.decode(x_t, z_t), hidden
 
     def macs(self, num_tokens: int) -> NetworkMacs:
-        """Count the multiply-accumulates of one forward for one image of N = num_tokens."""
+        """Count the MACs of one forward for one image of N = num_tokens."""
         encoder, decoder = self.encoder, self.decoder
-        modulations = num_tokens * (modulation_weights(decoder) + weight_macs([decoder.output.adaln]))
+        modulations = num_tokens * (modulation_macs(decoder) + weight_macs([decoder.output.adaln]))
         output = num_tokens * weight_macs([decoder.output.linear])
         return NetworkMacs(
-            encoder=stack_macs(encoder, num_tokens) + modulation_weights(encoder) + weight_macs([encoder.t_embedder]),
+            encoder=stack_macs(encoder, num_tokens) + modulation_macs(encoder) + weight_macs([encoder.t_embedder]),
             decoder=stack_macs(decoder, num_tokens) + output + modulations,
             modulations=modulations,
         )

@@ -6,7 +6,7 @@ Shapes: B batch, C latent channels, H W latent size, N tokens, D width.
 from torch import Tensor, nn
 
 from ddt.model.base import Denoiser
-from ddt.model.cost import NetworkMacs, modulation_weights, stack_macs, weight_macs
+from ddt.model.cost import NetworkMacs, modulation_macs, stack_macs, weight_macs
 from ddt.model.layers import (
     AdaLNInit,
     BlockStack,
@@ -22,10 +22,8 @@ from ddt.model.released import ReleasedDiT
 class DiT(Denoiser, BlockStack):
     """The undivided baseline of the paper ("Improved-SiT", and with alignment "Improved-REPA").
 
-    The same blocks in one stack with one input projection; every block and the output layer are
-    conditioned on c = SiLU(t_emb + y_emb), one vector a sample. It answers "is it the split or the
-    alignment?". It has no z_t to share: `encode` and `decode` raise UserError. Arguments as in
-    `DDT`. Source: method.md 2, baseline.
+    One stack of `DDT`'s blocks, conditioned on c = SiLU(t_emb + y_emb), one vector a sample; no z_t
+    to share. Arguments as in `DDT`. Source: method.md 2, baseline.
     """
 
     release = ReleasedDiT()
@@ -43,15 +41,8 @@ class DiT(Denoiser, BlockStack):
     ) -> None:
         assert patch_size is not None, "null is inferred from the images before a network is built"
         check_sizes(in_channels, patch_size, hidden_size, num_heads, depth, num_classes)
-        super().__init__(
-            in_channels,
-            patch_size,
-            hidden_size,
-            num_heads,
-            depth,
-            adaln_init=adaln_init,
-            activation_checkpointing=activation_checkpointing,
-        )
+        sizes = (in_channels, patch_size, hidden_size, num_heads, depth)
+        super().__init__(*sizes, "attention", adaln_init, activation_checkpointing)
         self.in_channels = in_channels
         self.hidden_size = hidden_size
         self.num_classes = num_classes
@@ -64,15 +55,11 @@ class DiT(Denoiser, BlockStack):
         return self.velocity_and_hidden(x_t, t, y, hidden_depth=0)[0]
 
     def forward_with_hidden(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int) -> tuple[Tensor, Tensor]:
-        """Return the velocity (B, C, H, W) and the output (B, N, D) of block `hidden_depth`
-        (1-based), which alignment reads.
-        """
+        """Return the velocity (B, C, H, W) and the output (B, N, D) of block hidden_depth ≥ 1."""
         return self.velocity_and_hidden(x_t, t, y, hidden_depth)
 
     def velocity_and_hidden(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int) -> tuple[Tensor, Tensor]:
-        """What both forwards do; apart from them, because FSDP2 gathers the weights of a sharded
-        network once in each.
-        """
+        """Both forwards; neither calls the other: FSDP2 gathers sharded weights in each."""
         at = self.positions(x_t)
         c = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))[:, None]  # (B, 1, D)
         h, hidden = self.run(x_t, c, at, hidden_depth)
@@ -84,10 +71,9 @@ class DiT(Denoiser, BlockStack):
         return len(self.blocks)
 
     def macs(self, num_tokens: int) -> NetworkMacs:
-        """Count the multiply-accumulates of one forward for one image of N = num_tokens: all are
-        the decoder's, and no part of them `modulations`, for these change with the time.
+        """Count the MACs of one forward for one image of N = num_tokens: all are the decoder's, and
+        none are `modulations`, for these change with the time.
         """
-        # one conditioning vector an image, for the output layer too
-        conditioning = weight_macs([self.t_embedder, self.output.adaln]) + modulation_weights(self)
+        conditioning = weight_macs([self.t_embedder, self.output.adaln]) + modulation_macs(self)  # one vector an image
         output = num_tokens * weight_macs([self.output.linear])
         return NetworkMacs(0, stack_macs(self, num_tokens) + output + conditioning, 0)

@@ -1,7 +1,7 @@
-"""Building blocks of the network (method: docs/method.md, section "Network").
+"""Building blocks of the network. Source: method.md 2.
 
-Shapes: B batch, C channels, H W height and width of the latent, p patch size, N = H·W/p² tokens, D
-width, d width of a head.
+Shapes: B batch, C channels, H W latent size, p patch size, N = H·W/p² tokens, D width, d width of
+a head.
 """
 
 import functools
@@ -21,18 +21,16 @@ AdaLNInit = Literal["release", "zero"]
 Checkpointing = bool | Literal["selective"]
 
 aten = torch.ops.aten
-PRODUCTS = frozenset(
-    {
-        aten.mm.default,
-        aten.addmm.default,
-        aten.bmm.default,
-        aten.convolution.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-    }
-)
+PRODUCTS = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.convolution.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
 
 
 class Positions(NamedTuple):
@@ -47,12 +45,9 @@ class Positions(NamedTuple):
 def rope_table(head_dim: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Compute cosine and sine of the 2-D rotary angles of a token grid.
 
-    Frequencies are 10000^(−4i/d), i = 0..d/4−1. Positions run over `linspace(0, 16)` in both
-    directions whatever the grid, so that 512 px keeps the range of 256 px. Channel pair 2i turns by
-    the x angle, pair 2i+1 by the y angle.
-
-    Returns two float32 tensors of shape (height·width, head_dim/2), tokens row by row.
-    Source: method.md 2, RoPE.
+    Frequencies are 10000^(−4i/d), i = 0..d/4−1; positions run over `linspace(0, 16)` both ways, so
+    that 512 px keeps the range of 256 px. Channel pair 2i turns by x, pair 2i+1 by y.
+    Returns two float32 tensors (N, d/2), tokens row by row. Source: method.md 2, RoPE.
     """
     require(head_dim % 4 == 0, f"model.num_heads: head width {head_dim} is no multiple of 4, which 2-D RoPE needs")
     frequencies = 1.0 / (10000.0 ** (torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim))  # (d/4,)
@@ -65,19 +60,16 @@ def rope_table(head_dim: int, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=64)
 def _tables(head_dim: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    # On the CPU, so that every device turns by the same angles, and outside of inference mode, so
-    # that a table first met while sampling can be saved for a backward pass later.
+    # On the CPU: every device turns by the same angles. Outside of inference mode: a table made
+    # while sampling can be saved for a backward pass later.
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         cos, sin = rope_table(head_dim, height, width)
     return cos.to(device), sin.to(device)
 
 
 def positions(head_dim: int, height: int, width: int, device: torch.device) -> Positions:
-    """Return the `Positions` of a token grid `height`×`width` for heads of width `head_dim` on
-    `device`.
-
-    The tables are made once and kept; a compiled graph, which may serve grids of any size, computes
-    them inside.
+    """Return the `Positions` of a token grid; tables are cached, except in a compiled graph, which
+    may serve grids of any size.
     """
     if torch.compiler.is_compiling():
         cos, sin = rope_table(head_dim, height, width)
@@ -86,11 +78,9 @@ def positions(head_dim: int, height: int, width: int, device: torch.device) -> P
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (2k, 2k+1) of x (..., N, d) by the angles of cos, sin (N, d/2), in
-    float32.
-    """
+    """Rotate channel pairs (2k, 2k+1) of x (..., N, d) by cos, sin (N, d/2), in float32."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (..., N, d/2, 2)
-    if torch.compiler.is_compiling():  # it makes no code for complex numbers, and one pass of this
+    if torch.compiler.is_compiling():  # no code for complex numbers, but one fused pass of this
         even, odd = pairs.unbind(-1)
         turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     else:
@@ -101,8 +91,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10.0) -> Tensor:
     """Embed times t (B,) in [0, 1] as `[cos(t·f), sin(t·f)]`, f_i = exp(−ln(max_period)·i/(dim/2)).
 
-    Returns float32 (B, dim). Source: method.md 2, t_emb; the maximal period is 10 and t is not
-    scaled.
+    Returns float32 (B, dim); t is not scaled. Source: method.md 2, t_emb.
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
@@ -111,9 +100,7 @@ def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10.0) -> T
 
 
 class TimestepEmbedder(nn.Module):
-    """Turn times (B,) into vectors (B, D): sinusoid of width 256, Linear, SiLU, Linear (method.md
-    2).
-    """
+    """Embed times: sinusoid of width 256, Linear, SiLU, Linear (method.md 2)."""
 
     def __init__(self, hidden_size: int, frequency_dim: int = 256) -> None:
         super().__init__()
@@ -129,11 +116,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Look up classes (B,) in a table of num_classes + 1 rows; the last row is the null label
-    (method.md 2).
-
-    Label dropout is not here: the objective replaces labels, once.
-    """
+    """Embed classes; row num_classes is the null label. Label dropout is in the objective."""
 
     def __init__(self, num_classes: int, hidden_size: int) -> None:
         super().__init__()
@@ -146,9 +129,7 @@ class LabelEmbedder(nn.Module):
 
 
 class PatchProjection(nn.Module):
-    """Cut (B, C, H, W) into p×p patches, flattened channel first, and project each: (B, N, D)
-    (method.md 2).
-    """
+    """Project p×p patches of (B, C, H, W), flattened channel first, to (B, N, D)."""
 
     def __init__(self, in_channels: int, patch_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -166,9 +147,7 @@ class PatchProjection(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis with a learned weight, computed in float32
-    (method.md 2).
-    """
+    """Root-mean-square norm over the last axis with a learned weight, computed in float32."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -186,10 +165,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Softmax attention with RMSNorm over each head of q and k and 2-D RoPE (method.md 2).
-
-    qkv has no bias, the output projection has one.
-    """
+    """Softmax attention, RMSNorm over each head of q and k, 2-D RoPE; bias in `proj` alone."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -210,9 +186,7 @@ class Attention(nn.Module):
 
 
 class ConvMixer(nn.Module):
-    """Mix tokens by a 3×3 convolution over the token grid: the "conv" decoder block of the paper's
-    ablation.
-    """
+    """A 3×3 convolution over the token grid: the "conv" decoder block of the paper's ablation."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -240,39 +214,34 @@ class SwiGLU(nn.Module):
 
 
 class MLPMixer(SwiGLU):
-    """A SwiGLU where attention would be, so that no token sees another: the "mlp" block of the
-    paper's ablation.
-    """
+    """A SwiGLU in place of attention, no token sees another: the "mlp" block of the ablation."""
 
     def forward(self, x: Tensor, at: Positions) -> Tensor:  # type: ignore[override]
-        """Return (B, N, D) for x (B, N, D); positions play no part."""
+        """Return (B, N, D) for x (B, N, D); ignores positions."""
         return super().forward(x)
 
 
 def make_mixer(name: MixerName, hidden_size: int, num_heads: int) -> nn.Module:
-    """Build the token mixer of a block: attention, or one of the paper's decoder ablations."""
+    """Build a block's token mixer: attention, or one of the paper's decoder ablations."""
     if name == "attention":
         return Attention(hidden_size, num_heads)
     return ConvMixer(hidden_size) if name == "conv" else MLPMixer(hidden_size)
 
 
 def keep_products(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep what products and attention return for the backward pass; recompute elementwise work."""
+    """Save results of products and attention for the backward pass; recompute elementwise work."""
     return CheckpointPolicy.MUST_SAVE if operator in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Block(nn.Module):
-    """A transformer block modulated by adaLN: token mixer, then SwiGLU, each normalised, shifted,
-    scaled and gated.
+    """A transformer block: token mixer, then SwiGLU, each normalised, modulated and gated by adaLN.
 
-    The conditioning c is one vector a sample, (B, 1, D), in the encoder, and z, (B, N, D), in the
-    decoder; it has been through its SiLU already. `adaln_init="release"` leaves the modulation at
-    torch's default initialisation, as the published weights were trained; "zero" starts it at zero
-    (AdaLN-Zero, as the paper says). Source: method.md 2.
+    Conditioning c, its SiLU already applied: one vector a sample, (B, 1, D), in the encoder; z_t,
+    (B, N, D), in the decoder. adaln_init: "release" is torch's default, as the published weights
+    were trained; "zero" is AdaLN-Zero, as the paper says. Source: method.md 2.
 
-    activation_checkpointing: True keeps only the block's inputs for the backward pass and
-    recomputes the rest, "selective" also keeps what matrix products and attention return; same
-    numbers. It is inside the block, where a compiler sees it.
+    activation_checkpointing: True saves only the block's inputs for the backward pass, "selective"
+    products and attention too; same numbers. Inside the block, where a compiler sees it.
     """
 
     def __init__(
@@ -295,9 +264,8 @@ class Block(nn.Module):
             nn.init.zeros_(self.adaln.bias)
 
     def forward(self, x: Tensor, c: Tensor, at: Positions, modulation: Tensor | None = None) -> Tensor:
-        """Return (B, N, D) for tokens x (B, N, D) and conditioning c (B, 1 or N, D).
-
-        modulation: `adaln(c)`, (B, 1 or N, 6D), where it was computed before.
+        """Return (B, N, D) for tokens x (B, N, D) and c (B, 1 or N, D); modulation: `adaln(c)`,
+        (B, 1 or N, 6D), where it was computed before.
         """
         if not self.activation_checkpointing or not torch.is_grad_enabled():
             return self.compute(x, c, at, modulation)
@@ -307,7 +275,7 @@ class Block(nn.Module):
         return checkpoint(self.compute, x, c, at, modulation, **options)
 
     def compute(self, x: Tensor, c: Tensor, at: Positions, modulation: Tensor | None) -> Tensor:
-        """Run the block; `forward` chooses what the backward pass recomputes."""
+        """The block itself; `forward` chooses what the backward pass recomputes."""
         modulation = self.adaln(c) if modulation is None else modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.mixer(modulate(self.norm1(x), shift1, scale1), at)
@@ -315,10 +283,9 @@ class Block(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """LayerNorm without affine, shift and scale from c, Linear to pixels, patches folded back
-    (method.md 2).
+    """LayerNorm without affine, shift and scale from c, Linear, patches folded back to (H, W).
 
-    Both linears start at zero, so that a new network predicts zero velocity.
+    Both linears start at zero, so that a new network predicts zero velocity. Source: method.md 2.
     """
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
@@ -332,9 +299,8 @@ class OutputLayer(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, c: Tensor, at: Positions, modulation: Tensor | None = None) -> Tensor:
-        """Return (B, C, H, W) for tokens x (B, N, D) and conditioning c (B, 1 or N, D).
-
-        modulation: `adaln(c)`, (B, 1 or N, 2D), where it was computed before.
+        """Return (B, C, H, W) for tokens x (B, N, D) and c (B, 1 or N, D); modulation: `adaln(c)`,
+        (B, 1 or N, 2D), where it was computed before.
         """
         modulation = self.adaln(c) if modulation is None else modulation
         shift, scale = modulation.chunk(2, dim=-1)
@@ -345,9 +311,7 @@ class OutputLayer(nn.Module):
 
 
 class BlockStack(nn.Module):
-    """Input projection and transformer blocks: what the encoder, the decoder and the baseline have
-    in common.
-    """
+    """Input projection and transformer blocks, common to encoder, decoder and baseline."""
 
     def __init__(
         self,
@@ -368,10 +332,7 @@ class BlockStack(nn.Module):
         self.blocks = nn.ModuleList(Block(*sizes) for _ in range(depth))
 
     def positions(self, x_t: Tensor) -> Positions:
-        """Return the token grid of latents x_t (B, C, H, W), with its rotation tables.
-
-        Raises UserError where the patch size does not divide H and W.
-        """
+        """Return the token grid of x_t (B, C, H, W); UserError where p does not divide H and W."""
         height, width = x_t.shape[-2:]
         p = self.patch_size
         if height % p or width % p:  # no call that builds the message on the good path
@@ -381,11 +342,9 @@ class BlockStack(nn.Module):
     def run(
         self, x_t: Tensor, c: Tensor, at: Positions, hidden_depth: int = 0, modulations: Sequence[Tensor] = ()
     ) -> tuple[Tensor, Tensor]:
-        """Return the tokens (B, N, D) after all blocks, and those after `hidden_depth` of them (0:
-        the input's).
+        """Return the tokens (B, N, D) after all blocks, and those after hidden_depth of them.
 
-        x_t: (B, C, H, W); conditioning c: (B, 1 or N, D); modulations: of the first blocks, where
-        computed before.
+        x_t: (B, C, H, W); c: (B, 1 or N, D); modulations: of the first blocks, computed before.
         """
         h = self.input(x_t)  # (B, N, D)
         hidden = h
@@ -399,15 +358,9 @@ class BlockStack(nn.Module):
 def check_sizes(
     in_channels: int, patch_size: int, hidden_size: int, num_heads: int, depth: int, num_classes: int
 ) -> None:
-    """Raise UserError for sizes that make no network, naming the key and the fix."""
-    for key, value in {
-        "in_channels": in_channels,
-        "patch_size": patch_size,
-        "hidden_size": hidden_size,
-        "num_heads": num_heads,
-        "depth": depth,
-        "num_classes": num_classes,
-    }.items():
+    """Raise UserError for impossible sizes, naming the key and the fix."""
+    sizes = dict(in_channels=in_channels, patch_size=patch_size, hidden_size=hidden_size)
+    for key, value in {**sizes, "num_heads": num_heads, "depth": depth, "num_classes": num_classes}.items():
         require(value >= 1, f"model.{key}={value}: must be at least 1")
     require(
         hidden_size % num_heads == 0,

@@ -1,7 +1,6 @@
-"""Published weights of DDT and of its undivided baseline: key names, and what shapes tell.
+"""Published weights of DDT and of its baseline: key names, and settings inferred from shapes.
 
-`ddt.checkpoint.published` reads and writes the files. A family of networks with published weights
-has a `Release` as its `release`. Source: method.md 6.
+`ddt.checkpoint.published` reads and writes the files. Source: method.md 6.
 """
 
 import re
@@ -21,28 +20,26 @@ class Release(Protocol):
     """How published files hold the weights of a family of networks."""
 
     def recognizes(self, state: State) -> bool:
-        """Tell whether weights are of this family."""
+        """Return whether weights are of this family."""
 
     def settings(self, state: State, encoder_depth: int | None, patch_size: int, source: str) -> dict[str, Any]:
-        """Return the network's constructor arguments; raise UserError naming the file `source`
-        where a key is missing, or encoder_depth or patch_size cannot be.
-        """
+        """Return the constructor arguments inferred from shapes; UserError names `source`."""
 
     def check(self, settings: dict[str, Any]) -> None:
-        """Raise UserError where a network has weights that have no published names."""
+        """Raise UserError for a network with weights that have no published names."""
 
     def published_name(self, name: str, settings: dict[str, Any]) -> str:
         """Return the published name of one of the network's weights."""
 
 
 def shape_of(state: State, key: str, source: str) -> tuple[int, ...]:
-    """Return the shape of a weight; raise UserError naming a missing key."""
+    """Return the shape of a weight; UserError names a missing key."""
     require(key in state, f"{source}: key {key} is missing")
     return tuple(state[key].shape)
 
 
 def read_sizes(state: State, patch_size: int, source: str) -> dict[str, Any]:
-    """Return the constructor arguments that both families read from their shapes."""
+    """Return the constructor arguments that both families infer from shapes."""
     rows, hidden_size = shape_of(state, "final_layer.linear.weight", source)
     require(
         patch_size >= 1 and rows % patch_size**2 == 0,

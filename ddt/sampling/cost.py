@@ -1,4 +1,4 @@
-"""What sampling costs, in multiply-accumulates; conventions of `ddt.model.cost`."""
+"""The cost of sampling in MACs; conventions of `ddt.model.cost`."""
 
 from ddt.errors import require
 from ddt.model import Denoiser
@@ -15,19 +15,17 @@ def sampling_macs(
     cached: bool = True,
     skip_unconditional: bool = True,
 ) -> int:
-    """Count the MACs of sampling one image, latents (C, height, width), with `ddt.sample` and
-    without a guide.
+    """Count the MACs of sampling one image, latents (C, height, width), without a guide.
 
     Args:
         settings: the sampler; its schedule must be a list of steps, `uniform:…` or None.
-        cached: the decoder's modulations are computed where z is, if other steps use it too
-            (`cache_bytes` large enough for all of them); False computes them at each decoding.
-        skip_unconditional: the unconditional half runs only where it is needed; False runs both
-            halves at every call, as the release does.
+        cached: modulations of a z_t that several calls share are computed once (`cache_bytes` large
+            enough); False computes them at each call.
+        skip_unconditional: the unconditional half runs only where needed; False runs both halves at
+            every call, as the release does.
 
-    Raises UserError for the adaptive solver, whose calls nobody knows beforehand, for a schedule
-    that is fitted to a model, and for one on a model without an encoder. Source: method.md 4;
-    `sharing.GuidedVelocity`.
+    Raises UserError for the adaptive solver, a schedule yet to be fitted, and a schedule on a model
+    without an encoder. Source: method.md 4; `sharing.GuidedVelocity`.
     """
     require(
         not settings.adaptive,
@@ -37,17 +35,17 @@ def sampling_macs(
     shared = segments(settings)
     if shared:
         require_encoder(model)
-    total, kept = 0, False
+    total, saved = 0, 0  # saved: MACs of modulations cached for the segment
     for step, calls in enumerate(settings.call_times()):
         segment = shared.get(step)
         if segment is not None:
-            kept = cached and segment.keep
+            saved = network.modulations if cached and segment.cache else 0
         for t in calls:
             guided = guidance.active(t, step)
             if segment is not None or not shared:
                 both = guided if segment is None else segment.both_halves
                 encoded = 2 if both or not skip_unconditional else 1
-                total += encoded * (network.encoder + (network.modulations if kept else 0))
+                total += encoded * (network.encoder + saved)
             decoded = 2 if guided or not skip_unconditional else 1
-            total += decoded * (network.decoder - (network.modulations if kept else 0))
+            total += decoded * (network.decoder - saved)
     return total

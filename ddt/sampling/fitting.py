@@ -1,7 +1,6 @@
-"""Fitting a recompute schedule to a model: statistics of a few template images, then the best
-schedule for a budget.
+"""Fitting a recompute schedule to a model: similarity of z_t on template images, then optimum.
 
-Shapes: B batch of templates, C H W latent, N tokens, D width, T steps.
+Shapes: B batch of templates, C H W latent, N tokens, D width, T steps. Source: method.md 4.
 """
 
 import dataclasses
@@ -22,21 +21,19 @@ from ddt.sampling.schedules import optimal_schedule, read_schedule
 from ddt.sampling.settings import SamplerSettings
 from ddt.sampling.sharing import require_encoder
 
-TEMPLATES = 8  # of the release
-TEMPLATE_SEED = 2**32 - 1_000_000  # the templates' seeds count from here, far from those of a set
-GRAM_BYTES = 2**28  # bounds the float64 copy of z
+TEMPLATES = 8  # as the release
+TEMPLATE_SEED = 2**32 - 1_000_000  # first seed of the templates, beyond those of sampled sets
+GRAM_BYTES = 2**28  # bounds the float64 copy of z_t
 
 
 def templates(
     model: Denoiser, shape: tuple[int, int, int], count: int, batch_size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield noise (B, C, H, W) and classes (B,) of `count` template images, classes spread evenly
-    over all.
-    """
+    """Yield noise (B, C, H, W) and evenly spread classes (B,) of `count` template images."""
     for start in range(0, count, batch_size):
-        chosen = range(start, min(start + batch_size, count))
-        noise = noise_of([TEMPLATE_SEED + k for k in chosen], shape)
-        y = torch.tensor([k * model.num_classes // count for k in chosen])
+        numbers = range(start, min(start + batch_size, count))
+        noise = noise_of([TEMPLATE_SEED + k for k in numbers], shape)
+        y = torch.tensor([k * model.num_classes // count for k in numbers])
         yield noise.to(device), y.to(device)
 
 
@@ -54,10 +51,9 @@ def trajectory(model: Denoiser, noise: Tensor, y: Tensor, settings: SamplerSetti
 
 @torch.no_grad()
 def z_similarity(model: Denoiser, noise: Tensor, y: Tensor, settings: SamplerSettings) -> np.ndarray:
-    """Return the cosine similarity of z between all pairs of steps, (T, T) float64.
+    """Return the cosine similarity of z_t between all pairs of steps, (T, T) float64.
 
-    Averaged over tokens and noise (B, C, H, W) of classes y (B,), conditional and unconditional
-    half alike. Holds T·2B·N·D numbers. Source: method.md 4.
+    The mean over tokens and noise (B, C, H, W) of classes y (B,), both halves. T·2B·N·D floats.
     """
     labels = torch.cat([y, torch.full_like(y, model.num_classes)])
     grid = settings.grid()
@@ -84,14 +80,11 @@ def fit_schedule(
     num_templates: int = TEMPLATES,
     batch_size: int = TEMPLATES,
 ) -> dict[str, Any]:
-    """Choose the `budget` steps of a sampler at which the encoder should run, from `num_templates`
-    template images.
+    """Choose the `budget` steps at which the encoder should run, latents of `shape` (C, H, W).
 
-    `shape` is that of a latent. Runs under the caller's autocast. Source: method.md 4.
-
-    Returns the content of a schedule file: `recompute_steps`, `budget`, `time_grid`, `solver`,
-    `guidance`, `templates`, `similarity` (T, T). Raises UserError for a model without an encoder,
-    and impossible numbers.
+    Runs under the caller's autocast. Returns the content of a schedule file: `recompute_steps`,
+    `budget`, `time_grid`, `solver`, `guidance`, `templates`, `similarity` (T, T). Raises UserError
+    for a model without an encoder, and impossible numbers.
     """
     require_encoder(model)
     require(not settings.adaptive, f"solver={settings.solver}: chooses its own steps; fit a schedule to another solver")
@@ -115,7 +108,7 @@ def fit_schedule(
 
 
 def guidance_of(settings: SamplerSettings) -> dict[str, Any]:
-    """Return the settings of guidance as they stand in a schedule file."""
+    """Return the guidance settings as written in a schedule file."""
     interval, steps = settings.cfg_interval, settings.cfg_steps
     return {
         "cfg_scale": settings.cfg_scale,
@@ -125,11 +118,7 @@ def guidance_of(settings: SamplerSettings) -> dict[str, Any]:
 
 
 def check_fitted(content: dict[str, Any], settings: SamplerSettings, ema_sha256: str | None) -> list[str]:
-    """Compare a schedule file with the sampler that is to use it; return what differs without
-    forbidding its use.
-
-    Raises UserError for another time grid.
-    """
+    """Return warnings of what else a schedule was fitted to; UserError for another time grid."""
     name, grid = settings.recompute, settings.grid()
     require(
         content["time_grid"] == grid,
@@ -137,9 +126,9 @@ def check_fitted(content: dict[str, Any], settings: SamplerSettings, ema_sha256:
         f"t = {content['time_grid'][-2]:.3f}, here {len(grid) - 1} up to {grid[-2]:.3f}): fit one to this sampler with "
         "python -m scripts.studies.sharing.fit",
     )
-    ours = {"solver": settings.solver, "guidance": guidance_of(settings), "ema_sha256": ema_sha256}
-    names = {"solver": "solver", "guidance": "guidance", "ema_sha256": "checkpoint"}
-    return [f"recompute={name}: was fitted to another {names[key]}" for key in ours if content.get(key) != ours[key]]
+    keys = [("solver", "solver", settings.solver), ("guidance", "guidance", guidance_of(settings))]
+    keys.append(("checkpoint", "ema_sha256", ema_sha256))
+    return [f"recompute={name}: was fitted to another {what}" for what, key, value in keys if content.get(key) != value]
 
 
 def resolve_recompute(
@@ -149,8 +138,7 @@ def resolve_recompute(
     device: torch.device,
     ema_sha256: str | None = None,
 ) -> tuple[SamplerSettings, list[str]]:
-    """Return the settings with a list of steps, or None, as their `recompute`, whatever its form,
-    and warnings.
+    """Return the settings with `recompute` as a list of steps or None, and warnings.
 
     "dp:50" is fitted here, to 8 templates. shape: (C, H, W) of a latent; ema_sha256: of the model's
     weights. Raises UserError as `read_schedule` and `check_fitted`.

@@ -1,7 +1,4 @@
-"""Guidance: when a velocity is guided, and how it is combined with the one it is guided away from.
-
-Source: method.md 4.
-"""
+"""Guidance: when a velocity is guided, and how the two velocities combine. Source: method.md 4."""
 
 import dataclasses
 import math
@@ -13,21 +10,16 @@ from ddt.errors import require
 
 
 def as_float32(value: float) -> float:
-    """Round to float32, as times and the interval's bounds are before they are compared (method.md
-    4).
-    """
+    """Round to float32: times and the interval's bounds are compared so (method.md 4)."""
     return float(np.float32(value))
 
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """Guidance of strength `scale` where lo < t < hi (strict) and, with `steps`, in these steps
-    alone.
+    """Guidance of strength `scale` at times lo < t < hi (strict) and at `steps`; None is no bound.
 
-    Elsewhere, and everywhere with scale 1, the conditional velocity alone is used, so the other one
-    need not be computed. interval None puts no bound on the time, steps None none on the step.
-    Raises UserError for a scale below 0 or an interval that is none. Source: method.md 4;
-    Kynkäänniemi et al., arXiv 2404.07724 (interval).
+    Elsewhere, and everywhere with scale 1, the conditional velocity alone is computed. Raises
+    UserError. Source: method.md 4; interval: Kynkäänniemi et al., arXiv 2404.07724.
     """
 
     scale: float = 1.0
@@ -47,7 +39,7 @@ class Guidance:
             )
 
     def active(self, t: float, step: int = 0) -> bool:
-        """Tell whether the velocity at time t in a step is guided."""
+        """Return whether the velocity at time t in a step is guided."""
         if self.scale == 1 or (self.steps is not None and step not in self.steps):
             return False
         if self.interval is None:
@@ -56,16 +48,13 @@ class Guidance:
         return as_float32(lo) < as_float32(t) < as_float32(hi)
 
     def mask(self, t: Tensor) -> Tensor:
-        """Tell of each time in t (B,) whether the velocity is guided: `active` where every image
-        has its own time.
-        """
+        """Return `active` (B,) for times t (B,), one for each image; ignores `steps`."""
         lo, hi = (-1.0, 2.0) if self.interval is None else self.interval
         t = t.float()
         return (t > as_float32(lo)) & (t < as_float32(hi)) & (self.scale != 1)
 
     def combine(self, v: Tensor, v_guide: Tensor) -> Tensor:
-        """Return `v_guide + scale·(v − v_guide)`, (B, ...): away from v_guide, which is
-        unconditional (classifier-free guidance, arXiv 2207.12598) or a weaker model's
-        (autoguidance, arXiv 2406.02507).
+        """Return `v_guide + scale·(v − v_guide)`, (B, ...); v_guide is unconditional (CFG, arXiv
+        2207.12598) or a weaker model's (autoguidance, arXiv 2406.02507).
         """
         return v_guide + self.scale * (v - v_guide)

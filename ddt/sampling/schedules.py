@@ -1,7 +1,7 @@
 """Recompute schedules: the steps at which a shared encoder runs. Source: method.md 4.
 
-A schedule is written as `uniform:5` (every 5th step), `dp:50` (50 steps, fitted to the model), a
-list of steps, or the JSON file that `python -m scripts.studies.sharing.fit` wrote. Shapes: N steps.
+Written as `uniform:5` (every 5th step), `dp:50` (50 steps, fitted to the model), a list of steps,
+or a JSON file of `python -m scripts.studies.sharing.fit`. Shapes: N steps.
 """
 
 import dataclasses
@@ -17,27 +17,22 @@ from ddt.files import write_json
 
 FORMAT_VERSION = 1
 FORMS = "write uniform:5, dp:50, a list of steps [0,5,10], a schedule file SOMETHING.json, or null"
+FIT = "python -m scripts.studies.sharing.fit"
 
 
 def uniform_schedule(num_steps: int, every: int) -> list[int]:
-    """Return the steps 0, every, 2·every, … below num_steps at which the encoder runs. Source:
-    method.md 4.
-
-    Raises UserError where num_steps or every is below 1.
-    """
+    """Return the steps 0, every, 2·every, … below num_steps; UserError where either is below 1."""
     require(num_steps >= 1, f"num_steps={num_steps}: must be at least 1")
     require(every >= 1, f"recompute every {every} steps: must be at least 1 (1 means no sharing)")
     return list(range(0, num_steps, every))
 
 
 def optimal_schedule(similarity: np.ndarray, budget: int) -> list[int]:
-    """Choose the `budget` steps, 0 among them, that minimise `Σ over segments [a, b) of Σ_l (1 −
-    similarity[a, l])`.
+    """Return the `budget` steps, 0 among them, that minimise Σ over segments [a, b) of Σ_l
+    (1 − similarity[a, l]), similarity (N, N) of z_t between steps.
 
-    similarity: (N, N), how alike z is at two steps. Exact, by dynamic programming in O(N²·budget).
-    Returns the steps in order. Raises UserError for an array that is not square or not finite, and
-    a budget out of 1..N.
-    Source: method.md 4.
+    Exact, by dynamic programming in O(N²·budget). Raises UserError for an array that is not square
+    or not finite, and a budget out of 1..N.
     """
     similarity = np.asarray(similarity, dtype=np.float64)
     require(
@@ -63,9 +58,7 @@ def optimal_schedule(similarity: np.ndarray, budget: int) -> list[int]:
 
 
 def check_schedule(recompute: Sequence[int], num_steps: int) -> list[int]:
-    """Return the schedule as a sorted list; raise UserError unless it is a set of steps in range
-    that holds step 0.
-    """
+    """Return the sorted steps; UserError unless they are distinct, in range, and 0 among them."""
     steps = sorted(set(recompute))
     require(len(steps) == len(recompute), f"recompute={list(recompute)}: a step is named twice")
     require(
@@ -81,23 +74,15 @@ def check_schedule(recompute: Sequence[int], num_steps: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A schedule, parsed from how it was written.
-
-    kind: "all" (None: the encoder at every step), "steps" (a list), "uniform" (every `number`-th
-    step), "dp" (`number` steps, to be fitted to a model) or "file". steps: the sorted steps of a
-    list or a uniform schedule, None for the other kinds.
-    """
+    """A parsed schedule; "all" is the encoder at every step."""
 
     kind: Literal["all", "steps", "uniform", "dp", "file"]
-    number: int = 0
-    steps: list[int] | None = None
+    number: int = 0  # uniform: every `number`-th step; dp: `number` steps
+    steps: list[int] | None = None  # sorted, of "steps" and "uniform"
 
 
 def parse_schedule(recompute: str | Sequence[int] | None, num_steps: int) -> Schedule:
-    """Parse a schedule for a sampler of num_steps steps; a file is not read.
-
-    Raises UserError for what is no schedule, and for numbers that num_steps does not allow.
-    """
+    """Parse a schedule for num_steps steps, reading no file; UserError where it is none."""
     if recompute is None:
         return Schedule("all")
     if not isinstance(recompute, str):
@@ -127,33 +112,23 @@ def write_schedule(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_schedule(path: Path) -> dict[str, Any]:
-    """Return the content of a schedule file; raise UserError where it is none."""
+    """Return the content of a schedule file; UserError where it is none."""
     try:
         content = json.loads(path.read_text())
         steps, grid = content["recompute_steps"], content["time_grid"]
-        sound = content["format_version"] == FORMAT_VERSION and all(type(step) is int for step in steps)
-        sound = sound and all(isinstance(t, float) for t in grid) and isinstance(content["guidance"], dict)
+        valid = content["format_version"] == FORMAT_VERSION and all(type(step) is int for step in steps)
+        valid = valid and all(isinstance(t, float) for t in grid) and isinstance(content["guidance"], dict)
     except FileNotFoundError as error:
-        raise UserError(
-            f"recompute={path}: no such file; python -m scripts.studies.sharing.fit writes schedules"
-        ) from error
+        raise UserError(f"recompute={path}: no such file; {FIT} writes schedules") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"recompute={path}: is no schedule file; fit it again with python -m scripts.studies.sharing.fit"
-        ) from error
-    require(
-        sound,
-        f"recompute={path}: is a schedule file of another version; fit it again with python -m "
-        "scripts.studies.sharing.fit",
-    )
+        raise UserError(f"recompute={path}: is no schedule file; fit it again with {FIT}") from error
+    require(valid, f"recompute={path}: is a schedule file of another version; fit it again with {FIT}")
     check_schedule(steps, len(grid) - 1)
     return content
 
 
 def content_of(recompute: str | Sequence[int] | None) -> str | Sequence[int] | None:
-    """Return a schedule as it is written, but for a file the steps in it: receipts compare the
-    content, not the name.
-    """
+    """Return a schedule as written, a file as its steps: receipts compare content, not names."""
     if isinstance(recompute, str) and recompute.endswith(".json"):
         return read_schedule(Path(recompute))["recompute_steps"]
     return recompute

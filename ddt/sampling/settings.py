@@ -1,4 +1,4 @@
-"""How to sample: `SamplerSettings`, built once and walked by `ddt.sampling.sample`."""
+"""`SamplerSettings`: how to sample, parsed once and passed on to `ddt.sampling.sample`."""
 
 import dataclasses
 import functools
@@ -17,12 +17,10 @@ MAX_FORECAST_ORDER = 2
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
-    """How latents are sampled from noise; the same names as the arguments of `ddt.sample`.
+    """How latents are sampled from noise, by the argument names of `ddt.sample`.
 
-    solver: a name of `solvers.SOLVERS`. recompute: as it was written: None (the encoder at every
-    step), "uniform:5" (every 5th step), the list of step indices, or, where a model is at hand to
-    fit it to, "dp:50" and the JSON file of a fitted schedule (`fitting.resolve_recompute` makes a
-    list of any of them). Raises UserError for values that make no sampler. Source: method.md 4.
+    recompute: as written (`ddt.sampling.schedules`); `fitting.resolve_recompute` makes a list of
+    "dp:50" and of files. Raises UserError for impossible values, or without effect.
     """
 
     solver: str = "euler"
@@ -76,7 +74,7 @@ class SamplerSettings:
             f"forecast_order={self.forecast_order}: the noise of solver={self.solver} makes z jump, and its forecast "
             "worse than the last z; give forecast_order=0",
         )
-        self.parsed_recompute  # noqa: B018  # raises for what is no schedule
+        self.parsed_recompute  # noqa: B018  # raises UserError
 
     @functools.cached_property
     def parsed_recompute(self) -> Schedule:
@@ -89,7 +87,7 @@ class SamplerSettings:
         return SOLVERS[self.solver].adaptive
 
     def grid(self) -> list[float]:
-        """Return the times of the run, num_steps + 1 floats; of an adaptive solver the ends."""
+        """Return the num_steps + 1 times of the run; of an adaptive solver, the ends."""
         if self.adaptive:
             return [0.0, 1.0]
         return time_grid(self.num_steps, self.last_step, self.timeshift)
@@ -107,8 +105,7 @@ class SamplerSettings:
     def schedule(self) -> list[int] | None:
         """Return the steps at which the encoder runs, or None for every step.
 
-        Raises UserError for a schedule that is fitted to a model or read from a file
-        (`fitting.resolve_recompute`).
+        Raises UserError for a fitted schedule, which `fitting.resolve_recompute` makes a list.
         """
         require(
             self.parsed_recompute.kind not in ("dp", "file"),
@@ -122,7 +119,5 @@ class SamplerSettings:
         return dataclasses.replace(self, recompute=None, forecast_order=0)
 
     def as_receipt(self) -> dict[str, Any]:
-        """Return the settings as plain values, for `recompute=FILE` the steps in the file: equal
-        for samplers that do the same.
-        """
+        """Return the settings as plain values, a schedule file as its steps."""
         return {**dataclasses.asdict(self), "recompute": content_of(self.recompute)}

@@ -1,11 +1,8 @@
-"""Solvers: free functions that walk a time grid with a velocity function. They know no networks and
-no guidance.
+"""Solvers: functions that walk a time grid with a velocity function, without network or guidance.
 
-A velocity function is called as `velocity_fn(x_t, t, step)` with x_t (B, ...), the time as a Python
-float (`adaptive`: a tensor (B,), every image at its own time), and the index of the step, which
-tells a shared encoder whether to run; it returns a float32 velocity (B, ...).
-
-A new solver is a function here and an entry of `SOLVERS`.
+`velocity_fn(x_t, t, step)` takes x_t (B, ...), the time, a float (`adaptive`: a tensor (B,), a time
+for each image), and the step's index, by which a shared encoder runs; it returns a float32 velocity
+(B, ...). A new solver is a function here and an entry of `SOLVERS`. Source: method.md 4.
 """
 
 import dataclasses
@@ -28,34 +25,28 @@ DiffusionName = Literal["sigma", "constant", "decreasing", "increasing_decreasin
 
 
 def euler(velocity_fn: VelocityFn, x: Tensor, grid: Sequence[float]) -> Tensor:
-    """Integrate from grid[0] to grid[-1] by `x ← x + v·(t_next − t)`; return x at the end, (B,
-    ...).
-
-    One call of velocity_fn a step, order 1. Source: method.md 4.
-    """
+    """Integrate x (B, ...) by `x ← x + v·(t_next − t)`; order 1, one call a step."""
     for step, (t, t_next) in enumerate(itertools.pairwise(grid)):
         x = x + velocity_fn(x, t, step) * (t_next - t)
     return x
 
 
 def heun(velocity_fn: VelocityFn, x: Tensor, grid: Sequence[float]) -> Tensor:
-    """Integrate by Heun's method, two calls a step and order 2; the last step is Euler's, with one
-    call.
+    """Integrate by Heun's method; order 2, two calls a step, but the last step is Euler's.
 
-    So the network is not asked for t = 1, where it was not trained (as in EDM, arXiv 2206.00364,
-    algorithm 1).
+    So the network is not called at t = 1, where it was not trained (EDM, arXiv 2206.00364, alg. 1).
     """
     for step, (t, t_next) in enumerate(itertools.pairwise(grid)):
         dt = t_next - t
         v = velocity_fn(x, t, step)
         if step < len(grid) - 2:
-            v = (v + velocity_fn(x + v * dt, t_next, step)) / 2
+            v = (v + velocity_fn(x + v * dt, t_next, step)) / 2  # the mean of both ends of the Euler step
         x = x + v * dt
     return x
 
 
 def midpoint(velocity_fn: VelocityFn, x: Tensor, grid: Sequence[float]) -> Tensor:
-    """Integrate by the midpoint rule, two calls a step and order 2."""
+    """Integrate by the midpoint rule; order 2, two calls a step."""
     for step, (t, t_next) in enumerate(itertools.pairwise(grid)):
         half = x + velocity_fn(x, t, step) * ((t_next - t) / 2)
         x = x + velocity_fn(half, (t + t_next) / 2, step) * (t_next - t)
@@ -63,12 +54,9 @@ def midpoint(velocity_fn: VelocityFn, x: Tensor, grid: Sequence[float]) -> Tenso
 
 
 def adams_weights(times: Sequence[float], t_next: float) -> np.ndarray:
-    """Integrate the Lagrange polynomials through `times` (oldest first) exactly over [times[-1],
-    t_next].
+    """Integrate the Lagrange polynomials through `times`, oldest first, over [times[-1], t_next].
 
-    Returns the weights (len(times),) of the velocities, in units of the step t_next − times[-1], so
-    they add up to 1.
-    Source: method.md 4.
+    Returns the velocities' weights (len(times),) in units of that step, which add up to 1.
     """
     dt = t_next - times[-1]
     nodes = (np.array(times, dtype=np.float64) - times[-1]) / dt  # the step becomes [0, 1]
@@ -83,8 +71,8 @@ def adams_weights(times: Sequence[float], t_next: float) -> np.ndarray:
 def adams(velocity_fn: VelocityFn, x: Tensor, grid: Sequence[float], order: int) -> Tensor:
     """Integrate by Adams–Bashforth of order 1..4 on the real grid, one call a step.
 
-    The order grows with the steps taken until it is reached, so on fields that are not flat at the
-    start the first steps bound the order of the whole to 2. Source: method.md 4.
+    The order grows from 1 with the steps taken: where x is not flat at the start, these first steps
+    bound the order of the whole to 2.
     """
     velocities: deque[Tensor] = deque(maxlen=order)
     for step, (t, t_next) in enumerate(itertools.pairwise(grid)):
@@ -107,30 +95,28 @@ def sde(
     velocity_fn: VelocityFn,
     x: Tensor,
     grid: Sequence[float],
-    draw: Callable[[int], Tensor],
+    noise: Callable[[int], Tensor],
     diffusion: DiffusionName = "sigma",
     last: Literal["mean", "euler"] = "mean",
     strength: float = 1.0,
 ) -> Tensor:
-    """Integrate the reverse SDE by Euler–Maruyama, one call a step: `x + v·dt + c·s·w·dt +
-    sqrt(2c·w·dt)·n`.
+    """Integrate the reverse SDE by Euler–Maruyama: `x ← x + v·dt + c·s·w·dt + sqrt(2c·w·dt)·n`.
+
+    One call a step; s is `flow.score` of v.
 
     Args:
-        draw: step → n, standard normal (B, ...), float32; not called in the last step.
-        diffusion: the schedule of the weight w: "sigma" is 1 − t as published, "constant" 1,
-            "decreasing" (1 + cos πt)²/4, "increasing_decreasing" sin² πt (the choices of SiT, arXiv
-            2401.08740, section 3.4).
+        noise: step → n, standard normal (B, ...), float32; not called in the last step.
+        diffusion: w(t) by name in `DIFFUSIONS`: "sigma" as published, the others of SiT, arXiv
+            2401.08740, section 3.4.
         last: the last step has no noise: "mean" is `x + v·dt + s·w·dt`, "euler" `x + v·dt`.
         strength: c, 1 for `sde` and ½ for `sde_preserve`.
-
-    The score s follows from the velocity (`flow.score`). Source: method.md 4.
     """
     for step, (t, t_next) in enumerate(itertools.pairwise(grid)):
         dt, w = t_next - t, DIFFUSIONS[diffusion](t)
         v = velocity_fn(x, t, step)
         drift = score(v, x, t) * w
         if step < len(grid) - 2:
-            x = x + v * dt + strength * drift * dt + math.sqrt(2 * strength * w * dt) * draw(step)
+            x = x + v * dt + strength * drift * dt + math.sqrt(2 * strength * w * dt) * noise(step)
         else:
             x = x + v * dt + (drift * dt if last == "mean" else 0)
     return x
@@ -139,13 +125,10 @@ def sde(
 def adaptive(
     velocity_fn: VelocityFn, x: Tensor, grid: Sequence[float], tolerance: float = 1e-3, max_steps: int = 250
 ) -> Tensor:
-    """Integrate from grid[0] to grid[-1] by torchode's Tsitouras 5(4), each image with a step size
-    of its own.
+    """Integrate by torchode's Tsitouras 5(4), order 5, each image with its own step size.
 
-    So no image depends on its batch, as it would with one step size for all. tolerance: absolute
-    and relative error of a step; max_steps: bound on an image's steps. Order 5.
-
-    Raises UserError where the bound is met, or torchode is not installed.
+    So no image depends on its batch. tolerance: absolute and relative error of a step; max_steps:
+    bound on an image's steps. Raises UserError at that bound, or if torchode is not installed.
     """
     try:
         import torchode
@@ -169,19 +152,17 @@ def adaptive(
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """A solver and what the rest of sampling has to know of it.
+    """A solver and its properties.
 
-    integrate: called as `integrate(velocity_fn, x, grid, **options)`. calls: (t, t_next, is_last) →
-    the times of a step's velocity calls. options: keyword arguments of integrate by the names of
-    the sampler settings they come from. stochastic: integrate takes `draw` too. adaptive: it
-    chooses its own steps, so that its grid is only [0, 1] and nothing goes by the step.
+    integrate: called as `integrate(velocity_fn, x, grid, **options)`; returns x at grid[-1].
+    calls: (t, t_next, is_last) → the times of a step's velocity calls.
     """
 
     integrate: Callable[..., Tensor]
     calls: Callable[[float, float, bool], tuple[float, ...]] = lambda t, t_next, is_last: (t,)
-    options: dict[str, str] = dataclasses.field(default_factory=dict)  # setting -> argument
-    stochastic: bool = False
-    adaptive: bool = False
+    options: dict[str, str] = dataclasses.field(default_factory=dict)  # sampler setting → argument
+    stochastic: bool = False  # `integrate` takes `noise` too
+    adaptive: bool = False  # chooses its own steps: the grid is [0, 1]
 
 
 SDE_OPTIONS = {"sde_diffusion": "diffusion", "sde_last": "last"}
@@ -199,5 +180,5 @@ SOLVERS = {
 
 
 def call_times(solver: Solver, grid: Sequence[float]) -> list[tuple[float, ...]]:
-    """Return, for each step of the grid, the times at which a solver calls the velocity."""
+    """Return, for each step of the grid, the times at which a solver calls velocity_fn."""
     return [solver.calls(t, t_next, step == len(grid) - 2) for step, (t, t_next) in enumerate(itertools.pairwise(grid))]

@@ -136,7 +136,7 @@ class Studio:
                 accelerator=self.accelerator,
                 png="all",
                 command=request.command,
-                fitted=self.fitted.get(str(request.sampler)),
+                recompute_steps=self.fitted.get(str(request.sampler)),
             )
             sets.append(SampledSet(request, out, json.loads((out / "receipt.json").read_text())))
         if sampler.parsed_recompute.kind == "dp":

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from ddt.generation.parts import merge_parts, read_part, remove_damaged, rows, sampled_numbers, write_part
+from ddt.generation.parts import merge_parts, remove_damaged, rows, sampled_numbers, write_part
 
 
 def fill(folder, total, size, shape=(4, 4, 3), counts=None):
@@ -18,25 +18,22 @@ def fill(folder, total, size, shape=(4, 4, 3), counts=None):
     return images
 
 
-@pytest.mark.parametrize("size", [1, 4, 11])
-def test_parts_become_one_npz_in_order(tmp_path, size):
-    images = fill(tmp_path / "parts", 11, size)
-    counts = merge_parts(tmp_path / "parts", tmp_path / "samples.npz", list(range(11)))
-    with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
+def test_parts_of_any_size_become_the_same_npz_in_order(tmp_path):
+    """ADM's evaluator reads rows of arr_0.npy as a stream: stored, not compressed, C order."""
+    hashes = set()
+    for size in (1, 4, 11):
+        images, npz = fill(tmp_path / str(size), 11, size), tmp_path / f"{size}.npz"
+        assert merge_parts(tmp_path / str(size), npz, list(range(11))) == {"encoder": 3, "cached_bytes": 7}
+        hashes.add(hashlib.sha256(npz.read_bytes()).hexdigest())
+    assert len(hashes) == 1
+    with np.load(npz, allow_pickle=False) as file:
         assert file["arr_0"].dtype == np.uint8
         assert np.array_equal(file["arr_0"], images)
         assert (file["arr_1"].dtype, file["arr_1"].tolist()) == (np.int64, list(range(11)))
-    assert counts == {"encoder": 3, "cached_bytes": 7}
-    assert np.array_equal(np.stack(list(rows(tmp_path / "samples.npz"))), images)
-
-
-def test_equal_images_are_equal_bytes_whatever_the_parts(tmp_path):
-    hashes = set()
-    for size in (2, 5):
-        fill(tmp_path / str(size), 9, size)
-        merge_parts(tmp_path / str(size), tmp_path / f"{size}.npz", [0] * 9)
-        hashes.add(hashlib.sha256((tmp_path / f"{size}.npz").read_bytes()).hexdigest())
-    assert len(hashes) == 1
+    assert np.array_equal(np.stack(list(rows(npz))), images)
+    with zipfile.ZipFile(npz) as archive:
+        assert archive.namelist() == ["arr_0.npy", "arr_1.npy"]
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
 
 
 def test_counts_are_means_over_the_images(tmp_path):
@@ -102,21 +99,3 @@ def test_a_gap_is_never_merged(tmp_path):
     with pytest.raises(AssertionError, match="every image"):
         merge_parts(tmp_path / "parts", tmp_path / "samples.npz", [0] * 6)
     assert not (tmp_path / "samples.npz").exists()
-
-
-def test_a_part_carries_its_counts(tmp_path):
-    images = fill(tmp_path, 2, 2)
-    start, read, counts = read_part(next(tmp_path.glob("*.npz")))
-    assert (start, counts) == (0, {"encoder": 3, "cached_bytes": 7})
-    assert np.array_equal(read, images)
-
-
-def test_the_npz_is_as_adm_reads_it(tmp_path):
-    """ADM's evaluator opens arr_0.npy inside the file and reads rows as a stream: stored, not
-    compressed, C order.
-    """
-    fill(tmp_path / "parts", 3, 3)
-    merge_parts(tmp_path / "parts", tmp_path / "samples.npz", [0] * 3)
-    with zipfile.ZipFile(tmp_path / "samples.npz") as archive:
-        assert archive.namelist() == ["arr_0.npy", "arr_1.npy"]
-        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}

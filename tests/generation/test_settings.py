@@ -16,15 +16,17 @@ def test_checkpoint_keeps_what_is_stored_and_null_is_a_value():
     assert (chosen.cfg_interval, chosen.recompute, chosen.num_steps, chosen.solver) == (None, None, 9, "sde")
 
 
-def test_stored_settings_without_effect_beside_the_chosen_ones_give_way():
+def test_stored_settings_without_effect_beside_the_chosen_ones_are_ignored():
     assert SamplerOverrides(sampler="heun").resolve(STORED, True).sde_last == "mean"
+    forecast = STORED | {"solver": "euler", "sde_last": "mean", "forecast_order": 1}
+    assert SamplerOverrides(recompute=None).resolve(forecast, True).forecast_order == 0
     adaptive = SamplerOverrides(sampler="adaptive").resolve(STORED, True)
     assert (adaptive.recompute, adaptive.sde_last) == (None, "mean")
     with pytest.raises(UserError, match=r"^sde_last=euler: has no effect with sampler=heun"):
         SamplerOverrides(sampler="heun", sde_last="euler").resolve(STORED, True)
 
 
-def test_all_problems_are_told_at_once_by_the_names_of_the_command():
+def test_all_problems_are_reported_at_once_by_the_names_of_the_command():
     with pytest.raises(UserError) as error:
         parse(SampleSettings, {"ckpt": "x", "num_steps": True, "cfg_scale": "much", "sampler": "heun"})
     assert str(error.value).splitlines() == [

@@ -1,6 +1,4 @@
-"""Counted cost: against torch's own counter, the sizes and speeds of method.md, and what sampling
-runs.
-"""
+"""Counted cost: against torch's own counter, and the sizes and speeds of method.md."""
 
 import contextlib
 import dataclasses
@@ -27,9 +25,7 @@ PUBLISHED = SamplerSettings()  # 250 steps, w = 2.0 on (0.3, 1.0), last_step 0.0
 
 @contextlib.contextmanager
 def counted():
-    """Count the MACs of what runs inside; attention as its two products, which the counter knows on
-    any device.
-    """
+    """Count the MACs of a block; attention as two products, which the counter knows anywhere."""
     result = []
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         yield result
@@ -59,17 +55,23 @@ def test_a_forward_costs_what_torch_counts(changes):
         kept = model.modulations(z)
     with counted() as rest:
         model.decode(x, z, kept)
-    found = network_macs(model, 8, 16)
-    assert dataclasses.astuple(found) == (*encoder, *decoder, *modulations)
-    assert found.total == encoder[0] + decoder[0]
-    assert rest[0] == found.decoder - found.modulations
+    macs = network_macs(model, 8, 16)
+    assert dataclasses.astuple(macs) == (*encoder, *decoder, *modulations)
+    assert macs.total == encoder[0] + decoder[0]
+    assert rest[0] == macs.decoder - macs.modulations
 
 
 def test_the_baseline_costs_what_torch_counts():
     model = ddt.DiT(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, num_classes=5)
+    x, t, y = inputs(batch=1)
     with counted() as whole:
-        model(*inputs(batch=1))
+        model(x, t, y)
     assert dataclasses.astuple(network_macs(model, 8, 8)) == (0, *whole, 0)
+    with counted() as macs:
+        ddt.sample(model, x, y, num_steps=10)
+    assert macs == [sampling_macs(model, 8, 8, SamplerSettings(num_steps=10))]
+    with pytest.raises(UserError, match="DiT has no encoder to share"):
+        sampling_macs(model, 8, 8, SamplerSettings(recompute="uniform:2"))
 
 
 @pytest.mark.parametrize(
@@ -77,28 +79,21 @@ def test_the_baseline_costs_what_torch_counts():
     [("b_8en4de", 26.9, 15.3, 11.6), ("l_20en4de", 87.6, 67.2, 20.4), ("xl_22en6de", 131.5, 93.2, 38.3)],
 )
 def test_published_networks_have_their_published_size(name, total, encoder, decoder):
-    """method.md 2; but L is what torch counts, 0.1 above the table, which leaves its encoder's
-    adaLN out.
-    """
+    """method.md 2; L is 0.1 above its table, which leaves the encoder's adaLN out."""
     model = network(name)
-    found = network_macs(model, 32, 32)
-    assert [round(macs / 1e9, 1) for macs in (found.total, found.encoder, found.decoder)] == [total, encoder, decoder]
+    macs = network_macs(model, 32, 32)
+    assert [round(each / 1e9, 1) for each in (macs.total, macs.encoder, macs.decoder)] == [total, encoder, decoder]
     with counted() as whole:
         model(
             torch.empty(1, 4, 32, 32, device="meta"),
             torch.empty(1, device="meta"),
             torch.empty(1, dtype=torch.long, device="meta"),
         )
-    assert whole == [found.total]
-
-
-EVEN = {number: [step * 250 // number for step in range(number)] for number in (32, 33)}
+    assert whole == [macs.total]
 
 
 def speeds(model, recompute):
-    """How much faster than the release without sharing: the release, with kept modulations, and
-    with skipping too.
-    """
+    """Speeds over the release without sharing: its own, with cached modulations, skipping too."""
     shared = dataclasses.replace(PUBLISHED, recompute=recompute)
     release = sampling_macs(model, 32, 32, PUBLISHED, cached=False, skip_unconditional=False)
     ways = ((False, False), (True, False), (True, True))
@@ -106,17 +101,11 @@ def speeds(model, recompute):
 
 
 def ideal_speeds(model, ratio, unguided=78 / 250):
-    """The same if any share of the steps were possible and the edges of interval and segments fell
-    together.
-    """
-    found = network_macs(model, 32, 32)
-    shared = found.decoder + (1 - ratio) * found.encoder
-    kept = shared - ratio * found.modulations
-    return [found.total / macs for macs in (shared, kept, kept * (1 - unguided / 2))]
-
-
-def test_xl_keeps_its_modulations_out_of_a_third_of_the_decoder():
-    assert round(network_macs(network("xl_22en6de"), 32, 32).modulations / 1e9, 1) == 12.9
+    """The same for any share of the steps, where the edges of interval and segments coincide."""
+    macs = network_macs(model, 32, 32)
+    shared = macs.decoder + (1 - ratio) * macs.encoder
+    cached = shared - ratio * macs.modulations
+    return [macs.total / each for each in (shared, cached, cached * (1 - unguided / 2))]
 
 
 @pytest.mark.parametrize(
@@ -139,38 +128,21 @@ def test_ideal_speeds_are_those_of_the_method(name, ratio, expected):
         ("xl_22en6de", None, [1.0, 1.0, 1.18]),
         ("xl_22en6de", "uniform:5", [2.31, 2.82, 3.33]),
         ("xl_22en6de", "uniform:8", [2.62, 3.37, 3.97]),
-        ("xl_22en6de", EVEN[33], [2.60, 3.34, 3.95]),
+        ("xl_22en6de", [step * 250 // 33 for step in range(33)], [2.60, 3.34, 3.95]),
         ("l_20en4de", "uniform:5", [2.59, 3.10, 3.66]),
         ("b_8en4de", "uniform:5", [1.84, 2.34, 2.76]),
     ],
     ids=str,
 )
 def test_speeds_on_the_real_grid(name, recompute, expected):
-    """Up to 0.03 below the ideal: a segment that reaches into the interval is encoded for both
-    halves.
-    """
+    """Up to 0.03 below the ideal: segments that reach into the interval encode both halves."""
     assert [round(speed, 2) for speed in speeds(network(name), recompute)] == expected
-
-
-def test_ratio_087_lies_between_32_and_33_of_250_steps():
-    assert len(dataclasses.replace(PUBLISHED, recompute="uniform:8").schedule()) == 32
-    model = network("xl_22en6de")
-    for more, ideal, less in zip(
-        speeds(model, EVEN[32]), ideal_speeds(model, 0.87)[:2], speeds(model, EVEN[33]), strict=False
-    ):
-        assert less < ideal < more
-
-
-def test_sharing_b_at_every_fifth_step_gains_half_again_on_sharing_as_the_release_does():
-    model = network("b_8en4de")
-    ideal, real = ideal_speeds(model, 0.80), speeds(model, "uniform:5")
-    assert (round(ideal[2] / ideal[0], 2), round(real[2] / real[0], 3)) == (1.51, 1.505)
 
 
 RUNS = [
     SamplerSettings(num_steps=10),
     SamplerSettings(num_steps=10, recompute="uniform:4"),
-    SamplerSettings(num_steps=10, recompute=[0, 1, 2, 7]),  # segments of one step keep nothing
+    SamplerSettings(num_steps=10, recompute=[0, 1, 2, 7]),  # segments of one step cache nothing
     SamplerSettings(num_steps=10, recompute="uniform:3", cfg_interval=(0.2, 0.6)),
     SamplerSettings(num_steps=10, recompute="uniform:3", cfg_steps=[4, 9]),
     SamplerSettings(num_steps=10, recompute="uniform:3", cfg_scale=1.0),
@@ -191,28 +163,18 @@ def test_a_run_costs_what_torch_counts(settings, cached):
 
 
 @pytest.mark.parametrize("settings", RUNS[:6], ids=str)
-def test_plain_sampling_draws_the_same_and_costs_what_torch_counts(settings):
+def test_plain_sampling_gives_the_same_and_costs_what_torch_counts(settings):
     model = small_ddt()
     plain = PlainDDT(model)
     x, _, y = inputs()
-    drawn = plain_sample(plain, x, y, settings)
-    torch.testing.assert_close(drawn, sample_latents(model, x, y, settings), rtol=1e-4, atol=1e-5)
+    latents = plain_sample(plain, x, y, settings)
+    torch.testing.assert_close(latents, sample_latents(model, x, y, settings), rtol=1e-4, atol=1e-5)
     with counted() as macs:
         plain_sample(plain, x[:1], y[:1], settings)
     assert macs == [sampling_macs(model, 8, 8, settings, cached=False, skip_unconditional=False)]
 
 
-def test_the_baseline_costs_a_forward_a_half():
-    model = ddt.DiT(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, num_classes=5)
-    x, _, y = inputs(batch=1)
-    with counted() as macs:
-        ddt.sample(model, x, y, num_steps=10)
-    assert macs == [sampling_macs(model, 8, 8, SamplerSettings(num_steps=10))]
-    with pytest.raises(UserError, match="DiT has no encoder to share"):
-        sampling_macs(model, 8, 8, SamplerSettings(recompute="uniform:2"))
-
-
-def test_what_has_no_cost_beforehand_is_refused():
+def test_cost_unknown_beforehand_is_refused():
     model = small_ddt()
     with pytest.raises(UserError, match=r"model\.patch_size=2 does not divide the latent size 8×7"):
         network_macs(model, 8, 7)

@@ -16,8 +16,8 @@ def test_rope_table_matches_the_release(golden):
 
 def test_timestep_embedding_matches_the_release(golden):
     for t, expected in golden["timestep_embedding_dim8"].items():
-        found = timestep_embedding(torch.tensor([float(t)]), dim=8)[0]
-        torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-6)
+        embedding = timestep_embedding(torch.tensor([float(t)]), dim=8)[0]
+        torch.testing.assert_close(embedding, torch.tensor(expected), rtol=1e-4, atol=1e-6)
 
 
 def test_rotation_keeps_norms_and_depends_on_the_distance_alone():
@@ -40,7 +40,7 @@ def test_head_width_must_suit_two_axes():
         rope_table(6, 2, 2)
 
 
-def test_position_table_is_made_once_and_outside_of_inference_mode():
+def test_position_table_is_cached_and_made_outside_of_inference_mode():
     with torch.inference_mode():
         first = positions(12, 7, 3, torch.device("cpu"))
     assert positions(12, 7, 3, torch.device("cpu")).cos is first.cos

@@ -1,4 +1,4 @@
-"""Solvers, guidance and encoder sharing."""
+"""Sampling: the release's trajectories, guidance, the public function and its errors."""
 
 import dataclasses
 import inspect
@@ -25,11 +25,6 @@ def test_trajectories_are_those_of_the_release(name, tiny, golden, samplers):
     settings = sampler_settings(name, golden["samplers"][name], samplers)
     latents = ddt.sample(tiny, samplers["noise"], samplers["cond"], **settings)
     torch.testing.assert_close(latents, samplers[name], rtol=1e-4, atol=CLOSE.get(name, 1e-5))
-
-
-def test_the_time_grids_are_those_of_the_release(golden):
-    for case in golden["samplers"].values():
-        assert time_grid(case["num_steps"], case.get("last_step"), case.get("timeshift", 1.0)) == case["timesteps"]
 
 
 def test_guidance_one_is_the_conditional_run_at_half_the_cost():
@@ -98,7 +93,7 @@ def test_an_image_does_not_depend_on_its_batch():
     )
 
 
-def test_the_public_face_takes_each_setting_by_its_name():
+def test_sample_takes_each_setting_by_its_name():
     parameters = inspect.signature(ddt.sample).parameters
     for field in dataclasses.fields(SamplerSettings):
         assert parameters[field.name].default == field.default, field.name
@@ -122,8 +117,6 @@ def test_the_public_face_takes_each_setting_by_its_name():
         ({"cfg_interval": (0.3, 1.2)}, r"cfg_interval=\[0.3,1.2\]"),
         ({"cfg_scale": -1.0}, "cfg_scale=-1"),
         ({"cfg_scale": float("inf")}, "cfg_scale=inf: must be a finite number"),
-        ({"last_step": 1e-9}, "last_step=1e-09, timeshift=1.0: two of the 251 times are equal in float32"),
-        ({"timeshift": 1e-9}, "two of the 251 times are equal in float32"),
         ({"solver": "rk9"}, "solver=rk9: unknown solver, choose from euler, heun"),
         ({"recompute": [1, 2]}, "step 0 must be among them"),
         ({"recompute": [0, 9], "num_steps": 4}, "step 9 does not exist"),
@@ -140,6 +133,8 @@ def test_the_public_face_takes_each_setting_by_its_name():
         ({"solver": "adaptive", "recompute": "uniform:5"}, "recompute=uniform:5: solver=adaptive chooses its own"),
         ({"solver": "adaptive", "cfg_steps": [0]}, r"cfg_steps=\[0\]: solver=adaptive chooses its own steps"),
         ({"solver": "sde", "recompute": [0], "forecast_order": 1}, "forecast_order=1: the noise of solver=sde makes"),
+        ({"forecast_order": 1}, "forecast_order=1: has no effect without recompute="),
+        ({"recompute": [0], "forecast_order": 3}, "forecast_order=3: choose from 0, 1, 2"),
         ({"num_steps": 0}, "num_steps=0"),
     ],
 )
@@ -148,40 +143,45 @@ def test_impossible_samplers_are_named(arguments, message):
         SamplerSettings(**arguments)
 
 
-def test_noise_and_classes_must_agree():
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        ({"noise": (3, 1, 8, 8)}, {}, r"noise has shape \(3, 1, 8, 8\): expected \(B, 2, H, W\)"),
+        ({"y": torch.zeros(3)}, {}, r"dtype torch\.float32: expected"),
+        ({"y": torch.tensor([9, 1, 2])}, {}, r"classes must lie in 0\.\.4"),
+        ({"y": torch.tensor([0, 1])}, {}, "noise has 3 rows and y has 2"),
+        ({"step_noise": (1, 3, 2, 8, 8)}, {}, "the solver euler takes no noise"),
+        (
+            {"step_noise": (3, 2, 8, 8)},
+            {"solver": "sde", "num_steps": 4},
+            r"step_noise has shape \(3, 2, 8, 8\): expected \(3 or 4, 3, 2, 8, 8\)",
+        ),
+        ({}, {"recompute": "uniform:2"}, "recompute=uniform:2: give the list"),
+        ({"guide": {}}, {"cfg_scale": 1.0}, "guide: has no effect with cfg_scale=1"),
+        ({"guide": {"num_classes": 4}}, {}, "guide: has num_classes=4, the model 5"),
+    ],
+)
+def test_inputs_that_do_not_agree_are_named(change, settings, message):
     x, _, y = inputs()
-    with pytest.raises(UserError, match=r"noise has shape \(3, 1, 8, 8\): expected \(B, 2, H, W\)"):
-        ddt.sample(small_ddt(), x[:, :1], y)
-    with pytest.raises(UserError, match=r"dtype torch\.float32: expected"):
-        ddt.sample(small_ddt(), x, y.float())
-    with pytest.raises(UserError, match=r"classes must lie in 0\.\.4"):
-        ddt.sample(small_ddt(), x, y + 9)
-    with pytest.raises(UserError, match="the solver euler draws no noise"):
-        ddt.sample(small_ddt(), x, y, step_noise=x[None])
-    with pytest.raises(UserError, match="recompute=uniform:2: give the list"):
-        ddt.sample(small_ddt(), x, y, recompute="uniform:2")
-    with pytest.raises(UserError, match="noise has 3 rows and y has 2"):
-        ddt.sample(small_ddt(), x, y[:2])
-    with pytest.raises(UserError, match=r"step_noise has shape \(3, 2, 8, 8\): expected \(3 or 4, 3, 2, 8, 8\)"):
-        ddt.sample(small_ddt(), x, y, solver="sde", num_steps=4, step_noise=x)
-    with pytest.raises(UserError, match="guide: has no effect with cfg_scale=1"):
-        ddt.sample(small_ddt(), x, y, cfg_scale=1.0, guide=small_ddt())
-    with pytest.raises(UserError, match="guide: has num_classes=4, the model 5"):
-        ddt.sample(small_ddt(), x, y, guide=small_ddt(num_classes=4))
+    arguments = {"noise": x, "y": y, **{k: torch.zeros(v) if isinstance(v, tuple) else v for k, v in change.items()}}
+    if "guide" in change:
+        arguments["guide"] = small_ddt(**change["guide"])
+    with pytest.raises(UserError, match=message):
+        ddt.sample(small_ddt(), **arguments, **settings)
 
 
-def test_stochastic_draws_belong_to_the_image_not_to_the_batch():
+def test_step_noise_belongs_to_the_image_not_to_the_batch():
     model = small_ddt()
     x, _, y = inputs(batch=5)
     state = torch.get_rng_state()
     settings = dict(solver="sde", num_steps=6, cfg_interval=None)
     together = ddt.sample(model, x, y, **settings)
     assert torch.equal(together, ddt.sample(model, x, y, **settings))
-    apart = torch.cat([ddt.sample(model, x[k : k + 1], y[k : k + 1], **settings) for k in range(5)])
-    torch.testing.assert_close(apart, together)
+    alone = torch.cat([ddt.sample(model, x[k : k + 1], y[k : k + 1], **settings) for k in range(5)])
+    torch.testing.assert_close(alone, together)
     assert torch.equal(torch.get_rng_state(), state)
-    still = ddt.sample(model, x, y, **settings, step_noise=torch.zeros(5, *x.shape))
-    assert (together - still).abs().mean() > 0.1
+    noiseless = ddt.sample(model, x, y, **settings, step_noise=torch.zeros(5, *x.shape))
+    assert (together - noiseless).abs().mean() > 0.1
 
 
 def test_adaptive_sampling_agrees_with_many_small_steps_and_knows_no_batch():

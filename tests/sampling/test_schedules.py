@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def cost(similarity, steps):
-    """What a schedule costs, by its definition."""
+    """The cost of a schedule by its definition."""
     ends = [*steps[1:], len(similarity)]
     return sum(1 - similarity[a][step] for a, b in zip(steps, ends, strict=True) for step in range(a, b))
 
@@ -125,14 +125,12 @@ def test_a_schedule_file_is_used_with_its_own_grid_only(tmp_path):
             resolve_recompute(small_ddt(), (2, 8, 8), using(path, **change), CPU, "a")
 
 
-def test_another_checkpoint_guidance_or_solver_is_said(tmp_path):
+def test_another_checkpoint_guidance_or_solver_gives_a_warning(tmp_path):
     path = fitted(tmp_path / "s.json")
-    content = read_schedule(tmp_path / "s.json")
-    assert check_fitted(content, using(path), "b") == [f"recompute={path}: was fitted to another checkpoint"]
-    assert check_fitted(content, using(path, cfg_scale=3.0), "a") == [
-        f"recompute={path}: was fitted to another guidance"
-    ]
-    assert check_fitted(content, using(path, solver="heun"), "a") == [f"recompute={path}: was fitted to another solver"]
+    content, warning = read_schedule(tmp_path / "s.json"), f"recompute={path}: was fitted to another"
+    assert check_fitted(content, using(path), "b") == [f"{warning} checkpoint"]
+    assert check_fitted(content, using(path, cfg_scale=3.0), "a") == [f"{warning} guidance"]
+    assert check_fitted(content, using(path, solver="heun"), "a") == [f"{warning} solver"]
 
 
 def test_dp_is_fitted_on_the_spot_and_equals_the_file(tmp_path):
@@ -146,17 +144,14 @@ def test_dp_is_fitted_on_the_spot_and_equals_the_file(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"recompute_steps": 3}', '{"format_version": 1, "recompute_steps": ["x"]}']
 )
-def test_damaged_schedule_files_are_one_line(tmp_path, text):
+def test_damaged_and_missing_schedule_files_are_one_line(tmp_path, text):
     (tmp_path / "s.json").write_text(text)
     with pytest.raises(UserError, match=r"s\.json: is no schedule file"):
         read_schedule(tmp_path / "s.json")
-
-
-def test_a_missing_schedule_file_is_named(tmp_path):
     with pytest.raises(
-        UserError, match=r"recompute=.*s\.json: no such file; python -m scripts.studies.sharing.fit writes"
+        UserError, match=r"recompute=.*no\.json: no such file; python -m scripts\.studies\.sharing\.fit"
     ):
-        read_schedule(tmp_path / "s.json")
+        read_schedule(tmp_path / "no.json")
 
 
 def test_models_without_an_encoder_have_no_schedule():

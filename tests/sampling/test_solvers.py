@@ -1,6 +1,4 @@
-"""Solvers: orders measured on fields with known solutions, calls, and the arithmetic of the
-stochastic ones.
-"""
+"""Solvers: orders on fields with known solutions, calls, the arithmetic of the stochastic ones."""
 
 import itertools
 import math
@@ -16,23 +14,19 @@ from ddt.model.cost import network_macs
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.sample import sample_latents
 from ddt.sampling.settings import SamplerSettings
-from ddt.sampling.solvers import DIFFUSIONS, SOLVERS, Solver, adams_weights, adaptive, call_times, euler, sde
+from ddt.sampling.solvers import DIFFUSIONS, SOLVERS, Solver, adams_weights, adaptive, call_times, sde
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ORDERS = {"euler": 1, "heun": 2, "midpoint": 2, "adams2": 2, "adams3": 3, "adams4": 4}
 
 
 def solution(t):
-    """1 + exp(1 − 1/t), flat at t = 0: there an Adams solver has no past yet, and its first steps
-    are of low order.
-    """
+    """1 + exp(1 − 1/t), flat at t = 0, where the first steps of an Adams solver have low order."""
     return 1 + math.exp(1 - 1 / t) if t else 1.0
 
 
 def end_error(solver, num_steps, timeshift):
-    """Error at t = 1 of dx/dt = x*'(t) − (x − x*(t)), whose solution from x(0) = 1 is x* =
-    `solution`.
-    """
+    """Error at t = 1 of dx/dt = x*'(t) − (x − x*(t)), solved by x* = `solution` from x(0) = 1."""
     t = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
     grid = (t / (t + (1 - t) * timeshift)).tolist()
 
@@ -66,7 +60,7 @@ def test_call_times_are_the_times_of_the_calls(solver):
         seen.append((step, t))
         return torch.zeros(1)
 
-    options = {"draw": lambda step: torch.zeros(1)} if solver == "sde" else {}
+    options = {"noise": lambda step: torch.zeros(1)} if solver == "sde" else {}
     SOLVERS[solver].integrate(velocity, torch.zeros(1), grid, **options)
     expected = [(step, t) for step, times in enumerate(call_times(SOLVERS[solver], grid)) for t in times]
     assert seen == expected
@@ -92,8 +86,8 @@ def test_adams_coefficients_are_those_of_the_release_up_to_its_rounding(golden):
             assert np.abs(ours - expected).max() < tolerance
 
 
-def walk(velocity, x, grid, draws, **options):
-    return sde(velocity, x, grid, draw=lambda step: draws[step], **options)
+def walk(velocity, x, grid, noise, **options):
+    return sde(velocity, x, grid, noise=lambda step: noise[step], **options)
 
 
 def test_a_stochastic_step_is_the_formula():
@@ -109,7 +103,7 @@ def test_a_stochastic_step_is_the_formula():
     torch.testing.assert_close(end, x + v * dt + 0.5 * score * w * dt + (w * dt) ** 0.5 * n)
 
 
-def test_the_last_stochastic_step_draws_nothing():
+def test_the_last_stochastic_step_adds_no_noise():
     x, v = torch.randn(4), torch.randn(4)
     score = 0.75 * v - x  # at t = 0.75: (t·v − x)/(1 − t), and w = 1 − t takes the denominator away
     torch.testing.assert_close(walk(lambda *_: v, x, [0.75, 1.0], []), x + v * 0.25 + score * 0.25)
@@ -118,9 +112,7 @@ def test_the_last_stochastic_step_draws_nothing():
 
 @pytest.mark.parametrize("diffusion", DIFFUSIONS)
 def test_every_diffusion_keeps_the_distribution(diffusion):
-    """Data N(0, ½²): velocity and score are linear in x, and the spread at t = 1 must be ½ with any
-    noise schedule.
-    """
+    """Data N(0, ½²): velocity and score are linear in x, and the deviation at t = 1 is ½."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20_000, generator=generator, dtype=torch.float64)
 
@@ -128,13 +120,13 @@ def test_every_diffusion_keeps_the_distribution(diffusion):
         variance = (t * 0.5) ** 2 + (1 - t) ** 2
         return x_t * (t * 0.25 - (1 - t)) / variance
 
-    draws = torch.randn(200, 20_000, generator=generator, dtype=torch.float64)
-    end = walk(velocity, x, time_grid(200), draws, diffusion=diffusion)
+    noise = torch.randn(200, 20_000, generator=generator, dtype=torch.float64)
+    end = walk(velocity, x, time_grid(200), noise, diffusion=diffusion)
     assert end.std().item() == pytest.approx(0.5, rel=0.03)
 
 
 def test_adaptive_meets_its_tolerance_image_by_image():
-    """dx/dt = −r·x with rates that ask for different step sizes."""
+    """dx/dt = −r·x with rates that need different step sizes."""
     rates = torch.tensor([0.1, 1.0, 30.0], dtype=torch.float64)[:, None]
     x = torch.ones(3, 2, dtype=torch.float64)
 
@@ -148,17 +140,13 @@ def test_adaptive_meets_its_tolerance_image_by_image():
     torch.testing.assert_close(alone, adaptive(velocity, x, [0.0, 1.0], tolerance=1e-3)[:1], rtol=1e-12, atol=0)
 
 
-def test_adaptive_says_when_it_does_not_arrive():
+def test_adaptive_names_its_bound_on_steps():
     with pytest.raises(UserError, match="t = 1 was not reached in num_steps=2 steps; raise num_steps or tolerance"):
         adaptive(lambda x, t, step: -300 * x, torch.ones(1, 2), [0.0, 1.0], max_steps=2)
 
 
-def test_euler_walks_in_the_dtype_it_is_given():
-    assert euler(lambda x, t, step: x, torch.ones(2), time_grid(3)).dtype == torch.float32
-
-
 def test_a_solver_is_one_function_and_one_entry(monkeypatch):
-    """Registered, it is known to the settings, sampling and the count of its cost."""
+    """Settings, sampling and cost know it by its entry."""
 
     def third_way(velocity_fn, x, grid, tolerance):
         assert tolerance == 0.5

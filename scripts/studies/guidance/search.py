@@ -26,7 +26,7 @@ from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require
 from ddt.files import lock_folder, write_json
-from ddt.generation.generator import Dtype, Generator, usual_dtype
+from ddt.generation.generator import Dtype, Generator, default_dtype
 from ddt.generation.image_set import image_set
 from ddt.generation.load import stored_autoencoder
 from ddt.generation.sample_set import sample_set
@@ -160,7 +160,7 @@ def search(settings: GuidanceSettings, data: Choice | None, checkpoints: list[Ch
     """
     accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))  # one GPU may be hours behind another
     device, main, out = accelerator.device, accelerator.is_main_process, Path(settings.out)
-    dtype = settings.dtype or usual_dtype(device)
+    dtype = settings.dtype or default_dtype(device)
     plan: dict[str, Any] | None = None
     request: dict[str, Any] = {}
     if main:  # it alone reads files for their hashes

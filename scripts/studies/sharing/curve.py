@@ -25,7 +25,7 @@ from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, require
 from ddt.files import lock_folder, write_json
-from ddt.generation.generator import Dtype, Generator, usual_dtype
+from ddt.generation.generator import Dtype, Generator, default_dtype
 from ddt.generation.image_set import ImageSet, image_set
 from ddt.generation.load import load_generator, stored_autoencoder
 from ddt.generation.settings import SamplerOverrides
@@ -300,7 +300,7 @@ def measure(settings: SharingSettings, data: Choice | None) -> None:
     settings.check_budgets(sampler.num_steps)
     accelerator, out = make_accelerator("no"), Path(settings.out)
     device = accelerator.device
-    dtype = settings.dtype or usual_dtype(device)
+    dtype = settings.dtype or default_dtype(device)
     request = {
         **settings.request(),
         "ema_sha256": ckpt.weights_sha256(folder, "ema"),

@@ -16,7 +16,7 @@ from ddt.checkpoint import folder as ckpt
 from ddt.cli import CONF, command
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require
-from ddt.generation.generator import Dtype, usual_dtype
+from ddt.generation.generator import Dtype, default_dtype
 from ddt.generation.settings import SamplerOverrides
 from ddt.pictures import pyplot, save_figure
 from ddt.receipts import circumstances
@@ -56,7 +56,7 @@ def main(settings: FitSettings) -> None:
     num_steps, out = sampler.num_steps, Path(settings.out)
     require(settings.budget <= num_steps, f"budget={settings.budget}: must lie in 1..num_steps={num_steps}")
     device = make_accelerator("no").device
-    dtype = settings.dtype or usual_dtype(device)
+    dtype = settings.dtype or default_dtype(device)
     model = ckpt.load_model(folder).to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16"):
         content = fit_schedule(
