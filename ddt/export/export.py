@@ -206,7 +206,7 @@ def find_picture(places: Sequence[Path], weights_sha256: str) -> Path | None:
 
 
 def read_metrics(path: Path, weights_sha256: str) -> dict[str, Any]:
-    """Return the content of a metrics.json, or of that in a folder; UserError if of other weights."""
+    """Return a metrics.json, given itself or its folder; UserError if it is of other weights."""
     path = path / "metrics.json" if path.is_dir() else path
     require(path.is_file(), f"metrics={path}: no such file; give what evaluate.py wrote, or leave it out")
     try:
