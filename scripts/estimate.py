@@ -18,18 +18,18 @@ log = logging.getLogger(__name__)
 
 @command("estimate", settings="ddt.training.estimate.EstimateSettings")
 def main(settings: "EstimateSettings") -> None:
-    """Count, print, and write the numbers to out= where that is given."""
+    """Count, print, and write the numbers to out= if it is set."""
     from ddt.files import write_json
     from ddt.receipts import command_line
     from ddt.training.estimate import build_recipe, choose_rate, estimate, report
 
     recipe = build_recipe(settings)
-    found = estimate(recipe, choose_rate(settings, recipe))
-    log.info("%s", report(found))
+    cost = estimate(recipe, choose_rate(settings, recipe))
+    log.info("%s", report(cost))
     if settings.out is not None:
         out = Path(settings.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, {**found, "command": command_line()})
+        write_json(out, {**cost, "command": command_line()})
 
 
 if __name__ == "__main__":

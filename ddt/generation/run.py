@@ -8,7 +8,7 @@ from ddt.checkpoint.hub import is_hub_id
 from ddt.distributed.compile import compiles
 from ddt.distributed.launch import launch
 from ddt.distributed.prepare import make_accelerator
-from ddt.errors import collected, require
+from ddt.errors import collect_errors, require
 from ddt.generation.image_set import ImageSet
 from ddt.generation.load import check_guide_config, checkpoint_receipt, load_generator, stored_autoencoder
 from ddt.generation.sample_set import sample_set
@@ -31,7 +31,7 @@ def sample_checkpoint(settings: SampleSettings) -> None:
     folder = ckpt.find_checkpoint(settings.ckpt)
     stored = ckpt.read_config(folder)
     ckpt.check_weights(folder, settings.weights)
-    sampler, images = collected(
+    sampler, images = collect_errors(
         lambda: settings.resolve(stored["sampler"], network_class(stored["network"]).shares_encoder),
         lambda: settings.image_set(stored["network"]["num_classes"]),
     )
@@ -44,7 +44,7 @@ def sample_share(
     settings: SampleSettings, folder: Path, guide: Path | None, sampler: SamplerSettings, images: ImageSet
 ) -> None:
     """Load the networks and sample this process's share of the images."""
-    accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))  # one GPU may be hours behind another
+    accelerator = make_accelerator("no", timeout=datetime.timedelta(days=1))  # one GPU may be hours behind another
     device = accelerator.device
     compile_default = device.type == "cuda" and len(images.seeds) >= COMPILE_FROM
     generator = load_generator(
