@@ -226,13 +226,12 @@ def number_differences(first: dict[str, Any], other: dict[str, Any]) -> str:
 
 def receipt_differences(names: tuple[str, str], first: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Return what differs between the receipts of two evaluations, in the order of effect."""
-    receipts = [metrics.get("receipt") or {} for metrics in (first, other)]
+    receipts = first.get("receipt") or {}, other.get("receipt") or {}
     without = [name for name, receipt in zip(names, receipts, strict=True) if not receipt]
     if without:
         return [f"no receipt in {' and '.join(without)}: differences of the two are not known"]
-    entries = sorted(
-        ((*reason_of(key), *pair) for key, pair in differences(*receipts).items()), key=lambda entry: entry[0]
-    )
+    entries = [(*reason_of(key), *pair) for key, pair in differences(*receipts).items()]
+    entries.sort(key=lambda entry: entry[0])
     unknown = [words for _, words, a, b in entries if MISSING in (a, b)]
     known = [(words, *shown(a, b)) for _, words, a, b in entries if MISSING not in (a, b)]
     lines = [f"{words}: {a} in {names[0]}, {b} in {names[1]}" for words, a, b in known]

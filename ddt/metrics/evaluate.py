@@ -153,8 +153,9 @@ def inputs_of(samples: ImageSource, reference: Reference, extractor: Extractor, 
 
 
 def sampling_receipt(samples: Path, count: int) -> dict[str, Any]:
-    """Return `{"sampling": receipt}` if sample.py wrote one beside this samples.npz of `count` images,
-    else {}. Raises UserError for a damaged one, and for that of another set.
+    """Return {"sampling": receipt} where sample.py wrote one beside these `count` samples.
+
+    Raises UserError for a damaged one, and for that of another set.
     """
     path = samples.with_name("receipt.json")
     if samples.name != SAMPLES or not path.is_file():

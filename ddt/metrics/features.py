@@ -48,8 +48,8 @@ class Extractor(Protocol):
 class FeatureSettings(Protocol):
     """What a file of conf/features names; nothing is loaded before `extractor`.
 
-    name: as in `features=`. data: the data set whose training images the network is trained on, None
-    for a pretrained one. weights_key: the setting of its file of weights, None where it reads none.
+    name: as in `features=`. data: the data set that the network is trained on, None for a
+    pretrained one. weights_key: the setting of its file of weights, None where it reads none.
     """
 
     @property
@@ -153,7 +153,7 @@ def extract(
 
 
 def gather(values: Tensor | None, accelerator: Accelerator, batch_size: int, width: int) -> tuple[Tensor, ...]:
-    """Return each process's vectors (B, F) of a step in turn, padded to batch_size if there are several.
+    """Return the vectors (B, F) of a step by process, those of several padded to batch_size.
 
     values: this process's own, None after the end of the set.
     """

@@ -193,7 +193,7 @@ def test_unusable_samples_are_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "long.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
         np.lib.format.write_array_header_1_0(file, {"shape": (2, 8, 8, 1), "fortran_order": False, "descr": "|u1"})
         file.write(bytes(3 * 64))
-    with pytest.raises(UserError, match=r"long.npz: damaged.*goes on after its last image"):
+    with pytest.raises(UserError, match=r"long.npz: damaged.*continues after its last image"):
         list(open_images(tmp_path / "long.npz", "samples").batches(2))
 
 
