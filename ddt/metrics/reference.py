@@ -25,7 +25,7 @@ from ddt.metrics.frechet import Statistics
 from ddt.metrics.images import DataImages, ImageSource, NpzImages, array_names, open_images, read_errors
 
 KEYS = (("mu", "sigma"), ("mu_s", "sigma_s"))  # of the first and the second distance of an extractor
-RECEIPT = "receipt"  # array of a file of ours: how it was made, as JSON
+RECEIPT = "receipt"  # array of our own files: JSON
 MAX_PR_IMAGES = 10_000  # of a data set, for precision and recall
 MAX_IMAGES = 200_000  # of a data set, whose features are held in memory
 
@@ -35,7 +35,7 @@ class Reference:
     """What samples are compared with.
 
     name: its path, or data:NAME. statistics: by distance, those of a file. images: real images.
-    held_out: other real images, what a perfect model would sample. receipt: of a file of ours.
+    held_out: other real images, what a perfect model would sample. receipt: of our own files.
     """
 
     name: str

@@ -74,11 +74,11 @@ def score_held_out(
     return metrics
 
 
-def distance_to_others(training: Tensor, most: int = 2000) -> float:
-    """Return the median distance of some training vectors, of (m, F), to the nearest other one."""
-    count = min(most, len(training))
-    chosen = torch.arange(count, device=training.device) * len(training) // count
-    return nearest(training[chosen], training, own=chosen)[0].median().item()
+def distance_to_others(training: Tensor) -> float:
+    """Return the median distance of ≤ 2,000 training vectors, of (m, F), to the nearest other one."""
+    count = min(2000, len(training))
+    indices = torch.arange(count, device=training.device) * len(training) // count
+    return nearest(training[indices], training, own=indices)[0].median().item()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +110,10 @@ def score(
     metrics: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
     for name, space in extractor.distances.items():
-        known = prepared.statistics.get(name)
-        metrics[name] = None if known is None else frechet_distance(samples.moments[space], known)
-        if known is None:
-            reasons[name] = "the reference has mu and sigma, but no mu_s and sigma_s"
+        if name in prepared.statistics:
+            metrics[name] = frechet_distance(samples.moments[space], prepared.statistics[name])
+        else:
+            metrics[name], reasons[name] = None, "the reference has mu and sigma, but no mu_s and sigma_s"
     if "probabilities" in samples.rows:
         probabilities = samples.rows["probabilities"].cpu().numpy()
         if not extractor.own_classes:

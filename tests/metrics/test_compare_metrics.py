@@ -101,7 +101,7 @@ def without(metrics, *keys):
 
 @pytest.fixture
 def compared(tmp_path, caplog):
-    """Write evaluations into folders a, b, …, compare them, and return what is said."""
+    """Write evaluations into folders a, b, …, compare them, and return the report."""
 
     def compare(*evaluations, arguments=()):
         for name, metrics in zip("abc", evaluations, strict=False):
@@ -109,8 +109,8 @@ def compared(tmp_path, caplog):
             (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            given = ",".join(str(tmp_path / name) for name, _ in zip("abc", evaluations, strict=False))
-            succeed(SCRIPT, f"metrics=[{given}]", *arguments)
+            folders = ",".join(str(tmp_path / name) for name, _ in zip("abc", evaluations, strict=False))
+            succeed(SCRIPT, f"metrics=[{folders}]", *arguments)
         return caplog.messages[-1]
 
     return compare
@@ -123,7 +123,7 @@ def cells(text):
 
 
 def lines_of(text, name):
-    """What is said of an evaluation against the first."""
+    """The report's lines on an evaluation against the first."""
     return re.search(rf"^## {name} against a\n\n((?:- .*\n?)+)", text, re.M)[1].splitlines()
 
 
@@ -202,14 +202,14 @@ def test_the_weightier_of_two_differences_is_first():
 
 
 def test_a_difference_is_told_in_words_with_both_values(compared):
-    said = lines_of(compared(METRICS, changed(**CHANGES, fid=3.3)), "b")
-    assert said[0] == "- numbers: fid +0.1; equal: sfid, inception_score, precision"
-    assert said[1] == "- b differs from a first in: features: inception in a, dinov2 in b"
-    assert "- then in: weights of the features: dddddddddddd… in a, 000000000000… in b" in said
-    assert "- then in: number of samples: 50,000 in a, 5,000 in b" in said
-    assert "- then in: guidance interval: [0.3, 1.0] in a, none in b" in said
-    assert "- then in: versions of the evaluation (torch): 2.11 in a, 2.12 in b" in said
-    assert len(said) == 1 + len(CHANGES)
+    lines = lines_of(compared(METRICS, changed(**CHANGES, fid=3.3)), "b")
+    assert lines[0] == "- numbers: fid +0.1; equal: sfid, inception_score, precision"
+    assert lines[1] == "- b differs from a first in: features: inception in a, dinov2 in b"
+    assert "- then in: weights of the features: dddddddddddd… in a, 000000000000… in b" in lines
+    assert "- then in: number of samples: 50,000 in a, 5,000 in b" in lines
+    assert "- then in: guidance interval: [0.3, 1.0] in a, none in b" in lines
+    assert "- then in: versions of the evaluation (torch): 2.11 in a, 2.12 in b" in lines
+    assert len(lines) == 1 + len(CHANGES)
 
 
 def test_each_is_held_against_the_first(compared):
@@ -238,10 +238,10 @@ def test_paths_dates_speeds_and_batch_sizes_are_no_reasons(compared):
     )
     other["receipt"]["date"] = "2027-01-01"
     one = changed(**{"reference.made": {"batch_size": 64}, "sampling.network_calls_an_image": {"encoder": 500}})
-    said = lines_of(compared(one, other), "b")
-    assert said[0] == "- all numbers that both have are equal"
-    assert said[1].startswith("- receipts are equal")
-    assert len(said) == 2
+    lines = lines_of(compared(one, other), "b")
+    assert lines[0] == "- all numbers that both have are equal"
+    assert lines[1].startswith("- receipts are equal")
+    assert len(lines) == 2
 
 
 def differences(first, other):
@@ -264,9 +264,9 @@ def test_differences_of_hashes_batch_sizes_and_long_values():
 def test_what_is_not_recorded_is_not_called_a_difference():
     older = changed()
     del older["receipt"]["features"]["dtype"], older["receipt"]["sampling"]
-    said = differences(older, METRICS)
-    assert said[0] == "what both receipts record is equal"
-    assert said[1].endswith("alone, which may differ too: arithmetic of the features, sampling")
+    lines = differences(older, METRICS)
+    assert lines[0] == "what both receipts record is equal"
+    assert lines[1].endswith("alone, which may differ too: arithmetic of the features, sampling")
     bare = without(METRICS, "receipt")
     assert differences(bare, METRICS) == ["no receipt in a: differences of the two are not known"]
     assert "no receipt in a and b" in differences(bare, bare)[0]
@@ -314,9 +314,9 @@ def test_wrong_input_is_one_line_that_names_the_key(tmp_path):
         (tmp_path / f"{name}.json").write_text(content)
         cases[f"metrics=[{good},{tmp_path}/{name}.json]",] = rf"{name}\.json: {message}"
     for arguments, message in cases.items():
-        said = refusal(SCRIPT, *arguments)
-        assert re.search(message, said), said
-        assert "\n" not in said
+        lines = refusal(SCRIPT, *arguments)
+        assert re.search(message, lines), lines
+        assert "\n" not in lines
     assert not list(tmp_path.glob("*.txt"))
 
 

@@ -121,9 +121,9 @@ def distance(a, b):
 def test_positions_are_resampled_by_the_hubs_rule(side):
     table = smooth_table(12, side)
     expected = by_matrices(table, 16.1 / side)
-    found = hub_positions(table)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert torch.equal(found[:, 0], table[:, 0])
+    result = hub_positions(table)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+    assert torch.equal(result[:, 0], table[:, 0])
     assert distance(by_matrices(table, 16 / side)[:, 1:], expected[:, 1:]) > 0.01  # without the 0.1
     assert distance(resample_abs_pos_embed(table, [16, 16])[:, 1:], expected[:, 1:]) > 0.01  # timm's
 
@@ -215,7 +215,7 @@ class Pictures(torch.utils.data.Dataset):
 
 def test_torch_fidelity_computes_its_metrics_in_these_features(extractor, file):
     sets = Pictures(1), Pictures(2)
-    found = torch_fidelity.calculate_metrics(
+    result = torch_fidelity.calculate_metrics(
         input1=sets[0], input2=sets[1], feature_extractor="dinov2-vit-s-14-timm", feature_extractor_weights_path=file,
         fid=True, prc=True, cuda=False, batch_size=5, save_cpu_ram=True, verbose=False,
     )  # fmt: skip
@@ -223,14 +223,14 @@ def test_torch_fidelity_computes_its_metrics_in_these_features(extractor, file):
     covariances = a.T.cov(), b.T.cov()
     root = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
     expected = (a.mean(0) - b.mean(0)).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * root
-    assert found["frechet_inception_distance"] == pytest.approx(expected.item(), rel=1e-3)
+    assert result["frechet_inception_distance"] == pytest.approx(expected.item(), rel=1e-3)
 
     def covered(x, y):  # the share of x within the third-neighbour ball of any of y
         radii = torch.cdist(y, y).kthvalue(4, dim=1).values
         return (torch.cdist(x, y) <= radii).any(dim=1).double().mean().item()
 
-    assert found["precision"] == pytest.approx(covered(a, b))
-    assert found["recall"] == pytest.approx(covered(b, a))
+    assert result["precision"] == pytest.approx(covered(a, b))
+    assert result["recall"] == pytest.approx(covered(b, a))
 
 
 def test_the_registered_extractor_is_vit_l_in_float32(file):

@@ -141,8 +141,8 @@ def test_a_folder_of_images_is_not_written_to(tmp_path):
     succeed("evaluate", *arguments)
     succeed("evaluate", *arguments)
     assert len(list((tmp_path / "pictures").iterdir())) == 12
-    found = {path.name for path in (tmp_path / "pictures_evaluation").iterdir()}
-    assert found == {"metrics.json", "nearest.png"}
+    result = {path.name for path in (tmp_path / "pictures_evaluation").iterdir()}
+    assert result == {"metrics.json", "nearest.png"}
 
 
 def test_unusable_samples_are_named(tmp_path):
@@ -272,9 +272,9 @@ def test_processes_do_not_change_a_number(inception_run, tmp_path):
     folder, arguments, _ = inception_run
     metrics = json.loads((folder / "metrics.json").read_text())
     succeed("evaluate", *arguments, "features.batch_size=7", "num_processes=2", f"out={tmp_path}")
-    found = json.loads((tmp_path / "metrics.json").read_text())
-    metrics["receipt"]["date"] = found["receipt"]["date"]
-    assert found == metrics
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    metrics["receipt"]["date"] = result["receipt"]["date"]
+    assert result == metrics
 
 
 def test_another_evaluation_is_not_written_over(inception_run):
@@ -399,9 +399,9 @@ def test_precision_of_a_large_data_set_is_of_some_of_its_images():
 def test_features_that_are_not_finite_are_refused(tmp_path):
     class Broken(Cheap):
         def __call__(self, images):
-            found = super().__call__(images)
-            found["spatial"] = torch.where(images[:, :1, 0, 0] == 7, torch.nan, found["spatial"])
-            return found
+            result = super().__call__(images)
+            result["spatial"] = torch.where(images[:, :1, 0, 0] == 7, torch.nan, result["spatial"])
+            return result
 
     random_set(tmp_path / "x.npz", 120)
     with pytest.raises(UserError, match=r"features=inception: the features of .*x.npz are not finite"):
@@ -412,14 +412,14 @@ def test_features_stand_in_the_order_of_the_set(tmp_path):
     images = random_set(tmp_path / "x.npz", 130, np.savez_compressed)
     extractor = Cheap()
     extractor.batch_size = 9
-    found = extract(NpzImages(tmp_path / "x.npz", "samples"), extractor, make_accelerator("no"), "samples")
+    result = extract(NpzImages(tmp_path / "x.npz", "samples"), extractor, make_accelerator("no"), "samples")
     flat = images.reshape(130, 12).astype(np.float32)
-    assert np.array_equal(found.rows["pool"], flat[:, 3:11])
-    np.testing.assert_allclose(found.moments["spatial"].mean, flat.mean(axis=0), rtol=1e-6)
+    assert np.array_equal(result.rows["pool"], flat[:, 3:11])
+    np.testing.assert_allclose(result.moments["spatial"].mean, flat.mean(axis=0), rtol=1e-6)
     write(tmp_path / "reversed.npz", arr_0=images[::-1])
     other = extract(NpzImages(tmp_path / "reversed.npz", "samples"), extractor, make_accelerator("no"), "samples")
     for name in ("pool", "spatial"):
-        ours, theirs = found.moments[name], other.moments[name]
+        ours, theirs = result.moments[name], other.moments[name]
         np.testing.assert_allclose(theirs.mean, ours.mean, rtol=1e-10)
         np.testing.assert_allclose(theirs.covariance, ours.covariance, rtol=1e-10, atol=1e-8)
 
@@ -434,10 +434,10 @@ def test_the_nearest_images_are_shown(tmp_path):
     images = ArrayImages(training, np.zeros(40), ["one"])
     settings = ClassifierSettings("digits", 1)
     reference = Reference("data:digits", {}, DataImages("data:digits", images))
-    found = {}
+    result = {}
 
     def grid(pixels, columns, captions):
-        found.update(pixels=pixels, captions=captions)
+        result.update(pixels=pixels, captions=captions)
         return np.zeros((2, 2, 3), dtype=np.uint8)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -446,9 +446,9 @@ def test_the_nearest_images_are_shown(tmp_path):
             open_images(tmp_path, "samples"), reference, settings.extractor(CPU, images), tmp_path / "out",
             make_accelerator("no"),
         )  # fmt: skip
-    assert np.array_equal(found["pixels"][[0, 1]], training[[33, 2]])
-    assert np.array_equal(found["pixels"][[10, 11]], training[[33, 2]])
-    assert found["captions"][:2] == ["0", "0"]
+    assert np.array_equal(result["pixels"][[0, 1]], training[[33, 2]])
+    assert np.array_equal(result["pixels"][[10, 11]], training[[33, 2]])
+    assert result["captions"][:2] == ["0", "0"]
 
 
 def test_a_run_that_was_sampled_from(tmp_path):

@@ -152,14 +152,14 @@ def test_inception_features_are_tensorflows(inception_weights):
     state = torch.get_rng_state()
     features = InceptionFeatures(inception_weights)
     assert torch.equal(state, torch.get_rng_state())
-    found = features(torch.from_numpy(values["gen"][:5]).permute(0, 3, 1, 2))
-    assert {name: value.shape[1] for name, value in found.items()} == features.spaces
+    result = features(torch.from_numpy(values["gen"][:5]).permute(0, 3, 1, 2))
+    assert {name: value.shape[1] for name, value in result.items()} == features.spaces
     for name in ("pool", "spatial"):
         expected = values[f"gen_{name}"][:5]
-        assert found[name].shape == expected.shape
-        assert np.abs(found[name].numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
-    np.testing.assert_allclose(found["probabilities"], values["gen_softmax"][:5], atol=1e-5)
-    assert {value.dtype for value in found.values()} == {torch.float32}
+        assert result[name].shape == expected.shape
+        assert np.abs(result[name].numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(result["probabilities"], values["gen_softmax"][:5], atol=1e-5)
+    assert {value.dtype for value in result.values()} == {torch.float32}
     (line,) = features.deviations()
     assert line.startswith("the Inception weights are neither published file")
     features.hashes["sha256"] = WEIGHTS_SHA256 + features.hashes["sha256"][8:]
@@ -322,8 +322,8 @@ def test_the_files_statistics_come_first():
     full = score(ours, None, prepared(images, statistics), Six(), "float16")
     assert full.metrics["fid"] == pytest.approx(frechet_distance(ours.moments["pool"], whole.moments["pool"]))
     assert full.metrics["sfid"] == pytest.approx(frechet_distance(ours.moments["spatial"], whole.moments["spatial"]))
-    found = precision_recall(images.rows["pool"], ours.rows["pool"])
-    assert (full.metrics["precision"], full.metrics["recall"]) == found
+    result = precision_recall(images.rows["pool"], ours.rows["pool"])
+    assert (full.metrics["precision"], full.metrics["recall"]) == result
     assert full.reasons == {}
     of_images = score(ours, None, prepared(images), Six(), "float16").metrics
     assert of_images["fid"] == pytest.approx(frechet_distance(ours.moments["pool"], images.moments["pool"]))
@@ -352,11 +352,11 @@ def test_nearest_vectors():
     assert distances == pytest.approx(table.min(dim=1).values.numpy() / 3**0.5, rel=1e-4)
     assert (distances[7], which[7]) == (0, 8500)
     own = torch.tensor([0, 8999, 40])
-    apart, other = nearest(training[own], training, own=own)
+    gaps, other = nearest(training[own], training, own=own)
     table = torch.cdist(training[own].double(), training.double())
     table[torch.arange(3), own] = torch.inf
     assert torch.equal(other, table.argmin(dim=1))
-    assert apart.min() > 0
+    assert gaps.min() > 0
 
 
 def test_authenticity():
