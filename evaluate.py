@@ -1,7 +1,7 @@
 """Evaluate samples: `python evaluate.py samples=… reference=… features=… [out=DIR]`.
 
-With `features=inception` the metrics are ADM's, with `features=dinov2` those of DINOv2, with the
-features of a small data set's classifier the reference is `data:NAME`.
+`features=inception` gives ADM's metrics, `features=dinov2` FD-DINOv2; with the features of a small
+data set's classifier the reference is `data:NAME`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @command("evaluate", settings="ddt.metrics.evaluate.EvaluateSettings")
 def main(settings: EvaluateSettings) -> None:
-    """Find the inputs, then measure on every process."""
+    """Check the inputs, then measure on every process."""
     from ddt.distributed.launch import launch
     from ddt.metrics.evaluate import run
     from ddt.metrics.images import open_images

@@ -1,4 +1,4 @@
-"""What every receipt says: machine, versions and time."""
+"""The common part of every receipt: command, code revision, machine, versions and time."""
 
 import datetime
 import importlib.metadata
@@ -25,9 +25,7 @@ def version(package: str) -> str | None:
 
 
 def command_line() -> str:
-    """Return the command that runs, as it is typed in the repository: `python train.py …`, `python
-    -m scripts.benchmark …`.
-    """
+    """Return this process's command as typed in the repository: `python -m scripts.benchmark …`."""
     path = Path(sys.argv[0])
     path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     module = list(path.with_suffix("").parts)[: -1 if path.name == "__main__.py" else None]
@@ -36,18 +34,18 @@ def command_line() -> str:
 
 
 def revision() -> str | None:
-    """Return the git commit of this code; None where it is no clone."""
+    """Return the git commit of this code; None where it is no clone, or git is missing."""
     if not (ROOT / ".git").exists():
         return None
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # no git here
+    except (OSError, subprocess.SubprocessError):
         return None
 
 
 def circumstances(device: torch.device, packages: tuple[str, ...] = ("torch", "numpy", "diffusers")) -> dict[str, Any]:
-    """Return what a receipt says of machine, versions and time."""
+    """Return device, versions and date for a receipt."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "versions": {
@@ -60,5 +58,5 @@ def circumstances(device: torch.device, packages: tuple[str, ...] = ("torch", "n
 
 
 def without_paths(values: Any) -> Any:
-    """Return plain values without what is called `path` in them."""
+    """Return plain values without any key `path`."""
     return {k: without_paths(v) for k, v in values.items() if k != "path"} if isinstance(values, dict) else values

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str | None = None) -> str:
-    """Return a Markdown table whose columns are padded, so that it reads as plain text too.
+    """Return a Markdown table with padded columns, legible as plain text too.
 
-    align: a letter a column, "l" or "r"; None aligns the first column left and the others right.
+    align: "l" or "r" per column; None aligns the first column left and the others right.
     """
     align = align or "l" + "r" * (len(head) - 1)
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]

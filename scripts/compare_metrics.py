@@ -1,8 +1,6 @@
-"""Lay evaluations side by side, or one beside published numbers, and say what in their receipts
-makes two differ.
+"""Show evaluations side by side, or beside published numbers, and what in their receipts differs.
 
-python scripts/compare_metrics.py metrics=[A,B,…] [published={fid:1.26,inception_score:310.6}]
-[out=FILE.md]
+python scripts/compare_metrics.py metrics=[A,B,…] [published={fid:1.26,sfid:4.2}] [out=FILE.md]
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 
 @command("compare_metrics", settings="ddt.metrics.compare.CompareSettings")
 def main(settings: CompareSettings) -> None:
-    """Read, compare, show."""
+    """Read, compare and show the evaluations."""
     from ddt.metrics.compare import compare_metrics
 
     compare_metrics(settings)

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ddt.checkpoint.convert import DOWNSAMPLING
 from ddt.metrics.compare import numbers_of
 from ddt.pictures import imagenet_synsets, readable
+from ddt.tables import markdown_table
 
 DATASETS = {"ddt.data.images.FashionMNIST": "zalando-datasets/fashion_mnist"}  # names on the hub
 IMAGENET = "ILSVRC/imagenet-1k"
@@ -19,13 +20,6 @@ TAGS = ["ddt", "diffusion", "flow-matching", "class-conditional", "image-generat
 SHOWN_CLASSES = 20
 PICTURE = "samples.png"
 TEMPLATE = """\
-{% macro table(rows) -%}
-| | |
-|---|---|
-{%- for key, value in rows.items() if value is not none %}
-| {{ key }} | {{ value }} |
-{%- endfor %}
-{%- endmacro -%}
 ---
 {{ card_data }}
 ---
@@ -61,11 +55,11 @@ The code is that of the project that exported this model (`pip install` its repo
 
 ## Network
 
-{{ table(network) }}
+{{ network }}
 
 ## Training
 
-{{ table(training) }}
+{{ training }}
 {% if published %}
 The file does not say what it was trained on, for how long, or with what seed.
 {% endif %}
@@ -73,11 +67,11 @@ The file does not say what it was trained on, for how long, or with what seed.
 
 Settings unless others are given:
 
-{{ table(sampler) }}
+{{ sampler }}
 
 ## Metrics
 {% if metrics %}
-{{ table(numbers) }}
+{{ numbers }}
 
 {% if metrics.comparable -%}
 These compare with published numbers.
@@ -115,6 +109,11 @@ def dataset(config: dict[str, Any]) -> str | None:
     """Return the hub's name of the training data, or None where unknown."""
     known = DATASETS.get(config.get("run", {}).get("data", {}).get("_target_", ""))
     return IMAGENET if config["class_names"] == imagenet_synsets() else known
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Return rows as a Markdown table without a head; those without a value are left out."""
+    return markdown_table(["", ""], [[key, str(value)] for key, value in rows.items() if value is not None], align="ll")
 
 
 def training_rows(config: dict[str, Any], resolution: str | None) -> dict[str, Any]:
@@ -205,18 +204,20 @@ class Card:
             picture=None if self.picture is None else PICTURE,
             resolution=resolution,
             num_classes=len(config["class_names"]),
-            network={
-                "kind": config["network"]["_target_"].rpartition(".")[2],
-                "parameters": f"{parameters:,}",
-                **network,
-                "latents": "×".join(map(str, config["latent_shape"])),
-                "autoencoder": config["autoencoder"].get("source", "none: a model of pixels"),
-            },
-            training=training_rows(config, resolution),
+            network=table(
+                {
+                    "kind": config["network"]["_target_"].rpartition(".")[2],
+                    "parameters": f"{parameters:,}",
+                    **network,
+                    "latents": "×".join(map(str, config["latent_shape"])),
+                    "autoencoder": config["autoencoder"].get("source", "none: a model of pixels"),
+                }
+            ),
+            training=table(training_rows(config, resolution)),
             published="run" not in config and "source" in config,
-            sampler={key: "null" if value is None else value for key, value in config["sampler"].items()},
+            sampler=table({key: "null" if value is None else value for key, value in config["sampler"].items()}),
             metrics=metrics,
-            numbers={label: "–" if value is None else f"{value:.4f}" for label, value in numbers.items()},
+            numbers=table({label: "–" if value is None else f"{value:.4f}" for label, value in numbers.items()}),
             sampled_with=", ".join([*used, str(request.get("dtype"))]),
             guide=request.get("guide"),
             receipt=json.dumps(config["export"], indent=2),

@@ -1,6 +1,6 @@
-"""Features of a small classifier that is trained on a data set's own real training images.
+"""Features of a small classifier trained on a data set's own training images, for small sets that
+Inception never saw. A distance in them is never called FID.
 
-They measure small sets that Inception never saw. A distance in them is never called FID.
 Shapes: B batch, C channels, H W pixels, F features, K classes.
 """
 
@@ -25,7 +25,7 @@ CLASSIFIER_STREAM = 16  # beside the streams of ddt.data.stream
 class SmallClassifier(nn.Module):
     """Three convolutions, one hidden layer of F = 64 features, K classes."""
 
-    def __init__(self, channels: int, image_size: int, num_classes: int, num_features: int = NUM_FEATURES) -> None:
+    def __init__(self, channels: int, image_size: int, num_classes: int) -> None:
         super().__init__()
         side = (image_size + 3) // 4  # two strides of 2, each rounded up
         self.trunk = nn.Sequential(
@@ -36,10 +36,10 @@ class SmallClassifier(nn.Module):
             nn.Conv2d(64, 128, 3, padding=1, stride=2),
             nn.GELU(),
             nn.Flatten(),
-            nn.Linear(128 * side * side, num_features),
+            nn.Linear(128 * side * side, NUM_FEATURES),
             nn.GELU(),
         )
-        self.head = nn.Linear(num_features, num_classes)
+        self.head = nn.Linear(NUM_FEATURES, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (B, F) and logits (B, K) of uint8 images (B, C, H, W)."""
@@ -49,10 +49,9 @@ class SmallClassifier(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierSettings:
-    """How the classifier of a data set is trained: the same for the same data.
+    """How a data set's classifier is trained: AdamW, learning rate decaying linearly to 0.
 
-    data: name of the data set. epochs: passes over its training images. batch_size, learning_rate:
-    of AdamW, with linear decay.
+    data: name of the data set. epochs: passes over its training images.
     """
 
     data: str
@@ -79,37 +78,22 @@ class ClassifierSettings:
 
 
 def train_classifier(settings: ClassifierSettings, train: Images) -> SmallClassifier:
-    """Train a classifier from a fixed seed, on the CPU with one thread, so that neither the
-    machine's cores nor the number of processes change it; the global random state stays as it was.
-    It is frozen afterwards.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return fit(settings, train)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def fit(settings: ClassifierSettings, train: Images) -> SmallClassifier:
-    """See `train_classifier`."""
+    """Train a classifier from a fixed seed on the CPU, frozen; the global random state stays."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = SmallClassifier(train.channels, train.image_size, len(train.class_names))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
-    steps, step = settings.epochs * -(-len(train.labels) // settings.batch_size), 0
-    total = settings.epochs * len(train.labels)
-    with (
-        torch.enable_grad(),
-        tqdm(total=total, unit="img", unit_scale=True, desc="classifier", mininterval=1.0) as progress,
-    ):
+    count, step = len(train.labels), 0
+    num_steps = settings.epochs * -(-count // settings.batch_size)
+    progress = tqdm(total=settings.epochs * count, unit="img", unit_scale=True, desc="classifier", mininterval=1.0)
+    with torch.enable_grad(), progress:
         for epoch in range(settings.epochs):
-            order = draws(0, CLASSIFIER_STREAM, epoch).permutation(len(train.labels))
-            for start in range(0, len(order), settings.batch_size):
+            order = draws(0, CLASSIFIER_STREAM, epoch).permutation(count)
+            for start in range(0, count, settings.batch_size):
                 indices = order[start : start + settings.batch_size]
                 _, logits = model(torch.from_numpy(train.load(indices)))
                 loss = nn.functional.cross_entropy(logits, torch.from_numpy(train.labels[indices]))
-                optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - step / steps)
+                optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - step / num_steps)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -138,8 +122,16 @@ class ClassifierFeatures:
 
     @functools.cached_property
     def model(self) -> SmallClassifier:
-        """The classifier, trained at the first use: samples that do not fit are refused before."""
-        return train_classifier(self.settings, self.train).to(self.device)
+        """The classifier, trained at its first use, after unsuitable samples were refused.
+
+        Trained with one thread, so that neither cores nor processes of the machine change it.
+        """
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return train_classifier(self.settings, self.train).to(self.device)
+        finally:
+            torch.set_num_threads(num_threads)
 
     def identity(self) -> dict[str, Any]:
         """Return what its features depend on."""

@@ -1,4 +1,4 @@
-"""What a number is called, and whether it compares with published ones."""
+"""The labels of metrics, and whether they compare with published ones."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from ddt.metrics.reference import Reference
 PUBLISHED_COUNT = 50_000
 IMAGENET = 1_281_167  # training images
 PUBLISHED_IMAGES = 10_000  # of ADM's references, for precision and recall
-ORDER_TOLERANCE = 0.02  # the Inception Score in file order may differ by this share from that of a shuffled file
+ORDER_TOLERANCE = 0.02  # by which the Inception Score in file order may differ, relative to that of a shuffled file
 TITLES = {
     "fid": "FID",
     "sfid": "sFID",
@@ -25,27 +25,23 @@ def short(count: int) -> str:
 
 def title(name: str) -> str:
     """Return what people call a metric."""
-    return TITLES.get(name, name.replace("fd_", "FD-") if has_title(name) else name.replace("_", " "))
-
-
-def has_title(name: str) -> bool:
-    """Tell whether a metric's name takes the number of samples, as in FID-5K."""
-    return name in TITLES or name.startswith("fd_")
+    words = name.replace("fd_", "FD-") if name.startswith("fd_") else name.replace("_", " ")
+    return TITLES.get(name, words)
 
 
 def labels(
     metrics: dict[str, Any], count: int, reference: Reference, extractor: Extractor, pr_dtype: str
 ) -> dict[str, str]:
-    """Return a label for each metric: the number of samples, and what is unusual about it."""
+    """Return a label for each metric of `count` samples: their number, and what is unusual."""
     result = {}
     for name in metrics:
-        base = name.removesuffix("_real")
-        if name != base:
-            result[name] = f"{title(base)}, real images"
+        if name.endswith("_real"):
+            result[name] = f"{title(name.removesuffix('_real'))}, real images"
             continue
+        label = title(name)
+        label += f"-{short(count)}" if name in TITLES or name.startswith("fd_") else f" of {short(count)} samples"
         remarks = remarks_on(name, metrics, count, reference, extractor, pr_dtype)
-        number = f"-{short(count)}" if has_title(name) else f" of {short(count)} samples"
-        result[name] = title(name) + number + (f" ({', '.join(remarks)})" if remarks else "")
+        result[name] = label + (f" ({', '.join(remarks)})" if remarks else "")
     return result
 
 
@@ -71,67 +67,58 @@ def remarks_on(
 
 
 def order_matters(metrics: dict[str, Any]) -> bool:
-    """Tell whether the Inception Score depends on the order of the samples, by class as a rule."""
+    """Return whether the Inception Score depends on the samples' order, as a rule by class."""
     score, shuffled = metrics.get("inception_score"), metrics.get("inception_score_shuffled")
     return score is not None and shuffled is not None and abs(score - shuffled) > ORDER_TOLERANCE * shuffled
 
 
 def order_warning(metrics: dict[str, Any]) -> str:
-    """Return one line that says so."""
+    """Return the warning that it does."""
     return (
         f"the Inception Score depends on the order of the samples: {metrics['inception_score']:.2f} in the file's, "
         f"{metrics['inception_score_shuffled']:.2f} shuffled; samples grouped by class score too low"
     )
 
 
-def obstacles(
+def reasons_not_comparable(
     metrics: dict[str, Any], count: int, size: tuple[int, int], reference: Reference, extractor: Extractor,
     pr_dtype: str,
 ) -> list[str]:  # fmt: skip
     """Return why metrics of `count` samples of `size` (H, W) compare with no published ones."""
     if extractor.own_classes:
         return extractor.deviations()
-    made, images = reference.made, reference.images
-    main_space, names = next(iter(extractor.distances.values())), " and ".join(map(title, extractor.distances))
-    dimensions = extractor.spaces[main_space]
-    theirs = tuple(images.size if images is not None else (made or {}).get("size", size))
-    total = made["total"] if made is not None else IMAGENET
+    receipt, images, statistics = reference.receipt, reference.images, bool(reference.statistics)
+    names, space = " and ".join(map(title, extractor.distances)), next(iter(extractor.distances.values()))
+    num_features = extractor.spaces[space]
+    height, width = images.size if images is not None else (receipt or {}).get("size", size)
+    total = receipt["total"] if receipt is not None else IMAGENET
     num_images = PUBLISHED_IMAGES if images is None else len(images)
-    checks = [
-        (
-            not reference.statistics,
-            f"the reference has no mu and sigma: {names} use statistics of {num_images:,} images, not of a file with "
-            "those of a whole training set",
+    reasons = {
+        f"the reference has no mu and sigma: {names} use statistics of {num_images:,} images, not of a file with "
+        "those of a whole training set": not statistics,
+        "the reference was made of validation images; published numbers are against the training set": (
+            reference.is_validation
         ),
-        (
-            reference.is_validation,
-            "the reference was made of validation images; published numbers are against the training set",
+        f"the reference has no more images than features ({num_features}): singular covariance": (
+            reference.count <= num_features
         ),
-        (
-            reference.count <= dimensions,
-            f"the reference has no more images than features ({dimensions}): singular covariance",
+        "the reference does not say of what images its mu and sigma are": (
+            statistics and images is None and receipt is None
         ),
-        (
-            bool(reference.statistics) and images is None and made is None,
-            "the reference does not say of what images its mu and sigma are",
+        f"the reference is of a set of {total:,} images, not of ImageNet's {IMAGENET:,}": total != IMAGENET,
+        f"the reference was made of {reference.count:,} of {total:,} images": reference.is_part,
+        f"precision and recall of {num_images:,} reference images instead of {PUBLISHED_IMAGES:,}": (
+            statistics and num_images != PUBLISHED_IMAGES
         ),
-        (total != IMAGENET, f"the reference is of a set of {total:,} images, not of ImageNet's {IMAGENET:,}"),
-        (reference.is_part, f"the reference was made of {reference.count:,} of {total:,} images"),
-        (
-            bool(reference.statistics) and num_images != PUBLISHED_IMAGES,
-            f"precision and recall of {num_images:,} reference images instead of {PUBLISHED_IMAGES:,}",
+        f"the reference's images are of {height}×{width} pixels, the samples of {size[0]}×{size[1]}": (
+            (height, width) != tuple(size)
         ),
-        (
-            theirs != tuple(size),
-            f"the reference's images are of {theirs[0]}×{theirs[1]} pixels, the samples of {size[0]}×{size[1]}",
+        f"{count:,} samples instead of {PUBLISHED_COUNT:,}: every number depends on how many there are": (
+            count != PUBLISHED_COUNT
         ),
-        (
-            count != PUBLISHED_COUNT,
-            f"{count:,} samples instead of {PUBLISHED_COUNT:,}: every number depends on how many there are",
-        ),
-        (count <= dimensions, f"no more samples ({count:,}) than features ({dimensions}): singular covariance"),
-        *((True, reason) for reason in extractor.deviations()),
-        (pr_dtype != "float16", f"precision and recall in {pr_dtype}: published ones are in ADM's float16"),
-    ]
-    reasons = [reason for holds, reason in checks if holds]
-    return [*reasons, order_warning(metrics)] if order_matters(metrics) else reasons
+        f"no more samples ({count:,}) than features ({num_features}): singular covariance": count <= num_features,
+        **dict.fromkeys(extractor.deviations(), True),
+        f"precision and recall in {pr_dtype}: published ones are in ADM's float16": pr_dtype != "float16",
+    }
+    lines = [reason for reason, holds in reasons.items() if holds]
+    return [*lines, order_warning(metrics)] if order_matters(metrics) else lines

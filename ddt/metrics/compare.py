@@ -20,9 +20,9 @@ FIRST_ROWS = (
     "fid", "sfid", "inception_score", "inception_score_shuffled", "precision", "recall",
     "nearest_train_distance", "nearest_train_distance_real", "authenticity",
 )  # fmt: skip
-NO_METRICS = {"labels": dict, "comparable": bool, "not_comparable_because": list, "reasons": dict, "receipt": dict}
-# What a receipt records, by dotted key or the beginning of one, and its name in words. First stands
-# what changes the numbers most: other features make another metric, another device the last digits.
+OTHER_KEYS = {"labels": dict, "comparable": bool, "not_comparable_because": list, "reasons": dict, "receipt": dict}
+# What a receipt records, by dotted key or its beginning, and its name in words, in the order of
+# effect: other features make another metric, another device changes the last digits.
 REASONS = {
     "features.name": "features",
     "features.weights.tensors_sha256": "weights of the features",
@@ -51,7 +51,7 @@ REASONS = {
     "sampling.request.dtype": "arithmetic of the sampling",
     "sampling.request.classes": "classes",
     "sampling.request.seeds": "seeds",
-    "sampling": "how the samples were drawn",
+    "sampling": "sampling",
     "features.pr_dtype": "arithmetic of precision and recall",
     "samples.sha256": "the samples' own file",
     "samples": "samples",
@@ -75,11 +75,6 @@ class CompareSettings:
     published: dict[str, Any] | None = None
     out: str | None = None
 
-    @property
-    def entries(self) -> list[str]:
-        """The files, or folders that hold one."""
-        return [self.metrics] if isinstance(self.metrics, str) else self.metrics
-
     def __post_init__(self) -> None:
         require(self.out is None or Path(self.out).suffix == ".md", f"out={self.out}: give a .md file")
         require(self.published != {}, "published={}: name a number, as in published={fid:1.26}, or leave it out")
@@ -88,9 +83,14 @@ class CompareSettings:
             f"metrics=[{','.join(self.entries)}]: give at least two, metrics=[A,B], or one and published=",
         )
 
+    @property
+    def entries(self) -> list[str]:
+        """The files, or folders that hold one."""
+        return [self.metrics] if isinstance(self.metrics, str) else self.metrics
+
 
 def compare_metrics(settings: CompareSettings) -> None:
-    """Show the comparison, and write it to `out` where that is given."""
+    """Show the comparison, and write it to `out` where that is set."""
     paths, evaluations = zip(*map(read_evaluation, settings.entries), strict=True)
     for entry, path in zip(settings.entries, paths, strict=True):
         require(paths.count(path) == 1, f"metrics={entry}: names the same file twice; give each once")
@@ -107,7 +107,7 @@ def compare_metrics(settings: CompareSettings) -> None:
 
 
 def read_evaluation(entry: str) -> tuple[Path, dict[str, Any]]:
-    """Return the file that an entry of `metrics` means, and its content; UserError for another."""
+    """Return the file that an entry of `metrics` names, and its content, or raise UserError."""
     path, missing = Path(entry), "no such file"
     if path.is_dir():
         path, missing = path / "metrics.json", "the folder has no metrics.json"
@@ -125,19 +125,21 @@ def read_evaluation(entry: str) -> tuple[Path, dict[str, Any]]:
 
 
 def is_evaluation(content: Any) -> bool:
-    """Tell whether this is what evaluate.py writes: at least one known metric, and sound types."""
+    """Return whether evaluate.py may have written this: a known metric at least, right types."""
     if not isinstance(content, dict):
         return False
     known = {name for name in content if name in FIRST_ROWS or name == "class_accuracy" or name.startswith("fd_")}
-    sound = all(content.get(key) is None or isinstance(content[key], kind) for key, kind in NO_METRICS.items())
-    return sound and bool(known) and known <= set(numbers_of(content))
+    typed = all(content.get(key) is None or isinstance(content[key], kind) for key, kind in OTHER_KEYS.items())
+    return typed and bool(known) and known <= set(numbers_of(content))
 
 
 def numbers_of(metrics: dict[str, Any]) -> dict[str, float | None]:
     """Return the metrics of an evaluation; null and NaN, which were not computed, are None."""
-    values = {name: value for name, value in metrics.items() if name not in NO_METRICS}
-    values = {name: value for name, value in values.items() if value is None or type(value) in (int, float)}
-    return {name: v if v is not None and math.isfinite(v) else None for name, v in values.items()}
+    return {
+        name: value if value is not None and math.isfinite(value) else None
+        for name, value in metrics.items()
+        if name not in OTHER_KEYS and (value is None or type(value) in (int, float))
+    }
 
 
 def check_published(published: dict[str, Any], evaluations: Sequence[dict[str, Any]]) -> None:
@@ -149,17 +151,13 @@ def check_published(published: dict[str, Any], evaluations: Sequence[dict[str, A
         require(is_number, f"published.{name}={value}: is no number; give one, as in published={{fid:1.26}}")
 
 
-def side_by_side(
-    paths: Sequence[Path], evaluations: Sequence[dict[str, Any]], published: dict[str, float]
-) -> str:  # fmt: skip
-    """Return a Markdown text: table, each against the first, what is not comparable and why."""
+def side_by_side(paths: Sequence[Path], evaluations: Sequence[dict[str, Any]], published: dict[str, float]) -> str:
+    """Return Markdown: the table, each against the first, what is not comparable and why."""
     names, first = short_names(paths), evaluations[0]
-    lines = [table(names, evaluations, published)]
+    lines, obstacles = [table(names, evaluations, published)], []
     for name, metrics in zip(names[1:], evaluations[1:], strict=True):
-        reasons = reasons_apart((names[0], name), first, metrics)
-        lines += ["", f"## {name} against {names[0]}", ""]
-        lines += [f"- {line}" for line in (numbers_apart(first, metrics), *reasons)]
-    obstacles = []
+        differing = [number_differences(first, metrics), *receipt_differences((names[0], name), first, metrics)]
+        lines += ["", f"## {name} against {names[0]}", "", *(f"- {line}" for line in differing)]
     for name, metrics in zip(names, evaluations, strict=True):
         reasons = metrics.get("not_comparable_because") or []
         if not reasons and metrics.get("comparable") is False:
@@ -171,7 +169,7 @@ def side_by_side(
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Return the parts that tell paths apart: "a", "b" for runs/{a,b}/metrics.json."""
+    """Return the parts in which paths differ: "a", "b" for runs/{a,b}/metrics.json."""
     parts = [list(path.parts) for path in paths]
     if all(path.name == "metrics.json" for path in paths):
         parts = [each[:-1] for each in parts]
@@ -182,10 +180,10 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def table(names: list[str], evaluations: Sequence[dict[str, Any]], published: dict[str, float]) -> str:
-    """Return a Markdown table with a row for each metric and a column for each evaluation.
+    """Return a Markdown table: a row per metric, a column per evaluation, then published numbers
+    and the differences to them.
 
-    With published numbers, they and each evaluation's difference to them are the last columns. A
-    label that all evaluations share stands in the row's head; where labels differ, or a published
+    A label that all evaluations share stands in the row's head; where labels differ, or a published
     number without any stands in the row, each cell has its own.
     """
     numbers = [numbers_of(metrics) for metrics in evaluations]
@@ -194,11 +192,11 @@ def table(names: list[str], evaluations: Sequence[dict[str, Any]], published: di
     for name in in_order([*(name for each in numbers for name in each), *published]):
         values = [each.get(name) for each in numbers]
         labels = [(metrics.get("labels") or {}).get(name) for metrics in evaluations]
-        given = {label for label, value in zip(labels, values, strict=True) if value is not None}
-        in_cells = any(given) and (len(given) > 1 or name in published)
+        distinct = {label for label, value in zip(labels, values, strict=True) if value is not None}
+        in_cells = any(distinct) and (len(distinct) > 1 or name in published)
         marks = [f" ({label or 'no label'})" if in_cells else "" for label in labels]
         decimals = DECIMALS.get(name.removesuffix("_shuffled"), 4)
-        row = [f"{name} ({given.pop()})" if any(given) and not in_cells else name]
+        row = [f"{name} ({distinct.pop()})" if any(distinct) and not in_cells else name]
         row += ["–" if v is None else f"{v:.{decimals}f}{mark}" for v, mark in zip(values, marks, strict=True)]
         if published:
             theirs = published.get(name)
@@ -214,34 +212,31 @@ def in_order(names: Collection[str]) -> list[str]:
     return list(dict.fromkeys([*distances, *(name for name in FIRST_ROWS if name in names), *names]))
 
 
-def numbers_apart(first: dict[str, Any], other: dict[str, Any]) -> str:
+def number_differences(first: dict[str, Any], other: dict[str, Any]) -> str:
     """Return by how much each number differs from the first evaluation's, and which are equal."""
     ours, theirs = numbers_of(first), numbers_of(other)
     both = [(name, ours[name], theirs.get(name)) for name in in_order(ours)]
-    apart = {name: b - a for name, a, b in both if a is not None and b is not None}
-    if not any(apart.values()):
-        return "all numbers that both have are equal" if apart else "they have no number in common"
-    differing = ", ".join(f"{name} {value:+.3g}" for name, value in apart.items() if value != 0)
-    equal = ", ".join(name for name, value in apart.items() if value == 0)
+    change = {name: b - a for name, a, b in both if a is not None and b is not None}
+    if not any(change.values()):
+        return "all numbers that both have are equal" if change else "they have no number in common"
+    differing = ", ".join(f"{name} {value:+.3g}" for name, value in change.items() if value != 0)
+    equal = ", ".join(name for name, value in change.items() if value == 0)
     return f"numbers: {differing}" + (f"; equal: {equal}" if equal else "")
 
 
-def reasons_apart(names: tuple[str, str], first: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Return what differs between the receipts of two evaluations, what matters most first."""
-    receipts = [metrics.get("receipt") or {} for metrics in (first, other)]
+def receipt_differences(names: tuple[str, str], first: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Return what differs between the receipts of two evaluations, in the order of effect."""
+    receipts = first.get("receipt") or {}, other.get("receipt") or {}
     without = [name for name, receipt in zip(names, receipts, strict=True) if not receipt]
     if without:
-        return [f"no receipt in {' and '.join(without)}: what the two differ in cannot be told"]
-    found = [(*reason_of(key), *pair) for key, pair in differences(receipts[0], receipts[1]).items()]
-    found.sort(key=lambda entry: entry[0])
-    unknown = [words for _, words, a, b in found if MISSING in (a, b)]
-    known = [(words, *shown(a, b)) for _, words, a, b in found if MISSING not in (a, b)]
+        return [f"no receipt in {' and '.join(without)}: differences of the two are not known"]
+    entries = [(*reason_of(key), *pair) for key, pair in differences(*receipts).items()]
+    entries.sort(key=lambda entry: entry[0])
+    unknown = [words for _, words, a, b in entries if MISSING in (a, b)]
+    known = [(words, *shown(a, b)) for _, words, a, b in entries if MISSING not in (a, b)]
     lines = [f"{words}: {a} in {names[0]}, {b} in {names[1]}" for words, a, b in known]
     if lines:
-        lines = [
-            f"{names[1]} differs from {names[0]} first in: {lines[0]}",
-            *(f"then in: {line}" for line in lines[1:]),
-        ]
+        lines = [f"{names[1]} differs from {names[0]} first in: {lines[0]}", *(f"then in: {x}" for x in lines[1:])]
     elif unknown:
         lines = ["what both receipts record is equal"]
     else:
@@ -252,16 +247,15 @@ def reasons_apart(names: tuple[str, str], first: dict[str, Any], other: dict[str
 
 
 def differences(first: dict[str, Any], other: dict[str, Any], within: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return the values that differ between two receipts, by dotted key, MISSING for one that is
-    not recorded.
+    """Return values that differ between two receipts, by dotted key; MISSING if not recorded.
 
     Left out is what changes no number: paths, dates, commands, speeds, numbers of processes, batch
     sizes; and the SHA-256 of a file of weights where both receipts know that of its tensors.
     """
-    found: dict[str, tuple[Any, Any]] = {}
+    result: dict[str, tuple[Any, Any]] = {}
     both_know = None not in (first.get("tensors_sha256"), other.get("tensors_sha256"))
     needless = "sha256" if both_know else "tensors_sha256"
-    for key in [*first, *(key for key in other if key not in first)]:
+    for key in dict.fromkeys([*first, *other]):
         dotted = within + key
         if key == needless or (key in CIRCUMSTANCES and dotted != CLASSIFIER_BATCH):
             continue
@@ -269,14 +263,14 @@ def differences(first: dict[str, Any], other: dict[str, Any], within: str = "") 
             continue
         a, b = first.get(key, MISSING), other.get(key, MISSING)
         if isinstance(a, dict) and isinstance(b, dict):
-            found |= differences(a, b, f"{dotted}.")
+            result |= differences(a, b, f"{dotted}.")
         elif a != b:
-            found[dotted] = (a, b)
-    return found
+            result[dotted] = (a, b)
+    return result
 
 
 def reason_of(dotted: str) -> tuple[int, str]:
-    """Return the place of a key in the order of importance, and its name in words."""
+    """Return a key's place in the order of effect, and its name in words."""
     fitting = [known for known in REASONS if f"{dotted}.".startswith(f"{known}.")]
     if not fitting:
         return len(REASONS), dotted
@@ -286,12 +280,12 @@ def reason_of(dotted: str) -> tuple[int, str]:
 
 
 def shown(*values: Any) -> list[str]:
-    """Return values as text: a SHA-256 by its first digits, long ones from where they part."""
+    """Return values as text: a SHA-256 by its first digits, long ones from where they differ."""
     texts = [v if isinstance(v, str) else "none" if v is None else json.dumps(v, ensure_ascii=False) for v in values]
     texts = [f"{v[:12]}…" if re.fullmatch("[0-9a-f]{64}", v) else v for v in texts]
     texts = [f"{v:,}" if type(v) is int else text for v, text in zip(values, texts, strict=True)]
     if max(map(len, texts)) <= LONG:
         return texts
-    apart = next((i for i, pair in enumerate(zip_longest(*texts)) if len(set(pair)) > 1), 0)
-    start = max(0, apart - LONG // 3)
+    first = next((i for i, pair in enumerate(zip_longest(*texts)) if len(set(pair)) > 1), 0)
+    start = max(0, first - LONG // 3)
     return [f"{'…' * (start > 0)}{v[start : start + LONG]}{'…' * (len(v) > start + LONG)}" for v in texts]

@@ -1,9 +1,7 @@
-"""Features of DINOv2 ViT-L/14, in which FD-DINOv2 is measured: the class token after the final
-norm.
+"""Features of DINOv2 ViT-L/14 for FD-DINOv2: the class token after the final norm.
 
 Shapes: B batch, H W pixels, F features (1024 of ViT-L).
-Source: Stein et al., arXiv 2306.04675, and its evaluator dgm-eval; EDM2's evaluator, whose way of
-resizing is taken.
+Source: Stein et al., arXiv 2306.04675, and its evaluator dgm-eval; resizing as in EDM2's evaluator.
 """
 
 import copy
@@ -40,11 +38,9 @@ def weights_advice(model: str, key: str) -> str:
 
 
 def hub_positions(table: Tensor) -> Tensor:
-    """Return a table of positions (1, 1 + s², F) resampled to (1, 1 + 16², F) by the rule of
-    DINOv2's hub model.
+    """Resample positions (1, 1 + s², F) to (1, 1 + 16², F) by the rule of DINOv2's hub model.
 
-    Bicubic without antialiasing, at a scale of (16 + 0.1)/s and not of 16/s; the class token's row
-    stays as it is.
+    Bicubic without antialiasing, at a scale of (16 + 0.1)/s, not 16/s; the class token's row stays.
     Source: `interpolate_pos_encoding` of facebookresearch/dinov2, for its models without registers.
     """
     side = math.isqrt(table.shape[1] - 1)
@@ -57,13 +53,12 @@ def hub_positions(table: Tensor) -> Tensor:
 def load_network(model: str, weights: str | None, key: str = "features.weights") -> Any:
     """Load a frozen DINOv2 of timm for images of 224×224, with the hub's positions.
 
-    `weights` is a file with timm's names or the hub's, None takes timm's own file from its hub.
-    Raises UserError, which calls the file `key`, where it cannot be had or read, or holds not
-    exactly the network's tensors.
+    weights: a file with timm's names or the hub's; None downloads timm's own. Raises UserError,
+    naming `key`, unless it can be read and holds exactly the network's tensors.
     """
     import timm
 
-    settings: dict[str, Any] = {"weight_init": "skip"}  # every weight is loaded; drawing them first takes long
+    settings: dict[str, Any] = {"weight_init": "skip"}  # every weight is loaded; sampling them first is slow
     if weights is not None:
         try:
             stored = timm.models.load_state_dict(weights)
@@ -74,21 +69,22 @@ def load_network(model: str, weights: str | None, key: str = "features.weights")
         with torch.device("meta"):
             outline = timm.create_model(model).state_dict()
         for name in ("pos_embed", "patch_embed.proj.weight"):  # timm would resample them until they fit
-            found = tuple(stored[name].shape) if isinstance(stored.get(name), Tensor) else "missing"
+            shape = tuple(stored[name].shape) if isinstance(stored.get(name), Tensor) else "missing"
             require(
-                found == tuple(outline[name].shape),
-                f"{key}={weights}: is not a file of {model} ({name} is {found}, not {tuple(outline[name].shape)}); "
+                shape == tuple(outline[name].shape),
+                f"{key}={weights}: is not a file of {model} ({name} is {shape}, not {tuple(outline[name].shape)}); "
                 f"{weights_advice(model, key)}",
             )
         settings["pretrained_cfg_overlay"] = {"state_dict": stored}
     try:
-        with torch.random.fork_rng(devices=[]):  # timm draws some all the same; the caller's draws stay as they were
+        with torch.random.fork_rng(devices=[]):  # timm samples some weights all the same
             network = timm.create_model(model, pretrained=True, **settings)  # at 518 px, so nothing is resampled
     except Exception as error:  # of the hub client, of timm's filters or of load_state_dict: no common base
-        problem = f"is not a file of {model}" if weights is not None else f"{model} cannot be had from the hub"
-        file = "null" if weights is None else weights
-        raise UserError(f"{key}={file}: {problem} ({reason(error)}); {weights_advice(model, key)}") from error
-    network.pretrained_cfg.pop("state_dict", None)  # timm keeps what it was given
+        problem = (
+            f"null: {model} cannot be had from the hub" if weights is None else f"{weights}: is not a file of {model}"
+        )
+        raise UserError(f"{key}={problem} ({reason(error)}); {weights_advice(model, key)}") from error
+    network.pretrained_cfg.pop("state_dict", None)  # timm keeps a reference to all weights
     network.eval().requires_grad_(False)
     table = hub_positions(network.pos_embed)
     network.set_input_size(SIDE)  # resamples by timm's own rule
@@ -113,7 +109,7 @@ def class_tokens(network: Any, images: Tensor) -> Tensor:
 class FeatureExtractorDINOv2(FeatureExtractorBase):
     """The same features for `torch_fidelity.calculate_metrics`, by the name registered below.
 
-    torch-fidelity's own DINOv2 resizes otherwise: distances in it are not FD-DINOv2.
+    Distances in torch-fidelity's own DINOv2, which resizes otherwise, are not FD-DINOv2.
     feature_extractor_weights_path: see `load_network`. A subclass may name another model.
     """
 
@@ -135,7 +131,7 @@ class FeatureExtractorDINOv2(FeatureExtractorBase):
         self.network = load_network(self.model, feature_extractor_weights_path, "feature_extractor_weights_path")
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
-        """Return the class tokens, float32 ((B, F),), of uint8 images (B, 3, H, W)."""
+        """Return class tokens, float32 ((B, F),), of uint8 images (B, 3, H, W)."""
         return (class_tokens(self.network, images),)
 
     @staticmethod
@@ -146,11 +142,11 @@ class FeatureExtractorDINOv2(FeatureExtractorBase):
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
         """Return the features that a metric is computed in."""
-        return {metric: "class_token" for metric in ("isc", "fid", "kid", "prc")}[metric]
+        return dict.fromkeys(("isc", "fid", "kid", "prc"), "class_token")[metric]
 
     @staticmethod
     def can_be_compiled() -> bool:
-        """Return False: compiling leaves out what keeps the arithmetic exact."""
+        """Return False: a compiled graph would leave out `exact_arithmetic`."""
         return False
 
 
@@ -185,7 +181,7 @@ class DINOv2:
         self.network = network.to(device)
 
     def identity(self) -> dict[str, Any]:
-        """Return what the features depend on, as plain values for a receipt."""
+        """Return what the features depend on."""
         return copy.deepcopy(self._identity)
 
     def deviations(self) -> list[str]:
@@ -203,11 +199,10 @@ class DINOv2:
 
 @dataclasses.dataclass(frozen=True)
 class DINOv2Settings:
-    """What `features=dinov2` lets a user choose; it loads nothing.
+    """Settings of `features=dinov2`.
 
-    weights: a local file (.safetensors, .pth, .bin); None takes timm's own from its hub.
-    batch_size: images the network takes at once. model: of timm, a DINOv2 without registers;
-    distances in any but ViT-L are no FD-DINOv2.
+    weights: a local file (.safetensors, .pth, .bin); None downloads timm's own. model: a DINOv2 of
+    timm without registers; distances in any but ViT-L are no FD-DINOv2.
     """
 
     weights: str | None = None
@@ -233,5 +228,5 @@ class DINOv2Settings:
         )
 
     def extractor(self, device: torch.device, train: object = None) -> DINOv2:
-        """Load the network onto a device; it needs no training images."""
+        """Load the network onto a device. train is not used."""
         return DINOv2(self.model, self.weights, self.batch_size, device)

@@ -17,7 +17,7 @@ from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, require
 from ddt.files import check_writable, write_json
-from ddt.metrics.comparability import labels, obstacles, order_matters, order_warning
+from ddt.metrics.comparability import labels, order_matters, order_warning, reasons_not_comparable
 from ddt.metrics.features import Extractor, FeatureSettings, check_features, check_images, extract
 from ddt.metrics.images import SAMPLES, FolderImages, ImageSource, NpzImages, pick
 from ddt.metrics.precision_recall import PrDtype
@@ -27,8 +27,8 @@ from ddt.pictures import image_grid, write_png
 from ddt.receipts import circumstances, without_paths
 
 log = logging.getLogger(__name__)
-NUM_PAIRS = 10  # nearest pairs that are shown
-LONG_LIST = 1000  # entries of a sampling receipt's list from which on its length is kept alone
+NUM_PAIRS = 10  # in nearest.png
+LONG_LIST = 1000  # entries; of longer lists in a sampling receipt only the length is recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +48,13 @@ class EvaluateSettings:
 
 
 def run(settings: EvaluateSettings, data: Choice | None, samples: NpzImages | FolderImages) -> None:
-    """Load everything, measure and log the metrics, on each process; see `load_reference`."""
+    """Load everything, measure, and log the metrics; every process calls it."""
     assert settings.features is not None
-    accelerator = make_accelerator("no", timeout=datetime.timedelta(days=1))  # the metrics of one may take hours
+    accelerator = make_accelerator("no", timeout=datetime.timedelta(days=1))  # main's metrics may take hours
     reference, extractor = load_reference(settings.reference, data, settings.features, accelerator.device)
     if settings.out is not None:
         out = Path(settings.out)
-    elif isinstance(samples, FolderImages):  # a folder of pictures stays as it is
+    elif isinstance(samples, FolderImages):  # a folder of images is not written to
         out = samples.path.with_name(f"{samples.path.resolve().name}_evaluation")
     else:
         out = samples.path.parent
@@ -64,7 +64,7 @@ def run(settings: EvaluateSettings, data: Choice | None, samples: NpzImages | Fo
 
 
 def log_metrics(metrics: dict[str, Any]) -> None:
-    """Log the numbers, each by its label, and what they do not compare with."""
+    """Log each number with its label, and why they are not comparable."""
     width = max(map(len, metrics["labels"].values()))
     for name, label in metrics["labels"].items():
         value = metrics[name]
@@ -83,16 +83,14 @@ def evaluate(
     pr_dtype: PrDtype = "float16",
     prepared: Prepared | None = None,
 ) -> dict[str, Any] | None:
-    """Measure samples, write `metrics.json` and `nearest.png` into `out`, and return the former's
-    content on the main process, None on the others. All processes call it together.
+    """Measure samples, write `metrics.json` and `nearest.png` (the samples nearest to images of the
+    reference, each above its image) into `out`, and return the content of metrics.json on the main
+    process, None on the others. All processes call it together.
 
-    `prepared` is the reference where it has been measured already. Beside the metrics of
-    `scores.score` there are `labels`, what each number is called; `reasons`, why one is None;
-    `comparable` and `not_comparable_because`, whether they may stand beside published ones; and a
-    `receipt` of all inputs. `nearest.png` shows the samples that are nearest to images of the
-    reference, each above its image.
-
-    Raises UserError for samples that do not fit, and an `out` that holds another evaluation.
+    Beside the metrics of `scores.score` it holds `labels`, the name of each number; `reasons`, why
+    one is None; `comparable` and `not_comparable_because`, as to published numbers; and a `receipt`
+    of all inputs. prepared: the reference, if it has been measured already. Raises UserError for
+    samples that do not fit, and an `out` that holds another evaluation.
     """
     require(len(samples) >= 2, f"samples={samples.name}: holds one image; statistics need at least 2")
     check_images(samples, "samples", extractor)
@@ -109,7 +107,7 @@ def evaluate(
         return None
     scores = score(features, classes, prepared, extractor, pr_dtype)
     metrics: dict[str, Any] = dict(scores.metrics)
-    reasons = obstacles(metrics, len(samples), samples.size, reference, extractor, pr_dtype)
+    reasons = reasons_not_comparable(metrics, len(samples), samples.size, reference, extractor, pr_dtype)
     if inputs["samples"]["sha256"] == reference.sha256:
         reasons.append("the samples are the reference itself")
     if order_matters(metrics):
@@ -130,7 +128,7 @@ def evaluate(
 
 
 def intended_classes(samples: ImageSource, extractor: Extractor) -> np.ndarray | None:
-    """Return the class of each sample, int64 (n,), or None where none is known or of use."""
+    """Return the class of each sample, int64 (n,), or None where unknown or not used."""
     classes = samples.labels() if extractor.own_classes else None
     count = extractor.spaces.get("probabilities", 0)
     if classes is not None and not (classes.min() >= 0 and classes.max() < count):
@@ -139,7 +137,7 @@ def intended_classes(samples: ImageSource, extractor: Extractor) -> np.ndarray |
 
 
 def inputs_of(samples: ImageSource, reference: Reference, extractor: Extractor, pr_dtype: PrDtype) -> dict[str, Any]:
-    """Return what a receipt says of the inputs; reads all files once, for their hashes."""
+    """Return the receipt of the inputs; reads all files once, for their hashes."""
     return {
         "samples": {
             "path": samples.name,
@@ -155,27 +153,27 @@ def inputs_of(samples: ImageSource, reference: Reference, extractor: Extractor, 
 
 
 def sampling_receipt(samples: Path, count: int) -> dict[str, Any]:
-    """Return `{"sampling": …}`, the receipt that sample.py wrote beside its samples.npz of `count`
-    images, or nothing where there is none. Raises UserError for a damaged one, and for that of
-    another set.
+    """Return {"sampling": receipt} where sample.py wrote one beside these `count` samples.
+
+    Raises UserError for a damaged one, and for that of another set.
     """
     path = samples.with_name("receipt.json")
     if samples.name != SAMPLES or not path.is_file():
         return {}
     try:
         receipt = json.loads(path.read_text())
-        number = receipt.get("samples", count)
+        num_samples = receipt.get("samples", count)
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); sample again, or move the file away") from error
     require(
-        number == count,
-        f"{path}: is the receipt of {number} images, but {samples} holds {count}; move the file away",
+        num_samples == count,
+        f"{path}: is the receipt of {num_samples} images, but {samples} holds {count}; move the file away",
     )
     return {"sampling": shorten(receipt)}
 
 
 def shorten(values: Any) -> Any:
-    """Return plain values in which the length of a long list stands for it, 50,000 seeds say."""
+    """Return plain values with long lists, such as 50,000 seeds, replaced by their length."""
     if isinstance(values, dict):
         return {key: shorten(value) for key, value in values.items()}
     if isinstance(values, list):
@@ -184,7 +182,7 @@ def shorten(values: Any) -> Any:
 
 
 def refuse_other_evaluation(out: Path, inputs: dict[str, Any]) -> None:
-    """Raise UserError where `out` is a file, or holds metrics of inputs of another content."""
+    """Raise UserError where `out` is a file, or holds metrics of other inputs."""
     require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
     path = out / "metrics.json"
     if not path.exists():
@@ -200,9 +198,8 @@ def refuse_other_evaluation(out: Path, inputs: dict[str, Any]) -> None:
 
 
 def write_pairs(path: Path, samples: ImageSource, training: ImageSource, scores: Scores) -> None:
-    """Write a grid of the samples that are nearest to a training image, that image below each."""
-    assert scores.distances is not None
-    assert scores.nearest is not None
+    """Write a grid of the samples nearest to a training image, that image below each."""
+    assert scores.distances is not None and scores.nearest is not None  # noqa: PT018
     order = torch.argsort(scores.distances, stable=True)[:NUM_PAIRS].tolist()
     pairs = [pick(samples, order), pick(training, scores.nearest[order].tolist())]
     captions = [f"{scores.distances[k].item():.3g}" for k in order] + ["reference"] * len(order)

@@ -22,50 +22,51 @@ from ddt.metrics.images import ImageBatches, ImageSource
 
 
 class Extractor(Protocol):
-    """A network that turns images into features: one vector an image in each of some spaces."""
+    """A network that turns images into features: per image one vector in each of some spaces."""
 
-    name: str  # what `features=` calls it
-    channels: int  # of the images that it reads
-    image_size: int | None  # pixels a side of them, None where it reads any
+    name: str  # as in `features=`
+    channels: int  # of its input images
+    image_size: int | None  # pixels a side of its input images, None where any
     batch_size: int  # images at once
     spaces: dict[str, int]  # name of a space → F
-    rows: tuple[str, ...]  # the spaces whose vectors are kept image by image
-    distances: dict[str, str]  # Fréchet distance → the space that it is taken in; the first one is the main one
-    pr_space: str  # the space of precision and recall
-    nearest_space: str  # the space in which nearest training images are looked for
-    own_classes: bool  # whether its probabilities are of the classes that the samples are of
+    rows: tuple[str, ...]  # spaces whose vectors are stored image by image
+    distances: dict[str, str]  # Fréchet distance → its space; the first is the main one
+    pr_space: str  # of precision and recall
+    nearest_space: str  # of the nearest training images
+    own_classes: bool  # whether its probabilities are of the samples' own classes
 
     def identity(self) -> dict[str, Any]:
-        """Return what its features depend on, for receipts: plain values, `name` among them."""
+        """Return what its features depend on, for receipts: plain values, including `name`."""
 
     def deviations(self) -> list[str]:
-        """Return one line for each way in which it may not be the network of published numbers."""
+        """Return one line for each way it may differ from the network of published numbers."""
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Return float32 features (B, F) by space of uint8 images (B, C, H, W) on its device."""
+        """Return float32 features (B, F) by space of uint8 images (B, C, H, W)."""
 
 
 class FeatureSettings(Protocol):
-    """What a file of conf/features names; it loads nothing."""
+    """What a file of conf/features names; nothing is loaded before `extractor`.
+
+    name: as in `features=`. data: the data set that the network is trained on, None for a
+    pretrained one. weights_key: the setting of its file of weights, None where it reads none.
+    """
 
     @property
-    def name(self) -> str:
-        """What `features=` calls it."""
+    def name(self) -> str: ...
 
     @property
-    def data(self) -> str | None:
-        """The data set whose training images the network is trained on; None where it is fixed."""
+    def data(self) -> str | None: ...
 
     @property
-    def weights_key(self) -> str | None:
-        """The setting that names its file of weights; None where it reads none."""
+    def weights_key(self) -> str | None: ...
 
     def extractor(self, device: torch.device, train: Images | None = None) -> Extractor:
         """Load the extractor, or train it on a data set's training images."""
 
 
 def check_features(features: FeatureSettings | None, reference: str, inception_weights: str | None) -> None:
-    """Raise UserError where features measure nothing, or do not suit the reference or weights."""
+    """Raise UserError for features=none, or another reference or weights than the features'."""
     if features is None:
         raise UserError("features=none: measures nothing; choose another file of conf/features")
     require(
@@ -86,7 +87,7 @@ def check_weights(features: FeatureSettings | None, inception_weights: str | Non
 
 
 def check_images(images: ImageSource, key: str, extractor: Extractor) -> None:
-    """Raise UserError where an extractor does not read such images."""
+    """Raise UserError where an extractor reads no images of this size or channels."""
     require(
         images.channels == extractor.channels,
         f"{key}={images.name}: images of {images.channels} channels, but features={extractor.name} reads "
@@ -102,7 +103,7 @@ def check_images(images: ImageSource, key: str, extractor: Extractor) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSet:
-    """Features of `count` images: by space the vectors (n, F) kept, and the moments of all."""
+    """Features of `count` images by space: stored vectors (n, F), and moments of all."""
 
     count: int
     rows: dict[str, Tensor]
@@ -113,11 +114,10 @@ def extract(
     images: ImageBatches, extractor: Extractor, accelerator: Accelerator, desc: str, batch_size: int | None = None
 ) -> FeatureSet | None:
     """Read a set of images once and return its features on the main process, None on the others.
-    batch_size: images at once; None is the extractor's.
 
-    All processes call it together. Each measures its share; rows and sums are put together batch by
-    batch in the order of the set, so that the result does not depend on the number of processes, to
-    the last bit. Raises UserError where features are not finite.
+    All processes call it together. Each measures its share; rows and sums are gathered batch by
+    batch in the order of the set, so that the result is bit-equal for any number of processes.
+    batch_size: images at once; None is the extractor's. Raises UserError for non-finite features.
     """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     main, count, batch_size = rank == 0, len(images), batch_size or extractor.batch_size
@@ -153,8 +153,9 @@ def extract(
 
 
 def gather(values: Tensor | None, accelerator: Accelerator, batch_size: int, width: int) -> tuple[Tensor, ...]:
-    """Return the vectors (B, F) of a step's batches, that of each process in turn, those of several
-    processes padded to batch_size. values: this process's own, None where the set has ended.
+    """Return the vectors (B, F) of a step by process, those of several padded to batch_size.
+
+    values: this process's own, None after the end of the set.
     """
     if accelerator.num_processes > 1:
         padded = torch.zeros(batch_size, width, device=accelerator.device)
@@ -166,11 +167,11 @@ def gather(values: Tensor | None, accelerator: Accelerator, batch_size: int, wid
 
 
 def prefetch(batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield batches, reading each while the one before it is at work."""
+    """Yield batches, reading each while the one before it is processed."""
     with ThreadPoolExecutor(max_workers=1) as worker:
-        following = worker.submit(next, batches, None)
-        while (batch := following.result()) is not None:
-            following = worker.submit(next, batches, None)
+        upcoming = worker.submit(next, batches, None)
+        while (batch := upcoming.result()) is not None:
+            upcoming = worker.submit(next, batches, None)
             yield batch
 
 
@@ -184,12 +185,11 @@ def to_device(batch: np.ndarray, device: torch.device) -> Tensor:
 
 @contextlib.contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Turn off TF32 and all that chooses kernels by speed, and restore the flags afterwards."""
-    before = torch.get_float32_matmul_precision()
-    enabled = torch.backends.cudnn.enabled
+    """Turn off TF32 and cuDNN's benchmark, and restore the flags afterwards."""
+    before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.backends.cudnn.flags(enabled=enabled, benchmark=False, deterministic=True, allow_tf32=False):
+        with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)

@@ -1,5 +1,4 @@
-"""Mean and covariance of features, and the Fréchet distance between two sets: FID in Inception's
-pool features, sFID in its spatial ones, FD-DINOv2 in those of DINOv2.
+"""Mean and covariance of features, and the Fréchet distance between two sets: FID, sFID, FD-DINOv2.
 
 Shapes: B batch, F features.
 """

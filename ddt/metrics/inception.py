@@ -1,5 +1,4 @@
-"""Features of the Inception network that FID is defined by: torch-fidelity's port of the 2015
-TensorFlow graph.
+"""Features of FID's Inception network: torch-fidelity's port of the 2015 TensorFlow graph.
 
 Shapes: B batch, H W pixels, 2048 pool features, 2023 spatial ones (17 × 17 × 7), 1008 classes.
 Source: the evaluator of openai/guided-diffusion (ADM), whose numbers are the published ones.
@@ -22,10 +21,9 @@ from ddt.metrics.features import exact_arithmetic
 from ddt.metrics.inception_graph import read_graph
 
 log = logging.getLogger(__name__)
-WEIGHTS_SHA256 = "6726825d"  # how the hash of torch-fidelity's file begins
-GRAPH_SHA256 = (
-    "009d6814d1bc560d4e7b236e170e9b2d5ca6f4b57bd8037f6db05776204415c6"  # of ADM's, as several projects give it
-)
+WEIGHTS_SHA256 = "6726825d"  # beginning of the hash of torch-fidelity's file
+# ADM's graph, as several projects state it
+GRAPH_SHA256 = "009d6814d1bc560d4e7b236e170e9b2d5ca6f4b57bd8037f6db05776204415c6"
 WEIGHTS_NAME = f"weights-inception-2015-12-05-{WEIGHTS_SHA256}.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_NAME}"
 WEIGHTS_ADVICE = (
@@ -40,10 +38,9 @@ NUM_SPATIAL = 17 * 17 * NUM_SPATIAL_CHANNELS
 
 
 def find_weights(weights: Path | None) -> Path:
-    """Return the weights file: the given one, or torch-fidelity's own, downloaded into torch's
-    cache where it is missing.
+    """Return the weights file: this one, or torch-fidelity's own, downloaded into torch's cache.
 
-    Raises UserError for a file that is not there, and where the download fails.
+    Raises UserError for a missing file, and where the download fails.
     """
     if weights is not None:
         require(weights.is_file(), f"inception_weights={weights}: no such file; {WEIGHTS_ADVICE}")
@@ -82,29 +79,30 @@ def read_weights(weights: Path) -> dict[str, Tensor]:
 
 
 def load_network(weights: Path) -> nn.Module:
-    """Return torch-fidelity's network with the weights of a file, every one of them.
+    """Return torch-fidelity's network with the weights of a file.
 
-    Raises UserError as `read_weights` does, and for other tensors than the network's.
+    Raises UserError as `read_weights` does, and for other tensors than exactly the network's.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    # its constructor reads a file of any objects; it gets what has been read safely
+    # its constructor unpickles any objects, so it gets what has been read safely
     buffer = io.BytesIO()
     torch.save(read_weights(weights), buffer)
     buffer.seek(0)
     try:
-        with torch.random.fork_rng(devices=[]):  # it draws weights first
+        with torch.random.fork_rng(devices=[]):  # it samples weights first
             return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], buffer)
     except RuntimeError as error:  # load_state_dict's, which lists every name
-        problem = " ".join(str(error).split())
-        problem = problem if len(problem) <= 160 else f"{problem[:160]}…"
+        text = " ".join(str(error).split())
+        problem = text if len(text) <= 160 else f"{text[:160]}…"
         raise UserError(f"inception_weights={weights}: is not this network ({problem}); {WEIGHTS_ADVICE}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class InceptionSettings:
-    """What `features=inception` lets a user choose. weights: torch-fidelity's .pth file or ADM's
-    .pb graph, None downloads the former. batch_size: images the network takes at once.
+    """Settings of `features=inception`.
+
+    weights: torch-fidelity's .pth file or ADM's .pb graph; None downloads the former.
     """
 
     weights: str | None = None
@@ -118,17 +116,14 @@ class InceptionSettings:
         require(1 <= self.batch_size <= 10_000, f"features.batch_size={self.batch_size}: must lie in 1..10000")
 
     def extractor(self, device: torch.device, train: object = None) -> "InceptionFeatures":
-        """Load the network onto a device; it needs no training images."""
+        """Load the network onto a device. train is not used."""
         weights = find_weights(None if self.weights is None else Path(self.weights))
         return InceptionFeatures(weights, self.batch_size, device)
 
 
 class InceptionFeatures:
-    """Pool features, spatial features and class probabilities of RGB images of any size, as ADM's
-    evaluator reads them; see `features.Extractor`.
-
-    Args:
-        weights: a file, see `load_network`. batch_size: images at once. device: of the network.
+    """Pool features, spatial features and class probabilities of RGB images of any size, as in
+    ADM's evaluator; see `features.Extractor`. weights: a file, see `load_network`.
     """
 
     name, channels, image_size = "inception", 3, None
@@ -149,7 +144,7 @@ class InceptionFeatures:
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
-        """The SHA-256 of the file and, whatever the file's kind, of its tensors."""
+        """The SHA-256 of the file and of its tensors, equal for either kind of file."""
         return {"sha256": sha256(self.weights), "tensors_sha256": weights_hash(self.network)}
 
     def identity(self) -> dict[str, Any]:
@@ -163,7 +158,7 @@ class InceptionFeatures:
         }
 
     def deviations(self) -> list[str]:
-        """Return one line where the weights are of neither published file."""
+        """Return one line where the weights are neither published file."""
         if self.hashes["sha256"].startswith((WEIGHTS_SHA256, GRAPH_SHA256)):
             return []
         files = f"SHA-256 {WEIGHTS_SHA256}… of torch-fidelity, {GRAPH_SHA256[:8]}… of ADM"
@@ -171,11 +166,11 @@ class InceptionFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Return pool (B, 2048), spatial (B, 2023) and probabilities (B, 1008), float32, of uint8
+        """Return float32 pool (B, 2048), spatial (B, 2023) and probabilities (B, 1008) of uint8
         images (B, 3, H, W).
 
-        The spatial features are flattened H, W, C, the order of ADM's `mu_s`. The probabilities are
-        of the logits without their bias.
+        Spatial features are flattened H, W, C, the order of ADM's `mu_s`. The probabilities are of
+        the logits without their bias.
         """
         with exact_arithmetic(), torch.autocast(images.device.type, enabled=False):
             pool, logits = self.network(images)

@@ -1,10 +1,7 @@
-"""Weights of the Inception network in TensorFlow's frozen graph, which ADM's evaluator uses, read
-without TensorFlow.
+"""Weights of Inception in the frozen TensorFlow graph of ADM's evaluator, read without TensorFlow.
 
-The file is a protobuf message GraphDef, whose nodes hold the weights: NodeDef → AttrValue →
-TensorProto.
-Source: classify_image_graph_def.pb of inception-2015-12-05; its names, torch-fidelity's converter
-of that file.
+The file is a protobuf message GraphDef: NodeDef → AttrValue → TensorProto. Source:
+classify_image_graph_def.pb of inception-2015-12-05; names of torch-fidelity's converter of it.
 """
 
 import math
@@ -18,63 +15,48 @@ from ddt.errors import UserError
 
 ADVICE = "give ADM's classify_image_graph_def.pb, whole, or torch-fidelity's .pth"
 NO_GRAPH = "damaged or no TensorFlow graph"
-VARINT, DELIMITED = 0, 2  # kinds of protobuf fields
-FIXED = {1: 8, 5: 4}  # the kinds of so many bytes; groups, the others, are in no GraphDef
+VARINT, DELIMITED = 0, 2  # wire types of protobuf fields
+FIXED = {1: 8, 5: 4}  # wire type → bytes; groups, the other types, are in no GraphDef
 DT_FLOAT = 1
 
-# a row is a convolution: its node, its module, channels in and out, height and width of its kernel
+# A row is a chain of convolutions: its nodes, of which those after the first get _1, _2, …; its
+# module, which gets _1, _2, … if there are several; channels in; of each, channels out and kernel.
 STEM = """
-    conv                 Conv2d_1a_3x3      3    32  3 3
-    conv_1               Conv2d_2a_3x3     32    32  3 3
-    conv_2               Conv2d_2b_3x3     32    64  3 3
-    conv_3               Conv2d_3b_1x1     64    80  1 1
-    conv_4               Conv2d_4a_3x3     80   192  3 3
+    conv                 Conv2d_1a_3x3     3    32:3x3
+    conv_1               Conv2d_2a_3x3    32    32:3x3
+    conv_2               Conv2d_2b_3x3    32    64:3x3
+    conv_3               Conv2d_3b_1x1    64    80:1x1
+    conv_4               Conv2d_4a_3x3    80   192:3x3
 """
 MIXED_5 = """
-    conv                 branch1x1         in    64  1 1
-    tower/conv           branch5x5_1       in    48  1 1
-    tower/conv_1         branch5x5_2       48    64  5 5
-    tower_1/conv         branch3x3dbl_1    in    64  1 1
-    tower_1/conv_1       branch3x3dbl_2    64    96  3 3
-    tower_1/conv_2       branch3x3dbl_3    96    96  3 3
-    tower_2/conv         branch_pool       in  pool  1 1
+    conv                 branch1x1        in    64:1x1
+    tower/conv           branch5x5        in    48:1x1   64:5x5
+    tower_1/conv         branch3x3dbl     in    64:1x1   96:3x3   96:3x3
+    tower_2/conv         branch_pool      in  pool:1x1
 """
 MIXED_6A = """
-    conv                 branch3x3        288   384  3 3
-    tower/conv           branch3x3dbl_1   288    64  1 1
-    tower/conv_1         branch3x3dbl_2    64    96  3 3
-    tower/conv_2         branch3x3dbl_3    96    96  3 3
+    conv                 branch3x3       288   384:3x3
+    tower/conv           branch3x3dbl    288    64:1x1   96:3x3   96:3x3
 """
 MIXED_6 = """
-    conv                 branch1x1        768   192  1 1
-    tower/conv           branch7x7_1      768   mid  1 1
-    tower/conv_1         branch7x7_2      mid   mid  1 7
-    tower/conv_2         branch7x7_3      mid   192  7 1
-    tower_1/conv         branch7x7dbl_1   768   mid  1 1
-    tower_1/conv_1       branch7x7dbl_2   mid   mid  7 1
-    tower_1/conv_2       branch7x7dbl_3   mid   mid  1 7
-    tower_1/conv_3       branch7x7dbl_4   mid   mid  7 1
-    tower_1/conv_4       branch7x7dbl_5   mid   192  1 7
-    tower_2/conv         branch_pool      768   192  1 1
+    conv                 branch1x1       768   192:1x1
+    tower/conv           branch7x7       768   mid:1x1  mid:1x7  192:7x1
+    tower_1/conv         branch7x7dbl    768   mid:1x1  mid:7x1  mid:1x7  mid:7x1  192:1x7
+    tower_2/conv         branch_pool     768   192:1x1
 """
 MIXED_7A = """
-    tower/conv           branch3x3_1      768   192  1 1
-    tower/conv_1         branch3x3_2      192   320  3 3
-    tower_1/conv         branch7x7x3_1    768   192  1 1
-    tower_1/conv_1       branch7x7x3_2    192   192  1 7
-    tower_1/conv_2       branch7x7x3_3    192   192  7 1
-    tower_1/conv_3       branch7x7x3_4    192   192  3 3
+    tower/conv           branch3x3       768   192:1x1  320:3x3
+    tower_1/conv         branch7x7x3     768   192:1x1  192:1x7  192:7x1  192:3x3
 """
 MIXED_7 = """
-    conv                 branch1x1         in   320  1 1
-    tower/conv           branch3x3_1       in   384  1 1
-    tower/mixed/conv     branch3x3_2a     384   384  1 3
-    tower/mixed/conv_1   branch3x3_2b     384   384  3 1
-    tower_1/conv         branch3x3dbl_1    in   448  1 1
-    tower_1/conv_1       branch3x3dbl_2   448   384  3 3
-    tower_1/mixed/conv   branch3x3dbl_3a  384   384  1 3
-    tower_1/mixed/conv_1 branch3x3dbl_3b  384   384  3 1
-    tower_2/conv         branch_pool       in   192  1 1
+    conv                 branch1x1        in   320:1x1
+    tower/conv           branch3x3_1      in   384:1x1
+    tower/mixed/conv     branch3x3_2a    384   384:1x3
+    tower/mixed/conv_1   branch3x3_2b    384   384:3x1
+    tower_1/conv         branch3x3dbl     in   448:1x1  384:3x3
+    tower_1/mixed/conv   branch3x3dbl_3a 384   384:1x3
+    tower_1/mixed/conv_1 branch3x3dbl_3b 384   384:3x1
+    tower_2/conv         branch_pool      in   192:1x1
 """
 BLOCKS: list[tuple[str, str, str, dict[str, int]]] = [  # folder in the graph, module, rows, sizes that rows name
     ("", "", STEM, {}),
@@ -95,21 +77,27 @@ BATCH_NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", 
 
 def convolutions() -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return module and kernel shape (HWIO) of every convolution, by the prefix of its nodes."""
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    result: dict[str, tuple[str, tuple[int, ...]]] = {}
     for folder, block, rows, sizes in BLOCKS:
         for row in rows.strip().splitlines():
-            node, module, *words = row.split()
-            inputs, outputs, height, width = (sizes[word] if word in sizes else int(word) for word in words)
-            found[folder + node] = (block + module, (height, width, inputs, outputs))
-    return found
+            node, module, channels, *chain = row.split()
+            inputs = sizes.get(channels) or int(channels)
+            for k, convolution in enumerate(chain):
+                channels, kernel = convolution.split(":")
+                outputs = sizes.get(channels) or int(channels)
+                height, width = map(int, kernel.split("x"))
+                name = f"{block}{module}_{k + 1}" if len(chain) > 1 else block + module
+                result[folder + node + (f"_{k}" if k else "")] = (name, (height, width, inputs, outputs))
+                inputs = outputs
+    return result
 
 
 class GraphError(ValueError):
-    """What is wrong in a graph, as part of a message that names the file and the fix too."""
+    """The problem in a graph, without the file's name and the fix."""
 
 
 def _varint(data: memoryview, start: int) -> tuple[int, int]:
-    """Return the integer that begins at `start`, seven bits a byte, and where it ends."""
+    """Return the integer at `start`, seven bits per byte, and the position after it."""
     value = 0
     for i, byte in enumerate(data[start : start + 10]):  # no integer of 64 bits is longer
         value |= (byte & 127) << 7 * i
@@ -119,10 +107,9 @@ def _varint(data: memoryview, start: int) -> tuple[int, int]:
 
 
 def _fields(data: memoryview) -> tuple[dict[int, int], dict[int, list[memoryview]]]:
-    """Return a message's fields by number: the last of its integers; of all others the bytes, not
-    copied.
+    """Return a message's fields by number: the last integer, and all other contents, not copied.
 
-    Raises GraphError where the bytes are no message, or end before it does.
+    Raises GraphError where the bytes are no complete message.
     """
     integers: dict[int, int] = {}
     contents: dict[int, list[memoryview]] = {}
@@ -144,7 +131,7 @@ def _fields(data: memoryview) -> tuple[dict[int, int], dict[int, list[memoryview
 
 
 def _constants(graph: memoryview) -> dict[bytes, memoryview]:
-    """Return the TensorProto of every constant by its node's name."""
+    """Return the TensorProto of every constant, by its node's name."""
     constants = {}
     for node in _fields(graph)[1].get(1, []):
         _, of_node = _fields(node)  # 1 name, 2 op, 5 attributes, which are entries of a map: 1 key, 2 value
@@ -160,9 +147,9 @@ def _values(node: str, tensor: memoryview, shape: tuple[int, ...]) -> np.ndarray
     """Return a TensorProto's values, a view of the file's; GraphError for another type or shape."""
     integers, contents = _fields(tensor)  # 1 dtype, 2 shape, 4 bytes, 5 numbers, in one field or in one each
     dims = [dim for part in contents.get(2, []) for dim in _fields(part)[1].get(2, [])]
-    found = tuple(_fields(dim)[0].get(1, 0) for dim in dims)
-    if integers.get(1) != DT_FLOAT or found != shape:
-        raise GraphError(f"{node} must be float32 of shape {shape}, found type {integers.get(1)} of shape {found}")
+    sizes = tuple(_fields(dim)[0].get(1, 0) for dim in dims)
+    if integers.get(1) != DT_FLOAT or sizes != shape:
+        raise GraphError(f"{node} must be float32 of shape {shape}, found type {integers.get(1)} of shape {sizes}")
     count = math.prod(shape)
     if 4 in contents:
         content = contents[4][-1]
@@ -175,21 +162,20 @@ def _values(node: str, tensor: memoryview, shape: tuple[int, ...]) -> np.ndarray
 
 
 def read_graph(path: Path) -> dict[str, Tensor]:
-    """Return the state dict, float32, of torch-fidelity's "inception-v3-compat" from the file of
-    TensorFlow's graph.
+    """Return the float32 state dict of torch-fidelity's "inception-v3-compat" in a graph's file.
 
     Raises UserError for a file that cannot be read, is damaged or no graph, or lacks a weight.
     """
-    wanted: list[tuple[str, str, tuple[int, ...]]] = []  # node, its name in the network, its shape in the graph
+    weights: list[tuple[str, str, tuple[int, ...]]] = []  # node, name in the network, shape in the graph
     for prefix, (module, shape) in convolutions().items():
-        wanted.append((f"{prefix}/conv2d_params", f"{module}.conv.weight", shape))
-        wanted += [(f"{prefix}/batchnorm/{k}", f"{module}.bn.{name}", shape[-1:]) for k, name in BATCH_NORM.items()]
-    wanted += [("softmax/weights", "fc.weight", (2048, 1008)), ("softmax/biases", "fc.bias", (1008,))]
+        weights.append((f"{prefix}/conv2d_params", f"{module}.conv.weight", shape))
+        weights += [(f"{prefix}/batchnorm/{k}", f"{module}.bn.{name}", shape[-1:]) for k, name in BATCH_NORM.items()]
+    weights += [("softmax/weights", "fc.weight", (2048, 1008)), ("softmax/biases", "fc.bias", (1008,))]
     axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # HWIO to OIHW, inputs × outputs to outputs × inputs
     state = {}
     try:
         constants = _constants(memoryview(path.read_bytes()))
-        for node, name, shape in wanted:
+        for node, name, shape in weights:
             if node.encode() not in constants:
                 raise GraphError(f"the constant {node} is missing")
             values = _values(node, constants[node.encode()], shape).transpose(axes[len(shape)])

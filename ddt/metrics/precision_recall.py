@@ -1,10 +1,8 @@
 """Precision and recall of two sets of features, in the arithmetic of ADM's evaluator.
 
-Around each feature vector of a set lies a ball that reaches to its k-th nearest neighbour in the
-same set. Precision is the share of samples inside a ball of the reference, recall the share of the
-reference inside a ball of the samples.
-Shapes: n and m vectors of F features. Source: Kynkäänniemi et al., arXiv 1904.06991; the
-evaluator's numbers.
+A ball around each vector reaches to its k-th nearest neighbour in the same set. Precision is the
+share of samples inside a ball of the reference, recall that of the reference inside the samples'.
+Shapes: n and m vectors of F features. Source: Kynkäänniemi et al., arXiv 1904.06991.
 """
 
 from collections.abc import Iterator
@@ -21,11 +19,9 @@ NUM_NEIGHBOURS = 3
 
 
 def half_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Return squared distances (n, m) of a (n, F) and b (m, F), every operation rounded to float16,
-    sums in float32.
+    """Return squared distances (n, m) of a (n, F) and b (m, F), each operation rounded to float16.
 
-    The products are taken in float32, where they are exact, so that the GPU's reduced-precision
-    sums stay out.
+    Sums and products are float32, where products are exact: no reduced-precision sums on GPUs.
     """
     a, b = a.half(), b.half()
     norm_a, norm_b = ((v * v).float().sum(dim=1).half() for v in (a, b))
@@ -48,10 +44,10 @@ def squared_distances(a: Tensor, b: Tensor, dtype: PrDtype) -> Tensor:
 
 
 def blocks(features: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield slices of at most `size` vectors (≤ size, F), each with its place."""
+    """Yield blocks of vectors (≤ size, F), each after its slice."""
     for start in range(0, len(features), size):
-        place = slice(start, min(start + size, len(features)))
-        yield place, features[place]
+        rows = slice(start, start + size)
+        yield rows, features[rows]
 
 
 def squared_radii(features: Tensor, k: int, dtype: PrDtype, block: int) -> Tensor:
@@ -71,8 +67,7 @@ def squared_radii(features: Tensor, k: int, dtype: PrDtype, block: int) -> Tenso
 def precision_recall(
     reference: Tensor, samples: Tensor, dtype: PrDtype = "float16", k: int = NUM_NEIGHBOURS, block: int = BLOCK
 ) -> tuple[float, float]:
-    """Return precision and recall of samples (m, F) against a reference (n, F), float32, each of
-    more than k vectors.
+    """Return precision and recall of samples (m, F) against a reference (n, F), float32; n, m > k.
 
     At most one block of distances, block × block, is in memory.
     """

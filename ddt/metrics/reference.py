@@ -1,9 +1,9 @@
 """What samples are compared with: a reference file in ADM's format, a folder of images, or a data
 set.
 
-ADM's file holds the statistics of a whole data set, `mu` and `sigma` in pool features, `mu_s` and
-`sigma_s` in spatial ones, and in `arr_0` some of its images, for precision and recall. Ours
-(`ddt.metrics.reference_statistics`) is one that also says how it was made.
+ADM's file holds the statistics of a whole data set, `mu` and `sigma` of pool features, `mu_s` and
+`sigma_s` of spatial ones, and in `arr_0` some of its images, for precision and recall. Those of
+`ddt.metrics.reference_statistics` add a receipt.
 Shapes: F features.
 """
 
@@ -22,27 +22,27 @@ from ddt.errors import UserError, first_line, require
 from ddt.files import sha256
 from ddt.metrics.features import Extractor, FeatureSettings, check_images
 from ddt.metrics.frechet import Statistics
-from ddt.metrics.images import DataImages, ImageSource, NpzImages, array_names, npz_errors, open_images
+from ddt.metrics.images import DataImages, ImageSource, NpzImages, array_names, open_images, read_errors
 
-DATA = "data:"  # before the name of a data set
 KEYS = (("mu", "sigma"), ("mu_s", "sigma_s"))  # of the first and the second distance of an extractor
-MADE = "receipt"  # how a file of ours was made: JSON
-MAX_PR_IMAGES = 10_000  # images of a data set that precision and recall are of
-MAX_IMAGES = 200_000  # whose features are held in memory
+RECEIPT = "receipt"  # array of our own files: JSON
+MAX_PR_IMAGES = 10_000  # of a data set, for precision and recall
+MAX_IMAGES = 200_000  # of a data set, whose features are held in memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A reference. statistics: by distance, those that the file holds. images: real images, or None
-    where it has none. held_out: other real images, what a perfect model would sample. made: how a
-    file of ours was made.
+    """What samples are compared with.
+
+    name: its path, or data:NAME. statistics: by distance, those of a file. images: real images.
+    held_out: other real images, what a perfect model would sample. receipt: of our own files.
     """
 
     name: str
     statistics: dict[str, Statistics]
     images: ImageSource | None
     held_out: ImageSource | None = None
-    made: dict[str, Any] | None = None
+    receipt: dict[str, Any] | None = None
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -51,42 +51,39 @@ class Reference:
 
     @property
     def count(self) -> float:
-        """How many images its statistics are of; of a file that does not say, infinitely many."""
-        if self.made is not None:
-            return self.made["count"]
+        """Number of images of its statistics; infinite for a file that does not record it."""
+        if self.receipt is not None:
+            return self.receipt["count"]
         return float("inf") if self.statistics or self.images is None else len(self.images)
 
     @property
     def is_part(self) -> bool:
-        """Whether a file of ours holds the statistics of a part of its data set alone."""
-        return self.made is not None and self.made["count"] < self.made["total"]
+        """Whether its receipt says that the statistics are of a part of the data set."""
+        return self.receipt is not None and self.receipt["count"] < self.receipt["total"]
 
     @property
     def is_validation(self) -> bool:
-        """Whether a file of ours was made of images that no model is trained on."""
-        return self.made is not None and self.made.get("split") == "test"
+        """Whether its receipt says that they are of images that no model is trained on."""
+        return self.receipt is not None and self.receipt.get("split") == "test"
 
     def identity(self) -> dict[str, Any]:
-        """Return what a receipt says of it."""
-        if not self.statistics:
-            source = "computed from its images"
-        else:
-            pairs = [", ".join(pair) for pair, _ in zip(KEYS, self.statistics, strict=False)]
-            source = f"{', '.join(pairs)} of the file"
+        """Return its part of an evaluation's receipt."""
+        keys = [key for pair, _ in zip(KEYS, self.statistics, strict=False) for key in pair]
+        images = self.images
         return {
             "path": self.name,
-            ("fingerprint" if isinstance(self.images, DataImages) else "sha256"): self.sha256,
-            "statistics": source,
-            "count": None if self.images is None else len(self.images),
-            "size": None if self.images is None else list(self.images.size),
-            "precision_recall_count": None if self.images is None else len(self.pr_indices(len(self.images))),
+            ("fingerprint" if isinstance(images, DataImages) else "sha256"): self.sha256,
+            "statistics": f"{', '.join(keys)} of the file" if keys else "computed from its images",
+            "count": None if images is None else len(images),
+            "size": None if images is None else list(images.size),
+            "precision_recall_count": None if images is None else len(self.pr_indices(len(images))),
             **({} if self.held_out is None else {"held_out": len(self.held_out)}),
-            **({} if self.made is None else {"made": self.made}),
+            **({} if self.receipt is None else {"made": self.receipt}),
         }
 
     def pr_indices(self, count: int) -> np.ndarray:
-        """Return which of its `count` images precision and recall are of: all of a file's, as in
-        ADM's evaluator, of a data set as many as ADM's files hold.
+        """Return which of its `count` images precision and recall use: all of a file's, as in ADM's
+        evaluator; of a data set as many as ADM's files hold.
         """
         if not isinstance(self.images, DataImages) or count <= MAX_PR_IMAGES:
             return np.arange(count)
@@ -96,8 +93,9 @@ class Reference:
 def load_reference(
     reference: str, data: Choice | None, features: FeatureSettings, device: torch.device
 ) -> tuple[Reference, Extractor]:
-    """Return the reference and the extractor. data: the data set that `reference` names, None where
-    it is a path. Raises UserError where either cannot be used.
+    """Return reference and extractor. data: the data set that `reference` names, None for a path.
+
+    Raises UserError where either cannot be used.
     """
     if data is not None:
         train = data.build(split="train")
@@ -114,11 +112,12 @@ def load_reference(
 
 def data_reference(name: str, train: Images, test: Images) -> Reference:
     """Return the training images of a data set as a reference, with its test images held out."""
-    require(len(train.labels) >= 2, f"reference={name}: has {len(train.labels)} images; statistics need at least 2")
+    count = len(train.labels)
+    require(count >= 2, f"reference={name}: has {count} images; statistics need at least 2")
     require(
-        len(train.labels) <= MAX_IMAGES,
-        f"reference={name}: has {len(train.labels):,} images; write their statistics once, by "
-        "scripts/reference_statistics.py, and give that file",
+        count <= MAX_IMAGES,
+        f"reference={name}: has {count:,} images; write their statistics once, by scripts/reference_statistics.py, and "
+        "give that file",
     )
     held_out = DataImages(name, test) if len(test.labels) >= 2 else None
     return Reference(name, {}, DataImages(name, train), held_out)
@@ -127,15 +126,16 @@ def data_reference(name: str, train: Images, test: Images) -> Reference:
 def read_reference(path: Path, distances: dict[str, int], features: str) -> Reference:
     """Open a reference npz, or a folder of a samples.npz or of images; images stay on disk.
 
-    distances: the Fréchet distances of features=`features`, main one first, and the F of each.
-    Raises UserError for a file that is damaged, that holds half of a pair of statistics or those of
-    other features, or nothing that can be used.
+    distances: Fréchet distance → F of features=`features`, main one first. Raises UserError for a
+    damaged file, one with half a pair of statistics or those of other features, or nothing of use.
     """
-    images: ImageSource | None = open_images(path, "reference") if path.is_dir() else None
-    if images is not None and not isinstance(images, NpzImages):
-        require(len(images) >= 2, f"reference={path}: holds one image; statistics need at least 2")
-        return Reference(str(path), {}, images)
-    path = images.path if isinstance(images, NpzImages) else path
+    few = f"reference={path}: holds one image; statistics need at least 2"
+    if path.is_dir():
+        folder = open_images(path, "reference")
+        if not isinstance(folder, NpzImages):
+            require(len(folder) >= 2, few)
+            return Reference(str(path), {}, folder)
+        path = folder.path
     require(path.is_file(), f"reference={path}: no such file; give ADM's reference npz of the data set")
     names = array_names(path, "reference")
     for pair in KEYS:
@@ -152,27 +152,23 @@ def read_reference(path: Path, distances: dict[str, int], features: str) -> Refe
         f"reference={path}: holds neither mu and sigma nor images (arr_0), only {', '.join(names) or 'nothing'}; "
         "give ADM's reference npz of the data set",
     )
-    made = read_made(path) if MADE in names else None
-    if made is not None:
-        require(
-            made["features"].get("name") == features,
-            f"reference={path}: was made with features={made['features'].get('name')}; choose them, or another file",
-        )
+    receipt = read_receipt(path) if RECEIPT in names else None
+    if receipt is not None:
+        theirs = receipt["features"].get("name")
+        require(theirs == features, f"reference={path}: was made with features={theirs}; choose them, or another file")
     images = NpzImages(path, "reference") if "arr_0" in names else None
-    if "mu" not in names:
-        assert images is not None
-        require(len(images) >= 2, f"reference={path}: holds one image; statistics need at least 2")
+    require("mu" in names or (images is not None and len(images) >= 2), few)
     statistics = {
         distance: read_statistics(path, pair, size, features)
         for pair, (distance, size) in zip(KEYS, distances.items(), strict=False)
         if pair[0] in names
     }
-    return Reference(str(path), statistics, images, made=made)
+    return Reference(str(path), statistics, images, receipt=receipt)
 
 
 def read_statistics(path: Path, pair: tuple[str, str], size: int, features: str) -> Statistics:
     """Return two arrays of a reference file as statistics, float64 (F,) and (F, F), F = size."""
-    with npz_errors(path, "reference"), np.load(path, allow_pickle=False) as file:
+    with read_errors(path, "reference"), np.load(path, allow_pickle=False) as file:
         values = [file[name] for name in pair]
     for name, value, shape in zip(pair, values, ((size,), (size, size)), strict=True):
         require(
@@ -191,28 +187,26 @@ def read_statistics(path: Path, pair: tuple[str, str], size: int, features: str)
     return Statistics(mean, covariance)
 
 
-def read_made(path: Path) -> dict[str, Any]:
-    """Return what a file of ours says of how it was made."""
-    with npz_errors(path, "reference"), np.load(path, allow_pickle=False) as file:
-        text = str(file[MADE])
+def read_receipt(path: Path) -> dict[str, Any]:
+    """Return the receipt in a file of `ddt.metrics.reference_statistics`."""
+    with read_errors(path, "reference"), np.load(path, allow_pickle=False) as file:
+        text = str(file[RECEIPT])
     try:
-        made = json.loads(text)
-        assert isinstance(made["features"], dict)
-        assert {type(made[key]) for key in ("count", "total")} == {int}
+        receipt = json.loads(text)
+        assert isinstance(receipt["features"], dict)
+        assert {type(receipt[key]) for key in ("count", "total")} == {int}
     except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"reference={path}: its {MADE} is damaged ({first_line(error)}); make it again") from error
-    return made
+        raise UserError(f"reference={path}: its {RECEIPT} is damaged ({first_line(error)}); make it again") from error
+    return receipt
 
 
 def check_reference(reference: Reference, extractor: Extractor) -> None:
-    """Raise UserError where a reference and an extractor do not belong together."""
+    """Raise UserError where a reference has other images or weights than the extractor's."""
     if reference.images is not None:
         check_images(reference.images, "reference", extractor)
-    if reference.made is not None:
-        ours, theirs = (
-            identity.get("weights", {}).get("tensors_sha256")
-            for identity in (extractor.identity(), reference.made["features"])
-        )
+    if reference.receipt is not None:
+        identities = extractor.identity(), reference.receipt["features"]
+        ours, theirs = (identity.get("weights", {}).get("tensors_sha256") for identity in identities)
         require(
             ours == theirs,
             f"reference={reference.name}: was made with other weights of {extractor.name} than these; use the same "

@@ -1,6 +1,4 @@
-"""Write the statistics of a data set as a reference file in ADM's format, with some of its images
-and how it was made; see `ddt.metrics.reference`.
-"""
+"""Statistics of a data set as a reference file in ADM's format; see `ddt.metrics.reference`."""
 
 import dataclasses
 import datetime
@@ -17,7 +15,7 @@ from ddt.errors import UserError, require
 from ddt.files import check_writable
 from ddt.metrics.features import FeatureSettings, check_images, check_weights, extract
 from ddt.metrics.images import DataImages, write_npz
-from ddt.metrics.reference import KEYS, MADE
+from ddt.metrics.reference import KEYS, RECEIPT
 from ddt.version import __version__
 
 log = logging.getLogger(__name__)
@@ -67,12 +65,12 @@ def write_reference_statistics(settings: ReferenceStatisticsSettings, command: s
     require(total >= 2, f"split={settings.split}: data={data} holds {total} images of it; choose the other")
     measured = DataImages(f"data:{data}", images, choose(total, settings.num_images))
     extractor = settings.features.extractor(accelerator.device)
-    extractor.rows = ()  # the statistics alone: a million vectors would not fit
+    extractor.rows = ()  # no vectors: a million would not fit in memory
     check_images(measured, "data", extractor)
     features = extract(measured, extractor, accelerator, measured.name)
     if features is None:
         return
-    kept = DataImages(measured.name, images, measured.chosen[choose(len(measured), settings.num_kept)])
+    kept = DataImages(measured.name, images, measured.indices[choose(len(measured), settings.num_kept)])
     receipt = {
         "data": settings.data.plain(),
         "split": settings.split,
@@ -90,13 +88,13 @@ def write_reference_statistics(settings: ReferenceStatisticsSettings, command: s
     arrays: dict[str, np.ndarray] = {}
     for (mean, covariance), space in zip(KEYS, extractor.distances.values(), strict=False):
         arrays |= {mean: features.moments[space].mean, covariance: features.moments[space].covariance}
-    arrays[MADE] = np.array(json.dumps(receipt))
+    arrays[RECEIPT] = np.array(json.dumps(receipt))
     write_npz(Path(settings.out), arrays, kept.batches(64), (len(kept), *kept.size, kept.channels))
     log.info("%s: statistics of %d images, %d of them kept", settings.out, len(measured), len(kept))
 
 
 def choose(total: int, count: int | None) -> np.ndarray:
-    """Return which of `total` images stand for all: `count`, by a fixed seed; None is all."""
+    """Return indices of `count` of `total` images, by a fixed seed; None is all."""
     if count is None or count >= total:
         return np.arange(total)
     return np.sort(np.random.default_rng(0).choice(total, count, replace=False))

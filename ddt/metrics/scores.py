@@ -20,11 +20,9 @@ CHUNK = 1024  # vectors a side of a block of distances
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A reference made ready for many sets of samples: what the main process holds; on the others
-    it is empty.
+    """A reference measured for many sets of samples; empty but on the main process.
 
-    statistics: by distance. features: of its images, None where it has none. real: metrics of
-    held-out real images.
+    statistics: by distance. features: of its images, or None. real: metrics of held-out images.
     """
 
     reference: Reference
@@ -33,7 +31,7 @@ class Prepared:
     real: dict[str, float]
 
     def main_distance(self, moments: Moments) -> float:
-        """Return the main Fréchet distance, the FID say, of a set's moments."""
+        """Return the main Fréchet distance, such as the FID, of a set's moments."""
         return frechet_distance(moments, next(iter(self.statistics.values())))
 
 
@@ -42,7 +40,7 @@ def prepare(reference: Reference, extractor: Extractor, accelerator: Accelerator
     features = held_out = None
     if reference.images is not None:
         features = extract(reference.images, extractor, accelerator, "reference")
-        if features is not None:  # no metric asks for a reference's classes
+        if features is not None:  # no metric reads a reference's classes
             features.rows.pop("probabilities", None)
     if reference.held_out is not None:
         held_out = extract(reference.held_out, extractor, accelerator, "held-out images")
@@ -68,26 +66,25 @@ def score_held_out(
     assert prepared.features is not None
     training = prepared.features.rows[extractor.nearest_space]
     distances, _ = nearest(held_out.rows[extractor.nearest_space], training)
-    metrics = {name: frechet_distance(held_out.moments[space], prepared.statistics[name])
-               for name, space in extractor.distances.items()}  # fmt: skip
+    moments = {name: held_out.moments[space] for name, space in extractor.distances.items()}
+    metrics = {name: frechet_distance(each, prepared.statistics[name]) for name, each in moments.items()}
     metrics["nearest_train_distance"] = distances.median().item()
     if extractor.own_classes and labels is not None:
         metrics["class_accuracy"] = accuracy(held_out.rows["probabilities"].cpu().numpy(), labels)
     return metrics
 
 
-def distance_to_others(training: Tensor, most: int = 2000) -> float:
-    """Return the median distance of some training vectors, of (m, F), to the nearest other one."""
-    count = min(most, len(training))
-    chosen = torch.arange(count, device=training.device) * len(training) // count
-    return nearest(training[chosen], training, own=chosen)[0].median().item()
+def distance_to_others(training: Tensor) -> float:
+    """Return the median distance of ≤ 2,000 training vectors, of (m, F), to the nearest other one."""
+    count = min(2000, len(training))
+    indices = torch.arange(count, device=training.device) * len(training) // count
+    return nearest(training[indices], training, own=indices)[0].median().item()
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """metrics: by name, None where the input does not allow one, and then `reasons` says why.
-    distances, nearest (n,): of each sample to its nearest training image, and which one that is;
-    None where the reference has no images.
+    """metrics: by name, None for the `reasons`. distances, nearest (n,): of each sample to its
+    nearest training image, and that image's index; None where the reference has no images.
     """
 
     metrics: dict[str, float | None]
@@ -101,28 +98,26 @@ def score(
 ) -> Scores:
     """Return all metrics of a set of samples. labels (n,): the class of each, None if not known.
 
-    - fid, sfid, fd_dinov2, fd_D: Fréchet distances; D a data set, in its classifier's features
-    - inception_score: by ADM's rule, which reads chunks of 5,000 images in the file's order
-    - inception_score_shuffled: the same of shuffled images, what the score should be
+    - fid, sfid, fd_dinov2, fd_D: Fréchet distances; fd_D in features of data set D's classifier
+    - inception_score, inception_score_shuffled: by ADM's rule, in the file's order, and shuffled
     - class_accuracy: share of samples that the data set's classifier assigns to their class
     - precision, recall: of 3 nearest neighbours, in the arithmetic pr_dtype
     - nearest_train_distance: median distance to the nearest training image
-    - authenticity: share of samples that lie apart from the training images; see `authenticity`
+    - authenticity: see `authenticity`
 
     A name with `_real` is the same of held-out real images: what a perfect model would reach.
     """
     metrics: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
     for name, space in extractor.distances.items():
-        known = prepared.statistics.get(name)
-        metrics[name] = None if known is None else frechet_distance(samples.moments[space], known)
-        if known is None:
-            reasons[name] = "the reference has mu and sigma, but no mu_s and sigma_s"
+        if name in prepared.statistics:
+            metrics[name] = frechet_distance(samples.moments[space], prepared.statistics[name])
+        else:
+            metrics[name], reasons[name] = None, "the reference has mu and sigma, but no mu_s and sigma_s"
     if "probabilities" in samples.rows:
         probabilities = samples.rows["probabilities"].cpu().numpy()
         if not extractor.own_classes:
-            order = np.random.default_rng(0).permutation(len(probabilities))
-            shuffled = probabilities[order]
+            shuffled = probabilities[np.random.default_rng(0).permutation(len(probabilities))]
             for name, each in (("inception_score", probabilities), ("inception_score_shuffled", shuffled)):
                 value = inception_score(each)
                 metrics[name] = value if np.isfinite(value) else None
@@ -155,10 +150,10 @@ def score(
 
 
 def inception_score(probabilities: np.ndarray, split: int = 5000) -> float:
-    """Return the Inception Score of class probabilities (n, K), by the rule of ADM's evaluator.
+    """Return the Inception Score of class probabilities (n, K), as ADM's evaluator does.
 
-    The mean over chunks of `split` rows of `exp(E[KL(p(y|x) ‖ p(y))])`. The order of the rows
-    matters. NaN where a probability is exactly 0.
+    Mean of `exp(E[KL(p(y|x) ‖ p(y))])` over chunks of `split` rows, whose order matters. NaN where
+    a probability is exactly 0.
     """
     scores = []
     for start in range(0, len(probabilities), split):
@@ -176,11 +171,11 @@ def accuracy(probabilities: np.ndarray, intended: np.ndarray) -> float:
 
 @torch.no_grad()
 def nearest(vectors: Tensor, training: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return each vector's distance to its nearest training vector, root mean square over features
-    (n,), and which one that is, int64 (n,).
+    """Return the distance (root mean square over features) of each vector to its nearest training
+    vector (n,), and the latter's index, int64 (n,).
 
-    vectors (n, F); training (m, F). own, int64 (n,): where the vectors are training vectors
-    themselves, their places, which do not count.
+    vectors (n, F); training (m, F). own, int64 (n,): the indices of vectors that are training
+    vectors themselves, which are left out.
     """
     squares = training.square().sum(dim=1)
     which = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
@@ -190,7 +185,7 @@ def nearest(vectors: Tensor, training: Tensor, own: Tensor | None = None) -> tup
             best = torch.full((len(part),), torch.inf, device=vectors.device)
             for first in range(0, len(training), 8 * CHUNK):
                 block = slice(first, first + 8 * CHUNK)
-                distances = squares[block] - 2 * (part @ training[block].T)  # but for |vector|², alike for all
+                distances = squares[block] - 2 * (part @ training[block].T)  # without |vector|²: constant
                 if own is not None:
                     at = own[start : start + CHUNK] - first
                     inside = (at >= 0) & (at < distances.shape[1])
@@ -205,12 +200,12 @@ def nearest(vectors: Tensor, training: Tensor, own: Tensor | None = None) -> tup
 
 
 def authenticity(distances: Tensor, which: Tensor, training: Tensor) -> float:
-    """Return the share of samples that are farther from their nearest training image than that
-    image is from the nearest other one: low for memorised sets.
+    """Return the share of samples farther from their nearest training image than that image is from
+    the nearest other one: low for memorised sets.
 
     distances, which (n,): of `nearest`; training (m, F), m ≥ 2. Source: Alaa et al., arXiv
     2102.08921.
     """
-    hit, place = which.unique(return_inverse=True)
-    apart, _ = nearest(training[hit], training, own=hit)
-    return (distances > apart[place]).double().mean().item()
+    hit, inverse = which.unique(return_inverse=True)
+    gaps, _ = nearest(training[hit], training, own=hit)
+    return (distances > gaps[inverse]).double().mean().item()

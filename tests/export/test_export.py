@@ -1,6 +1,7 @@
 """Exports: all that sampling needs, a model card, written atomically."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -135,7 +136,7 @@ def test_an_autoencoder_of_the_hub_stays_a_name(tmp_path):
     folder = small_checkpoint(tmp_path / "checkpoint", model=model, autoencoder=named, source=source, step=None)
     out = hub(folder, tmp_path / "exported")
     assert ckpt.read_config(out)["autoencoder"] == named
-    text = (out / "README.md").read_text()
+    text = unpadded((out / "README.md").read_text())
     assert "| published file | model.ckpt |" in text
     assert "| resolution | 64×64 |" in text
     assert "does not say what it was trained on" in text
@@ -171,6 +172,11 @@ def test_a_schedule_file_becomes_its_steps(tmp_path):
     assert ckpt.read_config(out)["sampler"]["recompute"] == [0, 2]
 
 
+def unpadded(text):
+    """Text whose tables have no padding."""
+    return re.sub(" +", " ", text)
+
+
 def test_the_card_describes_the_model(tmp_path):
     folder = small_checkpoint(tmp_path / "checkpoint", run=RUN)
     sha256 = ckpt.weights_sha256(folder, "ema")
@@ -203,7 +209,7 @@ def test_the_card_describes_the_model(tmp_path):
             f'"made_from_sha256": "{sha256}"',
             "![samples of this model](samples.png)",
         ):
-            assert line in card.text, line
+            assert line in unpadded(card.text), line
         assert (tmp_path / form / "samples.png").read_bytes() == (metrics / "grid.png").read_bytes()
     hub(folder, tmp_path / "plain")
     plain = ModelCard.load(tmp_path / "plain" / "README.md")
@@ -221,7 +227,7 @@ def test_the_card_names_imagenet(tmp_path):
         "source": {},
     }
     card = Card("x").render("ddt", {**CARD, **config}, parameters=1)
-    assert "| classes | 1000: tench, goldfish" in card.text
+    assert "| classes | 1000: tench, goldfish" in unpadded(card.text)
     assert card.data.datasets == ["ILSVRC/imagenet-1k"]
     assert class_labels(imagenet_synsets())["0"] == "tench, Tinca tinca"
 

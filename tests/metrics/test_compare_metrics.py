@@ -9,7 +9,7 @@ import re
 import pytest
 from conftest import refusal, succeed
 
-from ddt.metrics.compare import is_evaluation, reasons_apart
+from ddt.metrics.compare import is_evaluation, receipt_differences
 
 SCRIPT = "scripts.compare_metrics"
 METRICS = {
@@ -54,8 +54,7 @@ METRICS = {
         "date": "2026-01-02",
     },
 }
-# every key that counts, with another value, from the one that changes the numbers most to the one
-# that does least
+# every key that counts with another value, by decreasing effect on the numbers
 CHANGES = {
     "features.name": "dinov2",
     "features.weights.tensors_sha256": "0" * 64,
@@ -85,9 +84,7 @@ CHANGES = {
 
 
 def changed(**values):
-    """The metrics with other values at dotted keys, which begin in the receipt where their first
-    part is in it.
-    """
+    """The metrics with other values at dotted keys, in the receipt where their first part is."""
     metrics = copy.deepcopy(METRICS)
     for dotted, value in values.items():
         *parents, key = dotted.split(".")
@@ -104,7 +101,7 @@ def without(metrics, *keys):
 
 @pytest.fixture
 def compared(tmp_path, caplog):
-    """Write evaluations into folders a, b, …, compare them, and return what is said."""
+    """Write evaluations into folders a, b, …, compare them, and return the report."""
 
     def compare(*evaluations, arguments=()):
         for name, metrics in zip("abc", evaluations, strict=False):
@@ -112,8 +109,8 @@ def compared(tmp_path, caplog):
             (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            given = ",".join(str(tmp_path / name) for name, _ in zip("abc", evaluations, strict=False))
-            succeed(SCRIPT, f"metrics=[{given}]", *arguments)
+            folders = ",".join(str(tmp_path / name) for name, _ in zip("abc", evaluations, strict=False))
+            succeed(SCRIPT, f"metrics=[{folders}]", *arguments)
         return caplog.messages[-1]
 
     return compare
@@ -126,7 +123,7 @@ def cells(text):
 
 
 def lines_of(text, name):
-    """What is said of an evaluation against the first."""
+    """The report's lines on an evaluation against the first."""
     return re.search(rf"^## {name} against a\n\n((?:- .*\n?)+)", text, re.M)[1].splitlines()
 
 
@@ -196,8 +193,8 @@ def test_columns_have_the_path_parts_that_tell_them_apart(tmp_path, caplog, path
 
 def test_the_weightier_of_two_differences_is_first():
     for weighty, light in itertools.pairwise(CHANGES.items()):
-        alone = reasons_apart(("a", "b"), METRICS, changed(**dict([weighty])))
-        both = reasons_apart(("a", "b"), METRICS, changed(**dict([light, weighty])))
+        alone = differences(METRICS, changed(**dict([weighty])))
+        both = differences(METRICS, changed(**dict([light, weighty])))
         assert alone == both[:1], weighty
         assert both[0].startswith("b differs from a first in: ")
         assert both[1].startswith("then in: ")
@@ -205,14 +202,14 @@ def test_the_weightier_of_two_differences_is_first():
 
 
 def test_a_difference_is_told_in_words_with_both_values(compared):
-    said = lines_of(compared(METRICS, changed(**CHANGES, fid=3.3)), "b")
-    assert said[0] == "- numbers: fid +0.1; equal: sfid, inception_score, precision"
-    assert said[1] == "- b differs from a first in: features: inception in a, dinov2 in b"
-    assert "- then in: weights of the features: dddddddddddd… in a, 000000000000… in b" in said
-    assert "- then in: number of samples: 50,000 in a, 5,000 in b" in said
-    assert "- then in: guidance interval: [0.3, 1.0] in a, none in b" in said
-    assert "- then in: versions of the evaluation (torch): 2.11 in a, 2.12 in b" in said
-    assert len(said) == 1 + len(CHANGES)
+    lines = lines_of(compared(METRICS, changed(**CHANGES, fid=3.3)), "b")
+    assert lines[0] == "- numbers: fid +0.1; equal: sfid, inception_score, precision"
+    assert lines[1] == "- b differs from a first in: features: inception in a, dinov2 in b"
+    assert "- then in: weights of the features: dddddddddddd… in a, 000000000000… in b" in lines
+    assert "- then in: number of samples: 50,000 in a, 5,000 in b" in lines
+    assert "- then in: guidance interval: [0.3, 1.0] in a, none in b" in lines
+    assert "- then in: versions of the evaluation (torch): 2.11 in a, 2.12 in b" in lines
+    assert len(lines) == 1 + len(CHANGES)
 
 
 def test_each_is_held_against_the_first(compared):
@@ -241,44 +238,38 @@ def test_paths_dates_speeds_and_batch_sizes_are_no_reasons(compared):
     )
     other["receipt"]["date"] = "2027-01-01"
     one = changed(**{"reference.made": {"batch_size": 64}, "sampling.network_calls_an_image": {"encoder": 500}})
-    said = lines_of(compared(one, other), "b")
-    assert said[0] == "- all numbers that both have are equal"
-    assert said[1].startswith("- receipts are equal")
-    assert len(said) == 2
-    told = lines_of(compared(one, {**other, "fid": 3.3}), "b")
-    assert told[0].startswith("- numbers: fid +0.1")
-    assert told[1].startswith("- receipts are equal; what makes numbers differ")
+    lines = lines_of(compared(one, other), "b")
+    assert lines[0] == "- all numbers that both have are equal"
+    assert lines[1].startswith("- receipts are equal")
+    assert len(lines) == 2
 
 
-def test_the_files_hash_decides_where_that_of_the_tensors_is_missing(compared):
+def differences(first, other):
+    return receipt_differences(("a", "b"), first, other)
+
+
+def test_differences_of_hashes_batch_sizes_and_long_values():
     other = changed(**{"features.weights.sha256": "9" * 64})
-    del other["receipt"]["features"]["weights"]["tensors_sha256"]
-    assert lines_of(compared(METRICS, other), "b")[1:] == [
-        "- b differs from a first in: weights of the features (sha256): cccccccccccc… in a, 999999999999… in b"
+    del other["receipt"]["features"]["weights"]["tensors_sha256"]  # so that the file's hash decides
+    assert differences(METRICS, other)[:1] == [
+        "b differs from a first in: weights of the features (sha256): cccccccccccc… in a, 999999999999… in b"
     ]
-
-
-def test_the_batch_size_of_a_classifiers_training_is_a_reason(compared):
-    one, two = changed(**{"features.batch_size": 64}), changed(**{"features.batch_size": 128})
-    assert "features (batch_size): 64 in a, 128 in b" in lines_of(compared(one, two), "b")[1]
-
-
-def test_long_values_are_shown_where_they_part(compared):
+    one, two = (changed(**{"features.batch_size": size}) for size in (64, 128))  # of a classifier's training
+    assert "features (batch_size): 64 in a, 128 in b" in differences(one, two)[0]
     seeds = ",".join(str(2 * k) for k in range(500))
     one, two = (changed(**{"sampling.request.seeds": f"{seeds},{end}"}) for end in (7000, 8000))
-    said = lines_of(compared(one, two), "b")[1]
-    assert re.search(r"seeds: ….{20}7000 in a, ….{20}8000 in b", said)
+    assert re.search(r"seeds: ….{20}7000 in a, ….{20}8000 in b", differences(one, two)[0])
 
 
-def test_what_is_not_recorded_is_not_called_a_difference(compared):
+def test_what_is_not_recorded_is_not_called_a_difference():
     older = changed()
     del older["receipt"]["features"]["dtype"], older["receipt"]["sampling"]
-    said = lines_of(compared(older, METRICS), "b")
-    assert said[1] == "- what both receipts record is equal"
-    assert said[2].endswith("alone, which may differ too: arithmetic of the features, how the samples were drawn")
+    lines = differences(older, METRICS)
+    assert lines[0] == "what both receipts record is equal"
+    assert lines[1].endswith("alone, which may differ too: arithmetic of the features, sampling")
     bare = without(METRICS, "receipt")
-    assert "no receipt in a: what the two differ in cannot be told" in lines_of(compared(bare, METRICS), "b")[1]
-    assert "no receipt in a and b" in lines_of(compared(bare, bare), "b")[1]
+    assert differences(bare, METRICS) == ["no receipt in a: differences of the two are not known"]
+    assert "no receipt in a and b" in differences(bare, bare)[0]
 
 
 def test_obstacles_are_listed_by_file(compared):
@@ -323,9 +314,9 @@ def test_wrong_input_is_one_line_that_names_the_key(tmp_path):
         (tmp_path / f"{name}.json").write_text(content)
         cases[f"metrics=[{good},{tmp_path}/{name}.json]",] = rf"{name}\.json: {message}"
     for arguments, message in cases.items():
-        said = refusal(SCRIPT, *arguments)
-        assert re.search(message, said), said
-        assert "\n" not in said
+        lines = refusal(SCRIPT, *arguments)
+        assert re.search(message, lines), lines
+        assert "\n" not in lines
     assert not list(tmp_path.glob("*.txt"))
 
 

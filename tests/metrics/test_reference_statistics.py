@@ -83,11 +83,11 @@ def test_other_weights_are_refused(place, written, inception_weights):
 
 def test_processes_do_not_change_a_number(place, arguments, written):
     out = place / "two.npz"
-    found = run(
+    result = run(
         "scripts/reference_statistics.py", *arguments, f"out={out}", "num_kept=5", "features.batch_size=4",
         "num_processes=2", OMP_NUM_THREADS="1",
     )  # fmt: skip
-    assert found.returncode == 0, found.stderr
+    assert result.returncode == 0, result.stderr
     with np.load(written) as ours, np.load(out) as theirs:
         assert set(ours) == set(theirs)
         for name in set(ours) - {"receipt"}:
