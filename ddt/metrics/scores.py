@@ -75,7 +75,7 @@ def score_held_out(
 
 
 def distance_to_others(training: Tensor) -> float:
-    """Return the median distance of ≤ 2,000 training vectors, of (m, F), to the nearest other one."""
+    """Return the median distance of ≤ 2,000 training vectors (m, F) to the nearest other one."""
     count = min(2000, len(training))
     indices = torch.arange(count, device=training.device) * len(training) // count
     return nearest(training[indices], training, own=indices)[0].median().item()

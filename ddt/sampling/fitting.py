@@ -126,9 +126,10 @@ def check_fitted(content: dict[str, Any], settings: SamplerSettings, ema_sha256:
         f"t = {content['time_grid'][-2]:.3f}, here {len(grid) - 1} up to {grid[-2]:.3f}): fit one to this sampler with "
         "python -m scripts.studies.sharing.fit",
     )
-    keys = [("solver", "solver", settings.solver), ("guidance", "guidance", guidance_of(settings))]
-    keys.append(("checkpoint", "ema_sha256", ema_sha256))
-    return [f"recompute={name}: was fitted to another {what}" for what, key, value in keys if content.get(key) != value]
+    ours = {"solver": settings.solver, "guidance": guidance_of(settings), "ema_sha256": ema_sha256}
+    names = {"ema_sha256": "checkpoint"}
+    differing = [names.get(key, key) for key, value in ours.items() if content.get(key) != value]
+    return [f"recompute={name}: was fitted to another {what}" for what in differing]
 
 
 def resolve_recompute(
