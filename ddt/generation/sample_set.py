@@ -14,7 +14,6 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -50,12 +49,6 @@ def remaining_batches(total: int, batch_size: int, done: np.ndarray) -> list[np.
     return [numbers for numbers in slices if len(numbers)]
 
 
-def consecutive(numbers: np.ndarray) -> Iterator[slice]:
-    """Yield the slices of consecutive numbers in sorted numbers (m,)."""
-    cuts = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
-    yield from (slice(a, b) for a, b in itertools.pairwise(cuts))
-
-
 def generate(
     generator: Generator, images: ImageSet, batches: list[np.ndarray], parts: Path, progress: tqdm, share: int = 1
 ) -> None:
@@ -72,8 +65,8 @@ def generate(
                 f"image {numbers[0]} or one of the {len(numbers) - 1} after it is not finite: try dtype=fp32, "
                 "forecast_order=0 or a smaller cfg_scale"
             )
-        for run in consecutive(numbers):
-            write_part(parts, int(numbers[run.start]), pixels[run], counts)
+        for run in np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(numbers) != 1) + 1):  # consecutive images
+            write_part(parts, int(numbers[run[0]]), pixels[run], counts)
         progress.update(min(share * len(numbers), int(progress.total or 0) - progress.n))
 
     with ThreadPoolExecutor(max_workers=1) as worker:

@@ -28,8 +28,7 @@ def sampling_macs(
     without an encoder. Source: method.md 4; `sharing.GuidedVelocity`.
     """
     require(
-        not settings.adaptive,
-        f"solver={settings.solver}: chooses its own steps, so their cost is not known beforehand",
+        not settings.adaptive, f"solver={settings.solver}: chooses its own steps, so their cost is not known beforehand"
     )
     network, guidance = network_macs(model, height, width), settings.guidance()
     shared = segments(settings)

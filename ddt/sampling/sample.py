@@ -42,8 +42,7 @@ def check_inputs(model: Denoiser, noise: Tensor, y: Tensor) -> None:
 def check_guide(model: Denoiser, guide: Denoiser, settings: SamplerSettings) -> None:
     """Raise UserError unless a guide has the model's channels and classes and an effect."""
     require(
-        settings.cfg_scale != 1,
-        "guide: has no effect with cfg_scale=1; choose another scale, or leave the guide out",
+        settings.cfg_scale != 1, "guide: has no effect with cfg_scale=1; choose another scale, or leave the guide out"
     )
     for name in ("in_channels", "num_classes"):
         ours, theirs = getattr(model, name), getattr(guide, name)

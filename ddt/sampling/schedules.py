@@ -61,13 +61,9 @@ def check_schedule(recompute: Sequence[int], num_steps: int) -> list[int]:
     """Return the sorted steps; UserError unless they are distinct, in range, and 0 among them."""
     steps = sorted(set(recompute))
     require(len(steps) == len(recompute), f"recompute={list(recompute)}: a step is named twice")
+    require(bool(steps) and steps[0] == 0, f"recompute={list(recompute)}: step 0 must be among them, there is no z yet")
     require(
-        bool(steps) and steps[0] == 0,
-        f"recompute={list(recompute)}: step 0 must be among them, there is no z yet",
-    )
-    require(
-        steps[-1] < num_steps,
-        f"recompute={list(recompute)}: step {steps[-1]} does not exist, num_steps={num_steps}",
+        steps[-1] < num_steps, f"recompute={list(recompute)}: step {steps[-1]} does not exist, num_steps={num_steps}"
     )
     return steps
 

@@ -76,14 +76,7 @@ class SharedNetwork:
         cache_bytes: bound on cached modulations; those that do not fit are computed at each call.
     """
 
-    def __init__(
-        self,
-        model: Denoiser,
-        labels: Tensor,
-        share: bool,
-        forecast_order: int = 0,
-        cache_bytes: float = CACHE_BYTES,
-    ) -> None:
+    def __init__(self, model: Denoiser, labels: Tensor, share: bool, forecast_order: int, cache_bytes: float) -> None:
         if share:
             require_encoder(model)
         self.model, self.labels, self.share = model, labels, share
