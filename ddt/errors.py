@@ -1,20 +1,17 @@
-"""What entry points print as a single line, without a traceback: a user's mistake, or a run that
-was asked to stop.
-"""
+"""Errors that entry points print as one line, without a traceback: user mistakes and stops."""
 
 from collections.abc import Callable
 from typing import Any
 
-STOPPED_STATUS = 85  # exit status of a run that stopped on request and can resume; launchers may turn it into 1
+STOPPED_STATUS = 85  # exit status of a run that stopped on request and can be resumed; launchers may turn it into 1
 
 
 class UserError(ValueError):
-    """A user's mistake: the message names the key or file and the fix, and is the whole story."""
+    """A user's mistake: the message names the key or file and the fix."""
 
 
 class Stopped(Exception):
-    """A run ended before its last step because it was asked to, with everything saved; the same
-    command resumes.
+    """A run stopped on request with everything saved; the same command resumes it.
 
     Entry points print the message and exit with `STOPPED_STATUS`.
     """
@@ -26,10 +23,8 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def collected(*calls: Callable[[], Any]) -> list[Any]:
-    """Return what each call returns; raise one UserError with the lines of all of them that raise
-    one.
-    """
+def collect_errors(*calls: Callable[[], Any]) -> list[Any]:
+    """Return the result of each call, or raise one UserError with the messages of all that fail."""
     results, problems = [], []
     for call in calls:
         try:
@@ -41,10 +36,10 @@ def collected(*calls: Callable[[], Any]) -> list[Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its kind where it says nothing."""
+    """Return the first line of an error's message, or its type where that is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def os_error_line(error: OSError) -> str:
-    """Return what an operating system's error says as one line that names the file and the fix."""
+    """Return an OSError as one line that names the file and the fix."""
     return f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and the disk"

@@ -1,6 +1,4 @@
-"""Files and folders on disk: written atomically, under a temporary name and renamed when complete;
-locked against other commands; told apart by their SHA-256.
-"""
+"""Files and folders written atomically (under a temporary name, renamed when complete); locks."""
 
 import contextlib
 import hashlib
@@ -34,16 +32,14 @@ def fsync(path: Path) -> None:
 
 
 def reset_permissions(path: Path) -> None:
-    """Give a file the permissions of any new one: safetensors writes files that nobody else may
-    read.
-    """
+    """Give a file the usual permissions: safetensors leaves them readable by their owner alone."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
 
 
 def check_writable(out: Path) -> None:
-    """Raise UserError unless a file or folder `out` can be made, before any work is done for it."""
+    """Raise UserError unless a file or folder `out` can be written; call it before any work."""
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     folder = parent if parent.is_dir() or parent == out else None
     require(
@@ -52,10 +48,14 @@ def check_writable(out: Path) -> None:
     )
 
 
+# --- atomic writes: whoever reads finds all of a file or folder, or nothing
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which replaces `path` when the block ends and is
-    removed when it fails. sync: force it to disk first.
+    """Yield a temporary path, renamed to `path` when the block ends, removed if it fails.
+
+    sync: force the file to disk first.
     """
     temporary = path.with_name(f".tmp-{platform.node()}-{os.getpid()}-{path.name}")  # several may write the same
     try:
@@ -67,27 +67,13 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def temporary_folder(folder: Path) -> Path:
-    """Make the empty folder in which `folder` is written, without what a killed command left."""
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    return temporary
-
-
-def rename_atomically(temporary: Path, folder: Path) -> None:
-    """Give a complete temporary folder its name, on disk: before, nobody sees any of it."""
-    fsync(temporary)
-    temporary.rename(folder)
-    fsync(folder.parent)
-
-
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes `folder` when the block ends and is removed when it
-    fails. `folder` must not exist.
+    """Yield a temporary folder, renamed to `folder` when the block ends, removed if it fails.
+
+    `folder` must not exist.
     """
-    temporary = temporary_folder(folder)
+    temporary = make_temporary_folder(folder)
     try:
         yield temporary
         rename_atomically(temporary, folder)
@@ -95,10 +81,31 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def temporary_path(folder: Path) -> Path:
+    """Return the path under which `folder` is written before it is renamed."""
+    return folder.with_name(f".tmp-{folder.name}")
+
+
+def make_temporary_folder(folder: Path) -> Path:
+    """Create the empty temporary folder of `folder`; remove what a killed command left there."""
+    temporary = temporary_path(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def rename_atomically(temporary: Path, folder: Path) -> None:
+    """Rename a complete temporary folder, its files on disk, to `folder`: now it is visible."""
+    fsync(temporary)
+    temporary.rename(folder)
+    fsync(folder.parent)
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path, message: str) -> Iterator[None]:
-    """Hold a folder, made where it is missing, for this process; raise UserError(message) where
-    another holds it. The lock is the operating system's and ends with the process.
+    """Lock a folder, created if missing; raise UserError(message) where another process holds it.
+
+    The operating system releases the lock when the process ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
@@ -113,7 +120,7 @@ def lock_folder(folder: Path, message: str) -> Iterator[None]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write plain values atomically as indented JSON, a list of numbers or words on one line."""
+    """Write plain values atomically as indented JSON, lists of numbers or strings on one line."""
     text = json.dumps(values, indent=2)
     text = re.sub(r"\[\n([^\[\]{}]*)\n\s*\]", lambda match: "[" + re.sub(r"\n\s*", " ", match[1].strip()) + "]", text)
     with atomic_file(path, sync=False) as temporary:

@@ -1,4 +1,4 @@
-"""A published checkpoint in this project's format, with everything that sampling needs inside."""
+"""Conversion of a published checkpoint into one of this project's, with all that sampling needs."""
 
 import dataclasses
 import logging
@@ -19,10 +19,10 @@ SAMPLERS = {256: SamplerSettings(), 512: SamplerSettings(cfg_scale=3.0)}  # by r
 
 @dataclasses.dataclass(frozen=True)
 class ConvertSettings:
-    """See conf/convert_checkpoint.yaml.
+    """See conf/convert_checkpoint.yaml. released: file, folder with one file, or hub id.
 
-    released: file, folder that holds one, or hub id. encoder_depth, patch_size: not in the file;
-    encoder_depth None is the undivided baseline. resolution: pixels a side of the images.
+    encoder_depth (None: the undivided baseline) and patch_size are not in the file. resolution:
+    pixels per side.
     """
 
     released: str
@@ -40,11 +40,10 @@ class ConvertSettings:
 
 
 def convert(settings: ConvertSettings) -> None:
-    """Write the EMA weights of a published checkpoint as a checkpoint folder, with its autoencoder
-    and the published sampler of its resolution. Source: method.md 6.
+    """Write a checkpoint with a published file's EMA weights, its autoencoder and sampler.
 
-    Strict: every key of the file is used, or refused by name. Raises UserError, among others where
-    the folder exists.
+    Strict: every key of the file is used, or refused by name. Raises UserError, also where `out`
+    exists. Source: method.md 6.
     """
     out = Path(settings.out)
     require(not out.exists(), f"out={out}: exists already and is not written over; choose another folder")
@@ -54,17 +53,14 @@ def convert(settings: ConvertSettings) -> None:
     log.info("%s: read strictly, %d parameters; writing %s", path, sum(value.numel() for value in ema.values()), out)
     side, num_classes = settings.resolution // DOWNSAMPLING, released.network["num_classes"]
     synsets = imagenet_synsets()
-    write_checkpoint(
-        out,
-        {
-            "step": None,  # the release does not say
-            "network": released.network,
-            "latent_shape": [released.network["in_channels"], side, side],
-            "autoencoder": settings.autoencoder.plain(),
-            "sampler": dataclasses.asdict(SAMPLERS[settings.resolution]),
-            "class_names": synsets if num_classes == len(synsets) else [str(k) for k in range(num_classes)],
-            "source": {"file": path.name, "sha256": sha256(path)},
-        },
-        ema=ema,
-    )
+    config = {
+        "step": None,  # not in the file
+        "network": released.network,
+        "latent_shape": [released.network["in_channels"], side, side],
+        "autoencoder": settings.autoencoder.plain(),
+        "sampler": dataclasses.asdict(SAMPLERS[settings.resolution]),
+        "class_names": synsets if num_classes == len(synsets) else [str(k) for k in range(num_classes)],
+        "source": {"file": path.name, "sha256": sha256(path)},
+    }
+    write_checkpoint(out, config, ema=ema)
     log.info("sample with: python sample.py ckpt=%s", out)

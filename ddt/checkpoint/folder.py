@@ -1,5 +1,4 @@
-"""Checkpoints of this project: folders with everything that sampling needs inside, written
-atomically, read with `weights_only=True` and checked against their checksums.
+"""Checkpoint folders with everything that sampling needs.
 
     config.json         network, latents, autoencoder, sampler and the run's settings, plain values
     ema.safetensors     EMA weights: what samples are generated with
@@ -8,10 +7,13 @@ atomically, read with `weights_only=True` and checked against their checksums.
     train_state.pt      optimizer and meters  (likewise)
     manifest.json       written last: format version, size and SHA-256 of each file
 
-A hub wants weights in model.safetensors, so the manifest of an export (`ddt.export`) has `names`,
-which says what that file is called here. A run that shards its weights writes each file of weights
-and state in shards: `ema-00000-of-00002.safetensors` is that of rank 0 of 2; they are joined along
-the first dimension. A run folder holds its checkpoints as `checkpoints/step_0000700`.
+Written atomically: all files go to a temporary folder, the manifest last, then the folder is
+renamed (`rename_atomically`). Read with `weights_only=True` and checked against the manifest.
+
+A hub expects weights in model.safetensors, so the manifest of an export (`ddt.export`) has `names`:
+what that file is called here. A run under FSDP writes weights and state in shards, joined along
+the first dimension: `ema-00000-of-00002.safetensors` is the shard of rank 0 of 2. A run folder
+holds its checkpoints as `checkpoints/step_0000700`.
 """
 
 import hashlib
@@ -28,15 +30,15 @@ from torch import Tensor
 
 from ddt.checkpoint.hub import download, is_hub_id
 from ddt.errors import UserError, require
-from ddt.files import atomic_folder, fsync, rename_atomically, reset_permissions, sha256, write_json
+from ddt.files import atomic_folder, fsync, reset_permissions, sha256, write_json
 from ddt.model import Denoiser, load_network
 from ddt.version import __version__
 
 log = logging.getLogger(__name__)
 FORMAT_VERSION = 2
-AUTOENCODER = "autoencoder"  # folder of the autoencoder that an export carries …
-CARRIED = f"./{AUTOENCODER}"  # … and what its config calls it
-WEIGHTS = {"ema": "EMA", "model": "raw"}  # what people call them
+AUTOENCODER = "autoencoder"  # folder of an autoencoder inside an export …
+BUNDLED = f"./{AUTOENCODER}"  # … and its `source` in the export's config
+WEIGHTS = {"ema": "EMA", "model": "raw"}  # their names in receipts
 
 Shard = tuple[int, int]  # (rank, number of processes) of a sharded run
 
@@ -45,13 +47,13 @@ Shard = tuple[int, int]  # (rank, number of processes) of a sharded run
 
 
 def shard_name(name: str, shard: Shard | None) -> str:
-    """Return the name of a file, such as `ema.safetensors`, or of a process's shard of it."""
+    """Return the name of a file such as `ema.safetensors`, or of a process's shard of it."""
     stem, suffix = name.rsplit(".", 1)
     return name if shard is None else f"{stem}-{shard[0]:05d}-of-{shard[1]:05d}.{suffix}"
 
 
 def manifest_entry(path: Path) -> dict[str, Any]:
-    """Return what a manifest says of a file."""
+    """Return a file's entry in the manifest."""
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
@@ -61,11 +63,11 @@ def write_files(
     train_state: dict[str, Any] | None = None,
     shard: Shard | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Write state dicts and train state into a folder, to disk; return their manifest entries."""
+    """Write state dicts and train state, forced to disk; return their manifest entries."""
     written = []
     for name, state in weights.items():
         for key in state:
-            assert not key.startswith(("module.", "_orig_mod.")), f"{key}: a wrapper's name must not be saved"
+            assert not key.startswith(("module.", "_orig_mod.")), f"{key}: a name of a wrapper (DDP, compile)"
         written.append(folder / shard_name(f"{name}.safetensors", shard))
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, written[-1])
         reset_permissions(written[-1])
@@ -77,36 +79,36 @@ def write_files(
     return {path.name: manifest_entry(path) for path in written}
 
 
-def write_manifest(folder: Path, config: dict[str, Any], files: dict[str, dict[str, Any]], **more: Any) -> None:
-    """Add config and manifest, with `more` in it, to a folder whose files are on disk."""
+def write_manifest(
+    folder: Path, config: dict[str, Any], files: dict[str, dict[str, Any]], names: dict[str, str] | None = None
+) -> None:
+    """Write config.json and manifest.json, forced to disk, beside the other files of a folder.
+
+    files: their manifest entries. names: file → its usual name, where a hub needs another one.
+    """
     write_json(folder / "config.json", config)
     files = {"config.json": manifest_entry(folder / "config.json"), **dict(sorted(files.items()))}
-    manifest = {"format_version": FORMAT_VERSION, "ddt_version": __version__, **more, "files": files}
+    renamed = {} if names is None else {"names": names}
+    manifest = {"format_version": FORMAT_VERSION, "ddt_version": __version__, **renamed, "files": files}
     write_json(folder / "manifest.json", manifest)
     for name in ("config.json", "manifest.json"):
         fsync(folder / name)
 
 
-def publish_atomically(temporary: Path, folder: Path, config: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-    """Add config and manifest to a temporary folder whose files are on disk, and rename it."""
-    write_manifest(temporary, config, files)
-    rename_atomically(temporary, folder)
-
-
 def write_checkpoint(
     folder: Path, config: dict[str, Any], train_state: dict[str, Any] | None = None, **weights: dict[str, Tensor]
 ) -> None:
-    """Write a checkpoint folder atomically; it must not exist yet (UserError).
+    """Write a checkpoint folder atomically from one process; raise UserError where it exists.
 
     config: plain values. train_state: anything that loads with `weights_only=True`. weights: state
-    dicts with clean names, `ema=` and `model=` among them.
+    dicts by name, such as `ema=` and `model=`. `training.saving` writes those of a run.
     """
     require(not folder.exists(), f"{folder}: exists already and is not written over; choose another folder")
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:  # renamed to `folder` at the end of the block
         write_manifest(temporary, config, write_files(temporary, weights, train_state))
 
 
-# --- finding
+# --- lookup
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -115,13 +117,13 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
 
 
 def folders_by_step(parent: Path) -> dict[int, Path]:
-    """Return the folders `step_0000700` of a folder by their step, in order."""
+    """Return the folders `step_0000700` in a folder by step, ascending."""
     steps = {int(m[1]): path for path in parent.glob("step_*") if (m := re.fullmatch(r"step_(\d{7,})", path.name))}
     return dict(sorted(steps.items()))
 
 
 def list_checkpoints(run_dir: Path) -> dict[int, Path]:
-    """Return a run's complete checkpoints by their step, in order."""
+    """Return a run's complete checkpoints by step, ascending."""
     folders = folders_by_step(run_dir / "checkpoints")
     return {step: folder for step, folder in folders.items() if (folder / "manifest.json").is_file()}
 
@@ -132,10 +134,10 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def newest_intact_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint all of whose checksums are right, or None where a run has none.
+    """Return the newest checkpoint whose checksums all match, or None where a run has none.
 
     Newer damaged ones are reported and renamed `damaged_step_…`: training resumes from the one
-    before and writes these steps again. Raises UserError where none is left.
+    before and writes these steps again. Raises UserError where only damaged ones are left.
     """
     for folder in reversed(folders_by_step(run_dir / "checkpoints").values()):
         try:
@@ -143,7 +145,7 @@ def newest_intact_checkpoint(run_dir: Path) -> Path | None:
                 verify_file(folder, name)
         except OtherVersion:
             raise
-        except UserError as error:  # an error of the disk itself is no damage, and ends the command
+        except UserError as error:  # an OSError of the disk is no damage, and ends the command
             aside = folder.with_name(f"damaged_{folder.name}")
             while aside.exists():
                 aside = aside.with_name(f"{aside.name}_")
@@ -151,19 +153,18 @@ def newest_intact_checkpoint(run_dir: Path) -> Path | None:
             folder.rename(aside)
         else:
             return folder
-    damaged = sorted((run_dir / "checkpoints").glob("damaged_*"))
+    damaged = ", ".join(sorted(folder.name for folder in (run_dir / "checkpoints").glob("damaged_*")))
     require(
         not damaged,
-        f"{run_dir}: no intact checkpoint is left ({', '.join(folder.name for folder in damaged)}); give another "
-        "name=, or remove the folder to begin again",
+        f"{run_dir}: no intact checkpoint is left ({damaged}); give another name=, or remove the folder to start again",
     )
     return None
 
 
 def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
-    """Return the checkpoint folder that a path means: itself, or the newest of a run; of what is no
-    path here but the name of a model on the hub, `owner/name` or `owner/name@revision`, the
-    downloaded one. Raises UserError for neither.
+    """Return a checkpoint folder: the path itself, the newest of a run, or a downloaded hub model.
+
+    A hub model is `owner/name` or `owner/name@revision`. Raises UserError for anything else.
     """
     path = Path(run_or_checkpoint)
     if (path / "manifest.json").is_file():
@@ -183,15 +184,13 @@ def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
 
 
 class OtherVersion(UserError):
-    """A checkpoint is of a format that this code does not read."""
+    """A checkpoint has a format version that this code does not read."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's manifest; raise UserError where it is missing, damaged or of another
-    format version.
-    """
+    """Return a manifest; UserError where it is missing, damaged or of another format version."""
     path = folder / "manifest.json"
-    require(path.is_file(), f"{folder}: has no manifest.json; remove the folder to go on without it")
+    require(path.is_file(), f"{folder}: has no manifest.json; remove the folder to continue without it")
     try:
         manifest = json.loads(path.read_text())
         version, _ = manifest["format_version"], manifest["files"].items()
@@ -203,9 +202,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_file(folder: Path, name: str) -> Path:
-    """Return the path of a checkpoint's file after comparing it with the manifest; raise UserError
-    naming a damaged one.
-    """
+    """Return the path of a file, checked against the manifest; UserError where it is damaged."""
     path, expected = folder / name, read_manifest(folder)["files"].get(name)
     require(
         expected is not None, f"{folder}: has no {name}; training can resume only from a checkpoint that training wrote"
@@ -219,26 +216,24 @@ def verify_file(folder: Path, name: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's config.json, checked against its manifest, with the path of an
-    autoencoder that an export carries.
-    """
+    """Return a checkpoint's config.json, checked, with the real path of a bundled autoencoder."""
     config = json.loads(verify_file(folder, "config.json").read_text())
-    if config.get("autoencoder", {}).get("source") == CARRIED:
+    if config.get("autoencoder", {}).get("source") == BUNDLED:
         config["autoencoder"]["source"] = str(folder / AUTOENCODER)
     return config
 
 
 def shard_files(folder: Path, name: str) -> list[str]:
-    """Return the files that hold `name`, such as "ema.safetensors": one, or its shards in order."""
+    """Return the files of `name`, such as "ema.safetensors": the one, or its shards in order."""
     stem, suffix = name.rsplit(".", 1)
     pattern = re.compile(rf"{re.escape(stem)}-\d+-of-\d+\.{suffix}")
     manifest = read_manifest(folder)
-    single = next((file for file, ours in manifest.get("names", {}).items() if ours == name), name)
+    single = next((file for file, usual in manifest.get("names", {}).items() if usual == name), name)
     return sorted(file for file in manifest["files"] if pattern.fullmatch(file)) or [single]
 
 
 def join_shards(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return whole tensors from those of each process; scalars are the same in all."""
+    """Return full tensors from the shards of each process; scalars are the same in all."""
     if len(shards) == 1:
         return shards[0]
     return {
@@ -248,7 +243,7 @@ def join_shards(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def weights_names(folder: Path) -> list[str]:
-    """Return the names of a checkpoint's weights: "ema", and "model" or further EMAs."""
+    """Return the names of a checkpoint's weights: "ema", and perhaps "model" and further EMAs."""
     manifest = read_manifest(folder)
     files = {manifest.get("names", {}).get(file, file) for file in manifest["files"]}
     own = [file for file in files if file.endswith(".safetensors") and "/" not in file]  # not an autoencoder's
@@ -256,13 +251,13 @@ def weights_names(folder: Path) -> list[str]:
 
 
 def check_weights(folder: Path, name: str) -> None:
-    """Raise UserError where a checkpoint has no weights of a name, naming those it has."""
+    """Raise UserError, with the names there are, where a checkpoint has no weights `name`."""
     known = weights_names(folder)
     require(name in known, f"weights={name}: {folder} has no {name}.safetensors; choose from {', '.join(known)}")
 
 
 def weights_sha256(folder: Path, name: str) -> str:
-    """Return the SHA-256 of a file of weights, or of the digests of its shards."""
+    """Return the SHA-256 of a file of weights, or that of its shards' digests."""
     files = read_manifest(folder)["files"]
     digests = [files[file]["sha256"] for file in shard_files(folder, f"{name}.safetensors")]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -275,16 +270,15 @@ def weights_bytes(folder: Path, name: str) -> int:
 
 
 def weights_receipt(folder: Path, name: str) -> dict[str, str]:
-    """Return what a receipt says of a checkpoint's weights: their hash and their usual name."""
-    called = read_config(folder).get("export", {}).get("weights", name)  # an export's `ema` may have been another
-    return {f"{name}_sha256": weights_sha256(folder, name), "weights": WEIGHTS.get(called, called)}
+    """Return the entries of a checkpoint's weights in a receipt: hash and usual name."""
+    original = read_config(folder).get("export", {}).get("weights", name)  # an export's `ema` may have been `model`
+    return {f"{name}_sha256": weights_sha256(folder, name), "weights": WEIGHTS.get(original, original)}
 
 
 def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
-    """Return the state dict `name` of a checkpoint, such as "ema", on the CPU, checked against its
-    manifest.
+    """Return the state dict `name` of a checkpoint, such as "ema", on the CPU, checked.
 
-    Raises UserError where it has none of this name, naming those it has, and for damaged files.
+    Raises UserError where it has no such weights, and for damaged files.
     """
     check_weights(folder, name)
     paths = [verify_file(folder, file) for file in shard_files(folder, f"{name}.safetensors")]
@@ -295,9 +289,7 @@ def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def read_train_state(folder: Path) -> dict[str, Any]:
-    """Return the optimizer state, projector, meters and counts of a checkpoint, on the CPU, checked
-    against its manifest.
-    """
+    """Return a checkpoint's optimizer state, projector, meters and counts, on the CPU, checked."""
     paths = [verify_file(folder, file) for file in shard_files(folder, "train_state.pt")]
     shards = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
     state = shards[0]
@@ -311,13 +303,11 @@ def read_train_state(folder: Path) -> dict[str, Any]:
 
 
 def load_model(run_or_checkpoint: str | Path, weights: str = "ema", revision: str | None = None) -> Denoiser:
-    """Load one of this project's networks from a run, a checkpoint, an export or the hub
-    (`owner/name`): float32, on the CPU, in eval mode.
+    """Load a network from a run, checkpoint, export or hub id: float32, on the CPU, in eval mode.
 
-    weights: "ema", "model" (raw), or further EMA weights that the run kept, such as "ema_0.999" or
-    "power_0.05". revision: commit, branch or tag on the hub. Settings come from inside the
-    checkpoint. Raises UserError for a path that is neither, for weights that it lacks, and for
-    damaged files.
+    weights: "ema", "model" (raw), or further EMA weights that the run keeps, such as "ema_0.999" or
+    "power_0.05". revision: commit, branch or tag on the hub. Raises UserError for any other path,
+    missing weights and damaged files.
     """
     require(
         revision is None or is_hub_id(str(run_or_checkpoint)),

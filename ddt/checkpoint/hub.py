@@ -1,4 +1,4 @@
-"""The Hugging Face hub: which names are its, downloads and uploads of checkpoints."""
+"""The Hugging Face hub: recognizing its names, downloads and uploads of checkpoints."""
 
 import contextlib
 import re
@@ -8,13 +8,13 @@ from pathlib import Path
 from ddt.errors import UserError, first_line, require
 
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
-FILES = ("*.json", "*.safetensors")  # what loading reads; * takes sub-folders in
+FILES = ("*.json", "*.safetensors")  # what loading reads; * also matches sub-folders
 
 
 def is_hub_id(source: str) -> bool:
-    """Tell whether a name is the hub's, `owner/name` or `owner/name@revision`, and no path here: a
-    slip in the name of a run, `runs/digit_nano`, is never looked for elsewhere while there is a
-    folder `runs`.
+    """Return whether a string is a hub id, `owner/name` or `owner/name@revision`, and no path here.
+
+    A misspelt run, `runs/digit_nano`, is not looked up on the hub while a folder `runs` exists.
     """
     named = re.fullmatch(rf"{HUB_ID}(@[\w./-]+)?", source) is not None
     return named and not Path(source).exists() and not Path(source.split("/")[0]).exists()
@@ -32,10 +32,9 @@ def hub_errors(message: str) -> Iterator[None]:
 
 
 def download(source: str) -> Path:
-    """Return the local folder of a hub's model, `owner/name` or `owner/name@revision`, downloaded
-    where it is not yet.
+    """Return the local folder of a hub model, `owner/name[@revision]`, downloaded unless cached.
 
-    Raises UserError where the hub does not give it, or it is none of this project's.
+    Raises UserError where the download fails or the model is not one of this project's.
     """
     from huggingface_hub import snapshot_download
 
@@ -54,9 +53,7 @@ def download(source: str) -> Path:
 
 
 def check_push(name: str) -> None:
-    """Raise UserError unless a new model `name` can be made on the hub: a good name, a token, none
-    of that name.
-    """
+    """Raise UserError unless `name` is a valid hub id, still free, and a user is logged in."""
     require(re.fullmatch(HUB_ID, name) is not None, f"push={name}: no name of a model; write owner/name")
     from huggingface_hub import HfApi
 
@@ -68,9 +65,9 @@ def check_push(name: str) -> None:
 
 
 def push(folder: Path, name: str) -> str:
-    """Make the private model `name` on the hub, upload a folder as it is, and return its address.
+    """Create the private model `name` on the hub, upload a folder and return its URL.
 
-    Raises UserError, which says how to go on, where that fails.
+    Raises UserError where that fails, with the command that uploads the folder.
     """
     from huggingface_hub import HfApi
 

@@ -1,8 +1,7 @@
-"""Published checkpoints: a Lightning `.ckpt` (`state_dict` with the prefixes below) or a
-`.safetensors` file with the release's key names, with or without prefix.
+"""Published checkpoints: Lightning `.ckpt` (`state_dict`, prefixes below) or `.safetensors`.
 
-The names of each family's weights are its `release` (`ddt.model.released`); `encoder_depth` and the
-patch size are not in the file. Source: method.md 6.
+Each network family's `release` (`ddt.model.released`) has the key names; `encoder_depth` and
+`patch_size` are not in the file. Source: method.md 6.
 """
 
 import dataclasses
@@ -28,10 +27,9 @@ SUFFIXES = (".ckpt", ".safetensors")
 
 
 def find_released(source: str) -> Path:
-    """Return the weights file that `source` means: a file, a folder that holds just one, or a hub
-    id, which is downloaded.
+    """Return the weights file of `source`: itself, the only one in a folder, or that of a hub id.
 
-    Raises UserError where there is none, more than one, or no way to the hub.
+    Raises UserError where there is none, more than one, or the download fails.
     """
     path = Path(source)
     if path.is_file():
@@ -59,7 +57,7 @@ def find_released(source: str) -> Path:
 
 
 def release_of(network: dict[str, Any]) -> Release:
-    """Return how published files hold a network; UserError for a family without any."""
+    """Return the published format of a network's family; UserError for one without."""
     release = network_class(network).release
     if release is None:
         raise UserError(f"model._target_={network['_target_']}: was not published; choose format=hub or diffusers")
@@ -67,11 +65,10 @@ def release_of(network: dict[str, Any]) -> Release:
 
 
 def read_file(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Return the "ema", "model" and "projector" weights of a published file under the release's
-    names, without prefix; of "ema" there is always some.
+    """Return the "ema", "model" and "projector" weights of a published file, without prefixes.
 
-    Raises UserError for a missing or unreadable file, one without `state_dict` or EMA weights, and
-    a key of unknown prefix.
+    Only "ema" is never empty. Raises UserError for a missing or unreadable file, one without
+    `state_dict` or EMA weights, and a key of unknown prefix.
     """
     require(path.is_file(), f"{path}: no such file; give a published .ckpt or .safetensors file")
     try:
@@ -79,8 +76,10 @@ def read_file(path: Path) -> dict[str, dict[str, Tensor]]:
             state = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            has_state = isinstance(content, dict) and "state_dict" in content
-            require(has_state, f"{path}: has no entry `state_dict`, so it is no Lightning checkpoint")
+            require(
+                isinstance(content, dict) and "state_dict" in content,
+                f"{path}: has no entry `state_dict`, so it is no Lightning checkpoint",
+            )
             state = content["state_dict"]
     except UserError:
         raise
@@ -94,18 +93,19 @@ def read_file(path: Path) -> dict[str, dict[str, Tensor]]:
     unknown = [key for key in state if not key.startswith(known)]
     require(not unknown, f"{path}: unknown key {unknown[:1]}: every key must begin with one of {', '.join(known)}")
     prefixes = {"ema": PREFIXES["ema"], "model": PREFIXES["model"], "projector": PREFIXES["trainer"] + PROJECTOR}
-    found = {
+    parts = {
         part: {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         for part, prefix in prefixes.items()
     }
-    require(bool(found["ema"]), f"{path}: holds no {PREFIXES['ema']}* keys, so no EMA weights")
-    return found
+    require(bool(parts["ema"]), f"{path}: holds no {PREFIXES['ema']}* keys, so no EMA weights")
+    return parts
 
 
 @dataclasses.dataclass(frozen=True)
 class Released:
-    """A published checkpoint. name: of its file. network: settings for `build_network`. parts: its
-    weights under the release's names; `weights` gives them under this project's.
+    """A published checkpoint. name: of its file. network: settings for `build_network`.
+
+    parts: its weights under the release's names; `weights` returns them under this project's.
     """
 
     name: str
@@ -115,8 +115,7 @@ class Released:
     def weights(self, part: Literal["ema", "model"] = "ema") -> dict[str, Tensor]:
         """Return a state dict of the network, float32.
 
-        Raises UserError naming any unknown key, missing key, wrong shape or number that is not
-        finite.
+        Raises UserError naming an unknown or missing key, a wrong shape or a non-finite value.
         """
         release = release_of(self.network)
         with torch.device("meta"):
@@ -127,8 +126,10 @@ class Released:
             require(key in names, f"{self.name}: unknown key {key}")
             shape = shapes[names[key]]
             require(value.shape == shape, f"{self.name}: {key} has shape {tuple(value.shape)}, expected {tuple(shape)}")
-            finite = value.is_floating_point() and bool(value.isfinite().all())
-            require(finite, f"{self.name}: {key} holds NaN or infinite values, or no numbers at all")
+            require(
+                value.is_floating_point() and bool(value.isfinite().all()),
+                f"{self.name}: {key} holds NaN or infinite values, or integers",
+            )
             state[names[key]] = value.float()
         missing = sorted(shapes.keys() - state.keys())
         require(
@@ -138,11 +139,10 @@ class Released:
 
 
 def read_released(path: Path, encoder_depth: int | None, patch_size: int) -> Released:
-    """Read a published file; its family is recognized by its keys, the rest of the architecture
-    read from its shapes.
+    """Read a published file: the network family from its keys, the rest from the shapes.
 
-    encoder_depth: None for the undivided baseline. Raises UserError for an unreadable file, one of
-    no known family, and an impossible encoder_depth or patch_size.
+    encoder_depth: None for the undivided baseline. Raises UserError for an unreadable file, an
+    unknown family, and an impossible encoder_depth or patch_size.
     """
     parts = read_file(path)
     for target, kind in NETWORKS.items():
@@ -153,43 +153,41 @@ def read_released(path: Path, encoder_depth: int | None, patch_size: int) -> Rel
 
 
 def load_released(path: str | Path, encoder_depth: int | None, patch_size: int = 2) -> Denoiser:
-    """Load a published checkpoint into this project's network: EMA weights, float32, on the CPU.
+    """Load a published checkpoint as a `DDT`, or `DiT` (baseline): EMA weights, float32, CPU.
 
     Args:
         path: a Lightning `.ckpt`, or a `.safetensors` file with the release's key names.
         encoder_depth: blocks of the encoder, 1..depth−1 (22 for the published XL); None for the
             undivided baseline.
-        patch_size: p, 2 for all published models. The rest of the architecture is read from the
-            shapes.
+        patch_size: p, 2 for all published models.
 
-    Returns a `DDT`, or a `DiT` for the baseline. Raises UserError, a ValueError, naming any unknown
-    or missing key, an impossible encoder_depth or patch_size, or an unreadable file; warns of an
-    encoder_depth that the paper does not use for this width and depth. Source: method.md 6.
+    Raises UserError, a ValueError, naming an unknown or missing key, an impossible encoder_depth or
+    patch_size, or an unreadable file; warns of an encoder_depth that the paper does not use for
+    this width and depth. Source: method.md 6.
     """
     released = read_released(Path(path), encoder_depth, patch_size)
     return load_network(released.network, released.weights())
 
 
 def check_releasable(network: dict[str, Any]) -> None:
-    """Raise UserError where a network of these settings has weights without published names."""
+    """Raise UserError where a network with these settings has weights without published names."""
     release_of(network).check(network)
 
 
 def write_released(path: Path, network: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Write weights under the release's names: `.safetensors` without prefix, or a `.ckpt` with
-    those of Lightning.
+    """Write weights atomically under the release's names: `.safetensors`, or `.ckpt` with prefixes.
 
-    network: settings of `build_network`. state: its float32 weights. Written atomically;
-    `load_released` reads them back bit for bit.
+    network: settings of `build_network`. state: its float32 weights, which `load_released` reads
+    back bit for bit.
     """
     release = release_of(network)
-    theirs = {release.published_name(name, network): value.contiguous() for name, value in state.items()}
-    assert len(theirs) == len(state), "two weights have one published name"
+    published = {release.published_name(name, network): value.contiguous() for name, value in state.items()}
+    assert len(published) == len(state), "two weights have one published name"
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         if path.suffix == ".safetensors":
-            save_file(theirs, temporary)
+            save_file(published, temporary)
             reset_permissions(temporary)
         else:
             with temporary.open("wb") as file:
-                torch.save({"state_dict": {f"{PREFIXES['ema']}{key}": value for key, value in theirs.items()}}, file)
+                torch.save({"state_dict": {PREFIXES["ema"] + key: value for key, value in published.items()}}, file)

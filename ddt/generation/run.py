@@ -10,7 +10,7 @@ from ddt.checkpoint.hub import is_hub_id
 from ddt.distributed.compile import compiles
 from ddt.distributed.launch import launch
 from ddt.distributed.prepare import make_accelerator
-from ddt.errors import collected, require
+from ddt.errors import collect_errors, require
 from ddt.generation.image_set import ImageSet
 from ddt.generation.load import (
     check_guide_config,
@@ -40,7 +40,7 @@ def sample_checkpoint(settings: SampleSettings) -> None:
     folder = ckpt.find_checkpoint(settings.ckpt)
     stored = ckpt.read_config(folder)
     ckpt.check_weights(folder, settings.weights)
-    sampler, images = collected(
+    sampler, images = collect_errors(
         lambda: settings.resolve(stored["sampler"], network_class(stored["network"]).shares_encoder),
         lambda: settings.image_set(stored["network"]["num_classes"]),
     )

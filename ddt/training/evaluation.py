@@ -1,7 +1,6 @@
-"""Evaluation while a model trains: a few thousand samples of the averaged weights, measured as
-evaluate.py does.
+"""Evaluation during training: metrics of a few thousand samples of the EMA weights.
 
-Shapes: n images, B batch, H W C pixels.
+Measured as by evaluate.py. Shapes: B batch, H W C pixels.
 """
 
 import dataclasses
@@ -33,15 +32,13 @@ log = logging.getLogger(__name__)
 
 
 class GeneratedImages:
-    """Images that are drawn as they are read; see `metrics.images.ImageBatches`.
+    """Images that are sampled when they are read; see `metrics.images.ImageBatches`.
 
-    Args:
-        generator: draws them. images: classes and seeds. batch_size: images drawn at once.
-
-    `finite` tells whether all that this process has drawn were finite numbers.
+    images: classes and seeds. batch_size: images sampled at once. `finite`: whether all latents
+    that this process sampled are finite, a boolean on the device.
     """
 
-    on_disk = False  # drawing them is the network's work, as measuring them is
+    on_disk = False  # reading them is work for the device
     name = "the model's samples"
 
     def __init__(self, generator: Generator, images: ImageSet, batch_size: int) -> None:
@@ -51,8 +48,8 @@ class GeneratedImages:
     def __len__(self) -> int:
         return len(self.images.seeds)
 
-    def draw(self, start: int, stop: int) -> np.ndarray:
-        """Return some of the images, uint8 (B, H, W, C)."""
+    def sample(self, start: int, stop: int) -> np.ndarray:
+        """Return images `start` … `stop` − 1, uint8 (B, H, W, C)."""
         latents, _ = self.generator.latents(self.images.classes[start:stop], self.images.seeds[start:stop])
         self.finite &= latents.isfinite().all()
         return self.generator.pixels(latents, None, None)
@@ -62,16 +59,15 @@ class GeneratedImages:
         for start in range(rank * batch_size, len(self), batch_size * num_processes):
             stop = min(start + batch_size, len(self))
             cuts = [*range(start, stop, self.batch_size), stop]
-            yield np.concatenate([self.draw(a, b) for a, b in itertools.pairwise(cuts)])
+            yield np.concatenate([self.sample(a, b) for a, b in itertools.pairwise(cuts)])
 
 
 @dataclasses.dataclass(frozen=True)
 class OnlineSamples:
-    """Which samples are evaluated: always the same classes and noise, those of `num_samples=` of
-    sample.py.
+    """The samples of each evaluation: classes and noise of sample.py with `num_samples=`.
 
-    shape: (C, H, W) of a latent. num_samples: images of each evaluation. batch_size: images sampled
-    at once. dtype: arithmetic of the network.
+    shape: (C, H, W) of a latent. batch_size: images sampled at once. dtype: the run's mixed
+    precision.
     """
 
     autoencoder: Autoencoder
@@ -84,7 +80,7 @@ class OnlineSamples:
 
 @dataclasses.dataclass(frozen=True)
 class OnlineEvaluation:
-    """What is measured while a model trains. Made on each process; all call it together."""
+    """Evaluates a network during training; all processes call it together."""
 
     extractor: Extractor
     prepared: Prepared
@@ -92,8 +88,9 @@ class OnlineEvaluation:
     accelerator: Accelerator
 
     def __call__(self, model: Denoiser, step: int) -> dict[str, float]:
-        """Return the metrics of a network's samples, named after their number as in `fid_5k`, on
-        the main process, and nothing on the others. No random state is touched.
+        """Return metrics such as `fid_5k`; {} on processes other than the main one.
+
+        No random state is touched.
         """
         generator = Generator(
             model, self.samples.autoencoder, self.samples.shape, self.samples.sampler,
@@ -106,26 +103,24 @@ class OnlineEvaluation:
             features = extract(
                 source, self.extractor, self.accelerator, f"step {step}: samples", min(self.extractor.batch_size, share)
             )
-        broken = self.accelerator.reduce((~source.finite).float(), reduction="sum").item() > 0
-        if broken and self.accelerator.is_main_process:
-            log.warning("warning: step %d: samples are NaN or infinite, so there is nothing to measure", step)
-        if broken:
+        if self.accelerator.reduce((~source.finite).float(), reduction="sum").item() > 0:
+            if self.accelerator.is_main_process:
+                log.warning("warning: step %d: samples are NaN or infinite and are not measured", step)
             return {f"not_finite{metric_suffix(self.samples.num_samples)}": 1.0}
         if features is None:
             return {}
         scores = score(features, np.array(images.classes), self.prepared, self.extractor, "float16")
-        found = {
+        metrics = {
             name: value
             for name, value in scores.metrics.items()
             if value is not None and not name.endswith(("_real", "_shuffled"))
         }
-        names = labels(found, self.samples.num_samples, self.prepared.reference, self.extractor, "float16")
-        shown = (f"{names[name]} {value:.4g}" for name, value in found.items())
-        log.info("step %d: %s", step, ", ".join(shown))
-        return {f"{name}{metric_suffix(self.samples.num_samples)}": value for name, value in found.items()}
+        names = labels(metrics, self.samples.num_samples, self.prepared.reference, self.extractor, "float16")
+        log.info("step %d: %s", step, ", ".join(f"{names[name]} {value:.4g}" for name, value in metrics.items()))
+        return {f"{name}{metric_suffix(self.samples.num_samples)}": value for name, value in metrics.items()}
 
     def receipt(self) -> dict[str, Any]:
-        """Return what the numbers of a run are of."""
+        """Return reference, features, sampler and samples of a run's metrics."""
         return {
             "reference": self.prepared.reference.identity(),
             "features": self.extractor.identity(),
@@ -135,15 +130,13 @@ class OnlineEvaluation:
         }
 
     def write_receipt(self, path: Path) -> None:
-        """Write the receipt beside the numbers, and warn where those of an earlier call were of
-        something else.
-        """
+        """Write the receipt; warn where that of an earlier start differs."""
         now = json.loads(json.dumps(without_paths(self.receipt())))
         before = json.loads(path.read_text()) if path.is_file() else now
         if before != now:
             changed = [key for key in now if before.get(key) != now[key]]
             log.warning(
-                "warning: %s: the evaluation changed in %s: its numbers do not compare with those logged before",
+                "warning: %s: the evaluation changed in %s: its metrics do not compare with those logged before",
                 path.parent, ", ".join(changed),
             )  # fmt: skip
         write_json(path, now)
@@ -152,9 +145,6 @@ class OnlineEvaluation:
 def online_evaluation(
     reference: Reference, extractor: Extractor, samples: OnlineSamples, accelerator: Accelerator
 ) -> OnlineEvaluation:
-    """Measure the reference on all processes and return the evaluation.
-
-    Raises UserError where the extractor does not suit the reference.
-    """
+    """Prepare the reference on all processes; UserError where the extractor does not suit it."""
     check_reference(reference, extractor)
     return OnlineEvaluation(extractor, prepare(reference, extractor, accelerator), samples, accelerator)

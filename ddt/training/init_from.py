@@ -1,6 +1,6 @@
-"""Starting a new run from the weights of another run of this project, or of a published checkpoint.
+"""Initialising a new run from the weights of another run or of a published checkpoint.
 
-Everything is loaded strictly. Only the number of classes may differ: the label table is then new.
+Loading is strict. Only the number of classes may differ: the label table is then new.
 """
 
 import dataclasses
@@ -19,29 +19,26 @@ from ddt.objective import Objective
 from ddt.training.ema import EMA
 
 log = logging.getLogger(__name__)
-# settings of a network that change no name or shape of its weights, or whose weights are new
+# settings that change no name or shape of the weights, or whose weights are new
 MAY_DIFFER = ("num_classes", "adaln_init", "activation_checkpointing")
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a run can start from: raw and EMA weights, the projector where there is one."""
+    """Weights to start from: raw, EMA and projector (None: no projector)."""
 
     name: str
     network: dict[str, Any]
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     alignment: dict[str, Tensor] | None
-    autoencoder: str | None = None  # its fingerprint, where known
-    class_names: list[str] | None = None  # where known
+    autoencoder: str | None = None  # fingerprint, None: unknown
+    class_names: list[str] | None = None  # None: unknown
 
 
 def find_source(init_from: str) -> tuple[Path, bool]:
-    """Return the checkpoint folder (True) or the published file (False) that `init_from` means.
-
-    Raises UserError, naming init_from, where it is neither.
-    """
+    """Return (checkpoint folder, True) or (published file, False), or raise UserError."""
     path = Path(init_from)
     try:
         if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
@@ -53,11 +50,13 @@ def find_source(init_from: str) -> tuple[Path, bool]:
 
 
 def read_source(init_from: str, network: dict[str, Any]) -> Source:
-    """Read the weights that `init_from` names. encoder_depth and patch_size of a published file,
-    which it does not hold, are those of `network`, the new run's settings.
+    """Read the weights of `init_from`.
+
+    encoder_depth and patch_size are not in a published file; they are taken from `network`, the
+    settings of the new run.
     """
-    path, ours = find_source(init_from)
-    if ours:
+    path, is_checkpoint = find_source(init_from)
+    if is_checkpoint:
         config, ema = ckpt.read_config(path), ckpt.read_weights(path, "ema")
         trained = (path / "train_state.pt").is_file()  # a converted checkpoint holds EMA weights alone
         return Source(
@@ -81,27 +80,25 @@ def read_source(init_from: str, network: dict[str, Any]) -> Source:
 
 
 def with_defaults(network: dict[str, Any]) -> dict[str, Any]:
-    """Return a network's settings with those that it leaves to its constructor."""
+    """Return a network's settings completed by the defaults of its constructor."""
     parameters = inspect.signature(NETWORKS[network["_target_"]]).parameters
-    left = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
-    return left | network
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    return defaults | network
 
 
 def check_network(source: Source, network: dict[str, Any]) -> None:
-    """Raise UserError where the source's network has other weights than the new run's, the label
-    table apart.
-    """
-    theirs, ours = with_defaults(source.network), with_defaults(network)
+    """Raise UserError where source and new run differ in more weights than the label table."""
+    old, new = with_defaults(source.network), with_defaults(network)
     differing = [
-        f"model.{key} {theirs.get(key)} -> {ours.get(key)}"
-        for key in sorted(theirs.keys() | ours.keys())
-        if key not in MAY_DIFFER and theirs.get(key) != ours.get(key)
+        f"model.{key} {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if key not in MAY_DIFFER and old.get(key) != new.get(key)
     ]
     require(not differing, f"init_from={source.name}: is another network ({', '.join(differing)})")
 
 
 def with_new_table(weights: dict[str, Tensor], initial: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights with the label table of `initial`, but for the row of the null label."""
+    """Return weights with the label table of `initial`, except the null label's row."""
     (key,) = (name for name in initial if name.endswith(LABEL_TABLE))
     table = initial[key].detach().cpu().clone()
     table[-1] = weights[key][-1]
@@ -109,37 +106,36 @@ def with_new_table(weights: dict[str, Tensor], initial: dict[str, Tensor]) -> di
 
 
 def initialise(init_from: str, config: dict[str, Any], objective: Objective, emas: dict[str, EMA]) -> None:
-    """Load `init_from` into a new run's denoiser, its EMAs and, where it fits, its projector; log
-    what was loaded.
+    """Load `init_from` into a new run's denoiser, its EMAs and, where it fits, its projector.
 
-    The denoiser takes the source's raw weights (its EMA weights where it holds no others), each EMA
-    the source's EMA weights. With another number of classes the rows of the label table are new,
-    but for the null label's. Raises UserError where the source is another network or a file cannot
-    be read.
+    The denoiser takes the source's raw weights (EMA weights where it has no others), each EMA the
+    source's EMA weights. With another number of classes all rows of the label table but the null
+    label's are new. Raises UserError where the source is another network or cannot be read.
     """
     network = config["network"]
     source = read_source(init_from, network)
     check_network(source, network)
-    raw, averaged = source.model, source.ema
+    raw, ema_weights = source.model, source.ema
     old, new = source.network["num_classes"], network["num_classes"]
     if old != new:
         initial = objective.denoiser.state_dict()
-        raw, averaged = with_new_table(raw, initial), with_new_table(averaged, initial)
+        raw, ema_weights = with_new_table(raw, initial), with_new_table(ema_weights, initial)
     objective.denoiser.load_state_dict(raw, strict=True)
     for ema in emas.values():
-        ema.model.load_state_dict(averaged, strict=True)
+        ema.model.load_state_dict(ema_weights, strict=True)
     table = "label table loaded" if old == new else f"label table new ({old} -> {new} classes)"
     projector = "no projector"
     if objective.alignment is not None:
-        ours, theirs = objective.alignment.state_dict(), source.alignment or {}
-        fits = {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+        state = source.alignment or {}
+        shapes = [{k: v.shape for k, v in each.items()} for each in (objective.alignment.state_dict(), state)]
+        fits = shapes[0] == shapes[1]
         if fits:
-            objective.alignment.load_state_dict(theirs, strict=True)
+            objective.alignment.load_state_dict(state, strict=True)
         projector = "projector loaded" if fits else "projector new"
     log.info("init_from=%s: raw and EMA weights loaded, %s, %s", source.name, table, projector)
     if old == new and source.class_names not in (None, config["class_names"]):
         log.warning(
-            "init_from=%s: has as many classes, but others; each row of the label table becomes another's", source.name
+            "init_from=%s: has as many classes, but others; rows of the label table change their class", source.name
         )
     if source.autoencoder not in (None, config["autoencoder_fingerprint"]):
         log.warning("init_from=%s: was trained on latents of another autoencoder than this run's", source.name)

@@ -1,7 +1,4 @@
-"""Means of the losses between two rows of the log, also by training time.
-
-Shapes: B batch.
-"""
+"""Mean losses between two log rows, also by training time t. Shapes: B batch."""
 
 from typing import Any
 
@@ -15,17 +12,16 @@ T_NAMES = [f"{BY_T}/{k / T_BINS:.1f}-{(k + 1) / T_BINS:.1f}" for k in range(T_BI
 
 
 class Meter:
-    """Means between two log rows, summed on the device: reading them is the loop's only device
-    sync.
+    """Means between two log rows, summed on the device; reading is the loop's only device sync.
 
-    state: from a checkpoint, one entry per process; with another number of processes, each
-    continues with their mean.
+    state: from a checkpoint, one entry per process; another number of processes resumes from their
+    mean.
     """
 
     def __init__(self, device: torch.device, rank: int = 0, num_processes: int = 1, state: Any = None) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
-        self.step: list[tuple[str, Tensor, Tensor]] = []  # of the step that is under way
+        self.step: list[tuple[str, Tensor, Tensor]] = []  # of the current step
         for key, (sums, counts) in (state or {}).items():
             if len(sums) == num_processes:
                 mine = sums[rank], counts[rank]
@@ -41,40 +37,38 @@ class Meter:
                 value = weight * value.detach().float()
                 self.step.append((key, value, torch.full_like(value, weight)))
         bins = torch.arange(T_BINS, device=losses["t"].device)
-        # a matrix product, for adding at indices gives other last bits each time on a GPU
+        # a matrix product: adding at indices is not deterministic on a GPU
         inside = ((losses["t"] * T_BINS).long().clamp(max=T_BINS - 1)[:, None] == bins).float()
         self.step.append((BY_T, losses["errors"] @ inside, inside.sum(0)))
 
     def end_step(self, norm: Tensor, clip_norm: float | None, skipped: Tensor) -> None:
-        """Add the step's gradient norm before clipping, and whether it was clipped; take all of the
-        step's values into the means unless it was skipped (1.0).
+        """Add the gradient norm before clipping and whether it was clipped; end the step.
+
+        Its values enter the means unless it was skipped (1.0).
         """
         self.step.append(("grad_norm", norm, torch.ones_like(norm)))
         if clip_norm is not None:
             self.step.append(("clipped", (norm > clip_norm).float(), torch.ones_like(norm)))
         for key, value, count in self.step:
-            kept = torch.where(skipped > 0, 0, value), torch.where(skipped > 0, 0, count)
-            known = key in self.sums
-            self.sums[key] = self.sums[key] + kept[0] if known else kept[0]
-            self.counts[key] = self.counts[key] + kept[1] if known else kept[1]
+            for totals, new in ((self.sums, value), (self.counts, count)):
+                new = torch.where(skipped > 0, 0, new)
+                totals[key] = totals[key] + new if key in totals else new
         self.step = []
 
     def state(self, accelerator: Accelerator) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return what a checkpoint keeps. All processes call it together."""
+        """Return the state for a checkpoint. All processes call it together."""
         everyone = {
             key: accelerator.gather(torch.stack([self.sums[key], self.counts[key]])[None]).cpu() for key in self.sums
         }
         return {key: (values[:, 0].contiguous(), values[:, 1].contiguous()) for key, values in everyone.items()}
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the means over steps and processes, without those of which nothing was seen. All
-        processes call it together.
-        """
+        """Return the means over steps and processes, without empty ones. All call it together."""
         flat = torch.cat([torch.stack([self.sums[key], self.counts[key]]).reshape(2, -1) for key in self.sums], dim=1)
         sums, counts = accelerator.reduce(flat, reduction="sum").tolist()
         names = [name for key in self.sums for name in (T_NAMES if key == BY_T else [key])]
         return {name: s / n for name, s, n in zip(names, sums, counts, strict=True) if n > 0}
 
     def reset(self) -> None:
-        """Start again."""
+        """Clear the means."""
         self.sums, self.counts = {}, {}

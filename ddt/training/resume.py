@@ -1,4 +1,4 @@
-"""What a resumed run must share with its checkpoint; everything else may change."""
+"""Settings that a resumed run must share with its checkpoint; all others may change."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ FROZEN = ("model", "data", "autoencoder", "alignment", "objective", "optimizer",
 FROZEN_TRAINER = (
     "global_batch_size", "ema_decay", "ema_decays", "ema_powers", "warmup_steps", "lr_schedule", "clip_norm",
 )  # fmt: skip
-# what changes no number: where things lie (fingerprints tell what they are), and how much at once
+# settings that change no result: paths (fingerprints identify the content), and sizes of chunks
 FREE = (
     "model.activation_checkpointing",
     "data.root",
@@ -29,12 +29,12 @@ FREE = (
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the settings that differ between two configs, as dotted key → (old, new)."""
-    a, b = (flat(json.loads(json.dumps(config))) for config in (old, new))  # as a checkpoint holds them
+    a, b = (flat(json.loads(json.dumps(config))) for config in (old, new))  # as read from a checkpoint
     return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
 
 
 def frozen_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return those differences between two runs' configs that make them two different trainings."""
+    """Return the differences between two runs' configs that make them different trainings."""
     trainer = [f"trainer.{key}" for key in FROZEN_TRAINER]
     if new["trainer"]["lr_schedule"] != "constant":
         trainer.append("trainer.max_steps")  # the learning rate depends on it
@@ -46,9 +46,7 @@ def frozen_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tu
 
 
 def check_same_training(checkpoint: Path, config: dict[str, Any]) -> None:
-    """Raise UserError where a checkpoint belongs to another training than `config` describes; log
-    changes that do not make it another one.
-    """
+    """Raise UserError where a checkpoint is not of `config`'s training; log other changes."""
     saved = read_config(checkpoint)
     frozen = frozen_differences(saved["run"], config["run"])
     changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in frozen.items())

@@ -1,9 +1,10 @@
-"""Checkpoints of a run: when one is written, what happens if it cannot be, and which ones stay."""
+"""Checkpoints of a run: how one is written, what happens if that fails, and which ones stay."""
 
 import logging
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +15,29 @@ from safetensors import SafetensorError
 from ddt.checkpoint import folder as ckpt
 from ddt.distributed.prepare import decide_on_main
 from ddt.errors import UserError, require
-from ddt.files import fsync, temporary_folder, write_json
+from ddt.files import fsync, make_temporary_folder, rename_atomically, temporary_path, write_json
 from ddt.training.settings import TrainerSettings
 from ddt.training.state import TrainingState
 from ddt.training.tracking import read_rows
 
 log = logging.getLogger(__name__)
-MAX_FAILURES = 3  # saves in a row that cannot be written
-SPARE = 1.2  # free space that a checkpoint must find, in units of its size
+MAX_FAILURES = 3  # saves in a row
+SPARE = 1.2  # required free space, in units of a checkpoint's size
 HIGHER_IS_BETTER = ("inception_score", "precision", "recall", "class_accuracy", "authenticity")
 
 
 def remove(path: Path) -> None:
-    """Remove a folder or file, renamed first so that no half of it is ever seen under its name. A
-    failure is a warning.
-    """
+    """Remove a folder or file, renamed first so that no half of it is seen; warn on failure."""
     try:
         if not path.name.startswith("."):
             path = path.rename(path.with_name(f".del-{path.name}"))
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    except OSError as error:  # a network disk keeps what someone still reads
+    except OSError as error:  # a network disk keeps files that are open elsewhere
         log.warning("warning: %s: could not be removed (%s)", path, error)
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove what a killed run left partly written or partly removed."""
+    """Remove partly written and partly removed files of a killed run."""
     for parent in (run_dir, run_dir / "checkpoints", run_dir / "snapshots"):
         for pattern in (".tmp-*", ".del-*"):
             for left in parent.glob(pattern):
@@ -46,10 +45,11 @@ def remove_leftovers(run_dir: Path) -> None:
 
 
 def export_ema(checkpoint: Path, target: Path) -> None:
-    """Put the EMA weights of a checkpoint with their config into a folder that sample.py reads: as
-    hard links where the disk has them, which cost no space and stay when the checkpoint is removed.
+    """Write a folder for sample.py with the EMA weights and config of a checkpoint.
+
+    Hard links where the disk has them: they cost no space and stay when the checkpoint is removed.
     """
-    temporary = temporary_folder(target)
+    temporary = make_temporary_folder(target)
     manifest = ckpt.read_manifest(checkpoint)
     names = ["config.json", *ckpt.shard_files(checkpoint, "ema.safetensors")]
     for name in names:
@@ -66,9 +66,7 @@ def export_ema(checkpoint: Path, target: Path) -> None:
 
 
 class Saver:
-    """Writes the checkpoints of a run, on all processes together. config: what each carries beside
-    its step.
-    """
+    """Writes a run's checkpoints, on all processes together. config: theirs, without the step."""
 
     def __init__(
         self, run_dir: Path, settings: TrainerSettings, config: dict[str, Any], accelerator: Accelerator
@@ -82,28 +80,24 @@ class Saver:
         return sum(gather_object([state.bytes()])) if self.sharded else state.bytes()
 
     def missing_space(self, size: int) -> str:
-        """Return what is wrong with the disk for a checkpoint of `size` bytes, or an empty text."""
+        """Return why the disk has no room for `size` bytes, or ""."""
         free, needed = shutil.disk_usage(self.run_dir).free, SPARE * size
         return "" if free >= needed else f"{needed / 2**30:.2g} GiB are needed, {free / 2**30:.2g} GiB are free"
 
     def check_space(self, state: TrainingState) -> None:
-        """Raise UserError where the disk has no room for a checkpoint. All processes call it
-        together.
-        """
+        """Raise UserError without room for a checkpoint. All processes call it together."""
         size = self.size(state)
-
-        def check() -> None:
-            problem = self.missing_space(size)
-            require(not problem, f"{self.run_dir}: no room for a checkpoint ({problem}); free some space")
-
-        decide_on_main(self.accelerator, check)
+        problem = decide_on_main(self.accelerator, lambda: self.missing_space(size))
+        require(not problem, f"{self.run_dir}: no room for a checkpoint ({problem}); free some space")
 
     def save(self, state: TrainingState, last: bool = False) -> None:
-        """Write a checkpoint atomically. A failed attempt leaves nothing behind and training
-        continues; after three in a row, or with the last one, OSError, the same on all processes.
+        """Write a checkpoint atomically.
+
+        A failed attempt leaves nothing behind and training continues; after three in a row, or for
+        the last checkpoint, it raises OSError on all processes.
         """
         folder = ckpt.checkpoint_folder(self.run_dir, state.step)
-        problem = self.write(folder, state, self.size(state), state.weights(), state.train_state())
+        problem = self.write_atomically(folder, state, self.size(state), state.weights(), state.train_state())
         if not problem:
             self.failures = 0
             if self.accelerator.is_main_process:
@@ -116,115 +110,121 @@ class Saver:
         if self.accelerator.is_main_process:
             log.warning("warning: %s: %s; training continues", folder.parent, text)
 
-    def update_export(self, folder: Path) -> None:
-        """Update `export/` in the run folder from a checkpoint; a failure is a warning."""
-        target = self.run_dir / "export"
-        try:
-            complete = (target / "manifest.json").is_file()
-            if complete and ckpt.weights_sha256(target, "ema") == ckpt.weights_sha256(folder, "ema"):
-                return
-            export_ema(folder, target)
-        except (OSError, UserError) as error:
-            log.warning("warning: %s: could not be written (%s)", target, error)
-
     def snapshot(self, state: TrainingState) -> None:
-        """Save the power-function EMAs of a step, of which scripts/posthoc_ema.py makes EMAs of any
-        length.
-        """
+        """Save a step's power-function EMAs, from which scripts/posthoc_ema.py makes others."""
         folder = self.run_dir / "snapshots" / f"step_{state.step:07d}"
         weights = state.weights()
         powers = {name: weights[name] for name in state.emas if name.startswith("power_")}
-        mine = sum(4 * value.numel() for ema in powers.values() for value in ema.values())
-        problem = self.write(folder, state, sum(gather_object([mine])) if self.sharded else mine, powers)
+        size = sum(4 * value.numel() for ema in powers.values() for value in ema.values())
+        problem = self.write_atomically(folder, state, sum(gather_object([size])) if self.sharded else size, powers)
         if problem and self.accelerator.is_main_process:
             log.warning("warning: %s: could not be written (%s); training continues", folder, problem)
 
-    def remove_snapshots(self, after: int) -> None:
-        """Remove the snapshots of steps that the resumed run will take again, perhaps with other
-        settings. The main process does it.
-        """
-        if self.accelerator.is_main_process:
-            for step, folder in ckpt.folders_by_step(self.run_dir / "snapshots").items():
-                if step > after:
-                    remove(folder)
+    def write_atomically(
+        self, folder: Path, state: TrainingState, size: int, weights: Any, train_state: Any = None
+    ) -> str:
+        """Write a checkpoint or snapshot of `size` bytes, each process its own files.
 
-    def restore_folder(self, step: int) -> None:
-        """Restore the folder of a run that resumes after `step` to its state then, whenever the run
-        was killed.
+        `folder` appears by the rename of a complete temporary folder, or not at all. Returns what
+        went wrong or "", the same on all processes.
         """
-        newest = ckpt.newest_checkpoint(self.run_dir)
-        if newest is not None and self.accelerator.is_main_process:
-            self.update_export(newest)
-        self.remove_snapshots(after=step)
-        self.prune()
+        accelerator, temporary = self.accelerator, temporary_path(folder)
 
-    def write(self, folder: Path, state: TrainingState, size: int, weights: Any, train_state: Any = None) -> str:
-        """Write a folder of `size` bytes atomically, each process its own files. Returns what went
-        wrong or "", the same on all processes.
-        """
-        accelerator = self.accelerator
-        main, temporary = accelerator.is_main_process, folder.parent / f".tmp-{folder.name}"
-        problem = ""
-        if main:
-            try:
-                problem = self.missing_space(size)
-                if not problem:
-                    temporary_folder(folder)
-            except OSError as error:
-                problem = str(error)
-        problem = broadcast_object_list([problem])[0]
+        def start() -> str:
+            problem = self.missing_space(size)
+            if not problem:
+                make_temporary_folder(folder)
+            return problem
+
+        problem = self.attempt_on_main(start)
         if problem:
             return problem
-        mine: dict[str, Any] | str = {}
-        if main or self.sharded:
-            piece = (accelerator.process_index, accelerator.num_processes) if self.sharded else None
+        mine: dict[str, Any] | str = {}  # manifest entries, or what went wrong
+        if accelerator.is_main_process or self.sharded:
+            shard = (accelerator.process_index, accelerator.num_processes) if self.sharded else None
             try:
-                mine = ckpt.write_files(temporary, weights, train_state, piece)
-            except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, to Python, torch and safetensors
+                mine = ckpt.write_files(temporary, weights, train_state, shard)
+            except (OSError, RuntimeError, SafetensorError) as error:  # a full disk: of Python, torch, safetensors
                 mine = str(error).splitlines()[0]
         everyone = gather_object([mine])
-        problem = next((found for found in everyone if isinstance(found, str)), "")
-        if main:
+
+        def finish() -> str:
+            for written in everyone:
+                if isinstance(written, str):
+                    return written
+            files = {name: entry for written in everyone for name, entry in written.items()}
+            ckpt.write_manifest(temporary, {"step": state.step, **self.config}, files)
+            rename_atomically(temporary, folder)  # from here on the checkpoint exists
+            return ""
+
+        problem = self.attempt_on_main(finish)
+        if problem and accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return problem
+
+    def attempt_on_main(self, action: Callable[[], str]) -> str:
+        """Call `action` on the main process; return its text, or its OSError's, on all."""
+        problem = ""
+        if self.accelerator.is_main_process:
             try:
-                if not problem:
-                    files = {name: entry for found in everyone for name, entry in found.items()}
-                    config = {"step": state.step, **self.config}
-                    ckpt.publish_atomically(temporary, folder, config, files)
+                problem = action()
             except OSError as error:
                 problem = str(error)
-            if problem:
-                shutil.rmtree(temporary, ignore_errors=True)
         return broadcast_object_list([problem])[0]
 
-    def prune(self) -> None:
-        """Remove checkpoints, except the last `keep_last`, those of every `keep_every`-th step, and
-        the best. The main process does it.
+    def update_export(self, folder: Path) -> None:
+        """Update `export/` in the run folder from a checkpoint; warn on failure."""
+        target = self.run_dir / "export"
+        try:
+            complete = (target / "manifest.json").is_file()
+            if not (complete and ckpt.weights_sha256(target, "ema") == ckpt.weights_sha256(folder, "ema")):
+                export_ema(folder, target)
+        except (OSError, UserError) as error:
+            log.warning("warning: %s: could not be written (%s)", target, error)
+
+    def restore_folder(self, step: int) -> None:
+        """Restore the folder of a run that resumes after `step` to its state then.
+
+        Snapshots of later steps are removed: the resumed run saves them again, perhaps with other
+        settings.
         """
-        if self.settings.keep_last is None or not self.accelerator.is_main_process:
+        if self.accelerator.is_main_process:
+            newest = ckpt.newest_checkpoint(self.run_dir)
+            if newest is not None:
+                self.update_export(newest)
+            for number, folder in ckpt.folders_by_step(self.run_dir / "snapshots").items():
+                if number > step:
+                    remove(folder)
+        self.prune()
+
+    def prune(self) -> None:
+        """Remove checkpoints but the last `keep_last`, every `keep_every`-th step, the best."""
+        settings = self.settings
+        if settings.keep_last is None or not self.accelerator.is_main_process:
             return
-        found = ckpt.list_checkpoints(self.run_dir)
-        kept = set(list(found)[-self.settings.keep_last :])
-        if self.settings.keep_every:
-            kept |= {step for step in found if step % self.settings.keep_every == 0}
-        best = None if self.settings.keep_best is None else self.best(found, self.settings.keep_best)
-        if self.settings.keep_best is not None and best is None:
-            return  # any of them may be the best
-        for step, folder in found.items():
-            if step not in kept and step != best:
+        checkpoints = ckpt.list_checkpoints(self.run_dir)
+        stay = set(list(checkpoints)[-settings.keep_last :])
+        if settings.keep_every:
+            stay |= {step for step in checkpoints if step % settings.keep_every == 0}
+        if settings.keep_best is not None:
+            best = self.best(checkpoints, settings.keep_best)
+            if best is None:
+                return  # any of them may be the best
+            stay.add(best)
+        for step, folder in checkpoints.items():
+            if step not in stay:
                 remove(folder)
 
-    def best(self, found: dict[int, Path], metric: str) -> int | None:
-        """Return the step of the checkpoint with the best logged value of a metric, the first one
-        where they tie.
-        """
+    def best(self, checkpoints: dict[int, Path], metric: str) -> int | None:
+        """Return the step of the checkpoint with the best logged metric, the first of ties."""
         path = self.run_dir / "metrics.jsonl"
         rows = read_rows(path) if path.is_file() else []
-        measured = [row for row in rows if row["step"] in found]
+        measured = [row for row in rows if row["step"] in checkpoints]
         values = {row["step"]: row[metric] for row in measured if metric in row and math.isfinite(row[metric])}
-        if not values and len(found) > 1:
-            known = ", ".join(sorted({key for row in measured for key in row} - {"step"})) or "no numbers"
+        if not values and len(checkpoints) > 1:
+            known = ", ".join(sorted({key for row in measured for key in row} - {"step"})) or "none"
             log.warning(
-                "warning: trainer.keep_best=%s: no checkpoint has this number, so all stay; they have %s", metric, known
+                "warning: trainer.keep_best=%s: no checkpoint has this metric, so all stay; logged: %s", metric, known
             )
         sign = -1 if metric.startswith(HIGHER_IS_BETTER) else 1
         return min(values, key=lambda step: (sign * values[step], step), default=None)

@@ -1,4 +1,4 @@
-"""The settings that the training loop follows."""
+"""Settings of the training loop."""
 
 import dataclasses
 import math
@@ -10,38 +10,32 @@ from ddt.training.stopping import MARGIN
 
 
 def metric_suffix(num_samples: int) -> str:
-    """Return how the logged names of an evaluation end: with the number of samples it is of, as in
-    `fid_5k`.
-    """
+    """Return the suffix of an evaluation's logged metrics, its number of samples: `_5k`."""
     return f"_{short(num_samples).lower()}"
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainerSettings:
-    """How long, how large and how often; see conf/trainer.
+    """Length, batch, precision, EMA and periods of a training; see conf/trainer.
 
-    max_steps: optimizer steps. global_batch_size: images a step over all processes.
-    micro_batch_size: images a process takes at once (None: its whole share); gradients are
-    accumulated over the rest. mixed_precision: "bf16" autocast over float32 weights, or "fp32"
-    ("no", Accelerate's word, means the same). num_processes: None uses every visible GPU, or one
-    CPU process. parallelism: "ddp" keeps the whole network on each process, "fsdp" shards weights,
-    averages and optimizer among them. compile: the network's blocks (`ddt.distributed.compile`);
-    None compiles on GPUs.
+    max_steps: optimizer steps. global_batch_size: images per step over all processes.
+    micro_batch_size: images per forward pass of a process (None: its share of the batch); gradients
+    are accumulated. mixed_precision: "bf16" autocast over float32 weights, or "fp32" ("no" is
+    Accelerate's name for it). num_processes: None uses every visible GPU, or one CPU process.
+    parallelism: "ddp" replicates the network, "fsdp" shards weights, EMAs and optimizer. compile:
+    the network's blocks (`ddt.distributed.compile`); None compiles on GPUs.
 
-    ema_decay: of the averaged weights. ema_decays: further averages kept beside; ema_powers:
-    relative standard deviations of power-function averages (EDM2), of which `snapshot_every` so
-    many steps a snapshot is kept, for any length afterwards. warmup_steps: linear warm-up of the
-    learning rate; lr_schedule: "constant", or decay to 0 at max_steps by a "linear" or "cosine"
-    law. clip_norm: gradients of a larger norm are scaled down to it.
+    ema_decay: of the EMA weights. ema_decays: of further EMAs. ema_powers: relative standard
+    deviations of power-function EMAs (EDM2), saved as a snapshot every `snapshot_every` steps, for
+    post-hoc EMA. warmup_steps: linear warm-up of the learning rate. lr_schedule: "constant", or a
+    "linear" or "cosine" decay to 0 at max_steps. clip_norm: largest gradient norm.
 
-    The `_every` periods count steps and 0 is never, but the last step is always saved and logged.
-    keep_last: how many checkpoints stay (None: all), beside those of every `keep_every`-th step and
-    the best by the logged `keep_best`.
-    max_hours: the run stops with a checkpoint before so many hours are over. num_workers: loading
-    processes.
-    eval_samples: images of each evaluation.
+    Periods `_every` count steps; 0 is never, but the last step is always saved and logged.
+    keep_last: checkpoints that stay (None: all), beside those of every `keep_every`-th step and
+    the best by the logged metric `keep_best`. max_hours: the run stops with a checkpoint before.
+    num_workers: data loading processes. eval_samples: images per evaluation.
 
-    Raises UserError for values that cannot be, or that would have no effect.
+    Raises UserError for values that are invalid or would have no effect.
     """
 
     max_steps: int
@@ -89,7 +83,7 @@ class TrainerSettings:
             0 <= self.ema_decay < 1,
             f"trainer.ema_decay={self.ema_decay}: must lie in 0..1 (published: 0.9999)",
         )
-        self.check_averages()
+        self.check_emas()
         for key in ("clip_norm", "max_hours"):
             value = getattr(self, key)
             require(value is None or 0 < value < math.inf, f"trainer.{key}={value}: must be above 0, or null")
@@ -101,13 +95,13 @@ class TrainerSettings:
         self.check_retention()
         self.micro_batches(self.num_processes or 1)
 
-    def check_averages(self) -> None:
-        """Raise UserError for averages beside the first that cannot be."""
+    def check_emas(self) -> None:
+        """Raise UserError for invalid further EMAs."""
         for decay in self.ema_decays:
             require(0 <= decay < 1, f"trainer.ema_decays={list(self.ema_decays)}: each must lie in 0..1")
         for std in self.ema_powers:
             require(
-                0 < std < 0.28,  # a flat average over the whole run has 1/√12 = 0.289
+                0 < std < 0.28,  # a uniform average over the run has 1/√12 = 0.289
                 f"trainer.ema_powers={list(self.ema_powers)}: each is a relative standard deviation in 0..0.28, such "
                 "as 0.05",
             )
@@ -121,7 +115,7 @@ class TrainerSettings:
         )
 
     def check_retention(self) -> None:
-        """Raise UserError for rules of which checkpoints stay that cannot be, or have no effect."""
+        """Raise UserError for invalid settings of which checkpoints stay."""
         require(
             self.keep_last is None or self.keep_last >= 2,
             f"trainer.keep_last={self.keep_last}: must be at least 2, for the newest may turn out damaged; or null to "
@@ -151,13 +145,11 @@ class TrainerSettings:
             require(
                 self.save_every > 0 and measured % self.save_every == 0,
                 f"trainer.keep_best={self.keep_best}: is measured every {measured} steps, which is no multiple of "
-                f"trainer.save_every={self.save_every}; a checkpoint has a number only where both fall together",
+                f"trainer.save_every={self.save_every}; a checkpoint is measured only where both coincide",
             )
 
     def micro_batches(self, num_processes: int) -> tuple[int, int]:
-        """Return (images a micro-batch, micro-batches a step) of each of `num_processes` processes,
-        or raise UserError.
-        """
+        """Return (images per micro-batch, micro-batches per step) of each process, or UserError."""
         share, rest = divmod(self.global_batch_size, num_processes)
         require(
             rest == 0 and share > 0,
@@ -173,7 +165,7 @@ class TrainerSettings:
         return micro, share // micro
 
     def lr_factor(self, step: int) -> float:
-        """Return what the base learning rate is multiplied by in step `step`, counted from 0."""
+        """Return the factor on the base learning rate in step `step`, counted from 0."""
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         if self.lr_schedule == "constant" or step < self.warmup_steps:
             return warmup
@@ -181,9 +173,8 @@ class TrainerSettings:
         return left if self.lr_schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
     def due(self, every: int, step: int) -> bool:
-        """Tell whether something done `every` so many steps, 0 being never, is due after `step`
-        steps.
+        """Return whether a period of `every` steps (0: never) ends after `step`.
 
-        At the end it is due whatever the period, unless that is 0.
+        The last step ends every period.
         """
         return every > 0 and (step == self.max_steps or step % every == 0)

@@ -1,6 +1,6 @@
-"""What ends a run before its last step: signals, a STOP file, the clock, non-finite gradients.
+"""What ends a run early: signals, a STOP file, the time limit, non-finite gradients.
 
-Every process may have a reason; all learn of it together and end after the same step.
+Any process may have a reason; all agree on it and end after the same step.
 """
 
 import json
@@ -20,16 +20,16 @@ from ddt.files import write_json
 
 log = logging.getLogger(__name__)
 
-REASONS = ("", "SIGTERM", "SIGUSR1", "SIGINT", "the file STOP", "the time limit")  # the code that processes exchange
+REASONS = ("", "SIGTERM", "SIGUSR1", "SIGINT", "the file STOP", "the time limit")  # by code
 SIGNALS = {signal.SIGTERM: 1, signal.SIGUSR1: 2, signal.SIGINT: 3}
 STOP_FILE, TIME_LIMIT = 4, 5
-MARGIN = 60  # seconds that are left for the last save, beside twice the longest pause so far
-MAX_SKIPPED = 5  # steps in a row without finite gradients
+MARGIN = 60  # seconds for the last save, plus twice the longest pause so far
+MAX_SKIPPED = 5  # steps in a row with non-finite gradients
 State = Literal["running", "preempted", "done", "failed"]
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """Return a run's `status.json`, empty where it has none that can be read."""
+    """Return a run's `status.json`, or {} where it has no readable one."""
     try:
         return json.loads((run_dir / "status.json").read_text())
     except (OSError, ValueError):
@@ -37,9 +37,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 
 def write_status(run_dir: Path, state: State, step: int, reason: str = "") -> None:
-    """Write a run's `status.json`: its state, the steps it has done, and why it ended. A full disk
-    is warned of.
-    """
+    """Write a run's `status.json`: state, steps done, why it ended. Warn where the disk is full."""
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     try:
         write_json(run_dir / "status.json", {"state": state, "step": step, "reason": reason, "time": now})
@@ -48,9 +46,7 @@ def write_status(run_dir: Path, state: State, step: int, reason: str = "") -> No
 
 
 def end_of_job(max_hours: float | None, started: float) -> float | None:
-    """Return when this job ends, in seconds since the epoch, by `trainer.max_hours` and SLURM;
-    None: nobody knows.
-    """
+    """Return when the job ends by `max_hours` and SLURM, in s since the epoch; None: unlimited."""
     ends = [] if max_hours is None else [started + 3600 * max_hours]
     if os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
         ends.append(float(os.environ["SLURM_JOB_END_TIME"]))
@@ -58,72 +54,68 @@ def end_of_job(max_hours: float | None, started: float) -> float | None:
 
 
 class StopRequests:
-    """Listens for reasons to stop, as a context; `agreed` tells all processes of them.
+    """Listens for reasons to stop, as a context; `agreed` exchanges them between processes.
 
     Args:
-        run_dir: holds STOP when someone has touched it. end: of the job, in seconds since the
-        epoch, or None.
-        device: where processes talk. num_processes: how many.
+        run_dir: where a user may create STOP. end: of the job, in seconds since the epoch, or None.
+        device: of the exchange.
 
-    Nothing is saved in a signal handler: it leaves a note, and the loop ends after a whole step. A
-    second Ctrl-C interrupts at once.
+    Signal handlers only set a code, and the loop ends after a whole step. A second Ctrl-C
+    interrupts at once.
     """
 
     def __init__(self, run_dir: Path, end: float | None, device: torch.device, rank: int, num_processes: int) -> None:
         self.file, self.end, self.device, self.rank, self.num_processes = (
             run_dir / "STOP", end, device, rank, num_processes,
         )  # fmt: skip
-        self.code, self.looked = 0, 0.0
-        self.pause_seconds = 0.0  # the longest that the loop was busy saving and measuring
-        self.posted: tuple[Tensor, torch.cuda.Event | None] | None = None
-        self.before: dict[signal.Signals, Any] = {}
+        self.code, self.checked_at = 0, 0.0
+        self.pause_seconds = 0.0  # the longest that saving and evaluation took
+        self.posted: tuple[Tensor, torch.cuda.Event | None] | None = None  # by the step before
+        self.handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequests":
-        if threading.current_thread() is threading.main_thread():  # Python takes signals nowhere else
-            self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self.handlers = {number: signal.signal(number, self.handle) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def note(self, number: int, frame: FrameType | None) -> None:
-        """Remember a signal."""
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Record a signal."""
         self.code = SIGNALS[signal.Signals(number)]
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 
-    def look(self) -> int:
-        """Return this process's reason; process 0 looks for the file, once a second, and at the
-        clock.
-        """
+    def check(self) -> int:
+        """Return this process's code; process 0 checks the clock and, once a second, the file."""
         now = time.time()
         if self.code == 0 and self.rank == 0:
             if self.end is not None and now > self.end - 2 * self.pause_seconds - MARGIN:
                 self.code = TIME_LIMIT
-            elif now - self.looked > 1:
-                self.looked = now
+            elif now - self.checked_at > 1:
+                self.checked_at = now
                 if self.file.exists():
                     self.code = STOP_FILE
         return self.code
 
     def agreed(self, skipped_in_a_row: Tensor) -> tuple[str, int]:
-        """Post this process's reason and how many steps in a row were left out; return those posted
-        one step before, the same on all processes, "" being no reason. All call it together after
-        each step.
+        """Return (reason or "", steps skipped in a row), the same on all processes.
 
-        Reading a step late, nobody waits for the device to finish this one.
+        All call it together after each step. It returns the values of the step before: no device
+        sync.
         """
-        mine = torch.stack([torch.full_like(skipped_in_a_row, self.look()), skipped_in_a_row])
+        mine = torch.stack([torch.full_like(skipped_in_a_row, self.check()), skipped_in_a_row])
         if self.num_processes > 1:
             torch.distributed.all_reduce(mine, op=torch.distributed.ReduceOp.MAX)
         ready = None
         if self.device.type == "cuda":
-            here = torch.empty(2, pin_memory=True)
-            here.copy_(mine, non_blocking=True)
+            pinned = torch.empty(2, pin_memory=True)
+            pinned.copy_(mine, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-            mine = here
+            mine = pinned
         before, self.posted = self.posted, (mine, ready)
         if before is None:
             return "", 0
@@ -135,15 +127,15 @@ class StopRequests:
 
 
 class Skips:
-    """Counts, on the device, the steps that were skipped for non-finite gradients."""
+    """Counts steps skipped for non-finite gradients, on the device."""
 
     def __init__(self, device: torch.device, state: list[float] | None = None) -> None:
         self.total, self.in_a_row = torch.tensor(state or [0.0, 0.0], device=device)
 
     def check(self, norm: Tensor) -> Tensor:
-        """Return 1.0 on the device where a step's gradient norm is non-finite and the step must be
-        skipped, else 0.0. The norm is the same on all processes, so they agree without
-        communication.
+        """Return 1.0 where the gradient norm is non-finite and the step is to be skipped, else 0.0.
+
+        The norm is the same on all processes, so they agree without communication.
         """
         skipped = (~norm.isfinite()).float()
         self.total = self.total + skipped

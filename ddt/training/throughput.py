@@ -1,8 +1,7 @@
-"""How fast a run is, and what share of the device's arithmetic that is.
+"""Throughput of a run: images per second, data wait, model FLOPs utilization (MFU).
 
-Counts are analytic (`ddt.model.cost`): a training step costs three forwards of the network, and one
-of the frozen target. What activation checkpointing computes again, the autoencoder and everything
-element by element are not counted.
+FLOPs are analytic (`ddt.model.cost`): a training step costs three forwards of the network and one
+of the frozen target. Recomputation, the autoencoder and element-wise operations are not counted.
 """
 
 import contextlib
@@ -18,28 +17,23 @@ from ddt.model.cost import network_macs, num_tokens, weight_macs
 from ddt.objective import Objective
 from ddt.objective.target import Target
 
-# Dense bf16 matrix products in FLOP/s, from the makers' data sheets; of float32 training no share
-# is told
+# Dense bf16 FLOP/s of the makers' data sheets; in float32 no MFU is logged
 PEAKS = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
     "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "B200": 2250e12,
 }  # fmt: skip
-
-
 TIMINGS = (
     "images_per_second", "data_wait", "tflops_per_process", "mfu", "mfu_with_target", "gpu_memory_gib",
 )  # fmt: skip
 
 
 def peak_of(device_name: str) -> float | None:
-    """Return a GPU's dense bf16 FLOP/s, or None where it is not known here."""
+    """Return a GPU's dense bf16 FLOP/s, or None where it is unknown."""
     return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def training_flops(objective: Objective, shape: tuple[int, int, int]) -> int:
-    """Return the FLOPs of an image in training, forward and backward, for latents of `shape` (C, H,
-    W).
-    """
+    """Return the FLOPs of an image in training, forward and backward; shape: latent (C, H, W)."""
     size = objective.denoiser, shape[1], shape[2]
     macs = network_macs(*size).total
     if objective.alignment is not None:
@@ -49,16 +43,14 @@ def training_flops(objective: Objective, shape: tuple[int, int, int]) -> int:
 
 @torch.no_grad()
 def counted_flops(function: Callable[..., Any], *inputs: torch.Tensor) -> int:
-    """Return the FLOPs of a call, as torch counts them while it runs uncompiled."""
+    """Return the FLOPs of a call, counted by torch while it runs uncompiled."""
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         function(*inputs)
     return counter.get_total_flops()
 
 
 def target_flops(target: Target | None, image_size: int) -> int:
-    """Return the FLOPs of an image in the alignment's target, forward alone, counted while it sees
-    one.
-    """
+    """Return the FLOPs of an image in the alignment's target, forward only, counted on one."""
     if target is None:
         return 0
     image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=target.mean.device)
@@ -66,10 +58,9 @@ def target_flops(target: Target | None, image_size: int) -> int:
 
 
 class Clock:
-    """Tells images per second, the share of time spent waiting for data, and of the device's
-    arithmetic used.
+    """Measures images per second, the share of time spent waiting for data, and MFU.
 
-    images_per_step: of all processes. flops, target_flops: of an image. dtype: the run's mixed
+    images_per_step: of all processes. flops, target_flops: per image. dtype: the run's mixed
     precision.
     """
 
@@ -83,45 +74,41 @@ class Clock:
         self.start()
 
     def start(self) -> None:
-        """Begin a new interval."""
-        self.began, self.waited, self.paused, self.steps = time.perf_counter(), 0.0, 0.0, 0
+        """Start a new interval."""
+        self.start_time, self.waited, self.paused, self.steps = time.perf_counter(), 0.0, 0.0, 0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the time inside as spent waiting for data."""
-        began = time.perf_counter()
+        start = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - began
+        self.waited += time.perf_counter() - start
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave out the time inside: the rate is that of training alone. `longest_pause` is in
-        seconds.
-        """
+        """Leave out the time inside: the rate is of training alone. `longest_pause`: seconds."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the step before is training
-        began = time.perf_counter()
+        start = time.perf_counter()
         yield
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         self.paused += seconds
         self.longest_pause = max(self.longest_pause, seconds)
 
     def row(self, aligned: bool) -> dict[str, float]:
-        """Return what a log row says of the interval, once the device has finished it. aligned: the
-        target was used.
-        """
-        seconds = time.perf_counter() - self.began - self.paused
+        """Return the values of a log row. aligned: the target ran. Needs a finished device."""
+        seconds = time.perf_counter() - self.start_time - self.paused
         rate = self.steps * self.images / seconds
         each = rate / self.num_processes
-        found = {
+        row = {
             "images_per_second": rate,
             "data_wait": self.waited / seconds,
             "tflops_per_process": each * self.flops / 1e12,
         }
         if self.peak is not None:
-            found["mfu"] = each * self.flops / self.peak
+            row["mfu"] = each * self.flops / self.peak
             if self.target_flops and aligned:
-                found["mfu_with_target"] = each * (self.flops + self.target_flops) / self.peak
+                row["mfu_with_target"] = each * (self.flops + self.target_flops) / self.peak
         if self.device.type == "cuda":
-            found["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        return found
+            row["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return row

@@ -1,4 +1,4 @@
-"""The record of a run: `metrics.jsonl` in its folder is the truth, Weights & Biases a sink."""
+"""Loggers of a run: `metrics.jsonl` in its folder, and Weights & Biases beside it."""
 
 import json
 import logging
@@ -12,10 +12,9 @@ log = logging.getLogger(__name__)
 
 
 def read_rows(path: Path, key: str = "step") -> list[dict[str, Any]]:
-    """Return the rows of a file with a JSON object a line, such as `metrics.jsonl`; each has a
-    `key`. A last line that a kill cut short is left out with a warning.
+    """Return the rows of a JSON-lines file such as `metrics.jsonl`, each an object with a `key`.
 
-    Raises UserError naming any other line that is none.
+    A last line that a kill cut short is left out with a warning; any other bad line is a UserError.
     """
     lines = path.read_bytes().splitlines()
     rows = []
@@ -32,13 +31,11 @@ def read_rows(path: Path, key: str = "step") -> list[dict[str, Any]]:
 
 
 class JsonlTracker:
-    """Appends one line of JSON to `metrics.jsonl` for every logged step, and shows it to no one
-    else.
+    """Appends one line of JSON to `metrics.jsonl` per logged step, on the main process.
 
-    Made by the main process alone. On resume the rows after `step` are cut off, so that a step
-    never stands twice, and so is a `partial` row, which a run writes when it ends between two log
-    rows: the resumed run logs the whole one, unless it has `ended` and only measures what was
-    missing.
+    On resume the rows after `step` are removed, so that no step is logged twice, and so is a
+    `partial` row, written where a run ends between two log rows: the resumed run logs all of it,
+    unless it has `ended` and only measures what is missing.
     """
 
     def __init__(self, run_dir: Path, step: int, config: dict[str, Any], ended: bool = False) -> None:
@@ -49,10 +46,10 @@ class JsonlTracker:
             temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
             temporary.replace(self.path)
         self.file = self.path.open("ab", buffering=0)
-        self.unwritten = b""  # of a full disk
+        self.unwritten = b""  # while the disk is full
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Record values of a step, at once; on a full disk they wait in memory for the next row."""
+        """Append a step's values at once; on a full disk they wait in memory for the next row."""
         failed = bool(self.unwritten)
         self.unwritten += f"{json.dumps({'step': step, **values})}\n".encode()
         try:
@@ -63,21 +60,20 @@ class JsonlTracker:
                 log.warning("warning: %s: cannot be written (%s); rows wait in memory", self.path, error.strerror)
 
     def image(self, step: int, name: str, path: Path) -> None:
-        """Take note of a picture: here it is a file of the run folder already."""
+        """Log an image file; it is in the run folder already."""
 
     def finish(self, failed: bool = False) -> None:
-        """Close the record of a call that is done, or has stopped or `failed`."""
+        """Close the log of a run that is done, has stopped or `failed`."""
         if self.unwritten:
-            log.warning("warning: %s: lacks its last rows, for which there was no room", self.path)
+            log.warning("warning: %s: lacks its last rows, the disk was full", self.path)
         self.file.close()
 
 
 class WandbTracker(JsonlTracker):
-    """`metrics.jsonl`, and the same values and pictures to Weights & Biases.
+    """Logs to `metrics.jsonl` and, with images, to Weights & Biases.
 
-    A resumed run keeps its id. Without a network the run is recorded offline (send it later
-    by `wandb sync`), and no error of W&B stops training: it is logged once and metrics.jsonl goes
-    on.
+    A resumed run keeps its id. Without a network the run is logged offline (`wandb sync` uploads
+    it), and no error of W&B stops training: it is reported once and metrics.jsonl continues.
     """
 
     def __init__(
@@ -100,7 +96,7 @@ class WandbTracker(JsonlTracker):
         arguments: dict[str, Any] = {
             "project": project,
             "name": config["name"],
-            "group": config["name"].rpartition("/")[0] or None,  # the runs of a sweep stand together
+            "group": config["name"].rpartition("/")[0] or None,  # of a sweep
             "id": id_file.read_text(),
             "resume": "allow",
             "dir": str(run_dir),
@@ -109,17 +105,17 @@ class WandbTracker(JsonlTracker):
         settings = wandb.Settings(init_timeout=init_timeout, silent=True)
         try:
             self.run = wandb.init(mode=mode, settings=settings, **arguments)
-        except Exception as error:  # W&B raises a dozen kinds without a common base; none may stop training
-            log.warning("W&B cannot be reached (%s); recording offline under %s", error, run_dir / "wandb")
+        except Exception as error:  # W&B's errors have no common base; none may stop training
+            log.warning("W&B cannot be reached (%s); logging offline under %s", error, run_dir / "wandb")
             arguments["id"] = secrets.token_hex(4)  # the failed attempt may hold the old one
             id_file.write_text(arguments["id"])
             try:
                 self.run = wandb.init(mode="offline", settings=settings, **arguments)
             except Exception as second:  # as above
-                log.warning("W&B does not start offline either (%s); metrics.jsonl alone records this run", second)
+                log.warning("W&B does not start offline either (%s); this run is logged to metrics.jsonl alone", second)
                 self.run = None
                 return
-        self.run.define_metric("*", step_metric="step")  # our own step axis survives a resume from an older checkpoint
+        self.run.define_metric("*", step_metric="step")  # W&B's own axis cannot go back on resume
 
     def _send(self, values: dict[str, Any]) -> None:
         if self.run is None:
@@ -127,20 +123,20 @@ class WandbTracker(JsonlTracker):
         try:
             self.run.log(values)
         except Exception as error:  # as above
-            log.warning("W&B refused a row (%s); from here on metrics.jsonl alone records this run", error)
+            log.warning("W&B refused a row (%s); from here on this run is logged to metrics.jsonl alone", error)
             self.run = None
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Record values of a step in both places."""
+        """Log a step's values to both."""
         super().log(step, values)
         self._send({"step": step, **values})
 
     def image(self, step: int, name: str, path: Path) -> None:
-        """Send a picture."""
+        """Log an image file."""
         self._send({"step": step, name: self.wandb.Image(str(path))})
 
     def finish(self, failed: bool = False) -> None:
-        """Close the record and the W&B run, which its page then calls finished or failed."""
+        """Close both; the W&B run is then finished or failed."""
         super().finish()
         if self.run is not None:
             try:

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from ddt.config import parse, shown
-from ddt.errors import collected, require
+from ddt.errors import collect_errors, require
 from ddt.generation.image_set import MAX_SEED, ImageSet
 from ddt.generation.settings import SampleSettings
 from ddt.model import network_class
@@ -154,7 +154,7 @@ def make_request(controls: Controls, stored: dict[str, Any], settings: AppSettin
     """Return the request of controls that are within the limits."""
     shares_encoder = network_class(stored["network"]).shares_encoder
     chosen = controls.sample_settings(settings, shares_encoder)
-    sampler, images = collected(
+    sampler, images = collect_errors(
         lambda: chosen.resolve(stored["sampler"], shares_encoder),
         lambda: chosen.image_set(stored["network"]["num_classes"]),
     )

@@ -10,7 +10,7 @@ from conftest import inputs, small_ddt
 import ddt
 from ddt.checkpoint import folder as ckpt
 from ddt.errors import UserError
-from ddt.files import atomic_file, atomic_folder, lock_folder, temporary_folder
+from ddt.files import atomic_file, atomic_folder, lock_folder
 
 NETWORK = dict(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2, num_classes=5)
 
@@ -104,13 +104,14 @@ def test_shards_of_processes_are_joined(tmp_path):
     """
     full = {"w": torch.arange(6.0).view(3, 2), "b": torch.tensor([7.0])}
     moments = {0: {"step": torch.tensor(4.0), "exp_avg": torch.arange(5.0)}}
-    temporary, files = temporary_folder(tmp_path / "a"), {}
-    for rank in (1, 0):
-        weights = {"w": full["w"][2 * rank : 2 * rank + 2], "b": full["b"][rank:]}
-        state = {0: {"step": moments[0]["step"], "exp_avg": moments[0]["exp_avg"][3 * rank : 3 * rank + 3]}}
-        train_state = {"optimizer": {"state": state}, "skips": [rank, rank]}
-        files |= ckpt.write_files(temporary, {"ema": weights, "ema_0.9": weights}, train_state, (rank, 2))
-    ckpt.publish_atomically(temporary, tmp_path / "a", {}, files)
+    with atomic_folder(tmp_path / "a") as temporary:
+        files = {}
+        for rank in (1, 0):
+            weights = {"w": full["w"][2 * rank : 2 * rank + 2], "b": full["b"][rank:]}
+            state = {0: {"step": moments[0]["step"], "exp_avg": moments[0]["exp_avg"][3 * rank : 3 * rank + 3]}}
+            train_state = {"optimizer": {"state": state}, "skips": [rank, rank]}
+            files |= ckpt.write_files(temporary, {"ema": weights, "ema_0.9": weights}, train_state, (rank, 2))
+        ckpt.write_manifest(temporary, {}, files)
     for name in ("ema", "ema_0.9"):
         found = ckpt.read_weights(tmp_path / "a", name)
         assert all(torch.equal(found[key], full[key]) for key in full)

@@ -17,7 +17,7 @@ from ddt.errors import UserError
 from ddt.export import ExportSettings, export
 from ddt.export.export import class_labels, find_picture, open_source, read_metrics, without_paths
 from ddt.export.model_card import Card
-from ddt.files import temporary_folder
+from ddt.files import atomic_folder
 from ddt.pictures import imagenet_synsets
 from ddt.sampling.schedules import write_schedule
 
@@ -149,12 +149,12 @@ def test_an_autoencoder_of_the_hub_stays_a_name(tmp_path):
 def test_shards_become_one_file(tmp_path):
     folder = small_checkpoint(tmp_path / "checkpoint")
     state = ckpt.read_weights(folder, "ema")
-    sharded = temporary_folder(tmp_path / "sharded")
-    halves = [{k: v.chunk(2)[piece] for k, v in state.items() if piece < len(v.chunk(2))} for piece in range(2)]
-    files = {}
-    for piece, half in enumerate(halves):
-        files |= ckpt.write_files(sharded, {"ema": half}, shard=(piece, 2))
-    ckpt.publish_atomically(sharded, tmp_path / "sharded", ckpt.read_config(folder), files)
+    with atomic_folder(tmp_path / "sharded") as temporary:
+        files = {}
+        for rank in range(2):
+            shard = {k: v.chunk(2)[rank] for k, v in state.items() if rank < len(v.chunk(2))}
+            files |= ckpt.write_files(temporary, {"ema": shard}, shard=(rank, 2))
+        ckpt.write_manifest(temporary, ckpt.read_config(folder), files)
     found = ddt.load_model(hub(tmp_path / "sharded", tmp_path / "exported")).state_dict()
     assert all(torch.equal(found[key], state[key]) for key in state)
 

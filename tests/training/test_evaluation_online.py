@@ -111,7 +111,7 @@ def test_a_changed_evaluation_is_said(runs, monkeypatch, caplog):
     succeed("train", *arguments, "trainer.max_steps=4")
     assert "the evaluation changed" not in caplog.text
     succeed("train", *arguments, "features.epochs=2", "trainer.max_steps=5")
-    assert "the evaluation changed in features: its numbers do not compare" in caplog.text
+    assert "the evaluation changed in features: its metrics do not compare" in caplog.text
     assert json.loads((runs / "changed" / "evaluation.json").read_text())["features"]["epochs"] == 2
 
 

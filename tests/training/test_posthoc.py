@@ -10,7 +10,7 @@ from conftest import refusal, succeed
 
 from ddt.checkpoint import folder as ckpt
 from ddt.errors import UserError
-from ddt.files import temporary_folder
+from ddt.files import atomic_folder
 from ddt.training.ema import EMA, ConstantDecay, PowerFunction, power_exponent
 from ddt.training.posthoc import (
     PosthocSettings,
@@ -208,17 +208,16 @@ def test_snapshots_of_a_sharded_run(run, tmp_path):
     whole = find_snapshots(run)
     folders = {folder: tmp_path / "snapshots" / folder.name for folder, _ in whole.weights}
     for folder, target in folders.items():
-        temporary, files = temporary_folder(target), {}
-        for rank in range(2):
-            weights = {
-                name: {
-                    key: value.tensor_split(2)[rank] if value.ndim else value
-                    for key, value in ckpt.read_weights(folder, name).items()
+        whole_weights = {name: ckpt.read_weights(folder, name) for name in ckpt.weights_names(folder)}
+        with atomic_folder(target) as temporary:
+            files = {}
+            for rank in range(2):
+                weights = {
+                    name: {key: value.tensor_split(2)[rank] if value.ndim else value for key, value in state.items()}
+                    for name, state in whole_weights.items()
                 }
-                for name in ckpt.weights_names(folder)
-            }
-            files |= ckpt.write_files(temporary, weights, shard=(rank, 2))
-        ckpt.publish_atomically(temporary, target, ckpt.read_config(folder), files)
+                files |= ckpt.write_files(temporary, weights, shard=(rank, 2))
+            ckpt.write_manifest(temporary, ckpt.read_config(folder), files)
     sharded = find_snapshots(tmp_path)
     assert sharded.profiles == whole.profiles
     assert sharded.weights == tuple((folders[folder], name) for folder, name in whole.weights)

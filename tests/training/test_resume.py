@@ -368,14 +368,14 @@ def patient(enter):
     """Let a run look for STOP at every step."""
 
     def entered(self):
-        self.looked = -np.inf
-        look = self.look
+        self.checked_at = -np.inf
+        check = self.check
 
         def always():
-            self.looked = -np.inf
-            return look()
+            self.checked_at = -np.inf
+            return check()
 
-        self.look = always
+        self.check = always
         return enter(self)
 
     return entered
@@ -405,9 +405,9 @@ def test_time_for_saving_and_measuring_is_left(tmp_path, monkeypatch):
     assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
     monkeypatch.setattr(stopping.time, "time", lambda: 1000.0 - stopping.MARGIN - 100)
     requests.pause_seconds = 49.0
-    assert requests.look() == 0
+    assert requests.check() == 0
     requests.pause_seconds = 51.0
-    assert stopping.REASONS[requests.look()] == "the time limit"
+    assert stopping.REASONS[requests.check()] == "the time limit"
 
 
 def test_a_run_has_one_command_at_a_time(straight):
@@ -546,7 +546,7 @@ def test_nothing_is_removed_while_the_best_is_unknown(saved_often, tmp_path, cap
     saver.run_dir, saver.accelerator = run, SimpleNamespace(is_main_process=True)
     saver.settings = SimpleNamespace(keep_last=2, keep_every=0, keep_best="fid_5k")
     saver.prune()
-    assert "no checkpoint has this number, so all stay" in caplog.text
+    assert "no checkpoint has this metric, so all stay" in caplog.text
     assert list(ckpt.list_checkpoints(run)) == [4, 8, 9]
     saver.settings.keep_best = None
     saver.prune()

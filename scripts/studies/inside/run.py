@@ -10,7 +10,7 @@ from typing import Any
 
 from ddt.checkpoint import folder as ckpt
 from ddt.distributed.prepare import make_accelerator
-from ddt.errors import UserError, collected, first_line, require
+from ddt.errors import UserError, collect_errors, first_line, require
 from ddt.files import check_writable, write_json
 from ddt.generation.generator import Dtype
 from ddt.generation.image_set import ImageSet, Numbers, image_set
@@ -67,7 +67,7 @@ class InsideSettings(SamplerOverrides):
     def sampler_and_images(self, stored: dict[str, Any]) -> tuple[SamplerSettings, ImageSet]:
         """Return sampler and images, as sample.py understands the same settings."""
         network = stored["network"]
-        sampler, images = collected(
+        sampler, images = collect_errors(
             lambda: self.resolve(stored["sampler"], network_class(network).shares_encoder),
             lambda: image_set(network["num_classes"], classes=self.classes, seeds=self.seeds),
         )
