@@ -1,6 +1,4 @@
-"""Compiled blocks: all blocks of a kind share one compilation, so that it takes as long for any
-depth.
-"""
+"""Compiling blocks: all blocks of a kind share one compilation, whatever the depth."""
 
 import importlib.util
 import logging
@@ -17,16 +15,14 @@ from ddt.errors import require
 from ddt.model.layers import Block, BlockStack
 
 log = logging.getLogger(__name__)
-# Graphs of one piece of code, which all blocks are: with and without kept modulations, of model and
-# guide, of one image and of several, of the runs of a sweep. torch's own limit, 8, is less than
-# sampling with a guide needs.
+# Graphs of one piece of code, which all blocks are: with and without cached modulations, of model
+# and guide, of one image and several, of the runs of a sweep. Sampling with a guide needs more than
+# torch's default, 8.
 RECOMPILE_LIMIT = 64
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """Return what torch's compiler needs for a device and does not find, in words, or None where it
-    finds all.
-    """
+    """Return what torch's compiler lacks for a device, in words, or None where it lacks nothing."""
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             return "Triton"
@@ -42,10 +38,9 @@ def missing_compiler(device: torch.device) -> str | None:
 
 
 def compiles(key: str, chosen: bool | None, default: bool, device: torch.device) -> bool:
-    """Tell whether to compile: as `chosen`, or where that is None by `default`, if the device has a
-    compiler.
+    """Return whether to compile: `chosen`, or where that is None `default` if there is a compiler.
 
-    Raises UserError, naming the setting `key`, where compiling was chosen and cannot be.
+    Raises UserError, naming the setting `key`, where `chosen` is true and there is no compiler.
     """
     if not (default if chosen is None else chosen):
         return False
@@ -60,21 +55,20 @@ def compiles(key: str, chosen: bool | None, default: bool, device: torch.device)
 
 
 def compile_blocks(network: nn.Module, dynamic: bool) -> None:
-    """Have each block of a denoiser compiled in place, when it is first called. Names of weights
-    stay as they are, and copies of the network are not compiled.
+    """Compile each block of a denoiser in place, when it is first called.
 
-    dynamic: one graph serves batches of any size, instead of one for each size. What cannot be
-    compiled whole is an
-    error: nothing falls back to uncompiled code unnoticed.
+    Names of weights do not change, and copies of the network are not compiled. dynamic: one graph
+    for batches of any size, instead of one for each. A block that cannot be compiled whole is an
+    error: no silent fallback to eager code.
     """
     from torch._dynamo import config  # takes a second to import
 
     config.recompile_limit = RECOMPILE_LIMIT
-    # Under DDP torch would cut each block at DDP's buckets, to send gradients early; a graph a
+    # Under DDP torch would split each block at DDP's buckets to send gradients early; a graph per
     # block does that already
     config.optimize_ddp = False
     kinds = sum(isinstance(module, BlockStack) for module in network.modules())
     log.info("compiling %d kind%s of block at first use, which takes up to minutes", kinds, "s" if kinds > 1 else "")
     for block in [module for module in network.modules() if isinstance(module, Block)]:
-        # torch would choose among kernels by timing them: other bits in each process
+        # otherwise torch chooses kernels by timing them: other last bits in each process
         block.compile(fullgraph=True, dynamic=dynamic, options={"deterministic": True})

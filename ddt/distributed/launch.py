@@ -1,9 +1,8 @@
-"""Start a function on several processes of this machine, one for each GPU, and pass on to them what
-this one is asked.
+"""Launch a function on several processes of this machine, one per GPU, and forward signals to them.
 
-SIGTERM and SIGUSR1 are passed on, and the processes end when and as they like; so is the first
-SIGINT, as SIGTERM, for a terminal's Ctrl-C has reached them already and a second SIGINT would end
-them at once.
+SIGTERM and SIGUSR1 are forwarded, and the processes end by themselves. The first SIGINT is
+forwarded as SIGTERM: a terminal's Ctrl-C reached them already, and a second SIGINT would end them
+at once.
 """
 
 import contextlib
@@ -29,12 +28,12 @@ from ddt.config import flat
 from ddt.errors import Stopped, UserError, os_error_line, require
 
 MAX_CPU_PROCESSES = 16  # whatever the number of cores
-GRACE_SECONDS = 10  # for the others to end by themselves when a process has failed, and again after SIGTERM
-ORPHAN_SECONDS = 120  # for a last checkpoint when the process that started this one is gone
+GRACE_SECONDS = 10  # for the other processes to end when one has failed, and again after SIGTERM
+ORPHAN_SECONDS = 120  # for a last checkpoint when the parent process is gone
 
 
 def default_processes() -> int:
-    """Return one process for each visible GPU, or one on the CPU."""
+    """Return the number of visible GPUs, or 1 on the CPU."""
     return max(1, torch.cuda.device_count())
 
 
@@ -45,11 +44,11 @@ def _free_port() -> int:
 
 
 def _end_with_parent() -> None:
-    """End this process some time after the one that started it, however that ended.
+    """End this process some time after its parent, however that ended.
 
-    torch has Linux send SIGINT then, but training takes that for a request and stops when it next
-    can; and nothing is sent where the parent ends while this process still imports. The closed pipe
-    waited for here is never missed.
+    torch has Linux send SIGINT then, but training takes that as a request to stop; and no signal
+    comes where the parent ends while this process still imports. `join` waits for a closed pipe,
+    which is never missed.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -59,10 +58,9 @@ def _end_with_parent() -> None:
 
 
 def _call(function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    """Call the function of one process of several, and end the process group where it made one.
+    """Call the function of one process, then destroy its process group.
 
-    A group that is left to the end of Python still has threads then, which may abort the process;
-    NCCL warns of it.
+    The threads of a group that is left to the end of Python may abort the process.
     """
     function(*args)
     if torch.distributed.is_initialized():
@@ -70,8 +68,9 @@ def _call(function: Callable[..., None], args: tuple[Any, ...]) -> None:
 
 
 def _worker(
-    rank: int, function: Callable[..., None], num_processes: int, port: int, told: Any, args: tuple[Any, ...]
+    rank: int, function: Callable[..., None], num_processes: int, port: int, errors: Any, args: tuple[Any, ...]
 ) -> None:
+    """Call the function as process `rank`; put a UserError, Stopped … into the queue `errors`."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(
         RANK=str(rank),
@@ -84,26 +83,27 @@ def _worker(
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
-    tqdm.set_lock(threading.RLock())  # its own would be a semaphore, which a process that is ended leaves behind
+    tqdm.set_lock(threading.RLock())  # its default is a semaphore, which a killed process leaves behind
     try:
         _call(function, args)
-    except Stopped as stopped:  # no failure: the others are left to finish
-        told.put(stopped)
+    except Stopped as stopped:  # no failure: the other processes continue to their end
+        errors.put(stopped)
     except (UserError, FloatingPointError, KeyboardInterrupt) as error:
-        told.put(error)
+        errors.put(error)
         sys.exit(1)
-    except OSError as error:  # as the line that would be printed: not all kinds can be sent to another process
-        told.put(UserError(os_error_line(error)))
+    except OSError as error:  # as the line to print: not all kinds can be pickled
+        errors.put(UserError(os_error_line(error)))
         sys.exit(1)
 
 
 @contextlib.contextmanager
-def _relaying(children: list[Any], received: list[int]) -> Iterator[None]:
-    """Pass signals on to the children, the first SIGINT as SIGTERM; the second one raises
-    KeyboardInterrupt. `received` gets the numbers of the signals.
+def _forward_signals(children: list[Any], received: list[int]) -> Iterator[None]:
+    """Forward signals to the children, the first SIGINT as SIGTERM, and append them to `received`.
+
+    The second SIGINT raises KeyboardInterrupt.
     """
 
-    def relay(signum: int, frame: FrameType | None) -> None:
+    def forward(signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and signum in received:
             raise KeyboardInterrupt
         for child in children:
@@ -111,7 +111,7 @@ def _relaying(children: list[Any], received: list[int]) -> Iterator[None]:
                 os.kill(child.pid, signal.SIGTERM if signum == signal.SIGINT else signum)
         received.append(signum)
 
-    before = {number: signal.signal(number, relay) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield
     finally:
@@ -120,14 +120,14 @@ def _relaying(children: list[Any], received: list[int]) -> Iterator[None]:
 
 
 def _failure(error: ProcessException, received: list[int]) -> BaseException:
-    """Return what to raise for a process that failed without a line of its own."""
+    """Return the exception to raise for a process that put no error into the queue."""
     if signal.SIGINT in received:
         return KeyboardInterrupt()
     if not isinstance(error, ProcessExitedException):
         return error  # unexpected, with its traceback
     if error.signal_name is None:
         return SystemExit(error.exit_code)
-    if signal.Signals[error.signal_name] in received:  # passed on to processes that take no requests
+    if signal.Signals[error.signal_name] in received:  # forwarded to processes that do not handle it
         return Stopped(f"ended by {error.signal_name}; the same command resumes from what is complete")
     return UserError(
         f"process {error.error_index} was ended by {error.signal_name} (no memory?); run the same command again"
@@ -135,18 +135,18 @@ def _failure(error: ProcessException, received: list[int]) -> BaseException:
 
 
 def _spawn(function: Callable[..., None], num_processes: int, args: tuple[Any, ...]) -> None:
-    """Start the processes, wait for all of them and raise what the first failed one did."""
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # the cause is told below
-    told = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    """Start the processes, wait for all and raise the error of the first that failed."""
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # the cause is raised below
+    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
     children: list[Any] = []
     received: list[int] = []
     failure: BaseException | None = None
-    with _relaying(children, received):
+    with _forward_signals(children, received):
         try:
-            worker_args = (function, num_processes, _free_port(), told, args)
+            worker_args = (function, num_processes, _free_port(), queue, args)
             context = torch.multiprocessing.start_processes(_worker, worker_args, num_processes, join=False)
             children += context.processes
-            for signum in set(received) - {signal.SIGINT}:  # came while they were started
+            for signum in set(received) - {signal.SIGINT}:  # received while they were started
                 os.kill(os.getpid(), signum)
             while not context.join(grace_period=GRACE_SECONDS):
                 pass
@@ -157,9 +157,9 @@ def _spawn(function: Callable[..., None], num_processes: int, args: tuple[Any, .
                 child.kill()  # only a second Ctrl-C finds one alive
                 child.join()
     errors = []
-    while not told.empty():
-        errors.append(told.get())
-    # the others fail for the same reason as the first one, or because of it
+    while not queue.empty():
+        errors.append(queue.get())
+    # the other processes fail for the same reason as the first, or because of it
     raised = next((error for error in errors if not isinstance(error, Stopped)), failure or next(iter(errors), None))
     if raised is not None:
         raise raised
@@ -168,23 +168,24 @@ def _spawn(function: Callable[..., None], num_processes: int, args: tuple[Any, .
 def launch(function: Callable[..., None], num_processes: int | None, *args: Any) -> None:
     """Call `function(*args)` on `num_processes` processes of this machine and wait for them.
 
-    None means every visible GPU, or one CPU process. One process is this one. Under `torchrun` or
-    `accelerate launch` this process is one of theirs already, and nothing is started. The function
-    and its arguments must be picklable.
+    None: every visible GPU, or one CPU process. A single process is this one. Under `torchrun` or
+    `accelerate launch` nothing is started: this process is one of theirs. The function and its
+    arguments must be picklable.
 
-    Raises UserError for a number that cannot be, and what the function raises: of several processes
-    the first UserError, FloatingPointError, OSError (as a UserError) or Stopped; UserError where
-    one is killed.
+    Raises UserError for an impossible number or a killed process, and what the function raises: of
+    several processes the first UserError, FloatingPointError, OSError (as a UserError) or Stopped.
     """
-    if num_processes is not None and num_processes < 1:
-        raise UserError(f"num_processes={num_processes}: must be at least 1, or null for every visible GPU")
+    require(
+        num_processes is None or num_processes >= 1,
+        f"num_processes={num_processes}: must be at least 1, or null for every visible GPU",
+    )
     if "RANK" in os.environ:
         world = int(os.environ.get("WORLD_SIZE", "1"))
-        if num_processes not in (None, world):
-            raise UserError(
-                f"num_processes={num_processes}: {world} processes were launched already; leave it out, or start the "
-                "command without a launcher"
-            )
+        require(
+            num_processes in (None, world),
+            f"num_processes={num_processes}: {world} processes were launched already; leave it out, or start the "
+            "command without a launcher",
+        )
         _call(function, args)
         return
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
@@ -199,24 +200,26 @@ def launch(function: Callable[..., None], num_processes: int | None, *args: Any)
         return
     gpus = torch.cuda.device_count()
     most = max(MAX_CPU_PROCESSES, os.cpu_count() or 1)
-    if gpus == 0 and num_processes > most:
-        raise UserError(f"num_processes={num_processes}: choose at most {most} on this machine, which has no GPU")
-    if 0 < gpus < num_processes:
-        raise UserError(f"num_processes={num_processes}, but {gpus} GPUs are visible: choose at most {gpus}")
+    require(
+        gpus > 0 or num_processes <= most,
+        f"num_processes={num_processes}: choose at most {most} on this machine, which has no GPU",
+    )
+    require(
+        gpus == 0 or num_processes <= gpus,
+        f"num_processes={num_processes}, but {gpus} GPUs are visible: choose at most {gpus}",
+    )
     _spawn(function, num_processes, args)
 
 
-def check_same_on_all_processes(accelerator: Accelerator, what: dict[str, Any]) -> None:
-    """Raise UserError on all processes where they do not hold the same values: they would train
-    different things.
+def check_same_on_all_processes(accelerator: Accelerator, values: dict[str, Any]) -> None:
+    """Raise UserError on all processes where their (nested) plain values differ.
 
-    `what`: plain values by name, nested or not; the first name whose values differ is told, with
-    the processes of each.
+    It names the first key that differs, its values and their processes.
     """
-    everyone = [flat(values) for values in gather_object([what])]
+    everyone = [flat(own) for own in gather_object([values])]
     for key in dict.fromkeys(key for values in everyone for key in values):
         ranks: dict[str, list[str]] = {}
-        for rank, values in enumerate(everyone):
-            ranks.setdefault(repr(values[key]) if key in values else "not set", []).append(str(rank))
-        found = ", ".join(f"{value} (process {' '.join(numbers)})" for value, numbers in ranks.items())
-        require(len(ranks) == 1, f"{key}: is not the same on all processes: {found}; start all with the same command")
+        for rank, own in enumerate(everyone):
+            ranks.setdefault(repr(own[key]) if key in own else "not set", []).append(str(rank))
+        listed = ", ".join(f"{value} (process {' '.join(numbers)})" for value, numbers in ranks.items())
+        require(len(ranks) == 1, f"{key}: is not the same on all processes: {listed}; start all with the same command")

@@ -1,7 +1,6 @@
-"""One network on many processes: whole on each (DDP), or sharded among them (FSDP2).
+"""A network on several processes: replicated (DDP), or sharded among them (FSDP2).
 
-A sharded parameter is torch's DTensor, cut along its first dimension; `local` is the part of this
-process.
+A sharded parameter is a DTensor, split along its first dimension; each process has a local part.
 """
 
 import contextlib
@@ -26,35 +25,31 @@ Value = TypeVar("Value")
 FORWARD_METHODS = ("encode", "decode", "forward_with_hidden")
 
 
-def make_accelerator(mixed_precision: str, patience: datetime.timedelta | None = None) -> Accelerator:
-    """Return the Accelerator of this process: its GPU where there is one, else the CPU (gloo
-    between processes).
+def make_accelerator(mixed_precision: str, timeout: datetime.timedelta | None = None) -> Accelerator:
+    """Return the Accelerator of this process: its GPU, or the CPU (gloo between processes).
 
-    patience: how long the processes wait for each other before they give up; None is torch's
-    default.
+    timeout: of processes that wait for each other; None: torch's default.
     """
     for name in ("USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "DYNAMO_BACKEND"):
         require(
             os.environ.get(f"ACCELERATE_{name}", "no").lower() in ("no", "false"),
-            f"ACCELERATE_{name}: is no way of this repository's; take it out of Accelerate's configuration (to shard: "
+            f"ACCELERATE_{name}: is not supported; take it out of Accelerate's configuration (to shard: "
             "trainer.parallelism=fsdp)",
         )
     precision = "bf16" if mixed_precision == "bf16" else "no"
-    handlers = [] if patience is None else [InitProcessGroupKwargs(timeout=patience)]
+    handlers = [] if timeout is None else [InitProcessGroupKwargs(timeout=timeout)]
     return Accelerator(
         mixed_precision=precision,
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=handlers,
-        # the loop divides losses itself; given as a plugin, the environment of accelerate launch
-        # does not change it
+        # the loop divides losses itself; as a plugin, the environment of accelerate launch does not
+        # change it
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
 
 
 def decide_on_main(accelerator: Accelerator, decide: Callable[[], Value]) -> Value:
-    """Return what `decide` returns on the main process, which alone calls it, on all; a UserError
-    reaches all, too.
-    """
+    """Call `decide` on the main process; return its result, or raise its UserError, on all."""
     outcome: list[Any] = [None, None]  # value, error
     if accelerator.is_main_process:
         try:
@@ -68,14 +63,12 @@ def decide_on_main(accelerator: Accelerator, decide: Callable[[], Value]) -> Val
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor, which is the tensor itself unless it is sharded."""
+    """Return this process's part of a sharded tensor; any other is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard(network: nn.Module) -> None:
-    """Shard a denoiser among all processes: each block is gathered when it runs, the rest with the
-    whole.
-    """
+    """Shard a denoiser among all processes, block by block; a block is gathered when it runs."""
     for block in [module for module in network.modules() if isinstance(module, Block)]:
         fully_shard(block)
     fully_shard(network)
@@ -85,10 +78,9 @@ def shard(network: nn.Module) -> None:
 
 @torch.no_grad()
 def broadcast_weights(module: nn.Module, accelerator: Accelerator) -> None:
-    """Give all processes the weights of the main one: on another kind of processor the initial
-    weights may differ in their last bits.
+    """Give all processes the main one's weights, before sharding and before EMAs are made.
 
-    Before sharding, and before EMAs are made.
+    On another kind of CPU the initial weights may differ in their last bits.
     """
     if accelerator.num_processes > 1:
         for parameter in module.parameters():
@@ -98,10 +90,9 @@ def broadcast_weights(module: nn.Module, accelerator: Accelerator) -> None:
 
 
 def prepare(objective: Any, accelerator: Accelerator, parallelism: Literal["ddp", "fsdp"]) -> nn.Module:
-    """Return what the loop calls to get losses: the objective for many processes, under the run's
-    autocast.
+    """Return the objective under DDP or FSDP2 and the run's autocast.
 
-    Raises UserError where there is nothing to shard among.
+    Raises UserError where one process is to shard.
     """
     if parallelism == "ddp":
         return accelerator.prepare(objective)
@@ -109,15 +100,13 @@ def prepare(objective: Any, accelerator: Accelerator, parallelism: Literal["ddp"
         accelerator.num_processes > 1,
         "trainer.parallelism=fsdp: needs several processes to shard among; set trainer.num_processes, or leave it out",
     )
-    shard(objective.denoiser)  # from the CPU, so that the whole never lies on one GPU
+    shard(objective.denoiser)  # from the CPU: one GPU may not hold the whole
     fully_shard(objective)
     return Autocast(objective, accelerator)
 
 
 class Autocast(nn.Module):
-    """Calls a sharded module under the run's autocast, as Accelerate does for a module that it
-    prepares.
-    """
+    """Calls a sharded module under the run's autocast, as Accelerate does for DDP."""
 
     def __init__(self, module: Any, accelerator: Accelerator) -> None:
         super().__init__()
@@ -131,9 +120,7 @@ class Autocast(nn.Module):
 
 @contextlib.contextmanager
 def micro_batch(model: nn.Module, accelerator: Accelerator, last: bool) -> Iterator[None]:
-    """Run a micro-batch forward and backward; gradients are exchanged after the last of a step
-    alone.
-    """
+    """Context of a micro-batch's forward and backward; only a step's last exchanges gradients."""
     if isinstance(model, Autocast):
         model.module.set_requires_gradient_sync(last)
         yield
@@ -143,8 +130,7 @@ def micro_batch(model: nn.Module, accelerator: Accelerator, last: bool) -> Itera
 
 
 def gather_network(network: nn.Module, outline: Network) -> Network:
-    """Return a copy of a sharded network with all its weights, on every process; all call it
-    together.
+    """Return a full copy of a sharded network on every process; all call it together.
 
     outline: the same network on the meta device.
     """
@@ -156,7 +142,7 @@ def gather_network(network: nn.Module, outline: Network) -> Network:
 
 @torch.no_grad()
 def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Fill a module, sharded or not, with whole tensors; names and shapes must be equal."""
+    """Load full tensors into a module, sharded or not; names and shapes must match."""
     own = dict(module.named_parameters())
     assert own.keys() == state.keys(), "a checkpoint's names are those of the module"
     for name, parameter in own.items():
@@ -165,7 +151,7 @@ def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return a whole tensor sharded as a parameter is, without talking to the other processes."""
+    """Return a full tensor sharded as a parameter is, without communication."""
     if not isinstance(parameter, DTensor):
         return tensor
     moved = tensor.to(parameter.device)
@@ -174,7 +160,7 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
-    """Return the norm of all gradients, a float32 scalar on the device, equal on all processes."""
+    """Return the norm of all gradients: a float32 scalar on the device, equal on all processes."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 

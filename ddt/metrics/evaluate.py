@@ -50,7 +50,7 @@ class EvaluateSettings:
 def run(settings: EvaluateSettings, data: Choice | None, samples: NpzImages | FolderImages) -> None:
     """Load everything, measure and log the metrics, on each process; see `load_reference`."""
     assert settings.features is not None
-    accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))  # the metrics of one may take hours
+    accelerator = make_accelerator("no", timeout=datetime.timedelta(days=1))  # the metrics of one may take hours
     reference, extractor = load_reference(settings.reference, data, settings.features, accelerator.device)
     if settings.out is not None:
         out = Path(settings.out)

@@ -94,8 +94,8 @@ def test_reconstruction_is_the_average_that_was_tracked(rule, largest):
     error = np.linalg.norm(made.coefficients @ snapshots - truth) / np.linalg.norm(truth - weights[-1])
     assert error < largest
     np.testing.assert_allclose(made.shares() @ weights, made.coefficients @ snapshots, rtol=1e-9)
-    wanted = made.wanted.shares()
-    direct = np.linalg.norm(made.shares() - wanted) / np.linalg.norm(wanted)
+    target = made.target.shares()
+    direct = np.linalg.norm(made.shares() - target) / np.linalg.norm(target)
     assert made.residual == pytest.approx(direct, rel=1e-6)
 
 
@@ -111,7 +111,7 @@ def test_coefficients_are_the_best_with_their_sum():
     averages = [Profile(PowerFunction(std), step) for step in (50, 75, 100) for std in (0.05, 0.1)]
     made = reconstruct(averages, Profile(PowerFunction(0.07), 100))
     full = np.stack([np.pad(p.shares(), (0, 100 - p.step)) for p in averages])
-    gradient = full @ (made.shares() - made.wanted.shares())
+    gradient = full @ (made.shares() - made.target.shares())
     np.testing.assert_allclose(gradient, gradient.mean(), atol=1e-9)
 
 
@@ -242,7 +242,7 @@ def test_snapshots_of_a_sharded_run(run, tmp_path):
         ({"step": 41}, "step=41: the run has no snapshot of it; the nearest: 35, 40"),
         ({"step": 12}, "the nearest: 10, 15"),
         ({"step": 5}, "is the only snapshot up to step 5"),
-        ({"powers": [0.2]}, "powers=0.2: the run kept no such EMA weights; choose from 0.05, 0.1, 0.15"),
+        ({"powers": [0.2]}, "powers=0.2: the run saved no such EMA weights; choose from 0.05, 0.1, 0.15"),
         ({"powers": []}, "powers=[]: name at least one of 0.05, 0.1, 0.15"),
         ({"std": 0.01, "powers": [0.1]}, "std=0.01: the snapshots up to step 40 cannot make this EMA"),
         ({"decay": 0.9999}, "decay=0.9999: the snapshots up to step 40 cannot make this EMA"),

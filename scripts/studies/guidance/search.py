@@ -158,7 +158,7 @@ def search(settings: GuidanceSettings, data: Choice | None, checkpoints: list[Ch
     tables, picture and, last, the JSON file of a complete search. data: the data set that the
     reference is.
     """
-    accelerator = make_accelerator("no", patience=datetime.timedelta(days=1))  # one GPU may be hours behind another
+    accelerator = make_accelerator("no", timeout=datetime.timedelta(days=1))  # one GPU may be hours behind another
     device, main, out = accelerator.device, accelerator.is_main_process, Path(settings.out)
     dtype = settings.dtype or usual_dtype(device)
     plan: dict[str, Any] | None = None
