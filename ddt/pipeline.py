@@ -1,7 +1,6 @@
-"""The model as a diffusers pipeline: `DDTPipeline`, its network and its sampler as components.
+"""`DDTPipeline`: the model as a diffusers pipeline, with network and sampler as components.
 
-Nothing is computed here that is not computed in `ddt.sampling.sample` and `ddt.autoencoder`: a
-pipeline's images are those of sample.py. Shapes: B images, C H W.
+A thin layer over `ddt.generation`: its images are those of sample.py. Shapes: B images, C H W.
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ from ddt.sampling.solvers import DiffusionName
 Stored = Literal["checkpoint"]
 DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 OUTPUTS = ("pil", "np", "pt", "latent")
-# arguments of a call by their names in diffusers, and what they are called everywhere else here
+# arguments of a call: name in diffusers → name in this project
 NAMES = {
     "num_inference_steps": "num_steps",
     "guidance_scale": "cfg_scale",
@@ -45,12 +44,10 @@ NAMES = {
 class DDTTransformer2DModel(ModelMixin, ConfigMixin):
     """A network of `ddt.model` as a diffusers model.
 
-    sample_size: H and W of the latents. settings: of `build_network`, so that every family of
-    networks has its own.
+    sample_size: H and W of the latents. settings: of `build_network`.
     """
 
-    # what autocast leaves in float32, so that the weights loaded in bfloat16 give the bits of
-    # sample.py dtype=bf16
+    # float32 as under autocast, so that weights loaded in bfloat16 give the bits of dtype=bf16
     _keep_in_fp32_modules: ClassVar = ["norm", "norm1", "norm2", "q_norm", "k_norm", "embedding_table"]
 
     @register_to_config
@@ -60,20 +57,16 @@ class DDTTransformer2DModel(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def denoiser(self) -> Denoiser:
-        """Return the network, on the device where diffusers' offloading wants it to run."""
+        """Return the network, moved to its device by diffusers' offloading."""
         return self.network
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        """Return the velocity (B, C, H, W) for x_t (B, C, H, W), t (B,) in [0, 1], 0 is noise, and
-        classes (B,).
-        """
+        """Return v_t (B, C, H, W) for x_t (B, C, H, W), t (B,) in [0, 1], 0 is noise, y (B,)."""
         return self.network(hidden_states, timestep, class_labels)
 
 
 class DDTScheduler(SchedulerMixin, ConfigMixin):
-    """The sampler's settings as a diffusers component, under the names of `SamplerSettings`;
-    `ddt.sampling.sample` does the steps.
-    """
+    """`SamplerSettings` as a diffusers component; `ddt.sampling.sample` takes the steps."""
 
     @register_to_config
     def __init__(
@@ -98,19 +91,15 @@ class DDTScheduler(SchedulerMixin, ConfigMixin):
         return {name: self.config[name] for name in SamplerSettings.__dataclass_fields__}
 
 
-class Steps:
-    """Turns the velocities that a sampler observes into diffusers' "end of a step": progress, and
-    the callback.
-    """
+class StepObserver:
+    """Advances the progress bar and calls diffusers' callback at the end of each step."""
 
     def __init__(self, pipeline: "DDTPipeline", progress: Any, callback: Callable[..., Any] | None) -> None:
         self.pipeline, self.progress, self.callback = pipeline, progress, callback
         self.step, self.t = -1, 0.0  # none yet
 
     def observe(self, step: int, t: float | Tensor, x_t: Tensor, v: Tensor) -> None:
-        """Notice the first velocity of a step: x_t (B, C, H, W) is then what the step before has
-        made.
-        """
+        """Take a velocity; at a step's first, x_t (B, C, H, W) is the last step's result."""
         if step == self.step:
             return
         if self.step >= 0:
@@ -118,7 +107,7 @@ class Steps:
         self.step, self.t = step, t if isinstance(t, float) else float(t.flatten()[0])
 
     def end(self, latents: Tensor) -> None:
-        """Tell that a step is done, which made `latents` (B, C, H, W)."""
+        """End a step, whose result is `latents` (B, C, H, W)."""
         self.progress.update()
         if self.callback is None:
             return
@@ -130,14 +119,13 @@ class Steps:
 
 
 class DDTPipeline(DiffusionPipeline):
-    """Samples images of classes with a Decoupled Diffusion Transformer: the images of `sample.py`.
+    """Samples images of classes with a Decoupled Diffusion Transformer, as `sample.py` does.
 
     Args:
-        transformer: the network. vae: diffusers' AutoencoderKL or AutoencoderTiny; None for a model
-        of pixels.
+        vae: diffusers' AutoencoderKL or AutoencoderTiny; None for a model of pixels.
         scheduler: the sampler's settings.
-        id2label: class → name, several names separated by commas, as in diffusers' DiTPipeline.
-        decode_chunk_size: latents that are decoded at once: what bounds the memory.
+        id2label: class → names, separated by commas, as in diffusers' DiTPipeline.
+        decode_chunk_size: latents decoded at once; bounds the memory.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -158,31 +146,28 @@ class DDTPipeline(DiffusionPipeline):
     @property
     def labels(self) -> dict[str, list[int]]:
         """The classes of each name. ImageNet has two "crane"s."""
-        found: dict[str, list[int]] = {}
+        classes: dict[str, list[int]] = {}
         for k, names in (self.config.id2label or {}).items():
             for name in dict.fromkeys([names, *(part.strip() for part in names.split(","))]):
-                found.setdefault(name, []).append(int(k))
-        return dict(sorted(found.items()))
+                classes.setdefault(name, []).append(int(k))
+        return dict(sorted(classes.items()))
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """Return the classes that names mean; raise UserError for an unknown name, and for that of
-        several classes.
-        """
-        labels, found = self.labels, []
+        """Return the classes of names; raise UserError for unknown and ambiguous names."""
+        labels, classes = self.labels, []
         for name in [label] if isinstance(label, str) else label:
             require(name in labels, f"class_labels={name}: no such class{did_you_mean(name, labels)}")
-            ids = labels[name]
-            numbers = " and ".join(map(str, ids))
-            require(len(ids) == 1, f"class_labels={name}: is the name of classes {numbers}; give the number")
-            found += ids
-        return found
+            numbers = " and ".join(map(str, labels[name]))
+            require(len(labels[name]) == 1, f"class_labels={name}: is the name of classes {numbers}; give the number")
+            classes += labels[name]
+        return classes
 
     def _classes(self, class_labels: int | str | Sequence[int | str], num_images_per_class: int) -> list[int]:
-        """Return the class of each image; raise UserError for what is none."""
-        given = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
-        require(len(given) > 0, "class_labels=[]: name at least one class")
+        """Return the class of each image; raise UserError for invalid ones."""
+        labels = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        require(len(labels) > 0, "class_labels=[]: name at least one class")
         require(num_images_per_class >= 1, f"num_images_per_class={num_images_per_class}: must be at least 1")
-        classes = [self.get_label_ids(label)[0] if isinstance(label, str) else int(label) for label in given]
+        classes = [self.get_label_ids(label)[0] if isinstance(label, str) else int(label) for label in labels]
         last = self.transformer.network.num_classes - 1
         wrong = [k for k in classes if not 0 <= k <= last]
         require(not wrong, f"class_labels={wrong[:3]}: the model has classes 0..{last}")
@@ -194,16 +179,16 @@ class DDTPipeline(DiffusionPipeline):
         return self.transformer.network.in_channels, height, width
 
     def _noise(self, count: int, seeds: int | Sequence[int] | None, generator: Any, latents: Tensor | None) -> Tensor:
-        """Return the noise (B, C, H, W) of `count` images, float32; raise UserError where it does
-        not fit.
-        """
-        given = [name for name, value in (("seeds", seeds), ("generator", generator), ("latents", latents))
+        """Return the noise (B, C, H, W), float32; UserError where it does not fit `count`."""
+        sources = [name for name, value in (("seeds", seeds), ("generator", generator), ("latents", latents))
                  if value is not None]  # fmt: skip
-        require(len(given) <= 1, f"{', '.join(given)}: all of them say what the noise is; give one")
+        require(len(sources) <= 1, f"{', '.join(sources)}: each sets the noise; give one")
         shape = self._shape()
         if latents is not None:
-            wanted = (count, *shape)
-            require(tuple(latents.shape) == wanted, f"latents: have shape {tuple(latents.shape)}, expected {wanted}")
+            expected = (count, *shape)
+            require(
+                tuple(latents.shape) == expected, f"latents: have shape {tuple(latents.shape)}, expected {expected}"
+            )
             return latents.to(self._execution_device, torch.float32)
         if seeds is not None:
             numbers = [seeds] if isinstance(seeds, int) else list(seeds)
@@ -214,9 +199,7 @@ class DDTPipeline(DiffusionPipeline):
         return randn_tensor((count, *shape), generator=generator, device=self._execution_device, dtype=torch.float32)
 
     def _dtype(self) -> Dtype:
-        """Return the precision of the networks; raise UserError for one that they were never run
-        in.
-        """
+        """Return the precision of the network; raise UserError for an unsupported one."""
         dtype = self.transformer.dtype
         require(
             dtype in DTYPES, f"torch_dtype={dtype}: the networks run in torch.float32 or torch.bfloat16; choose one"
@@ -224,20 +207,18 @@ class DDTPipeline(DiffusionPipeline):
         return DTYPES[dtype]
 
     def _settings(self, chosen: dict[str, Any]) -> SamplerSettings:
-        """Return the scheduler's settings with those of a call in their place, but for those that
-        are "checkpoint".
-        """
+        """Return the scheduler's settings with the values of a call, unless "checkpoint"."""
         try:
             overrides = parse(SamplerOverrides, {NAMES.get(name, name): value for name, value in chosen.items()})
             return overrides.resolve(self.scheduler.settings(), self.transformer.network.shares_encoder)
         except UserError as error:
             text = str(error)
-            for theirs, name in NAMES.items():
-                text = text.replace(f"{name}=", f"{theirs}=")
+            for argument, name in NAMES.items():
+                text = text.replace(f"{name}=", f"{argument}=")
             raise UserError(text) from error
 
     def _autoencoder(self) -> Autoencoder:
-        """Return what decodes latents, around the `vae` component."""
+        """Return the autoencoder around the `vae` component."""
         if self.vae is None:
             return Identity()
         name = type(self.vae).__name__
@@ -268,30 +249,27 @@ class DDTPipeline(DiffusionPipeline):
         """Sample images, all in one batch.
 
         Args:
-            class_labels: a class or several, by number or by name (`labels`). num_images_per_class:
-                of each, one after the other.
-            seeds: one for each image, the same as in sample.py. generator: torch's, one or one an
-                image. latents: the starting noise itself (B, C, H, W). With none of them the noise
-                is torch's next.
-            num_inference_steps, guidance_scale, guidance_interval (None: guided at every time),
+            class_labels: one or several, by number or name (`labels`).
+            seeds: one per image, as in sample.py. generator: torch's, one or one per image.
+                latents: the initial noise (B, C, H, W). None of them: torch's global generator.
+            num_inference_steps, guidance_scale, guidance_interval (None: guidance at all times),
                 recompute (None: the encoder at every step; "uniform:5"; "dp:10", fitted at each
                 call; a list of steps; a schedule file), forecast_order, solver, timeshift,
-                last_step (None: 1/num_inference_steps): as in sample.py; "checkpoint" is what the
-                model was exported with.
+                last_step (None: 1/num_inference_steps): as in sample.py; "checkpoint": as exported.
             output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), float32 in [0, 1]; "latent"
-            (B, C, H, W).
-            callback_on_step_end: called as (pipeline, step, t, {"latents": x}) with what each step
-                made; it cannot change it.
+                (B, C, H, W).
+            callback_on_step_end: called as (pipeline, step, t, {"latents": x}) with the result of
+                each step, which it cannot change.
 
-        Returns `ImagePipelineOutput`, or with return_dict False a tuple of the images. Weights in
+        Returns `ImagePipelineOutput`, or a tuple of the images if return_dict is False. Weights in
         bfloat16 run under autocast, the solver in float32. Raises UserError, a ValueError, for
-        arguments that cannot be.
+        invalid arguments.
         """
         require(output_type in OUTPUTS, f"output_type={output_type}: choose from {', '.join(OUTPUTS)}")
         channels = 3 if self.vae is not None else self.transformer.network.in_channels
         require(
             output_type != "pil" or channels in (1, 3),
-            f"output_type=pil: there are no pictures of {channels} channels; give np, pt or latent",
+            f"output_type=pil: images of {channels} channels are not supported; give np, pt or latent",
         )
         settings = self._settings(
             {
@@ -319,10 +297,10 @@ class DDTPipeline(DiffusionPipeline):
         with sampler.exact(), self.progress_bar(total=settings.num_steps) as progress:
             with sampler.autocast():
                 settings, _ = resolve_recompute(model, sampler.shape, settings, device)
-            watch = Steps(self, progress, callback_on_step_end)
-            sampler = dataclasses.replace(sampler, settings=settings, observe=watch.observe)
+            observer = StepObserver(self, progress, callback_on_step_end)
+            sampler = dataclasses.replace(sampler, settings=settings, observe=observer.observe)
             sampled, _ = sampler.from_noise(noise, classes)
-            watch.end(sampled)
+            observer.end(sampled)
             images: Any = sampled if output_type == "latent" else sampler.pixels(sampled, None, None)
         self.maybe_free_model_hooks()
         if output_type == "pil":
@@ -336,9 +314,7 @@ class DDTPipeline(DiffusionPipeline):
 def build_pipeline(
     model: Denoiser, stored: dict[str, Any], autoencoder: Autoencoder, id2label: dict[str, str]
 ) -> DDTPipeline:
-    """Return the pipeline of a network with what its checkpoint says of it; the network is used as
-    it is.
-    """
+    """Return the pipeline of a network and its checkpoint's config; the network is not copied."""
     settings = {key: value for key, value in stored["network"].items() if key != "activation_checkpointing"}
     with torch.device("meta"):
         transformer = DDTTransformer2DModel(stored["latent_shape"][1:], settings)

@@ -1,6 +1,4 @@
-"""Checkpoints in the forms that others read: a hub's folder, a diffusers pipeline, the published
-key names.
-"""
+"""Export of checkpoints: a hub folder, a diffusers pipeline, the published key names."""
 
 from ddt.export.export import ExportSettings, HubModel, export
 

@@ -1,17 +1,16 @@
-"""A checkpoint in the forms that others read.
+"""Export of a checkpoint.
 
-format=hub: a checkpoint of this project, with its weights where a hub looks for them:
+format=hub: a checkpoint of this project under the file names of a hub:
 
-    model.safetensors   the weights; `manifest.json` says that they are `ema.safetensors` here
-    config.json         the checkpoint's, without paths of this machine; under `export` a receipt
-    autoencoder/        a copy of an autoencoder that was a local folder; one of the hub stays a
-                        name
-    README.md           the model card; samples.png where there are samples of these very weights
+    model.safetensors   the weights; `manifest.json` calls them `ema.safetensors`
+    config.json         the checkpoint's, paths shortened to their last name; a receipt: `export`
+    autoencoder/        a copy of a local autoencoder; one of the hub stays a name
+    README.md           the model card; samples.png where there are samples of these weights
     manifest.json       size and SHA-256 of each file that loading reads
 
-format=diffusers: what `DDTPipeline.save_pretrained` writes, with card, `ddt.json` (the config.json
-above) and `pipeline.py`, by which diffusers finds the class. format=released: a file of weights
-under the published key names (`ddt.checkpoint.published`).
+format=diffusers: `DDTPipeline.save_pretrained`, the card, `ddt.json` (the config.json above) and
+`pipeline.py`, by which diffusers finds the class. format=released: one file of weights under the
+published key names (`ddt.checkpoint.published`).
 """
 
 import dataclasses
@@ -41,10 +40,9 @@ from ddt.version import __version__
 
 log = logging.getLogger(__name__)
 Form = Literal["hub", "diffusers", "released"]
-# settings of a run that hold paths, by their last name; of each path its own last name is exported
+# last names of a run's settings that hold paths
 PATHS = ("root", "source_root", "source", "init_from", "weights", "reference", "inception_weights")
-# diffusers warns of packages that its files import and that it does not find, and would name PyPI's
-# other `ddt`
+# importlib: diffusers warns of missing packages that the file imports, and means PyPI's other `ddt`
 PIPELINE = '''"""Lets diffusers find the pipeline of this model, whose code is an installed project's."""
 
 import importlib
@@ -66,12 +64,10 @@ USAGE = {
 
 @dataclasses.dataclass(frozen=True)
 class ExportSettings:
-    """See conf/export/export.yaml.
+    """See conf/export/export.yaml. ckpt: run, checkpoint, export or hub id.
 
-    ckpt: run, checkpoint, export or hub id. out: folder to write, or of format=released a file.
-    weights: which of the checkpoint's. autoencoder: "checkpoint", or the hub id or folder of
-    another one, or of the same where it lies now. metrics: a metrics.json or its folder. push: hub
-    id.
+    out: folder to write, or file of format=released. autoencoder: "checkpoint", or the hub id or
+    new folder of it or another one. metrics: a metrics.json or its folder. push: hub id.
     """
 
     ckpt: str
@@ -96,12 +92,10 @@ class ExportSettings:
 
 
 def export(settings: ExportSettings) -> None:
-    """Check everything, write the export atomically, and push it to the hub where that is asked
-    for.
+    """Check everything, write the export atomically, and push it to the hub if `push` is set.
 
-    Raises UserError, among others where `out` exists, for weights that the checkpoint lacks, an
-    autoencoder that is not there or another than in training, and a network that the form cannot
-    hold.
+    Raises UserError where `out` exists, for missing weights, an autoencoder that is missing or not
+    the one of training, and a network without published names.
     """
     out, form = Path(settings.out), settings.format
     require(not out.exists(), f"out={out}: exists already and is not written over; choose another out=")
@@ -132,10 +126,9 @@ def export(settings: ExportSettings) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A checkpoint that is to be exported. folder: where it lies. weights: which of its weights.
-    stored: its config.
+    """A checkpoint to export. weights: name of those to export. stored: its config.
 
-    autoencoder: the one to put into the export; None where its name is enough, or nothing needs it.
+    autoencoder: to copy into the export; None where its name is enough, or it is not needed.
     """
 
     folder: Path
@@ -145,24 +138,20 @@ class Source:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the weights."""
+        """SHA-256 of the weights in the checkpoint."""
         return ckpt.weights_sha256(self.folder, self.weights)
 
     def config(self, autoencoder: dict[str, Any]) -> dict[str, Any]:
-        """Return the config of an export, but for its receipt: the checkpoint's without paths of
-        this machine, with the autoencoder's settings as they are in the export.
-        """
+        """Return the export's config without receipt; autoencoder: its settings there."""
         sampler = self.stored["sampler"]
-        run = {"run": without_paths(self.stored["run"])} if "run" in self.stored else {}
+        run = {"run": shorten_paths(self.stored["run"])} if "run" in self.stored else {}
         sampler = {**sampler, "recompute": content_of(sampler.get("recompute"))}
         return {**self.stored, **run, "autoencoder": autoencoder, "sampler": sampler}
 
     def receipt(self, written: str) -> dict[str, Any]:
-        """Return what an export says of itself: which weights, SHA-256 of the checkpoint's file and
-        of the one written.
-        """
+        """Return the receipt of an export. written: SHA-256 of the file of weights written."""
         return {
-            "weights": self.stored.get("export", {}).get("weights", self.weights),  # of an export exported again
+            "weights": self.stored.get("export", {}).get("weights", self.weights),  # of an export of an export
             "made_from_sha256": self.sha256,
             "weights_sha256": written,
             "ddt_version": __version__,
@@ -172,7 +161,7 @@ class Source:
 
 
 def open_source(folder: Path, form: Form, weights: str = "ema", autoencoder: str = "checkpoint") -> Source:
-    """Return a checkpoint for an export of some form; see `export` for what is refused."""
+    """Return a checkpoint to export as `form`; raises UserError as `export`."""
     ckpt.check_weights(folder, weights)
     stored = ckpt.read_config(folder)
     if form == "released":
@@ -182,35 +171,33 @@ def open_source(folder: Path, form: Form, weights: str = "ema", autoencoder: str
     named = autoencoder == "checkpoint" and (source is None or is_hub_id(source))
     if named and form == "hub":
         return Source(folder, weights, stored, None)
-    found = stored_autoencoder(stored, autoencoder)
+    loaded = stored_autoencoder(stored, autoencoder)
     if autoencoder != "checkpoint":
         chosen = {**stored["autoencoder"], "source": autoencoder, "revision": None}
-        stored = {**stored, "autoencoder": chosen, "autoencoder_fingerprint": found.fingerprint}
-    return Source(folder, weights, stored, found)
+        stored = {**stored, "autoencoder": chosen, "autoencoder_fingerprint": loaded.fingerprint}
+    return Source(folder, weights, stored, loaded)
 
 
-def without_paths(values: Any) -> Any:
-    """Return plain values in which only the last name of a path is left; hub ids stay."""
+def shorten_paths(values: Any) -> Any:
+    """Return plain values with paths shortened to their last name; hub ids stay."""
 
     def last_name(key: str, value: Any) -> Any:
-        if key not in PATHS or not isinstance(value, str) or value == ckpt.CARRIED or is_hub_id(value):
-            return without_paths(value)
+        if key not in PATHS or not isinstance(value, str) or value == ckpt.BUNDLED or is_hub_id(value):
+            return shorten_paths(value)
         return Path(value).name
 
     return {key: last_name(key, value) for key, value in values.items()} if isinstance(values, dict) else values
 
 
-# --- what the model card says
+# --- for the model card
 
 
 def find_picture(places: Sequence[Path], weights_sha256: str) -> Path | None:
-    """Return the grid of the first set of samples among `places` that was sampled with weights of
-    this hash.
-    """
+    """Return the grid of the first set of samples in `places` that is of these weights."""
     for place in places:
         try:
             used = json.loads((place / "receipt.json").read_text())["request"]["checkpoint"]
-        except (OSError, ValueError, KeyError, TypeError):  # no set of samples, or none of ours
+        except (OSError, ValueError, KeyError, TypeError):  # no set of samples of this project
             continue
         if weights_sha256 in used.values() and (place / "grid.png").is_file():
             return place / "grid.png"
@@ -218,9 +205,7 @@ def find_picture(places: Sequence[Path], weights_sha256: str) -> Path | None:
 
 
 def read_metrics(entry: str, weights_sha256: str) -> tuple[Path, dict[str, Any]]:
-    """Return the file and the content of a metrics.json; raise UserError where it is none, or that
-    of other weights.
-    """
+    """Return path and content of a metrics.json; UserError where it is of other weights."""
     path, content = read_evaluation(entry)
     used = content.get("receipt", {}).get("sampling", {}).get("request", {}).get("checkpoint", {})
     require(
@@ -231,19 +216,17 @@ def read_metrics(entry: str, weights_sha256: str) -> tuple[Path, dict[str, Any]]
     return path, content
 
 
-# --- the folders
+# --- folders
 
 
 def write_hub(folder: Path, source: Source, state: dict[str, Tensor], card: Card) -> None:
-    """Write a hub's folder (see the head of this file), which is there and empty. state: the
-    weights.
-    """
+    """Write the files of format=hub into an empty folder. state: the weights."""
     files = ckpt.write_files(folder, {"model": state})
     autoencoder = source.stored["autoencoder"]
-    found = source.autoencoder
-    if found is not None and found.network is not None and not is_hub_id(autoencoder["source"]):
-        copy_autoencoder(found, autoencoder, folder / ckpt.AUTOENCODER)
-        autoencoder = {**autoencoder, "source": ckpt.CARRIED, "revision": None}
+    loaded = source.autoencoder
+    if loaded is not None and loaded.network is not None and not is_hub_id(autoencoder["source"]):
+        copy_autoencoder(loaded, autoencoder, folder / ckpt.AUTOENCODER)
+        autoencoder = {**autoencoder, "source": ckpt.BUNDLED, "revision": None}
         for path in sorted((folder / ckpt.AUTOENCODER).iterdir()):
             files[f"{ckpt.AUTOENCODER}/{path.name}"] = ckpt.manifest_entry(path)
     config = source.config(autoencoder) | {"export": source.receipt(files["model.safetensors"]["sha256"])}
@@ -252,7 +235,7 @@ def write_hub(folder: Path, source: Source, state: dict[str, Tensor], card: Card
 
 
 def copy_autoencoder(autoencoder: Autoencoder, settings: dict[str, Any], folder: Path) -> None:
-    """Save an autoencoder's network and compare what is read back with it."""
+    """Save an autoencoder's network, load it again and compare the weights."""
     autoencoder.network.save_pretrained(folder)
     tidy_saved(folder)
     again = build_autoencoder({**settings, "source": str(folder), "revision": None})
@@ -260,9 +243,7 @@ def copy_autoencoder(autoencoder: Autoencoder, settings: dict[str, Any], folder:
 
 
 def tidy_saved(folder: Path) -> None:
-    """Remove from what diffusers saved where its parts came from, and give files the usual
-    permissions.
-    """
+    """Remove local paths from files that diffusers saved; give them the usual permissions."""
     for path in folder.rglob("*.json"):
         values = json.loads(path.read_text())
         if values.pop("_name_or_path", None) is not None:
@@ -274,7 +255,7 @@ def tidy_saved(folder: Path) -> None:
 
 
 def write_diffusers(folder: Path, source: Source, card: Card) -> None:
-    """Write the folder of a diffusers pipeline, which is there and empty."""
+    """Write the files of format=diffusers into an empty folder."""
     from ddt.pipeline import build_pipeline  # diffusers takes a while to import
 
     assert source.autoencoder is not None
@@ -292,7 +273,7 @@ def write_diffusers(folder: Path, source: Source, card: Card) -> None:
 
 
 def class_labels(class_names: list[str]) -> dict[str, str]:
-    """Return the names of each class for a pipeline: of ImageNet's synsets all their words."""
+    """Return the names by class for a pipeline; ImageNet's synsets become their words."""
     if class_names == imagenet_synsets():
         from timm.data import ImageNetInfo
 
@@ -301,22 +282,18 @@ def class_labels(class_names: list[str]) -> dict[str, str]:
 
 
 class HubModel(ModelHubMixin):
-    """A network with the checkpoint it comes from, and huggingface_hub's methods `from_pretrained`,
-    `save_pretrained` and `push_to_hub`. The network itself knows no paths.
+    """A network with huggingface_hub's `from_pretrained`, `save_pretrained` and `push_to_hub`.
 
-    Args:
-        model: the network, whose weights are saved as they are now.
-        checkpoint: the run, checkpoint or export that holds all else: autoencoder, sampler,
-            classes.
+    checkpoint: the run, checkpoint or export with autoencoder, sampler and classes.
     """
 
     def __init__(self, model: Denoiser, checkpoint: str | Path) -> None:
         self.model, self.checkpoint = model, ckpt.find_checkpoint(checkpoint)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Write a hub's folder; raise UserError where there are files already.
+        """Write a folder of format=hub; raise UserError where it is not empty.
 
-        kwargs: as huggingface_hub's `ModelHubMixin.save_pretrained`.
+        kwargs: of huggingface_hub's `ModelHubMixin.save_pretrained`.
         """
         folder = Path(save_directory)
         require(
@@ -331,8 +308,6 @@ class HubModel(ModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, revision: str | None, **kwargs: Any) -> "HubModel":
-        """Load a folder, or a model of the hub at a revision; kwargs: what huggingface_hub passes
-        besides.
-        """
+        """Load a folder, or a hub model at a revision; kwargs: others of huggingface_hub."""
         folder = ckpt.find_checkpoint(model_id if revision is None else f"{model_id}@{revision}")
         return cls(ckpt.load_model(folder), folder)

@@ -1,6 +1,4 @@
-"""The model card of an export: README.md with the front matter of a model hub, what the model is
-and was trained on, its metrics with what they were measured of, and the receipt.
-"""
+"""The model card of an export: README.md with hub metadata, network, training, metrics, receipt."""
 
 import dataclasses
 import json
@@ -14,9 +12,9 @@ from ddt.checkpoint.convert import DOWNSAMPLING
 from ddt.metrics.compare import numbers_of
 from ddt.pictures import imagenet_synsets, readable
 
-DATASETS = {"ddt.data.images.FashionMNIST": "zalando-datasets/fashion_mnist"}  # their names on the hub
+DATASETS = {"ddt.data.images.FashionMNIST": "zalando-datasets/fashion_mnist"}  # names on the hub
 IMAGENET = "ILSVRC/imagenet-1k"
-TASK = "unconditional-image-generation"  # the hub's nearest: it has none for classes
+TASK = "unconditional-image-generation"  # the hub has no task for classes
 TAGS = ["ddt", "diffusion", "flow-matching", "class-conditional", "image-generation", "arxiv:2504.05741"]
 SHOWN_CLASSES = 20
 PICTURE = "samples.png"
@@ -105,7 +103,7 @@ Not measured for this card.
 
 
 def image_size(config: dict[str, Any]) -> int | None:
-    """Return the pixels a side of a checkpoint's images, where its config tells."""
+    """Return the pixels per side of a checkpoint's images, or None where unknown."""
     side = config["latent_shape"][1]
     if "source" not in config["autoencoder"]:
         return side
@@ -114,13 +112,13 @@ def image_size(config: dict[str, Any]) -> int | None:
 
 
 def dataset(config: dict[str, Any]) -> str | None:
-    """Return the hub's name of the data set that a model was trained on, where it is known."""
+    """Return the hub's name of the training data, or None where unknown."""
     known = DATASETS.get(config.get("run", {}).get("data", {}).get("_target_", ""))
     return IMAGENET if config["class_names"] == imagenet_synsets() else known
 
 
 def training_rows(config: dict[str, Any], resolution: str | None) -> dict[str, Any]:
-    """Return what a model was trained on and how, as far as its checkpoint tells."""
+    """Return the rows of the table "Training", as far as the checkpoint's config has them."""
     names = readable(config["class_names"])
     shown = f"{len(names)}: {', '.join(names[:SHOWN_CLASSES])}{', …' if len(names) > SHOWN_CLASSES else ''}"
     common = {"classes": shown, "resolution": resolution}
@@ -143,7 +141,7 @@ def training_rows(config: dict[str, Any], resolution: str | None) -> dict[str, A
 
 
 def eval_results(metrics: dict[str, Any], trained_on: str | None) -> list[EvalResult]:
-    """Return the numbers of an evaluation as the hub lists them, each by what it may be called."""
+    """Return the metrics of an evaluation for the hub, under their labels."""
     reference = Path(metrics["receipt"]["reference"].get("path", "reference")).name
     return [
         EvalResult(
@@ -161,10 +159,10 @@ def eval_results(metrics: dict[str, Any], trained_on: str | None) -> list[EvalRe
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """A model card: what no checkpoint holds.
+    """The parts of a model card that no checkpoint has.
 
-    name: of the folder or the hub's model. metrics: content of a metrics.json of these weights.
-    license: as the hub calls it. picture: file of a grid of samples.
+    name: folder or hub id. metrics: content of a metrics.json of these weights. license: the hub's
+    name of it. picture: file with a grid of samples.
     """
 
     name: str
@@ -179,8 +177,9 @@ class Card:
         self.render(library, config, parameters).save(folder / "README.md")
 
     def render(self, library: str, config: dict[str, Any], parameters: int) -> ModelCard:
-        """Return the card. library: "ddt" or "diffusers". config: the export's, with its receipt
-        under `export`. parameters: how many the network has.
+        """Return the card. library: "ddt" or "diffusers". config: the export's, with its receipt.
+
+        parameters: of the network.
         """
         metrics = self.metrics
         network = {key: value for key, value in config["network"].items() if not key.startswith("_")}

@@ -15,7 +15,7 @@ import ddt
 from ddt.checkpoint import folder as ckpt
 from ddt.errors import UserError
 from ddt.export import ExportSettings, export
-from ddt.export.export import class_labels, find_picture, open_source, read_metrics, without_paths
+from ddt.export.export import class_labels, find_picture, open_source, read_metrics, shorten_paths
 from ddt.export.model_card import Card
 from ddt.files import atomic_folder
 from ddt.pictures import imagenet_synsets
@@ -272,7 +272,7 @@ def test_only_pictures_of_these_weights_are_shown(tmp_path):
 def test_paths_lose_all_but_their_last_name():
     values = {"data": {"root": "/home/me/birds", "size": 8}, "init_from": "MCG-NJU/DDT-XL", "name": "a/b", "x": ["/y"]}
     expected = {**values, "data": {"root": "birds", "size": 8}}
-    assert without_paths(values) == expected
+    assert shorten_paths(values) == expected
 
 
 @pytest.mark.parametrize("form", ["hub", "diffusers", "released"])
