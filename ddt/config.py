@@ -31,7 +31,7 @@ WORDS = {  # beginnings of pydantic's kinds of errors
 CONVERSION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
-def locate(target: str) -> Callable[..., Any]:
+def locate(target: str) -> Any:
     """Return the class or function that a dotted name such as `ddt.model.DDT` means; ImportError
     where there is none.
     """

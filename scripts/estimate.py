@@ -24,12 +24,12 @@ def main(settings: "EstimateSettings") -> None:
     from ddt.training.estimate import build_recipe, choose_rate, estimate, report
 
     recipe = build_recipe(settings)
-    found = estimate(recipe, choose_rate(settings, recipe))
-    log.info("%s", report(found))
+    cost = estimate(recipe, choose_rate(settings, recipe))
+    log.info("%s", report(cost))
     if settings.out is not None:
         out = Path(settings.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, {**found, "command": command_line()})
+        write_json(out, {**cost, "command": command_line()})
 
 
 if __name__ == "__main__":

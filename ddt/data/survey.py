@@ -174,12 +174,12 @@ def infer_settings(model: Choice, data: Choice, autoencoder: Choice) -> tuple[Ch
     for a size that no patch suits, and for broken images.
     """
     patch, images_class, latents_class = model.settings["patch_size"], locate(data.target), locate(autoencoder.target)
-    inferable: tuple[str, ...] = images_class.inferable  # type: ignore[attr-defined]
+    inferable: tuple[str, ...] = images_class.inferable
     if patch is not None and all(data.settings.get(name, "default") is not None for name in inferable):
         return model, data
     images = data.build(split="train")
     if patch is None:
-        pixels: bool = latents_class.pixel_space  # type: ignore[attr-defined]
+        pixels: bool = latents_class.pixel_space
         patch = patch_size(images.image_size) if pixels else PATCH_OF_LATENTS
     images.log_summary(patch)
     return (

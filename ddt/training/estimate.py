@@ -1,9 +1,8 @@
-"""What a recipe costs before anyone starts it: parameters, arithmetic, memory, time, disk.
+"""Cost of a recipe before it starts: parameters, FLOPs, memory, time, disk.
 
-Counted on the meta device, without data and without weights. Arithmetic by `ddt.model.cost` and
-`ddt.training.throughput`; memory by what training holds (`ddt.training.state`) and what autograd
-saves; time by a rate that was measured or is assumed.
-Shapes: C H W latent, N tokens, D width, P parameters, n devices.
+Counted on the meta device, without data and weights. FLOPs by `ddt.model.cost` and
+`ddt.training.throughput`; memory of the training state and of what autograd saves; time by a
+measured or assumed rate. Shapes: C H W latent, N tokens, D width; P parameters, n devices.
 """
 
 import copy
@@ -38,8 +37,8 @@ from ddt.training.settings import TrainerSettings
 from ddt.training.throughput import PEAKS, counted_flops, peak_of, target_flops, training_flops
 
 FLOAT, HALF = 4, 2  # bytes
-# Bytes from the makers' data sheets, of the larger kind where there are two. A sheet's 80 GB are 80
-# GiB in truth, which leaves room for the CUDA context
+# Bytes of the makers' data sheets, of the larger variant. In truth 80 GB are 80 GiB, which leaves
+# room for the CUDA context
 MEMORY = {
     "H200": 141e9, "H100 PCIe": 80e9, "H100 NVL": 94e9, "H100": 80e9, "A100": 80e9, "L40S": 48e9, "L4": 24e9,
     "A10": 24e9, "RTX 4090": 24e9, "B200": 180e9,
@@ -49,7 +48,7 @@ IMAGENET = ("in256", "in256_latents", "in512", "in512_latents")  # files of conf
 
 @dataclasses.dataclass(frozen=True)
 class EstimateSettings:
-    """See conf/estimate.yaml. Raises UserError for values that cannot be."""
+    """See conf/estimate.yaml. Raises UserError for invalid values."""
 
     model: Choice
     data: Choice
@@ -101,9 +100,9 @@ class EstimateSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """How fast a device is. training, sampling: FLOP/s, None where unknown; memory: bytes, or None.
+    """Speed of a device. training, sampling: FLOP/s; memory: bytes; None: unknown.
 
-    source: where the FLOP/s come from, in words; measured: whether from a measurement.
+    source: of the FLOP/s, in words. measured: or assumed.
     """
 
     training: float | None
@@ -115,12 +114,12 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a cost depends on. All networks lie on the meta device.
+    """What a cost depends on. All networks are on the meta device.
 
-    objective: with the projector, where there is an alignment. shape: (C, H, W) of a latent;
-    image_size: pixels a side; num_images: of an epoch, None where unknown. cached: whether latents
-    are read rather than encoded. align_until: the first step without alignment. gpus: n, processes
-    with a device each. num_samples: images to sample.
+    objective: with the projector of an alignment. shape: (C, H, W) of a latent. image_size: pixels
+    per side. num_images: of an epoch, None: unknown. cached: latents are read, not encoded.
+    align_until: first step without alignment. gpus: n processes, a device each. num_samples: to
+    sample.
     """
 
     objective: Objective
@@ -143,23 +142,21 @@ class Recipe:
 
     @property
     def checkpointing(self) -> Checkpointing:
-        """What of the blocks is computed again in the backward pass."""
+        """The blocks' activation checkpointing."""
         return blocks(self.objective)[0].activation_checkpointing
 
     @property
     def num_emas(self) -> int:
-        """EMAs of the weights."""
+        """Number of EMAs."""
         return len(ema_rules(self.trainer.ema_decay, self.trainer.ema_decays, self.trainer.ema_powers))
 
 
 def data_outline(data: Choice, name: str, num_classes: int | None) -> Outline:
-    """Return the sizes of a data set, conf/data/`name`, that is not opened.
+    """Return the sizes of a data set, conf/data/`name`, without opening it.
 
-    Raises UserError where sizes or classes must be given, and for a number of classes that is known
-    already.
+    Raises UserError where sizes or classes are missing, or the known number of classes is set.
     """
-    kind: Any = locate(data.target)
-    outline: Outline = kind.outline(data.settings)
+    outline: Outline = locate(data.target).outline(data.settings)
     if name in IMAGENET:
         known = None if data.settings.get("holdout_every") else 1_281_167
         outline = dataclasses.replace(outline, num_classes=1000, num_images=known)
@@ -174,10 +171,9 @@ def data_outline(data: Choice, name: str, num_classes: int | None) -> Outline:
 
 
 def build_recipe(settings: EstimateSettings) -> Recipe:
-    """Return the recipe that train.py would run; of its data and weights nothing is opened, but for
-    a folder of images whose size is to be inferred.
+    """Return the recipe that train.py would run, without opening data or weights.
 
-    Raises UserError as train.py does, as far as that needs no data.
+    Only an image folder is opened if its size is to be inferred. Raises UserError as train.py does.
     """
     sampler, alignment, model, data = settings.sampler, settings.alignment, settings.model, settings.data
     if data.settings.get("root") and None in (model.settings["patch_size"], data.settings.get("image_size")):
@@ -190,14 +186,13 @@ def build_recipe(settings: EstimateSettings) -> Recipe:
     require(patch_size is not None, "model.patch_size: is inferred from the images; give it, or data.root=")
     with torch.device("meta"):
         network = model.build(in_channels=shape[0], num_classes=outline.num_classes)
-    num_tokens(network, *shape[1:])  # raises where the patch size does not divide the latent
+    num_tokens(network, *shape[1:])  # UserError where the patch size does not divide the latent
     try:
-        sampling_macs(network, *shape[1:], sampler)  # raises where the cost cannot be counted
+        sampling_macs(network, *shape[1:], sampler)  # UserError where the cost cannot be counted
     except UserError as error:
         raise UserError(f"sampler.{error}") from error
     loss: AlignmentLoss | DispersiveLoss | None = None
     target, align_until = None, 0.0
-    data_kind: Any = locate(data.target)
     if alignment is not None:
         alignment.check_depth(network.num_alignable_blocks)
         align_until = alignment.end_step
@@ -211,13 +206,13 @@ def build_recipe(settings: EstimateSettings) -> Recipe:
     return Recipe(
         objective=settings.objective.build(denoiser=network, alignment=loss), target=target, autoencoder=autoencoder,
         shape=shape, image_size=outline.image_size, num_images=outline.num_images, align_until=align_until,
-        cached=data_kind.has_latents, trainer=settings.trainer, sampler=sampler, gpus=settings.gpus,
+        cached=locate(data.target).has_latents, trainer=settings.trainer, sampler=sampler, gpus=settings.gpus,
         num_samples=settings.num_samples,
     )  # fmt: skip
 
 
 def stacks(module: nn.Module) -> list[BlockStack]:
-    """Return the encoder and the decoder, or the undivided baseline."""
+    """Return encoder and decoder, or the undivided baseline."""
     return [part for part in module.modules() if isinstance(part, BlockStack)]
 
 
@@ -227,7 +222,7 @@ def blocks(module: nn.Module) -> list[Block]:
 
 
 def with_checkpointing(objective: Objective, kind: Checkpointing) -> Objective:
-    """Return a copy of an objective whose blocks keep this much for the backward pass."""
+    """Return a copy of an objective with another activation checkpointing."""
     changed = copy.deepcopy(objective)
     for block in blocks(changed):
         block.activation_checkpointing = kind
@@ -243,7 +238,7 @@ def count(module: Any) -> int:
 
 
 def choose_rate(settings: EstimateSettings, recipe: Recipe) -> Rate:
-    """Return the rate that is used: the measured one, or else an assumed one; never a mixture."""
+    """Return the measured rate, or else an assumed one; never a mixture."""
     memory, dtype = settings.memory_gb, "bf16" if recipe.bf16 else "fp32"
     if settings.measured is None:
         return assumed_rate(settings.device or "H100", 0.4 if settings.share is None else settings.share, memory, dtype)
@@ -251,8 +246,9 @@ def choose_rate(settings: EstimateSettings, recipe: Recipe) -> Rate:
 
 
 def assumed_rate(device: str, share: float, memory_gb: float | None, dtype: str) -> Rate:
-    """Return the rate of a device of `throughput.PEAKS` at a share of its data sheet's dense bf16
-    rate; in fp32 none is known. Raises UserError for another device or share.
+    """Return a share of the data-sheet rate in `throughput.PEAKS`, which is of bf16.
+
+    Raises UserError for another device or share.
     """
     require(device in PEAKS, f"device={device}: its rate is not known here; choose from {', '.join(PEAKS)}")
     require(0 < share <= 1, f"share={share:g}: must lie in 0..1, a share of the data sheet's rate such as 0.4")
@@ -264,35 +260,33 @@ def assumed_rate(device: str, share: float, memory_gb: float | None, dtype: str)
 
 
 def fastest(rows: list[dict[str, Any]], part: str, aligned: bool) -> dict[str, Any] | None:
-    """Return the row of a part of a benchmark that did most arithmetic a second, plain ways left
-    out; None: no row.
+    """Return a benchmark's row of the most FLOP/s in a part, plain ways left out, or None.
 
-    aligned: of training, rather a case with the alignment's target than without, or the other way
-    round; its products are larger than a small network's, and its rate higher.
+    aligned: training rows with, or without, the alignment's target are preferred: it has a higher
+    rate than a small network.
     """
-    found = [row for row in rows if row["part"] == part and "seconds" in row and not row["way"].startswith("plain")]
-    alike = [row for row in found if ("aligned" in row["case"]) == aligned] if part == "training" else found
-    return max(alike or found, key=lambda row: row["flops"] / row["seconds"], default=None)
+    measured = [row for row in rows if row["part"] == part and "seconds" in row and not row["way"].startswith("plain")]
+    alike = [row for row in measured if part != "training" or ("aligned" in row["case"]) == aligned]
+    return max(alike or measured, key=lambda row: row["flops"] / row["seconds"], default=None)
 
 
 def measured_rate(path: str, memory_gb: float | None, dtype: str, model: str, aligned: bool) -> Rate:
-    """Return the rate that a `benchmark.json` of scripts/benchmark holds, for a recipe of
-    conf/model/`model`. aligned: whether an alignment's target runs in the recipe.
+    """Return the rate in a `benchmark.json` of scripts/benchmark, for conf/model/`model`.
 
-    Raises UserError where the file is none, or was measured in another arithmetic than `dtype`.
+    aligned: whether an alignment's target runs. Raises UserError for another file or dtype.
     """
     require(Path(path).is_file(), f"measured={path}: no such file; give a benchmark.json of scripts/benchmark")
     try:
         content = json.loads(Path(path).read_bytes())
         rows, device, date = content["rows"], content["machine"]["device"], content["date"][:10]
         training, sampling = fastest(rows, "training", aligned), fastest(rows, "sampling", aligned)
-        used, whose = content["matmul"]["dtype"], content["settings"]["model"]
+        used, benchmarked = content["matmul"]["dtype"], content["settings"]["model"]
         rates = [None if row is None else row["flops"] / row["seconds"] for row in (training, sampling)]
         cases = [f"{row['part']} {row['case']}, {row['way']}" for row in (training, sampling) if row is not None]
-        sound = content["kind"] == "benchmark" and all(rate is None or rate > 0 for rate in rates)
+        valid = content["kind"] == "benchmark" and all(rate is None or rate > 0 for rate in rates)
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
-        sound = False
-    require(sound, f"measured={path}: is no result of scripts/benchmark; give its benchmark.json")
+        valid = False
+    require(valid, f"measured={path}: is no result of scripts/benchmark; give its benchmark.json")
     require(
         training is not None,
         f"measured={path}: measured no training; run python -m scripts.benchmark parts=[training,sampling]",
@@ -303,30 +297,24 @@ def measured_rate(path: str, memory_gb: float | None, dtype: str, model: str, al
     )
     known = next((size for name, size in MEMORY.items() if peak_of(device) and re.search(rf"\b{name}\b", device)), None)
     memory = known if memory_gb is None else memory_gb * 1e9
-    other = "" if whose == model else f"; of {whose}, ASSUMED for {model} too"
+    other = "" if benchmarked == model else f"; of {benchmarked}, ASSUMED for {model} too"
     return Rate(rates[0], rates[1], memory, f"measured: {device}, {date} ({'; '.join(cases)}){other}", True)
 
 
-# --- arithmetic
+# --- FLOPs
 
 
 def flops(recipe: Recipe) -> dict[str, float]:
-    """Return the FLOPs of an image in a forward pass, a training step and sampling, and of the
-    whole of both.
+    """Return the FLOPs per image of a forward pass, a training step and sampling, and both totals.
 
     A training step is three forwards of the network (`throughput.training_flops`); with activation
-    checkpointing one more, `recomputed`, which takes time and is no progress. Encoding and decoding
-    are apart: they are in no total.
+    checkpointing a fourth, `recomputed`. Encoding and decoding are in no total.
     """
-    denoiser, shape, trainer, network = (
-        recipe.objective.denoiser,
-        recipe.shape,
-        recipe.trainer,
-        recipe.autoencoder.network,
-    )
+    denoiser, shape, trainer = recipe.objective.denoiser, recipe.shape, recipe.trainer
+    network = recipe.autoencoder.network
     forward = 2 * network_macs(denoiser, *shape[1:]).total
     aligned, target = training_flops(recipe.objective, shape), target_flops(recipe.target, recipe.image_size)
-    recomputed = forward if recipe.checkpointing is True else 0  # selective: no matrix product
+    recomputed = forward if recipe.checkpointing is True else 0  # selective recomputes no matrix product
     steps = min(trainer.max_steps, recipe.align_until)
     each = steps * (aligned + target + recomputed) + (trainer.max_steps - steps) * (3 * forward + recomputed)
     encode = decode = 0
@@ -346,12 +334,12 @@ def flops(recipe: Recipe) -> dict[str, float]:
 
 
 class Products(TorchDispatchMode):
-    """Sums, in `bytes`, what the operators return whose results selective checkpointing keeps."""
+    """Sums the bytes of operators' results that selective checkpointing keeps."""
 
     bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call an operator and look at what it returns."""
+        """Call an operator and count its result."""
         out = func(*args, **(kwargs or {}))
         if func in PRODUCTS:
             self.bytes += sum(tensor.nbytes for tensor in tree_leaves(out) if isinstance(tensor, Tensor))
@@ -359,17 +347,16 @@ class Products(TorchDispatchMode):
 
 
 def saved_bytes(module: nn.Module, bf16: bool, make_inputs: Callable[[], tuple[Tensor, ...]], **others: Any) -> int:
-    """Return the bytes of all tensors that autograd saves in one forward of a module, weights and
-    casts among them.
+    """Return the bytes that autograd saves in a forward of a module, weights and casts included.
 
-    Nothing is computed: parameters and what `make_inputs` returns are fake tensors. The operators
-    are those of the CPU; a GPU's fused RMSNorm saves less.
+    Nothing is computed: parameters and inputs are fake tensors. Operators are those of the CPU; a
+    GPU's fused RMSNorm saves less.
     """
     saved: dict[int, tuple[int, Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        saved[storage._cdata] = storage.nbytes(), tensor  # held, so that no other storage takes its place
+        saved[storage._cdata] = storage.nbytes(), tensor  # a reference, so that its address is not reused
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -383,21 +370,20 @@ def saved_bytes(module: nn.Module, bf16: bool, make_inputs: Callable[[], tuple[T
 
 
 def activation_bytes(objective: Objective, shape: tuple[int, int, int], bf16: bool) -> int:
-    """Return what a training step holds between forward and backward pass, bytes an image, for
-    latents (C, H, W).
+    """Return the bytes per image held between forward and backward pass; shape: (C, H, W) latent.
 
-    It is the difference of two batches, so what does not grow with the batch is not in it. With
-    activation checkpointing it is the blocks' inputs, and what the one block saves that is computed
-    again; with selective checkpointing also what its products return.
+    The difference of two batches, so what does not grow with the batch is left out. With activation
+    checkpointing: the blocks' inputs, and what the one recomputed block saves; if selective, also
+    the results of products.
     """
     kind = blocks(objective)[0].activation_checkpointing
     if kind == "selective":
         objective = with_checkpointing(objective, True)
     denoiser, alignment, first = objective.denoiser, objective.alignment, stacks(objective)[0]
     height, width = shape[1] // first.patch_size, shape[2] // first.patch_size
-    # the table of positions is real, and kept for others: it must not be made of fake tensors
+    # the cached table of positions must not be made of fake tensors
     at = positions(first.head_dim, height, width, torch.device("cpu"))
-    tokens, channels = 1, 1  # of the features
+    tokens, channels = 1, 1  # of the target's features
     if isinstance(alignment, AlignmentLoss):
         tokens, channels = math.prod(alignment.grid), list(alignment.projector.parameters())[-1].numel()
 
@@ -418,36 +404,34 @@ def activation_bytes(objective: Objective, shape: tuple[int, int, int], bf16: bo
             saved = saved_bytes(last, bf16, lambda: (torch.empty(batch, height * width, size), torch.empty(c)), at=at)
         return returned.bytes if products else saved
 
-    def each(function: Callable[..., int], *arguments: Any) -> int:
+    def per_image(function: Callable[..., int], *arguments: Any) -> int:
         return (function(4, *arguments) - function(2, *arguments)) // 2
 
-    found = each(of_loss)
+    total = per_image(of_loss)
     if kind:
-        found += each(of_block, stacks(objective)[-1], False)
+        total += per_image(of_block, stacks(objective)[-1], False)
     if kind == "selective":
-        found += sum(len(stack.blocks) * each(of_block, stack, True) for stack in stacks(objective))
-    return found
+        total += sum(len(stack.blocks) * per_image(of_block, stack, True) for stack in stacks(objective))
+    return total
 
 
 def memory(recipe: Recipe) -> dict[str, float]:
-    """Return the bytes that each device holds at the end of a forward pass, by what they are.
+    """Return the bytes on each device at the end of a forward pass, by kind.
 
-    Weights, gradients, optimizer and EMA are float32. Not in it: what kernels and the allocator
-    need beside, the CUDA context, and encoding and decoding, which come when no activations are
-    held.
+    Weights, gradients, optimizer and EMA are float32. Not included: workspace of kernels and the
+    allocator, the CUDA context, encoding and decoding (no activations are held then).
     """
     trained, sharded = count(recipe.objective), recipe.trainer.parallelism == "fsdp"
     parts = recipe.gpus if sharded else 1
     cast = [layer for layer in recipe.objective.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     block = max(map(count, blocks(recipe.objective)))
     micro, _ = recipe.trainer.micro_batches(recipe.gpus)
-    found = {
+    sizes = {
         "weights": FLOAT * trained / parts,
         "gradients": FLOAT * trained / parts,
         "AdamW moments": 2 * FLOAT * trained / parts,
         "EMA weights": FLOAT * recipe.num_emas * count(recipe.objective.denoiser) / parts,
-        # DDP exchanges gradients in buckets of its own; a sharded network gathers the next block
-        # beside the present one
+        # DDP has buckets of its own; FSDP gathers the next block beside the present one
         "buckets of DDP": FLOAT * trained if recipe.gpus > 1 and not sharded else 0,
         "gathered by FSDP": FLOAT * (outside_blocks(recipe.objective) + 3 * block) if sharded else 0,
         "bf16 copies of weights": HALF * sum(map(count, cast)) if recipe.bf16 else 0,
@@ -455,7 +439,8 @@ def memory(recipe: Recipe) -> dict[str, float]:
         "autoencoder": FLOAT * count(recipe.autoencoder.network),
         "activations": micro * activation_bytes(recipe.objective, recipe.shape, recipe.bf16),
     }
-    return {**{name: math.ceil(size) for name, size in found.items()}, "total": sum(map(math.ceil, found.values()))}
+    rounded = {name: math.ceil(size) for name, size in sizes.items()}
+    return {**rounded, "total": sum(rounded.values())}
 
 
 def outside_blocks(objective: Objective) -> int:
@@ -463,18 +448,17 @@ def outside_blocks(objective: Objective) -> int:
     return count(objective) - sum(map(count, blocks(objective)))
 
 
-def ways_to_fit(recipe: Recipe, found: dict[str, float], limit: float) -> str:
-    """Return the settings by which a recipe that holds `found` bytes fits into `limit`."""
+def ways_to_fit(recipe: Recipe, needed: dict[str, float], limit: float) -> str:
+    """Return settings by which a recipe that needs `needed` bytes fits into `limit`."""
     micro, _ = recipe.trainer.micro_batches(recipe.gpus)
     share = recipe.trainer.global_batch_size // recipe.gpus
-    rest = found["total"] - found["activations"]
+    rest = needed["total"] - needed["activations"]
 
     def largest(each: float) -> int:
         return next((size for size in range(micro, 0, -1) if share % size == 0 and rest + size * each <= limit), 0)
 
     ways = []
-    smaller = largest(found["activations"] / micro)
-    if smaller:
+    if smaller := largest(needed["activations"] / micro):
         ways.append(f"trainer.micro_batch_size={smaller}")
     kinds: dict[Checkpointing, tuple[Checkpointing, ...]] = {False: ("selective", True), "selective": (True,), True: ()}
     for kind in kinds[recipe.checkpointing]:
@@ -488,50 +472,46 @@ def ways_to_fit(recipe: Recipe, found: dict[str, float], limit: float) -> str:
     return ", or ".join(ways)
 
 
-# --- disk and network
+# --- disk and communication
 
 
 def saved_steps(trainer: TrainerSettings) -> list[int]:
-    """Return the steps whose checkpoints a finished run holds; the best one of `keep_best` is an
-    older one at most.
-    """
+    """Return the steps of a finished run's checkpoints, assuming an older one for `keep_best`."""
     every, last = trainer.save_every, trainer.max_steps
     steps = sorted({*(range(every, last + 1, every) if every else ()), last})
     if trainer.keep_last is None:
         return steps
-    kept = set(steps[-trainer.keep_last :])
-    kept |= {step for step in steps if trainer.keep_every and step % trainer.keep_every == 0}
-    others = [step for step in steps if step not in kept]
-    return sorted(kept | set(others[:1] if trainer.keep_best else ()))
+    stay = set(steps[-trainer.keep_last :])
+    stay |= {step for step in steps if trainer.keep_every and step % trainer.keep_every == 0}
+    others = [step for step in steps if step not in stay]
+    return sorted(stay | set(others[:1] if trainer.keep_best else ()))
 
 
 def disk(recipe: Recipe) -> dict[str, float | None]:
-    """Return the bytes of a checkpoint (`TrainingState.bytes`), of a finished run, and of the
-    latent cache it reads.
+    """Return the bytes of a checkpoint (as `TrainingState.bytes`), a run and its latent cache.
 
-    `run` has the checkpoints that stay and the snapshots; while one is saved there is one more.
-    `cache`: moments in float16, None where nothing is cached or the number of images is unknown.
+    `run`: checkpoints that stay, and snapshots; while one is saved there is one more. `cache`:
+    float16 moments, None where nothing is cached or the number of images is unknown.
     """
-    trainer, averaged = recipe.trainer, FLOAT * count(recipe.objective.denoiser)
-    checkpoint = 3 * FLOAT * count(recipe.objective) + recipe.num_emas * averaged
-    snapshots = -(-trainer.max_steps // trainer.snapshot_every) if trainer.snapshot_every else 0  # the last step's too
+    trainer, ema = recipe.trainer, FLOAT * count(recipe.objective.denoiser)
+    checkpoint = 3 * FLOAT * count(recipe.objective) + recipe.num_emas * ema
+    snapshots = -(-trainer.max_steps // trainer.snapshot_every) if trainer.snapshot_every else 0  # and the last step's
     record = HALF * (2 if recipe.autoencoder.stochastic else 1) * math.prod(recipe.shape)
-    kept = len(saved_steps(trainer))
+    num_checkpoints = len(saved_steps(trainer))
     return {
         "checkpoint": checkpoint,
-        "checkpoints": kept,
-        "run": kept * checkpoint + snapshots * len(trainer.ema_powers) * averaged,
+        "checkpoints": num_checkpoints,
+        "run": num_checkpoints * checkpoint + snapshots * len(trainer.ema_powers) * ema,
         "record": record if recipe.cached else None,
         "cache": record * recipe.num_images if recipe.cached and recipe.num_images is not None else None,
     }
 
 
 def exchanged_bytes(recipe: Recipe) -> float:
-    """Return the bytes that each of n processes sends in a step, around a ring.
+    """Return the bytes that each of n processes sends per step, in a ring.
 
-    DDP: all gradients, 2(n−1)/n·4P. FSDP: each micro-batch gathers the blocks forward and backward
-    and the rest once, (n−1)/n·4 bytes a parameter each time, and the last one hands out the
-    gradients, as much again.
+    DDP: all-reduce of gradients, 2(n−1)/n·4P. FSDP, (n−1)/n·4 bytes per parameter each: all-gather
+    of blocks twice and the rest once per micro-batch, reduce-scatter of gradients once.
     """
     n, trained = recipe.gpus, count(recipe.objective)
     _, num_micro = recipe.trainer.micro_batches(n)
@@ -542,11 +522,11 @@ def exchanged_bytes(recipe: Recipe) -> float:
     return (n - 1) / n * FLOAT * times
 
 
-# --- the whole
+# --- estimate
 
 
 def estimate(recipe: Recipe, rate: Rate) -> dict[str, Any]:
-    """Return what is reported of a recipe, as plain values: counts, FLOPs, bytes, hours."""
+    """Return the cost of a recipe as plain values: counts, FLOPs, bytes, hours."""
     denoiser, trainer, gpus = recipe.objective.denoiser, recipe.trainer, recipe.gpus
     encoder = count(denoiser.encoder) if denoiser.shares_encoder else 0
     work, held = flops(recipe), memory(recipe)
@@ -582,11 +562,11 @@ def estimate(recipe: Recipe, rate: Rate) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# --- the report
+# --- report
 
 
 def si(value: float, unit: str) -> str:
-    """Return a number with three digits and the prefix of a thousand, such as "789 GFLOP"."""
+    """Return a number with three digits and an SI prefix, such as "789 GFLOP"."""
     prefixes = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
     power = 0
     while power < len(prefixes) - 1 and abs(value) >= 999.5 * 1000**power:
@@ -595,28 +575,28 @@ def si(value: float, unit: str) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number with three digits, or with all before the point."""
+    """Return a number with at least three digits."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def duration(each: float | None, gpus: int) -> str:
-    """Return hours on all devices as hours, days and GPU hours."""
+    """Return wall-clock hours as hours, days and GPU hours."""
     if each is None:
         return "not known"
     days, all_hours = number(each / 24), number(each * gpus)
     return f"{number(each)} hours = {days} days on {gpus} GPU{'s' * (gpus > 1)}, {all_hours} GPU hours"
 
 
-def report(found: dict[str, Any]) -> str:
-    """Return an estimate as an aligned table; a line without a name belongs to the one before."""
-    p, work, held, time, disk = (found[key] for key in ("parameters", "flops", "memory", "time", "disk"))
+def report(cost: dict[str, Any]) -> str:
+    """Return an estimate as an aligned table; a line without a name continues the one before."""
+    p, work, held, time, disk = (cost[key] for key in ("parameters", "flops", "memory", "time", "disk"))
     halves = f" (encoder {p['encoder']:,}, decoder {p['decoder']:,})" if p["encoder"] else ""
     frozen = {"alignment target": p["target"], "autoencoder": p["autoencoder"]}
     step = {"an image": work["training"], "in the alignment's target": work["target"],
             "computed again": work["recomputed"]}  # fmt: skip
-    epochs = "" if found["epochs"] is None else f", {found['epochs']:.4g} epochs"
-    gpus, micro, kept = found["gpus"], found["micro_batches"], disk["checkpoints"]
-    batch = f"{found['micro_batch_size']} images" + (f" {micro} times" if micro > 1 else "") + " a step"
+    epochs = "" if cost["epochs"] is None else f", {cost['epochs']:.4g} epochs"
+    gpus, micro, kept = cost["gpus"], cost["micro_batches"], disk["checkpoints"]
+    batch = f"{cost['micro_batch_size']} images" + (f" {micro} times" if micro > 1 else "") + " a step"
     limit = "" if held["device"] is None else f" of {si(held['device'], 'B')}"
     fits = {None: "device unknown: give memory_gb=", True: "fits", False: f"DOES NOT FIT; give {held['fix']}"}
     speed = "" if time["images_per_second"] is None else f", {number(time['images_per_second'])} images/s"
@@ -625,24 +605,24 @@ def report(found: dict[str, Any]) -> str:
         ("frozen", ", ".join(f"{name} {value:,}" for name, value in frozen.items() if value)),
         ("forward", f"{si(work['forward'], 'FLOP')} an image"),
         ("training step", " + ".join(f"{si(value, 'FLOP')} {name}" for name, value in step.items() if value)),
-        ("whole training", f"{found['steps']:,} steps of {found['global_batch_size']}{epochs}: "
+        ("whole training", f"{cost['steps']:,} steps of {cost['global_batch_size']}{epochs}: "
                            f"{si(work['all_training'], 'FLOP')}"),
         ("memory", f"{si(held['total'], 'B')}{limit} on each GPU, {batch}: {fits[held['fits']]}"),
         *(("", f"{name} {si(size, 'B')}") for name, size in held.items()
           if name not in ("total", "device", "fits", "fix") and size),
         ("rate", time["rate"]),
         ("training", duration(time["training_hours"], gpus) + speed),
-        ("sampling", f"{found['num_samples']:,} images of {si(work['sampling'], 'FLOP')}: "
+        ("sampling", f"{cost['num_samples']:,} images of {si(work['sampling'], 'FLOP')}: "
                      f"{duration(time['sampling_hours'], gpus)}"),
         ("", f"assumed: {gpus} GPUs are {gpus} times as fast as one; each GPU sends "
-             f"{si(found['exchanged_bytes'], 'B')} a step, which is not counted" if gpus > 1 else ""),
+             f"{si(cost['exchanged_bytes'], 'B')} a step, which is not counted" if gpus > 1 else ""),
         ("autoencoder", f"encodes an image in {si(work['encode'], 'FLOP')} "
-                        f"({'once, for the cache' if found['cached'] else 'in each step; a latent cache saves it'}), "
+                        f"({'once, for the cache' if cost['cached'] else 'in each step; a latent cache saves it'}), "
                         f"decodes it in {si(work['decode'], 'FLOP')}: in no time above" if work["encode"] else ""),
         ("disk", f"{si(disk['checkpoint'], 'B')} a checkpoint, {si(disk['run'], 'B')} in all with {kept} "
                  f"checkpoint{'s' * (kept > 1)}"),
     ]  # fmt: skip
-    if found["cached"]:
+    if cost["cached"]:
         whole = "how many images is not known" if disk["cache"] is None else f"{si(disk['cache'], 'B')} in all"
         rows.append(("latent cache", f"{si(disk['record'], 'B')} an image, {whole}"))
     return "\n".join(f"{name:<14}  {text}" for name, text in rows if text)

@@ -66,87 +66,87 @@ class TrainerSettings:
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "global_batch_size", "log_every"):
-            require(getattr(self, key) >= 1, f"trainer.{key}={getattr(self, key)}: must be at least 1")
+            self.check(key, getattr(self, key) >= 1, "must be at least 1")
         for key in (
             "warmup_steps", "save_every", "validate_every", "preview_every", "num_workers", "eval_every",
             "snapshot_every", "keep_every",
         ):  # fmt: skip
-            require(getattr(self, key) >= 0, f"trainer.{key}={getattr(self, key)}: must be at least 0")
-        require(
-            2 <= self.eval_samples <= 1_000_000,
-            f"trainer.eval_samples={self.eval_samples}: must lie in 2..1000000; statistics need at least 2",
-        )
+            self.check(key, getattr(self, key) >= 0, "must be at least 0")
         for key in ("micro_batch_size", "num_processes"):
             value = getattr(self, key)
-            require(value is None or value >= 1, f"trainer.{key}={value}: must be at least 1, or null")
-        require(
-            0 <= self.ema_decay < 1,
-            f"trainer.ema_decay={self.ema_decay}: must lie in 0..1 (published: 0.9999)",
-        )
-        self.check_emas()
+            self.check(key, value is None or value >= 1, "must be at least 1, or null")
         for key in ("clip_norm", "max_hours"):
             value = getattr(self, key)
-            require(value is None or 0 < value < math.inf, f"trainer.{key}={value}: must be above 0, or null")
-        require(
+            self.check(key, value is None or 0 < value < math.inf, "must be above 0, or null")
+        samples = self.eval_samples
+        self.check("eval_samples", 2 <= samples <= 1_000_000, "must lie in 2..1000000; statistics need at least 2")
+        self.check(
+            "max_hours",
             self.max_hours is None or self.max_hours * 3600 > 2 * MARGIN,
-            f"trainer.max_hours={self.max_hours}: give more than {2 * MARGIN / 3600:.3f}, for the run stops {MARGIN} s "
-            "and two saves before",
+            f"give more than {2 * MARGIN / 3600:.3f}, for the run stops {MARGIN} s and two saves before",
         )
+        self.check_emas()
         self.check_retention()
         self.micro_batches(self.num_processes or 1)
 
+    def check(self, key: str, valid: bool, message: str) -> None:
+        """Raise UserError("trainer.key=value: message") unless `valid`."""
+        value = getattr(self, key)
+        require(valid, f"trainer.{key}={list(value) if isinstance(value, tuple) else value}: {message}")
+
     def check_emas(self) -> None:
-        """Raise UserError for invalid further EMAs."""
-        for decay in self.ema_decays:
-            require(0 <= decay < 1, f"trainer.ema_decays={list(self.ema_decays)}: each must lie in 0..1")
-        for std in self.ema_powers:
-            require(
-                0 < std < 0.28,  # a uniform average over the run has 1/√12 = 0.289
-                f"trainer.ema_powers={list(self.ema_powers)}: each is a relative standard deviation in 0..0.28, such "
-                "as 0.05",
-            )
+        """Raise UserError for invalid EMA settings."""
+        self.check("ema_decay", 0 <= self.ema_decay < 1, "must lie in 0..1 (published: 0.9999)")
+        self.check("ema_decays", all(0 <= decay < 1 for decay in self.ema_decays), "each must lie in 0..1")
+        self.check(
+            "ema_powers",
+            all(0 < std < 0.28 for std in self.ema_powers),  # a uniform average over the run has 1/√12 = 0.289
+            "each is a relative standard deviation in 0..0.28, such as 0.05",
+        )
         for key in ("ema_decays", "ema_powers"):
             values = getattr(self, key)
-            require(len(set(values)) == len(values), f"trainer.{key}={list(values)}: names a value twice")
-        require(
+            self.check(key, len(set(values)) == len(values), "names a value twice")
+        self.check(
+            "snapshot_every",
             self.snapshot_every == 0 or len(self.ema_powers) > 0,
-            f"trainer.snapshot_every={self.snapshot_every}: has no effect without trainer.ema_powers=; give "
-            "[0.05,0.1], or 0",
+            "has no effect without trainer.ema_powers=; give [0.05,0.1], or 0",
         )
 
     def check_retention(self) -> None:
         """Raise UserError for invalid settings of which checkpoints stay."""
-        require(
+        self.check(
+            "keep_last",
             self.keep_last is None or self.keep_last >= 2,
-            f"trainer.keep_last={self.keep_last}: must be at least 2, for the newest may turn out damaged; or null to "
-            "keep all",
+            "must be at least 2, for the newest may turn out damaged; or null to keep all",
         )
         if self.keep_last is None:
             for key in ("keep_every", "keep_best"):
-                value = getattr(self, key)
-                require(not value, f"trainer.{key}={value}: has no effect without trainer.keep_last=: all are kept")
-        require(
+                self.check(key, not getattr(self, key), "has no effect without trainer.keep_last=: all are kept")
+        self.check(
+            "keep_every",
             self.keep_every == 0 or (self.save_every > 0 and self.keep_every % self.save_every == 0),
-            f"trainer.keep_every={self.keep_every}: must be a multiple of trainer.save_every={self.save_every}",
+            f"must be a multiple of trainer.save_every={self.save_every}",
         )
-        if self.keep_best is not None:
-            require(
-                self.keep_best == "validation_loss" or self.keep_best.endswith(metric_suffix(self.eval_samples)),
-                f"trainer.keep_best={self.keep_best}: give validation_loss, or a metric of trainer.eval_samples="
-                f"{self.eval_samples} samples, such as fid{metric_suffix(self.eval_samples)}",
-            )
-            measured = self.validate_every if self.keep_best == "validation_loss" else self.eval_every
-            require(
-                measured > 0,
-                f"trainer.keep_best={self.keep_best}: is never measured; set trainer."
-                f"{'validate_every' if self.keep_best == 'validation_loss' else 'eval_every'}, a multiple of "
-                "trainer.save_every",
-            )
-            require(
-                self.save_every > 0 and measured % self.save_every == 0,
-                f"trainer.keep_best={self.keep_best}: is measured every {measured} steps, which is no multiple of "
-                f"trainer.save_every={self.save_every}; a checkpoint is measured only where both coincide",
-            )
+        if self.keep_best is None:
+            return
+        suffix = metric_suffix(self.eval_samples)
+        self.check(
+            "keep_best",
+            self.keep_best == "validation_loss" or self.keep_best.endswith(suffix),
+            f"give validation_loss, or a metric of trainer.eval_samples={self.eval_samples} samples, such as "
+            f"fid{suffix}",
+        )
+        period = "validate_every" if self.keep_best == "validation_loss" else "eval_every"
+        every = getattr(self, period)
+        self.check(
+            "keep_best", every > 0, f"is never measured; set trainer.{period}, a multiple of trainer.save_every"
+        )
+        self.check(
+            "keep_best",
+            self.save_every > 0 and every % self.save_every == 0,
+            f"is measured every {every} steps, which is no multiple of trainer.save_every={self.save_every}; a "
+            "checkpoint is measured only where both coincide",
+        )
 
     def micro_batches(self, num_processes: int) -> tuple[int, int]:
         """Return (images per micro-batch, micro-batches per step) of each process, or UserError."""
