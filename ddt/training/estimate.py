@@ -70,32 +70,26 @@ class EstimateSettings:
     may_be_missing = ("data.root",)  # nothing is read from it
 
     def __post_init__(self) -> None:
-        for key in ("gpus", "num_samples"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        out = None if self.out is None else Path(self.out)
+        both = "has no effect with measured=, which brings its own; leave one out"
+        for key, valid, message in (
+            ("gpus", self.gpus >= 1, "must be at least 1"),
+            ("num_samples", self.num_samples >= 1, "must be at least 1"),
+            ("num_classes", self.num_classes is None or self.num_classes >= 1, "must be at least 1"),
+            ("memory_gb", self.memory_gb is None or self.memory_gb > 0, "must be above 0"),
+            ("device", self.measured is None or self.device is None, both),
+            ("share", self.measured is None or self.share is None, both),
+            ("out", out is None or out.suffix == ".json", "give a .json file"),
+            ("out", out is None or not out.exists(), "exists already and is not written over; choose another"),
+        ):
+            require(valid, f"{key}={getattr(self, key)}: {message}")
+        processes = self.trainer.num_processes
+        require(processes is None, f"trainer.num_processes={processes}: has no effect here; give gpus={processes}")
         require(
-            self.num_classes is None or self.num_classes >= 1, f"num_classes={self.num_classes}: must be at least 1"
-        )
-        require(self.memory_gb is None or self.memory_gb > 0, f"memory_gb={self.memory_gb}: must be above 0")
-        if self.measured is not None:
-            for key in ("device", "share"):
-                value = getattr(self, key)
-                require(
-                    value is None, f"{key}={value}: has no effect with measured=, which brings its own; leave one out"
-                )
-        trainer, out = self.trainer, self.out
-        require(
-            trainer.num_processes is None,
-            f"trainer.num_processes={trainer.num_processes}: has no effect here; give gpus={trainer.num_processes}",
-        )
-        require(
-            trainer.parallelism == "ddp" or self.gpus > 1,
+            self.trainer.parallelism == "ddp" or self.gpus > 1,
             "trainer.parallelism=fsdp: needs several processes to shard among; give gpus=8, or leave it out",
         )
-        trainer.micro_batches(self.gpus)
-        require(out is None or Path(out).suffix == ".json", f"out={out}: give a .json file")
-        require(
-            out is None or not Path(out).exists(), f"out={out}: exists already and is not written over; choose another"
-        )
+        self.trainer.micro_batches(self.gpus)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,9 +138,7 @@ class TrainerSettings:
         )
         period = "validate_every" if self.keep_best == "validation_loss" else "eval_every"
         every = getattr(self, period)
-        self.check(
-            "keep_best", every > 0, f"is never measured; set trainer.{period}, a multiple of trainer.save_every"
-        )
+        self.check("keep_best", every > 0, f"is never measured; set trainer.{period}, a multiple of trainer.save_every")
         self.check(
             "keep_best",
             self.save_every > 0 and every % self.save_every == 0,

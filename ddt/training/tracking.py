@@ -103,6 +103,7 @@ class WandbTracker(JsonlTracker):
             "config": config,
         }
         settings = wandb.Settings(init_timeout=init_timeout, silent=True)
+        self.run: Any = None
         try:
             self.run = wandb.init(mode=mode, settings=settings, **arguments)
         except Exception as error:  # W&B's errors have no common base; none may stop training
@@ -113,9 +114,8 @@ class WandbTracker(JsonlTracker):
                 self.run = wandb.init(mode="offline", settings=settings, **arguments)
             except Exception as second:  # as above
                 log.warning("W&B does not start offline either (%s); this run is logged to metrics.jsonl alone", second)
-                self.run = None
-                return
-        self.run.define_metric("*", step_metric="step")  # W&B's own axis cannot go back on resume
+        if self.run is not None:
+            self.run.define_metric("*", step_metric="step")  # W&B's own axis cannot go back on resume
 
     def _send(self, values: dict[str, Any]) -> None:
         if self.run is None:
