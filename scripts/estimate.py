@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @command("estimate", settings="ddt.training.estimate.EstimateSettings")
 def main(settings: "EstimateSettings") -> None:
-    """Count, print, and write the numbers to out= where that is given."""
+    """Count, print, and write the numbers to out= if it is set."""
     from ddt.files import write_json
     from ddt.receipts import command_line
     from ddt.training.estimate import build_recipe, choose_rate, estimate, report

@@ -1,10 +1,9 @@
-"""Export a checkpoint: a folder for a model hub, a diffusers pipeline, or the published key names
+"""Export a checkpoint: a hub folder, a diffusers pipeline, or the published key names
 (docs/export.md).
 
-    python scripts/export.py ckpt=RUN_OR_CHECKPOINT format=hub out=FOLDER [metrics=METRICS_JSON]
-        [license=…] [push=NAME]
-    python scripts/export.py ckpt=RUN_OR_CHECKPOINT format=diffusers out=FOLDER [metrics=…]
-        [license=…] [push=…]
+    python scripts/export.py ckpt=RUN_OR_CHECKPOINT format=hub out=FOLDER
+    python scripts/export.py ckpt=RUN_OR_CHECKPOINT format=diffusers out=FOLDER
+        [metrics=METRICS_JSON] [license=…] [push=owner/name]   (either format)
     python scripts/export.py ckpt=RUN_OR_CHECKPOINT format=released out=FILE
 """
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 @command("export", settings="ddt.export.ExportSettings", folder=CONF / "export")
 def main(settings: ExportSettings) -> None:
-    """Check everything, write, and push to the hub where that is asked for."""
+    """Check everything, write, and push to the hub if push= is set."""
     from ddt.export import export
 
     export(settings)

@@ -15,7 +15,7 @@ COLUMNS = 3  # panels side by side
 
 @dataclasses.dataclass(frozen=True)
 class PlotRunSettings:
-    """See conf/plot_run.yaml. Raises UserError for values that cannot be."""
+    """See conf/plot_run.yaml. Raises UserError for invalid values."""
 
     runs: list[str] | str
     keys: list[str] | str
@@ -32,7 +32,7 @@ def rows_of(run: str) -> list[dict[str, float]]:
     from ddt.training.tracking import read_rows
 
     path = Path(run) / "metrics.jsonl"
-    require(path.is_file(), f"runs={run}: has no metrics.jsonl; give the folder of a run that has begun")
+    require(path.is_file(), f"runs={run}: has no metrics.jsonl; give the folder of a started run")
     rows = read_rows(path)
     require(bool(rows), f"{path}: is empty; wait for the run's first row (trainer.log_every)")
     return rows
@@ -40,7 +40,7 @@ def rows_of(run: str) -> list[dict[str, float]]:
 
 @command("plot_run", settings=f"{__name__}.PlotRunSettings")
 def main(settings: PlotRunSettings) -> None:
-    """Write a picture with a panel for each logged key and in it a line a run, against the step."""
+    """Plot a panel per logged key, with a line per run against the step."""
     from ddt.pictures import pyplot, save_figure
 
     runs, keys = ([value] if isinstance(value, str) else value for value in (settings.runs, settings.keys))
