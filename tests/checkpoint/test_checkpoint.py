@@ -31,7 +31,7 @@ def test_a_model_comes_back_from_run_and_checkpoint(tmp_path):
         assert not loaded.training
 
 
-def test_the_newest_complete_checkpoint_is_taken(tmp_path):
+def test_the_newest_complete_checkpoint_is_used(tmp_path):
     for step in (9, 10, 200):
         write(ckpt.checkpoint_folder(tmp_path, step), step)
     assert ckpt.newest_checkpoint(tmp_path).name == "step_0000200"
@@ -48,12 +48,12 @@ def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
         write(ckpt.checkpoint_folder(tmp_path, 7), train_state={"optimizer": {}})
     assert ckpt.newest_checkpoint(tmp_path) is None
     monkeypatch.undo()
-    write(ckpt.checkpoint_folder(tmp_path, 7), train_state={"optimizer": {}})  # the left-over is no obstacle
+    write(ckpt.checkpoint_folder(tmp_path, 7), train_state={"optimizer": {}})  # leftovers do not matter
     assert ckpt.newest_checkpoint(tmp_path) is not None
     assert not list((tmp_path / "checkpoints").glob(".tmp*"))
 
 
-def test_nothing_is_written_over(tmp_path):
+def test_checkpoints_are_never_overwritten(tmp_path):
     write(tmp_path / "a")
     before = (tmp_path / "a" / "ema.safetensors").read_bytes()
     with pytest.raises(UserError, match="exists already"):
@@ -84,7 +84,7 @@ def test_another_format_version_is_refused(tmp_path):
         ddt.load_model(tmp_path / "a")
 
 
-def test_what_is_no_run_is_named(tmp_path):
+def test_a_path_without_a_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         ddt.load_model(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no complete checkpoint"):
@@ -99,9 +99,7 @@ def test_a_checkpoint_cannot_name_code_to_run(tmp_path):
 
 
 def test_shards_of_processes_are_joined(tmp_path):
-    """As a sharded run writes them: cut along the first dimension, a process may have nothing of a
-    short tensor.
-    """
+    """Split along the first dimension, as under FSDP; a shard of a short tensor may be empty."""
     full = {"w": torch.arange(6.0).view(3, 2), "b": torch.tensor([7.0])}
     moments = {0: {"step": torch.tensor(4.0), "exp_avg": torch.arange(5.0)}}
     with atomic_folder(tmp_path / "a") as temporary:
@@ -121,6 +119,9 @@ def test_shards_of_processes_are_joined(tmp_path):
     assert found["skips"] == [0, 0]
     assert ckpt.weights_names(tmp_path / "a") == ["ema", "ema_0.9"]
     assert ckpt.weights_sha256(tmp_path / "a", "ema") == ckpt.weights_sha256(tmp_path / "a", "ema_0.9")
+    shards = [path.stat().st_size for path in (tmp_path / "a").glob("ema-*.safetensors")]
+    assert len(shards) == 2
+    assert ckpt.weights_bytes(tmp_path / "a", "ema") == sum(shards)
     with pytest.raises(UserError, match=r"weights=model: .* has no model\.safetensors; choose from ema, ema_0\.9"):
         ckpt.read_weights(tmp_path / "a", "model")
 

@@ -1,4 +1,4 @@
-"""The model hub, which no test speaks with: names, downloads and uploads against a stand-in."""
+"""The model hub, by a fake: names, downloads and uploads."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ def exported(tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch, exported):
-    """What the hub was asked for; it has one model."""
+    """Requests to a hub that has one model."""
     calls = []
 
     def snapshot_download(name, revision=None, allow_patterns=None):
@@ -38,11 +38,11 @@ def asked(monkeypatch, exported):
 
 
 class Api:
-    """A hub that takes everything; what it was told."""
+    """A hub that accepts everything, and its requests."""
 
     def __init__(self, token="a token"):
         self.token = token
-        self.told = []
+        self.requests = []
         self.models = set()
 
     def __call__(self, **_):
@@ -56,11 +56,11 @@ class Api:
         return name in self.models
 
     def create_repo(self, name=None, repo_id=None, **options):
-        self.told.append(("create", name or repo_id, options))
+        self.requests.append(("create", name or repo_id, options))
         return SimpleNamespace(repo_id=name or repo_id)
 
     def upload_folder(self, repo_id, folder_path, **_):
-        self.told.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
+        self.requests.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
         self.model = ddt.load_model(folder_path)
 
 
@@ -72,7 +72,7 @@ def api(monkeypatch):
     return fake
 
 
-def test_a_slip_in_a_runs_name_is_no_name_of_the_hub(tmp_path, monkeypatch):
+def test_a_misspelt_run_is_no_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hub.is_hub_id("owner/name")
     assert hub.is_hub_id("owner/name.v2@refs/pr/1")
@@ -89,7 +89,7 @@ def test_a_model_of_the_hub_is_loaded_at_its_revision(asked, exported):
     assert asked == [("owner/name", "abc123")] * 2 + [("owner/name", None)]
 
 
-def test_what_the_hub_does_not_give_is_one_line(asked, exported, monkeypatch):
+def test_a_failed_download_is_one_line(asked, exported, monkeypatch):
     with pytest.raises(UserError, match=r"^nobody/nothing: no such folder here, .*\(404 Client Error\); give") as error:
         ddt.load_model("nobody/nothing")
     assert "\n" not in str(error.value)
@@ -100,7 +100,7 @@ def test_what_the_hub_does_not_give_is_one_line(asked, exported, monkeypatch):
         ddt.load_model("owner/name")
 
 
-def test_sampling_from_the_hub_writes_where_it_is_told(asked, tmp_path, monkeypatch):
+def test_sampling_from_the_hub_needs_out(asked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refusal("sample", "ckpt=owner/name").startswith("out: not set; ckpt=owner/name is a model of the hub")
     done = run_inside("sample", "ckpt=owner/name@v1", "num_samples=2", "num_processes=1", f"out={tmp_path / 'set'}")
@@ -109,22 +109,16 @@ def test_sampling_from_the_hub_writes_where_it_is_told(asked, tmp_path, monkeypa
     assert set(asked) == {("owner/name", "v1")}
 
 
-def test_a_folder_goes_to_a_new_private_model(api, exported):
-    hub.check_push("owner/name")
-    assert api.told == []
-    assert hub.push(exported, "owner/name") == "https://huggingface.co/owner/name"
-    files = ["README.md", "config.json", "manifest.json", "model.safetensors"]
-    assert api.told == [
-        ("create", "owner/name", {"private": True, "exist_ok": False}),
-        ("upload", "owner/name", files),
-    ]
-
-
-def test_an_export_goes_to_the_hub_where_that_is_asked_for(api, tmp_path):
+def test_an_export_is_pushed_as_a_new_private_model(api, tmp_path):
     folder = small_checkpoint(tmp_path / "checkpoint")
     done = run_inside("scripts.export", f"ckpt={folder}", "format=hub", f"out={tmp_path / 'out'}", "push=owner/name")
     assert done.returncode == 0, done.stderr
-    assert [call[:2] for call in api.told] == [("create", "owner/name"), ("upload", "owner/name")]
+    files = ["README.md", "config.json", "manifest.json", "model.safetensors"]
+    assert api.requests == [
+        ("create", "owner/name", {"private": True, "exist_ok": False}),
+        ("upload", "owner/name", files),
+    ]
+    assert "https://huggingface.co/owner/name" in done.stderr
     assert 'ddt.load_model("owner/name")' in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -148,11 +142,11 @@ def test_mistakes_with_the_hub_are_one_line(api, exported):
 def test_the_methods_of_huggingface_hub(api, exported, tmp_path):
     loaded = HubModel.from_pretrained(exported)
     with torch.no_grad():
-        loaded.model.decoder.output.linear.bias += 1  # as a fine-tuning would
+        loaded.model.decoder.output.linear.bias += 1  # as fine-tuning does
     loaded.save_pretrained(tmp_path / "again")
     again = HubModel.from_pretrained(str(tmp_path / "again")).model
-    wanted = loaded.model.state_dict()
-    assert all(torch.equal(value, wanted[key]) for key, value in again.state_dict().items())
+    expected = loaded.model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())
     config = ddt.checkpoint.folder.read_config(tmp_path / "again")
     assert config["sampler"]["num_steps"] == 4
     assert config["export"]["weights_sha256"] != config["export"]["made_from_sha256"]
@@ -160,5 +154,5 @@ def test_the_methods_of_huggingface_hub(api, exported, tmp_path):
     with pytest.raises(UserError, match="holds files already and is not written over"):
         loaded.save_pretrained(tmp_path / "again")
     loaded.push_to_hub("owner/name", private=True)
-    assert [call[:2] for call in api.told] == [("create", "owner/name"), ("upload", "owner/name")]
-    assert torch.equal(api.model.decoder.output.linear.bias, wanted["decoder.output.linear.bias"])
+    assert [call[:2] for call in api.requests] == [("create", "owner/name"), ("upload", "owner/name")]
+    assert torch.equal(api.model.decoder.output.linear.bias, expected["decoder.output.linear.bias"])

@@ -1,6 +1,4 @@
-"""What the processes of test_launch.py do: apart from it, so that they start without what it
-imports.
-"""
+"""Functions of the processes of test_launch.py, without its slow imports."""
 
 import atexit
 import json
@@ -16,15 +14,15 @@ from ddt.errors import Stopped, UserError
 
 
 def wait_for(condition, seconds=60):
-    """Wait until something is so; end the test where it does not come."""
+    """Wait until a condition holds; fail after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "did not come"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
-def begun(folder):
-    """Say that this process is ready."""
+def report_ready(folder):
+    """Write this process's pid: it is ready."""
     (folder / f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
 
 
@@ -32,7 +30,7 @@ def stop_on_request(folder):
     seen = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda signum, frame: seen.append(signum))
-    begun(folder)
+    report_ready(folder)
     wait_for(lambda: signal.SIGTERM in seen)
     if os.environ["RANK"] == "0":
         time.sleep(1)  # a checkpoint, while the other has ended
@@ -41,12 +39,12 @@ def stop_on_request(folder):
 
 
 def wait_long(folder):
-    begun(folder)
+    report_ready(folder)
     time.sleep(60)
 
 
 def survive(folder):
-    """Take every polite request for one that can wait."""
+    """Ignore all signals that can be ignored."""
     ddt.distributed.launch.ORPHAN_SECONDS = 0.2
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -54,19 +52,18 @@ def survive(folder):
 
 
 def end_together(folder):
-    """Say at the very end whether this process still belongs to a group."""
+    """Write at exit whether the process group still exists."""
     Accelerator(cpu=True).wait_for_everyone()
     atexit.register(lambda: (folder / os.environ["RANK"]).write_text(str(torch.distributed.is_initialized())))
 
 
 def disagree(folder):
     accelerator, rank = Accelerator(cpu=True), os.environ["RANK"]
-    ddt.distributed.launch.check_same_on_all_processes(
-        accelerator, {"run_dir": "runs/a", "config": {"trainer": {"max_steps": 3}}}
-    )
+    check = ddt.distributed.launch.check_same_on_all_processes
+    check(accelerator, {"run_dir": "runs/a", "config": {"trainer": {"max_steps": 3}}})
     mine = {"run_dir": "runs/a", "config": {"trainer": {"max_steps": 3 + int(rank), "seed": int(rank)}}}
     try:
-        ddt.distributed.launch.check_same_on_all_processes(accelerator, mine)
+        check(accelerator, mine)
     except UserError as error:
         (folder / rank).write_text(str(error))
         if rank == "0":

@@ -1,6 +1,4 @@
-"""Compiled blocks: the numbers of uncompiled ones, one compilation a kind, and never a silent way
-round it.
-"""
+"""Compiled blocks: the numbers of eager ones, one compilation per kind, no silent fallback."""
 
 import copy
 import logging
@@ -28,7 +26,7 @@ PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.a
 
 
 class Counting:
-    """A compiler that counts graphs and leaves them as they are."""
+    """A compiler that counts graphs and returns them unchanged."""
 
     def __init__(self):
         self.graphs = 0
@@ -39,7 +37,7 @@ class Counting:
 
 
 def use(monkeypatch, backend):
-    """Compile by another backend than torch's own, in a second where that takes ten."""
+    """Compile by another backend than torch's own, which takes ten times as long."""
 
     def compile_(block, fullgraph, dynamic, options):
         nn.Module.compile(block, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
@@ -49,7 +47,7 @@ def use(monkeypatch, backend):
 
 @pytest.fixture(autouse=True)
 def compiled_here_alone():
-    """Nothing compiled before counts, and no further processes are started."""
+    """Reset the compiler's caches and counters; start no compile workers."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     with torch._inductor.config.patch(compile_threads=1):
@@ -73,7 +71,7 @@ def loss_and_gradients(model):
 def test_all_blocks_of_a_kind_share_a_compilation(counting):
     plain, model = small_ddt(depth=5), small_ddt(depth=5)
     compile_blocks(model, dynamic=False)
-    average = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     expected, found = loss_and_gradients(plain), loss_and_gradients(model)
     assert counting.graphs == 2  # encoder: a vector an image; decoder: one a token
     assert found.keys() == expected.keys()
@@ -83,11 +81,11 @@ def test_all_blocks_of_a_kind_share_a_compilation(counting):
     for parameter in model.parameters():
         parameter.data.zero_()
     x, t, y = inputs(batch=2)  # another size would be another graph
-    torch.testing.assert_close(average(x, t, y), plain(x, t, y))
+    torch.testing.assert_close(copied(x, t, y), plain(x, t, y))
     assert counting.graphs == 2
 
 
-def test_checkpointed_blocks_compute_again_what_they_say(monkeypatch):
+def test_checkpointed_blocks_recompute_what_their_setting_says(monkeypatch):
     x, c = torch.randn(2, 3, 16, 32, generator=torch.Generator().manual_seed(0))
     products, gradients = {}, {}
     for checkpointing in (False, True, "selective"):
@@ -192,7 +190,7 @@ def test_a_compiled_run_is_the_eager_one_to_rounding_and_resumes_bit_for_bit(tmp
     assert "changed since the checkpoint: trainer.compile True -> False" in said
 
 
-def test_a_compiler_is_asked_for_by_name(monkeypatch, caplog, tmp_path):
+def test_a_missing_compiler_is_named(monkeypatch, caplog, tmp_path):
     caplog.set_level(logging.INFO)
     assert not compiles("compile", False, True, CPU)
     assert not compiles("compile", None, False, CPU)

@@ -1,4 +1,4 @@
-"""Processes, signals to them, and sweeps: who is asked, who ends, with which status."""
+"""Launching processes, signals to them, torchrun, sweeps and the Slurm script."""
 
 import json
 import os
@@ -32,10 +32,8 @@ def pids(folder):
     return [int(path.read_text()) for path in folder.glob("pid*") if path.read_text()]
 
 
-def asked(folder, action):
-    """Call `action` in a thread when both processes of `launch` are ready; what it raises fails the
-    test.
-    """
+def when_ready(folder, action):
+    """Call `action` in a thread when both processes of `launch` are ready; collect its errors."""
     raised = []
 
     def wait():
@@ -54,7 +52,7 @@ def asked(folder, action):
 # --- launch
 
 
-def test_a_request_reaches_every_process_and_all_are_left_to_finish(tmp_path):
+def test_signals_reach_every_process_and_all_finish(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
 
     def ask():
@@ -62,7 +60,7 @@ def test_a_request_reaches_every_process_and_all_are_left_to_finish(tmp_path):
         time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    thread, raised = asked(tmp_path, ask)
+    thread, raised = when_ready(tmp_path, ask)
     with pytest.raises(Stopped, match=r"^stopped at step 3$"):
         launch(stop_on_request, 2, tmp_path)
     thread.join()
@@ -72,8 +70,8 @@ def test_a_request_reaches_every_process_and_all_are_left_to_finish(tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
 
 
-def test_processes_that_take_no_requests_end_with_one_line(tmp_path):
-    thread, _ = asked(tmp_path, lambda: os.kill(os.getpid(), signal.SIGTERM))
+def test_processes_without_handlers_end_with_one_line(tmp_path):
+    thread, _ = when_ready(tmp_path, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped, match="ended by SIGTERM; the same command resumes"):
         launch(wait_long, 2, tmp_path)
     thread.join()
@@ -88,7 +86,7 @@ def test_the_first_interrupt_is_the_childrens_and_the_second_ends_all(tmp_path):
         assert all(map(alive, pids(tmp_path)))
         os.kill(os.getpid(), signal.SIGINT)
 
-    thread, raised = asked(tmp_path, interrupt)
+    thread, raised = when_ready(tmp_path, interrupt)
     with pytest.raises(KeyboardInterrupt):
         launch(survive, 2, tmp_path)
     thread.join()
@@ -96,7 +94,7 @@ def test_the_first_interrupt_is_the_childrens_and_the_second_ends_all(tmp_path):
     assert not any(map(alive, pids(tmp_path)))
 
 
-def test_no_process_ends_in_a_group(tmp_path, monkeypatch):
+def test_the_process_group_is_destroyed(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     launch(end_together, 2, tmp_path)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["False"] * 2
@@ -116,7 +114,7 @@ def test_no_process_outlives_a_parent_that_is_killed(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_that_mean_different_runs_are_told_so_all_alike(tmp_path, monkeypatch):
+def test_processes_with_different_settings_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ddt.distributed.launch, "GRACE_SECONDS", 0.5)
     message = "config.trainer.max_steps: is not the same on all processes: 3 (process 0), 4 (process 1); start all"
     with pytest.raises(UserError) as error:
@@ -141,7 +139,7 @@ def test_tasks_of_srun_without_a_launcher_are_refused(monkeypatch):
 
 @pytest.mark.slow
 def test_submitit_runs_a_sweep_in_other_processes(tmp_path):
-    """Away from the repository, with several processes a job; one of the jobs fails."""
+    """From another folder, with several processes per job; one job fails."""
     options = [*SMALL, "trainer.max_steps=2", "trainer.num_processes=2", "name=jobs"]
     micro = ["trainer.micro_batch_size=5,3", "hydra.sweep.subdir=${trainer.micro_batch_size}"]
     launcher = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
@@ -227,7 +225,7 @@ def test_torchrun_starts_the_processes_of_two_machines(tmp_path, one_process):
     assert_two_processes_trained_the_same(tmp_path, one_process)
 
 
-# --- the batch script, with commands of Slurm that run things here
+# --- the batch script, with fake Slurm commands
 
 FAKES = {
     "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
@@ -285,22 +283,14 @@ ARGUMENTS = ["seed=1", "data.root=a b;$(touch oh)'\"*", "name=short run"]
     ("signalled", "ending", "code", "said", "queued"),
     [
         (True, dict(state="preempted", begin=3, step=9, reason="runs/x/STOP"), 0, "stopped at step 9; queued", True),
-        (
-            False,
-            dict(state="preempted", begin=3, step=9, reason="runs/x/STOP"),
-            85,
-            "stopped for good at step 9",
-            False,
-        ),
+        (False, dict(state="preempted", begin=3, step=9, reason="runs/x/STOP"), 85, "stopped for good at", False),
         (False, dict(state="preempted", begin=3, step=9, reason="time limit"), 0, "stopped at step 9; queued", True),
         (True, dict(state="preempted", begin=3, step=3, reason="SIGUSR1"), 1, "no step was taken since step 3", False),
         (False, dict(state="failed", begin=3, step=9, reason="nan"), 1, "failed", False),
         (False, dict(state="done", begin=3, step=9, reason=""), 0, "done", False),
     ],
 )
-def test_the_batch_script_asks_for_a_requeue_where_a_run_can_go_on(
-    slurm, tmp_path, signalled, ending, code, said, queued
-):
+def test_the_batch_script_requeues_a_run_that_can_be_resumed(slurm, tmp_path, signalled, ending, code, said, queued):
     (tmp_path / "train.py").write_text(FAKE_TRAINING)
     run_dir = tmp_path / "runs" / "short run"
     run_dir.mkdir(parents=True)
@@ -324,7 +314,7 @@ def test_the_batch_script_asks_for_a_requeue_where_a_run_can_go_on(
 @pytest.mark.parametrize(
     ("arguments", "said"), [(["seed=1"], "name: not set"), (["-m", "name=a", "seed=1,2"], "-m: a sweep")]
 )
-def test_the_batch_script_refuses_what_it_cannot_follow(slurm, arguments, said):
+def test_the_batch_script_refuses_sweeps_and_missing_names(slurm, arguments, said):
     job = slurm(*arguments)
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 2
@@ -333,7 +323,7 @@ def test_the_batch_script_refuses_what_it_cannot_follow(slurm, arguments, said):
 
 
 @pytest.mark.slow
-def test_the_batch_script_trains_stops_and_goes_on(slurm, tmp_path):
+def test_the_batch_script_trains_stops_and_resumes(slurm, tmp_path):
     """The real training under the real torchrun, on two processes."""
     for name in ("train.py", "evaluate.py", "ddt", "scripts", "conf"):
         (tmp_path / name).symlink_to(ROOT / name)

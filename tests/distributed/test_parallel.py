@@ -1,11 +1,11 @@
-"""What processes share: equal beginnings, equal weights."""
+"""Processes start with the same weights and notice when they differ."""
 
 import os
 
 import pytest
 import torch
 from conftest import small_ddt
-from parting import begin_apart
+from diverging import diverge
 
 from ddt.distributed.launch import launch
 from ddt.distributed.prepare import clip_gradients, decide_on_main, gradient_norm, make_accelerator
@@ -17,9 +17,9 @@ from ddt.training.state import TrainingState
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_processes_begin_alike_and_notice_when_they_part(tmp_path, monkeypatch):
+def test_processes_start_alike_and_notice_when_they_diverge(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    launch(begin_apart, 2, tmp_path)
+    launch(diverge, 2, tmp_path)
     first, second = ((tmp_path / str(rank)).read_text() for rank in range(2))
     assert first == second
     assert first.endswith("step 0: the processes hold different weights; nothing is saved")
@@ -28,8 +28,8 @@ def test_processes_begin_alike_and_notice_when_they_part(tmp_path, monkeypatch):
 def test_one_process_agrees_with_itself():
     assert "RANK" not in os.environ
     accelerator, objective = make_accelerator("no"), FlowMatching(small_ddt())
-    averages = {"ema": EMA(objective.denoiser, ConstantDecay(0.9))}
-    TrainingState(objective, torch.optim.AdamW(objective.parameters()), averages, accelerator).check_agreement()
+    emas = {"ema": EMA(objective.denoiser, ConstantDecay(0.9))}
+    TrainingState(objective, torch.optim.AdamW(objective.parameters()), emas, accelerator).check_agreement()
     assert decide_on_main(accelerator, lambda: 3) == 3
     with pytest.raises(UserError, match="no"):
         decide_on_main(accelerator, lambda: (_ for _ in ()).throw(UserError("no")))

@@ -1,4 +1,4 @@
-"""Exports hold all that sampling needs, say what they are, and are written atomically."""
+"""Exports: all that sampling needs, a model card, written atomically."""
 
 import json
 import shutil
@@ -17,7 +17,6 @@ from ddt.errors import UserError
 from ddt.export import ExportSettings, export
 from ddt.export.export import class_labels, find_picture, open_source, read_metrics, shorten_paths
 from ddt.export.model_card import Card
-from ddt.files import atomic_folder
 from ddt.pictures import imagenet_synsets
 from ddt.sampling.schedules import write_schedule
 
@@ -44,7 +43,7 @@ def hub(folder, out, **arguments):
     return out
 
 
-def drawn(checkpoint, out):
+def sampled(checkpoint, out):
     done = run_inside("sample", f"ckpt={checkpoint}", f"out={out}", "num_processes=1", "num_samples=3")
     assert done.returncode == 0, done.stderr
     with np.load(out / "samples.npz") as file:
@@ -87,15 +86,11 @@ def test_the_folder_of_a_hub_is_a_checkpoint(tmp_path):
     ]
     assert [path.name for path in out.parent.iterdir()] == ["exported"]
     assert load_file(out / "model.safetensors").keys() == ddt.load_model(folder).state_dict().keys()
-    assert np.array_equal(drawn(out, tmp_path / "a"), drawn(folder, tmp_path / "b"))
+    assert np.array_equal(sampled(out, tmp_path / "a"), sampled(folder, tmp_path / "b"))
     receipts = [json.loads((tmp_path / name / "receipt.json").read_text())["request"] for name in "ab"]
     assert receipts[0] == receipts[1]
     again = hub(out, tmp_path / "again")
     assert ckpt.read_config(again) == ckpt.read_config(out)
-
-
-def test_a_damaged_export_is_named(tmp_path):
-    out = hub(small_checkpoint(tmp_path / "checkpoint"), tmp_path / "exported")
     content = bytearray((out / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (out / "model.safetensors").write_bytes(content)
@@ -106,11 +101,11 @@ def test_a_damaged_export_is_named(tmp_path):
 def test_a_local_autoencoder_goes_along(tmp_path):
     vae = small_vae(tmp_path / "vae", levels=2, scaling_factor=0.5)
     folder = small_checkpoint(tmp_path / "checkpoint", vae=vae, run={**RUN, "autoencoder": {"source": vae}})
-    before = drawn(folder, tmp_path / "before")
+    before = sampled(folder, tmp_path / "before")
     out = hub(folder, tmp_path / "exported")
     shutil.rmtree(vae)
     out = out.rename(tmp_path / "elsewhere")
-    assert np.array_equal(drawn(out, tmp_path / "after"), before)
+    assert np.array_equal(sampled(out, tmp_path / "after"), before)
     texts = [path.read_text() for path in out.rglob("*") if path.suffix in (".json", ".md")]
     assert len(texts) == 4
     assert not any(str(tmp_path) in text or "/home/me" in text for text in texts)
@@ -146,20 +141,7 @@ def test_an_autoencoder_of_the_hub_stays_a_name(tmp_path):
     assert "does not say what it was trained on" in text
 
 
-def test_shards_become_one_file(tmp_path):
-    folder = small_checkpoint(tmp_path / "checkpoint")
-    state = ckpt.read_weights(folder, "ema")
-    with atomic_folder(tmp_path / "sharded") as temporary:
-        files = {}
-        for rank in range(2):
-            shard = {k: v.chunk(2)[rank] for k, v in state.items() if rank < len(v.chunk(2))}
-            files |= ckpt.write_files(temporary, {"ema": shard}, shard=(rank, 2))
-        ckpt.write_manifest(temporary, ckpt.read_config(folder), files)
-    found = ddt.load_model(hub(tmp_path / "sharded", tmp_path / "exported")).state_dict()
-    assert all(torch.equal(found[key], state[key]) for key in state)
-
-
-def test_which_weights_they_were_is_told(tmp_path):
+def test_the_name_of_the_weights_is_in_the_receipt(tmp_path):
     base = small_checkpoint(tmp_path / "base")
     ema = ckpt.read_weights(base, "ema")
     raw = {key: value + 1 for key, value in ema.items()}
@@ -189,7 +171,7 @@ def test_a_schedule_file_becomes_its_steps(tmp_path):
     assert ckpt.read_config(out)["sampler"]["recompute"] == [0, 2]
 
 
-def test_the_card_says_what_the_model_is(tmp_path):
+def test_the_card_describes_the_model(tmp_path):
     folder = small_checkpoint(tmp_path / "checkpoint", run=RUN)
     sha256 = ckpt.weights_sha256(folder, "ema")
     metrics = evaluation(tmp_path / "set", sha256)
@@ -231,7 +213,7 @@ def test_the_card_says_what_the_model_is(tmp_path):
     assert "samples.png" not in plain.text
 
 
-def test_imagenet_is_named(tmp_path):
+def test_the_card_names_imagenet(tmp_path):
     config = {
         "class_names": imagenet_synsets(),
         "latent_shape": [4, 32, 32],
@@ -244,7 +226,7 @@ def test_imagenet_is_named(tmp_path):
     assert class_labels(imagenet_synsets())["0"] == "tench, Tinca tinca"
 
 
-def test_a_guide_is_told(tmp_path):
+def test_the_card_names_the_guide(tmp_path):
     metrics = json.loads((evaluation(tmp_path / "set", "0" * 64) / "metrics.json").read_text())
     config = {**CARD, "class_names": list("ab"), "latent_shape": [1, 8, 8], "autoencoder": {}}
     assert "Guided away" not in Card("x", metrics).render("ddt", config, 1).text
@@ -252,24 +234,18 @@ def test_a_guide_is_told(tmp_path):
     assert f"Guided away from the weights `{'1' * 64}`." in Card("x", metrics).render("ddt", config, 1).text
 
 
-def test_the_grid_of_a_runs_own_samples_is_shown(tmp_path):
+def test_the_card_shows_samples_of_these_weights_alone(tmp_path):
     folder = small_checkpoint(tmp_path / "run" / "checkpoints" / "step_0000007")
     evaluation(tmp_path / "run" / "samples", ckpt.weights_sha256(folder, "ema"))
     done = run_inside("scripts.export", f"ckpt={tmp_path / 'run'}", "format=hub", f"out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "samples.png").read_bytes() == (tmp_path / "run" / "samples" / "grid.png").read_bytes()
+    evaluation(tmp_path / "others", "0" * 64)
+    places = [tmp_path / "nowhere", tmp_path / "others"]
+    assert find_picture(places, ckpt.weights_sha256(folder, "ema")) is None
 
 
-def test_only_pictures_of_these_weights_are_shown(tmp_path):
-    folder = small_checkpoint(tmp_path / "run" / "checkpoints" / "step_0000007")
-    evaluation(tmp_path / "run" / "samples", "0" * 64)
-    evaluation(tmp_path / "set", ckpt.weights_sha256(folder, "ema"))
-    places, sha256 = [tmp_path / "nowhere", tmp_path / "run" / "samples"], ckpt.weights_sha256(folder, "ema")
-    assert find_picture(places, sha256) is None
-    assert find_picture([*places, tmp_path / "set"], sha256) == tmp_path / "set" / "grid.png"
-
-
-def test_paths_lose_all_but_their_last_name():
+def test_paths_are_shortened_to_their_last_name():
     values = {"data": {"root": "/home/me/birds", "size": 8}, "init_from": "MCG-NJU/DDT-XL", "name": "a/b", "x": ["/y"]}
     expected = {**values, "data": {"root": "birds", "size": 8}}
     assert shorten_paths(values) == expected
@@ -309,10 +285,6 @@ def test_the_published_names_of_a_converted_file(tmp_path):
     golden, found = load_file(GOLDEN / "tiny.weights.safetensors"), load_file(tmp_path / "out.safetensors")
     assert found.keys() == golden.keys()
     assert all(torch.equal(found[key], golden[key]) for key in golden)
-    network["decoder_block"] = "conv"
-    folder = small_checkpoint(tmp_path / "conv", model=model, network=network)
-    message = refusal("scripts.export", f"ckpt={folder}", "format=released", f"out={tmp_path / 'b.ckpt'}")
-    assert message.startswith("model.decoder_block=conv: the published format knows attention alone")
 
 
 @pytest.fixture(scope="module")
@@ -328,13 +300,8 @@ def checkpoint(tmp_path_factory):
     [
         (["format=foo"], "format=foo: give 'hub', 'diffusers' or 'released'"),
         (["format=hub", "ckpt=nowhere"], "nowhere: no such folder"),
-        (
-            ["format=hub", "metrics={there}/of_others"],
-            "does not say that its samples were generated with these weights",
-        ),
         (["format=hub", "autoencoder=a/b"], "autoencoder=a/b: this model samples pixels"),
         (["format=hub", "push=name"], "push=name: no name of a model; write owner/name"),
-        (["format=hub", "out={there}"], "exists already and is not written over"),
         (["format=hub", "weight=ema"], "weight: no such setting; did you mean weights?"),
     ],
 )
@@ -356,12 +323,13 @@ def test_mistakes_are_one_line(checkpoint, arguments, message):
     [
         ("nowhere", "metrics=nowhere: no such file"),
         ("checkpoint", "metrics=checkpoint: the folder has no metrics.json"),
+        ("of_others", "does not say that its samples were generated with"),
         ("without", "does not say that its samples were generated with"),
         ("checkpoint/config.json", "is no evaluation"),
         ("of_others/grid.png", "damaged or no JSON"),
     ],
 )
-def test_what_is_no_evaluation_of_these_weights_is_refused(checkpoint, file, message, monkeypatch):
+def test_metrics_of_other_weights_are_refused(checkpoint, file, message, monkeypatch):
     monkeypatch.chdir(checkpoint.parent)
     with pytest.raises(UserError, match=message):
         read_metrics(file, "1" * 64)

@@ -1,4 +1,4 @@
-"""The cost model: against method.md, ddt.model.cost, sums by hand, and what autograd saves."""
+"""Estimates against method.md, ddt.model.cost, sums by hand, and what autograd saves."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ RATE = assumed_rate("H100", 0.5, None, "bf16")
 
 
 def aligned(model, width=7, features=3):
-    """The objective of a small network with a projector."""
+    """Objective of a small network with a projector."""
     return FlowMatching(model, alignment=AlignmentLoss(Projector(32, width, features), 1, 0.5, (4, 4), (4, 4)))
 
 
@@ -68,36 +68,36 @@ def small_recipe(trainer=None, **changes):
     return Recipe(**(settings | changes))
 
 
-def published(*overrides):
-    """The recipe of a command of train.py, without its data."""
+def recipe_of(*overrides):
+    """Recipe of train.py with these overrides."""
     return build_recipe(composed("estimate", "ddt.training.estimate.EstimateSettings", "gpus=8", *overrides))
 
 
-def numbers(module):
+def num_parameters(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 @pytest.mark.parametrize(
     ("name", "parameters"), [("b_8en4de", 130_262_800), ("l_20en4de", 457_648_144), ("xl_22en6de", 674_646_352)]
 )
-def test_published_recipes_have_the_parameters_and_arithmetic_of_the_method(name, parameters):
-    recipe = published(f"model={name}", "data=in256", "sampler.recompute=uniform:5")
+def test_published_recipes_have_the_parameters_and_flops_of_the_method(name, parameters):
+    recipe = recipe_of(f"model={name}", "data=in256", "sampler.recompute=uniform:5")
     model, work = recipe.objective.denoiser, flops(recipe)
-    assert numbers(model) == parameters
+    assert num_parameters(model) == parameters
     assert work["forward"] == 2 * network_macs(model, 32, 32).total
     assert work["training"] == training_flops(recipe.objective, (4, 32, 32))
     assert work["sampling"] == 2 * sampling_macs(model, 32, 32, SamplerSettings(recompute="uniform:5"))
     # DINOv2-B/14 on 224 px: patches of 14×14, 12 blocks over 256 tokens and the class, by hand
     blocks = 12 * (12 * 257 * 768**2 + 2 * 257**2 * 768)
     assert work["target"] == 2 * (256 * 768 * 3 * 14**2 + blocks)
-    assert numbers(recipe.target.network) == 85_724_928
-    assert numbers(recipe.autoencoder.network) == 83_653_863
+    assert num_parameters(recipe.target.network) == 85_724_928
+    assert num_parameters(recipe.autoencoder.network) == 83_653_863
     assert work["all_training"] == 400_000 * 256 * (work["training"] + work["target"])
     assert recipe.num_images == 1_281_167
 
 
 def test_fine_tuning_at_512_px_takes_latents_of_64_and_does_not_fit():
-    recipe = published("experiment=xl_512")
+    recipe = recipe_of("experiment=xl_512")
     found = estimate(recipe, RATE)
     assert recipe.shape == (4, 64, 64)
     assert not found["memory"]["fits"]
@@ -109,7 +109,7 @@ def test_fine_tuning_at_512_px_takes_latents_of_64_and_does_not_fit():
 def test_a_small_recipe_by_hand():
     recipe = small_recipe(trainer=dict(ema_decays=(0.5,), ema_powers=(0.1,), snapshot_every=3), align_until=4)
     found = estimate(recipe, RATE)
-    network = numbers(small_ddt())
+    network = num_parameters(small_ddt())
     projector = (32 * 7 + 7) + (7 * 7 + 7) + (7 * 3 + 3)
     assert found["parameters"]["denoiser"] == network
     assert found["parameters"]["projector"] == projector
@@ -126,8 +126,7 @@ def test_a_small_recipe_by_hand():
     assert held["EMA weights"] == 3 * 4 * network
     checkpoint = 4 * (3 * (network + projector) + 3 * network)
     assert found["disk"]["checkpoint"] == checkpoint
-    # checkpoints of steps 4, 8, 10; snapshots of 3, 6, 9, 10; one record is 2 channels of 8×8 in
-    # float16
+    # checkpoints of steps 4, 8, 10; snapshots of 3, 6, 9, 10; a record: 2 channels of 8×8, float16
     assert found["disk"]["run"] == 3 * checkpoint + 4 * 4 * network
     assert found["disk"]["cache"] == 40 * 2 * 8 * 8 * 2
 
@@ -141,8 +140,8 @@ def test_a_checkpoint_is_as_large_as_training_says():
     assert disk(small_recipe())["checkpoint"] == state.bytes()
 
 
-def really_saved(objective, batch, bf16):
-    """Bytes that autograd holds after a real forward."""
+def saved_bytes(objective, batch, bf16):
+    """Bytes that autograd saves in a real forward."""
     x, t, y = inputs(batch=batch)
     held = {}
 
@@ -160,12 +159,12 @@ def really_saved(objective, batch, bf16):
 @pytest.mark.parametrize("bf16", [True, False])
 def test_activations_are_what_autograd_saves(bf16):
     objective = aligned(small_ddt())
-    expected = (really_saved(objective, 8, bf16) - really_saved(objective, 4, bf16)) / 4
+    expected = (saved_bytes(objective, 8, bf16) - saved_bytes(objective, 4, bf16)) / 4
     assert activation_bytes(objective.to("meta"), (2, 8, 8), bf16) == pytest.approx(expected, rel=1e-3)
     assert type(positions(16, 4, 4, torch.device("cpu")).cos) is torch.Tensor  # the kept table is a real one
 
 
-def test_activation_checkpointing_keeps_the_inputs_of_blocks_and_computes_again():
+def test_activation_checkpointing_keeps_the_inputs_of_blocks_and_recomputes():
     deep = {"depth": 8, "encoder_depth": 5}
     kept, again = (
         small_recipe(objective=FlowMatching(small_ddt(activation_checkpointing=value, **deep).to("meta")))
@@ -197,10 +196,10 @@ def test_selective_checkpointing_keeps_what_products_return():
     assert flops(selective)["recomputed"] == 0
 
 
-def test_the_baseline_has_no_halves():
+def test_the_baseline_has_no_encoder():
     model = DiT(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, num_classes=5)
     found = estimate(small_recipe(objective=FlowMatching(model.to("meta"))), RATE)
-    assert (found["parameters"]["encoder"], found["parameters"]["decoder"]) == (0, numbers(model))
+    assert (found["parameters"]["encoder"], found["parameters"]["decoder"]) == (0, num_parameters(model))
     assert "encoder" not in report(found)
 
 
@@ -219,12 +218,12 @@ def test_sharding_divides_what_ddp_repeats():
     assert alone["total"] == sum(size for part, size in alone.items() if part != "total")
 
 
-def test_what_processes_send_in_a_step():
-    trained = numbers(small_recipe().objective)
+def test_bytes_sent_per_step():
+    trained = num_parameters(small_recipe().objective)
     assert exchanged_bytes(small_recipe()) == 0
     assert exchanged_bytes(small_recipe(gpus=4)) == 2 * 3 / 4 * 4 * trained
     recipe = small_recipe(trainer=dict(parallelism="fsdp", micro_batch_size=1), gpus=4)
-    blocks = sum(numbers(block) for stack in stacks(recipe.objective) for block in stack.blocks)
+    blocks = sum(num_parameters(block) for stack in stacks(recipe.objective) for block in stack.blocks)
     # two micro-batches gather blocks twice and the rest once, the last hands out gradients
     assert exchanged_bytes(recipe) == 3 / 4 * 4 * (2 * (2 * blocks + trained - blocks) + trained)
 
@@ -256,15 +255,15 @@ def test_sizes_of_data_are_those_of_the_data():
 
 def test_the_size_of_a_folder_is_inferred_where_its_images_are_there(tmp_path):
     picture_folder(tmp_path / "images", count=3)
-    recipe = published("data=folder", f"data.root={tmp_path / 'images'}", "num_classes=2", "gpus=1")
+    recipe = recipe_of("data=folder", f"data.root={tmp_path / 'images'}", "num_classes=2", "gpus=1")
     assert (recipe.image_size, recipe.shape) == (32, (3, 32, 32))
 
 
-def test_an_autoencoder_of_a_folder_is_counted_as_it_is(tmp_path):
+def test_an_autoencoder_folder_is_counted(tmp_path):
     folder = small_vae(tmp_path / "vae", levels=3)
     real, outline = KLAutoencoder(folder), KLAutoencoder.outline(folder)
     assert outline.latent_shape(3, 32) == real.latent_shape(3, 32) == (4, 8, 8)
-    assert numbers(outline.network) == numbers(real.network)
+    assert num_parameters(outline.network) == num_parameters(real.network)
     assert outline.network.quant_conv.weight.is_meta
     with pytest.raises(UserError, match=r"autoencoder\.source=a/b: its shape is not known here; give a local folder"):
         KLAutoencoder.outline("a/b")
@@ -333,12 +332,12 @@ def test_a_processor_that_was_measured_has_no_known_memory(tmp_path):
     ],
     ids=str,
 )
-def test_other_files_are_refused(tmp_path, changes, message):
+def test_files_that_are_no_benchmark_are_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         measured_rate(str(benchmark_file(tmp_path, **changes)), None, "bf16", "b_8en4de", False)
 
 
-def test_the_command_says_what_is_assumed_and_writes_the_numbers(tmp_path):
+def test_the_command_says_what_is_assumed_and_writes_a_file(tmp_path):
     out = tmp_path / "x" / "cost.json"
     done = run_inside(
         "scripts.estimate", "model=b_8en4de", "data=in256_latents", "alignment=none", "gpus=2", f"out={out}"
@@ -354,7 +353,7 @@ def test_the_command_says_what_is_assumed_and_writes_the_numbers(tmp_path):
     assert found["time"]["training_gpu_hours"] == 2 * found["time"]["training_hours"]
 
 
-def test_in_fp32_no_time_is_told():
+def test_in_fp32_the_time_is_unknown():
     done = run_inside("scripts.estimate", "model=dit_nano")
     assert done.returncode == 0
     assert "rate            not known: H100's data sheet tells of bf16; give measured=FILE" in done.stderr
@@ -364,13 +363,10 @@ def test_in_fp32_no_time_is_told():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gpus=x"], "gpus=x: "),
         (["gpus=0"], "gpus=0: must be at least 1"),
-        (["num_samples=0"], "num_samples=0: must be at least 1"),
         (["gpus=3"], "trainer.global_batch_size=64 cannot be divided among 3 processes"),
         (["trainer.num_processes=2"], "trainer.num_processes=2: has no effect here; give gpus=2"),
         (["trainer.parallelism=fsdp"], "trainer.parallelism=fsdp: needs several processes"),
-        (["measured=README.md", "share=0.3"], "share=0.3: has no effect with measured="),
         (["measured=x.json", "device=A100"], "device=A100: has no effect with measured="),
         (["measured=nowhere.json"], "measured=nowhere.json: no such file; give a benchmark"),
         (["memory_gb=0"], "memory_gb=0.0: must be above 0"),

@@ -1,6 +1,4 @@
-"""Starting from another run's weights, or a published file's: what is loaded, what is new, what is
-refused.
-"""
+"""init_from: weights of another run or a published file; what is loaded, new, refused."""
 
 import json
 
@@ -47,7 +45,7 @@ def weights(run, name, step):
 
 
 def frozen(*options):
-    """A step that moves nothing, so that what was saved is what the run started from."""
+    """Options of a step that changes no weights, so that the initial weights are saved."""
     return [*SMALL, "optimizer.lr=1e-30", "trainer.max_steps=1", "trainer.ema_decay=0.999999", *options]
 
 
@@ -60,8 +58,8 @@ def test_a_run_starts_from_raw_and_ema_weights(place, monkeypatch, caplog):
         assert found.keys() == expected.keys()
         for key in expected:
             torch.testing.assert_close(found[key], expected[key], rtol=0, atol=1e-6)
-    raw, averaged = (weights(place / "runs/source", n, 4)["decoder.output.linear.weight"] for n in ("model", "ema"))
-    assert not torch.allclose(raw, averaged, atol=1e-6)
+    raw, ema = (weights(place / "runs/source", n, 4)["decoder.output.linear.weight"] for n in ("model", "ema"))
+    assert not torch.allclose(raw, ema, atol=1e-6)
     assert "raw and EMA weights loaded, label table loaded, no projector" in caplog.text
 
 
@@ -105,7 +103,7 @@ def test_other_classes_get_a_new_table_and_keep_the_null_row(place, monkeypatch,
         for key in source.keys() - {TABLE}:
             torch.testing.assert_close(found[key], source[key], rtol=0, atol=1e-6)
     config = json.loads((tmp_path / "runs/more/checkpoints/step_0000001/config.json").read_text())
-    assert config["latent_shape"] == [3, 16, 16]  # another size of images is no obstacle
+    assert config["latent_shape"] == [3, 16, 16]  # the size of images may differ
 
 
 def network(**sizes):
@@ -128,9 +126,6 @@ def emas(trained):
 
 
 def test_a_published_file_gives_raw_and_ema_weights():
-    """The release's own numbers: EMA weights into the EMA, raw ones into the network that is
-    trained.
-    """
     sizes = read_released(PATCH1, encoder_depth=1, patch_size=1).network
     trained = objective(**sizes)
     ema = EMA(trained.denoiser, ConstantDecay(0.9))
@@ -161,7 +156,7 @@ def test_a_converted_checkpoint_has_ema_weights_alone(tmp_path, caplog):
     assert "was trained on latents of another autoencoder than this run's" in caplog.text
 
 
-def test_a_projector_is_taken_where_it_fits(tmp_path, caplog):
+def test_a_projector_is_loaded_where_it_fits(tmp_path, caplog):
     from ddt.objective.alignment import AlignmentLoss, Projector
 
     caplog.set_level("INFO")
@@ -199,7 +194,7 @@ def test_a_projector_is_taken_where_it_fits(tmp_path, caplog):
         (f"init_from={GOLDEN / 'golden.json'}", f"{GOLDEN / 'golden.json'}: cannot be read"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_a_source_is_one_line(place, monkeypatch, option, message):
+def test_invalid_sources_are_one_line(place, monkeypatch, option, message):
     monkeypatch.chdir(place)
     before = sorted(place.rglob("*"))
     (line,) = refusal("train", *SMALL, "name=new", *option.split()).splitlines()

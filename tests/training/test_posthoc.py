@@ -1,4 +1,4 @@
-"""EMA weights of any length, made of snapshots of others."""
+"""EMA weights of any length from snapshots of others."""
 
 import json
 from types import SimpleNamespace
@@ -10,7 +10,6 @@ from conftest import refusal, succeed
 
 from ddt.checkpoint import folder as ckpt
 from ddt.errors import UserError
-from ddt.files import atomic_folder
 from ddt.training.ema import EMA, ConstantDecay, PowerFunction, power_exponent
 from ddt.training.posthoc import (
     PosthocSettings,
@@ -29,19 +28,17 @@ RULES = [PowerFunction(0.05), PowerFunction(0.2), ConstantDecay(0.97)]
 
 
 def walk(steps):
-    """A random walk of some weights, far from zero as weights are: initial ones first."""
+    """A random walk of some weights, away from zero as weights are."""
     return 3 + np.cumsum(np.random.default_rng(0).standard_normal((steps + 1, 20)), axis=0) / 10
 
 
 def tracked(rule, weights, at=()):
-    """The average by a rule of a sequence of weights, in float64, after its last step and after
-    those of `at`.
-    """
-    average, found = weights[0], {}
+    """The float64 EMA of a sequence of weights, after its last step and after those of `at`."""
+    ema, emas = weights[0], {}
     for step, current in enumerate(weights[1:], start=1):
-        average = average + rule.rate(step) * (current - average)
-        found[step] = average
-    return average, [found[step] for step in at]
+        ema = ema + rule.rate(step) * (current - ema)
+        emas[step] = ema
+    return ema, [emas[step] for step in at]
 
 
 @pytest.mark.parametrize(("std", "exponent"), [(0.05, 16.97), (0.10, 6.94)])
@@ -50,8 +47,7 @@ def test_exponents_are_the_published_ones(std, exponent):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_tracked_average_is_the_sum_over_its_profile(rule):
-    """A network whose weights are a known sequence, followed by the average of training."""
+def test_tracked_ema_is_the_sum_over_its_profile(rule):
     weights = walk(60).astype(np.float32)
     model = torch.nn.Linear(20, 1, bias=False)
     model.weight.data[:] = torch.from_numpy(weights[0])
@@ -83,12 +79,12 @@ def test_products_of_a_long_run_neither_overflow_nor_cancel():
 @pytest.mark.parametrize(
     ("rule", "largest"), [(PowerFunction(0.07), 5e-4), (PowerFunction(0.15), 1e-3), (ConstantDecay(0.95), 2e-3)]
 )
-def test_reconstruction_is_the_average_that_was_tracked(rule, largest):
+def test_reconstruction_is_the_tracked_ema(rule, largest):
     """Snapshots of two EMAs every 20 of 400 steps; errors relative to what averaging changes."""
     weights, steps = walk(400), list(range(20, 401, 20))
-    averages = [Profile(PowerFunction(std), step) for std in (0.05, 0.1) for step in steps]
+    emas = [Profile(PowerFunction(std), step) for std in (0.05, 0.1) for step in steps]
     snapshots = np.concatenate([tracked(PowerFunction(std), weights, steps)[1] for std in (0.05, 0.1)])
-    made = reconstruct(averages, Profile(rule, 400))
+    made = reconstruct(emas, Profile(rule, 400))
     assert made.coefficients.sum() == pytest.approx(1, abs=1e-12)
     truth, _ = tracked(rule, weights)
     error = np.linalg.norm(made.coefficients @ snapshots - truth) / np.linalg.norm(truth - weights[-1])
@@ -99,35 +95,33 @@ def test_reconstruction_is_the_average_that_was_tracked(rule, largest):
     assert made.residual == pytest.approx(direct, rel=1e-6)
 
 
-def test_an_average_at_hand_is_found_exactly():
-    averages = [Profile(PowerFunction(std), step) for step in range(10, 101, 10) for std in (0.05, 0.1)]
-    made = reconstruct(averages, averages[-1])
+def test_an_ema_among_the_snapshots_is_reproduced_exactly():
+    emas = [Profile(PowerFunction(std), step) for step in range(10, 101, 10) for std in (0.05, 0.1)]
+    made = reconstruct(emas, emas[-1])
     np.testing.assert_allclose(made.coefficients, np.eye(20)[-1], atol=1e-9)
     assert made.residual < 1e-6
 
 
 def test_coefficients_are_the_best_with_their_sum():
-    """No exchange between two averages comes nearer."""
-    averages = [Profile(PowerFunction(std), step) for step in (50, 75, 100) for std in (0.05, 0.1)]
-    made = reconstruct(averages, Profile(PowerFunction(0.07), 100))
-    full = np.stack([np.pad(p.shares(), (0, 100 - p.step)) for p in averages])
+    """No exchange between two EMAs comes nearer."""
+    emas = [Profile(PowerFunction(std), step) for step in (50, 75, 100) for std in (0.05, 0.1)]
+    made = reconstruct(emas, Profile(PowerFunction(0.07), 100))
+    full = np.stack([np.pad(p.shares(), (0, 100 - p.step)) for p in emas])
     gradient = full @ (made.shares() - made.target.shares())
     np.testing.assert_allclose(gradient, gradient.mean(), atol=1e-9)
 
 
-def test_averages_that_are_one_are_no_obstacle():
-    """After one step all power functions are the weights of that step; with snapshots of all steps
-    all is possible.
-    """
-    averages = [Profile(PowerFunction(std), step) for step in range(1, 13) for std in (0.05, 0.1)]
-    assert reconstruct(averages, Profile(PowerFunction(0.2), 12)).residual < 1e-6
+def test_equal_emas_are_allowed():
+    """After one step all power-function EMAs are the weights of that step."""
+    emas = [Profile(PowerFunction(std), step) for step in range(1, 13) for std in (0.05, 0.1)]
+    assert reconstruct(emas, Profile(PowerFunction(0.2), 12)).residual < 1e-6
 
 
 def test_more_snapshots_smaller_error():
     residuals = []
     for every in (100, 50, 20, 10):
-        averages = [Profile(PowerFunction(std), n) for n in range(every, 401, every) for std in (0.05, 0.1)]
-        residuals.append(reconstruct(averages, Profile(PowerFunction(0.03), 400)).residual)
+        emas = [Profile(PowerFunction(std), n) for n in range(every, 401, every) for std in (0.05, 0.1)]
+        residuals.append(reconstruct(emas, Profile(PowerFunction(0.03), 400)).residual)
     assert residuals == sorted(residuals, reverse=True)
     assert residuals[-1] < residuals[0] / 10
 
@@ -151,17 +145,15 @@ def flat(folder, name="ema"):
     return torch.cat([value.double().flatten() for value in ckpt.read_weights(folder, name).values()])
 
 
-def test_averages_of_a_run(run, tmp_path):
-    """Two lengths and a decay of the snapshots of two averages, against those that training
-    tracked.
-    """
+def test_emas_of_a_run(run, tmp_path):
+    """Two lengths and a decay from snapshots of two EMAs, against those that training tracked."""
     out, arguments = tmp_path / "out", (f"run={run}", "powers=[0.05,0.1]")
     succeed("scripts.posthoc_ema", *arguments, "std=[0.05,0.15]", "decay=0.8", f"out={out}")
     assert sorted(path.name for path in out.iterdir()) == ["decay_0.8", "std_0.05", "std_0.15"]
     last = ckpt.newest_checkpoint(run)
     raw = flat(last, "model")
-    for name, kept in (("std_0.05", "power_0.05"), ("std_0.15", "power_0.15"), ("decay_0.8", "ema_0.8")):
-        truth = flat(last, kept)
+    for name, tracked_name in (("std_0.05", "power_0.05"), ("std_0.15", "power_0.15"), ("decay_0.8", "ema_0.8")):
+        truth = flat(last, tracked_name)
         error = torch.linalg.norm(flat(out / name) - truth) / torch.linalg.norm(truth - raw)
         assert error < 0.02, name
         assert (out / name / "profile.png").stat().st_size > 1000
@@ -177,7 +169,7 @@ def test_averages_of_a_run(run, tmp_path):
     assert made["averages"][-1]["sha256"] == ckpt.weights_sha256(snapshot, made["averages"][-1]["weights"])
 
 
-def test_an_average_of_an_earlier_step_is_sampled_from(run, tmp_path):
+def test_an_ema_of_an_earlier_step_can_be_sampled_from(run, tmp_path):
     out = tmp_path / "average"
     succeed("scripts.posthoc_ema", f"run={run}", "std=0.12", "step=30", f"out={out}")
     weights = ckpt.read_weights(out, "ema")
@@ -203,32 +195,6 @@ def test_sums_are_float64(tmp_path):
     assert second["w"].item() == 2.0
 
 
-def test_snapshots_of_a_sharded_run(run, tmp_path):
-    """The same snapshots, each file in shards of two processes."""
-    whole = find_snapshots(run)
-    folders = {folder: tmp_path / "snapshots" / folder.name for folder, _ in whole.weights}
-    for folder, target in folders.items():
-        whole_weights = {name: ckpt.read_weights(folder, name) for name in ckpt.weights_names(folder)}
-        with atomic_folder(target) as temporary:
-            files = {}
-            for rank in range(2):
-                weights = {
-                    name: {key: value.tensor_split(2)[rank] if value.ndim else value for key, value in state.items()}
-                    for name, state in whole_weights.items()
-                }
-                files |= ckpt.write_files(temporary, weights, shard=(rank, 2))
-            ckpt.write_manifest(temporary, ckpt.read_config(folder), files)
-    sharded = find_snapshots(tmp_path)
-    assert sharded.profiles == whole.profiles
-    assert sharded.weights == tuple((folders[folder], name) for folder, name in whole.weights)
-    single, parts = (ckpt.weights_bytes(*found.weights[-1]) for found in (whole, sharded))
-    assert 4 * flat(*whole.weights[0]).numel() < single < parts < 1.1 * single
-    coefficients = np.full((1, len(whole.weights)), 0.1)
-    (one,), (other,) = combine(whole.weights, coefficients), combine(sharded.weights, coefficients)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -250,7 +216,7 @@ def test_snapshots_of_a_sharded_run(run, tmp_path):
         ({"std": [0.07, 0.1], "out": "partly"}, "out=partly/std_0.1: exists already"),
     ],
 )
-def test_what_cannot_be_is_refused(run, tmp_path, monkeypatch, changes, message):
+def test_invalid_settings_are_refused(run, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
     (tmp_path / "partly" / "std_0.1").mkdir(parents=True)
@@ -263,23 +229,22 @@ def test_what_cannot_be_is_refused(run, tmp_path, monkeypatch, changes, message)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_no_room_is_said_before_anything_is_read(run, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_read(run, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="GiB are free; free some space"):
         posthoc_ema(PosthocSettings(str(run), 0.07, None, None, None, str(tmp_path / "out")))
 
 
-def test_a_poor_average_is_warned_of(caplog):
-    wanted = Profile(PowerFunction(0.03), 100)
+def test_a_poor_ema_is_warned_of(caplog):
+    target = Profile(PowerFunction(0.03), 100)
     for residual in (0.04, 0.1):
-        check_residual("std_0.03", Reconstruction(wanted, (), np.empty(0), residual))
+        check_residual("std_0.03", Reconstruction(target, (), np.empty(0), residual))
     (record,) = caplog.records
     assert record.getMessage() == "warning: std=0.03: the error of its profile is 0.10; see profile.png"
 
 
 def test_the_command_line_refuses_in_one_line(run, tmp_path):
     out = f"out={tmp_path}/out"
-    assert refusal("scripts.posthoc_ema", f"run={run}", "std=0.07", "step=41", out).startswith("step=41: ")
     assert refusal("scripts.posthoc_ema", f"run={run}", "std=wide", out).startswith("std=wide: ")
     assert refusal("scripts.posthoc_ema", "run=runs/depth=2,x", "std=0.07", out).startswith(
         "run=runs/depth=2,x: no such"

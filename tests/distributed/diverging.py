@@ -1,4 +1,4 @@
-"""What the processes of test_parallel.py do."""
+"""Function of the processes of test_parallel.py."""
 
 import os
 
@@ -11,8 +11,8 @@ from ddt.training.ema import EMA, ConstantDecay
 from ddt.training.state import TrainingState
 
 
-def begin_apart(folder):
-    """Start with other weights on each process, become alike, and part again on the second one."""
+def diverge(folder):
+    """Start with other weights on each process, broadcast them, and change one on the second."""
     rank = int(os.environ["RANK"])
     accelerator = make_accelerator("no")
     torch.manual_seed(rank)
@@ -21,12 +21,12 @@ def begin_apart(folder):
     before = next(objective.parameters()).clone()
     broadcast_weights(objective, accelerator)
     assert (rank == 0) == torch.equal(before, next(objective.parameters()))
-    averages = {"ema": EMA(objective.denoiser, ConstantDecay(0.9))}
-    state = TrainingState(objective, torch.optim.AdamW(objective.parameters()), averages, accelerator)
+    emas = {"ema": EMA(objective.denoiser, ConstantDecay(0.9))}
+    state = TrainingState(objective, torch.optim.AdamW(objective.parameters()), emas, accelerator)
     state.check_agreement()
     if rank == 1:
         with torch.no_grad():
-            parameter = next(averages["ema"].model.parameters()).view(-1)
+            parameter = next(emas["ema"].model.parameters()).view(-1)
             parameter[0] = torch.nextafter(parameter[0], torch.tensor(9.0))
     try:
         state.check_agreement()
