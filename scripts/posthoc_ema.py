@@ -1,7 +1,7 @@
 """Make EMA weights of any length from a run's snapshots (post-hoc EMA), as checkpoints.
 
-    python scripts/posthoc_ema.py run=runs/x std=0.07 [decay=0.9999] [step=700] out=DIR
-    python scripts/posthoc_ema.py run=runs/x std=[0.03,0.05,0.1] out=DIR   # DIR/std_0.03 …
+python scripts/posthoc_ema.py run=runs/x std=0.07 [decay=0.9999] [step=700] out=DIR
+python scripts/posthoc_ema.py run=runs/x std=[0.03,0.05,0.1] out=DIR   # DIR/std_0.03 …
 """
 
 from __future__ import annotations
