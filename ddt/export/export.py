@@ -205,9 +205,7 @@ def find_picture(places: Sequence[Path], weights_sha256: str) -> Path | None:
 
 
 def read_metrics(entry: str, weights_sha256: str) -> tuple[Path, dict[str, Any]]:
-    """Return the file and the content of a metrics.json; raise UserError where it is none, or that
-    of other weights.
-    """
+    """Return path and content of a metrics.json; UserError where it is of other weights."""
     path, content = read_evaluation(entry)
     used = content.get("receipt", {}).get("sampling", {}).get("request", {}).get("checkpoint", {})
     require(
