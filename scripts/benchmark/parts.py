@@ -1,7 +1,6 @@
-"""What is measured: each part of the project beside the plain reference.
+"""The parts of the benchmark, each beside its plain reference, of random weights and inputs.
 
-Shapes: B batch, C H W latent, S = 8·H pixels a side. Weights and inputs are random, and nothing is
-read from a hub.
+Shapes: B batch, C H W latent, S = 8·H pixels a side.
 """
 
 import contextlib
@@ -26,6 +25,9 @@ from ddt.distributed.prepare import prepare
 from ddt.errors import require
 from ddt.files import fsync, sha256, write_json
 from ddt.generation.generator import cast_weights
+from ddt.metrics.features import extract, to_device
+from ddt.metrics.images import NpzImages
+from ddt.metrics.inception import InceptionFeatures
 from ddt.model import DDT
 from ddt.model.cost import network_macs
 from ddt.model.layers import Attention
@@ -46,13 +48,12 @@ from scripts.benchmark.timing import Case, Way, eager
 CHANNELS, CLASSES, CELL = 4, 1000, 8  # SD-VAE's latents and pixels a cell, ImageNet
 TARGET = "vit_base_patch14_dinov2.lvd142m"
 RECIPE: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.0}
+NUM_IMAGES = 256  # of Inception's features
 INTERVALS = {"guided on (0.3, 1)": (0.3, 1.0), "guided always": None}
 
 
 def check_model(model: Any, align_depth: int) -> None:
-    """Raise UserError for a network that the plain reference does not describe, or whose encoder is
-    too short.
-    """
+    """Raise UserError for a network without a plain reference, or with a too short encoder."""
     require(
         isinstance(model, DDT) and isinstance(model.decoder.blocks[0].mixer, Attention),
         "model: the plain reference is a DDT whose decoder has attention; choose one, as b_8en4de",
@@ -63,7 +64,7 @@ def check_model(model: Any, align_depth: int) -> None:
 
 @torch.no_grad()
 def without_zeros(model: Any) -> Any:
-    """Fill the weights that start at zero, for zero velocities all agree; return the network."""
+    """Fill the weights that start at zero, where all velocities would agree; return the network."""
     for parameter in model.parameters():
         if not parameter.any():
             parameter.normal_(std=0.02)
@@ -72,10 +73,9 @@ def without_zeros(model: Any) -> Any:
 
 @dataclasses.dataclass
 class Setup:
-    """What is measured, how large and where; conf/benchmark.yaml describes the sizes.
+    """Network, device and sizes (see conf/benchmark.yaml).
 
-    make_model: (in_channels, num_classes, …) → network. folder: where stores and checkpoints are
-    written for a while.
+    make_model: (in_channels, num_classes, …) → network. folder: for temporary files.
     """
 
     make_model: Callable[..., Any]
@@ -126,22 +126,18 @@ class Setup:
         """Return classes (B,)."""
         return torch.arange(batch_size, device=self.device) % CLASSES
 
-    def images(self, batch_size: int) -> Tensor:
-        """Return uint8 images (B, 3, S, S)."""
-        shape, generator = (batch_size, 3, self.image_size, self.image_size), torch.Generator().manual_seed(2)
-        return torch.randint(256, shape, generator=generator).byte().to(self.device)
-
     def batch(self, batch_size: int) -> dict[str, Tensor]:
-        """Return a training batch, the arguments of `FlowMatching.forward`, with `images`."""
+        """Return a batch: arguments of `FlowMatching.forward`, and uint8 `images` (B, 3, S, S)."""
         generator = torch.Generator(self.device).manual_seed(3)
-        noise = self.noise(batch_size)
+        noise, shape = self.noise(batch_size), (batch_size, 3, self.image_size, self.image_size)
+        images = torch.randint(256, shape, generator=torch.Generator().manual_seed(2)).byte()
         return {
             "latents": torch.randn(noise.shape, generator=generator, device=self.device),
             "y": self.labels(batch_size),
             "noise": noise,
             "time_normal": torch.randn(batch_size, generator=generator, device=self.device),
             "dropout_uniform": torch.rand(batch_size, generator=generator, device=self.device),
-            "images": self.images(batch_size),
+            "images": images.to(self.device),
         }
 
 
@@ -177,9 +173,7 @@ def forward(setup: Setup) -> Iterator[Case]:
 
 
 def sampling(setup: Setup) -> Iterator[Case]:
-    """A set of latents by Euler's method, with and without the encoder's sharing and the guidance
-    interval.
-    """
+    """Latents by Euler's method, with and without encoder sharing and guidance interval."""
     model = setup.network()
     plain = setup.plain(model)
     if setup.dtype == "bf16":
@@ -224,20 +218,18 @@ def sampling(setup: Setup) -> Iterator[Case]:
 
 
 def gradients(objective: torch.nn.Module) -> Tensor:
-    """Return the norms of all gradients, and their products with fixed directions, in the order of
-    the names; they are dropped.
-    """
-    found, device = [], next(objective.parameters()).device
+    """Return the norm of each gradient and its product with a fixed direction; clear the gradients."""
+    numbers, device = [], next(objective.parameters()).device
     for _, parameter in sorted(objective.named_parameters(), key=lambda item: item[0].rpartition("denoiser.")[2]):
         gradient = parameter.grad.flatten()
         direction = torch.randn(len(gradient), generator=torch.Generator(device).manual_seed(0), device=device)
-        found += [gradient.norm(), gradient @ direction / len(gradient) ** 0.5]
+        numbers += [gradient.norm(), gradient @ direction / len(gradient) ** 0.5]
         parameter.grad = None
-    return torch.stack(found)
+    return torch.stack(numbers)
 
 
 class OurTraining:
-    """One training step after the other, as the loop takes them."""
+    """The training steps of `ddt.training.loop`."""
 
     def __init__(self, setup: Setup, model: DDT, target: Target | None) -> None:
         setup.accelerator.free_memory()  # it holds on to all that it has prepared
@@ -257,7 +249,7 @@ class OurTraining:
         self.state = TrainingState(self.objective, optimizer, {"ema": ema}, self.accelerator)
 
     def backward(self, batch: dict[str, Tensor]) -> None:
-        """Leave the gradients of a batch."""
+        """Compute the gradients of a batch."""
         arguments = {key: value for key, value in batch.items() if key != "images"}
         if self.target is not None:
             with self.accelerator.autocast():
@@ -272,18 +264,18 @@ class OurTraining:
         optimizer_step(self.state, clip_norm=None)
 
     def forward_backward(self, batch: dict[str, Tensor]) -> None:
-        """Compute the gradients of a batch and drop them."""
+        """Compute the gradients of a batch and clear them."""
         self.backward(batch)
         self.objective.zero_grad(set_to_none=True)
 
     def gradients(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return numbers that identify the gradients of a batch."""
+        """Return `gradients` of a batch."""
         self.backward(batch)
         return gradients(self.objective)
 
 
 class PlainSteps:
-    """The plain training steps of the same weights, the target's features among them."""
+    """The plain training steps of the same weights, with the target's features."""
 
     def __init__(self, setup: Setup, ours: OurTraining, compiled: bool) -> None:
         self.setup, self.target = setup, ours.target
@@ -298,16 +290,16 @@ class PlainSteps:
         if self.target is None:
             return batch
         with torch.no_grad(), self.setup.autocast():
-            found = plain_features(self.target.network, batch["images"], self.target.mean, self.target.std)
-        return {**batch, "features": found}
+            features = plain_features(self.target.network, batch["images"], self.target.mean, self.target.std)
+        return {**batch, "features": features}
 
     def step(self, batch: dict[str, Tensor], network: Any) -> None:
-        """Take a training step, through the network or its compiled twin."""
+        """Take a training step through `network`, eager or compiled."""
         self.training.model = network
         self.training.step(self.features(batch))
 
     def gradients(self, batch: dict[str, Tensor], network: Any) -> Tensor:
-        """Return numbers that identify the gradients of a batch."""
+        """Return `gradients` of a batch."""
         self.training.model = network
         self.training.loss(self.features(batch)).backward()
         both = torch.nn.ModuleDict({"denoiser": self.eager})
@@ -317,7 +309,7 @@ class PlainSteps:
 
 
 def random_target(setup: Setup) -> Target:
-    """Return DINOv2-B of the true architecture with random weights, through the real loader."""
+    """Return DINOv2-B with random weights, loaded as training loads it."""
     import timm
     from safetensors.torch import save_file
 
@@ -329,7 +321,7 @@ def random_target(setup: Setup) -> Target:
 
 
 def training(setup: Setup) -> Iterator[Case]:
-    """A training step: losses, gradients, optimizer, EMA; with alignment and without."""
+    """A training step: losses, gradients, optimizer, EMA; aligned and not."""
     n, batch = setup.batch_size, setup.batch(setup.batch_size)
     for aligned in (True, False):
         target = random_target(setup) if aligned else None
@@ -353,11 +345,11 @@ def training(setup: Setup) -> Iterator[Case]:
 
 
 def activations(setup: Setup) -> Iterator[Case]:
-    """Forward and backward, with what they keep between them."""
+    """Forward and backward, by what `model.activation_checkpointing` keeps between them."""
     n, batch = setup.batch_size, setup.batch(setup.batch_size)
     ways = {}
-    for name, kept in {"all kept": False, "selective": "selective", "blocks computed again": True}.items():
-        ours = OurTraining(setup, setup.network(activation_checkpointing=kept), None)
+    for name, mode in {"all kept": False, "selective": "selective", "blocks computed again": True}.items():
+        ours = OurTraining(setup, setup.network(activation_checkpointing=mode), None)
         call, check = (functools.partial(way, batch) for way in (ours.forward_backward, ours.gradients))
         ways[name] = Way(call, context=eager, check=check)
         if setup.compile:
@@ -367,7 +359,7 @@ def activations(setup: Setup) -> Iterator[Case]:
 
 
 def values_of(parameters: Any) -> Tensor:
-    """Return some values of each parameter."""
+    """Return the first 1000 values of each parameter."""
     return torch.cat([p.detach().flatten()[:1000] for p in parameters])
 
 
@@ -375,7 +367,7 @@ def ema(setup: Setup) -> Iterator[Case]:
     """A step of the EMA weights."""
     model = setup.network()
     plain, ours = PlainTraining(setup.plain(model), None, 0, 0.0, "fp32"), EMA(model, ConstantDecay(0.9999))
-    with torch.no_grad():  # the EMA is not the weights
+    with torch.no_grad():  # EMA weights that differ from the weights
         for parameter in (*plain.ema.parameters(), *ours.model.parameters()):
             parameter.mul_(1.5)
     ours.place(setup.device, sharded=False)
@@ -408,9 +400,10 @@ def optimizer(setup: Setup) -> Iterator[Case]:
         optimizer.step()
         return values_of(optimizer.param_groups[0]["params"])
 
-    optimizers = {name: make(with_gradients(setup), **RECIPE)
-                  for name, make in {"plain": torch.optim.AdamW, "ours": adamw}.items()}  # fmt: skip
-    ways = {name: Way(made.step, check=functools.partial(after_step, made)) for name, made in optimizers.items()}
+    ways = {}
+    for name, make in {"plain": torch.optim.AdamW, "ours": adamw}.items():
+        built = make(with_gradients(setup), **RECIPE)
+        ways[name] = Way(built.step, check=functools.partial(after_step, built))
     yield Case("optimizer", "a step", ways, 0, 1e-5)
 
 
@@ -418,9 +411,7 @@ def optimizer(setup: Setup) -> Iterator[Case]:
 
 
 def write_stores(root: Path, records: int, latent_size: int) -> None:
-    """Write the same `records` random moments (8, H, W) as a latent cache, `root`/cache, and as one
-    .pt file an image, `root`/files.
-    """
+    """Write random moments (8, H, W) as a latent cache, root/cache, and as .pt files, root/files."""
     shape, shard_size, shards = (8, latent_size, latent_size), 8192, []
     rng = np.random.default_rng(0)
     (root / "files").mkdir(parents=True)
@@ -469,7 +460,7 @@ def loader(setup: Setup) -> Iterator[Case]:
 
 
 def checkpoint(setup: Setup) -> Iterator[Case]:
-    """Writing weights, EMA weights and the optimizer's state."""
+    """Writing weights, EMA weights and optimizer state."""
     weights, optimizer = setup.network().state_dict(), adamw(with_gradients(setup), **RECIPE)
     optimizer.step()
     folder = setup.folder / "checkpoints"
@@ -495,8 +486,8 @@ def checkpoint(setup: Setup) -> Iterator[Case]:
         return values_of(torch.load(plainly(safe), weights_only=True)["ema"].values())
 
     def read_ours() -> Tensor:
-        kept = ckpt.read_weights(ours(), "ema")
-        return values_of(kept[name] for name in weights).to(setup.device)
+        stored = ckpt.read_weights(ours(), "ema")
+        return values_of(stored[name] for name in weights).to(setup.device)
 
     ways = {
         "plain": Way(functools.partial(plainly, False), check=functools.partial(read_plain, False)),
@@ -506,6 +497,36 @@ def checkpoint(setup: Setup) -> Iterator[Case]:
     yield Case("checkpoint", "written", ways, 0, 0.0)
 
 
+def features(setup: Setup) -> Iterator[Case]:
+    """Inception features of 256×256 px images from a file, beside the network on batches in memory."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class RandomInception(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            """Leave the random weights."""
+
+    n, batch_size, weights = NUM_IMAGES, 64, setup.folder / "inception.pth"
+    torch.manual_seed(7)
+    torch.save({}, weights)
+    torch.save(RandomInception("inception-v3-compat", ["2048"], str(weights)).state_dict(), weights)
+    extractor = InceptionFeatures(weights, batch_size, setup.device)
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 256, 256, 3), dtype=np.uint8)
+    np.savez(setup.folder / "samples.npz", arr_0=pixels)
+    source = NpzImages(setup.folder / "samples.npz", "samples")
+    batches = [to_device(part, setup.device) for part in np.split(pixels, range(batch_size, n, batch_size))]
+
+    def in_memory() -> Tensor:
+        return torch.cat([extractor(batch)["pool"] for batch in batches])
+
+    def from_file() -> Tensor:
+        result = extract(source, extractor, setup.accelerator, "features")
+        assert result is not None
+        return result.rows["pool"]
+
+    yield Case("features", f"{n} images", {"plain": Way(in_memory), "ours": Way(from_file)}, n, 1e-5)
+
+
 PARTS: dict[str, Callable[[Setup], Iterator[Case]]] = {
-    part.__name__: part for part in (forward, sampling, training, activations, loader, ema, optimizer, checkpoint)
+    part.__name__: part
+    for part in (forward, sampling, training, activations, loader, ema, optimizer, checkpoint, features)
 }
