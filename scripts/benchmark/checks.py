@@ -146,7 +146,7 @@ def relative(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 
 def share_of_tolerance(a: Tensor, b: Tensor, rtol: float, atol: float) -> float:
-    """Return the largest |a − b| / (atol + rtol·|b|); up to 1 `torch.testing.assert_close` passes."""
+    """Return the largest |a − b| / (atol + rtol·|b|); `torch.testing.assert_close` allows 1."""
     difference = (a.detach().cpu().double() - b.double()).abs()
     return (difference / (atol + rtol * b.double().abs())).max().item()
 
@@ -347,9 +347,9 @@ def frozen_networks(place: Place) -> list[Finding]:
 
 
 def call(place: Place, entry: str, *arguments: str, name: str, seconds: float = 300) -> None:
-    """Run an entry point, a file or a module, in `Place.out`; its output goes to runs/logs/NAME.txt.
+    """Run an entry point (a file or module) in `Place.out`, its output in runs/logs/NAME.txt.
 
-    Raises RuntimeError with its last line where it fails or takes too long, NotRun after the deadline.
+    Raises RuntimeError where it fails or takes too long, NotRun after the deadline.
     """
     log = place.out / "runs" / "logs" / f"{name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -426,7 +426,7 @@ def two_processes(place: Place) -> list[Finding]:
 
 
 def sampling(place: Place) -> list[Finding]:
-    """Compare sets that must be equal: other batch sizes, cached or compiled or not; default dtype."""
+    """Compare sets that must be equal (batch size, caching, compiling); check the default dtype."""
     images, receipts = {}, {}
     shared = ("dtype=fp32", "recompute=uniform:5")
     for name, settings in {
@@ -472,7 +472,7 @@ def speed(row: dict[str, Any]) -> str:
 
 
 def fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the fastest row of each part; of training and sampling by case and ratio, not plain."""
+    """Return the fastest row by part; of training and sampling by case and ratio, without plain."""
     result: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
         if not row.get("images_per_second"):  # not run, or of no images, as the optimizer's step

@@ -218,7 +218,7 @@ def sampling(setup: Setup) -> Iterator[Case]:
 
 
 def gradients(objective: torch.nn.Module) -> Tensor:
-    """Return the norm of each gradient and its product with a fixed direction; clear the gradients."""
+    """Return each gradient's norm and product with a fixed direction; clear the gradients."""
     numbers, device = [], next(objective.parameters()).device
     for _, parameter in sorted(objective.named_parameters(), key=lambda item: item[0].rpartition("denoiser.")[2]):
         gradient = parameter.grad.flatten()
@@ -411,7 +411,7 @@ def optimizer(setup: Setup) -> Iterator[Case]:
 
 
 def write_stores(root: Path, records: int, latent_size: int) -> None:
-    """Write random moments (8, H, W) as a latent cache, root/cache, and as .pt files, root/files."""
+    """Write random moments (8, H, W) as a latent cache, root/cache, and .pt files, root/files."""
     shape, shard_size, shards = (8, latent_size, latent_size), 8192, []
     rng = np.random.default_rng(0)
     (root / "files").mkdir(parents=True)
@@ -498,7 +498,7 @@ def checkpoint(setup: Setup) -> Iterator[Case]:
 
 
 def features(setup: Setup) -> Iterator[Case]:
-    """Inception features of 256×256 px images from a file, beside the network on batches in memory."""
+    """Inception features of an npz of 256×256 px images, beside batches in memory."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class RandomInception(FeatureExtractorInceptionV3):

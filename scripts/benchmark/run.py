@@ -38,7 +38,7 @@ HEADS = (
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkSettings:
-    """See conf/benchmark.yaml. Raises UserError for wrong values and an `out` that holds results."""
+    """See conf/benchmark.yaml. Raises UserError for wrong values and results in the way."""
 
     model: Choice
     choices: dict[str, str]
@@ -179,7 +179,7 @@ def row_line(row: Row) -> str:
 
 
 def benchmark(settings: BenchmarkSettings) -> None:
-    """Measure, and write benchmark.json, .md and .png; raise UserError at the end if a part failed."""
+    """Measure and write benchmark.json, .md and .png; raise UserError last if a part failed."""
     started, out = time.monotonic(), None if settings.out is None else Path(settings.out)
     deadline = started + 60 * (settings.minutes or float("inf"))
     profiles = out / "profiles" if out is not None and settings.profile else None

@@ -107,7 +107,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 
 def first_results(case: Case, device: torch.device) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return each way's result, and the seconds of this first call, which allocates and compiles."""
+    """Return each way's result and the seconds of this first call, which may compile."""
     results, seconds = {}, {}
     for name, way in case.ways.items():
         with way.context():
@@ -121,7 +121,7 @@ def first_results(case: Case, device: torch.device) -> tuple[dict[str, Tensor], 
 def errors_of(case: Case, results: dict[str, Tensor]) -> dict[str, float]:
     """Return by how much each way's result differs from its base's.
 
-    Raises UserError above the tolerance, and where it is no nearer to its base than to the first way.
+    Raises UserError above the tolerance, and where the base is no nearer than the first way.
     """
     first = next(iter(case.ways))
     errors = {name: relative_error(results[name], results[way.base or first]) for name, way in case.ways.items()}
