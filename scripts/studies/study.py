@@ -156,7 +156,7 @@ def write_report(
 
 
 def draw_similarity(axes: Any, values: np.ndarray, steps: list[int]) -> Any:
-    """Draw the similarity of z between steps (T, T) and the segments that share z; return the image."""
+    """Draw z's similarity between steps (T, T) and the segments that share z; return the image."""
     count = len(values)
     image = axes.imshow(values, origin="lower", extent=(0, count, 0, count), cmap="viridis")
     for start, end in zip(steps, [*steps[1:], count], strict=True):

@@ -284,13 +284,13 @@ def test_stop_is_meant_for_ones_own_request_alone(page, studio, monkeypatch):
 
     monkeypatch.setattr(gr, "Info", lambda text: seen.append(text))
     monkeypatch.setattr(studio, "sample", sample)
-    call(page, "begin")
+    call(page, "start_soon")
     inputs = [field.value for field in endpoint(page, "sample").inputs]
     sent = call(page, "sample", inputs)
     assert seen == [False, True, "Stopped; nothing of it was kept."]
     assert len(sent) == 6
     assert "value" not in str(sent)  # the last result stays
-    start, stop = call(page, "begin")
+    start, stop = call(page, "start_soon")
     assert (start["interactive"], stop["interactive"]) == (False, True)
     monkeypatch.setattr(studio, "sample", lambda *given: seen.append(given[2]()) or sample(None, None, bool))
     call(page, "sample", inputs)

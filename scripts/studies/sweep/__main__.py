@@ -3,16 +3,13 @@
 python -m scripts.studies.sweep sweep=RUNS out=FOLDER [metric=fd_digits_1k] [x=model.encoder_depth]
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ddt.cli import CONF, command
 
-if TYPE_CHECKING:
-    from scripts.studies.sweep.report import SweepSettings
-
 
 @command("sweep", settings="scripts.studies.sweep.report.SweepSettings", folder=CONF / "study")
-def main(settings: "SweepSettings") -> None:
+def main(settings: Any) -> None:
     """Read the runs and write the report."""
     from scripts.studies.sweep.report import write_report
 

@@ -148,7 +148,7 @@ def find_runs(sweep: list[str]) -> tuple[list[Run], dict[Path, str]]:
 
 
 def differing(runs: list[Run], x: str) -> list[str]:
-    """Return the settings in which runs differ, without seed, fingerprints and `FREE` (but for `x`).
+    """Return the settings in which runs differ, except seed, fingerprints and `FREE` (x counts).
 
     A setting that only one kind of a group has, as `model.encoder_depth` of a DDT, differs where
     the runs of that kind differ in it; the kinds differ by `_target_`.
