@@ -61,8 +61,8 @@ def serve(studio: Studio, settings: AppSettings) -> None:
 @command("app", settings="scripts.app.settings.AppSettings")
 def main(settings: AppSettings) -> None:
     """Sample on a page in the browser."""
-    found = importlib.util.find_spec("gradio") is not None
-    require(found, "python -m scripts.app: needs gradio; install it with pip install -e '.[app]'")
+    problem = "python -m scripts.app: needs gradio; install it with pip install -e '.[app]'"
+    require(importlib.util.find_spec("gradio") is not None, problem)
     check_port(settings.host, settings.port)
     from ddt.distributed.prepare import make_accelerator
     from scripts.app.studio import Studio

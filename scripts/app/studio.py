@@ -66,7 +66,7 @@ class Studio:
         self.receipt = checkpoint_receipt(folder, settings.weights, self.generator)
         self.fitted: dict[str, list[int]] = {}  # steps by sampler, for the next request
         self.warm: set[int] = set()  # batch sizes
-        self.kept: collections.deque[Path] = collections.deque()
+        self.folders: collections.deque[Path] = collections.deque()
         self.image_shape = self.warm_up(1)
 
     def warm_up(self, batch_size: int) -> tuple[int, ...]:
@@ -97,9 +97,9 @@ class Studio:
         except BaseException:
             shutil.rmtree(folder)
             raise
-        self.kept.append(folder)
-        while len(self.kept) > MAX_KEPT:
-            shutil.rmtree(self.kept.popleft())
+        self.folders.append(folder)
+        while len(self.folders) > MAX_KEPT:
+            shutil.rmtree(self.folders.popleft())
         return sets
 
     def _sample_sets(

@@ -33,7 +33,7 @@ from ddt.objective import FlowMatching
 from ddt.training.stopping import read_status
 from ddt.training.tracking import read_rows
 from scripts.benchmark import golden
-from scripts.benchmark.parts import CHANNELS, CLASSES, without_zeros
+from scripts.benchmark.parts import CHANNELS, CLASSES, random_batch, without_zeros
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOAT32 = 1e-4  # rounding through a deep network; TF32 gives 1e-3
@@ -160,20 +160,6 @@ def random_network(place: Place, name: str, device: torch.device) -> ddt.DDT:
         return without_zeros(build(**settings, in_channels=CHANNELS, num_classes=CLASSES))
 
 
-def training_batch(place: Place, device: torch.device) -> dict[str, Tensor]:
-    """Return a batch: latents and noise (B, C, H, W), y, time_normal and dropout_uniform (B,)."""
-    generator = torch.Generator().manual_seed(1)
-    batch, side = place.size.batch_size, place.size.latent_size
-    values = {
-        "latents": torch.randn(batch, CHANNELS, side, side, generator=generator),
-        "noise": torch.randn(batch, CHANNELS, side, side, generator=generator),
-        "y": torch.randint(CLASSES, (batch,), generator=generator),
-        "time_normal": torch.randn(batch, generator=generator),
-        "dropout_uniform": torch.rand(batch, generator=generator),
-    }
-    return {key: value.to(device) for key, value in values.items()}
-
-
 def autocast(device: torch.device, dtype: Dtype) -> torch.autocast:
     """Return the autocast context of a dtype."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")
@@ -251,7 +237,8 @@ def device_against_cpu(place: Place) -> list[Finding]:
     cpu = torch.device("cpu")
     reference = random_network(place, place.size.models[0], cpu)
     network = copy.deepcopy(reference).to(place.device)
-    here, there = training_batch(place, place.device), training_batch(place, cpu)
+    sizes = place.size.batch_size, place.size.latent_size
+    here, there = random_batch(*sizes, place.device), random_batch(*sizes, cpu)
     return [
         Finding("velocity", relative([velocity(network, here)], [velocity(reference, there)]), high=FLOAT32),
         Finding("gradients", relative(gradients(network, here), gradients(reference, there)), high=FLOAT32),
@@ -261,7 +248,7 @@ def device_against_cpu(place: Place) -> list[Finding]:
 
 def bf16_against_fp32(place: Place) -> list[Finding]:
     """Compare bf16 autocast with float32: velocity, latents and gradients of both models."""
-    findings, batch = [], training_batch(place, place.device)
+    findings, batch = [], random_batch(place.size.batch_size, place.size.latent_size, place.device)
     for name in dict.fromkeys(place.size.models):
         network = random_network(place, name, place.device)
         v, latents = (relative([f(network, batch, "bf16")], [f(network, batch)]) for f in (velocity, sampled))
@@ -277,7 +264,7 @@ def bf16_against_fp32(place: Place) -> list[Finding]:
 
 def compiled_against_eager(place: Place) -> list[Finding]:
     """Compare compiled blocks with eager ones in both dtypes; report the seconds to compile."""
-    findings, batch = [], training_batch(place, place.device)
+    findings, batch = [], random_batch(place.size.batch_size, place.size.latent_size, place.device)
     counters = torch._dynamo.utils.counters
     for dtype, bound in (("fp32", FLOAT32), ("bf16", BF16[1])):
         torch.compiler.reset()

@@ -71,6 +71,19 @@ def without_zeros(model: Any) -> Any:
     return model
 
 
+def random_batch(batch_size: int, latent_size: int, device: torch.device) -> dict[str, Tensor]:
+    """Return the arguments of `FlowMatching.forward`: latents, noise (B, C, H, W), others (B,)."""
+    generator, shape = torch.Generator().manual_seed(1), (batch_size, CHANNELS, latent_size, latent_size)
+    values = {
+        "latents": torch.randn(shape, generator=generator),
+        "noise": torch.randn(shape, generator=generator),
+        "y": torch.randint(CLASSES, (batch_size,), generator=generator),
+        "time_normal": torch.randn(batch_size, generator=generator),
+        "dropout_uniform": torch.rand(batch_size, generator=generator),
+    }
+    return {key: value.to(device) for key, value in values.items()}
+
+
 @dataclasses.dataclass
 class Setup:
     """Network, device and sizes (see conf/benchmark.yaml).
@@ -117,28 +130,11 @@ class Setup:
         with self.device:
             return PlainDDT(model).eval()
 
-    def noise(self, batch_size: int) -> Tensor:
-        """Return noise (B, C, H, W)."""
-        shape = (batch_size, CHANNELS, self.latent_size, self.latent_size)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(self.device)
-
-    def labels(self, batch_size: int) -> Tensor:
-        """Return classes (B,)."""
-        return torch.arange(batch_size, device=self.device) % CLASSES
-
     def batch(self, batch_size: int) -> dict[str, Tensor]:
-        """Return a batch: arguments of `FlowMatching.forward`, and uint8 `images` (B, 3, S, S)."""
-        generator = torch.Generator(self.device).manual_seed(3)
-        noise, shape = self.noise(batch_size), (batch_size, 3, self.image_size, self.image_size)
-        images = torch.randint(256, shape, generator=torch.Generator().manual_seed(2)).byte()
-        return {
-            "latents": torch.randn(noise.shape, generator=generator, device=self.device),
-            "y": self.labels(batch_size),
-            "noise": noise,
-            "time_normal": torch.randn(batch_size, generator=generator, device=self.device),
-            "dropout_uniform": torch.rand(batch_size, generator=generator, device=self.device),
-            "images": images.to(self.device),
-        }
+        """Return `random_batch` with uint8 `images` (B, 3, S, S)."""
+        shape, generator = (batch_size, 3, self.image_size, self.image_size), torch.Generator().manual_seed(2)
+        images = torch.randint(256, shape, generator=generator).byte().to(self.device)
+        return {**random_batch(batch_size, self.latent_size, self.device), "images": images}
 
 
 # --- the network
@@ -155,7 +151,8 @@ def forward(setup: Setup) -> Iterator[Case]:
         compile_blocks(model, dynamic=False)
         networks |= {"plain compiled": torch.compile(plain, dynamic=False), "ours compiled": model}
     for n in dict.fromkeys([*setup.sampling_batch_sizes, setup.batch_size]):
-        x_t, t, y = setup.noise(n), torch.rand(n, device=setup.device), setup.labels(n)
+        batch = random_batch(n, setup.latent_size, setup.device)
+        x_t, t, y = batch["noise"], batch["dropout_uniform"], batch["y"]
 
         def call(network: Any, x_t: Tensor = x_t, t: Tensor = t, y: Tensor = y) -> Tensor:
             with torch.no_grad(), setup.autocast():
@@ -182,7 +179,8 @@ def sampling(setup: Setup) -> Iterator[Case]:
     if setup.compile:
         compile_blocks(model, dynamic=True)
     for n in setup.sampling_batch_sizes:
-        noise, y = setup.noise(n), setup.labels(n)
+        batch = random_batch(n, setup.latent_size, setup.device)
+        noise, y = batch["noise"], batch["y"]
 
         def plainly(settings: SamplerSettings, noise: Tensor = noise, y: Tensor = y) -> Tensor:
             with setup.autocast():

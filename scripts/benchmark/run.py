@@ -164,7 +164,7 @@ def run_part(
             yield from measure(case, setup.device, rate, repeats, deadline, profiles)
     except ImportError as error:
         yield {"part": part, "not_run": first_line(error)}
-    except (UserError, RuntimeError) as error:  # memory, kernel, compiler: the other parts go on
+    except (UserError, RuntimeError) as error:  # memory, kernel, compiler: the other parts run
         log.warning("%s", first_line(error))
         yield {"part": part, "not_run": first_line(error), "failed": True}
 
@@ -185,8 +185,8 @@ def benchmark(settings: BenchmarkSettings) -> None:
     profiles = out / "profiles" if out is not None and settings.profile else None
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
         setup = set_up(settings, Path(folder))
-        for made in filter(None, (out, profiles)):
-            made.mkdir(parents=True, exist_ok=True)
+        for output in filter(None, (out, profiles)):
+            output.mkdir(parents=True, exist_ok=True)
         about, size = machine(setup.device), MATMUL_SIZE[setup.device.type]
         matmul = setup.device, torch.bfloat16 if setup.dtype == "bf16" else torch.float32, size
         rate = matmul_rate(*matmul)

@@ -219,11 +219,11 @@ def test_schedules_of_as_many_runs_lie_beside_the_chosen_one(recompute, names, c
     assert chosen is None or chosen in seen.schedules.values()
 
 
-def test_the_similarity_kept_is_that_to_the_start_of_the_segment():
+def test_the_similarity_to_the_z_in_use_is_that_to_the_start_of_its_segment():
     values = np.arange(16.0).reshape(4, 4)
     seen = Similarity(values, {"x": [0, 2], "all": [0, 1, 2, 3]}, None, [])
-    assert seen.kept("x") == (values[0, 0] + values[0, 1] + values[2, 2] + values[2, 3]) / 4
-    assert seen.kept("all") == values.diagonal().mean()
+    assert seen.to_z_in_use("x") == (values[0, 0] + values[0, 1] + values[2, 2] + values[2, 3]) / 4
+    assert seen.to_z_in_use("all") == values.diagonal().mean()
 
 
 def test_the_steps_shown_are_spread_from_first_to_last():

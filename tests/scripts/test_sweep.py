@@ -10,15 +10,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from ddt.errors import UserError
-from scripts.studies.sweep.report import (
-    DEPTH,
-    PUBLISHED,
-    SweepSettings,
-    better,
-    draw,
-    group_by_setting,
-    write_report,
-)
+from scripts.studies.sweep.report import DEPTH, PUBLISHED, SweepSettings, better, draw, group_by_setting, write_report
 from scripts.studies.sweep.runs import default_metric, differing, find_runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")

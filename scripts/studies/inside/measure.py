@@ -165,7 +165,7 @@ class Similarity:
     chosen: list[int] | None
     warnings: list[str]
 
-    def kept(self, name: str) -> float:
+    def to_z_in_use(self, name: str) -> float:
         """Return the mean similarity over all steps of z and the z that a schedule uses instead."""
         steps = self.schedules[name]
         ends = [*steps[1:], len(self.values)]

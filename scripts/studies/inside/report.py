@@ -20,7 +20,9 @@ def draw_similarities(z: Similarity, path: Path) -> None:
         image = draw_similarity(axes, z.values, steps)
         axes.plot(np.array(steps) + 0.5, np.array(steps) + 0.5, ".", color="red", markersize=4)
         chosen = " (chosen)" if steps == z.chosen else ""
-        axes.set_title(f"{name}{chosen}: mean similarity of z to the z in use {z.kept(name):.4f}", fontsize="small")
+        axes.set_title(
+            f"{name}{chosen}: mean similarity of z to the z in use {z.to_z_in_use(name):.4f}", fontsize="small"
+        )
     figure.colorbar(image, ax=panels, label="cosine similarity of z")
     save_figure(figure, path)
 

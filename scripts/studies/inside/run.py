@@ -111,7 +111,7 @@ def look_inside(settings: InsideSettings) -> None:
         results["similarity"] = {
             "schedules": z.schedules,
             "chosen": z.chosen,
-            "similarity_to_z_in_use": {name: z.kept(name) for name in z.schedules},
+            "similarity_to_z_in_use": {name: z.to_z_in_use(name) for name in z.schedules},
             "similarity": report.numbers(z.values),
         }
         figures["similarity"] = functools.partial(report.draw_similarities, z)

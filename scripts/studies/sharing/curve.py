@@ -201,7 +201,7 @@ class Curve:
             if left:
                 self.warm_up()
             for point in left:
-                if point.rule != UNSHARED and not self.unshared_latents(point.repeat).is_file():
+                if point.rule != UNSHARED and not self.unshared(point.repeat, "latents").is_file():
                     self.measure(Point(UNSHARED, self.generator.settings.num_steps, point.repeat), None)
                 row = {**dataclasses.asdict(point), **self.measure(point, bar)}
                 file.write(json.dumps(row) + "\n")
@@ -216,71 +216,50 @@ class Curve:
         latents, _ = generator.latents(images.classes[:size], images.seeds[:size])
         generator.pixels(latents, None, None)
 
-    def unshared_latents(self, repeat: int) -> Path:
-        """Return the file of a repeat's latents without sharing; the pixels' lies beside it."""
-        return self.out / WORK / f"latents_{repeat}.npy"
+    def unshared(self, repeat: int, name: str) -> Path:
+        """Return the file of a repeat's "pixels" or "latents" without sharing."""
+        return self.out / WORK / f"{name}_{repeat}.npy"
 
     def measure(self, point: Point, bar: tqdm | None) -> dict[str, Any]:
         """Sample the images of a point and return its measurements; write those without sharing."""
         images, count, size = self.images(point.repeat), self.settings.num_samples, self.settings.batch_size
         generator = dataclasses.replace(self.generator, settings=self.sampler(point.rule, point.budget))
-        comparison = Comparison(self.unshared_latents(point.repeat), count, new=point.rule == UNSHARED)
+        new = point.rule == UNSHARED
+        files = {name: self.unshared(point.repeat, name) for name in ("pixels", "latents")}
+        arrays, squares, sizes = {}, dict.fromkeys(files, 0.0), dict.fromkeys(files, 0)
         space = next(iter(self.extractor.distances.values()))
         moments, seconds = Moments(self.extractor.spaces[space], self.generator.device), 0.0
         for start in range(0, count, size):
             chosen = slice(start, min(start + size, count))
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             latents, _ = generator.latents(images.classes[chosen], images.seeds[chosen])
             pixels = generator.pixels(latents, None, None)  # on the CPU: a device sync
-            seconds += time.perf_counter() - began
-            comparison.add(chosen, latents.cpu().numpy(), pixels)
+            seconds += time.perf_counter() - start_time
+            for name, values in {"pixels": pixels, "latents": latents.cpu().numpy()}.items():
+                if new and start == 0:
+                    temporary, shape = files[name].with_suffix(".tmp"), (count, *values.shape[1:])
+                    arrays[name] = np.lib.format.open_memmap(temporary, "w+", values.dtype, shape)
+                elif start == 0:
+                    arrays[name] = np.load(files[name], mmap_mode="r")
+                if new:
+                    arrays[name][chosen] = values
+                difference = values.astype(np.float64) - arrays[name][chosen]
+                squares[name] += float((difference**2).sum())
+                sizes[name] += difference.size
             for part in np.split(pixels, range(self.extractor.batch_size, len(pixels), self.extractor.batch_size)):
                 moments.add(self.extractor(to_device(part, self.generator.device))[space])
             if bar is not None:
                 bar.update(len(pixels))
+        arrays.clear()  # flushes to disk
+        for file in files.values() if new else ():  # latents last, for they mark both as complete
+            file.with_suffix(".tmp").replace(file)
+        rms = {name: (squares[name] / sizes[name]) ** 0.5 for name in files}
         return {
             "frechet_distance": self.prepared.main_distance(moments),
-            **comparison.finish(),
+            "pixels_rms": rms["pixels"] / 255,
+            "latents_rms": rms["latents"],
             "images_per_second": count / seconds,
         }
-
-
-class Comparison:
-    """Rms differences to the latents without sharing at `path` and the pixels beside it.
-
-    new: these are the ones without sharing, and are written.
-    """
-
-    def __init__(self, path: Path, count: int, new: bool) -> None:
-        self.count, self.new = count, new
-        self.files = {"latents": path, "pixels": path.with_name(path.name.replace("latents", "pixels"))}
-        self.arrays: dict[str, np.ndarray] = {}
-        self.squares = dict.fromkeys(self.files, 0.0)
-        self.values = dict.fromkeys(self.files, 0)
-
-    def add(self, chosen: slice, latents: np.ndarray, pixels: np.ndarray) -> None:
-        """Write or compare float32 latents (B, C, H, W) and uint8 pixels (B, H, W, C)."""
-        for name, values in (("latents", latents), ("pixels", pixels)):
-            if name not in self.arrays:
-                file, shape = self.files[name], (self.count, *values.shape[1:])
-                self.arrays[name] = (
-                    np.lib.format.open_memmap(file.with_suffix(".tmp"), "w+", values.dtype, shape)
-                    if self.new
-                    else np.load(file, mmap_mode="r")
-                )
-            if self.new:
-                self.arrays[name][chosen] = values
-            difference = values.astype(np.float64) - self.arrays[name][chosen]
-            self.squares[name] += float((difference**2).sum())
-            self.values[name] += difference.size
-
-    def finish(self) -> dict[str, float]:
-        """Return the differences over all values: of pixels in [0, 1], and of latents."""
-        self.arrays.clear()  # flushes to disk
-        for name in ("pixels", "latents") if self.new else ():
-            self.files[name].with_suffix(".tmp").replace(self.files[name])
-        rms = {name: (self.squares[name] / self.values[name]) ** 0.5 for name in self.files}
-        return {"pixels_rms": rms["pixels"] / 255, "latents_rms": rms["latents"]}
 
 
 def measure(settings: SharingSettings, data: Choice | None) -> None:
