@@ -381,7 +381,7 @@ def uninterrupted(place: Place) -> Path:
 
 def tensors(run: Path, step: int) -> dict[str, Tensor]:
     """Return weights, EMA weights and optimizer state of a checkpoint, by file and name."""
-    folder, result = ckpt.checkpoint_folder(run, step), {}
+    folder, result = ckpt.checkpoint_folder(run, step), dict[str, Tensor]()
     for name in ckpt.weights_names(folder):
         result |= {f"{name} {key}": value for key, value in ckpt.read_weights(folder, name).items()}
     for index, values in ckpt.read_train_state(folder)["optimizer"]["state"].items():

@@ -86,8 +86,8 @@ class Search:
                     "no guidance" if sampler.cfg_scale == 1 else guidance, job.folder,
                     metrics["labels"][self.metric], metrics[self.metric], len(missing) - done - 1,
                 )  # fmt: skip
-        metrics = [json.loads((job.folder / METRICS).read_text()) for job in jobs] if main else []
-        return broadcast_object_list([metrics])[0]
+        results = [json.loads((job.folder / METRICS).read_text()) for job in jobs] if main else []
+        return broadcast_object_list([results])[0]
 
     def measure(self, job: Job) -> dict[str, Any] | None:
         """Sample and evaluate a set; return the metrics on the main process."""
