@@ -4,7 +4,6 @@ Shapes: B batch, C H W latent, S = 8·H pixels a side.
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import shutil
@@ -42,7 +41,7 @@ from ddt.training.loop import optimizer_step
 from ddt.training.optimizer import adamw
 from ddt.training.state import TrainingState
 from ddt.training.throughput import target_flops, training_flops
-from scripts.benchmark.plain import PlainDDT, PlainTraining, plain_features, plain_sample
+from scripts.benchmark.plain import PlainDDT, PlainTraining, plain_sample
 from scripts.benchmark.timing import Case, Way, eager
 
 CHANNELS, CLASSES, CELL = 4, 1000, 8  # SD-VAE's latents and pixels a cell, ImageNet
@@ -272,38 +271,19 @@ class OurTraining:
         return gradients(self.objective)
 
 
-class PlainSteps:
-    """The plain training steps of the same weights, with the target's features."""
+def plain_training(setup: Setup, ours: OurTraining) -> PlainTraining:
+    """Return the plain training of the same weights, alignment and target."""
+    loss, depth = ours.objective.alignment, 0 if ours.target is None else setup.align_depth
+    return PlainTraining(setup.plain(ours.objective.denoiser), setup.dtype, loss, ours.target, depth)
 
-    def __init__(self, setup: Setup, ours: OurTraining, compiled: bool) -> None:
-        self.setup, self.target = setup, ours.target
-        loss = ours.objective.alignment
-        projector, weight = (None, 0.0) if loss is None else (copy.deepcopy(loss.projector), loss.weight)
-        model = setup.plain(ours.objective.denoiser)
-        self.training = PlainTraining(model, projector, setup.align_depth if projector else 0, weight, setup.dtype)
-        self.eager, self.compiled = model, torch.compile(model, dynamic=False) if compiled else None
 
-    def features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a batch with the target's features."""
-        if self.target is None:
-            return batch
-        with torch.no_grad(), self.setup.autocast():
-            features = plain_features(self.target.network, batch["images"], self.target.mean, self.target.std)
-        return {**batch, "features": features}
-
-    def step(self, batch: dict[str, Tensor], network: Any) -> None:
-        """Take a training step through `network`, eager or compiled."""
-        self.training.model = network
-        self.training.step(self.features(batch))
-
-    def gradients(self, batch: dict[str, Tensor], network: Any) -> Tensor:
-        """Return `gradients` of a batch."""
-        self.training.model = network
-        self.training.loss(self.features(batch)).backward()
-        both = torch.nn.ModuleDict({"denoiser": self.eager})
-        if self.training.projector is not None:
-            both["alignment"] = torch.nn.ModuleDict({"projector": self.training.projector})
-        return gradients(both)
+def plain_gradients(plain: PlainTraining, batch: dict[str, Tensor], network: Any = None) -> Tensor:
+    """Return `gradients` of a batch."""
+    plain.loss(batch, network).backward()
+    modules = torch.nn.ModuleDict({"denoiser": plain.model})
+    if plain.projector is not None:
+        modules["alignment"] = torch.nn.ModuleDict({"projector": plain.projector})
+    return gradients(modules)
 
 
 def random_target(setup: Setup) -> Target:
@@ -324,16 +304,18 @@ def training(setup: Setup) -> Iterator[Case]:
     for aligned in (True, False):
         target = random_target(setup) if aligned else None
         ours = OurTraining(setup, setup.network(), target)
-        plain = PlainSteps(setup, ours, setup.compile)
+        plain = plain_training(setup, ours)
         shape = (CHANNELS, setup.latent_size, setup.latent_size)
         flops = n * (training_flops(ours.objective, shape) + target_flops(target, setup.image_size))
         if setup.compile:
             compile_blocks(ours.objective.denoiser, dynamic=False)
+        networks = {"plain": plain.model}
+        if setup.compile:
+            networks["plain compiled"] = torch.compile(plain.model, dynamic=False)
         ways = {}
-        for name, network in {"plain": plain.eager, "plain compiled": plain.compiled}.items():
-            if network is not None:
-                step, check = (functools.partial(f, batch, network) for f in (plain.step, plain.gradients))
-                ways[name] = Way(step, flops, check=check)
+        for name, network in networks.items():
+            check = functools.partial(plain_gradients, plain, batch, network)
+            ways[name] = Way(functools.partial(plain.step, batch, network), flops, check=check)
         step, check = (functools.partial(f, batch) for f in (ours.step, ours.gradients))
         ways["ours"] = Way(step, flops, context=eager, check=check)
         if setup.compile:
@@ -364,7 +346,7 @@ def values_of(parameters: Any) -> Tensor:
 def ema(setup: Setup) -> Iterator[Case]:
     """A step of the EMA weights."""
     model = setup.network()
-    plain, ours = PlainTraining(setup.plain(model), None, 0, 0.0, "fp32"), EMA(model, ConstantDecay(0.9999))
+    plain, ours = PlainTraining(setup.plain(model), "fp32"), EMA(model, ConstantDecay(0.9999))
     with torch.no_grad():  # EMA weights that differ from the weights
         for parameter in (*plain.ema.parameters(), *ours.model.parameters()):
             parameter.mul_(1.5)

@@ -231,37 +231,44 @@ def plain_features(network: Any, images: Tensor, mean: Tensor, std: Tensor) -> T
 class PlainTraining:
     """The training steps of method.md 1 and 3: losses, AdamW, EMA.
 
-    projector: of the alignment, or None. align_depth: the encoder block that it reads. dtype:
-    "bf16" runs the networks under autocast.
+    dtype: "bf16" runs the networks under autocast. alignment: REPA's loss, whose projector is
+    copied. target: its network. align_depth: the encoder block that it reads.
     """
 
     def __init__(
-        self, model: PlainDDT, projector: nn.Module | None, align_depth: int, weight: float, dtype: str
+        self, model: PlainDDT, dtype: str, alignment: Any = None, target: Any = None, align_depth: int = 0
     ) -> None:
-        self.model, self.projector, self.align_depth, self.weight = model, projector, align_depth, weight
-        self.dtype = dtype
+        self.model, self.dtype, self.target, self.align_depth = model, dtype, target, align_depth
+        self.projector: nn.Module | None = None if alignment is None else copy.deepcopy(alignment.projector)
+        self.weight = 0.0 if alignment is None else alignment.weight
         self.ema = copy.deepcopy(model)
-        self.parameters = [*model.parameters(), *(projector.parameters() if projector is not None else ())]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+        parameters = [*model.parameters(), *(() if self.projector is None else self.projector.parameters())]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the loss of a batch: the arguments of `ddt.objective.FlowMatching.forward`."""
+    def loss(self, batch: dict[str, Tensor], network: Any = None) -> Tensor:
+        """Return the loss of the arguments of `FlowMatching.forward` and `images` (B, 3, S, S).
+
+        network: the compiled model, None for the eager one.
+        """
         latents, noise = batch["latents"], batch["noise"]
         t = torch.sigmoid(batch["time_normal"])
         y = torch.where(batch["dropout_uniform"] < 0.1, self.model.num_classes, batch["y"])
         x_t = t[:, None, None, None] * latents + (1 - t)[:, None, None, None] * noise
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
-            v, hidden = self.model(x_t, t, y, self.align_depth)
-            projected = None if self.projector is None else self.projector(hidden)
+            v, hidden = (self.model if network is None else network)(x_t, t, y, self.align_depth)
+            if self.projector is not None:
+                with torch.no_grad():
+                    features = plain_features(self.target.network, batch["images"], self.target.mean, self.target.std)
+                projected = self.projector(hidden)
         loss = (v.float() - (latents - noise)).square().mean()
-        if projected is not None:
-            cosine = F.cosine_similarity(projected.float(), batch["features"].float(), dim=-1)
+        if self.projector is not None:
+            cosine = F.cosine_similarity(projected.float(), features.float(), dim=-1)
             loss = loss + self.weight * (1 - cosine).mean()
         return loss
 
-    def step(self, batch: dict[str, Tensor]) -> None:
+    def step(self, batch: dict[str, Tensor], network: Any = None) -> None:
         """Take a training step."""
-        self.loss(batch).backward()
+        self.loss(batch, network).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.update_ema()

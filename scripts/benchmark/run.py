@@ -24,7 +24,7 @@ from ddt.files import check_writable, write_json
 from ddt.pictures import pyplot, save_figure
 from ddt.receipts import command_line
 from ddt.tables import markdown_table
-from scripts.benchmark.parts import PARTS, OurTraining, PlainSteps, Setup, check_model, random_target
+from scripts.benchmark.parts import PARTS, OurTraining, Setup, check_model, plain_training, random_target
 from scripts.benchmark.timing import Row, matmul_rate, measure
 
 log = logging.getLogger(__name__)
@@ -111,10 +111,10 @@ def largest_batch(setup: Setup) -> int:
     while True:
         try:
             ours = OurTraining(setup, setup.network(), random_target(setup))
-            plain = PlainSteps(setup, ours, compiled=False)
+            plain = plain_training(setup, ours)
             batch = setup.batch(n)
             ours.step(batch)
-            plain.step(batch, plain.eager)
+            plain.step(batch)
         except torch.OutOfMemoryError:
             require(fits > 0, f"batch_size=max: not even {n} images fit into the memory; choose a smaller model=")
             return fits

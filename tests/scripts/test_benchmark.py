@@ -15,8 +15,8 @@ from ddt.distributed.prepare import make_accelerator
 from ddt.training.throughput import target_flops
 from scripts.benchmark import parts as measured_parts
 from scripts.benchmark import timing
-from scripts.benchmark.parts import OurTraining, PlainSteps, Setup
-from scripts.benchmark.plain import PlainDDT
+from scripts.benchmark.parts import OurTraining, Setup, plain_gradients, plain_training
+from scripts.benchmark.plain import PlainDDT, PlainTraining
 from scripts.benchmark.timing import Case, Way
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,18 +65,18 @@ def test_a_plain_training_step_equals_ours(tmp_path, monkeypatch, aligned):
     setup = setup_of(tmp_path)
     target = measured_parts.random_target(setup) if aligned else None
     ours = OurTraining(setup, setup.network(), target)
-    plain, batch = PlainSteps(setup, ours, compiled=False), setup.batch(3)
-    torch.testing.assert_close(plain.gradients(batch, plain.eager), ours.gradients(batch), rtol=1e-3, atol=1e-5)
+    plain, batch = plain_training(setup, ours), setup.batch(3)
+    torch.testing.assert_close(plain_gradients(plain, batch), ours.gradients(batch), rtol=1e-3, atol=1e-5)
     for _ in range(3):
         ours.step(batch)
-        plain.step(batch, plain.eager)
-    mine, theirs = ours.objective.denoiser.state_dict(), plain.eager.state_dict()
+        plain.step(batch)
+    mine, theirs = ours.objective.denoiser.state_dict(), plain.model.state_dict()
     start = setup.network().state_dict()
     moved = torch.cat([(mine[key] - start[key]).flatten() for key in start])
     apart = torch.cat([(mine[key] - theirs[key]).flatten() for key in start])
     assert apart.norm() < 0.02 * moved.norm()  # Adam turns a gradient near 0 into ± the learning rate
     assert moved.norm() > 0
-    emas = [each.state_dict() for each in (ours.state.ema.model, plain.training.ema)]
+    emas = [each.state_dict() for each in (ours.state.ema.model, plain.ema)]
     moved, other = (torch.cat([(ema[key] - start[key]).flatten() for key in start]) for ema in emas)
     assert (moved - other).norm() < 0.5 * moved.norm()  # steps of 1e-8, of which float32 keeps few digits
 
@@ -121,7 +121,7 @@ def test_the_largest_batch_is_the_last_that_fits(tmp_path, monkeypatch):
             raise torch.OutOfMemoryError
 
     monkeypatch.setattr(OurTraining, "step", step)
-    monkeypatch.setattr(PlainSteps, "step", lambda self, batch, network: None)
+    monkeypatch.setattr(PlainTraining, "step", lambda self, batch: None)
     monkeypatch.setattr(benchmark, "random_target", lambda setup: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 100))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10)
