@@ -30,6 +30,7 @@ from ddt.sampling.schedules import uniform_schedule
 from ddt.training.latents import to_latents
 from ddt.training.meter import T_BINS
 
+EDGES = [k / T_BINS for k in range(T_BINS + 1)]  # of the bins of t
 COLOURS = 3  # principal components in a picture
 USUAL_SHARE = 5  # steps per run of the encoder where none is set: the paper's ratio 0.80
 
@@ -229,28 +230,17 @@ def find_images(stored: dict[str, Any], root: str, autoencoder: Autoencoder) -> 
     return test
 
 
-@dataclasses.dataclass(frozen=True)
-class Losses:
-    """Flow-matching losses by t. edges: 11, of ten bins. errors: (n, 10), by image and bin."""
-
-    edges: list[float]
-    errors: np.ndarray
-
-    @property
-    def mean(self) -> np.ndarray:
-        """The loss in each bin, (10,)."""
-        return self.errors.mean(axis=0)
-
-    @property
-    def standard_error(self) -> np.ndarray:
-        """The standard error of the loss over images, (10,); 0 of a single image."""
-        count = len(self.errors)
-        return self.errors.std(axis=0, ddof=1) / math.sqrt(count) if count > 1 else np.zeros(self.errors.shape[1])
+def standard_error(errors: np.ndarray) -> np.ndarray:
+    """Return the standard error of the mean over images, (10,) of (n, 10); 0 of a single image."""
+    count = len(errors)
+    return errors.std(axis=0, ddof=1) / math.sqrt(count) if count > 1 else np.zeros(errors.shape[1])
 
 
 @torch.no_grad()
-def loss_by_t(generator: Generator, images: Images, accelerator: Accelerator, count: int, batch_size: int) -> Losses:
-    """Return the loss in ten bins of t of up to `count` images, evenly spread over all.
+def loss_by_t(
+    generator: Generator, images: Images, accelerator: Accelerator, count: int, batch_size: int
+) -> np.ndarray:
+    """Return the losses (n, 10) in ten bins of t of n ≤ `count` images, evenly spread over all.
 
     `objective.FlowMatching` without label dropout. An image's noise is that of the validation loss
     and the same in all bins; its time within a bin follows a golden-ratio sequence.
@@ -272,4 +262,4 @@ def loss_by_t(generator: Generator, images: Images, accelerator: Accelerator, co
                 with generator.autocast():
                     errors[rows, k] = objective(**batch)["errors"].cpu().numpy()
             progress.update(len(chosen[rows]))
-    return Losses([k / T_BINS for k in range(T_BINS + 1)], errors)
+    return errors

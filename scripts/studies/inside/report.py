@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ddt.pictures import pyplot, save_figure
-from scripts.studies.inside.measure import Film, Losses, Similarity
+from scripts.studies.inside.measure import EDGES, Film, Similarity, standard_error
 from scripts.studies.study import draw_similarity
 
 CELL = 0.85  # side of a small image, inches
@@ -67,14 +67,14 @@ def draw_film(film: Film, times: list[float], names: list[str], path: Path) -> N
     draw_grid(pictures, [*at(times), "sample"], rows, "the predicted clean image, and x_t", path)
 
 
-def draw_losses(losses: Losses, path: Path) -> None:
-    """Write the loss by bin of t, with its standard error over images."""
-    edges = np.array(losses.edges)
+def draw_losses(errors: np.ndarray, path: Path) -> None:
+    """Write the mean of the losses (n, 10) by bin of t, with its standard error over images."""
+    edges = np.array(EDGES)
     figure, axes = pyplot().subplots(figsize=(5.6, 3.8))
-    axes.errorbar((edges[1:] + edges[:-1]) / 2, losses.mean, losses.standard_error, np.diff(edges) / 2, fmt="o",
+    axes.errorbar((edges[1:] + edges[:-1]) / 2, errors.mean(0), standard_error(errors), np.diff(edges) / 2, fmt="o",
                   markersize=4, capsize=3)  # fmt: skip
     axes.set(xlabel="t (0 is noise, 1 is data)", ylabel="flow-matching loss", xlim=(0, 1), ylim=(0, None),
-             title=f"{len(losses.errors)} held-out images, EMA weights")  # fmt: skip
+             title=f"{len(errors)} held-out images, EMA weights")  # fmt: skip
     save_figure(figure, path)
 
 

@@ -21,12 +21,14 @@ from ddt.pictures import readable
 from ddt.sampling.settings import SamplerSettings
 from scripts.studies.inside import report
 from scripts.studies.inside.measure import (
+    EDGES,
     decode_film,
     distances,
     find_images,
     loss_by_t,
     measure_similarity,
     shown_steps,
+    standard_error,
     walk,
     z_colours,
 )
@@ -134,14 +136,14 @@ def look_inside(settings: InsideSettings) -> None:
         results["z_pca"] = {"steps": steps, "times": times, "variance_shown": report.numbers(shares)}
         figures["z_pca"] = functools.partial(report.draw_components, colours, times, names, shares)
     if data is not None:
-        losses = loss_by_t(generator, data, accelerator, settings.loss_images, settings.batch_size)
+        errors = loss_by_t(generator, data, accelerator, settings.loss_images, settings.batch_size)
         results["loss_by_t"] = {
-            "images": len(losses.errors),
-            "edges": losses.edges,
-            "mean": report.numbers(losses.mean),
-            "standard_error": report.numbers(losses.standard_error),
+            "images": len(errors),
+            "edges": EDGES,
+            "mean": report.numbers(errors.mean(0)),
+            "standard_error": report.numbers(standard_error(errors)),
         }
-        figures["loss_by_t"] = functools.partial(report.draw_losses, losses)
+        figures["loss_by_t"] = functools.partial(report.draw_losses, errors)
 
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
