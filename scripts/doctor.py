@@ -1,8 +1,6 @@
-"""Report what this machine has for the project, and the command that adds what is missing:
-`python scripts/doctor.py`.
-
-Versions, processor and GPUs are torch's own report (`python -m torch.utils.collect_env`), so torch
-must be importable. Nothing is downloaded, no key is shown. Status 1: a required package is missing.
+"""Report packages, disks, compiler and weights, and commands for missing ones: `python
+scripts/doctor.py`, after torch's report (`torch.utils.collect_env`). Nothing is downloaded, no key
+is shown. Status 1: a required package is missing.
 """
 
 import importlib.metadata
@@ -37,7 +35,7 @@ class Check(NamedTuple):
 
 
 def unmet(requirements: Iterable[str]) -> list[str]:
-    """Return what is wrong with installed packages: "torch 2.9.1, needed: torch>=2.11"."""
+    """Return unmet requirements, such as "torch 2.9.1, needed: torch>=2.11"."""
     problems = []
     for requirement in map(Requirement, requirements):
         try:
@@ -51,7 +49,7 @@ def unmet(requirements: Iterable[str]) -> list[str]:
 
 
 def packages() -> Iterator[Check]:
-    """Compare what is installed with pyproject.toml: the required packages, then each extra's."""
+    """Check the packages of pyproject.toml: the required ones, then each extra's."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = {"required": project["dependencies"], **project["optional-dependencies"]}
     for name, requirements in groups.items():
@@ -62,9 +60,9 @@ def packages() -> Iterator[Check]:
 
 
 def on_hub(name: str, repository: str, files: list[str], key: str, revision: str | None = None) -> Check:
-    """Look for files of the hub in its cache. key: the setting that takes a local copy instead."""
-    found = (huggingface_hub.try_to_load_from_cache(repository, file, revision=revision) for file in files)
-    if all(isinstance(path, str) for path in found):
+    """Check that files of the hub are cached. key: the setting that takes a local copy."""
+    cached = (huggingface_hub.try_to_load_from_cache(repository, file, revision=revision) for file in files)
+    if all(isinstance(path, str) for path in cached):
         return Check(name, "ok", f"{repository} is cached")
     command = f"hf download {repository} {' '.join(files)}" + (f" --revision {revision}" if revision else "")
     state = "missing" if huggingface_hub.constants.HF_HUB_OFFLINE else "download"
@@ -72,7 +70,7 @@ def on_hub(name: str, repository: str, files: list[str], key: str, revision: str
 
 
 def weights() -> Iterator[Check]:
-    """Look for the pretrained networks that conf/ names."""
+    """Check the pretrained networks that conf/ names."""
 
     def conf(name: str) -> dict[str, str]:
         return yaml.safe_load((ROOT / "conf" / f"{name}.yaml").read_text())
@@ -90,7 +88,7 @@ def weights() -> Iterator[Check]:
 
 
 def machine() -> Iterator[Check]:
-    """Look at the disks that are written to, the compiler and the hub's login."""
+    """Check the disks, the compiler and the hub's login."""
     for name, folder in {"runs/": Path("runs"), "hub cache": Path(huggingface_hub.constants.HF_HUB_CACHE)}.items():
         there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
         note = f"{there}: {shutil.disk_usage(there).free / 2**30:.1f} GiB free"

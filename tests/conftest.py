@@ -93,9 +93,10 @@ def small_vae(folder, channels=4, levels=4, **config):
     return str(folder)
 
 
-def small_checkpoint(folder, vae=None, model=None, **changes):
-    """A checkpoint folder of a small network of pixels or, with the folder of an autoencoder, of
-    its latents.
+def small_checkpoint(folder, vae=None, model=None, target="ddt.model.DDT", raw=None, **changes):
+    """A checkpoint of a small network, of pixels or (vae: an autoencoder's folder) of latents.
+
+    raw: the raw weights are these times the EMA weights; None: there are none.
     """
     model = model or small_ddt(in_channels=1 if vae is None else 4)
     network = dict(patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2, num_classes=5)
@@ -103,14 +104,16 @@ def small_checkpoint(folder, vae=None, model=None, **changes):
     kl = {"_target_": "ddt.autoencoder.KLAutoencoder", "source": vae, "revision": None, "chunk_size": 2}
     config = {
         "step": 7,
-        "network": {"_target_": "ddt.model.DDT", **network, "in_channels": model.in_channels},
+        "network": {"_target_": target, **network, "in_channels": model.in_channels},
         "latent_shape": [model.in_channels, 8, 8],
         "autoencoder": identity if vae is None else kl,
         "autoencoder_fingerprint": None if vae is None else ddt.autoencoder.build_autoencoder(kl).fingerprint,
         "sampler": {"num_steps": 4, "cfg_interval": [0.0, 0.9], "last_step": None},
         "class_names": list("abcde"),
     }
-    ddt.checkpoint.folder.write_checkpoint(folder, {**config, **changes}, ema=model.state_dict())
+    ema = model.state_dict()
+    weights = {"ema": ema} if raw is None else {"ema": ema, "model": {name: raw * ema[name] for name in ema}}
+    ddt.checkpoint.folder.write_checkpoint(folder, {**config, **changes}, **weights)
     return folder
 
 

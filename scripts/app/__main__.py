@@ -30,10 +30,10 @@ WARNING = (
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise UserError where nothing can listen at this address."""
+    """Raise UserError where the app cannot listen at this address."""
     try:
         with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was left a moment ago is free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free
             probe.bind((host, port))
     except socket.gaierror as error:
         raise UserError(f"host={host}: no such address here; leave it out for 127.0.0.1, or give 0.0.0.0") from error
@@ -42,7 +42,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def serve(studio: Studio, settings: AppSettings) -> None:
-    """Serve the page until SIGINT or SIGTERM. All files are kept under `studio.root`."""
+    """Serve the page until SIGINT or SIGTERM. All files lie under `studio.root`."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(studio.root)}  # read at its import
     from scripts.app.page import LAUNCH, build_page
 
@@ -61,8 +61,8 @@ def serve(studio: Studio, settings: AppSettings) -> None:
 @command("app", settings="scripts.app.settings.AppSettings")
 def main(settings: AppSettings) -> None:
     """Sample on a page in the browser."""
-    found = importlib.util.find_spec("gradio") is not None
-    require(found, "python -m scripts.app: needs gradio; install it with pip install -e '.[app]'")
+    problem = "python -m scripts.app: needs gradio; install it with pip install -e '.[app]'"
+    require(importlib.util.find_spec("gradio") is not None, problem)
     check_port(settings.host, settings.port)
     from ddt.distributed.prepare import make_accelerator
     from scripts.app.studio import Studio

@@ -1,4 +1,4 @@
-"""The controls of the page: their values, where they begin, and the request that they make."""
+"""The controls of the page: their values, initial values, and the request that they make."""
 
 import dataclasses
 import hashlib
@@ -17,15 +17,16 @@ from ddt.sampling.settings import SamplerSettings
 from ddt.sampling.solvers import SOLVERS
 from scripts.app.settings import AppSettings
 
-SOLVER_CHOICES = [name for name, solver in SOLVERS.items() if not solver.adaptive]  # it has no steps to choose or share
+SOLVER_CHOICES = [name for name, solver in SOLVERS.items() if not solver.adaptive]  # it has no grid
 SHARING_CHOICES = ["off", "uniform", "dp"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Controls:
-    """The values of the controls. sharing: "off"; "uniform", where the encoder runs at every
-    `every`-th step; "dp", where it runs at `budget` steps, fitted to the model; "checkpoint", the
-    list or file stored with the checkpoint.
+    """The values of the controls.
+
+    sharing: "off"; "uniform", the encoder at every `every`-th step; "dp", at `budget` steps fitted
+    to the model; "checkpoint", at the steps or by the file stored with the checkpoint.
     """
 
     classes: list[int]
@@ -46,7 +47,7 @@ class Controls:
     compare: bool = False  # with the same images without sharing
 
     def check_limits(self, settings: AppSettings) -> None:
-        """Raise UserError for what sample.py would sample and this app does not."""
+        """Raise UserError for values above the app's limits."""
         number, steps, total = self.num_images, self.num_steps, self.num_images * len(self.classes)
         require(len(self.classes) > 0, "classes: none is chosen; choose at least one")
         require(number >= 1, f"num_images={number}: must be at least 1")
@@ -64,7 +65,7 @@ class Controls:
         require(0 <= self.seed <= last, f"seed={self.seed}: must lie in 0..{last}, so that {number} seeds follow")
 
     def sample_settings(self, settings: AppSettings, shares_encoder: bool) -> SampleSettings:
-        """Return what sample.py is asked for to sample the same set."""
+        """Return the settings of sample.py for the same set."""
         recompute = {"off": None, "uniform": f"uniform:{self.every}", "dp": f"dp:{self.budget}"}
         return SampleSettings(
             **{key: getattr(settings, key) for key in ("ckpt", "weights", "autoencoder", "dtype", "batch_size")},
@@ -83,7 +84,7 @@ class Controls:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A sampler, images, and the same as a command."""
+    """A sampler, images, and the command for the same set."""
 
     sampler: SamplerSettings
     images: ImageSet
@@ -91,16 +92,14 @@ class Request:
 
 
 def class_choices(class_names: list[str]) -> list[tuple[str, int]]:
-    """Return name and label of each class; classes of one name carry their label."""
+    """Return name and label of each class; equal names get their label appended."""
     names = readable(class_names)
     count = Counter(names)
     return [(f"{name} ({label})" if count[name] > 1 else name, label) for label, name in enumerate(names)]
 
 
 def sharing_choices(stored: dict[str, Any]) -> list[str]:
-    """Return the ways of sharing that a checkpoint has: none for a model without an encoder; its
-    own schedule, where a list or file is stored.
-    """
+    """Return the choices of `Controls.sharing` for a checkpoint, none without an encoder."""
     if not network_class(stored["network"]).shares_encoder:
         return []
     sampler = stored["sampler"]
@@ -109,22 +108,20 @@ def sharing_choices(stored: dict[str, Any]) -> list[str]:
 
 
 def initial_controls(stored: dict[str, Any], settings: AppSettings) -> Controls:
-    """Return the values that the controls begin with: the checkpoint's sampler, within the limits,
-    and a few classes spread over all.
-    """
+    """Return the checkpoint's sampler, within the limits, and a few classes spread over all."""
     sampler = stored["sampler"]
     if sampler.get("solver") == "adaptive":
         sampler = {key: sampler[key] for key in ("cfg_scale", "cfg_interval")}
     own = SamplerSettings(**sampler)
     num_classes = stored["network"]["num_classes"]
-    chosen = min(num_classes if num_classes <= 10 else 4, settings.max_images)
+    count = min(num_classes if num_classes <= 10 else 4, settings.max_images)
     steps = min(own.num_steps, settings.max_steps)
     kind, number = own.parsed_recompute.kind, own.parsed_recompute.number
     cfg_from, cfg_to = own.cfg_interval or (0.3, 1.0)
     return Controls(
         **{key: getattr(own, key) for key in ("solver", "cfg_scale", "timeshift", "last_step", "forecast_order")},
-        classes=[k * num_classes // chosen for k in range(chosen)],
-        num_images=max(1, min(2, settings.max_images // chosen)),
+        classes=[k * num_classes // count for k in range(count)],
+        num_images=max(1, min(2, settings.max_images // count)),
         seed=0,
         num_steps=steps,
         limit_guidance=own.cfg_interval is not None,
@@ -137,34 +134,32 @@ def initial_controls(stored: dict[str, Any], settings: AppSettings) -> Controls:
 
 
 def make_requests(values: dict[str, Any], stored: dict[str, Any], settings: AppSettings) -> list[Request]:
-    """Return what the values of the controls, by the names of `Controls`, ask for, and the same
-    without sharing where it is to be compared; an empty text is null. `stored`: the config of the
-    checkpoint `settings.ckpt`.
+    """Return the request of the controls' values, and the same without sharing for a comparison.
 
-    Raises UserError with a line for each value that cannot be.
+    values: by the names of `Controls`; an empty text is null. stored: the checkpoint's config.
+    Raises UserError with a line for each wrong value.
     """
     controls = parse(Controls, {key: None if value == "" else value for key, value in values.items()})
     controls.check_limits(settings)
     compared = controls.compare and controls.sharing != "off"
     both = [controls, dataclasses.replace(controls, sharing="off")] if compared else [controls]
-    return [make_request(each, stored, settings) for each in both]
-
-
-def make_request(controls: Controls, stored: dict[str, Any], settings: AppSettings) -> Request:
-    """Return the request of controls that are within the limits."""
     shares_encoder = network_class(stored["network"]).shares_encoder
-    chosen = controls.sample_settings(settings, shares_encoder)
-    sampler, images = collect_errors(
-        lambda: chosen.resolve(stored["sampler"], shares_encoder),
-        lambda: chosen.image_set(stored["network"]["num_classes"]),
-    )
-    return Request(sampler, images, as_command(chosen))
+
+    def request(one: Controls) -> Request:
+        sample = one.sample_settings(settings, shares_encoder)
+        sampler, images = collect_errors(
+            lambda: sample.resolve(stored["sampler"], shares_encoder),
+            lambda: sample.image_set(stored["network"]["num_classes"]),
+        )
+        return Request(sampler, images, as_command(sample))
+
+    return [request(one) for one in both]
 
 
-def as_command(chosen: SampleSettings) -> str:
+def as_command(settings: SampleSettings) -> str:
     """Return the command of these settings; its folder is named by their hash."""
-    words = [f"{field.name}={shown(getattr(chosen, field.name))}" for field in dataclasses.fields(chosen)
-             if getattr(chosen, field.name) != field.default]  # fmt: skip
+    words = [f"{field.name}={shown(getattr(settings, field.name))}" for field in dataclasses.fields(settings)
+             if getattr(settings, field.name) != field.default]  # fmt: skip
     words.sort(key=lambda word: not word.startswith("ckpt="))
     name = hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
     return shlex.join(["python", "sample.py", *words, f"out=outputs/{name}"])

@@ -1,4 +1,4 @@
-"""The page of the app: its controls, and what its buttons call."""
+"""The page of the app: its controls, and the functions of its buttons."""
 
 import html
 from collections.abc import Callable
@@ -33,7 +33,7 @@ Fields = dict[str, gr.components.Component]
 
 
 def number(label: str, value: float, info: str, visible: bool = True) -> gr.Number:
-    """Return a field for a number, which is checked where it is used."""
+    """Return a field for a number, which `make_requests` checks."""
     return gr.Number(value, label=label, info=info, visible=visible, min_width=100)
 
 
@@ -99,7 +99,7 @@ def add_sharing_controls(own: Controls, choices: list[str]) -> Fields:
 
 
 def add_outputs() -> list[gr.components.Component]:
-    """Lay out where a result is shown: numbers, images and a comparison, the command, files."""
+    """Lay out the result: numbers, images, comparison, command, files."""
     text = gr.Markdown("Choose what to sample, and press Generate.", elem_id="numbers")
     look: dict[str, Any] = {"object_fit": "contain", "interactive": False, "buttons": ["download", "fullscreen"]}
     with gr.Row():
@@ -114,15 +114,15 @@ def add_outputs() -> list[gr.components.Component]:
 
 
 def refused(text: str) -> gr.Error:
-    """Return the error that shows a user's mistake on the page, each line of it, as text."""
+    """Return the error that shows the lines of a user's mistake on the page, as text."""
     return gr.Error(html.escape(text).replace("\n", "<br>"), duration=None, print_exception=False)
 
 
 def sampling(studio: Studio, stopping: set[str | None]) -> Callable[..., list[Any]]:
-    """Return what the button calls. stopping: the sessions that have asked to stop."""
+    """Return the function of the button. stopping: the sessions that have asked to stop."""
 
     def sample(request: gr.Request, progress: gr.Progress = gr.Progress(), **values: Any) -> list[Any]:  # noqa: B008
-        """Sample what the controls ask for; the values are those of `add_outputs`."""
+        """Sample the controls' values; return the values of `add_outputs`."""
         session = request.session_hash
         try:
             sets = studio.sample(values, progress, lambda: session in stopping)
@@ -147,7 +147,7 @@ def build_page(studio: Studio) -> gr.Blocks:
     """Return the page of a loaded checkpoint; `/sample` is its one public endpoint."""
     stopping: set[str | None] = set()
 
-    def begin(request: gr.Request) -> list[Any]:
+    def start_soon(request: gr.Request) -> list[Any]:
         stopping.discard(request.session_hash)
         return [gr.Button(interactive=False), gr.Button(interactive=True)]
 
@@ -165,7 +165,7 @@ def build_page(studio: Studio) -> gr.Blocks:
                     stop = gr.Button("Stop", interactive=False, scale=1)
                 outputs = add_outputs()
         buttons = [start, stop]
-        running = start.click(begin, None, buttons, **PAGE_ONLY).then(
+        running = start.click(start_soon, None, buttons, **PAGE_ONLY).then(
             sampling(studio, stopping), inputs_kwargs=controls, outputs=outputs, api_name="sample",
             show_progress_on=[outputs[1]],
         )  # fmt: skip

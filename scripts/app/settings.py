@@ -11,7 +11,7 @@ DEMO = "runs/demo"
 
 @dataclasses.dataclass(frozen=True)
 class AppSettings:
-    """See conf/app.yaml. Raises UserError for values that cannot be."""
+    """See conf/app.yaml. Raises UserError for wrong values."""
 
     ckpt: str | None = None
     weights: str = "ema"

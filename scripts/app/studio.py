@@ -1,8 +1,4 @@
-"""What the app does with a request: samples it by the code of sample.py into a folder of its own,
-and reports each step.
-
-Shapes: H W C pixels.
-"""
+"""Sample the app's requests by the code of sample.py, each into a folder of its own."""
 
 import collections
 import dataclasses
@@ -25,7 +21,7 @@ from scripts.app.controls import Request, initial_controls, make_requests
 from scripts.app.settings import DEMO, AppSettings
 
 MAX_KEPT = 20  # requests whose files stay
-Report = Callable[[float, str], None]  # how much is done, 0..1, and what is being done
+Report = Callable[[float, str], None]  # progress, 0..1, and its description
 
 
 class Interrupted(Exception):
@@ -34,7 +30,7 @@ class Interrupted(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class SampledSet:
-    """A set on disk: what was asked for, its folder and the receipt in it."""
+    """A set on disk, with its receipt."""
 
     request: Request
     folder: Path
@@ -47,10 +43,9 @@ class SampledSet:
 
 
 class Studio:
-    """A checkpoint that is loaded once and sampled, one request at a time, into folders under
-    `root`.
+    """A loaded checkpoint that samples one request at a time into folders under `root`.
 
-    Raises UserError as sample.py does for a checkpoint that cannot be sampled.
+    Raises UserError for a checkpoint that cannot be sampled.
     """
 
     def __init__(self, settings: AppSettings, root: Path, accelerator: Accelerator) -> None:
@@ -71,12 +66,13 @@ class Studio:
         self.receipt = checkpoint_receipt(folder, settings.weights, self.generator)
         self.fitted: dict[str, list[int]] = {}  # steps by sampler, for the next request
         self.warm: set[int] = set()  # batch sizes
-        self.kept: collections.deque[Path] = collections.deque()
+        self.folders: collections.deque[Path] = collections.deque()
         self.image_shape = self.warm_up(1)
 
     def warm_up(self, batch_size: int) -> tuple[int, ...]:
-        """Sample a batch in four steps, with and without sharing, so that no time reported later is
-        that of a first call; return the shape (H, W, C) of an image.
+        """Sample a batch in four steps, so that no reported time is that of first calls.
+
+        Returns the shape (H, W, C) of an image.
         """
         plain = SamplerSettings(num_steps=4, last_step=None, cfg_scale=2.0, cfg_interval=(0.3, 1.0))
         shared = dataclasses.replace(plain, recompute=[0, 1], forecast_order=1)
@@ -89,11 +85,10 @@ class Studio:
         return shape
 
     def sample(self, values: dict[str, Any], report: Report, stopped: Callable[[], bool]) -> list[SampledSet]:
-        """Sample what the values of the controls ask for, and report each network call; return the
-        set, and the same without sharing where it was asked for.
+        """Return the set of the controls' values, and the same without sharing for a comparison.
 
-        Raises UserError for values that cannot be, and Interrupted soon after `stopped` returns
-        True; nothing is left then.
+        Raises UserError for wrong values, and Interrupted soon after `stopped` returns True; then
+        no file is left.
         """
         requests = make_requests(values, self.stored, self.settings)
         folder = Path(tempfile.mkdtemp(prefix="set-", dir=self.root))
@@ -102,15 +97,15 @@ class Studio:
         except BaseException:
             shutil.rmtree(folder)
             raise
-        self.kept.append(folder)
-        while len(self.kept) > MAX_KEPT:
-            shutil.rmtree(self.kept.popleft())
+        self.folders.append(folder)
+        while len(self.folders) > MAX_KEPT:
+            shutil.rmtree(self.folders.popleft())
         return sets
 
     def _sample_sets(
         self, requests: list[Request], folder: Path, report: Report, stopped: Callable[[], bool]
     ) -> list[SampledSet]:
-        """Warm up for these batches, sample, and lay out the files for download."""
+        """Warm up for these batches, sample, and write the archives for download."""
         sampler, total, batch_size = requests[0].sampler, len(requests[0].images.seeds), self.settings.batch_size
         for size in {min(total, batch_size), total % batch_size} - self.warm - {0}:
             self.warm_up(size)
@@ -118,26 +113,20 @@ class Studio:
             report(0.0, "fitting the schedule to the model")
         done = itertools.count(1)
         num_calls = len(requests) * -(-total // batch_size) * sum(map(len, sampler.call_times()))
-        what = f"sampling {total} images" + (", with and without sharing" if len(requests) > 1 else "")
+        text = f"sampling {total} images" + (", with and without sharing" if len(requests) > 1 else "")
 
         def observe(step: int, t: float | Tensor, x_t: Tensor, v: Tensor) -> None:
             if stopped():
                 raise Interrupted
-            report(next(done) / num_calls, what)
+            report(next(done) / num_calls, text)
 
         sets = []
         for request, out in zip(requests, (folder, folder / "unshared"), strict=False):
+            generator = dataclasses.replace(self.generator, settings=request.sampler, observe=observe)
             sample_set(
-                dataclasses.replace(self.generator, settings=request.sampler, observe=observe),
-                images=request.images,
-                batch_size=batch_size,
-                out=out,
-                checkpoint=self.receipt,
-                accelerator=self.accelerator,
-                png="all",
-                command=request.command,
-                recompute_steps=self.fitted.get(str(request.sampler)),
-            )
+                generator, request.images, batch_size, out, self.receipt, self.accelerator, png="all",
+                command=request.command, recompute_steps=self.fitted.get(str(request.sampler)),
+            )  # fmt: skip
             sets.append(SampledSet(request, out, json.loads((out / "receipt.json").read_text())))
         if sampler.parsed_recompute.kind == "dp":
             self.fitted[str(sampler)] = sets[0].receipt["recompute_steps"]

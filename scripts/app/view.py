@@ -1,4 +1,4 @@
-"""How the page shows a checkpoint and a result."""
+"""Show a checkpoint and a result on the page."""
 
 import gradio as gr
 import numpy as np
@@ -12,7 +12,7 @@ TITLES = ("With sharing", "Without sharing")
 
 
 def summary(studio: Studio) -> str:
-    """Return what the checkpoint is, as Markdown."""
+    """Return image size, network, weights and device as Markdown."""
     model, device = studio.generator.model, studio.generator.device
     height, width, _ = studio.image_shape
     blocks = f"{len(model.encoder.blocks)} + {len(model.decoder.blocks)}" if model.shares_encoder else "undivided"
@@ -26,7 +26,7 @@ def summary(studio: Studio) -> str:
 
 
 def numbers(sets: list[SampledSet]) -> str:
-    """Return what was measured and counted, and the steps at which the encoder ran, as Markdown."""
+    """Return time, network calls and the steps at which the encoder ran, as Markdown."""
     receipts = [each.receipt for each in sets]
     calls = [receipt["network_calls_an_image"] for receipt in receipts]
     rows = [
@@ -50,16 +50,14 @@ def numbers(sets: list[SampledSet]) -> str:
 
 
 def galleries(sets: list[SampledSet], class_names: list[str]) -> list[gr.Gallery | gr.ImageSlider]:
-    """Return updates of the two galleries, and of the slider between the grids of both sets; the
-    last two are shown for a comparison alone.
-    """
+    """Return updates of both galleries and the slider; the last two are for a comparison alone."""
     names = {label: name for name, label in class_choices(class_names)}
     images, shared = sets[0].request.images, sets[0].receipt["recompute_steps"] is not None
     captions = [names[k] for k in images.classes]
     if len(sets) == 1:  # two galleries have room for the names alone
         captions = [f"{name}, seed {seed}" for name, seed in zip(captions, images.seeds, strict=True)]
     num_classes = len(set(images.classes))
-    columns = num_classes if num_classes <= 6 else 5  # a class a column, where there are few
+    columns = num_classes if num_classes <= 6 else 5  # few classes: a column each
     updates: list[gr.Gallery | gr.ImageSlider] = []
     for each, title in zip(sets, TITLES if shared else ["Images"], strict=False):
         captioned = list(zip(sorted((each.folder / "png").iterdir()), captions, strict=True))

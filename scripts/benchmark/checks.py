@@ -1,11 +1,9 @@
-"""What must hold on a device: functions from a `Place` to findings, which gpu_check.py runs.
+"""The checks of gpu_check.py: functions from a `Place` to findings.
 
-The first ones compare numbers in this process; the others go through the entry points, each in a
-process with a time limit, and write under `Place.out`. Errors of vectors are relative,
-‖a − b‖ / ‖b‖, over all their values. Shapes: B batch, C channels, H W size.
+The first ones compare numbers in this process; the others run the entry points, each in a process
+with a time limit. Errors of vectors are relative, ‖a − b‖ / ‖b‖. Shapes: B batch, C H W latents.
 """
 
-import contextlib
 import copy
 import dataclasses
 import json
@@ -15,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,15 +33,15 @@ from ddt.objective import FlowMatching
 from ddt.training.stopping import read_status
 from ddt.training.tracking import read_rows
 from scripts.benchmark import golden
-from scripts.benchmark.parts import CHANNELS, CLASSES, without_zeros
+from scripts.benchmark.parts import CHANNELS, CLASSES, random_batch, without_zeros
 
 ROOT = Path(__file__).resolve().parents[2]
-FLOAT32 = 1e-4  # of rounding through a deep network; TF32 gives 1e-3
+FLOAT32 = 1e-4  # rounding through a deep network; TF32 gives 1e-3
 BF16 = (1e-3, 3e-2)  # below it nothing was rounded to bf16, above it more than operands
 BF16_LATENTS = (1e-4, 3e-2)  # which are for the most part the noise
 BF16_LOSS = 1e-2  # two halves of a batch round to bf16 in other places
 TRAINING_MINUTES = 2  # of the benchmark stage, for the short training
-GRACE = 30  # seconds that a process which began in time may still take
+GRACE = 30  # seconds past the deadline that a process started before it may take
 Dtype = Literal["fp32", "bf16"]
 
 
@@ -72,20 +70,20 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How large the networks of the checks are."""
+    """How large the networks and runs of the checks are."""
 
     models: tuple[str, str]  # the small and the large one, of conf/model
     changes: dict[str, int]  # to both
-    latent_size: int  # of their inputs
+    latent_size: int
     batch_size: int
     image_size: int  # of the autoencoder's and the target's images
     vae: dict[str, Any]  # changes to SD-VAE's configuration
     target: str  # a timm model
-    run: tuple[str, ...]  # settings of the runs of train.py on digits, which end at twice `steps`
+    run: tuple[str, ...]  # settings of the runs of train.py on digits, of 2 · `steps` steps
     steps: int
     benchmarks: dict[str, tuple[float, tuple[str, ...]]]  # name → share of the time, settings
     short: tuple[str, ...]  # settings of the short training
-    digits_alone: bool  # whether that looks for no larger images
+    digits_alone: bool  # the short training looks for no larger images
 
 
 FAST = ("dtype=bf16", "compile=true", "batch_size=max")
@@ -117,8 +115,9 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a check runs. out: the folder of all results. scratch: a folder that is removed in the
-    end. minutes: of the stage. deadline: its end, by `time.monotonic`.
+    """Where a check runs. out: folder of all results. scratch: folder removed at the end.
+
+    minutes: of the stage. deadline: its end, by `time.monotonic`.
     """
 
     out: Path
@@ -128,7 +127,7 @@ class Place:
     minutes: float
     deadline: float
 
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         """Return the seconds that the stage has left."""
         return self.deadline - time.monotonic()
 
@@ -140,21 +139,19 @@ def relative(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Return ‖a − b‖ / ‖b‖ over all values of two lists of tensors of equal shapes."""
     error = total = 0.0
     for x, y in zip(a, b, strict=True):
-        wanted = y.double()
-        error += (x.to(y.device).double() - wanted).square().sum().item()
-        total += wanted.square().sum().item()
+        expected = y.double()
+        error += (x.to(y.device).double() - expected).square().sum().item()
+        total += expected.square().sum().item()
     return math.sqrt(error / total) if total else math.nan
 
 
-def of_tolerance(a: Tensor, b: Tensor, rtol: float, atol: float) -> float:
-    """Return the largest difference as a share of `atol + rtol·|b|`, as torch.testing.assert_close
-    would allow it.
-    """
+def share_of_tolerance(a: Tensor, b: Tensor, rtol: float, atol: float) -> float:
+    """Return the largest |a − b| / (atol + rtol·|b|); `torch.testing.assert_close` allows 1."""
     difference = (a.detach().cpu().double() - b.double()).abs()
     return (difference / (atol + rtol * b.double().abs())).max().item()
 
 
-def network_of(place: Place, name: str, device: torch.device) -> ddt.DDT:
+def random_network(place: Place, name: str, device: torch.device) -> ddt.DDT:
     """Return a network of conf/model with random weights, also where a new one starts at zero."""
     settings = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text()) | place.size.changes
     torch.manual_seed(0)
@@ -163,28 +160,14 @@ def network_of(place: Place, name: str, device: torch.device) -> ddt.DDT:
         return without_zeros(build(**settings, in_channels=CHANNELS, num_classes=CLASSES))
 
 
-def batch_of(place: Place, device: torch.device) -> dict[str, Tensor]:
-    """Return a training batch: latents and noise (B, C, H, W), and the other arguments (B,)."""
-    generator = torch.Generator().manual_seed(1)
-    batch, side = place.size.batch_size, place.size.latent_size
-    values = {
-        "latents": torch.randn(batch, CHANNELS, side, side, generator=generator),
-        "noise": torch.randn(batch, CHANNELS, side, side, generator=generator),
-        "y": torch.randint(CLASSES, (batch,), generator=generator),
-        "time_normal": torch.randn(batch, generator=generator),
-        "dropout_uniform": torch.rand(batch, generator=generator),
-    }
-    return {key: value.to(device) for key, value in values.items()}
-
-
 def autocast(device: torch.device, dtype: Dtype) -> torch.autocast:
-    """Return the context of a network's arithmetic."""
+    """Return the autocast context of a dtype."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")
 
 
 @torch.no_grad()
 def velocity(network: ddt.DDT, batch: dict[str, Tensor], dtype: Dtype = "fp32") -> Tensor:
-    """Return the velocities (B, C, H, W) of noise at half time."""
+    """Return the velocities (B, C, H, W) of noise at t = 0.5."""
     t = torch.full_like(batch["time_normal"], 0.5)
     with autocast(t.device, dtype):
         return network(batch["noise"], t, batch["y"]).float()
@@ -202,42 +185,28 @@ def gradients(network: ddt.DDT, batch: dict[str, Tensor], dtype: Dtype = "fp32")
     with autocast(batch["y"].device, dtype):
         loss = FlowMatching(network)(**batch)["loss"]
     loss.backward()
-    found = [parameter.grad for parameter in network.parameters()]
+    grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     network.zero_grad(set_to_none=True)
-    return [loss.detach(), *(gradient for gradient in found if gradient is not None)]
-
-
-@contextlib.contextmanager
-def exact() -> Iterator[None]:
-    """Compute float32 products and convolutions without TF32 inside."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return [loss.detach(), *grads]
 
 
 def golden_case(device: torch.device, name: str, number: int) -> tuple[float, float]:
-    """Return the errors of a network's outputs and of its gradient norms, as shares of the
-    tolerance.
-    """
+    """Return the errors of outputs and of gradient norms, as shares of the tolerance."""
     network, io = golden.network(name).to(device), golden.case(name, number)
     x, t, y, shared, target = (io[key].to(device) for key in ("x", "t", "y", "x_shared", "target"))
     z, v = network.encode(x, t, y), network(x, t, y)
     loss = (v - target).square().mean()
     loss.backward()
-    found = {"z": z, "v": v, "v_shared": network.decode(shared, z), "loss": loss}
-    outputs = max(of_tolerance(value, io[key], **golden.TOLERANCE) for key, value in found.items())
+    outputs = {"z": z, "v": v, "v_shared": network.decode(shared, z), "loss": loss}
+    output_error = max(share_of_tolerance(value, io[key], **golden.TOLERANCE) for key, value in outputs.items())
     settings = {"encoder_depth": len(network.encoder.blocks)}
     weights = {network.release.published_name(name, settings): p for name, p in network.named_parameters()}
     norms = {key.removeprefix("gradnorm."): norm for key, norm in io.items() if key.startswith("gradnorm.")}
     assert len(norms) == len(weights), "a norm for each weight"
-    slopes = {key: weights[key].grad for key in norms}
-    return outputs, max(
-        math.nan if slope is None else of_tolerance(slope.norm(), norms[key], **golden.GRADIENT_TOLERANCE)
-        for key, slope in slopes.items()
+    grads = {key: weights[key].grad for key in norms}
+    return output_error, max(
+        math.nan if grad is None else share_of_tolerance(grad.norm(), norms[key], **golden.GRADIENT_TOLERANCE)
+        for key, grad in grads.items()
     )
 
 
@@ -250,7 +219,8 @@ def golden_numbers(place: Place) -> list[Finding]:
     errors = []
     for name, run in runs.items():
         latents = ddt.sample(network, noise, y, **golden.sampler_settings(name, run, samplers))
-        errors.append(of_tolerance(latents, samplers[name], rtol=1e-4, atol=golden.CLOSE.get(name, 1e-5)))
+        atol = golden.CLOSE.get(name, 1e-5)
+        errors.append(share_of_tolerance(latents, samplers[name], rtol=1e-4, atol=atol))
     io = golden.case("tiny", 0)
     with torch.no_grad(), autocast(place.device, "bf16"):
         v = network(*(io[key].to(place.device) for key in ("x", "t", "y")))
@@ -265,61 +235,67 @@ def golden_numbers(place: Place) -> list[Finding]:
 def device_against_cpu(place: Place) -> list[Finding]:
     """Compare the small model's float32 velocity, gradients and samples with those of the CPU."""
     cpu = torch.device("cpu")
-    wanted = network_of(place, place.size.models[0], cpu)
-    network = copy.deepcopy(wanted).to(place.device)
-    here, there = batch_of(place, place.device), batch_of(place, cpu)
+    reference = random_network(place, place.size.models[0], cpu)
+    network = copy.deepcopy(reference).to(place.device)
+    sizes = place.size.batch_size, place.size.latent_size
+    here, there = random_batch(*sizes, place.device), random_batch(*sizes, cpu)
     return [
-        Finding("velocity", relative([velocity(network, here)], [velocity(wanted, there)]), high=FLOAT32),
-        Finding("gradients", relative(gradients(network, here), gradients(wanted, there)), high=FLOAT32),
-        Finding("latents of 4 steps", relative([sampled(network, here)], [sampled(wanted, there)]), high=FLOAT32),
+        Finding("velocity", relative([velocity(network, here)], [velocity(reference, there)]), high=FLOAT32),
+        Finding("gradients", relative(gradients(network, here), gradients(reference, there)), high=FLOAT32),
+        Finding("latents of 4 steps", relative([sampled(network, here)], [sampled(reference, there)]), high=FLOAT32),
     ]
 
 
 def bf16_against_fp32(place: Place) -> list[Finding]:
-    """Compare bf16 autocast with float32: velocity, gradients and samples of both models."""
-    findings, batch = [], batch_of(place, place.device)
+    """Compare bf16 autocast with float32: velocity, latents and gradients of both models."""
+    findings, batch = [], random_batch(place.size.batch_size, place.size.latent_size, place.device)
     for name in dict.fromkeys(place.size.models):
-        network = network_of(place, name, place.device)
+        network = random_network(place, name, place.device)
         v, latents = (relative([f(network, batch, "bf16")], [f(network, batch)]) for f in (velocity, sampled))
-        slopes = relative(gradients(network, batch, "bf16"), gradients(network, batch))
+        grads = relative(gradients(network, batch, "bf16"), gradients(network, batch))
         findings += [
             Finding(f"{name}: velocity", v, *BF16),
             Finding(f"{name}: latents of 4 steps", latents, *BF16_LATENTS),
-            Finding(f"{name}: gradients", slopes, *BF16),
+            Finding(f"{name}: gradients", grads, *BF16),
         ]
-        del network  # before the next one is made
+        del network  # before the next one is built
     return findings
 
 
 def compiled_against_eager(place: Place) -> list[Finding]:
-    """Compare compiled blocks with eager ones, in both precisions: velocity, gradients; seconds to
-    compile.
-    """
-    findings, batch = [], batch_of(place, place.device)
+    """Compare compiled blocks with eager ones in both dtypes; report the seconds to compile."""
+    findings, batch = [], random_batch(place.size.batch_size, place.size.latent_size, place.device)
     counters = torch._dynamo.utils.counters
     for dtype, bound in (("fp32", FLOAT32), ("bf16", BF16[1])):
         torch.compiler.reset()
         counters.clear()
-        eager = network_of(place, place.size.models[0], place.device)
+        eager = random_network(place, place.size.models[0], place.device)
         network = copy.deepcopy(eager)
         compile_blocks(network, dynamic=False)
-        began = time.perf_counter()
-        v, slopes = velocity(network, batch, dtype), gradients(network, batch, dtype)
-        first = time.perf_counter() - began
+        start = time.perf_counter()
+        v, grads = velocity(network, batch, dtype), gradients(network, batch, dtype)
+        seconds = time.perf_counter() - start
         findings += [
             Finding(f"{dtype} velocity", relative([v], [velocity(eager, batch, dtype)]), high=bound),
-            Finding(f"{dtype} gradients", relative(slopes, gradients(eager, batch, dtype)), high=bound),
+            Finding(f"{dtype} gradients", relative(grads, gradients(eager, batch, dtype)), high=bound),
             Finding(f"{dtype} graphs compiled", counters["stats"]["unique_graphs"], low=1),
-            Finding(f"{dtype} seconds to compile forward and backward", first),
+            Finding(f"{dtype} seconds to compile forward and backward", seconds),
         ]
     torch.compiler.reset()
     return findings
 
 
+@torch.no_grad()
+def randomize(network: nn.Module) -> nn.Module:
+    """Fill a timm network with random values, for constants hide errors; return it."""
+    for name, parameter in network.named_parameters():
+        scales = parameter.ndim == 1 and not name.endswith("bias")
+        parameter.copy_(scales + 0.04 * torch.randn_like(parameter))
+    return network
+
+
 def frozen_networks(place: Place) -> list[Finding]:
-    """Compare autoencoder and alignment target, of the true architectures with random weights, with
-    the CPU's.
-    """
+    """Compare autoencoder and alignment target, with random weights, with those of the CPU."""
     try:
         import diffusers
     except ImportError as error:
@@ -334,8 +310,8 @@ def frozen_networks(place: Place) -> list[Finding]:
     torch.manual_seed(0)
     size, cpu = place.size, torch.device("cpu")
     diffusers.AutoencoderKL.from_config(SD_VAE | size.vae).save_pretrained(place.scratch / "vae")
-    save_file(random_values(timm.create_model(size.target)).state_dict(), place.scratch / "target.safetensors")
-    found: list[list[Tensor]] = []
+    save_file(randomize(timm.create_model(size.target)).state_dict(), place.scratch / "target.safetensors")
+    outputs: list[list[Tensor]] = []
     for device in (place.device, cpu):
         generator = torch.Generator().manual_seed(2)
         images = torch.randint(256, (2, 3, size.image_size, size.image_size), generator=generator)
@@ -344,8 +320,8 @@ def frozen_networks(place: Place) -> list[Finding]:
         side = autoencoder.latent_shape(3, size.image_size)[1]
         latents = torch.randn(2, CHANNELS, side, side, generator=generator).to(device)
         target = Target(size.target, str(place.scratch / "target.safetensors"), size.image_size).to(device)
-        found.append([autoencoder.encode(pixels), autoencoder.decode(latents), target(pixels)])
-    (moments, decoded, features), (moments_cpu, decoded_cpu, features_cpu) = found
+        outputs.append([autoencoder.encode(pixels), autoencoder.decode(latents), target(pixels)])
+    (moments, decoded, features), (moments_cpu, decoded_cpu, features_cpu) = outputs
     levels = (decoded.cpu().int() - decoded_cpu.int()).abs().max().item()
     return [
         Finding("moments", relative([moments], [moments_cpu]), high=FLOAT32),
@@ -354,33 +330,24 @@ def frozen_networks(place: Place) -> list[Finding]:
     ]
 
 
-@torch.no_grad()
-def random_values(network: nn.Module) -> nn.Module:
-    """Fill a timm network with random values, for constants hide errors; return it."""
-    for name, parameter in network.named_parameters():
-        scales = parameter.ndim == 1 and not name.endswith("bias")
-        parameter.copy_(scales + 0.04 * torch.randn_like(parameter))
-    return network
-
-
 # --- entry points
 
 
 def call(place: Place, entry: str, *arguments: str, name: str, seconds: float = 300) -> None:
-    """Run an entry point, a file of the repository or a module, in `Place.out`, its output in
-    runs/logs/NAME.txt; raise RuntimeError with its last line where it fails or takes more than
-    `seconds`, or than the stage has.
+    """Run an entry point (a file or module) in `Place.out`, its output in runs/logs/NAME.txt.
+
+    Raises RuntimeError where it fails or takes too long, NotRun after the deadline.
     """
     log = place.out / "runs" / "logs" / f"{name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    if place.left() <= 0:
+    if place.seconds_left() <= 0:
         raise NotRun("out of time")
-    seconds = min(seconds, place.left() + GRACE)
-    what = [str(ROOT / entry)] if entry.endswith(".py") else ["-m", entry]
+    seconds = min(seconds, place.seconds_left() + GRACE)
+    program = [str(ROOT / entry)] if entry.endswith(".py") else ["-m", entry]
     with log.open("w") as file:
         try:
             done = subprocess.run(
-                [sys.executable, *what, *arguments], cwd=place.out, stdin=subprocess.DEVNULL, stdout=file,
+                [sys.executable, *program, *arguments], cwd=place.out, stdin=subprocess.DEVNULL, stdout=file,
                 stderr=subprocess.STDOUT, timeout=seconds, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
@@ -405,7 +372,7 @@ def on_digits(place: Place, name: str, steps: int, *overrides: str) -> Path:
 
 
 def uninterrupted(place: Place) -> Path:
-    """Return the run that nothing interrupts, which several checks compare with."""
+    """Return the run without interruption, which several checks compare with."""
     folder = place.out / "runs" / "uninterrupted"
     if read_status(folder).get("state") != "done":
         on_digits(place, "uninterrupted", 2 * place.size.steps, "trainer.num_processes=1")
@@ -413,13 +380,13 @@ def uninterrupted(place: Place) -> Path:
 
 
 def tensors(run: Path, step: int) -> dict[str, Tensor]:
-    """Return weights, EMA weights and the optimizer's state of a checkpoint, by file and name."""
-    folder, found = ckpt.checkpoint_folder(run, step), {}
+    """Return weights, EMA weights and optimizer state of a checkpoint, by file and name."""
+    folder, result = ckpt.checkpoint_folder(run, step), dict[str, Tensor]()
     for name in ckpt.weights_names(folder):
-        found |= {f"{name} {key}": value for key, value in ckpt.read_weights(folder, name).items()}
+        result |= {f"{name} {key}": value for key, value in ckpt.read_weights(folder, name).items()}
     for index, values in ckpt.read_train_state(folder)["optimizer"]["state"].items():
-        found |= {f"optimizer {index} {key}": value for key, value in values.items()}
-    return found
+        result |= {f"optimizer {index} {key}": value for key, value in values.items()}
+    return result
 
 
 def resume(place: Place) -> list[Finding]:
@@ -427,10 +394,10 @@ def resume(place: Place) -> list[Finding]:
     steps = place.size.steps
     for end in (steps, 2 * steps):
         run = on_digits(place, "resumed", end, "trainer.num_processes=1")
-    found, wanted = tensors(run, 2 * steps), tensors(uninterrupted(place), 2 * steps)
-    assert found.keys() == wanted.keys(), "the same tensors"
-    differ = sum(not torch.equal(found[key], value) for key, value in wanted.items())
-    return [Finding(f"tensors of {len(wanted)} that differ", differ, high=0)]
+    resumed, expected = tensors(run, 2 * steps), tensors(uninterrupted(place), 2 * steps)
+    assert resumed.keys() == expected.keys(), "the same tensors"
+    differ = sum(not torch.equal(resumed[key], value) for key, value in expected.items())
+    return [Finding(f"tensors of {len(expected)} that differ", differ, high=0)]
 
 
 def two_processes(place: Place) -> list[Finding]:
@@ -439,16 +406,14 @@ def two_processes(place: Place) -> list[Finding]:
         raise NotRun("one GPU")
     steps = 2 * place.size.steps
     runs = on_digits(place, "two_processes", steps, "trainer.num_processes=2"), uninterrupted(place)
-    pairs = [[row["loss"] for row in read_rows(folder / "metrics.jsonl")] for folder in runs]
-    assert len(pairs[1]) == steps, "a row a step"
-    errors = [abs(a - b) / b for a, b in zip(*pairs, strict=True)]
+    losses = [[row["loss"] for row in read_rows(folder / "metrics.jsonl")] for folder in runs]
+    assert len(losses[1]) == steps, "a row a step"
+    errors = [abs(a - b) / b for a, b in zip(*losses, strict=True)]
     return [Finding(f"losses of {steps} steps: relative error", max(errors), high=BF16_LOSS)]
 
 
 def sampling(place: Place) -> list[Finding]:
-    """Compare sets of images that must be equal: other batch sizes, cached modulations or not,
-    compiled or not; and the default dtype.
-    """
+    """Compare sets that must be equal (batch size, caching, compiling); check the default dtype."""
     images, receipts = {}, {}
     shared = ("dtype=fp32", "recompute=uniform:5")
     for name, settings in {
@@ -464,28 +429,25 @@ def sampling(place: Place) -> list[Finding]:
         images[name] = np.load(out / "samples.npz")["arr_0"].astype(int)
         receipts[name] = json.loads((out / "receipt.json").read_text())
     assert receipts["batches_of_8"]["cached_modulations_bytes"] > 0, "modulations are cached"
-    wanted, dtype = "bf16" if place.device.type == "cuda" else "fp32", receipts["default"]["request"]["dtype"]
-    eights = images["batches_of_8"]
-    differences = {
+    expected, dtype = "bf16" if place.device.type == "cuda" else "fp32", receipts["default"]["request"]["dtype"]
+    pairs = {
         "batches of 4 and 8": "batches_of_4", "modulations cached and not": "uncached", "compiled and not": "compiled",
     }  # fmt: skip
+    levels = {what: int(np.abs(images["batches_of_8"] - images[name]).max()) for what, name in pairs.items()}
     return [
-        *(
-            Finding(f"{what}: grey levels", int(np.abs(eights - images[name]).max()), high=1)
-            for what, name in differences.items()
-        ),
-        Finding(f"dtype by default is {wanted}, by the receipt {dtype}", float(dtype == wanted), low=1),
+        *(Finding(f"{what}: grey levels", value, high=1) for what, value in levels.items()),
+        Finding(f"dtype by default is {expected}, by the receipt {dtype}", float(dtype == expected), low=1),
     ]
 
 
 def rate(row: dict[str, Any]) -> str:
-    """Return a row's images a second as they stand in the table."""
+    """Return a row's images per second as text."""
     images = row["images_per_second"]
     return f"{images:,.0f} images/s" if images >= 100 else f"{images:.3g} images/s"
 
 
 def speed(row: dict[str, Any]) -> str:
-    """Return images a second, share and speed against the plain ways as they stand in the table."""
+    """Return a benchmark row's rate, share of a product's rate and speed against the plain ways."""
     parts = [rate(row)]
     if row["share_of_matmul"] is not None:
         parts.append(f"{row['share_of_matmul']:.0%} of a product's rate")
@@ -496,11 +458,9 @@ def speed(row: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return, of each case of training and sampling, the rows of the fastest way that is not plain,
-    and of sampling at each ratio; of each other part the fastest row of all.
-    """
-    found: dict[tuple[str, ...], dict[str, Any]] = {}
+def fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the fastest row by part; of training and sampling by case and ratio, without plain."""
+    result: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
         if not row.get("images_per_second"):  # not run, or of no images, as the optimizer's step
             continue
@@ -509,34 +469,32 @@ def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if row["way"].startswith("plain"):
                 continue
             key += (row["case"], row["base"])
-        if key not in found or row["images_per_second"] > found[key]["images_per_second"]:
-            found[key] = row
-    return list(found.values())
+        if key not in result or row["images_per_second"] > result[key]["images_per_second"]:
+            result[key] = row
+    return list(result.values())
 
 
 def benchmark(place: Place, name: str) -> list[Finding]:
     """Run scripts.benchmark and return the fastest way of each part."""
     out = place.out / f"benchmark_{name}"
-    share, chosen = place.size.benchmarks[name]
+    share, settings = place.size.benchmarks[name]
     minutes = share * max(place.minutes - TRAINING_MINUTES, 1)
-    settings = (*chosen, f"minutes={minutes:g}", f"out={out}")
+    arguments = (*settings, f"minutes={minutes:g}", f"out={out}")
     file, problem = out / "benchmark.json", ""
     try:
-        call(place, "scripts.benchmark", *settings, name=f"benchmark_{name}", seconds=60 * minutes + GRACE)
+        call(place, "scripts.benchmark", *arguments, name=f"benchmark_{name}", seconds=60 * minutes + GRACE)
     except RuntimeError as error:  # what was measured before is reported
         if not file.is_file():
             raise
         problem = str(error)
     rows = json.loads(file.read_text())["rows"]
-    findings = [Finding(f"{row['part']}, {row['case']}, {row['way']}", speed(row)) for row in best(rows)]
+    findings = [Finding(f"{row['part']}, {row['case']}, {row['way']}", speed(row)) for row in fastest(rows)]
     findings += [Finding(f"{row['part']}: not run: {row['not_run']}", "–") for row in rows if "not_run" in row]
     return findings + ([Finding(problem, 1, high=0)] if problem else [])
 
 
 def short_training_data(place: Place) -> tuple[str, tuple[str, ...]]:
-    """Return name and settings of the short training's data: Fashion-MNIST where its files are,
-    else nine photos where scikit-image is, as pixels, else digits.
-    """
+    """Return name and settings of the short training's data: Fashion-MNIST, photos or digits."""
     if place.size.digits_alone:
         return "digits", ("data=digits",)
     for root in FASHION_ROOTS:
@@ -545,7 +503,7 @@ def short_training_data(place: Place) -> tuple[str, tuple[str, ...]]:
     try:
         for name in PHOTOS:
             photo(name)
-    except UserError:
+    except UserError:  # scikit-image is missing
         return "digits", ("data=digits",)
     return "photos", ("data=photos", "model.patch_size=8")
 
@@ -553,8 +511,8 @@ def short_training_data(place: Place) -> tuple[str, tuple[str, ...]]:
 def short_training(place: Place) -> list[Finding]:
     """Train on real images in bf16 and sample a grid, OUT/grid.png."""
     name, settings = short_training_data(place)
-    rules = ("trainer.mixed_precision=bf16", "trainer.num_processes=1", "trainer.log_every=10", *place.size.short)
-    run = train(place, "training", *settings, *rules)
+    common = ("trainer.mixed_precision=bf16", "trainer.num_processes=1", "trainer.log_every=10", *place.size.short)
+    run = train(place, "training", *settings, *common)
     rows = read_rows(run / "metrics.jsonl")
     losses = [row["loss"] for row in rows]
     part = max(1, len(losses) // 10)  # a tenth of the rows: one is the mean of ten steps

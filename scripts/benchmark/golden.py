@@ -1,6 +1,4 @@
-"""The golden numbers of the release (tests/golden), as the tests and scripts/benchmark/gpu_check.py
-read them.
-"""
+"""The golden numbers of the release (tests/golden), for the tests and the GPU check."""
 
 import json
 from pathlib import Path
@@ -31,21 +29,15 @@ def network(name: str) -> ddt.DDT:
 
 
 def case(name: str, number: int) -> dict[str, Tensor]:
-    """Return inputs and outputs of a network: x, t, y, z, v, x_shared, v_shared, target, loss,
-    gradnorm.WEIGHT.
-    """
+    """Return x, t, y, z, v, x_shared, v_shared, target, loss and gradnorm.WEIGHT of a case."""
     stored = load_file(GOLDEN / f"{name}.io.safetensors")
     return {key[2:]: value for key, value in stored.items() if key.startswith(f"{number}.")}
 
 
 def trajectories() -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the settings of the sampling runs by name, and their tensors: noise, cond and the
-    latents by name.
-    """
-    return (
-        json.loads((GOLDEN / "golden.json").read_text())["samplers"],
-        load_file(GOLDEN / "samplers.safetensors"),
-    )
+    """Return the sampling runs' settings by name, and noise, cond and the latents by name."""
+    settings = json.loads((GOLDEN / "golden.json").read_text())["samplers"]
+    return settings, load_file(GOLDEN / "samplers.safetensors")
 
 
 def sampler_settings(name: str, case: dict[str, Any], samplers: dict[str, Tensor]) -> dict[str, Any]:
@@ -61,11 +53,11 @@ def sampler_settings(name: str, case: dict[str, Any], samplers: dict[str, Tensor
     }
     if case.get("order", 1) > 1:
         settings["solver"] = f"adams{case['order']}"
-    if name.startswith("sde"):  # sde_mean takes the mean at every step but the last: draws of zero
+    if name.startswith("sde"):  # sde_mean takes the mean at every step but the last: noise of zero
         settings["solver"] = "sde_preserve" if name == "sde_preserve" else "sde"
         settings["step_noise"] = samplers.get(f"{name}.draws", torch.zeros(11, *samplers["noise"].shape))
         settings["sde_last"] = "mean" if "last_step_fn" in case else "euler"
-    if "recompute_timesteps" in case:  # found by the release from the template batch
+    if "recompute_timesteps" in case:  # fitted by the release to the template batch
         similarity = samplers["dp_similarity"]
         settings["recompute"] = ddt.optimal_schedule(similarity, len(case["recompute_timesteps"]))
         assert settings["recompute"] == case["recompute_timesteps"]

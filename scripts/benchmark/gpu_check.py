@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -27,9 +26,10 @@ import torch
 from ddt.cli import command
 from ddt.errors import UserError, first_line, require
 from ddt.files import check_writable, write_json
+from ddt.metrics.features import exact_arithmetic
 from ddt.receipts import command_line, revision
 from ddt.tables import markdown_table
-from scripts.benchmark import checks
+from scripts.benchmark import checks, run
 from scripts.benchmark.checks import SIZES, Finding, NotRun, Place
 
 log = logging.getLogger(__name__)
@@ -51,9 +51,7 @@ CHECKS: dict[str, Check] = {
 
 @dataclasses.dataclass(frozen=True)
 class GpuCheckSettings:
-    """See conf/gpu_check.yaml. Raises UserError for values that cannot be, and for a folder whose
-    result would be lost.
-    """
+    """See conf/gpu_check.yaml. Raises UserError for wrong values and results in the way."""
 
     out: str
     stage: Literal["check", "benchmark", "all"]
@@ -79,18 +77,16 @@ class GpuCheckSettings:
         return list(STAGES) if self.stage == "all" else [self.stage]
 
     def checks(self, stage: str) -> dict[str, Check]:
-        """Return what a stage does, by name."""
+        """Return the checks of a stage by name."""
         if stage == "check":
             return CHECKS
         names = SIZES[self.size].benchmarks
-        measured = {f"benchmark {name}": functools.partial(checks.benchmark, name=name) for name in names}
-        return {**measured, "short training": checks.short_training}
+        benchmarks = {f"benchmark {name}": functools.partial(checks.benchmark, name=name) for name in names}
+        return {**benchmarks, "short training": checks.short_training}
 
 
 def read_results(out: Path) -> dict[str, Any]:
-    """Return what each stage left in OUT/gpu_check.json; raise UserError where that is another
-    file.
-    """
+    """Return the results by stage in OUT/gpu_check.json; raise UserError for another file."""
     path = out / "gpu_check.json"
     if not path.is_file():
         return {}
@@ -101,47 +97,38 @@ def read_results(out: Path) -> dict[str, Any]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what the numbers depend on: device, versions, and the revision of the code."""
-    found: dict[str, Any] = {"device": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    """Return what the numbers depend on: device, driver, versions, revision of the code."""
+    about = run.machine(device)
     if device.type == "cuda":
-        about = torch.cuda.get_device_properties(device)
-        found |= {
-            "device": about.name, "gpus": torch.cuda.device_count(), "cudnn": torch.backends.cudnn.version(),
-            "gpu_memory_gib": round(about.total_memory / 2**30, 1), "cuda": torch.version.cuda,
-            "driver": subprocess.run(
-                ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True,
-                check=False,
-            ).stdout.strip() if shutil.which("nvidia-smi") else None,
-        }  # fmt: skip
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        about["cudnn"] = torch.backends.cudnn.version()
+        about["gpu_memory_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)
+        if shutil.which(query[0]):
+            about["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     packages = {package.name.lower(): package.version for package in importlib.metadata.distributions()}
-    return {
-        **found, "python": platform.python_version(), "torch": torch.__version__, "revision": revision(),
-        "packages": dict(sorted(packages.items())),
-    }  # fmt: skip
+    return {**about, "revision": revision(), "packages": dict(sorted(packages.items()))}
 
 
 def rows_of(name: str, check: Check, place: Place) -> list[Row]:
-    """Make a check and return its rows, whatever happens in it: the others are to go on."""
-    began = time.monotonic()
+    """Run a check and return its rows; an error of any kind becomes a row, so the others run."""
+    start = time.monotonic()
     findings: list[Finding] = []
-    result, reason = "passed", ""
-    if place.left() <= 0:
-        result, reason = "not run", "out of time"
-    else:
+    result, reason = "not run", "out of time"
+    if place.seconds_left() > 0:
         try:
             findings = check(place)
-        except NotRun as none:
-            result, reason = "not run", str(none)
-        except Exception as error:  # of any kind: what is looked for here is what breaks on this machine
+        except NotRun as error:
+            reason = str(error)
+        except Exception as error:
             log.warning("%s failed", name, exc_info=True)
             result, reason = "failed", f"{type(error).__name__}: {first_line(error)}"
     gc.collect()
     if place.device.type == "cuda":
         torch.cuda.empty_cache()
-    common = {"check": name, "seconds": round(time.monotonic() - began, 1)}
+    common = {"check": name, "seconds": round(time.monotonic() - start, 1)}
     if not findings:
         return [{**common, "what": reason, "value": None, "low": None, "high": None, "result": result}]
-    return [{**common, **dataclasses.asdict(found), "result": found.result} for found in findings]
+    return [{**common, **dataclasses.asdict(finding), "result": finding.result} for finding in findings]
 
 
 def cells(row: Row, first: bool) -> list[str]:
@@ -159,8 +146,8 @@ def cells(row: Row, first: bool) -> list[str]:
 def report(stages: dict[str, Any]) -> str:
     """Return gpu_check.md: a table and a line on its machine for each stage."""
     parts = []
-    for name, found in stages.items():
-        about, rows = found["machine"], found["rows"]
+    for name, stage in stages.items():
+        about, rows = stage["machine"], stage["rows"]
         results = [row["result"] for row in rows]
         total = ", ".join(f"{results.count(result)} {result}" for result in dict.fromkeys(results))
         names = [row["check"] for row in rows]
@@ -168,16 +155,14 @@ def report(stages: dict[str, Any]) -> str:
         parts += [
             f"## {name}: {total}",
             markdown_table(["check", "", "value", "bound", "result", "seconds"], lines, "lllllr"),
-            f"{about['device']}, torch {about['torch']}, {found['date']}, revision {about['revision']}, size "
-            f"{found['size']}: `{found['command']}`",
+            f"{about['device']}, torch {about['torch']}, {stage['date']}, revision {about['revision']}, size "
+            f"{stage['size']}: `{stage['command']}`",
         ]
     return "\n\n".join(parts) + "\n"
 
 
 def run_stage(stage: str, settings: GpuCheckSettings, place: Place) -> list[Row]:
-    """Make the checks of a stage and write what is known after each of them, so that a kill costs
-    the rest alone.
-    """
+    """Run the checks of a stage; the report is written after each, for a kill to lose little."""
     rows: list[Row] = []
     origin = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -194,7 +179,7 @@ def run_stage(stage: str, settings: GpuCheckSettings, place: Place) -> list[Row]
 
 @command("gpu_check", settings=f"{__name__}.GpuCheckSettings")
 def main(settings: GpuCheckSettings) -> None:
-    """Run the stages, print the table; what failed ends it with status 1."""
+    """Run the stages and print the table; a failed check ends it with status 1."""
     out, device = Path(settings.out).absolute(), torch.device(settings.device)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
@@ -207,7 +192,7 @@ def main(settings: GpuCheckSettings) -> None:
             "TRITON_CACHE_DIR": str(scratch / "triton"),
             **({"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {}),
         }
-        with mock.patch.dict(os.environ, environment), checks.exact():
+        with mock.patch.dict(os.environ, environment), exact_arithmetic():
             for stage in settings.stages:
                 deadline = time.monotonic() + 60 * settings.minutes
                 place = Place(out, scratch, device, SIZES[settings.size], settings.minutes, deadline)

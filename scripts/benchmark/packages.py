@@ -1,6 +1,4 @@
-"""Name the packages of pyproject.toml that this Python lacks, before anything is imported: `python
-scripts/benchmark/packages.py`. It needs the standard library alone.
-"""
+"""Name the packages of pyproject.toml that this Python lacks, with the standard library alone."""
 
 import importlib.metadata
 import re
@@ -9,16 +7,15 @@ import sys
 import tomllib
 from pathlib import Path
 
-OPTIONAL = ("diffusers", "wandb")  # without diffusers one check is not run; wandb is not used
+OPTIONAL = ("diffusers", "wandb")  # without diffusers one check is not run; wandb is unused
 
 
 def missing() -> list[str]:
     """Return the requirements, such as "tqdm>=4.66", of which nothing is installed."""
     pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
-    wanted = tomllib.loads(pyproject.read_text())["project"]["dependencies"]
-    names = {requirement: re.split(r"[<>=\[]", requirement)[0] for requirement in wanted}
-    installed = {re.sub(r"[-_.]+", "-", package.name).lower() for package in importlib.metadata.distributions()}
-    return [requirement for requirement, name in names.items() if name not in installed and name not in OPTIONAL]
+    requirements = tomllib.loads(pyproject.read_text())["project"]["dependencies"]
+    present = {re.sub(r"[-_.]+", "-", package.name).lower() for package in importlib.metadata.distributions()}
+    return [each for each in requirements if re.split(r"[<>=\[]", each)[0] not in {*present, *OPTIONAL}]
 
 
 if __name__ == "__main__" and missing():

@@ -1,11 +1,9 @@
-"""What is measured: each part of the project beside the plain reference.
+"""The parts of the benchmark, each beside its plain reference, of random weights and inputs.
 
-Shapes: B batch, C H W latent, S = 8·H pixels a side. Weights and inputs are random, and nothing is
-read from a hub.
+Shapes: B batch, C H W latent, S = 8·H pixels a side.
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import shutil
@@ -26,6 +24,9 @@ from ddt.distributed.prepare import prepare
 from ddt.errors import require
 from ddt.files import fsync, sha256, write_json
 from ddt.generation.generator import cast_weights
+from ddt.metrics.features import extract, to_device
+from ddt.metrics.images import NpzImages
+from ddt.metrics.inception import InceptionFeatures
 from ddt.model import DDT
 from ddt.model.cost import network_macs
 from ddt.model.layers import Attention
@@ -40,19 +41,18 @@ from ddt.training.loop import optimizer_step
 from ddt.training.optimizer import adamw
 from ddt.training.state import TrainingState
 from ddt.training.throughput import target_flops, training_flops
-from scripts.benchmark.plain import PlainDDT, PlainTraining, plain_features, plain_sample
+from scripts.benchmark.plain import PlainDDT, PlainTraining, plain_sample
 from scripts.benchmark.timing import Case, Way, eager
 
 CHANNELS, CLASSES, CELL = 4, 1000, 8  # SD-VAE's latents and pixels a cell, ImageNet
 TARGET = "vit_base_patch14_dinov2.lvd142m"
 RECIPE: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.0}
+NUM_IMAGES = 256  # of Inception's features
 INTERVALS = {"guided on (0.3, 1)": (0.3, 1.0), "guided always": None}
 
 
 def check_model(model: Any, align_depth: int) -> None:
-    """Raise UserError for a network that the plain reference does not describe, or whose encoder is
-    too short.
-    """
+    """Raise UserError for a network without a plain reference, or with a too short encoder."""
     require(
         isinstance(model, DDT) and isinstance(model.decoder.blocks[0].mixer, Attention),
         "model: the plain reference is a DDT whose decoder has attention; choose one, as b_8en4de",
@@ -63,19 +63,31 @@ def check_model(model: Any, align_depth: int) -> None:
 
 @torch.no_grad()
 def without_zeros(model: Any) -> Any:
-    """Fill the weights that start at zero, for zero velocities all agree; return the network."""
+    """Fill the weights that start at zero, where all velocities would agree; return the network."""
     for parameter in model.parameters():
         if not parameter.any():
             parameter.normal_(std=0.02)
     return model
 
 
+def random_batch(batch_size: int, latent_size: int, device: torch.device) -> dict[str, Tensor]:
+    """Return the arguments of `FlowMatching.forward`: latents, noise (B, C, H, W), others (B,)."""
+    generator, shape = torch.Generator().manual_seed(1), (batch_size, CHANNELS, latent_size, latent_size)
+    values = {
+        "latents": torch.randn(shape, generator=generator),
+        "noise": torch.randn(shape, generator=generator),
+        "y": torch.randint(CLASSES, (batch_size,), generator=generator),
+        "time_normal": torch.randn(batch_size, generator=generator),
+        "dropout_uniform": torch.rand(batch_size, generator=generator),
+    }
+    return {key: value.to(device) for key, value in values.items()}
+
+
 @dataclasses.dataclass
 class Setup:
-    """What is measured, how large and where; conf/benchmark.yaml describes the sizes.
+    """Network, device and sizes (see conf/benchmark.yaml).
 
-    make_model: (in_channels, num_classes, …) → network. folder: where stores and checkpoints are
-    written for a while.
+    make_model: (in_channels, num_classes, …) → network. folder: for temporary files.
     """
 
     make_model: Callable[..., Any]
@@ -117,32 +129,11 @@ class Setup:
         with self.device:
             return PlainDDT(model).eval()
 
-    def noise(self, batch_size: int) -> Tensor:
-        """Return noise (B, C, H, W)."""
-        shape = (batch_size, CHANNELS, self.latent_size, self.latent_size)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(self.device)
-
-    def labels(self, batch_size: int) -> Tensor:
-        """Return classes (B,)."""
-        return torch.arange(batch_size, device=self.device) % CLASSES
-
-    def images(self, batch_size: int) -> Tensor:
-        """Return uint8 images (B, 3, S, S)."""
-        shape, generator = (batch_size, 3, self.image_size, self.image_size), torch.Generator().manual_seed(2)
-        return torch.randint(256, shape, generator=generator).byte().to(self.device)
-
     def batch(self, batch_size: int) -> dict[str, Tensor]:
-        """Return a training batch, the arguments of `FlowMatching.forward`, with `images`."""
-        generator = torch.Generator(self.device).manual_seed(3)
-        noise = self.noise(batch_size)
-        return {
-            "latents": torch.randn(noise.shape, generator=generator, device=self.device),
-            "y": self.labels(batch_size),
-            "noise": noise,
-            "time_normal": torch.randn(batch_size, generator=generator, device=self.device),
-            "dropout_uniform": torch.rand(batch_size, generator=generator, device=self.device),
-            "images": self.images(batch_size),
-        }
+        """Return `random_batch` with uint8 `images` (B, 3, S, S)."""
+        shape, generator = (batch_size, 3, self.image_size, self.image_size), torch.Generator().manual_seed(2)
+        images = torch.randint(256, shape, generator=generator).byte().to(self.device)
+        return {**random_batch(batch_size, self.latent_size, self.device), "images": images}
 
 
 # --- the network
@@ -159,7 +150,8 @@ def forward(setup: Setup) -> Iterator[Case]:
         compile_blocks(model, dynamic=False)
         networks |= {"plain compiled": torch.compile(plain, dynamic=False), "ours compiled": model}
     for n in dict.fromkeys([*setup.sampling_batch_sizes, setup.batch_size]):
-        x_t, t, y = setup.noise(n), torch.rand(n, device=setup.device), setup.labels(n)
+        batch = random_batch(n, setup.latent_size, setup.device)
+        x_t, t, y = batch["noise"], batch["dropout_uniform"], batch["y"]
 
         def call(network: Any, x_t: Tensor = x_t, t: Tensor = t, y: Tensor = y) -> Tensor:
             with torch.no_grad(), setup.autocast():
@@ -177,9 +169,7 @@ def forward(setup: Setup) -> Iterator[Case]:
 
 
 def sampling(setup: Setup) -> Iterator[Case]:
-    """A set of latents by Euler's method, with and without the encoder's sharing and the guidance
-    interval.
-    """
+    """Latents by Euler's method, with and without encoder sharing and guidance interval."""
     model = setup.network()
     plain = setup.plain(model)
     if setup.dtype == "bf16":
@@ -188,7 +178,8 @@ def sampling(setup: Setup) -> Iterator[Case]:
     if setup.compile:
         compile_blocks(model, dynamic=True)
     for n in setup.sampling_batch_sizes:
-        noise, y = setup.noise(n), setup.labels(n)
+        batch = random_batch(n, setup.latent_size, setup.device)
+        noise, y = batch["noise"], batch["y"]
 
         def plainly(settings: SamplerSettings, noise: Tensor = noise, y: Tensor = y) -> Tensor:
             with setup.autocast():
@@ -224,20 +215,18 @@ def sampling(setup: Setup) -> Iterator[Case]:
 
 
 def gradients(objective: torch.nn.Module) -> Tensor:
-    """Return the norms of all gradients, and their products with fixed directions, in the order of
-    the names; they are dropped.
-    """
-    found, device = [], next(objective.parameters()).device
+    """Return each gradient's norm and product with a fixed direction; clear the gradients."""
+    numbers, device = [], next(objective.parameters()).device
     for _, parameter in sorted(objective.named_parameters(), key=lambda item: item[0].rpartition("denoiser.")[2]):
         gradient = parameter.grad.flatten()
         direction = torch.randn(len(gradient), generator=torch.Generator(device).manual_seed(0), device=device)
-        found += [gradient.norm(), gradient @ direction / len(gradient) ** 0.5]
+        numbers += [gradient.norm(), gradient @ direction / len(gradient) ** 0.5]
         parameter.grad = None
-    return torch.stack(found)
+    return torch.stack(numbers)
 
 
 class OurTraining:
-    """One training step after the other, as the loop takes them."""
+    """The training steps of `ddt.training.loop`."""
 
     def __init__(self, setup: Setup, model: DDT, target: Target | None) -> None:
         setup.accelerator.free_memory()  # it holds on to all that it has prepared
@@ -257,7 +246,7 @@ class OurTraining:
         self.state = TrainingState(self.objective, optimizer, {"ema": ema}, self.accelerator)
 
     def backward(self, batch: dict[str, Tensor]) -> None:
-        """Leave the gradients of a batch."""
+        """Compute the gradients of a batch."""
         arguments = {key: value for key, value in batch.items() if key != "images"}
         if self.target is not None:
             with self.accelerator.autocast():
@@ -272,52 +261,33 @@ class OurTraining:
         optimizer_step(self.state, clip_norm=None)
 
     def forward_backward(self, batch: dict[str, Tensor]) -> None:
-        """Compute the gradients of a batch and drop them."""
+        """Compute the gradients of a batch and clear them."""
         self.backward(batch)
         self.objective.zero_grad(set_to_none=True)
 
     def gradients(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return numbers that identify the gradients of a batch."""
+        """Return `gradients` of a batch."""
         self.backward(batch)
         return gradients(self.objective)
 
 
-class PlainSteps:
-    """The plain training steps of the same weights, the target's features among them."""
+def plain_training(setup: Setup, ours: OurTraining) -> PlainTraining:
+    """Return the plain training of the same weights, alignment and target."""
+    loss, depth = ours.objective.alignment, 0 if ours.target is None else setup.align_depth
+    return PlainTraining(setup.plain(ours.objective.denoiser), setup.dtype, loss, ours.target, depth)
 
-    def __init__(self, setup: Setup, ours: OurTraining, compiled: bool) -> None:
-        self.setup, self.target = setup, ours.target
-        loss = ours.objective.alignment
-        projector, weight = (None, 0.0) if loss is None else (copy.deepcopy(loss.projector), loss.weight)
-        model = setup.plain(ours.objective.denoiser)
-        self.training = PlainTraining(model, projector, setup.align_depth if projector else 0, weight, setup.dtype)
-        self.eager, self.compiled = model, torch.compile(model, dynamic=False) if compiled else None
 
-    def features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a batch with the target's features."""
-        if self.target is None:
-            return batch
-        with torch.no_grad(), self.setup.autocast():
-            found = plain_features(self.target.network, batch["images"], self.target.mean, self.target.std)
-        return {**batch, "features": found}
-
-    def step(self, batch: dict[str, Tensor], network: Any) -> None:
-        """Take a training step, through the network or its compiled twin."""
-        self.training.model = network
-        self.training.step(self.features(batch))
-
-    def gradients(self, batch: dict[str, Tensor], network: Any) -> Tensor:
-        """Return numbers that identify the gradients of a batch."""
-        self.training.model = network
-        self.training.loss(self.features(batch)).backward()
-        both = torch.nn.ModuleDict({"denoiser": self.eager})
-        if self.training.projector is not None:
-            both["alignment"] = torch.nn.ModuleDict({"projector": self.training.projector})
-        return gradients(both)
+def plain_gradients(plain: PlainTraining, batch: dict[str, Tensor], network: Any = None) -> Tensor:
+    """Return `gradients` of a batch."""
+    plain.loss(batch, network).backward()
+    modules = torch.nn.ModuleDict({"denoiser": plain.model})
+    if plain.projector is not None:
+        modules["alignment"] = torch.nn.ModuleDict({"projector": plain.projector})
+    return gradients(modules)
 
 
 def random_target(setup: Setup) -> Target:
-    """Return DINOv2-B of the true architecture with random weights, through the real loader."""
+    """Return DINOv2-B with random weights, loaded as training loads it."""
     import timm
     from safetensors.torch import save_file
 
@@ -329,21 +299,23 @@ def random_target(setup: Setup) -> Target:
 
 
 def training(setup: Setup) -> Iterator[Case]:
-    """A training step: losses, gradients, optimizer, EMA; with alignment and without."""
+    """A training step: losses, gradients, optimizer, EMA; aligned and not."""
     n, batch = setup.batch_size, setup.batch(setup.batch_size)
     for aligned in (True, False):
         target = random_target(setup) if aligned else None
         ours = OurTraining(setup, setup.network(), target)
-        plain = PlainSteps(setup, ours, setup.compile)
+        plain = plain_training(setup, ours)
         shape = (CHANNELS, setup.latent_size, setup.latent_size)
         flops = n * (training_flops(ours.objective, shape) + target_flops(target, setup.image_size))
         if setup.compile:
             compile_blocks(ours.objective.denoiser, dynamic=False)
+        networks = {"plain": plain.model}
+        if setup.compile:
+            networks["plain compiled"] = torch.compile(plain.model, dynamic=False)
         ways = {}
-        for name, network in {"plain": plain.eager, "plain compiled": plain.compiled}.items():
-            if network is not None:
-                step, check = (functools.partial(f, batch, network) for f in (plain.step, plain.gradients))
-                ways[name] = Way(step, flops, check=check)
+        for name, network in networks.items():
+            check = functools.partial(plain_gradients, plain, batch, network)
+            ways[name] = Way(functools.partial(plain.step, batch, network), flops, check=check)
         step, check = (functools.partial(f, batch) for f in (ours.step, ours.gradients))
         ways["ours"] = Way(step, flops, context=eager, check=check)
         if setup.compile:
@@ -353,11 +325,11 @@ def training(setup: Setup) -> Iterator[Case]:
 
 
 def activations(setup: Setup) -> Iterator[Case]:
-    """Forward and backward, with what they keep between them."""
+    """Forward and backward, by what `model.activation_checkpointing` keeps between them."""
     n, batch = setup.batch_size, setup.batch(setup.batch_size)
     ways = {}
-    for name, kept in {"all kept": False, "selective": "selective", "blocks computed again": True}.items():
-        ours = OurTraining(setup, setup.network(activation_checkpointing=kept), None)
+    for name, mode in {"all kept": False, "selective": "selective", "blocks computed again": True}.items():
+        ours = OurTraining(setup, setup.network(activation_checkpointing=mode), None)
         call, check = (functools.partial(way, batch) for way in (ours.forward_backward, ours.gradients))
         ways[name] = Way(call, context=eager, check=check)
         if setup.compile:
@@ -367,15 +339,15 @@ def activations(setup: Setup) -> Iterator[Case]:
 
 
 def values_of(parameters: Any) -> Tensor:
-    """Return some values of each parameter."""
+    """Return the first 1000 values of each parameter."""
     return torch.cat([p.detach().flatten()[:1000] for p in parameters])
 
 
 def ema(setup: Setup) -> Iterator[Case]:
     """A step of the EMA weights."""
     model = setup.network()
-    plain, ours = PlainTraining(setup.plain(model), None, 0, 0.0, "fp32"), EMA(model, ConstantDecay(0.9999))
-    with torch.no_grad():  # the EMA is not the weights
+    plain, ours = PlainTraining(setup.plain(model), "fp32"), EMA(model, ConstantDecay(0.9999))
+    with torch.no_grad():  # EMA weights that differ from the weights
         for parameter in (*plain.ema.parameters(), *ours.model.parameters()):
             parameter.mul_(1.5)
     ours.place(setup.device, sharded=False)
@@ -408,9 +380,10 @@ def optimizer(setup: Setup) -> Iterator[Case]:
         optimizer.step()
         return values_of(optimizer.param_groups[0]["params"])
 
-    optimizers = {name: make(with_gradients(setup), **RECIPE)
-                  for name, make in {"plain": torch.optim.AdamW, "ours": adamw}.items()}  # fmt: skip
-    ways = {name: Way(made.step, check=functools.partial(after_step, made)) for name, made in optimizers.items()}
+    ways = {}
+    for name, make in {"plain": torch.optim.AdamW, "ours": adamw}.items():
+        built = make(with_gradients(setup), **RECIPE)
+        ways[name] = Way(built.step, check=functools.partial(after_step, built))
     yield Case("optimizer", "a step", ways, 0, 1e-5)
 
 
@@ -418,9 +391,7 @@ def optimizer(setup: Setup) -> Iterator[Case]:
 
 
 def write_stores(root: Path, records: int, latent_size: int) -> None:
-    """Write the same `records` random moments (8, H, W) as a latent cache, `root`/cache, and as one
-    .pt file an image, `root`/files.
-    """
+    """Write random moments (8, H, W) as a latent cache, root/cache, and .pt files, root/files."""
     shape, shard_size, shards = (8, latent_size, latent_size), 8192, []
     rng = np.random.default_rng(0)
     (root / "files").mkdir(parents=True)
@@ -469,7 +440,7 @@ def loader(setup: Setup) -> Iterator[Case]:
 
 
 def checkpoint(setup: Setup) -> Iterator[Case]:
-    """Writing weights, EMA weights and the optimizer's state."""
+    """Writing weights, EMA weights and optimizer state."""
     weights, optimizer = setup.network().state_dict(), adamw(with_gradients(setup), **RECIPE)
     optimizer.step()
     folder = setup.folder / "checkpoints"
@@ -495,8 +466,8 @@ def checkpoint(setup: Setup) -> Iterator[Case]:
         return values_of(torch.load(plainly(safe), weights_only=True)["ema"].values())
 
     def read_ours() -> Tensor:
-        kept = ckpt.read_weights(ours(), "ema")
-        return values_of(kept[name] for name in weights).to(setup.device)
+        stored = ckpt.read_weights(ours(), "ema")
+        return values_of(stored[name] for name in weights).to(setup.device)
 
     ways = {
         "plain": Way(functools.partial(plainly, False), check=functools.partial(read_plain, False)),
@@ -506,6 +477,36 @@ def checkpoint(setup: Setup) -> Iterator[Case]:
     yield Case("checkpoint", "written", ways, 0, 0.0)
 
 
+def features(setup: Setup) -> Iterator[Case]:
+    """Inception features of an npz of 256×256 px images, beside batches in memory."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class RandomInception(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            """Leave the random weights."""
+
+    n, batch_size, weights = NUM_IMAGES, 64, setup.folder / "inception.pth"
+    torch.manual_seed(7)
+    torch.save({}, weights)
+    torch.save(RandomInception("inception-v3-compat", ["2048"], str(weights)).state_dict(), weights)
+    extractor = InceptionFeatures(weights, batch_size, setup.device)
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 256, 256, 3), dtype=np.uint8)
+    np.savez(setup.folder / "samples.npz", arr_0=pixels)
+    source = NpzImages(setup.folder / "samples.npz", "samples")
+    batches = [to_device(part, setup.device) for part in np.split(pixels, range(batch_size, n, batch_size))]
+
+    def in_memory() -> Tensor:
+        return torch.cat([extractor(batch)["pool"] for batch in batches])
+
+    def from_file() -> Tensor:
+        result = extract(source, extractor, setup.accelerator, "features")
+        assert result is not None
+        return result.rows["pool"]
+
+    yield Case("features", f"{n} images", {"plain": Way(in_memory), "ours": Way(from_file)}, n, 1e-5)
+
+
 PARTS: dict[str, Callable[[Setup], Iterator[Case]]] = {
-    part.__name__: part for part in (forward, sampling, training, activations, loader, ema, optimizer, checkpoint)
+    part.__name__: part
+    for part in (forward, sampling, training, activations, loader, ema, optimizer, checkpoint, features)
 }

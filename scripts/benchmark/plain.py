@@ -1,10 +1,7 @@
-"""The method written down plainly, to time the project against and to check it by, in eager
-PyTorch.
+"""The method in plain eager PyTorch, which the project is timed against and checked by.
 
-Nothing here is kept between calls, fused or left out; the weights have the names of `ddt.DDT`,
-whose state dict loads.
-Shapes: B batch, C H W latent, p patch size, N tokens, D width, d width of a head. Source: method.md
-1 to 4.
+Nothing is cached between calls, fused or left out; it loads the state dict of a `ddt.DDT`. Shapes:
+B batch, C H W latent, p patch size, N tokens, D width, d width of a head. Source: method.md 1 to 4.
 """
 
 import copy
@@ -46,7 +43,7 @@ def rotations(head_dim: int, height: int, width: int, device: torch.device) -> T
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Rotate the channel pairs of x (B, heads, N, d)."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # to be fair to the compiler, which makes no code for complex numbers
+    if torch.compiler.is_compiling():  # the compiler generates no code for complex numbers
         a, b = pairs.unbind(-1)
         turned = torch.stack([a * turns.real - b * turns.imag, a * turns.imag + b * turns.real], dim=-1)
     else:
@@ -114,7 +111,7 @@ class PlainInput(nn.Module):
 
 
 class PlainTime(nn.Module):
-    """The sinusoid of a time, of maximal period 10, through two linears."""
+    """Sinusoidal time embedding, of maximal period 10, through two linears."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -126,7 +123,7 @@ class PlainTime(nn.Module):
 
 
 class PlainLabel(nn.Module):
-    """A row of a table."""
+    """The embedding of a label; the last row is the null label's."""
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()
@@ -137,7 +134,7 @@ class PlainLabel(nn.Module):
 
 
 class PlainOutput(nn.Module):
-    """LayerNorm, shift and scale, a linear to pixels, patches folded back."""
+    """LayerNorm, shift and scale, a linear, and patches folded to (B, C, H, W)."""
 
     def __init__(self, dim: int, patch_size: int, channels: int) -> None:
         super().__init__()
@@ -201,12 +198,10 @@ class PlainDDT(nn.Module):
 
 @torch.no_grad()
 def plain_sample(model: PlainDDT, noise: Tensor, y: Tensor, settings: SamplerSettings) -> Tensor:
-    """Sample latents (B, C, H, W) from noise (B, C, H, W) and classes y (B,) by Euler's method, as
-    the release does.
+    """Sample latents (B, C, H, W) from noise (B, C, H, W) and classes y (B,) by Euler's method.
 
-    Conditional and unconditional half run as one batch of 2B at every step, guided or not; the
-    encoder runs on the settings' schedule. Raises UserError for another solver than Euler. Source:
-    method.md 4.
+    As in the release, both halves run as one batch of 2B at every step, guided or not; the encoder
+    runs on the settings' schedule. Raises UserError for another solver. Source: method.md 4.
     """
     require(settings.solver == "euler", f"sampler={settings.solver}: plain sampling knows euler only")
     schedule = settings.schedule()
@@ -234,45 +229,52 @@ def plain_features(network: Any, images: Tensor, mean: Tensor, std: Tensor) -> T
 
 
 class PlainTraining:
-    """One training step after the other, as method.md 1 and 3 have it: losses, AdamW, EMA.
+    """The training steps of method.md 1 and 3: losses, AdamW, EMA.
 
-    projector: of the alignment, or None; align_depth: the encoder block that it reads. dtype:
-    "bf16" runs the networks under autocast.
+    dtype: "bf16" runs the networks under autocast. alignment: REPA's loss, whose projector is
+    copied. target: its network. align_depth: the encoder block that it reads.
     """
 
     def __init__(
-        self, model: PlainDDT, projector: nn.Module | None, align_depth: int, weight: float, dtype: str
+        self, model: PlainDDT, dtype: str, alignment: Any = None, target: Any = None, align_depth: int = 0
     ) -> None:
-        self.model, self.projector, self.align_depth, self.weight = model, projector, align_depth, weight
-        self.dtype = dtype
+        self.model, self.dtype, self.target, self.align_depth = model, dtype, target, align_depth
+        self.projector: nn.Module | None = None if alignment is None else copy.deepcopy(alignment.projector)
+        self.weight = 0.0 if alignment is None else alignment.weight
         self.ema = copy.deepcopy(model)
-        self.parameters = [*model.parameters(), *(projector.parameters() if projector is not None else ())]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+        parameters = [*model.parameters(), *(() if self.projector is None else self.projector.parameters())]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the loss of a batch: the arguments of `ddt.objective.FlowMatching.forward`."""
+    def loss(self, batch: dict[str, Tensor], network: Any = None) -> Tensor:
+        """Return the loss of the arguments of `FlowMatching.forward` and `images` (B, 3, S, S).
+
+        network: the compiled model, None for the eager one.
+        """
         latents, noise = batch["latents"], batch["noise"]
         t = torch.sigmoid(batch["time_normal"])
         y = torch.where(batch["dropout_uniform"] < 0.1, self.model.num_classes, batch["y"])
         x_t = t[:, None, None, None] * latents + (1 - t)[:, None, None, None] * noise
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
-            v, hidden = self.model(x_t, t, y, self.align_depth)
-            projected = None if self.projector is None else self.projector(hidden)
+            v, hidden = (self.model if network is None else network)(x_t, t, y, self.align_depth)
+            if self.projector is not None:
+                with torch.no_grad():
+                    features = plain_features(self.target.network, batch["images"], self.target.mean, self.target.std)
+                projected = self.projector(hidden)
         loss = (v.float() - (latents - noise)).square().mean()
-        if projected is not None:
-            cosine = F.cosine_similarity(projected.float(), batch["features"].float(), dim=-1)
+        if self.projector is not None:
+            cosine = F.cosine_similarity(projected.float(), features.float(), dim=-1)
             loss = loss + self.weight * (1 - cosine).mean()
         return loss
 
-    def step(self, batch: dict[str, Tensor]) -> None:
+    def step(self, batch: dict[str, Tensor], network: Any = None) -> None:
         """Take a training step."""
-        self.loss(batch).backward()
+        self.loss(batch, network).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.update_ema()
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        """Move the EMA weights, of decay 0.9999."""
+        """Update the EMA weights, of decay 0.9999."""
         for ema, weight in zip(self.ema.parameters(), self.model.parameters(), strict=True):
             ema.mul_(0.9999).add_(weight, alpha=1 - 0.9999)

@@ -1,17 +1,14 @@
-"""Run a benchmark: its settings, its rows as they come, and its report as JSON, Markdown and a
-picture.
-"""
+"""Run a benchmark: settings, rows, and the report as JSON, Markdown and a figure."""
 
 import dataclasses
 import datetime
-import functools
 import importlib.metadata
 import logging
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +24,12 @@ from ddt.files import check_writable, write_json
 from ddt.pictures import pyplot, save_figure
 from ddt.receipts import command_line
 from ddt.tables import markdown_table
-from scripts.benchmark.parts import PARTS, OurTraining, PlainSteps, Setup, check_model, random_target
+from scripts.benchmark.parts import PARTS, OurTraining, Setup, check_model, plain_training, random_target
 from scripts.benchmark.timing import Row, matmul_rate, measure
 
 log = logging.getLogger(__name__)
-MOST_MEMORY = 0.45  # of a batch that is the last one tried: twice as large it would not leave enough for compiled ways
-MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}  # side of the matrices whose product's rate the others are compared with
+MOST_MEMORY = 0.45  # above this share no larger batch is tried: twice as large leaves too little for compiled ways
+MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}  # side of the matrices whose product's rate is the yardstick
 HEADS = (
     "case", "way", "ms", "× base", "bound", "× first", "bound of that", "images/s", "of a product's rate", "peak MiB",
     "error",
@@ -41,9 +38,7 @@ HEADS = (
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkSettings:
-    """See conf/benchmark.yaml. Raises UserError for values that cannot be, and for an `out` that
-    holds a benchmark already.
-    """
+    """See conf/benchmark.yaml. Raises UserError for wrong values and results in the way."""
 
     model: Choice
     choices: dict[str, str]
@@ -69,35 +64,21 @@ class BenchmarkSettings:
         require(len(self.parts) > 0, f"parts=[]: names no part; choose from {', '.join(PARTS)}")
         for key in ("num_steps", "align_depth", "records", "repeats", "latent_size"):
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
-        require(
-            self.threads is None or self.threads >= 1,
-            f"threads={self.threads}: must be at least 1, or null for torch's choice",
-        )
-        require(
-            self.minutes is None or self.minutes > 0, f"minutes={self.minutes}: must be above 0, or null for no limit"
-        )
+        threads, minutes, batch_size, sizes = self.threads, self.minutes, self.batch_size, self.sampling_batch_sizes
+        require(threads is None or threads >= 1, f"threads={threads}: must be at least 1, or null for torch's choice")
+        require(minutes is None or minutes > 0, f"minutes={minutes}: must be above 0, or null for no limit")
         require(self.latent_size % 2 == 0, f"latent_size={self.latent_size}: must be a multiple of 2")
-        require(
-            self.batch_size == "max" or self.batch_size >= 1,
-            f"batch_size={self.batch_size}: must be at least 1, or max on a GPU",
-        )
-        require(
-            self.batch_size != "max" or torch.cuda.is_available(),
-            "batch_size=max: asks for a GPU's memory; give a number here",
-        )
-        require(
-            len(self.sampling_batch_sizes) > 0 and min(self.sampling_batch_sizes) >= 1,
-            f"sampling_batch_sizes={self.sampling_batch_sizes}: give numbers of at least 1",
-        )
-        require(
-            len(self.ratios) > 0 and self.ratios[0] == 0,
-            f"ratios={self.ratios}: must begin with 0, which the others are compared with",
-        )
+        if batch_size == "max":
+            require(torch.cuda.is_available(), "batch_size=max: asks for a GPU's memory; give a number here")
+        else:
+            require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1, or max on a GPU")
+        require(min(sizes, default=0) >= 1, f"sampling_batch_sizes={sizes}: give numbers of at least 1")
+        ratios = f"ratios={self.ratios}"
+        require(self.ratios[:1] == [0], f"{ratios}: must begin with 0, which the others are compared with")
         for ratio in self.ratios:
             require(
                 0 <= ratio < 1 and round(1 / (1 - ratio)) <= self.num_steps,
-                f"ratios={self.ratios}: each is a share of the num_steps={self.num_steps} steps without encoder, such "
-                "as 0.8",
+                f"{ratios}: each is a share of the num_steps={self.num_steps} steps without encoder, such as 0.8",
             )
         require(not self.profile or self.out is not None, "profile=true: writes tables; give out=FOLDER")
         if self.out is not None:
@@ -110,7 +91,7 @@ class BenchmarkSettings:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what the seconds depend on beside the settings."""
+    """Return processor, GPUs, threads, versions and load."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     cpu = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -125,17 +106,15 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def largest_batch(setup: Setup) -> int:
-    """Return the largest power of two whose training step fits into the GPU's memory, plain and
-    ours side by side, and leaves some of it.
-    """
+    """Return the largest power of two whose training step, plain beside ours, fits the GPU."""
     fits, n = 0, 4
     while True:
         try:
             ours = OurTraining(setup, setup.network(), random_target(setup))
-            plain = PlainSteps(setup, ours, compiled=False)
+            plain = plain_training(setup, ours)
             batch = setup.batch(n)
             ours.step(batch)
-            plain.step(batch, plain.eager)
+            plain.step(batch)
         except torch.OutOfMemoryError:
             require(fits > 0, f"batch_size=max: not even {n} images fit into the memory; choose a smaller model=")
             return fits
@@ -149,7 +128,7 @@ def largest_batch(setup: Setup) -> int:
 
 
 def set_up(settings: BenchmarkSettings, folder: Path) -> Setup:
-    """Return what is measured, on this machine's device. folder: for temporary files."""
+    """Return the set-up on this machine's device. folder: for temporary files."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     cuda = torch.cuda.is_available()
@@ -176,7 +155,7 @@ def set_up(settings: BenchmarkSettings, folder: Path) -> Setup:
 def run_part(
     part: str, setup: Setup, rate: float, repeats: int, deadline: float, profiles: Path | None
 ) -> Iterator[Row]:
-    """Yield the rows of a part. What fails costs the rest of the part alone."""
+    """Yield the rows of a part; an error ends this part alone."""
     try:
         for case in PARTS[part](setup):
             if time.monotonic() > deadline:
@@ -185,13 +164,13 @@ def run_part(
             yield from measure(case, setup.device, rate, repeats, deadline, profiles)
     except ImportError as error:
         yield {"part": part, "not_run": first_line(error)}
-    except (UserError, RuntimeError) as error:  # memory, kernel, compiler: the other parts go on
+    except (UserError, RuntimeError) as error:  # memory, kernel, compiler: the other parts run
         log.warning("%s", first_line(error))
         yield {"part": part, "not_run": first_line(error), "failed": True}
 
 
 def row_line(row: Row) -> str:
-    """Return what is logged of a row as soon as it is measured."""
+    """Return the log line of a row."""
     if "not_run" in row:
         return f"{row['part']}: not run: {row['not_run']}"
     share = "" if row["share_of_matmul"] is None else f", {row['share_of_matmul']:.0%} of a product's rate"
@@ -200,44 +179,40 @@ def row_line(row: Row) -> str:
 
 
 def benchmark(settings: BenchmarkSettings) -> None:
-    """Measure, log, and write benchmark.json, benchmark.md and benchmark.png to `settings.out`.
-    Raises UserError in the end where a part failed.
-    """
+    """Measure and write benchmark.json, .md and .png; raise UserError last if a part failed."""
     started, out = time.monotonic(), None if settings.out is None else Path(settings.out)
     deadline = started + 60 * (settings.minutes or float("inf"))
     profiles = out / "profiles" if out is not None and settings.profile else None
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
         setup = set_up(settings, Path(folder))
-        for made in filter(None, (out, profiles)):
-            made.mkdir(parents=True, exist_ok=True)
+        for output in filter(None, (out, profiles)):
+            output.mkdir(parents=True, exist_ok=True)
         about, size = machine(setup.device), MATMUL_SIZE[setup.device.type]
-        dtype = torch.bfloat16 if setup.dtype == "bf16" else torch.float32
-        matmul: Callable[[], float] = functools.partial(matmul_rate, setup.device, dtype, size)
-        rate = matmul()
+        matmul = setup.device, torch.bfloat16 if setup.dtype == "bf16" else torch.float32, size
+        rate = matmul_rate(*matmul)
         log.info("%s, %s: a product of matrices runs at %.3g TFLOP/s", about["device"], setup.dtype, rate / 1e12)
         resolved = {"model": settings.choices["model"], "batch_size": setup.batch_size, "dtype": setup.dtype,
                     "compile": setup.compile}  # fmt: skip
-        given = {key: value for key, value in vars(settings).items() if key != "choices"}
-        found: dict[str, Any] = {
-            "kind": "benchmark", "rows": [],
-            "matmul": {"flops_per_second": rate, "dtype": setup.dtype, "size": size},
-            "machine": about, "settings": {**given, **resolved}, "command": command_line(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        rows: list[Row] = []
+        result: dict[str, Any] = {
+            "kind": "benchmark", "rows": rows,
+            "matmul": {"flops_per_second": rate, "dtype": setup.dtype, "size": size}, "machine": about,
+            "settings": {**{key: value for key, value in vars(settings).items() if key != "choices"}, **resolved},
+            "command": command_line(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }  # fmt: skip
-        rows: list[Row] = found["rows"]
         for part in settings.parts:
             late: list[Row] = [{"part": part, "not_run": "out of time"}]
             in_time = time.monotonic() <= deadline
             for row in run_part(part, setup, rate, settings.repeats, deadline, profiles) if in_time else late:
                 log.info("%s", row_line(row))
                 rows.append(row)
-                if out is not None:  # whoever ends this keeps what there is
-                    write_json(out / "benchmark.json", found)
-        found["minutes"] = (time.monotonic() - started) / 60
-        found["matmul"]["at_the_end"] = matmul()  # whether the machine is still as fast
+                if out is not None:  # a kill keeps the rows so far
+                    write_json(out / "benchmark.json", result)
+        result["minutes"] = (time.monotonic() - started) / 60
+        result["matmul"]["at_the_end"] = matmul_rate(*matmul)  # whether the machine is still as fast
     if out is not None:
-        write_json(out / "benchmark.json", found)
-        (out / "benchmark.md").write_text(report(found))
+        write_json(out / "benchmark.json", result)
+        (out / "benchmark.md").write_text(report(result))
         draw([row for row in rows if "seconds" in row and row["way"] != row["base"]], out / "benchmark.png")
         log.info("written: %s", out / "benchmark.md")
     require(not any("failed" in row for row in rows), "parts failed: see the lines above")
@@ -247,7 +222,7 @@ def benchmark(settings: BenchmarkSettings) -> None:
 
 
 def number(value: float | None, form: str) -> str:
-    """Return a number as text, or a dash for none."""
+    """Return a number as text, – for None."""
     return "–" if value is None else format(value, form)
 
 
@@ -263,12 +238,12 @@ def cells(row: Row) -> list[str]:
     ]  # fmt: skip
 
 
-def report(found: dict[str, Any]) -> str:
-    """Return benchmark.md: what was run where, a table a part, and what was not run and why."""
-    about, matmul = found["machine"], found["matmul"]
+def report(result: dict[str, Any]) -> str:
+    """Return benchmark.md: origin, a table for each part, and what was not run and why."""
+    about, matmul = result["machine"], result["matmul"]
     parts = [
-        f"# Benchmark: {found['settings']['model']}, {found['settings']['dtype']}",
-        f"`{found['command']}`, {found['date'][:10]}, {about['device']}, {about['threads']} threads, torch "
+        f"# Benchmark: {result['settings']['model']}, {result['settings']['dtype']}",
+        f"`{result['command']}`, {result['date'][:10]}, {about['device']}, {about['threads']} threads, torch "
         f"{about['torch']}, Python {about['python']}.",
         f"A product of two square {matmul['dtype']} matrices of {matmul['size']} ran at "
         f"{matmul['flops_per_second'] / 1e12:.3g} TFLOP/s. FLOPs are counted (`ddt/model/cost.py`), not measured. "
@@ -276,18 +251,18 @@ def report(found: dict[str, Any]) -> str:
         "says 1; × first: as the first line of the case, where that does more; bound: the ratio of the counts; error: "
         "relative difference from the plain way.",
     ]
-    measured = [row for row in found["rows"] if "seconds" in row]
+    measured = [row for row in result["rows"] if "seconds" in row]
     for part in dict.fromkeys(row["part"] for row in measured):
         parts += [
             f"## {part}",
             markdown_table(HEADS, [cells(row) for row in measured if row["part"] == part], "ll" + "r" * 9),
         ]
-    not_run = [f"- {row['part']}: {row['not_run']}" for row in found["rows"] if "not_run" in row]
+    not_run = [f"- {row['part']}: {row['not_run']}" for row in result["rows"] if "not_run" in row]
     return "\n\n".join([*parts, *(["## Not run", "\n".join(not_run)] if not_run else [])]) + "\n"
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Write a picture of how many times faster each way is than its plain one, with its bound."""
+    """Write a figure: how many times faster each way is than its plain one, with its bound."""
     if not rows:
         return
     plt = pyplot()

@@ -1,8 +1,6 @@
 """Time ways of doing the same thing in turns: medians, ratios, peak memory, share of a matrix
-product's rate.
-
-A ratio is the median, over the rounds, of the ratio within a round, so that what slows the machine
-for a while slows both ways.
+product's rate. A ratio is the median over the rounds of the ratio within a round, so that what
+slows the machine for a while slows both ways.
 """
 
 import contextlib
@@ -27,8 +25,8 @@ Row = dict[str, Any]
 class Way:
     """One way of doing a thing.
 
-    call: does it once. flops: counted, of a call; 0 where none are counted. base: the way it is
-    compared with; None is the case's first. context: entered around each call, eager or compiled.
+    call: does it once. flops: counted, of a call; 0 where none are. base: the way it is compared
+    with; None is the case's first. context: entered around each call, eager or compiled.
     check: returns, untimed, what must agree with the base; None takes what `call` returns.
     """
 
@@ -41,8 +39,9 @@ class Way:
 
 @dataclasses.dataclass
 class Case:
-    """Ways of doing the same thing, the plain one first. images: of a call. tolerance: of the
-    relative difference ‖a − b‖/‖b‖ between a way and its base.
+    """Ways of doing the same thing, the plain one first.
+
+    images: of a call. tolerance: of ‖a − b‖/‖b‖ between a way and its base.
     """
 
     part: str
@@ -77,10 +76,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, repeats: in
 def profiled(way: Way, device: torch.device) -> Any:
     """Return torch's profile of a call, with its memory."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with way.context(), profile(activities=activities, profile_memory=True, acc_events=True) as found:
+    with way.context(), profile(activities=activities, profile_memory=True, acc_events=True) as result:
         way.call()
         synchronize(device)
-    return found
+    return result
 
 
 def peak_bytes(way: Way, device: torch.device) -> int:
@@ -108,9 +107,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 
 def first_results(case: Case, device: torch.device) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return what must agree of each way, and the seconds of that call: it allocates, chooses
-    kernels, compiles.
-    """
+    """Return each way's result and the seconds of this first call, which may compile."""
     results, seconds = {}, {}
     for name, way in case.ways.items():
         with way.context():
@@ -122,15 +119,16 @@ def first_results(case: Case, device: torch.device) -> tuple[dict[str, Tensor], 
 
 
 def errors_of(case: Case, results: dict[str, Tensor]) -> dict[str, float]:
-    """Return by how much each way's result differs from its base's; raise UserError where that is
-    more than the tolerance, or more than it differs from the first way's, which does another thing.
+    """Return by how much each way's result differs from its base's.
+
+    Raises UserError above the tolerance, and where the base is no nearer than the first way.
     """
     first = next(iter(case.ways))
     errors = {name: relative_error(results[name], results[way.base or first]) for name, way in case.ways.items()}
     for name, error in errors.items():
         base = case.ways[name].base or first
         require(
-            error <= case.tolerance,  # NaN is no agreement
+            error <= case.tolerance,  # False for NaN
             f"{case.part}, {case.name}: {name} differs from {base} by {error:.1e}, more than rounding "
             f"({case.tolerance:.0e})",
         )
@@ -142,19 +140,17 @@ def errors_of(case: Case, results: dict[str, Tensor]) -> dict[str, float]:
 
 
 def rounds(case: Case, device: torch.device, repeats: int, deadline: float) -> dict[str, list[float]]:
-    """Return the seconds of each way in each round.
+    """Return the seconds of each way in each round; after the deadline no further round starts.
 
-    Every second round goes backwards, so that no way always follows the same other one. After the
-    deadline no further round begins.
+    Every second round is reversed, so that no way always follows the same other one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in case.ways}
     for repeat in tqdm(range(repeats), desc=f"{case.part}: {case.name}", unit="round", leave=False):
         if repeat and time.monotonic() > deadline:
             break
         for name in list(case.ways) if repeat % 2 == 0 else reversed(case.ways):
-            way = case.ways[name]
-            with way.context():
-                seconds[name].append(seconds_of(way.call, device))
+            with case.ways[name].context():
+                seconds[name].append(seconds_of(case.ways[name].call, device))
     return seconds
 
 
@@ -166,26 +162,25 @@ def ratio(times: dict[str, list[float]], base: str, name: str) -> float:
 def measure(
     case: Case, device: torch.device, rate: float, repeats: int, deadline: float, profiles: Path | None = None
 ) -> list[Row]:
-    """Check that the ways of a case agree, time them in turns, and return a row for each.
+    """Check that the ways of a case agree (UserError), time them in turns, return a row for each.
 
     rate: FLOP/s of a matrix product. profiles: folder for a table of each way's longest operations.
-    Raises UserError where they do not agree.
     """
     results, first_calls = first_results(case, device)
     errors = errors_of(case, results)
     del results
     peaks = {}
     for name, way in case.ways.items():
-        if way.check is not None:  # what a first call makes and keeps, as the optimizer's state, is no peak
+        if way.check is not None:  # what a first call allocates to keep, as the optimizer's state, is no peak
             with way.context():
                 way.call()
         peaks[name] = peak_bytes(way, device)
     times = rounds(case, device, repeats, deadline)
-    first, found = next(iter(case.ways)), []
+    first, rows = next(iter(case.ways)), []
     for name, way in case.ways.items():
         seconds, base = statistics.median(times[name]), way.base or first
         bound = {key: case.ways[key].flops / way.flops if way.flops else None for key in (base, first)}
-        found.append(
+        rows.append(
             {
                 "part": case.part, "case": case.name, "way": name, "images": case.images, "seconds": seconds,
                 "images_per_second": case.images / seconds, "base": base, "ratio": ratio(times, base, name),
@@ -201,11 +196,11 @@ def measure(
             )  # fmt: skip
             text = f"{case.part}, {case.name}, {name}".replace(" ", "_").replace(",", "")
             (profiles / f"{text}.txt").write_text(table)
-    return found
+    return rows
 
 
 @contextlib.contextmanager
 def eager() -> Iterator[None]:
-    """Run what was compiled as it was before, so that both ways share their weights."""
+    """Run compiled modules eagerly, so that both ways share their weights."""
     with torch.compiler.set_stance("force_eager"):
         yield

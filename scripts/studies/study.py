@@ -1,9 +1,14 @@
-"""What the studies share: the checkpoint, what images are compared with, a folder that a killed
-study resumes in, and means with their deviation.
+"""What the studies share: checkpoint and reference, a folder that a killed study resumes in, and
+the report: means with their deviation, Markdown, figure, JSON.
 """
 
+import contextlib
 import dataclasses
 import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +19,36 @@ from ddt.autoencoder import Autoencoder
 from ddt.checkpoint import folder as ckpt
 from ddt.config import Choice
 from ddt.errors import require
+from ddt.files import lock_folder, write_json
 from ddt.generation.settings import SamplerOverrides
 from ddt.metrics.features import Extractor, FeatureSettings
 from ddt.metrics.reference import Reference, check_reference, load_reference
 from ddt.model import network_class
+from ddt.receipts import circumstances, command_line
 from ddt.sampling.settings import SamplerSettings
 
-Spread = dict[str, float | None]  # mean and standard deviation over repeats; of one repeat there is no deviation
-BUSY = "another command is sampling for this study; wait for it, or choose another out="
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+Spread = dict[str, float | None]  # mean, and standard deviation (None of one repeat)
+
+
+def at_least_one(settings: Any, *keys: str) -> None:
+    """Raise UserError where one of these settings is below 1."""
+    for key in keys:
+        require(getattr(settings, key) >= 1, f"{key}={getattr(settings, key)}: must be at least 1")
 
 
 def unshared_sampler(overrides: SamplerOverrides, path: str) -> tuple[Path, dict[str, Any], SamplerSettings]:
-    """Return folder and config of a checkpoint, and its sampler with `overrides` and without
-    sharing; no weights are read.
+    """Return folder and config of a checkpoint, and its sampler with `overrides`, without sharing.
 
-    Raises UserError for a network without an encoder to share, and a solver without steps.
+    Reads no weights. Raises UserError for a network without encoder and a solver without steps.
     """
     folder = ckpt.find_checkpoint(path)
     stored = ckpt.read_config(folder)
     kind = network_class(stored["network"])
     require(kind.shares_encoder, f"ckpt={path}: {kind.__name__} has no encoder to share; choose a DDT")
-    alone = dataclasses.replace(overrides, recompute=None, forecast_order=0)
-    settings = alone.resolve(stored["sampler"], shares_encoder=True)
+    unshared = dataclasses.replace(overrides, recompute=None, forecast_order=0)
+    settings = unshared.resolve(stored["sampler"], shares_encoder=True)
     require(
         not settings.adaptive,
         "sampler=adaptive: chooses its own steps, so there is no schedule for it; choose another sampler",
@@ -44,18 +57,20 @@ def unshared_sampler(overrides: SamplerOverrides, path: str) -> tuple[Path, dict
 
 
 def load_comparison(
-    reference: str, data: Choice | None, features: FeatureSettings, autoencoder: Autoencoder, shape: list[int],
+    reference: str, data: Choice | None, features: FeatureSettings | None, autoencoder: Autoencoder, shape: list[int],
     device: torch.device,
 ) -> tuple[Reference, Extractor]:  # fmt: skip
-    """Return reference and extractor, once it is known that they suit a model of latents of `shape`
-    (C, H, W). data: the data set that `reference` names, None where it is a path.
+    """Return reference and extractor, after checks that they suit latents of `shape` (C, H, W).
+
+    data: the data set that `reference` names, None where it is a path.
     """
+    assert features is not None, "check_features has refused none"
     if data is not None:
         train = data.build(split="train")
-        found = list(autoencoder.latent_shape(train.channels, train.image_size))
+        own = list(autoencoder.latent_shape(train.channels, train.image_size))
         require(
-            found == list(shape),
-            f"reference={reference}: has latents of shape {found}, the model {list(shape)}; give its own data",
+            own == list(shape),
+            f"reference={reference}: has latents of shape {own}, the model {list(shape)}; give its own data",
         )
     base, extractor = load_reference(reference, data, features, device)
     require(
@@ -67,20 +82,43 @@ def load_comparison(
     return base, extractor
 
 
-def resume_study(out: Path, request: dict[str, Any], study: str, working: str) -> dict[str, Any] | None:
-    """Return the plan that an earlier call of the same command left in `out`, or None; refuse any
-    other content (UserError). working: the folder in `out` that a study holds while it runs.
+# --- the folder
+
+
+def resume_study(out: Path, request: Row, file: str, study: str, working: str = "") -> Row | None:
+    """Return the JSON `file` in `out` where an earlier call made the same request, None if empty.
+
+    Raises UserError for any other content. working: a folder in `out` that does not count.
     """
     require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
     if not out.exists() or not any(path.name != working for path in out.iterdir()):
         return None
     try:
-        plan = json.loads((out / "plan.json").read_text())
-        same = plan["request"] == json.loads(json.dumps(request))
+        earlier = json.loads((out / file).read_text())
+        same = earlier["request"] == json.loads(json.dumps(request))
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     require(same, f"out={out}: holds another {study} or other files and is not written over; choose another out=")
-    return plan
+    return earlier
+
+
+def is_complete(result: Path) -> bool:
+    """Return whether the JSON file of a complete study exists, and log it."""
+    if result.exists():
+        log.info("%s: complete, nothing to do", result)
+    return result.exists()
+
+
+@contextlib.contextmanager
+def working_folder(out: Path, name: str) -> Iterator[None]:
+    """Lock `out`/`name` for one process (UserError); remove it when the study is complete."""
+    message = f"out={out}: another command is sampling for this study; wait for it, or choose another out="
+    with lock_folder(out / name, message):
+        yield
+        shutil.rmtree(out / name)
+
+
+# --- the report
 
 
 def spread(values: list[float]) -> Spread:
@@ -88,16 +126,37 @@ def spread(values: list[float]) -> Spread:
     return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
-def mean_sd(value: Spread, digits: int, sign: str = "") -> str:
-    """Return "mean ± sd" as text."""
+def mean_sd(value: Spread | None, digits: int, sign: str = "") -> str:
+    """Return "mean ± sd" as text, – for None."""
+    if value is None:
+        return "–"
     text = f"{value['mean']:{sign}.{digits}f}"
     return text if value["sd"] is None else f"{text} ± {value['sd']:.{digits}f}"
 
 
+def number(value: float | None, digits: int) -> str:
+    """Return a number as text, – for None."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def write_numbers(path: Path, numbers: Row, device: torch.device) -> None:
+    """Write a study's numbers as JSON, with command, device, versions and date."""
+    write_json(path, {**numbers, "command": command_line(), **circumstances(device)})
+
+
+def write_report(
+    path: Path, numbers: Row, text: str, draw: Callable[[Path], None], device: torch.device, **origin: Any
+) -> None:
+    """Write PATH.md, PATH.png and, last, PATH.json, which makes the study complete."""
+    path.with_suffix(".md").write_text(text + "\n")
+    draw(path.with_suffix(".png"))
+    origin = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), **origin}
+    write_numbers(path.with_suffix(".json"), {**numbers, **origin}, device)
+    log.info("%s\n%s", text, path.with_suffix(".png"))
+
+
 def draw_similarity(axes: Any, values: np.ndarray, steps: list[int]) -> Any:
-    """Draw the similarity of z between all steps, (T, T), and over it the segments that share one;
-    return the image.
-    """
+    """Draw z's similarity between steps (T, T) and the segments that share z; return the image."""
     count = len(values)
     image = axes.imshow(values, origin="lower", extent=(0, count, 0, count), cmap="viridis")
     for start, end in zip(steps, [*steps[1:], count], strict=True):

@@ -1,6 +1,4 @@
-"""The app: each control changes what is sampled, what it says is true, and a mistake costs one line
-and no more.
-"""
+"""The app: each control changes the samples, numbers are the receipt's, errors are one line."""
 
 import asyncio
 import functools
@@ -35,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLER = {"solver": "euler", "num_steps": 6, "cfg_scale": 2.0, "cfg_interval": [0.3, 1.0], "last_step": None}
 CLASSES = ["ant", "bee", "cat", "dog", "n02124075"]
 LIMITS = {"max_images": 6, "max_steps": 20}
-FEW = {"Classes": [0, 2], "Images per class": 1}  # what the tests begin with
+FEW = {"Classes": [0, 2], "Images per class": 1}  # of each test
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +61,7 @@ def page(studio):
 
 @pytest.fixture(autouse=True)
 def accelerator(studio):
-    studio.accelerator = Accelerator(cpu=True)  # an entry point in the same process resets that of the test before
+    studio.accelerator = Accelerator(cpu=True)  # an entry point in this process has reset the last one
 
 
 def endpoint(page, name):
@@ -71,13 +69,13 @@ def endpoint(page, name):
 
 
 def call(page, name, inputs=(), session="a"):
-    """Do what the server does when an event of the page arrives; return what it sends back."""
+    """Handle an event of the page as the server does; return its response."""
     request = gr.Request(session_hash=session)
     return asyncio.run(page.process_api(endpoint(page, name), list(inputs), request=request))["data"]
 
 
 def press(page, **changes):
-    """Press Generate with fields changed, each by its label; return what the page shows."""
+    """Press Generate with fields changed, by label; return what the page shows."""
     fields = endpoint(page, "sample").inputs
     assert {*FEW, *changes} <= {field.label for field in fields}
     inputs = [{**FEW, **changes}.get(field.label, field.value) for field in fields]
@@ -99,7 +97,7 @@ def remembered(page, *changes):
 
 
 def pressed(page, **changes):
-    """Press Generate, or return what came of it the last time."""
+    """Press Generate, or return the earlier result."""
     return remembered(page, *changes.items())
 
 
@@ -173,9 +171,7 @@ def test_side_by_side_shows_both_and_reports_the_difference(page):
 
 
 def test_numbers_are_those_of_the_receipt(page):
-    """Guided at the four of six steps with t above 0.3: by hand 4·2 + 2 calls; with k = 3 the
-    encoder at step 0, whose segment reaches the guided step 2, and at step 3.
-    """
+    """Four of six steps are guided (t > 0.3): 4·2 + 2 decoder calls, 2·2 of the encoder (k = 3)."""
     result = pressed(page, **UNIFORM)
     receipt = json.loads(result.files["receipt.json"].read_text())
     assert receipt["recompute_steps"] == [0, 3]
@@ -186,7 +182,7 @@ def test_numbers_are_those_of_the_receipt(page):
     assert "2 of 6 steps, 60% of its calls saved: ■□□■□□" in result.numbers
 
 
-def test_images_are_captioned_and_there_to_be_downloaded(page, studio):
+def test_images_are_captioned_and_can_be_downloaded(page, studio):
     result = press(page, **{"Classes": [4, 0], "Images per class": 2})
     assert [caption for caption, _ in result.images] == [
         f"{name}, seed {seed}" for seed in (0, 1) for name in ("Egyptian cat", "ant")
@@ -234,7 +230,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("changes", "message"), WRONG, ids=[str(case[0]) for case in WRONG])
-def test_a_wrong_value_is_reported_in_our_words_and_costs_nothing(page, studio, changes, message):
+def test_a_wrong_value_is_reported_and_leaves_nothing(page, studio, changes, message):
     folders = set(studio.root.glob("set-*"))
     with pytest.raises(gr.Error) as error:
         press(page, **changes)
@@ -273,7 +269,7 @@ def test_stop_ends_a_request_and_leaves_nothing(studio):
     studio.sample(asdict(studio.controls), lambda *_: None, bool)
 
 
-def test_stop_is_meant_for_ones_own_request_alone(page, studio, monkeypatch):
+def test_stop_ends_the_own_request_alone(page, studio, monkeypatch):
     seen = []
 
     def sample(values, report, stopped):
@@ -284,13 +280,13 @@ def test_stop_is_meant_for_ones_own_request_alone(page, studio, monkeypatch):
 
     monkeypatch.setattr(gr, "Info", lambda text: seen.append(text))
     monkeypatch.setattr(studio, "sample", sample)
-    call(page, "begin")
+    call(page, "start_soon")
     inputs = [field.value for field in endpoint(page, "sample").inputs]
     sent = call(page, "sample", inputs)
     assert seen == [False, True, "Stopped; nothing of it was kept."]
     assert len(sent) == 6
     assert "value" not in str(sent)  # the last result stays
-    start, stop = call(page, "begin")
+    start, stop = call(page, "start_soon")
     assert (start["interactive"], stop["interactive"]) == (False, True)
     monkeypatch.setattr(studio, "sample", lambda *given: seen.append(given[2]()) or sample(None, None, bool))
     call(page, "sample", inputs)
@@ -342,7 +338,7 @@ def test_the_page_has_one_endpoint_and_calls_nobody(page):
     assert not any(isinstance(font, gr.themes.GoogleFont) for font in fonts)
 
 
-def test_classes_of_one_name_are_told_apart():
+def test_classes_of_one_name_carry_their_label():
     choices = class_choices(["n02012849", "n03126707", "seven", "n02124075"])
     assert choices == [("crane (0)", 0), ("crane (1)", 1), ("seven", 2), ("Egyptian cat", 3)]
 
@@ -379,7 +375,7 @@ def test_many_classes_begin_with_a_few_spread_over_all(studio):
 # --- the entry point
 
 
-def test_it_says_what_is_missing_before_anything_is_loaded(folder, tmp_path, monkeypatch):
+def test_wrong_settings_are_one_line_before_anything_is_loaded(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "there is no runs/demo; run bash scripts/demo.sh first" in refusal("scripts.app.__main__")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -403,7 +399,7 @@ def test_it_says_what_is_missing_before_anything_is_loaded(folder, tmp_path, mon
     assert "needs gradio; install it with pip install -e '.[app]'" in refusal("scripts.app.__main__", f"ckpt={folder}")
 
 
-def test_it_listens_where_it_is_asked_to_and_runs_one_request_at_a_time(tmp_path, monkeypatch):
+def test_it_listens_at_its_address_and_runs_one_request_at_a_time(tmp_path, monkeypatch):
     page = MagicMock()
     page.queue.return_value, page.launch.side_effect = page, KeyboardInterrupt
     monkeypatch.setattr(app_page, "build_page", lambda studio: page)

@@ -37,7 +37,7 @@ def test_a_missing_package_costs_its_extra_alone(monkeypatch):
     assert app.note.endswith(" is not installed")
 
 
-def test_weights_are_looked_for_where_they_are_loaded_from(tmp_path, monkeypatch):
+def test_weights_are_checked_where_they_are_loaded_from(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -61,7 +61,7 @@ def test_weights_are_looked_for_where_they_are_loaded_from(tmp_path, monkeypatch
     assert states["REPA (DINOv2-B)"] == "missing"
 
 
-def test_compiler_and_disk_are_looked_at(monkeypatch):
+def test_compiler_and_disk_are_checked(monkeypatch):
     monkeypatch.setattr(doctor, "missing_compiler", lambda device: "a C++ compiler (g++)")
     monkeypatch.setattr("os.access", lambda path, mode: False)
     found = {check.name: check for check in machine()}
@@ -70,7 +70,7 @@ def test_compiler_and_disk_are_looked_at(monkeypatch):
 
 
 @pytest.mark.slow
-def test_this_installation_is_sound():
+def test_this_installation_is_complete():
     done = run("scripts/doctor.py")
     assert done.returncode == 0, done.stdout
     assert "PyTorch version" in done.stdout

@@ -1,6 +1,4 @@
-"""The check of a GPU, whole at tiny sizes on the CPU: what it finds, what it writes, what it
-refuses.
-"""
+"""The GPU check at tiny sizes on the CPU: what it notices, writes and refuses."""
 
 import json
 import os
@@ -53,9 +51,7 @@ def call_inside(place, entry, *arguments, name, seconds=300):
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """Leave out what takes long on a CPU: new processes, kernels in C++, and the benchmark, which
-    has its own tests.
-    """
+    """Leave out what is slow on a CPU: processes, C++ kernels, and the benchmark."""
     call, compile_blocks = checks.call, torch.nn.Module.compile
     (tmp_path / "benchmark.py").write_text(BENCHMARK)
 
@@ -66,11 +62,8 @@ def quick(monkeypatch, tmp_path):
             call_inside(place, entry, *arguments, **options)
 
     monkeypatch.setattr(checks, "call", quick_call)
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda self, **options: compile_blocks(self, **{**options, "backend": "aot_eager"}),
-    )
+    cheap = {"backend": "aot_eager"}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_blocks(self, **options | cheap))
     monkeypatch.chdir(tmp_path)
 
 
@@ -115,18 +108,16 @@ def broken(place):
     raise ValueError("the first line\nand another")
 
 
-def test_what_breaks_is_told_and_the_others_go_on(quick, tmp_path, monkeypatch):
+def test_an_error_is_reported_and_the_other_checks_run(quick, tmp_path, monkeypatch):
     chosen = {
         "breaks": broken,
         "golden numbers": checks.golden_numbers,
         "two processes": lambda place: (_ for _ in ()).throw(NotRun("one GPU")),
-        "no number": lambda place: [Finding("loss", float("nan"), high=1)],
+        "not finite": lambda place: [Finding("loss", float("nan"), high=1)],
         "device against CPU": checks.device_against_cpu,
     }
     monkeypatch.setattr(gpu_check, "CHECKS", chosen)
-    monkeypatch.setattr(
-        "ddt.model.layers.rotate", lambda x, cos, sin: x
-    )  # on every device, so they agree among themselves
+    monkeypatch.setattr("ddt.model.layers.rotate", lambda x, cos, sin: x)  # on every device, so that these agree
     out = tmp_path / "out"
     done = run_inside("scripts.benchmark.gpu_check", f"out={out}", "stage=check", *TINY)
     assert done.returncode == 1
@@ -136,7 +127,7 @@ def test_what_breaks_is_told_and_the_others_go_on(quick, tmp_path, monkeypatch):
         "breaks": "failed",
         "golden numbers": "failed",
         "two processes": "not run",
-        "no number": "failed",
+        "not finite": "failed",
         "device against CPU": "passed",
     }
     text = (out / "gpu_check.md").read_text()
@@ -155,12 +146,12 @@ def place_in(folder, seconds=60):
     return Place(folder, folder, torch.device("cpu"), SIZES["tiny"], 1, time.monotonic() + seconds)
 
 
-def test_nothing_begins_after_the_budget(tmp_path):
+def test_no_check_starts_after_the_deadline(tmp_path):
     (row,) = gpu_check.rows_of("late", broken, place_in(tmp_path, seconds=0))
     assert (row["result"], row["what"]) == ("not run", "out of time")
 
 
-def test_each_difference_is_seen(tmp_path, monkeypatch):
+def test_each_difference_is_noticed(tmp_path, monkeypatch):
     """A wrong number in what is compared, on one side alone."""
     place = place_in(tmp_path)
     velocity, calls = checks.velocity, []
@@ -179,7 +170,7 @@ def test_each_difference_is_seen(tmp_path, monkeypatch):
     assert found["fp32 graphs compiled"] == "failed"
 
 
-def test_runs_that_differ_are_seen(tmp_path, monkeypatch):
+def test_runs_that_differ_are_noticed(tmp_path, monkeypatch):
     place, zero = place_in(tmp_path), torch.zeros(3)
     monkeypatch.setattr(checks, "on_digits", lambda place, name, *_: Path(name))
     monkeypatch.setattr(checks, "uninterrupted", lambda place: Path("uninterrupted"))
@@ -191,7 +182,7 @@ def test_runs_that_differ_are_seen(tmp_path, monkeypatch):
     assert found.result == "failed"
 
 
-def test_a_process_that_fails_or_hangs_is_told_in_one_line(tmp_path):
+def test_a_process_that_fails_or_hangs_is_one_line(tmp_path):
     fails, hangs = tmp_path / "fails.py", tmp_path / "hangs.py"
     fails.write_text("import sys; print('why'); sys.exit(3)")
     with pytest.raises(RuntimeError, match=r"fails.py: status 3: why$"):
@@ -217,9 +208,8 @@ def test_wrong_settings_are_one_line(tmp_path, monkeypatch, arguments, message):
 
 def test_files_in_the_way_are_refused(tmp_path):
     (tmp_path / "file").touch()
-    assert refusal("scripts.benchmark.gpu_check", f"out={tmp_path / 'file'}", *TINY).endswith(
-        "is a file; give a folder"
-    )
+    line = refusal("scripts.benchmark.gpu_check", f"out={tmp_path / 'file'}", *TINY)
+    assert line.endswith("is a file; give a folder")
     (tmp_path / "gpu_check.json").write_text("{}")
     assert "is not a result of this script" in refusal("scripts.benchmark.gpu_check", f"out={tmp_path}", *TINY)
 
@@ -229,13 +219,9 @@ def shell(folder, *arguments, python):
     interpreter = folder / "python"
     interpreter.write_text(f"#!/bin/sh\n{python}\n")
     interpreter.chmod(0o755)
+    command, environment = ["bash", ROOT / "scripts" / "gpu_check.sh"], {**os.environ, "PYTHON": str(interpreter)}
     return subprocess.run(
-        ["bash", ROOT / "scripts" / "gpu_check.sh", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHON": str(interpreter)},
-        capture_output=True,
-        text=True,
-        check=False,
+        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
 
 
@@ -251,9 +237,9 @@ def test_the_script_names_missing_packages_and_how_to_carry_them(tmp_path):
     assert packages.missing() == []
 
 
-def test_the_script_passes_on_what_it_was_asked(tmp_path):
-    told = 'echo "$HF_HUB_OFFLINE $@"'
-    assert shell(tmp_path, python=told).returncode == 2
+def test_the_script_passes_its_arguments_on(tmp_path):
+    echo = 'echo "$HF_HUB_OFFLINE $@"'
+    assert shell(tmp_path, python=echo).returncode == 2
     for given, stage, rest in (([], "all", ""), (["check"], "check", ""), (["size=tiny"], "all", " size=tiny")):
-        done = shell(tmp_path, "my out", *given, python=told)
+        done = shell(tmp_path, "my out", *given, python=echo)
         assert done.stdout.splitlines()[-1] == f"1 -m scripts.benchmark.gpu_check out=my out stage={stage}{rest}"

@@ -1,4 +1,4 @@
-"""A look inside a model: what is drawn is what sampling and training compute."""
+"""A look inside a model: its figures show what sampling and training compute."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import picture_folder, refusal, small_ddt, succeed
+from conftest import picture_folder, refusal, small_checkpoint, small_ddt, succeed
 
 from ddt import DiT
 from ddt.autoencoder import Identity
@@ -35,6 +35,7 @@ from scripts.studies.inside.measure import (
     loss_by_t,
     principal_components,
     shown_steps,
+    standard_error,
     walk,
     z_colours,
 )
@@ -53,28 +54,18 @@ def network():
 
 
 def write_run(folder, data=DIGITS, target="ddt.model.DDT"):
-    """A checkpoint of random weights, the raw ones others than the averaged ones, as training on
-    `data` leaves it.
-    """
+    """A run of random weights on `data`, its raw weights other than the EMA weights."""
     sizes = dict(patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2, num_classes=10)
+    model = network()
     if target == "ddt.model.DiT":
         del sizes["encoder_depth"]
         torch.manual_seed(0)
-        ema = DiT(in_channels=1, **sizes).state_dict()
-    else:
-        ema = network().state_dict()
-    config = {
-        "step": 3,
-        "network": {"_target_": target, "in_channels": 1, **sizes},
-        "latent_shape": [1, 8, 8],
-        "autoencoder": {"_target_": "ddt.autoencoder.Identity"},
-        "autoencoder_fingerprint": None,
-        "sampler": SAMPLER,
-        "class_names": list("0123456789"),
+        model = DiT(in_channels=1, **sizes)
+    small_checkpoint(
+        ckpt.checkpoint_folder(folder, 3), model=model, raw=2, step=3, sampler=SAMPLER,
+        network={"_target_": target, "in_channels": 1, **sizes}, class_names=list("0123456789"),
         **({} if data is None else {"run": {"data": data}}),
-    }
-    raw = {name: value + 1 for name, value in ema.items()}
-    ckpt.write_checkpoint(ckpt.checkpoint_folder(folder, 3), config, ema=ema, model=raw)
+    )  # fmt: skip
     return folder
 
 
@@ -102,7 +93,7 @@ def found(out):
     return json.loads((out / "inside.json").read_text())
 
 
-def test_everything_is_drawn_and_the_numbers_are_kept(looked, run_folder):
+def test_figures_and_numbers_are_written(looked, run_folder):
     assert sorted(path.name for path in looked.iterdir()) == PICTURES
     for name in PICTURES:
         assert name.endswith(".json") or (looked / name).read_bytes()[:4] == b"\x89PNG"
@@ -120,7 +111,7 @@ def test_everything_is_drawn_and_the_numbers_are_kept(looked, run_folder):
     assert said["denoising"]["rms_to_sample"][0] > 0.01
 
 
-def test_the_last_column_is_what_sample_draws(looked, run_folder, tmp_path):
+def test_the_last_column_is_what_sample_py_samples(looked, run_folder, tmp_path):
     out = tmp_path / "samples"
     succeed("sample", f"ckpt={run_folder}", f"out={out}", *IMAGES, "recompute=dp:3")
     pictures = np.load(out / "samples.npz")["arr_0"]
@@ -137,7 +128,7 @@ def test_the_last_column_is_what_sample_draws(looked, run_folder, tmp_path):
     assert not np.array_equal(unshared, strip.samples)
 
 
-def test_the_strip_is_drawn_with_the_sample_at_its_end(monkeypatch, tmp_path):
+def test_the_strip_ends_with_the_sample(monkeypatch, tmp_path):
     maker = generator()
     strip = decode_film(maker, walk(maker, ImageSet([1, 8], [4, 5])), [0, 3])
     given = {}
@@ -153,7 +144,7 @@ def test_the_strip_is_drawn_with_the_sample_at_its_end(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("solver", ["heun", "adams3", "sde"])
-def test_each_solver_is_watched_at_the_beginning_of_its_steps(solver):
+def test_each_solver_is_recorded_at_the_start_of_its_steps(solver):
     way = walk(generator(solver=solver), ImageSet([1], [4]))
     assert way.times == SamplerSettings(**{**SAMPLER, "solver": solver}).grid()[:-1]
     assert torch.equal(way.x_t[0], noise_of([4], (1, 8, 8)))
@@ -229,11 +220,11 @@ def test_schedules_of_as_many_runs_lie_beside_the_chosen_one(recompute, names, c
     assert chosen is None or chosen in seen.schedules.values()
 
 
-def test_the_similarity_kept_is_that_to_the_start_of_the_segment():
+def test_the_similarity_to_the_z_in_use_is_that_to_the_start_of_its_segment():
     values = np.arange(16.0).reshape(4, 4)
     seen = Similarity(values, {"x": [0, 2], "all": [0, 1, 2, 3]}, None, [])
-    assert seen.kept("x") == (values[0, 0] + values[0, 1] + values[2, 2] + values[2, 3]) / 4
-    assert seen.kept("all") == values.diagonal().mean()
+    assert seen.to_z_in_use("x") == (values[0, 0] + values[0, 1] + values[2, 2] + values[2, 3]) / 4
+    assert seen.to_z_in_use("all") == values.diagonal().mean()
 
 
 def test_the_steps_shown_are_spread_from_first_to_last():
@@ -242,7 +233,7 @@ def test_the_steps_shown_are_spread_from_first_to_last():
     assert shown_steps(9, 1) == [0]
 
 
-def test_the_loss_is_that_of_training_on_the_averaged_weights(looked, run_folder):
+def test_the_loss_is_that_of_training_with_the_ema_weights(looked, run_folder):
     said = found(looked)["loss_by_t"]
     images, model = Digits("test"), ckpt.load_model(run_folder)
     chosen = np.linspace(0, 299, 7).astype(int)
@@ -264,12 +255,12 @@ def test_the_loss_is_that_of_training_on_the_averaged_weights(looked, run_folder
 def test_the_loss_does_not_depend_on_the_batch():
     maker, images, accelerator = generator(), Digits("test"), make_accelerator("no")
     one = loss_by_t(maker, images, accelerator, 5, 2)
-    assert np.allclose(one.errors, loss_by_t(maker, images, accelerator, 5, 64).errors, rtol=1e-5)
-    assert one.errors.shape == (5, 10)
-    assert loss_by_t(maker, images, accelerator, 1, 2).standard_error.tolist() == [0] * 10
+    assert np.allclose(one, loss_by_t(maker, images, accelerator, 5, 64), rtol=1e-5)
+    assert one.shape == (5, 10)
+    assert standard_error(loss_by_t(maker, images, accelerator, 1, 2)).tolist() == [0] * 10
 
 
-def test_what_cannot_be_drawn_is_left_out_and_said(tmp_path, caplog):
+def test_what_cannot_be_measured_is_left_out_and_reported(tmp_path, caplog):
     folder = write_run(tmp_path / "run", data=None, target="ddt.model.DiT")
     succeed(SCRIPT, f"ckpt={folder}", f"out={tmp_path / 'out'}", "num_steps=2", "columns=1", "seeds=0")
     reasons = {
@@ -283,7 +274,7 @@ def test_what_cannot_be_drawn_is_left_out_and_said(tmp_path, caplog):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["denoising.png", "inside.json"]
 
 
-def test_moved_data_are_found_where_they_are_said_to_be(tmp_path):
+def test_moved_data_are_read_from_data_root(tmp_path):
     root = picture_folder(tmp_path / "data", count=12)
     data = {"_target_": "ddt.data.images.ImageFolder", "root": str(root), "image_size": 8,
             "holdout_every": 6}  # fmt: skip
@@ -302,12 +293,12 @@ def test_moved_data_are_found_where_they_are_said_to_be(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"_target_": "ddt.data.stream.Digits"}, {"gone": 1}], ids=str)
-def test_data_of_an_earlier_version_are_said_to_be(change):
+def test_data_of_an_earlier_version_are_refused(change):
     with pytest.raises(UserError, match=r"^the run's data are of an earlier version of the code \("):
         find_images({"run": {"data": DIGITS | change}}, "checkpoint", Identity())
 
 
-def test_a_run_that_held_nothing_out_says_so(tmp_path):
+def test_a_run_without_held_out_images_is_refused(tmp_path):
     root = picture_folder(tmp_path / "data", count=2)
     images = ImageFolder(str(root), 8, holdout_every=0)
     data = {"_target_": "ddt.data.images.ImageFolder", "root": str(root), "image_size": 8, "holdout_every": 0,
@@ -361,7 +352,7 @@ def settings_of(**changes):
     return InsideSettings(**(usual | changes))
 
 
-def test_nothing_is_written_over(looked, tmp_path):
+def test_files_are_not_written_over(looked, tmp_path):
     (tmp_path / "file").touch()
     for out, message in (
         (looked, "holds files already and is not written over; choose another out="),
@@ -371,7 +362,7 @@ def test_nothing_is_written_over(looked, tmp_path):
             settings_of(out=str(out))
 
 
-def test_samples_that_are_no_numbers_are_one_line():
+def test_non_finite_samples_are_one_line():
     maker = generator()
     with torch.no_grad():
         maker.model.decoder.output.linear.bias.fill_(math.nan)

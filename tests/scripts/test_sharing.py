@@ -1,13 +1,11 @@
-"""Scripts about sharing: the schedule file that sample.py reads, and the curve of quality against
-speed.
-"""
+"""The sharing study: the schedule file of sample.py, and the curve of quality against speed."""
 
 import itertools
 import json
 
 import numpy as np
 import pytest
-from conftest import refusal, small_ddt, succeed
+from conftest import refusal, small_checkpoint, small_ddt, succeed
 
 from ddt.checkpoint import folder as ckpt
 from ddt.sampling.cost import sampling_macs
@@ -21,17 +19,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_run(folder, channels=1, target="ddt.model.DDT"):
-    """A checkpoint of a few random weights that draws pictures of 8×8 px."""
-    network = dict(patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2, num_classes=5)
-    config = {
-        "step": 3,
-        "network": {"_target_": target, "in_channels": channels, **network},
-        "latent_shape": [channels, 8, 8],
-        "autoencoder": {"_target_": "ddt.autoencoder.Identity"},
-        "sampler": SAMPLER,
-        "class_names": list("abcde"),
-    }
-    ckpt.write_checkpoint(ckpt.checkpoint_folder(folder, 3), config, ema=small_ddt(in_channels=channels).state_dict())
+    """A run of random weights that samples images of 8×8 px."""
+    model = small_ddt(in_channels=channels)
+    small_checkpoint(ckpt.checkpoint_folder(folder, 3), model=model, target=target, step=3, sampler=SAMPLER)
     return folder
 
 
@@ -65,9 +55,8 @@ def test_a_fitted_schedule_is_used_by_sample(run_folder, tmp_path, caplog):
     assert "was fitted to another" not in caplog.text
     receipt = json.loads((tmp_path / "a" / "receipt.json").read_text())
     assert receipt["recompute_steps"] == content["recompute_steps"]
-    succeed(
-        "sample", f"ckpt={run_folder}", "num_samples=2", f"out={tmp_path / 'c'}", f"recompute={path}", "cfg_scale=3"
-    )
+    arguments = (f"ckpt={run_folder}", "num_samples=2", f"recompute={path}", "cfg_scale=3")
+    succeed("sample", *arguments, f"out={tmp_path / 'c'}")
     assert "was fitted to another guidance" in caplog.text
     line = refusal("sample", f"ckpt={run_folder}", f"out={tmp_path / 'b'}", f"recompute={path}", "num_steps=8")
     assert "was fitted to another time grid" in line
@@ -77,9 +66,8 @@ def test_a_fitted_schedule_is_used_by_sample(run_folder, tmp_path, caplog):
 
 def test_the_command_line_chooses_the_sampler_of_a_schedule(run_folder, tmp_path):
     path = tmp_path / "s.json"
-    succeed(
-        FIT, f"ckpt={run_folder}", "budget=2", f"out={path}", "sampler=heun", "num_steps=4", "timeshift=2", "dtype=bf16"
-    )
+    sampler = ("sampler=heun", "num_steps=4", "timeshift=2", "dtype=bf16")
+    succeed(FIT, f"ckpt={run_folder}", "budget=2", f"out={path}", *sampler)
     content = json.loads(path.read_text())
     assert content["solver"] == "heun"
     assert content["time_grid"] == SamplerSettings(num_steps=4, timeshift=2.0, last_step=None).grid()
@@ -92,12 +80,7 @@ def test_the_command_line_chooses_the_sampler_of_a_schedule(run_folder, tmp_path
         (["out=s.txt"], "out=s.txt: give a .json file"),
         (["budget=0"], "budget=0: must be at least 1"),
         (["budget=7"], "budget=7: must lie in 1..num_steps=6"),
-        (["budget=x"], "budget=x: give a whole number"),
-        (["templates=0"], "templates=0: must be at least 1"),
-        (["dtype=int8"], "dtype=int8: give 'bf16' or 'fp32'"),
-        (["ckpt=nowhere"], "nowhere: no such folder"),
         (["sampler=adaptive"], "sampler=adaptive: chooses its own steps"),
-        (["sampler=rk9"], "sampler=rk9: "),
         (["recompute=uniform:2"], "recompute: no such setting"),
     ],
 )
@@ -125,7 +108,7 @@ def curve(run_folder, tmp_path_factory):
 
 
 def quality(out):
-    """What a curve found that does not depend on the clock."""
+    """The summary without what depends on the clock."""
     result = json.loads((out / "sharing_curve.json").read_text())
     return [{k: v for k, v in row.items() if k != "speed_measured"} for row in result["summary"]]
 
@@ -153,16 +136,15 @@ def test_a_curve_has_every_rule_budget_and_repeat(curve):
 
 
 def test_a_curve_measures_what_it_says(curve, run_folder):
-    """One point drawn again by hand, from sample.py's function."""
+    """One point sampled again by hand."""
     from ddt import sample
     from ddt.draws import noise_of
     from ddt.generation.image_set import image_set
 
     model, images = ckpt.load_model(run_folder), image_set(5, 5, seed=1)
-    settings = {k: v for k, v in SAMPLER.items()}
     noise, y = noise_of(images.seeds, (1, 8, 8)), ckpt.torch.tensor(images.classes)
-    unshared = sample(model, noise, y, **settings)
-    shared = sample(model, noise, y, **settings, recompute=[0, 2, 4])
+    unshared = sample(model, noise, y, **SAMPLER)
+    shared = sample(model, noise, y, **SAMPLER, recompute=[0, 2, 4])
     result = json.loads((curve / "sharing_curve.json").read_text())
     row = next(r for r in result["points"] if (r["rule"], r["budget"], r["repeat"]) == ("uniform", 3, 1))
     assert row["latents_rms"] == pytest.approx((shared - unshared).pow(2).mean().sqrt().item(), rel=1e-3)
@@ -173,7 +155,7 @@ def test_a_curve_measures_what_it_says(curve, run_folder):
     assert bound == pytest.approx(macs[0] / macs[1])
 
 
-def test_a_killed_curve_goes_on_to_the_same_table(curve, run_folder, tmp_path, monkeypatch, caplog):
+def test_a_killed_curve_resumes_to_the_same_table(curve, run_folder, tmp_path, monkeypatch, caplog):
     measure, calls = Curve.measure, itertools.count()
 
     def killed(self, point, bar):
@@ -188,14 +170,14 @@ def test_a_killed_curve_goes_on_to_the_same_table(curve, run_folder, tmp_path, m
     points = out / "points.jsonl"
     rows = points.read_text().splitlines(keepends=True)
     assert len(rows) == 7
-    points.write_text("".join(rows[:6]) + rows[6][:20])  # cut short, and with it a row that is drawn again
+    points.write_text("".join(rows[:6]) + rows[6][:20])  # cut short: this point is sampled again
     succeed(CURVE, *curve_arguments(run_folder, out))
     assert "the last line was cut short" in caplog.text
     assert points.read_text().startswith("".join(rows[:6]))
     assert quality(out) == quality(curve)
 
 
-def test_unshared_images_that_are_gone_are_drawn_again(curve, run_folder, tmp_path):
+def test_missing_unshared_images_are_sampled_again(curve, run_folder, tmp_path):
     out = tmp_path / "cut"
     out.mkdir()
     (out / "plan.json").write_bytes((curve / "plan.json").read_bytes())
@@ -227,16 +209,10 @@ def test_a_complete_curve_is_left_alone_and_another_refused(curve, run_folder, c
         (["budgets=[7]"], "budgets=7: must lie in 1..num_steps=6"),
         (["budgets=[0]"], "budgets=0: must lie in 1..num_steps=6"),
         (["budgets=[5]"], "budgets=5: no every r-th of 6 steps makes 5; choose 3, or dp rules alone"),
-        (["budgets=[x]"], "budgets=[x]: give a whole number"),
         (["repeats=0"], "repeats=0: must be at least 1"),
         (["num_samples=1"], "num_samples=1: statistics need at least 2"),
-        (["ckpt=nowhere"], "nowhere: no such folder"),
-        (["sampler=adaptive"], "sampler=adaptive: chooses its own steps"),
         (["reference=data:photos"], "features=digits reference=data:photos: the classifier is trained on"),
         (["features=inceptio"], "features=inceptio: no such choice; did you mean inception?"),
-        (["inception_weights=x.pth"], "inception_weights=x.pth: has no effect with features=digits"),
-        (["autoencoder=x"], "autoencoder=x: this model samples pixels"),
-        (["num_stepz=4"], "num_stepz: no such setting; did you mean num_steps?"),
     ],
 )
 def test_a_wrong_curve_is_one_line(run_folder, tmp_path, monkeypatch, arguments, message):
@@ -255,9 +231,7 @@ def test_a_reference_of_other_images_is_refused(tmp_path):
 
 
 def test_the_curve_reads_inception_features(tmp_path, monkeypatch, inception_weights):
-    """The path of ImageNet; the distance itself takes minutes at 2048 features, so a short one
-    stands for it.
-    """
+    """A short distance replaces FID's, which takes minutes at 2048 features."""
     monkeypatch.setattr("ddt.metrics.scores.frechet_distance", lambda a, b: float(np.abs(a.mean - b.mean).sum()))
     pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "reference.npz", arr_0=pictures)

@@ -1,6 +1,4 @@
-"""The report of a sweep: its numbers by hand, what is left out is said, and what cannot be is one
-line.
-"""
+"""The report of a sweep: its numbers by hand, what is left out, one-line errors."""
 
 import csv
 import json
@@ -12,15 +10,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from ddt.errors import UserError
-from scripts.studies.sweep.report import (
-    DEPTH,
-    PUBLISHED,
-    SweepSettings,
-    better,
-    draw,
-    group_by_setting,
-    write_report,
-)
+from scripts.studies.sweep.report import DEPTH, PUBLISHED, SweepSettings, better, draw, group_by_setting, write_report
 from scripts.studies.sweep.runs import default_metric, differing, find_runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,9 +54,7 @@ def write_run(folder, encoder_depth, seed, distance, state="done", step=20, rows
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Two depths and the undivided baseline, of three seeds each, some levels deep; a checkpoint's
-    config.json too.
-    """
+    """Two depths and the undivided baseline, of three seeds each, some with a checkpoint."""
     folder = tmp_path / "runs" / "sweep"
     for depth, distances in DISTANCES.items():
         for seed, distance in enumerate(distances):
@@ -78,12 +66,10 @@ def sweep(tmp_path):
     return folder
 
 
-def make(sweep, out, metric=None, x=DEPTH, drawn=False):
-    """Make a report; return report.json, the lines of report.csv and the text of report.md. A
-    picture takes longer than all the rest, so there is one only on demand.
-    """
+def make(sweep, out, metric=None, x=DEPTH, figure=False):
+    """Write a report, by default without its slow figure; return JSON, CSV lines and Markdown."""
     with pytest.MonkeyPatch.context() as patch:
-        if not drawn:
+        if not figure:
             patch.setattr("scripts.studies.sweep.report.draw", lambda *_: None)
         write_report(SweepSettings(sweep if isinstance(sweep, list) else str(sweep), str(out), metric, x))
     return contents(out)
@@ -96,7 +82,7 @@ def contents(out):
 
 
 def refused(sweep, out, metric=None, x=DEPTH):
-    """What is said of a report that cannot be, in one line."""
+    """The one line that refuses a report."""
     with pytest.raises(UserError) as error:
         write_report(SweepSettings(sweep if isinstance(sweep, list) else str(sweep), str(out), metric, x))
     (line,) = str(error.value).splitlines()
@@ -111,7 +97,7 @@ def table_line(text, *cells):
 
 
 def test_means_deviations_and_tables(sweep, tmp_path):
-    found, lines, text = make(sweep, tmp_path / "out", "fd_digits_1k", drawn=True)
+    found, lines, text = make(sweep, tmp_path / "out", "fd_digits_1k", figure=True)
     means = {one["settings"].get(DEPTH): one for one in found["means"]}
     assert set(means) == {1, 3, None}
     assert means[1]["means"]["fd_digits_1k"] == {"mean": 44.0, "sd": 4.0}
@@ -141,11 +127,11 @@ def test_means_deviations_and_tables(sweep, tmp_path):
         assert picture.width > picture.height
 
 
-def test_what_has_not_ended_or_lacks_the_metric_is_named_and_left_out(sweep, tmp_path, caplog):
+def test_unfinished_runs_and_those_without_the_metric_are_left_out(sweep, tmp_path, caplog):
     write_run(sweep / "preempted", 1, 3, 1e6, "preempted", step=12, rows=[row(10, loss=1.0, lr=0.1)])
     write_run(sweep / "running", 1, 4, 1e6, "running")
     write_run(sweep / "killed", 1, 5, 1e6, None, rows=[row(10, fd_digits_1k=1e6)])
-    write_run(sweep / "begun", 1, 6, 1e6, "running", step=0, rows=[])
+    write_run(sweep / "started", 1, 6, 1e6, "running", step=0, rows=[])
     write_run(sweep / "early", 3, 3, 1e6, rows=[row(10, fd_digits_1k=1e6), row(20, loss=1.0, lr=0.1)])
     write_run(sweep / "without", 3, 4, 1e6, rows=[row(20, loss=1.0, lr=0.1)])
     write_run(sweep / "diverged", 3, 5, math.nan)
@@ -156,7 +142,7 @@ def test_what_has_not_ended_or_lacks_the_metric_is_named_and_left_out(sweep, tmp
         f"{sweep}/preempted": "preempted at step 12 of 20 (asked to stop)",
         f"{sweep}/running": "running at step 20 of 20 (asked to stop)",
         f"{sweep}/killed": "not ended at step 10 of 20",
-        f"{sweep}/begun": "running at step 0 of 20 (asked to stop)",
+        f"{sweep}/started": "running at step 0 of 20 (asked to stop)",
         f"{sweep}/early": "has fd_digits_1k at step 10, not at its end",
         f"{sweep}/without": "has no fd_digits_1k",
         f"{sweep}/diverged": "its fd_digits_1k is nan",
@@ -173,9 +159,9 @@ def test_what_has_not_ended_or_lacks_the_metric_is_named_and_left_out(sweep, tmp
     assert table_line(text, "preempted")[5:7] == ["12/20", "preempted"]
 
 
-def test_a_sweep_that_has_just_begun_has_a_table_without_means(tmp_path):
+def test_a_sweep_that_just_started_has_a_table_without_means(tmp_path):
     write_run(tmp_path / "sweep" / "a", 1, 0, 0, "running", step=10, rows=[row(10, loss=1.0, lr=0.1)])
-    found, _, text = make(tmp_path / "sweep", tmp_path / "out", "loss", drawn=True)
+    found, _, text = make(tmp_path / "sweep", tmp_path / "out", "loss", figure=True)
     assert [(one["seeds"], one["means"]) for one in found["means"]] == [(0, {})]
     assert "running at step 10 of 20" in text
     assert (tmp_path / "out" / "curve.png").is_file()
@@ -233,7 +219,7 @@ def test_the_best_mean_of_a_metric_whose_higher_values_are_better(sweep, tmp_pat
 
 
 def panels_of(monkeypatch, tmp_path, sweep, x):
-    """What was drawn, panel by panel."""
+    """The axes of the figure by title."""
     monkeypatch.setattr(plt, "close", lambda figure: None)
     runs, _ = find_runs([str(sweep)])
     draw(group_by_setting(runs, differing(runs, x), ["fd_digits_1k"], x), "fd_digits_1k", x, tmp_path / "x.png")
@@ -244,14 +230,12 @@ def panels_of(monkeypatch, tmp_path, sweep, x):
 
 
 def lines_of(axes):
-    drawn = [list(zip(*map(list, line.get_data()), strict=True)) for line in axes.lines if line.get_linestyle() == "-"]
-    return [points for points in drawn if len(points) > 1]
+    lines = [list(zip(*map(list, line.get_data()), strict=True)) for line in axes.lines if line.get_linestyle() == "-"]
+    return [points for points in lines if len(points) > 1]
 
 
 def test_the_published_curves_stand_apart(monkeypatch, tmp_path, sweep):
-    """Ours and theirs against the share of the encoder, on axes of their own; the baseline is a
-    band.
-    """
+    """Ours and theirs against the share of the encoder, on axes of their own."""
     own, *theirs = panels_of(monkeypatch, tmp_path, sweep, DEPTH).items()
     assert lines_of(own[1]) == [[(0.25, 44.0), (0.75, 27.0)]]
     points = [line.get_xydata().tolist() for line in own[1].lines if line.get_marker() == "."]
@@ -277,13 +261,7 @@ def test_another_setting_along_the_curve_has_nothing_published_beside_it(monkeyp
     assert labels == {"DDT, model.encoder_depth=1", "DDT, model.encoder_depth=3", "undivided (DiT)"}
 
 
-def test_published_numbers():
-    """method.md 5: FID at 400K steps, no guidance."""
-    assert PUBLISHED["B"] == (12, {4: 18.61, 6: 16.86, 8: 16.32, 10: 17.65}, 19.1)
-    assert PUBLISHED["L"] == (24, {10: 8.66, 12: 8.21, 16: 8.03, 20: 7.98}, 9.3)
-
-
-def test_a_report_is_written_again_by_the_same_command_alone(sweep, tmp_path):
+def test_only_the_same_command_writes_a_report_again(sweep, tmp_path):
     out = tmp_path / "out"
     make(sweep, out)
     write_run(sweep / "new", 1, 3, 52.0)
@@ -318,9 +296,7 @@ def damage(text):
     ("file", "change", "message"),
     [
         ("metrics.jsonl", lambda path: path.unlink(), "is missing; restore it or move the run's folder away"),
-        ("metrics.jsonl", damage('{"step": 1}\n{"st\n{"step": 3}\n'), "line 2 is damaged"),
         ("metrics.jsonl", damage('{"step": 1}\n{"loss": 3}\n'), "line 2 is damaged (no step); remove it"),
-        ("metrics.jsonl", damage('{"step": 1}\n3\n'), "line 2 is damaged (no step); remove it"),
         ("config.json", damage('{"seed": 1'), "damaged ("),
         ("config.json", damage("3"), "damaged (no settings)"),
         ("config.json", damage('{"seed": 1}'), "has no model._target_, so it is no run's; move it out of the sweep"),
@@ -334,13 +310,6 @@ def test_a_damaged_file_is_named(sweep, tmp_path, file, change, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_last_line_that_was_cut_short_is_left_out_with_a_warning(sweep, tmp_path, caplog):
-    path = sweep / "depth=3" / "seed=1" / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"step": 2')
-    make(sweep, tmp_path / "out")
-    assert f"{path}: the last line was cut short" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -348,7 +317,7 @@ def test_a_last_line_that_was_cut_short_is_left_out_with_a_warning(sweep, tmp_pa
         ({"sweep": []}, "sweep=[]: name at least one folder"),
         ({"sweep": "empty"}, "sweep=empty: there are no runs below it; give the folder of a sweep"),
         ({"sweep": "alone"}, "sweep=alone: there are no runs below it; give the folder of a sweep"),
-        ({"sweep": "begun"}, "begun/a/metrics.jsonl: is empty; wait for the first row"),
+        ({"sweep": "started"}, "started/a/metrics.jsonl: is empty; wait for the first row"),
         ({"sweep": "twice"}, "twice/b: has the settings and the seed of twice/a, so it is no repeat; leave one out"),
         ({"metric": "fid_5k"}, "metric=fid_5k: no run has logged it; choose from class_accuracy_1k, fd_digits_1k, "),
         ({"x": "model.encoder_dept"}, "x=model.encoder_dept: no run has this setting; did you mean model.encoder_dep"),
@@ -360,7 +329,7 @@ def test_wrong_input_is_one_line(sweep, tmp_path, monkeypatch, arguments, messag
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     write_run(tmp_path / "alone", 1, 0, 1.0)
-    write_run(tmp_path / "begun" / "a", 1, 0, 1.0, rows=[])
+    write_run(tmp_path / "started" / "a", 1, 0, 1.0, rows=[])
     for name in "ab":
         write_run(tmp_path / "twice" / name, 1, 0, 1.0)
     assert refused(**{"sweep": sweep, "out": "out"} | arguments).startswith(message)

@@ -1,4 +1,4 @@
-"""What comes out of a guidance search: numbers, tables and heat map of both stages."""
+"""The report of a guidance search: numbers, tables and heat map of both stages."""
 
 import itertools
 from pathlib import Path
@@ -9,9 +9,8 @@ import numpy as np
 from ddt.pictures import pyplot, save_figure
 from ddt.tables import markdown_table
 from scripts.studies.guidance.settings import Point, interval_text
-from scripts.studies.study import mean_sd, spread
+from scripts.studies.study import Row, mean_sd, number, spread
 
-Row = dict[str, Any]
 PANELS = ("checkpoint", "weights", "recompute", "timeshift")  # axes of which each combination has a panel
 FRAME = "#d62728"
 
@@ -19,23 +18,21 @@ FRAME = "#d62728"
 def make_result(
     points: list[tuple[Point, Row]], winners: list[tuple[Point, Row, list[tuple[int, Row]]]], metric: str
 ) -> Row:
-    """Return what a search found: the points in their order, and the winners, the best at full size
-    first.
+    """Return the numbers of a search: its points, and its winners, the best at full size first.
 
-    points: each with its metrics. winners: the best first, each with its metrics as a point and, by
-    seed, at full size.
+    points: with their metrics. winners: with their metrics as a point and, by seed, at full size.
     """
     first, last = points[0][1], winners[0][2][0][1]
     names, rows = list(first["labels"]), []
     for rank, (point, proxy, repeats) in enumerate(winners, start=1):
-        values = {name: [found[name] for _, found in repeats] for name in names}
+        values = {name: [metrics[name] for _, metrics in repeats] for name in names}
         rows.append(
             {
                 **point.row(),
                 "proxy_rank": rank,
                 "proxy": proxy[metric],
-                "metrics": {name: None if None in found else spread(found) for name, found in values.items()},
-                "repeats": [{"seed": seed, **{name: found[name] for name in names}} for seed, found in repeats],
+                "metrics": {name: None if None in column else spread(column) for name, column in values.items()},
+                "repeats": [{"seed": seed, **{name: metrics[name] for name in names}} for seed, metrics in repeats],
             }
         )
     return {
@@ -43,13 +40,13 @@ def make_result(
         "labels": {"proxy": first["labels"], "final": last["labels"]},
         "comparable": last["comparable"],
         "not_comparable_because": last["not_comparable_because"],
-        "points": [{**point.row(), "metrics": {name: found[name] for name in names}} for point, found in points],
+        "points": [{**point.row(), "metrics": {name: metrics[name] for name in names}} for point, metrics in points],
         "winners": sorted(rows, key=lambda row: row["metrics"][metric]["mean"]),
     }
 
 
 def axis_text(axis: str, value: Any) -> str:
-    """Return what people call a value of an axis."""
+    """Return the label of an axis's value."""
     if axis == "weights":
         return {"ema": "EMA", "model": "raw"}[value]
     if axis == "cfg_interval":
@@ -65,39 +62,29 @@ def values_of(points: list[Row], axis: str) -> list[Any]:
 
 
 def shown_axes(points: list[Row]) -> list[str]:
-    """Return the axes that a table has columns for: guidance, and what else has several values."""
+    """Return the columns of a table: guidance, and the other axes of several values."""
     return [axis for axis in PANELS if len(values_of(points, axis)) > 1] + ["cfg_scale", "cfg_interval"]
 
 
 def settings_cells(row: Row, axes: list[str]) -> list[str]:
-    """Return the settings of a row; without guidance there is no interval."""
+    """Return the settings of a row as text; without guidance the interval is –."""
     return ["–" if axis == "cfg_interval" and row["cfg_scale"] == 1 else axis_text(axis, row[axis]) for axis in axes]
 
 
 def tables(result: Row) -> str:
-    """Return both stages as Markdown tables, the best first, and the metrics of real images, where
-    they are known.
-    """
-    points, metric = result["points"], result["metric"]
+    """Return both stages as Markdown tables, the best first, and the metrics of real images."""
+    points, metric, labels = result["points"], result["metric"], result["labels"]
     axes, titles = shown_axes(points), [axis.replace("_", " ") for axis in shown_axes(points)]
-    labels = {stage: dict(found) for stage, found in result["labels"].items()}
     names = sorted((n for n in labels["proxy"] if not n.endswith("_real")), key=lambda name: name != metric)
     ranked = sorted(points, key=lambda row: row["metrics"][metric])
-
-    def number(value: float | None) -> str:
-        return "–" if value is None else f"{value:.3f}"
-
-    proxy = [settings_cells(row, axes) + [number(row["metrics"][name]) for name in names] for row in ranked]
+    proxy = [settings_cells(row, axes) + [number(row["metrics"][name], 3) for name in names] for row in ranked]
     final = [
-        settings_cells(row, axes)
-        + [number(row["proxy"])]
-        + ["–" if row["metrics"][name] is None else mean_sd(row["metrics"][name], 3) for name in names]
+        settings_cells(row, axes) + [number(row["proxy"], 3)] + [mean_sd(row["metrics"][name], 3) for name in names]
         for row in result["winners"]
     ]
     repeats = len(result["winners"][0]["repeats"])
-    real = [
-        f"{label}: {number(points[0]['metrics'][n])}" for n, label in labels["proxy"].items() if n.endswith("_real")
-    ]
+    values = points[0]["metrics"]
+    real = [f"{label}: {number(values[n], 3)}" for n, label in labels["proxy"].items() if n.endswith("_real")]
     return "\n\n".join(
         [
             "Every point, on the same noise:",
@@ -113,8 +100,9 @@ def tables(result: Row) -> str:
 
 
 def draw(result: Row, path: Path) -> None:
-    """Write a heat map: scale across, interval down, a panel for each combination of the other
-    axes. The points that were sampled again are framed, the best of them thickly.
+    """Write a heat map of scale × interval, a panel for each combination of the other axes.
+
+    The points of the final stage are framed, the best of them thickly.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
@@ -147,16 +135,12 @@ def draw(result: Row, path: Path) -> None:
 
 
 def intervals_of(points: list[Row]) -> list[Any]:
-    """Return the guidance intervals in their order; those of points without guidance are none,
-    unless they are all.
-    """
+    """Return the guidance intervals in their order, of the guided points where there are any."""
     return values_of([row for row in points if row["cfg_scale"] != 1] or points, "cfg_interval")
 
 
 def panel(axes: Any, own: list[Row], result: Row, scales: list[float], intervals: list[Any], norm: Any) -> None:
-    """Draw a panel of the heat map. A point without guidance takes a whole column: no interval
-    changes it.
-    """
+    """Draw a panel of the heat map; a point without guidance takes a whole column."""
     from matplotlib.patches import Rectangle
 
     values = np.full((len(intervals), len(scales)), np.nan)
@@ -167,12 +151,10 @@ def panel(axes: Any, own: list[Row], result: Row, scales: list[float], intervals
         values[place, column] = row["metrics"][result["metric"]]
         if row["label"] in (best, *others):
             top, height, _ = place.indices(len(intervals))
-            axes.add_patch(
-                Rectangle(
-                    (column - 0.46, top - 0.46), 0.92, height - top - 0.08, fill=False, edgecolor=FRAME, zorder=3,
-                    linewidth=4 if row["label"] == best else 1.8,
-                )
-            )  # fmt: skip
+            style: Any = {"fill": False, "edgecolor": FRAME, "zorder": 3}
+            width = 4 if row["label"] == best else 1.8
+            frame = (column - 0.46, top - 0.46), 0.92, height - top - 0.08
+            axes.add_patch(Rectangle(*frame, linewidth=width, **style))
     image = axes.imshow(values, cmap="viridis_r", norm=norm, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         if not np.isnan(value):

@@ -1,22 +1,18 @@
-"""Which guidance suits a trained model: many settings on few images each, then the best of them on
-many.
+"""A model's best guidance: many settings on few samples each, then the best of them on many.
 
-The points of the proxy stage sample the same noise, so that they differ by their settings alone.
-The best of them is partly the one that this noise happened to suit (selection bias), so the final
-stage never samples it again: its seeds are 1, 2, …, the proxy's is 0.
+The points of the proxy stage (seed 0) sample the same noise, so that they differ by their settings
+alone. This noise favours some of them (selection bias), so the final stage has seeds 1, 2, ….
 """
 
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import logging
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -25,7 +21,7 @@ from ddt.checkpoint import folder as ckpt
 from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require
-from ddt.files import lock_folder, write_json
+from ddt.files import write_json
 from ddt.generation.generator import Dtype, Generator, default_dtype
 from ddt.generation.image_set import image_set
 from ddt.generation.load import stored_autoencoder
@@ -36,10 +32,10 @@ from ddt.metrics.images import SAMPLES, open_images
 from ddt.metrics.reference import Reference
 from ddt.metrics.scores import Prepared, prepare
 from ddt.model import Denoiser
-from ddt.receipts import circumstances, command_line, without_paths
+from ddt.receipts import circumstances, without_paths
 from scripts.studies.guidance.report import draw, make_result, tables
 from scripts.studies.guidance.settings import Checkpoint, GuidanceSettings, Point, interval_text
-from scripts.studies.study import BUSY, load_comparison, resume_study
+from scripts.studies.study import is_complete, load_comparison, resume_study, working_folder, write_report
 
 log = logging.getLogger(__name__)
 RESULT, WORK = "search", ".search"
@@ -49,7 +45,7 @@ METRICS = "metrics.json"  # its presence makes a set complete
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A set of images to be sampled and measured."""
+    """A set to sample and evaluate."""
 
     point: Point
     num_samples: int
@@ -59,9 +55,7 @@ class Job:
 
 @dataclasses.dataclass
 class Search:
-    """Samples and measures sets of images on all processes. metric: the Fréchet distance that
-    points are compared by.
-    """
+    """Samples and evaluates sets on all processes. metric: the distance to compare points by."""
 
     settings: GuidanceSettings
     autoencoder: Autoencoder
@@ -71,16 +65,16 @@ class Search:
     prepared: Prepared
     metric: str
     accelerator: Accelerator
-    loaded: tuple[Path, str] | None = None  # where the network in memory is from
+    loaded: tuple[Path, str] | None = None  # folder and weights of the network in memory
     model: Denoiser | None = None
 
     def run(self, jobs: list[Job]) -> list[dict[str, Any]]:
-        """Sample and measure what is missing; return the metrics of all jobs, on every process."""
+        """Run the missing jobs; return the metrics of all jobs, on every process."""
         main = self.accelerator.is_main_process
         missing = [n for n, job in enumerate(jobs) if not (job.folder / METRICS).is_file()] if main else None
         (missing,) = broadcast_object_list([missing])  # one process decides
         for number in set(range(len(jobs))) - set(missing) if main and not self.settings.keep_samples else ():
-            (jobs[number].folder / SAMPLES).unlink(missing_ok=True)  # measured, then killed before it was removed
+            (jobs[number].folder / SAMPLES).unlink(missing_ok=True)  # killed before it was removed
         for done, number in enumerate(missing):
             job = jobs[number]
             metrics = self.measure(job)
@@ -92,11 +86,11 @@ class Search:
                     "no guidance" if sampler.cfg_scale == 1 else guidance, job.folder,
                     metrics["labels"][self.metric], metrics[self.metric], len(missing) - done - 1,
                 )  # fmt: skip
-        found = [json.loads((job.folder / METRICS).read_text()) for job in jobs] if main else []
-        return broadcast_object_list([found])[0]
+        results = [json.loads((job.folder / METRICS).read_text()) for job in jobs] if main else []
+        return broadcast_object_list([results])[0]
 
     def measure(self, job: Job) -> dict[str, Any] | None:
-        """Sample a set and measure it; return the metrics on the main process."""
+        """Sample and evaluate a set; return the metrics on the main process."""
         model, stored = self.load(job.point), job.point.checkpoint.stored
         receipt = {
             **ckpt.weights_receipt(job.point.checkpoint.folder, job.point.weights),
@@ -126,19 +120,17 @@ class Search:
         return metrics
 
     def load(self, point: Point) -> Denoiser:
-        """Return a point's network, of which one is kept in memory."""
-        wanted = point.checkpoint.folder, point.weights
-        if self.model is None or self.loaded != wanted:
+        """Return a point's network; one is kept in memory."""
+        own = point.checkpoint.folder, point.weights
+        if self.model is None or self.loaded != own:
             self.model = None  # before the next one is read
-            self.model = ckpt.load_model(*wanted).to(self.accelerator.device)
-            self.loaded = wanted
+            self.model = ckpt.load_model(*own).to(self.accelerator.device)
+            self.loaded = own
         return self.model
 
 
 def choose_metric(metric: str | None, reference: Reference, extractor: Extractor) -> str:
-    """Return the distance that points are compared by; raise UserError for one that cannot be
-    measured.
-    """
+    """Return the Fréchet distance to compare points by; raise UserError for an unknown one."""
     known = list(extractor.distances)
     require(
         metric is None or metric in known,
@@ -154,10 +146,7 @@ def choose_metric(metric: str | None, reference: Reference, extractor: Extractor
 
 
 def search(settings: GuidanceSettings, data: Choice | None, checkpoints: list[Checkpoint], points: list[Point]) -> None:
-    """Load everything, refuse what does not fit, sample both stages on each process, and write
-    tables, picture and, last, the JSON file of a complete search. data: the data set that the
-    reference is.
-    """
+    """Run both stages on each process and write the report. data: the reference's data set."""
     accelerator = make_accelerator("no", timeout=datetime.timedelta(days=1))  # one GPU may be hours behind another
     device, main, out = accelerator.device, accelerator.is_main_process, Path(settings.out)
     dtype = settings.dtype or default_dtype(device)
@@ -165,18 +154,17 @@ def search(settings: GuidanceSettings, data: Choice | None, checkpoints: list[Ch
     request: dict[str, Any] = {}
     if main:  # it alone reads files for their hashes
         request = settings.request(checkpoints, dtype, circumstances(device)["device"])
-        plan = resume_study(out, request, "search", WORK)
-    (complete,) = broadcast_object_list([(out / f"{RESULT}.json").exists()])  # as the main process sees it
+        plan = resume_study(out, request, "plan.json", "search", WORK)
+    (complete,) = broadcast_object_list([is_complete(out / f"{RESULT}.json")])  # as the main process sees it
     if complete:
-        log.info("%s: complete, nothing to do", out / f"{RESULT}.json")
         return
-    stored, features = checkpoints[0].stored, settings.features
-    assert features is not None
+    stored = checkpoints[0].stored
     autoencoder = stored_autoencoder(stored, settings.autoencoder).to(device)
-    shape = stored["latent_shape"]
-    reference, extractor = load_comparison(settings.reference, data, features, autoencoder, shape, device)
+    reference, extractor = load_comparison(
+        settings.reference, data, settings.features, autoencoder, stored["latent_shape"], device
+    )
     metric = choose_metric(settings.metric, reference, extractor)
-    with lock_folder(out / WORK, f"out={out}: {BUSY}") if main else contextlib.nullcontext():
+    with working_folder(out, WORK) if main else contextlib.nullcontext():
         if main:
             inputs = {"reference": reference.identity(), "features": extractor.identity()}
             inputs = json.loads(json.dumps(without_paths(inputs)))
@@ -200,11 +188,7 @@ def search(settings: GuidanceSettings, data: Choice | None, checkpoints: list[Ch
         if main:
             winners = [(points[n], proxy[n], [(seed, final[points[n].label, seed]) for seed in seeds]) for n in best]
             result = make_result(list(zip(points, proxy, strict=True)), winners, metric)
-            (out / f"{RESULT}.md").write_text(tables(result) + "\n")
-            draw(result, out / f"{RESULT}.png")
-            about = {"num_processes": accelerator.num_processes, "threads": torch.get_num_threads(),
-                     "cores": os.cpu_count()}  # fmt: skip
-            origin = {"command": command_line(), **circumstances(device), **about}
-            write_json(out / f"{RESULT}.json", {"request": request, **result, **origin})
-            log.info("%s\n%s", tables(result), out / f"{RESULT}.png")
-            shutil.rmtree(out / WORK)
+            write_report(
+                out / RESULT, {"request": request, **result}, tables(result), functools.partial(draw, result), device,
+                num_processes=accelerator.num_processes,
+            )  # fmt: skip

@@ -1,6 +1,4 @@
-"""What a guidance search is asked for: its axes, its checkpoints, and its points, every combination
-of them.
-"""
+"""The settings of a guidance search: axes, checkpoints, and points, every combination of them."""
 
 import dataclasses
 import itertools
@@ -19,6 +17,7 @@ from ddt.metrics.precision_recall import PrDtype
 from ddt.model import network_class
 from ddt.sampling.schedules import content_of
 from ddt.sampling.settings import SamplerSettings
+from scripts.studies.study import at_least_one
 
 Interval = tuple[float, float] | None
 Recompute = list[int] | str | None
@@ -27,22 +26,20 @@ SAMPLER_AXES = ("recompute", "timeshift", "cfg_scale", "cfg_interval")
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of a search. name: what the search calls it. stored: its config."""
+    """A checkpoint of a search. name: in labels and tables. stored: its config."""
 
     name: str
     folder: Path
     stored: dict[str, Any]
 
     def hashes(self) -> dict[str, str]:
-        """Return the SHA-256 of its weights by name, as its manifest has them; reading compares
-        them.
-        """
+        """Return the SHA-256 of its weights by name, from its manifest."""
         return {name: ckpt.weights_sha256(self.folder, name) for name in ckpt.weights_names(self.folder)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One combination. label: the name of its folder."""
+    """A combination. label: the name of its folder."""
 
     label: str
     checkpoint: Checkpoint
@@ -50,17 +47,14 @@ class Point:
     settings: SamplerSettings
 
     def row(self) -> dict[str, Any]:
-        """Return what tells points apart, as plain values."""
-        chosen = {name: getattr(self.settings, name) for name in SAMPLER_AXES}
-        return {"label": self.label, "checkpoint": self.checkpoint.name, "weights": self.weights, **chosen}
+        """Return its label and axes as plain values."""
+        axes = {name: getattr(self.settings, name) for name in SAMPLER_AXES}
+        return {"label": self.label, "checkpoint": self.checkpoint.name, "weights": self.weights, **axes}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuidanceSettings(SamplerOverrides):
-    """See conf/study/guidance.yaml. The axes are lists, or one value.
-
-    Raises UserError for values that cannot be.
-    """
+    """See conf/study/guidance.yaml. The axes are lists, or one value. Raises UserError."""
 
     ckpt: list[str] | str
     weights: list[str] | str
@@ -91,8 +85,7 @@ class GuidanceSettings(SamplerOverrides):
             require(len(values) > 0, f"{key}=[]: name at least one")
             twice = [value for n, value in enumerate(values) if value in values[:n]]
             require(not twice, f"{key}: names {twice[:1]} twice; name each value once")
-        for key in ("top", "repeats", "batch_size"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        at_least_one(self, "top", "repeats", "batch_size")
         for key in ("num_samples", "final_samples"):
             count = getattr(self, key)
             require(
@@ -102,9 +95,7 @@ class GuidanceSettings(SamplerOverrides):
         check_features(self.features, self.reference, self.inception_weights)
 
     def axis(self, key: str) -> list[Any]:
-        """Return the values of an axis; one value stands for a list of it: 2, [0.3,1], or the steps
-        [0,5,10].
-        """
+        """Return the values of an axis; a single one (2, [0.3,1], the steps [0,5,10]) as a list."""
         value = getattr(self, key)
         if not isinstance(value, list):
             return [value]
@@ -112,7 +103,7 @@ class GuidanceSettings(SamplerOverrides):
         return [value] if is_schedule else value
 
     def find_checkpoints(self) -> list[Checkpoint]:
-        """Return the checkpoints; raise UserError where they do not belong in one search."""
+        """Return the checkpoints; raise UserError where one search cannot compare them."""
         paths = self.axis("ckpt")
         folders = [ckpt.find_checkpoint(path) for path in paths]
         require(len({f.resolve() for f in folders}) == len(folders), f"ckpt={paths}: two of them are one checkpoint")
@@ -120,52 +111,49 @@ class GuidanceSettings(SamplerOverrides):
         if len(set(names)) < len(names):  # the same step of several runs
             names = [f"{folder.resolve().parent.parent.name}-{folder.name}" for folder in folders]
         require(len(set(names)) == len(names), f"ckpt={paths}: runs of the same name; rename the folder of one")
-        found = [Checkpoint(name, f, ckpt.read_config(f)) for name, f in zip(names, folders, strict=True)]
-        for other in found:
+        checkpoints = [Checkpoint(n, f, ckpt.read_config(f)) for n, f in zip(names, folders, strict=True)]
+        first = checkpoints[0]
+        for other in checkpoints:
             for key in ("latent_shape", "class_names", "autoencoder_fingerprint"):
                 require(
-                    found[0].stored.get(key) == other.stored.get(key),
-                    f"ckpt={other.folder}: has another {key} than {found[0].folder}; search them one by one",
+                    first.stored.get(key) == other.stored.get(key),
+                    f"ckpt={other.folder}: has another {key} than {first.folder}; search them one by one",
                 )
             for kind in self.axis("weights"):
                 ckpt.check_weights(other.folder, kind)
-        return found
+        return checkpoints
 
     def point_sampler(self, checkpoint: Checkpoint, chosen: dict[str, Any]) -> SamplerSettings:
-        """Return the sampler of a checkpoint with the chosen value of each axis."""
+        """Return the sampler of a checkpoint. chosen: the value of each axis."""
         others = {key: getattr(self, key) for key in ("sampler", *SAMPLER_KEYS) if key not in SAMPLER_AXES}
         if chosen["recompute"] is None and self.axis("recompute") != [None]:
-            others["forecast_order"] = 0  # it is that of the others
+            others["forecast_order"] = 0  # it is for the points that share
         shares = network_class(checkpoint.stored["network"]).shares_encoder
         settings = SamplerOverrides(**others, **chosen).resolve(checkpoint.stored["sampler"], shares)
         return dataclasses.replace(settings, cfg_interval=None) if settings.cfg_scale == 1 else settings
 
     def points(self, checkpoints: list[Checkpoint]) -> list[Point]:
-        """Return all combinations. With cfg_scale 1 no interval makes a difference: that is one
-        point.
-        """
-        found: dict[str, Point] = {}
+        """Return all combinations; with cfg_scale 1, all intervals are one point."""
+        points: dict[str, Point] = {}
         for checkpoint, weights, *values in itertools.product(
             checkpoints, self.axis("weights"), *map(self.axis, SAMPLER_AXES)
         ):
             chosen = dict(zip(SAMPLER_AXES, values, strict=True))
             settings = self.point_sampler(checkpoint, chosen)
             label = self.label(len(checkpoints), checkpoint, weights, chosen["recompute"], settings)
-            point = found.setdefault(label, Point(label, checkpoint, weights, settings))
+            point = points.setdefault(label, Point(label, checkpoint, weights, settings))
             require(
                 point.settings == settings or settings.cfg_scale == 1,
                 f"{label}: two points of this name differ in digits that it does not show; choose rounder numbers",
             )
-        require(self.top <= len(found), f"top={self.top}: there are {len(found)} points; choose at most so many")
-        return list(found.values())
+        require(self.top <= len(points), f"top={self.top}: there are {len(points)} points; choose at most so many")
+        return list(points.values())
 
     def label(
         self, num_checkpoints: int, checkpoint: Checkpoint, weights: str, recompute: Recompute,
         settings: SamplerSettings,
     ) -> str:  # fmt: skip
-        """Return a folder's name for a combination: scale, interval and weights, and of the other
-        axes those that have several values.
-        """
+        """Return a folder's name: scale, interval, weights and the other axes of several values."""
         interval, schedules = settings.cfg_interval, self.axis("recompute")
         parts = [checkpoint.name] if num_checkpoints > 1 else []
         parts.append(f"cfg{settings.cfg_scale:g}" + ("" if interval is None else f"_t{interval[0]:g}-{interval[1]:g}"))
@@ -179,7 +167,7 @@ class GuidanceSettings(SamplerOverrides):
         return "_".join(parts)
 
     def request(self, checkpoints: list[Checkpoint], dtype: Dtype, device: str) -> dict[str, Any]:
-        """Return what makes two searches one: all that a number in their results depends on."""
+        """Return all that a number in the results depends on, as plain values."""
         keys = ("reference", "metric", "num_samples", "top", "final_samples", "repeats", "autoencoder",
                 "inception_weights", "pr_dtype")  # fmt: skip
         reference, features = Path(self.reference), self.features
@@ -200,5 +188,5 @@ class GuidanceSettings(SamplerOverrides):
 
 
 def interval_text(interval: Sequence[float] | None) -> str:
-    """Return what people call a guidance interval."""
+    """Return the label of a guidance interval."""
     return "every time" if interval is None else f"{interval[0]:g}–{interval[1]:g}"

@@ -1,5 +1,4 @@
-"""A look inside sampling and loss: what z is like over time, what the network predicts on the way,
-where it errs.
+"""Measure inside sampling and loss: z over time, predictions over time, the loss by t.
 
 Shapes: T steps, K of them shown, B images, C H W latent, N = h·w tokens, D width.
 """
@@ -31,19 +30,20 @@ from ddt.sampling.schedules import uniform_schedule
 from ddt.training.latents import to_latents
 from ddt.training.meter import T_BINS
 
+EDGES = [k / T_BINS for k in range(T_BINS + 1)]  # of the bins of t
 COLOURS = 3  # principal components in a picture
-USUAL_SHARE = 5  # steps to a run of the encoder in a schedule to look at: the paper's ratio 0.80
+USUAL_SHARE = 5  # steps per run of the encoder where none is set: the paper's ratio 0.80
 
 
-# --- sampling, watched
+# --- sampling
 
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """What sampling passed through, float32 on the CPU.
+    """A sampling trajectory, float32 on the CPU.
 
-    times: T floats. x_t, v: (T, B, C, H, W), at the beginning of each step, v guided. latents: (B,
-    C, H, W), the end.
+    times: T floats. x_t, v: (T, B, C, H, W), at the start of each step, v guided. latents: (B, C,
+    H, W), the samples.
     """
 
     times: list[float]
@@ -53,16 +53,14 @@ class Trajectory:
 
 
 def walk(generator: Generator, images: ImageSet) -> Trajectory:
-    """Sample images as `sample.py` does, all in one batch, and keep the way there; raise UserError
-    where they are not finite.
-    """
+    """Sample images as `sample.py` does, in one batch; raise UserError for non-finite ones."""
     times: list[float] = []
     x: list[Tensor] = []
     velocities: list[Tensor] = []
 
-    def keep(step: int, t: float | Tensor, x_t: Tensor, v: Tensor) -> None:
+    def record(step: int, t: float | Tensor, x_t: Tensor, v: Tensor) -> None:
         if len(x) == step:  # the first call of this step
-            assert not isinstance(t, Tensor), "the solver walks a grid"
+            assert not isinstance(t, Tensor), "the solver has a grid"
             times.append(t)
             x.append(x_t.cpu())
             velocities.append(v.cpu())
@@ -72,7 +70,7 @@ def walk(generator: Generator, images: ImageSet) -> Trajectory:
         tqdm(total=generator.settings.num_steps, unit="step", desc="sampling", mininterval=1.0) as progress,
         generator.exact(),
     ):
-        latents, _ = dataclasses.replace(generator, observe=keep).latents(images.classes, images.seeds)
+        latents, _ = dataclasses.replace(generator, observe=record).latents(images.classes, images.seeds)
     require(bool(latents.isfinite().all()), "samples are not finite: try dtype=fp32 or a smaller cfg_scale")
     return Trajectory(times, torch.stack(x), torch.stack(velocities), latents.cpu())
 
@@ -84,9 +82,7 @@ def shown_steps(num_steps: int, columns: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Film:
-    """Pictures on the way, uint8. predicted: of the clean image, (K, B, H, W, C). noisy: x_t, the
-    same shape. samples: (B, H, W, C), what `sample.py` samples.
-    """
+    """uint8 images: predicted clean ones and x_t (K, B, H, W, C), and samples (B, H, W, C)."""
 
     predicted: np.ndarray
     noisy: np.ndarray
@@ -94,7 +90,7 @@ class Film:
 
 
 def decode_film(generator: Generator, path: Trajectory, steps: list[int]) -> Film:
-    """Decode what lies on the way at K steps, and its end."""
+    """Decode prediction and x_t at K steps, and the samples."""
 
     def pixels(latents: Tensor) -> np.ndarray:
         with generator.exact():
@@ -108,9 +104,7 @@ def decode_film(generator: Generator, path: Trajectory, steps: list[int]) -> Fil
 
 
 def distances(path: Trajectory) -> list[float]:
-    """Return, for each of the T steps, how far the prediction of the clean latent is from the
-    sample: rms over images and the latent's numbers.
-    """
+    """Return for each of the T steps the rms between predicted clean latents and samples."""
     steps = zip(path.v, path.x_t, path.times, strict=True)
     return [(clean(v, x_t, t) - path.latents).square().mean().sqrt().item() for v, x_t, t in steps]
 
@@ -119,10 +113,9 @@ def distances(path: Trajectory) -> list[float]:
 
 
 def principal_components(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean (D,), the first three principal components (3, D) and the variances (D,) along
-    all of them, the largest first, of vectors that come in batches (n, D); float64.
+    """Return mean (D,), three principal components (3, D) and all variances (D,), float64.
 
-    Signs are fixed: the entry of largest size in each component is positive.
+    batches: of vectors (n, D). Variances fall; the largest entry of each component is positive.
     """
     count, total, outer = 0, torch.zeros(()), torch.zeros(())
     for batch in batches:
@@ -137,12 +130,10 @@ def principal_components(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor, Ten
 
 @torch.no_grad()
 def z_colours(generator: Generator, path: Trajectory, y: list[int], steps: list[int]) -> tuple[np.ndarray, list[float]]:
-    """Return z at K steps as RGB pictures (K, B, h, w, 3) in [0, 1], and the share of all variance
-    that each of the three colours shows.
+    """Return z at K steps as RGB (K, B, h, w, 3) in [0, 1], and each colour's variance share.
 
-    z is what the encoder makes of x_t, t and class y (B,), whether sampling shared z or not.
-    Colours are its principal components over all T steps, images and tokens; two standard
-    deviations either way span a colour.
+    z is the encoder's at (x_t, t, y), whether sampling shared z or not. Colours are its principal
+    components over all T steps, images and tokens, each from −2 to 2 standard deviations.
     """
     model, device = generator.model, generator.device
     labels = torch.tensor(y, device=device)
@@ -164,11 +155,10 @@ def z_colours(generator: Generator, path: Trajectory, y: list[int], steps: list[
 
 @dataclasses.dataclass(frozen=True)
 class Similarity:
-    """How alike z is at two steps, and schedules over it.
+    """The similarity of z between steps, (T, T) of `fitting.z_similarity`, and schedules.
 
-    values: (T, T), `fitting.z_similarity`. schedules: the steps at which the encoder runs, by name.
-    chosen: those of the sampler, None where it shares nothing. warnings: in words, of a schedule
-    that is used.
+    schedules: steps at which the encoder runs, by name. chosen: the sampler's, None without
+    sharing. warnings: of the sampler's schedule file.
     """
 
     values: np.ndarray
@@ -176,19 +166,18 @@ class Similarity:
     chosen: list[int] | None
     warnings: list[str]
 
-    def kept(self, name: str) -> float:
-        """Return the mean similarity, over all steps, of z with the z that a schedule uses in its
-        place.
-        """
+    def to_z_in_use(self, name: str) -> float:
+        """Return the mean similarity over all steps of z and the z that a schedule uses instead."""
         steps = self.schedules[name]
         ends = [*steps[1:], len(self.values)]
         return float(np.mean([self.values[a, s] for a, b in zip(steps, ends, strict=True) for s in range(a, b)]))
 
 
 def measure_similarity(generator: Generator, ema_sha256: str) -> Similarity:
-    """Compare z at all steps of the templates' sampling at full cost, and lay schedules over it:
-    the sampler's own, the uniform one and the fitted one of as many runs of the encoder. Where
-    nothing is shared, these have a fifth of the steps.
+    """Return the similarity of z in the templates' unshared sampling, and schedules over it.
+
+    These are the sampler's, and a uniform and a fitted one of as many encoder runs; of a fifth of
+    the steps where the sampler shares nothing.
     """
     model, shape, settings, device = generator.model, generator.shape, generator.settings, generator.device
     steps, recompute = settings.num_steps, settings.parsed_recompute
@@ -201,7 +190,7 @@ def measure_similarity(generator: Generator, ema_sha256: str) -> Similarity:
         chosen = resolved.recompute
         budget = math.ceil(steps / USUAL_SHARE) if chosen is None else len(chosen)
     with generator.autocast():
-        content = fit_schedule(model, shape, settings, budget, device)  # of sampling that shares nothing
+        content = fit_schedule(model, shape, settings, budget, device)  # of unshared sampling
     if recompute.kind == "dp":
         chosen = content["recompute_steps"]
     every = math.ceil(steps / budget)
@@ -215,11 +204,10 @@ def measure_similarity(generator: Generator, ema_sha256: str) -> Similarity:
 
 
 def find_images(stored: dict[str, Any], root: str, autoencoder: Autoencoder) -> Images:
-    """Return the held-out images of a checkpoint's run, from `root` or, where that is "checkpoint",
-    from where they lay.
+    """Return the held-out images of a checkpoint's run. root: "checkpoint", or their folder now.
 
-    Raises UserError where the checkpoint names no data, where they are not there, are others than
-    in training or latents of another autoencoder, or none was held out.
+    Raises UserError without data in the checkpoint or on disk, for data of another fingerprint or
+    autoencoder, and where no image was held out.
     """
     run = stored.get("run")
     if run is None:
@@ -242,35 +230,20 @@ def find_images(stored: dict[str, Any], root: str, autoencoder: Autoencoder) -> 
     return test
 
 
-@dataclasses.dataclass(frozen=True)
-class Losses:
-    """Flow-matching losses by time. edges: of the bins of t, ten and one. errors: (n, 10), of each
-    image in each bin.
-    """
-
-    edges: list[float]
-    errors: np.ndarray
-
-    @property
-    def mean(self) -> np.ndarray:
-        """The loss in each bin, (10,)."""
-        return self.errors.mean(axis=0)
-
-    @property
-    def standard_error(self) -> np.ndarray:
-        """The standard error of the loss over images, (10,); 0 of a single image."""
-        count = len(self.errors)
-        return self.errors.std(axis=0, ddof=1) / math.sqrt(count) if count > 1 else np.zeros(self.errors.shape[1])
+def standard_error(errors: np.ndarray) -> np.ndarray:
+    """Return the standard error of the mean over images, (10,) of (n, 10); 0 of a single image."""
+    count = len(errors)
+    return errors.std(axis=0, ddof=1) / math.sqrt(count) if count > 1 else np.zeros(errors.shape[1])
 
 
 @torch.no_grad()
-def loss_by_t(generator: Generator, images: Images, accelerator: Accelerator, count: int, batch_size: int) -> Losses:
-    """Return the flow-matching loss of up to `count` images, evenly spread over all, in ten bins of
-    t.
+def loss_by_t(
+    generator: Generator, images: Images, accelerator: Accelerator, count: int, batch_size: int
+) -> np.ndarray:
+    """Return the losses (n, 10) in ten bins of t of n ≤ `count` images, evenly spread over all.
 
-    Training's own loss (`objective.FlowMatching`), labels kept, at fixed draws: the noise of an
-    image is that of the validation loss and the same in all bins; its time within them follows a
-    golden-ratio sequence over the images.
+    `objective.FlowMatching` without label dropout. An image's noise is that of the validation loss
+    and the same in all bins; its time within a bin follows a golden-ratio sequence.
     """
     objective = FlowMatching(generator.model, time_distribution="uniform", label_dropout=0.0)
     chosen = spread(len(images.labels), count)
@@ -289,4 +262,4 @@ def loss_by_t(generator: Generator, images: Images, accelerator: Accelerator, co
                 with generator.autocast():
                     errors[rows, k] = objective(**batch)["errors"].cpu().numpy()
             progress.update(len(chosen[rows]))
-    return Losses([k / T_BINS for k in range(T_BINS + 1)], errors)
+    return errors

@@ -1,4 +1,4 @@
-"""Pictures of what is found inside a model."""
+"""The figures of a look inside a model."""
 
 from pathlib import Path
 from typing import Any
@@ -6,32 +6,29 @@ from typing import Any
 import numpy as np
 
 from ddt.pictures import pyplot, save_figure
-from scripts.studies.inside.measure import Film, Losses, Similarity
+from scripts.studies.inside.measure import EDGES, Film, Similarity, standard_error
 from scripts.studies.study import draw_similarity
 
-CELL = 0.85  # inches a side of a small picture
+CELL = 0.85  # side of a small image, inches
 
 
-def draw_similarities(found: Similarity, path: Path) -> None:
-    """Write a panel for each schedule: the similarity of z between all steps, the segments that
-    share one, and at their corners the steps at which the encoder runs.
-    """
-    figure, panels = pyplot().subplots(
-        ncols=len(found.schedules), figsize=(4.6 * len(found.schedules), 4.4), squeeze=False
-    )
-    for axes, (name, steps) in zip(panels[0], found.schedules.items(), strict=True):
-        image = draw_similarity(axes, found.values, steps)
+def draw_similarities(z: Similarity, path: Path) -> None:
+    """Write a panel per schedule: z's similarity, segments that share z, the encoder's steps."""
+    count = len(z.schedules)
+    figure, panels = pyplot().subplots(ncols=count, figsize=(4.6 * count, 4.4), squeeze=False)
+    for axes, (name, steps) in zip(panels[0], z.schedules.items(), strict=True):
+        image = draw_similarity(axes, z.values, steps)
         axes.plot(np.array(steps) + 0.5, np.array(steps) + 0.5, ".", color="red", markersize=4)
-        chosen = " (chosen)" if steps == found.chosen else ""
-        axes.set_title(f"{name}{chosen}: mean similarity of z to the z in use {found.kept(name):.4f}", fontsize="small")
+        chosen = " (chosen)" if steps == z.chosen else ""
+        axes.set_title(
+            f"{name}{chosen}: mean similarity of z to the z in use {z.to_z_in_use(name):.4f}", fontsize="small"
+        )
     figure.colorbar(image, ax=panels, label="cosine similarity of z")
     save_figure(figure, path)
 
 
 def draw_grid(pictures: np.ndarray, titles: list[str], names: list[str], title: str, path: Path) -> None:
-    """Write small pictures (rows, columns, H, W, 1 or 3), uint8 or colours in [0, 1], under a title
-    a column and beside a name a row.
-    """
+    """Write images (rows, columns, H, W, 1 or 3), with titles of columns and names of rows."""
     rows, columns = pictures.shape[:2]
     figure, panels = pyplot().subplots(rows, columns, figsize=(CELL * columns + 0.8, CELL * rows + 0.7), squeeze=False)
     for row, name in enumerate(names):
@@ -50,38 +47,34 @@ def draw_grid(pictures: np.ndarray, titles: list[str], names: list[str], title: 
 
 
 def at(times: list[float]) -> list[str]:
-    """Return the titles of columns that show some times."""
+    """Return the titles of columns of some times."""
     return [f"t = {t:.2f}" for t in times]
 
 
 def draw_components(colours: np.ndarray, times: list[float], names: list[str], shares: list[float], path: Path) -> None:
-    """Write z at K times as pictures, from colours (K, B, h, w, 3): an image a row, a time a
-    column.
-    """
-    words = ", ".join(f"{share:.0%}" for share in shares)
-    title = f"z: first three principal components as red, green, blue ({words} of the variance)"
+    """Write z at K times, colours (K, B, h, w, 3): an image a row, a time a column."""
+    variances = ", ".join(f"{share:.0%}" for share in shares)
+    title = f"z: first three principal components as red, green, blue ({variances} of the variance)"
     draw_grid(colours.swapaxes(0, 1), at(times), names, title, path)
 
 
 def draw_film(film: Film, times: list[float], names: list[str], path: Path) -> None:
-    """Write two rows an image: the clean image as it is predicted at each time, x_t, and at the end
-    of both the sample.
-    """
+    """Write two rows per image: predicted clean image and x_t by time, then the sample."""
     ends = film.samples[:, None]  # (B, 1, H, W, C)
     strips = [np.concatenate([part.swapaxes(0, 1), ends], axis=1) for part in (film.predicted, film.noisy)]
     pictures = np.stack(strips, axis=1).reshape(-1, *strips[0].shape[1:])  # image by image, prediction above x_t
-    words = [name for each in names for name in (f"{each}\npredicted", "x_t")]
-    draw_grid(pictures, [*at(times), "sample"], words, "the clean image as predicted on the way, and x_t", path)
+    rows = [name for each in names for name in (f"{each}\npredicted", "x_t")]
+    draw_grid(pictures, [*at(times), "sample"], rows, "the predicted clean image, and x_t", path)
 
 
-def draw_losses(found: Losses, path: Path) -> None:
-    """Write the loss in each bin of t, with its standard error over images."""
-    edges = np.array(found.edges)
+def draw_losses(errors: np.ndarray, path: Path) -> None:
+    """Write the mean of the losses (n, 10) by bin of t, with its standard error over images."""
+    edges = np.array(EDGES)
     figure, axes = pyplot().subplots(figsize=(5.6, 3.8))
-    axes.errorbar((edges[1:] + edges[:-1]) / 2, found.mean, found.standard_error, np.diff(edges) / 2, fmt="o",
+    axes.errorbar((edges[1:] + edges[:-1]) / 2, errors.mean(0), standard_error(errors), np.diff(edges) / 2, fmt="o",
                   markersize=4, capsize=3)  # fmt: skip
     axes.set(xlabel="t (0 is noise, 1 is data)", ylabel="flow-matching loss", xlim=(0, 1), ylim=(0, None),
-             title=f"{len(found.errors)} held-out images, EMA weights")  # fmt: skip
+             title=f"{len(errors)} held-out images, EMA weights")  # fmt: skip
     save_figure(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""Look inside a model: settings, what is measured, and the files that are written."""
+"""Look inside a model: settings, measurements, files."""
 
 import dataclasses
 import functools
@@ -11,36 +11,36 @@ from typing import Any
 from ddt.checkpoint import folder as ckpt
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, collect_errors, first_line, require
-from ddt.files import check_writable, write_json
+from ddt.files import check_writable
 from ddt.generation.generator import Dtype
 from ddt.generation.image_set import ImageSet, Numbers, image_set
 from ddt.generation.load import checkpoint_receipt, load_generator, stored_autoencoder
 from ddt.generation.settings import SamplerOverrides
 from ddt.model import network_class
 from ddt.pictures import readable
-from ddt.receipts import circumstances, command_line
 from ddt.sampling.settings import SamplerSettings
 from scripts.studies.inside import report
 from scripts.studies.inside.measure import (
+    EDGES,
     decode_film,
     distances,
     find_images,
     loss_by_t,
     measure_similarity,
     shown_steps,
+    standard_error,
     walk,
     z_colours,
 )
+from scripts.studies.study import at_least_one, write_numbers
 
 log = logging.getLogger(__name__)
-MOST_IMAGES = 16  # in a picture that a person looks at
+MAX_IMAGES = 16  # of a figure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InsideSettings(SamplerOverrides):
-    """See conf/study/inside.yaml. Raises UserError for values that cannot be, and for a folder
-    whose content would be written over.
-    """
+    """See conf/study/inside.yaml. Raises UserError for wrong values and a folder with files."""
 
     ckpt: str
     out: str
@@ -54,8 +54,7 @@ class InsideSettings(SamplerOverrides):
     dtype: Dtype | None
 
     def __post_init__(self) -> None:
-        for key in ("columns", "loss_images", "batch_size"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        at_least_one(self, "columns", "loss_images", "batch_size")
         out = Path(self.out)
         require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
         require(
@@ -65,7 +64,7 @@ class InsideSettings(SamplerOverrides):
         check_writable(out)
 
     def sampler_and_images(self, stored: dict[str, Any]) -> tuple[SamplerSettings, ImageSet]:
-        """Return sampler and images, as sample.py understands the same settings."""
+        """Return sampler and images, as sample.py does of the same settings."""
         network = stored["network"]
         sampler, images = collect_errors(
             lambda: self.resolve(stored["sampler"], network_class(network).shares_encoder),
@@ -76,15 +75,15 @@ class InsideSettings(SamplerOverrides):
             "sampler=adaptive: chooses its own steps, at another t for each image; choose another sampler",
         )
         require(
-            len(images.seeds) <= MOST_IMAGES,
-            f"classes, seeds: make {len(images.seeds)} images; name at most {MOST_IMAGES}, as in classes=[3,7] "
+            len(images.seeds) <= MAX_IMAGES,
+            f"classes, seeds: make {len(images.seeds)} images; name at most {MAX_IMAGES}, as in classes=[3,7] "
             "seeds=0-3",
         )
         return sampler, images
 
 
 def look_inside(settings: InsideSettings) -> None:
-    """Check, find the data, measure, and write the pictures and inside.json."""
+    """Measure, and write the figures and inside.json; what the checkpoint lacks is left out."""
     folder = ckpt.find_checkpoint(settings.ckpt)
     stored = ckpt.read_config(folder)
     sampler, images = settings.sampler_and_images(stored)
@@ -105,52 +104,51 @@ def look_inside(settings: InsideSettings) -> None:
     for name, reason in left_out.items():
         log.warning("%s.png is left out: %s", name, reason)
 
-    pictures: dict[str, Callable[[Path], None]] = {}  # by name
-    found: dict[str, Any] = {}
+    figures: dict[str, Callable[[Path], None]] = {}  # by name
+    results: dict[str, Any] = {}
     if model.shares_encoder:
-        alike = measure_similarity(generator, ckpt.weights_sha256(folder, "ema"))
-        for warning in alike.warnings:
+        z = measure_similarity(generator, ckpt.weights_sha256(folder, "ema"))
+        for warning in z.warnings:
             log.warning("%s", warning)
-        found["similarity"] = {
-            "schedules": alike.schedules,
-            "chosen": alike.chosen,
-            "similarity_to_z_in_use": {name: alike.kept(name) for name in alike.schedules},
-            "similarity": report.numbers(alike.values),
+        results["similarity"] = {
+            "schedules": z.schedules,
+            "chosen": z.chosen,
+            "similarity_to_z_in_use": {name: z.to_z_in_use(name) for name in z.schedules},
+            "similarity": report.numbers(z.values),
         }
-        pictures["similarity"] = functools.partial(report.draw_similarities, alike)
-        resolved = dataclasses.replace(sampler, recompute=alike.chosen)
-        generator = dataclasses.replace(generator, settings=resolved)
+        figures["similarity"] = functools.partial(report.draw_similarities, z)
+        generator = dataclasses.replace(generator, settings=dataclasses.replace(sampler, recompute=z.chosen))
     path = walk(generator, images)
     steps = shown_steps(len(path.times), settings.columns)
     times = [path.times[step] for step in steps]
     class_names = readable(stored["class_names"])
     names = [class_names[label] for label in images.classes]
     film = decode_film(generator, path, steps)
-    found["denoising"] = {
+    results["denoising"] = {
         "steps": steps,
         "times": times,
         "rms_to_sample": report.numbers(distances(path)),
         "samples_sha256": hashlib.sha256(film.samples.tobytes()).hexdigest(),
     }
-    pictures["denoising"] = functools.partial(report.draw_film, film, times, names)
+    figures["denoising"] = functools.partial(report.draw_film, film, times, names)
     if model.shares_encoder:
         colours, shares = z_colours(generator, path, images.classes, steps)
-        found["z_pca"] = {"steps": steps, "times": times, "variance_shown": report.numbers(shares)}
-        pictures["z_pca"] = functools.partial(report.draw_components, colours, times, names, shares)
+        results["z_pca"] = {"steps": steps, "times": times, "variance_shown": report.numbers(shares)}
+        figures["z_pca"] = functools.partial(report.draw_components, colours, times, names, shares)
     if data is not None:
-        losses = loss_by_t(generator, data, accelerator, settings.loss_images, settings.batch_size)
-        found["loss_by_t"] = {
-            "images": len(losses.errors),
-            "edges": losses.edges,
-            "mean": report.numbers(losses.mean),
-            "standard_error": report.numbers(losses.standard_error),
+        errors = loss_by_t(generator, data, accelerator, settings.loss_images, settings.batch_size)
+        results["loss_by_t"] = {
+            "images": len(errors),
+            "edges": EDGES,
+            "mean": report.numbers(errors.mean(0)),
+            "standard_error": report.numbers(standard_error(errors)),
         }
-        pictures["loss_by_t"] = functools.partial(report.draw_losses, losses)
+        figures["loss_by_t"] = functools.partial(report.draw_losses, errors)
 
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        picture(out / f"{name}.png")
+    for name, draw in figures.items():
+        draw(out / f"{name}.png")
         log.info("%s", out / f"{name}.png")
     request = {
         "checkpoint": checkpoint_receipt(folder, "ema", generator),
@@ -160,5 +158,4 @@ def look_inside(settings: InsideSettings) -> None:
         "classes": images.classes,
         "seeds": images.seeds,
     }
-    origin = {"command": command_line(), **circumstances(accelerator.device)}
-    write_json(out / "inside.json", {"request": request, "left_out": left_out, **found, **origin})
+    write_numbers(out / "inside.json", {"request": request, "left_out": left_out, **results}, accelerator.device)

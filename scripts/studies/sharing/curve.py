@@ -1,30 +1,27 @@
-"""Quality against speed of shared sampling: every rule at every budget, on the same noise as the
-run without sharing.
+"""Quality against speed of encoder sharing: every rule at every budget, on one noise a repeat.
 
-A rule is a kind of schedule with an order of forecasts of z, a budget the number of encoder runs.
-Shapes: n images of a point, B batch, C H W latent.
+A rule is a kind of schedule with a forecast order of z, a budget the number of encoder runs.
+Shapes: B batch, C H W latent (pixels: H W C).
 """
 
 import dataclasses
+import functools
 import json
-import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from ddt.checkpoint import folder as ckpt
 from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, require
-from ddt.files import lock_folder, write_json
+from ddt.files import atomic_file, write_json
 from ddt.generation.generator import Dtype, Generator, default_dtype
 from ddt.generation.image_set import ImageSet, image_set
 from ddt.generation.load import load_generator, stored_autoencoder
@@ -33,24 +30,31 @@ from ddt.metrics.comparability import title
 from ddt.metrics.features import Extractor, FeatureSettings, check_features, to_device
 from ddt.metrics.frechet import Moments
 from ddt.metrics.scores import Prepared, prepare
-from ddt.receipts import circumstances, command_line
+from ddt.receipts import circumstances
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.fitting import fit_schedule
 from ddt.sampling.schedules import optimal_schedule, uniform_schedule
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.tracking import read_rows
 from scripts.studies.sharing.report import UNSHARED, draw, summarise, table
-from scripts.studies.study import BUSY, load_comparison, resume_study, unshared_sampler
+from scripts.studies.study import (
+    at_least_one,
+    is_complete,
+    load_comparison,
+    resume_study,
+    unshared_sampler,
+    working_folder,
+    write_report,
+)  # fmt: skip
 
-log = logging.getLogger(__name__)
 RESULT = "sharing_curve"
-KEPT = ".unshared"  # folder of the images that the others are compared with
-Schedules = dict[str, dict[str, list[int]]]  # kind → budget → steps at which the encoder runs, as JSON holds them
+WORK = ".unshared"  # folder of the images that the others are compared with
+Schedules = dict[str, dict[str, list[int]]]  # kind → budget, as text → steps at which the encoder runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharingSettings(SamplerOverrides):
-    """See conf/study/sharing.yaml. Raises UserError for values that cannot be."""
+    """See conf/study/sharing.yaml. Raises UserError for wrong values."""
 
     ckpt: str
     reference: str
@@ -68,8 +72,7 @@ class SharingSettings(SamplerOverrides):
     cache_gib: float
 
     def __post_init__(self) -> None:
-        for key in ("repeats", "batch_size", "templates"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        at_least_one(self, "repeats", "batch_size", "templates")
         require(self.num_samples >= 2, f"num_samples={self.num_samples}: statistics need at least 2")
         require(self.cache_gib >= 0, f"cache_gib={self.cache_gib}: must be at least 0 (0 keeps no modulations)")
         for rule in self.rules:
@@ -86,7 +89,7 @@ class SharingSettings(SamplerOverrides):
         return {parse_rule(rule)[0] for rule in self.rules}
 
     def check_budgets(self, num_steps: int) -> None:
-        """Raise UserError for a budget that a sampler of num_steps steps cannot spend."""
+        """Raise UserError for a budget that is impossible in num_steps steps."""
         for budget in self.budgets:
             require(1 <= budget <= num_steps, f"budgets={budget}: must lie in 1..num_steps={num_steps}")
             runs = len(uniform_for(num_steps, budget))
@@ -107,7 +110,7 @@ class SharingSettings(SamplerOverrides):
 
 
 def parse_rule(rule: str) -> tuple[str, int]:
-    """Return the kind of schedule and the forecast order that "uniform", "dp+1", … mean."""
+    """Return the kind of schedule and the forecast order of "uniform", "dp+1", …"""
     match = re.fullmatch(r"(uniform|dp)(?:\+([12]))?", rule)
     if match is None:
         raise UserError(f"rules={rule}: give uniform or dp, with +1 or +2 where z is forecast, as in dp+1")
@@ -115,14 +118,12 @@ def parse_rule(rule: str) -> tuple[str, int]:
 
 
 def uniform_for(num_steps: int, budget: int) -> list[int]:
-    """Return the uniform schedule of the most steps, at most `budget`."""
+    """Return the uniform schedule of the most encoder runs, at most `budget`."""
     return uniform_schedule(num_steps, -(-num_steps // budget))
 
 
 def make_schedules(generator: Generator, settings: SharingSettings) -> Schedules:
-    """Return for each kind of schedule and each budget the steps at which the encoder runs; dp is
-    fitted here.
-    """
+    """Return the schedules by kind and budget; dp is fitted to the generator here."""
     steps, schedules = generator.settings.num_steps, Schedules()
     if "dp" in settings.kinds:
         with generator.autocast():
@@ -139,9 +140,7 @@ def make_schedules(generator: Generator, settings: SharingSettings) -> Schedules
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One set to be sampled: a rule at a budget (`UNSHARED` at num_steps), with the noise of one
-    repeat.
-    """
+    """A set to sample: a rule at a budget (`UNSHARED` at num_steps), with a repeat's noise."""
 
     rule: str
     budget: int
@@ -149,10 +148,10 @@ class Point:
 
 
 class Curve:
-    """The points of a curve, sampled one after the other and kept in `out/points.jsonl`.
+    """The points of a curve, sampled one after another and written to `out/points.jsonl`.
 
-    generator: of images, without sharing. extractor, prepared: features and reference of the
-    Fréchet distance. Repeat r samples num_samples images of seed r.
+    generator: without sharing. extractor, prepared: features and reference of the Fréchet distance.
+    Repeat r samples num_samples images of seed r.
     """
 
     def __init__(
@@ -165,7 +164,7 @@ class Curve:
         self.budgets = sorted(settings.budgets, reverse=True)
 
     def points(self) -> Iterator[Point]:
-        """Yield all points, repeat by repeat, each repeat's without sharing first."""
+        """Yield all points, by repeat, the one without sharing first."""
         for repeat in range(self.settings.repeats):
             yield Point(UNSHARED, self.generator.settings.num_steps, repeat)
             yield from (Point(rule, budget, repeat) for rule in self.settings.rules for budget in self.budgets)
@@ -179,123 +178,92 @@ class Curve:
         return dataclasses.replace(self.generator.settings, recompute=steps, forecast_order=order)
 
     def speed_by_macs(self, rule: str, budget: int) -> float:
-        """Return how many times fewer MACs a rule takes at a budget than no sharing."""
-        model, (_, height, width) = self.generator.model, self.generator.shape
-        unshared, own = (
-            sampling_macs(model, height, width, settings)
-            for settings in (self.generator.settings, self.sampler(rule, budget))
-        )
-        return unshared / own
+        """Return the MACs without sharing over those of a rule at a budget."""
+        macs = functools.partial(sampling_macs, self.generator.model, *self.generator.shape[1:])
+        return macs(self.generator.settings) / macs(self.sampler(rule, budget))
 
     def images(self, repeat: int) -> ImageSet:
-        """Return the images of a repeat: classes in turns, the noise of seed `repeat`."""
+        """Return classes and seeds of a repeat, of seed `repeat`."""
         return image_set(self.generator.model.num_classes, self.settings.num_samples, seed=repeat)
 
     def run(self) -> list[dict[str, Any]]:
-        """Sample the points that are missing and return the rows of all."""
+        """Sample the missing points and return the rows of all."""
         path = self.out / "points.jsonl"
-        rows = read_rows(path, key="rule") if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows))  # without a line that a kill cut short
-        temporary.replace(path)
-        found = {Point(row["rule"], row["budget"], row["repeat"]): row for row in rows}
+        stored = read_rows(path, key="rule") if path.exists() else []
+        with atomic_file(path, sync=False) as temporary:  # without a line that a kill cut short
+            temporary.write_text("".join(f"{json.dumps(row)}\n" for row in stored))
+        rows = {Point(row["rule"], row["budget"], row["repeat"]): row for row in stored}
         points = list(self.points())
-        left = [point for point in points if point not in found]
-        total, done = (number * self.settings.num_samples for number in (len(points), len(points) - len(left)))
+        left = [point for point in points if point not in rows]
+        total, done = (count * self.settings.num_samples for count in (len(points), len(points) - len(left)))
         bar = tqdm(total=total, initial=done, unit="img", desc="curve", mininterval=1.0)
         with path.open("a") as file, bar, self.generator.exact():
             if left:
                 self.warm_up()
             for point in left:
-                if point.rule != UNSHARED and not self.kept(point.repeat).is_file():
+                if point.rule != UNSHARED and not self.unshared(point.repeat, "latents").is_file():
                     self.measure(Point(UNSHARED, self.generator.settings.num_steps, point.repeat), None)
                 row = {**dataclasses.asdict(point), **self.measure(point, bar)}
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-                found[point] = row
-        return [found[point] for point in points]
+                rows[point] = row
+        return [rows[point] for point in points]
 
     def warm_up(self) -> None:
-        """Sample one batch in two steps: the first calls allocate and choose their kernels."""
+        """Sample one batch in two steps: first calls allocate and choose kernels."""
         images, size = self.images(0), self.settings.batch_size
         generator = dataclasses.replace(self.generator, settings=SamplerSettings(num_steps=2, last_step=None))
         latents, _ = generator.latents(images.classes[:size], images.seeds[:size])
         generator.pixels(latents, None, None)
 
-    def kept(self, repeat: int) -> Path:
-        """Return the file of the latents without sharing; their images lie beside it."""
-        return self.out / KEPT / f"latents_{repeat}.npy"
+    def unshared(self, repeat: int, name: str) -> Path:
+        """Return the file of a repeat's "pixels" or "latents" without sharing."""
+        return self.out / WORK / f"{name}_{repeat}.npy"
 
     def measure(self, point: Point, bar: tqdm | None) -> dict[str, Any]:
-        """Sample the images of a point; return its measurements. Those without sharing are kept, as
-        `kept` says.
-        """
+        """Sample the images of a point and return its measurements; write those without sharing."""
         images, count, size = self.images(point.repeat), self.settings.num_samples, self.settings.batch_size
         generator = dataclasses.replace(self.generator, settings=self.sampler(point.rule, point.budget))
-        comparison = Comparison(self.kept(point.repeat), count, new=point.rule == UNSHARED)
+        new = point.rule == UNSHARED
+        files = {name: self.unshared(point.repeat, name) for name in ("pixels", "latents")}
+        arrays, squares, sizes = {}, dict.fromkeys(files, 0.0), dict.fromkeys(files, 0)
         space = next(iter(self.extractor.distances.values()))
         moments, seconds = Moments(self.extractor.spaces[space], self.generator.device), 0.0
         for start in range(0, count, size):
             chosen = slice(start, min(start + size, count))
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             latents, _ = generator.latents(images.classes[chosen], images.seeds[chosen])
-            pixels = generator.pixels(latents, None, None)  # on the CPU, so all work is done
-            seconds += time.perf_counter() - began
-            comparison.add(chosen, latents.cpu().numpy(), pixels)
+            pixels = generator.pixels(latents, None, None)  # on the CPU: a device sync
+            seconds += time.perf_counter() - start_time
+            for name, values in {"pixels": pixels, "latents": latents.cpu().numpy()}.items():
+                if new and start == 0:
+                    temporary, shape = files[name].with_suffix(".tmp"), (count, *values.shape[1:])
+                    arrays[name] = np.lib.format.open_memmap(temporary, "w+", values.dtype, shape)
+                elif start == 0:
+                    arrays[name] = np.load(files[name], mmap_mode="r")
+                if new:
+                    arrays[name][chosen] = values
+                difference = values.astype(np.float64) - arrays[name][chosen]
+                squares[name] += float((difference**2).sum())
+                sizes[name] += difference.size
             for part in np.split(pixels, range(self.extractor.batch_size, len(pixels), self.extractor.batch_size)):
                 moments.add(self.extractor(to_device(part, self.generator.device))[space])
             if bar is not None:
                 bar.update(len(pixels))
+        arrays.clear()  # flushes to disk
+        for file in files.values() if new else ():  # latents last, for they mark both as complete
+            file.with_suffix(".tmp").replace(file)
+        rms = {name: (squares[name] / sizes[name]) ** 0.5 for name in files}
         return {
             "frechet_distance": self.prepared.main_distance(moments),
-            **comparison.finish(),
+            "pixels_rms": rms["pixels"] / 255,
+            "latents_rms": rms["latents"],
             "images_per_second": count / seconds,
         }
 
 
-class Comparison:
-    """Root mean square differences to the images without sharing, which the `new` one writes:
-    latents to `path`, pixels beside it.
-    """
-
-    def __init__(self, path: Path, count: int, new: bool) -> None:
-        self.count, self.new = count, new
-        self.files = {"latents": path, "pixels": path.with_name(path.name.replace("latents", "pixels"))}
-        self.arrays: dict[str, np.ndarray] = {}
-        self.squares = dict.fromkeys(self.files, 0.0)
-        self.values = dict.fromkeys(self.files, 0)
-
-    def add(self, chosen: slice, latents: np.ndarray, pixels: np.ndarray) -> None:
-        """Keep, or compare, the float32 latents (B, C, H, W) and uint8 pixels (B, H, W, C) of some
-        images.
-        """
-        for name, values in (("latents", latents), ("pixels", pixels)):
-            if name not in self.arrays:
-                file, shape = self.files[name], (self.count, *values.shape[1:])
-                self.arrays[name] = (
-                    np.lib.format.open_memmap(file.with_suffix(".tmp"), "w+", values.dtype, shape)
-                    if self.new
-                    else np.load(file, mmap_mode="r")
-                )
-            if self.new:
-                self.arrays[name][chosen] = values
-            difference = values.astype(np.float64) - self.arrays[name][chosen]
-            self.squares[name] += float((difference**2).sum())
-            self.values[name] += difference.size
-
-    def finish(self) -> dict[str, float]:
-        """Return the differences over all values: of pixels in [0, 1], and of latents."""
-        self.arrays.clear()  # what is new goes to disk
-        for name in ("pixels", "latents") if self.new else ():
-            self.files[name].with_suffix(".tmp").replace(self.files[name])
-        rms = {name: (self.squares[name] / self.values[name]) ** 0.5 for name in self.files}
-        return {"pixels_rms": rms["pixels"] / 255, "latents_rms": rms["latents"]}
-
-
 def measure(settings: SharingSettings, data: Choice | None) -> None:
-    """Check what can be without weights, fit the schedules, sample the points, and write table,
-    picture and, last, the JSON file of a complete curve. data: the data set that the reference is.
-    """
+    """Fit the schedules, sample the points and write the report. data: the reference's data set."""
     folder, stored, sampler = unshared_sampler(settings, settings.ckpt)
     settings.check_budgets(sampler.num_steps)
     accelerator, out = make_accelerator("no"), Path(settings.out)
@@ -308,17 +276,15 @@ def measure(settings: SharingSettings, data: Choice | None) -> None:
         "dtype": dtype,
         "device": circumstances(device)["device"],
     }
-    plan = resume_study(out, request, "curve", KEPT)
-    if (out / f"{RESULT}.json").exists():
-        log.info("%s: complete, nothing to do", out / f"{RESULT}.json")
+    plan = resume_study(out, request, "plan.json", "curve", WORK)
+    if is_complete(out / f"{RESULT}.json"):
         return
-    autoencoder, features = stored_autoencoder(stored, settings.autoencoder), settings.features
-    assert features is not None
+    autoencoder = stored_autoencoder(stored, settings.autoencoder)
     reference, extractor = load_comparison(
-        settings.reference, data, features, autoencoder, stored["latent_shape"], device
+        settings.reference, data, settings.features, autoencoder, stored["latent_shape"], device
     )
     generator = load_generator(folder, sampler, autoencoder, device, dtype=dtype, cache_gib=settings.cache_gib)
-    with lock_folder(out / KEPT, f"out={out}: {BUSY}"):
+    with working_folder(out, WORK):
         if plan is None:
             plan = {"request": request, "schedules": make_schedules(generator, settings)}
             write_json(out / "plan.json", plan)
@@ -326,10 +292,7 @@ def measure(settings: SharingSettings, data: Choice | None) -> None:
         curve = Curve(settings, generator, plan["schedules"], extractor, prepared)
         rows = curve.run()
         summary, distance = summarise(rows, curve.speed_by_macs), title(next(iter(extractor.distances)))
-        (out / f"{RESULT}.md").write_text(table(summary, distance) + "\n")
-        draw(summary, distance, out / f"{RESULT}.png")
-        about = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "load_after": os.getloadavg()[0]}
-        origin = {"command": command_line(), **circumstances(device), **about}
-        write_json(out / f"{RESULT}.json", {**plan, "summary": summary, "points": rows, **origin})
-        log.info("%s\n%s", table(summary, distance), out / f"{RESULT}.png")
-        shutil.rmtree(out / KEPT)
+        write_report(
+            out / RESULT, {**plan, "summary": summary, "points": rows}, table(summary, distance),
+            functools.partial(draw, summary, distance), device, load_after=os.getloadavg()[0],
+        )  # fmt: skip

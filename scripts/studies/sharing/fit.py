@@ -1,8 +1,6 @@
-"""Fit a recompute schedule to a checkpoint and its sampler, for `sample.py
-recompute=schedule.json`.
+"""Fit a schedule to a checkpoint and its sampler, for `sample.py recompute=schedule.json`.
 
-python -m scripts.studies.sharing.fit ckpt=RUN_OR_CHECKPOINT budget=10 out=schedule.json
-[templates=8] [num_steps=…]
+python -m scripts.studies.sharing.fit ckpt=RUN_OR_CHECKPOINT budget=10 out=FILE.json [num_steps=…]
 """
 
 import dataclasses
@@ -22,16 +20,14 @@ from ddt.pictures import pyplot, save_figure
 from ddt.receipts import circumstances
 from ddt.sampling.fitting import fit_schedule
 from ddt.sampling.schedules import write_schedule
-from scripts.studies.study import draw_similarity, unshared_sampler
+from scripts.studies.study import at_least_one, draw_similarity, unshared_sampler
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitSettings(SamplerOverrides):
-    """See conf/study/sharing_fit.yaml. Raises UserError for values that cannot be, and files that
-    would be written over.
-    """
+    """See conf/study/sharing_fit.yaml. Raises UserError for wrong values and existing files."""
 
     ckpt: str
     budget: int
@@ -41,8 +37,7 @@ class FitSettings(SamplerOverrides):
     dtype: Dtype | None
 
     def __post_init__(self) -> None:
-        for key in ("budget", "templates", "batch_size"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        at_least_one(self, "budget", "templates", "batch_size")
         out = Path(self.out)
         require(out.suffix == ".json", f"out={out}: give a .json file")
         for path in (out, out.with_suffix(".png")):
@@ -51,7 +46,7 @@ class FitSettings(SamplerOverrides):
 
 @command("sharing_fit", settings=f"{__name__}.FitSettings", folder=CONF / "study")
 def main(settings: FitSettings) -> None:
-    """Fit the schedule, and write it with a picture of the similarities."""
+    """Fit the schedule, and write it with a figure of the similarities."""
     folder, stored, sampler = unshared_sampler(settings, settings.ckpt)
     num_steps, out = sampler.num_steps, Path(settings.out)
     require(settings.budget <= num_steps, f"budget={settings.budget}: must lie in 1..num_steps={num_steps}")

@@ -1,25 +1,19 @@
-"""What comes out of a sharing curve: means and deviations over its repeats, their table and their
-picture.
-"""
+"""The report of a sharing curve: means and deviations over the repeats, their table and figure."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ddt.pictures import pyplot, save_figure
 from ddt.tables import markdown_table
-from scripts.studies.study import mean_sd, spread
+from scripts.studies.study import Row, mean_sd, spread
 
 UNSHARED = "unshared"
-Row = dict[str, Any]
 
 
 def summarise(rows: list[Row], speed_by_macs: Callable[[str, int], float]) -> list[Row]:
-    """Return for each rule and budget what was measured, against the unshared images of the same
-    repeat.
-    """
+    """Return means by rule and budget, against the unshared images of the same repeat."""
     base = {row["repeat"]: row for row in rows if row["rule"] == UNSHARED}
     summary = []
     for rule, budget in dict.fromkeys((row["rule"], row["budget"]) for row in rows):
@@ -46,8 +40,8 @@ def table(summary: list[Row], distance: str) -> str:
              "rms, latents")  # fmt: skip
     lines = []
     for row in summary:
-        differences = [mean_sd(row["frechet_distance_added"], 3, "+")]
-        differences += [mean_sd(row[key], 4) for key in ("pixels_rms", "latents_rms")]
+        differences = [mean_sd(row["frechet_distance_added"], 3, "+"), mean_sd(row["pixels_rms"], 4),
+                       mean_sd(row["latents_rms"], 4)]  # fmt: skip
         lines.append(
             [
                 row["rule"], str(row["encoder_runs"]), f"{row['speed_by_macs']:.2f}",
@@ -59,11 +53,10 @@ def table(summary: list[Row], distance: str) -> str:
 
 
 def draw(summary: list[Row], distance: str, path: Path) -> None:
-    """Write a picture of two panels: Fréchet distance and rms difference of the pixels against the
-    speed by MACs.
+    """Write a figure: Fréchet distance and rms difference of the pixels against the speed by MACs.
 
     The bars of the distance are the deviation of its difference to the unshared images of the same
-    noise: that of the distance itself, the grey band, is common to all rules.
+    noise; that of the distance itself, the grey band, is common to all rules.
     """
     figure, panels = pyplot().subplots(ncols=2, figsize=(11, 4.4))
     unshared, *rows = summary
@@ -77,11 +70,9 @@ def draw(summary: list[Row], distance: str, path: Path) -> None:
         for axes, (key, bars) in zip(panels, keys, strict=True):
             means = np.array([row[key]["mean"] for row in own])
             deviations = np.array([row[bars]["sd"] or 0 for row in own])
-            shown = means > 0  # at num_steps runs nothing is shared, and 0 has no place on a logarithmic scale
-            axes.errorbar(
-                speed[shown], means[shown], deviations[shown], color=f"C{number}", label=rule, marker="o",
-                markersize=4, capsize=3,
-            )  # fmt: skip
+            shown = means > 0  # 0, at num_steps runs, has no place on a logarithmic scale
+            style = {"color": f"C{number}", "label": rule, "marker": "o", "markersize": 4, "capsize": 3}
+            axes.errorbar(speed[shown], means[shown], deviations[shown], **style)
     panels[0].set(ylabel=f"{distance}\nbars: of the difference to no sharing")
     panels[1].set(ylabel="rms difference of the pixels (in [0, 1])", yscale="log")
     for axes in panels:

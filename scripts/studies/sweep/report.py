@@ -1,5 +1,5 @@
-"""What comes out of a sweep: the means of each setting over its seeds, tables, and a curve beside
-the published ones.
+"""The report of a sweep: means of each setting over its seeds, tables, and a curve beside the
+published ones.
 """
 
 import csv
@@ -15,15 +15,13 @@ import torch
 
 from ddt.config import did_you_mean
 from ddt.errors import require
-from ddt.files import check_writable, write_json
+from ddt.files import check_writable
 from ddt.pictures import pyplot, save_figure
-from ddt.receipts import circumstances, command_line
 from ddt.tables import markdown_table
-from scripts.studies.study import Spread, mean_sd, spread
+from scripts.studies.study import Row, Spread, mean_sd, number, resume_study, spread, write_numbers
 from scripts.studies.sweep.runs import Run, default_metric, differing, find_runs
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 DEPTH = "model.encoder_depth"
 UNDIVIDED = "ddt.model.DiT"
 # Published (arXiv 2504.05741): FID-50K on ImageNet 256 after 400K steps without guidance.
@@ -38,7 +36,7 @@ HIGHER = ("inception_score", "precision", "recall", "class_accuracy")
 
 @dataclasses.dataclass(frozen=True)
 class SweepSettings:
-    """See conf/study/sweep.yaml. Raises UserError for values that cannot be."""
+    """See conf/study/sweep.yaml. Raises UserError for wrong values."""
 
     sweep: list[str] | str
     out: str
@@ -47,21 +45,12 @@ class SweepSettings:
 
     def __post_init__(self) -> None:
         require(self.x != "seed", "x=seed: the means are over seeds; give another setting, such as model.encoder_depth")
-        out, request = Path(self.out), self.request
-        require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
-        if out.exists() and any(out.iterdir()):
-            try:
-                same = json.loads((out / "report.json").read_text())["request"] == request
-            except (OSError, ValueError, KeyError, TypeError):
-                same = False
-            require(
-                same, f"out={out}: holds another report or other files and is not written over; choose another out="
-            )
-        check_writable(out)
+        resume_study(Path(self.out), self.request, "report.json", "report")
+        check_writable(Path(self.out))
 
     @property
     def request(self) -> Row:
-        """What makes two reports one."""
+        """The settings that the report depends on."""
         sweep = [self.sweep] if isinstance(self.sweep, str) else self.sweep
         return {"sweep": sweep, "metric": self.metric, "x": self.x}
 
@@ -70,18 +59,17 @@ class SweepSettings:
 class Setting:
     """The runs that differ in their seed alone.
 
-    settings: those that differ between runs, without the seed. x: the value along the curve, None
-    where there is none. values: the chosen metric by seed. means: of it and of others over these
-    seeds, empty where no run counts.
+    settings: those that differ between runs, without the seed. x: the value along the curve, or
+    None. values: the chosen metric by seed. means: of each metric over these seeds, empty without.
     """
 
-    settings: dict[str, Any]
+    settings: Row
     x: float | None
     values: dict[int, float]
     means: dict[str, Spread | None]
 
     def label(self, x: str) -> str:
-        """Return what sets it apart from the others on the curve of `x`, such as "DDT"."""
+        """Return how it differs from the others on the curve of `x`, such as "DDT"."""
         parts = []
         for key, value in self.settings.items():
             if key.endswith("._target_"):
@@ -92,34 +80,36 @@ class Setting:
 
 
 def better(metric: str) -> str | None:
-    """Return "lower" or "higher", whichever is the better of a metric; None where neither is."""
+    """Return whether the "lower" or "higher" value of a metric is better; None where neither is."""
     if metric.startswith(LOWER):
         return "lower"
     return "higher" if metric.startswith(HIGHER) else None
 
 
-def position(settings: dict[str, Any], x: str) -> float | None:
-    """Return where a run stands along the curve: its value of x, or the share of the encoder in all
-    blocks.
-    """
+def direction(metric: str, text: str) -> str:
+    """Return `text` with "lower" or "higher" filled in, "" for a metric that has no direction."""
+    return text.format(better(metric)) if better(metric) else ""
+
+
+def position(settings: Row, x: str) -> float | None:
+    """Return a run's value of x; of the encoder's depth its share of all blocks."""
     value = settings.get(x)
     return value / settings["model.depth"] if x == DEPTH and value is not None else value
 
 
 def group_by_setting(runs: list[Run], keys: list[str], metrics: list[str], x: str) -> list[Setting]:
-    """Return the settings of the runs, each with the means over the seeds of those that ended with
-    `metrics[0]`.
+    """Return the settings of the runs, with means over the seeds that ended with `metrics[0]`.
 
     keys: the settings that differ. A metric that one of the seeds lacks at its end has no mean.
-    Raises UserError for two runs of one setting and seed that would both count.
+    Raises UserError for two such runs of one setting and seed.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps([(key, run.settings[key]) for key in keys if key in run.settings]), []).append(run)
-    found = []
-    for own in groups.values():
+    result = []
+    for group in groups.values():
         seeds: dict[int, Run] = {}
-        for run in own:
+        for run in group:
             if run.missing(metrics[0]) is not None:
                 continue
             other = seeds.setdefault(run.settings["seed"], run)
@@ -131,15 +121,14 @@ def group_by_setting(runs: list[Run], keys: list[str], metrics: list[str], x: st
         for name in metrics if seeds else ():
             values = [value for run in seeds.values() if (value := run.final(name)) is not None]
             means[name] = spread(values) if len(values) == len(seeds) else None
-        settings = own[0].settings
-        chosen = {key: settings[key] for key in keys if key in settings}
+        settings = {key: group[0].settings[key] for key in keys if key in group[0].settings}
         finals = {seed: run.metrics[metrics[0]][1] for seed, run in sorted(seeds.items())}
-        found.append(Setting(chosen, position(settings, x), finals, means))
-    return found
+        result.append(Setting(settings, position(group[0].settings, x), finals, means))
+    return result
 
 
 def check_x(x: str, runs: list[Run], keys: list[str]) -> None:
-    """Raise UserError where the setting along the curve is none of the runs', or no number."""
+    """Raise UserError where no run has the setting x, or its values are no numbers."""
     choices = [key for key in keys if any(isinstance(run.settings.get(key), int | float) for run in runs)]
     values = [run.settings[x] for run in runs if run.settings.get(x) is not None]
     require(len(values) > 0, f"x={x}: no run has this setting{did_you_mean(x, choices)}")
@@ -148,13 +137,13 @@ def check_x(x: str, runs: list[Run], keys: list[str]) -> None:
 
 
 def order(run: Run, keys: list[str]) -> list[tuple[bool, float, str]]:
-    """Return what runs are sorted by: their settings, numbers by size, then the seed."""
+    """Return the sort key of a run: its settings, numbers by size, then the seed."""
     values = [run.settings.get(key) for key in (*keys, "seed")]
     return [(v is None, v, "") if isinstance(v, int | float) else (v is None, 0, str(v)) for v in values]
 
 
 def write_report(settings: SweepSettings) -> None:
-    """Read the runs, refuse what does not fit, write the report."""
+    """Read the runs, and write report.json, report.csv, report.md and curve.png."""
     request, x, out = settings.request, settings.x, Path(settings.out)
     runs, unstarted = find_runs(request["sweep"])
     keys = differing(runs, x)
@@ -166,26 +155,23 @@ def write_report(settings: SweepSettings) -> None:
     runs.sort(key=lambda run: order(run, keys))
     measured = {name for run in runs for name in run.measured} | {"loss"} & set(known)
     names = [metric, *sorted(measured - {metric})]
-    found = group_by_setting(runs, keys, names, x)
+    means = group_by_setting(runs, keys, names, x)
     left_out = {str(run.folder): reason for run in runs if (reason := run.missing(metric)) is not None}
     left_out |= {str(path): reason for path, reason in unstarted.items()}
     rows = [row_of(run, keys, known, metric) for run in runs]
     out.mkdir(parents=True, exist_ok=True)
-    write_json(  # first: it is what tells a later call that the folder is this report's
-        out / "report.json",
-        {
-            "request": request, "metric": metric, "better": better(metric), "runs": rows, "left_out": left_out,
-            "means": [{**dataclasses.asdict(one), "seeds": len(one.values)} for one in found], "published": PUBLISHED,
-            "command": command_line(), **circumstances(torch.device("cpu")),
-        },
-    )  # fmt: skip
+    numbers = {
+        "request": request, "metric": metric, "better": better(metric), "runs": rows, "left_out": left_out,
+        "means": [{**dataclasses.asdict(one), "seeds": len(one.values)} for one in means], "published": PUBLISHED,
+    }  # fmt: skip
+    write_numbers(out / "report.json", numbers, torch.device("cpu"))  # first: a later call knows the folder by it
     with (out / "report.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, rows[0], lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-    (out / "report.md").write_text(report(runs, found, keys, names, left_out) + "\n")
-    draw(found, metric, x, out / "curve.png")
-    log.info("%s\n%s", table_of_means(found, keys, names), out / "report.md")
+    (out / "report.md").write_text(report(runs, means, keys, names, left_out) + "\n")
+    draw(means, metric, x, out / "curve.png")
+    log.info("%s\n%s", table_of_means(means, keys, names), out / "report.md")
     if left_out:
         log.warning("warning: left out of the means: %s", "; ".join(f"{k}: {v}" for k, v in left_out.items()))
 
@@ -194,17 +180,12 @@ def write_report(settings: SweepSettings) -> None:
 
 
 def digits(value: float) -> int:
-    """Return how many decimals a value of this size is shown with."""
+    """Return the number of decimals that a value of this size is shown with."""
     return 2 if abs(value) >= 10 else 4
 
 
-def number(value: float | None) -> str:
-    """Return a metric as a table shows it."""
-    return "–" if value is None else f"{value:.{digits(value)}f}"
-
-
 def cell(settings: Row, key: str) -> str:
-    """Return a setting as a table shows it; – where the run has none of the kind."""
+    """Return a setting as text, – where the run has none of the kind."""
     if key not in settings:
         return "–"
     return settings[key] if isinstance(settings[key], str) else json.dumps(settings[key])
@@ -226,7 +207,7 @@ def row_of(run: Run, keys: list[str], metrics: list[str], metric: str) -> Row:
 
 
 def table_of_runs(runs: list[Run], keys: list[str], names: list[str]) -> str:
-    """Return a table with a line a run; a metric from before the run's end names its step."""
+    """Return a line per run; a metric from before the run's end names its step."""
     top = os.path.commonpath([run.folder.parent for run in runs])
     lines = []
     for run in runs:
@@ -235,33 +216,31 @@ def table_of_runs(runs: list[Run], keys: list[str], names: list[str]) -> str:
         line += [f"{run.step}/{run.max_steps}", run.state or "–"]
         for name in names:
             step, value = run.metrics.get(name, (run.max_steps, None))
-            line.append(number(value) + ("" if step >= run.max_steps else f" (step {step})"))
-        rate = run.images_per_second
-        lines.append([*line, "–" if rate is None else f"{rate:.0f}"])
+            line.append(number(value, digits(value or 0)) + ("" if step >= run.max_steps else f" (step {step})"))
+        lines.append([*line, number(run.images_per_second, 0)])
     return markdown_table(["run", *keys, "seed", "parameters", "steps", "status", *names, "images/s"], lines)
 
 
-def table_of_means(found: list[Setting], keys: list[str], names: list[str]) -> str:
-    """Return a Markdown table with a line a setting, the best mean of the first metric in bold."""
+def table_of_means(settings: list[Setting], keys: list[str], names: list[str]) -> str:
+    """Return a line per setting, the best mean of the first metric in bold."""
     metric = names[0]
-    means = [value["mean"] for one in found if (value := one.means.get(metric)) is not None]
+    means = [value["mean"] for one in settings if (value := one.means.get(metric)) is not None]
     pick = {"lower": min, "higher": max}.get(better(metric) or "")
     best = pick(means) if pick is not None and means else None
     lines = []
-    for one in found:
+    for one in settings:
         line = [*(cell(one.settings, key) for key in keys), str(len(one.values))]
         for name in names:
             value = one.means.get(name)
-            text = "–" if value is None else mean_sd(value, digits(value["mean"] or 0))
+            text = mean_sd(value, digits(value["mean"] or 0) if value else 0)
             line.append(f"**{text}**" if name == metric and value is not None and value["mean"] == best else text)
         lines.append(line)
     return markdown_table([*keys, "seeds", *names], lines)
 
 
-def report(runs: list[Run], found: list[Setting], keys: list[str], names: list[str], left_out: dict[str, str]) -> str:
+def report(runs: list[Run], means: list[Setting], keys: list[str], names: list[str], left_out: dict[str, str]) -> str:
     """Return the whole report as Markdown."""
     metric = names[0]
-    direction = f"; {better(metric)} is better, the best mean is bold" if better(metric) else ""
     omitted = [f"- `{folder}`: {reason}" for folder, reason in left_out.items()] or ["None."]
     published = [
         [name, f"{depth}", ", ".join(f"{n}: {value}" for n, value in curve.items()), f"{undivided}"]
@@ -270,8 +249,10 @@ def report(runs: list[Run], found: list[Setting], keys: list[str], names: list[s
     return "\n\n".join(
         [
             "# Report of a sweep",
-            f"Mean ± sample standard deviation over seeds, of the runs that ended with `{metric}`{direction}.",
-            table_of_means(found, keys, names),
+            f"Mean ± sample standard deviation over seeds, of the runs that ended with `{metric}`"
+            + direction(metric, "; {} is better, the best mean is bold")
+            + ".",
+            table_of_means(means, keys, names),
             f"![{metric} of each setting](curve.png)",
             "Left out of the means and the curve:",
             "\n".join(omitted),
@@ -287,40 +268,34 @@ def report(runs: list[Run], found: list[Setting], keys: list[str], names: list[s
 # --- the curve
 
 
-def panel(axes: Any, found: list[Setting], metric: str, x: str) -> None:
-    """Draw a point a seed, and of each setting the mean with its deviation: settings that differ in
-    x alone as a line, one without x as a band.
-    """
+def panel(axes: Any, settings: list[Setting], metric: str, x: str) -> None:
+    """Draw a point per seed, and per setting mean ± sd: along x as a line, without x as a band."""
     lines: dict[tuple[str, bool], list[Setting]] = {}
-    for one in found:
+    for one in settings:
         if one.means:
             lines.setdefault((one.label(x), one.x is None), []).append(one)
-    for n, ((label, without_x), own) in enumerate(lines.items()):
-        values = [spread(list(one.values.values())) for one in own]
+    for n, ((label, without_x), line) in enumerate(lines.items()):
+        values = [spread(list(one.values.values())) for one in line]
         means, deviations = (np.array([value[key] or 0 for value in values]) for key in ("mean", "sd"))
         if without_x:
             axes.axhline(means[0], color=f"C{n}", linestyle="--", label=label)
             low, high = means[0] - deviations[0], means[0] + deviations[0]
             axes.axhspan(low, high, color=f"C{n}", alpha=0.15, linewidth=0)
             continue
-        axes.errorbar(
-            [one.x for one in own], means, deviations, color=f"C{n}", marker="o", markersize=5, capsize=4,
-            label=label,
-        )  # fmt: skip
-        points = [(one.x, value) for one in own for value in one.values.values()]
+        style: Any = {"color": f"C{n}", "marker": "o", "markersize": 5, "capsize": 4, "label": label}
+        axes.errorbar([one.x for one in line], means, deviations, **style)
+        points = [(one.x, value) for one in line for value in one.values.values()]
         axes.plot(*zip(*points, strict=True), ".", color="0.35", markersize=4, zorder=3)
-    direction = f"\n({better(metric)} is better)" if better(metric) else ""
-    axes.set(ylabel=f"{metric}{direction}", title="this sweep: mean ± sd over seeds, a dot a seed")
+    ylabel = metric + direction(metric, "\n({} is better)")
+    axes.set(ylabel=ylabel, title="this sweep: mean ± sd over seeds, a dot a seed")
     if lines:
         axes.legend()
     else:
         axes.text(0.5, 0.5, "no run has ended with it yet", ha="center", transform=axes.transAxes)
 
 
-def draw(found: list[Setting], metric: str, x: str, path: Path) -> None:
-    """Write a picture of the metric against x. Against the encoder's depth, which is drawn as its
-    share of all blocks, the published curves stand beside it, on scales of their own.
-    """
+def draw(settings: list[Setting], metric: str, x: str, path: Path) -> None:
+    """Write a figure of the metric against x; beside the encoder's depth the published curves."""
     if x != DEPTH:
         figure, axes = pyplot().subplots(figsize=(6.4, 4.4))
         panels = {"own": axes}
@@ -328,13 +303,13 @@ def draw(found: list[Setting], metric: str, x: str, path: Path) -> None:
         mosaic = [["own", name] for name in PUBLISHED]
         figure, panels = pyplot().subplot_mosaic(mosaic, figsize=(11, 4.8), width_ratios=[3, 2], sharex=True)
         for name, (depth, curve, undivided) in PUBLISHED.items():
-            axes, places = panels[name], [blocks / depth for blocks in curve]
-            axes.plot(places, list(curve.values()), "s-", color="0.3", markersize=4, label=f"DDT-{name}")
+            axes, shares = panels[name], [blocks / depth for blocks in curve]
+            axes.plot(shares, list(curve.values()), "s-", color="0.3", markersize=4, label=f"DDT-{name}")
             axes.axhline(undivided, color="0.3", linestyle="--", label=f"Improved-REPA-{name}, undivided")
             title = f"published, ImageNet 256, FID-50K: {name}, {depth} blocks"
             axes.set(ylabel="FID-50K (lower is better)", title=title)
             axes.legend()
-    panel(panels["own"], found, metric, x)
+    panel(panels["own"], settings, metric, x)
     for name, axes in panels.items():
         if name in ("own", list(PUBLISHED)[-1]):
             axes.set_xlabel("share of the encoder: encoder_depth / depth" if x == DEPTH else x)

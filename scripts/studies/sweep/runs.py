@@ -1,5 +1,4 @@
-"""The runs of a sweep: where they lie, in what settings they differ, how far they came, what they
-measured.
+"""The runs of a sweep: folders, differing settings, steps and metrics.
 
 A setting is a dotted key of a run's config.json, such as `model.encoder_depth`.
 """
@@ -21,8 +20,7 @@ from ddt.model import build_network
 from ddt.training.tracking import read_rows
 
 NO_METRICS = {"step", "lr", "partial", "images_per_second"}
-# What changes no number of a run, so that two runs that differ in nothing else are of one setting;
-# fingerprints too
+# Settings that change no number: runs that differ in these alone are of one setting.
 FREE = {"name", "num_processes"} | {
     f"trainer.{key}"
     for key in (
@@ -34,11 +32,10 @@ FREE = {"name", "num_processes"} | {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run that has begun.
+    """A run that has started.
 
-    settings: its whole config.json, flat. state, reason: of its status.json, None where there is
-    none. metrics: name → (step, value), the last that was logged. measured: those of them that are
-    no means over training batches.
+    settings: its config.json, flat. state, reason: of its status.json, or None. metrics: name →
+    (step, value), the last logged. measured: those that are no means over training batches.
     num_parameters: of the network; None before the first checkpoint.
     """
 
@@ -58,16 +55,12 @@ class Run:
         return self.settings["trainer.max_steps"]
 
     def final(self, metric: str) -> float | None:
-        """Return a metric of the run's end; None where it was last logged before it or is no finite
-        number.
-        """
+        """Return a metric of the run's end, None where it is non-finite or from before the end."""
         step, value = self.metrics.get(metric, (-1, math.nan))
         return value if step >= self.max_steps and math.isfinite(value) else None
 
     def missing(self, metric: str) -> str | None:
-        """Return why the run takes no part in the means of a metric, in a few words; None where it
-        does.
-        """
+        """Return why the run is left out of a metric's means; None where it is not."""
         if self.step < self.max_steps or self.state not in (None, "done"):
             because = f" ({self.reason})" if self.reason else ""
             return f"{self.state or 'not ended'} at step {self.step} of {self.max_steps}{because}"
@@ -90,9 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def count_parameters(folder: Path) -> int | None:
-    """Return the number of parameters of a run's network, from the shapes that its newest
-    checkpoint names.
-    """
+    """Return the number of parameters of the newest checkpoint's network, None without one."""
     newest = newest_checkpoint(folder)
     if newest is None:
         return None
@@ -102,9 +93,7 @@ def count_parameters(folder: Path) -> int | None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run's settings, status and rows; raise UserError naming a file that is missing or
-    damaged.
-    """
+    """Read a run's settings, status and metrics; raise UserError for a missing or damaged file."""
     settings = flat(read_json(folder / "config.json"))
     for key in ("seed", "model._target_", "trainer.max_steps"):
         require(key in settings, f"{folder / 'config.json'}: has no {key}, so it is no run's; move it out of the sweep")
@@ -129,11 +118,9 @@ def read_run(folder: Path) -> Run:
 
 
 def find_runs(sweep: list[str]) -> tuple[list[Run], dict[Path, str]]:
-    """Return the runs below some folders, and what is known of those that ended before their record
-    began.
+    """Return the runs below some folders, and why others ended before their first step.
 
-    Raises UserError for a folder that is none or has no runs below it, for one that is named twice,
-    and for damaged files.
+    Raises UserError for a folder without runs or named twice, and for damaged files.
     """
     runs: list[Run] = []
     unstarted: dict[Path, str] = {}
@@ -143,7 +130,7 @@ def find_runs(sweep: list[str]) -> tuple[list[Run], dict[Path, str]]:
         require(root.is_dir(), f"sweep={root}: no such folder; give the folder of a sweep, such as runs/encoder_depth")
         files = [path for name in ("config.json", "status.json") for path in root.rglob(name)]
         inner = {path.relative_to(root).parent for path in files} - {Path()}
-        # what a run keeps has a config.json, too
+        # checkpoints have a config.json, too
         folders = sorted(root / path for path in inner if not {"checkpoints", "export", "snapshots"} & {*path.parts})
         require(
             any((folder / "config.json").is_file() for folder in folders),
@@ -161,15 +148,14 @@ def find_runs(sweep: list[str]) -> tuple[list[Run], dict[Path, str]]:
 
 
 def differing(runs: list[Run], x: str) -> list[str]:
-    """Return the settings in which runs differ, without seed, fingerprints and what changes no
-    number (but for `x`).
+    """Return the settings in which runs differ, except seed, fingerprints and `FREE` (x counts).
 
     A setting that only one kind of a group has, as `model.encoder_depth` of a DDT, differs where
-    the runs of that kind differ in it: that the kinds do is told by the group's `_target_`.
+    the runs of that kind differ in it; the kinds differ by `_target_`.
     """
     absent = "absent"  # no JSON
     keys = dict.fromkeys(key for run in runs for key in run.settings)
-    found = []
+    result = []
     for key in keys:
         if key != x and (
             key in FREE or key == "seed" or key.startswith("tracker.") or key.rpartition(".")[2] == "fingerprint"
@@ -180,19 +166,19 @@ def differing(runs: list[Run], x: str) -> list[str]:
             value = json.dumps(run.settings[key]) if key in run.settings else absent
             kinds.setdefault(run.settings.get(f"{key.split('.')[0]}._target_"), set()).add(value)
         if len(set().union(*kinds.values()) - {absent}) > 1 or any(len(values) > 1 for values in kinds.values()):
-            found.append(key)
-    return sorted(found, key=lambda key: (key == x, not key.endswith("_target_")))
+            result.append(key)
+    return sorted(result, key=lambda key: (key == x, not key.endswith("_target_")))
 
 
 def default_metric(runs: list[Run]) -> str:
-    """Return FID or else another Fréchet distance, of the fewest samples with which all runs that
-    have any measured it; the validation loss where there is none.
+    """Return FID, else another Fréchet distance, of the fewest samples common to the runs that have
+    any; else the validation loss.
     """
 
     def distances(run: Run) -> set[tuple[bool, int, str]]:
         matches = [m for name in run.metrics if (m := re.fullmatch(r"(fid|fd_\w+)_(\d+)(k?)", name))]
         return {(m[1] != "fid", int(m[2]) * (1000 if m[3] else 1), m[0]) for m in matches}
 
-    found = [names for run in runs if (names := distances(run))]
-    common = set.intersection(*found) if found else set()
+    sets = [names for run in runs if (names := distances(run))]
+    common = set.intersection(*sets) if sets else set()
     return min(common)[-1] if common else "validation_loss"
