@@ -8,7 +8,7 @@ PERMUTATION, TRAINING, VALIDATION, PREVIEW = range(4)  # streams, which never ov
 CLASSES = 17  # stream of classes=random in sample.py
 
 
-def draws(seed: int, stream: int, position: int) -> np.random.Generator:
+def random_generator(seed: int, stream: int, position: int) -> np.random.Generator:
     """Return the random generator at a position of a stream."""
     return np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, stream]))
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ddt.data.images import ArrayImages, Outline, Split, read_image
-from ddt.draws import draws
+from ddt.draws import random_generator
 from ddt.errors import UserError, require
 
 # CC0 or public domain; china and flower CC-BY-2.0
@@ -74,7 +74,7 @@ class Photos(ArrayImages):
         for position, label in enumerate(labels):
             name = list(PHOTOS)[label]
             picture = pictures[name]
-            generator = draws(0, STREAMS[split], position)
+            generator = random_generator(0, STREAMS[split], position)
             side = round(min(picture.size) * generator.uniform(*SHARES))
             left = int(generator.integers(picture.width - side, endpoint=True))
             top = int(generator.integers(picture.height - side, endpoint=True))

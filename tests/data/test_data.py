@@ -6,7 +6,7 @@ import torch
 
 from ddt.data.images import ArrayImages
 from ddt.data.stream import TrainingStream, load_batches, micro_batch_positions, validation_batch
-from ddt.draws import draws
+from ddt.draws import random_generator
 
 
 def numbered(count=10):
@@ -51,9 +51,9 @@ def test_draws_have_the_distributions_they_are_used_for():
 
 
 def test_streams_of_draws_do_not_overlap():
-    first = [draws(0, s, 0).standard_normal() for s in range(4)] + [
-        draws(1, 0, 0).standard_normal(),
-        draws(0, 0, 1).standard_normal(),
+    first = [random_generator(0, s, 0).standard_normal() for s in range(4)] + [
+        random_generator(1, 0, 0).standard_normal(),
+        random_generator(0, 0, 1).standard_normal(),
     ]
     assert len(set(first)) == 6
 

@@ -18,7 +18,7 @@ from ddt.autoencoder.base import from_uint8
 from ddt.checkpoint import folder as ckpt
 from ddt.data.images import Digits, ImageFolder
 from ddt.distributed.prepare import make_accelerator
-from ddt.draws import VALIDATION, draws, noise_of
+from ddt.draws import VALIDATION, noise_of, random_generator
 from ddt.errors import UserError
 from ddt.flow import clean, interpolate, velocity
 from ddt.generation.generator import Generator
@@ -240,7 +240,9 @@ def test_the_loss_is_that_of_training_with_the_ema_weights(looked, run_folder):
     errors = np.empty((7, 10))
     for row, index in enumerate(chosen):
         x = from_uint8(torch.from_numpy(images.load(chosen[row : row + 1])))
-        noise = torch.from_numpy(draws(0, VALIDATION, int(index)).standard_normal((1, 1, 8, 8), dtype=np.float32))
+        noise = torch.from_numpy(
+            random_generator(0, VALIDATION, int(index)).standard_normal((1, 1, 8, 8), dtype=np.float32)
+        )
         for k in range(10):
             t = torch.tensor([(k + (row + 0.5) * (math.sqrt(5) - 1) / 2 % 1) / 10])
             with torch.no_grad():
