@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, rows, run
 from processes import disagree, end_together, stop_on_request, survive, wait_for, wait_long
-from test_training import SMALL
 
 import ddt.distributed.launch
 from ddt.checkpoint import folder as ckpt
@@ -20,6 +19,11 @@ from ddt.distributed.launch import launch
 from ddt.errors import STOPPED_STATUS, Stopped, UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = [
+    "model.hidden_size=32", "model.depth=3", "model.encoder_depth=2", "sampler.num_steps=2",
+    "trainer.lr_schedule=constant", "trainer.warmup_steps=5", "trainer.global_batch_size=12", "trainer.log_every=4",
+    "trainer.validate_every=0", "trainer.preview_every=0", "trainer.save_every=0",
+]  # fmt: skip
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 
 

@@ -63,7 +63,7 @@ def test_a_meter_goes_on_where_it_was_and_with_fewer_processes():
     meters = [Meter(torch.device("cpu"), rank, 2, state) for rank in range(2)]
     for other in meters:
         other.add(losses(4.0), 1.0)
-        other.end_step(GOOD)
+        other.end_step(torch.tensor(1.0), None, GOOD)
     for key in ("loss", "fm_loss_by_t"):
         mean = sum(m.sums[key].sum() for m in meters) / sum(m.counts[key].sum() for m in meters)
         assert mean.item() == pytest.approx({"loss": 2.5, "fm_loss_by_t": 3.0}[key])
