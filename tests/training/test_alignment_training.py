@@ -96,7 +96,7 @@ def test_other_weights_of_the_target_are_another_training(place, straight, tmp_p
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_alignment_ends_at_a_given_step(place, num_processes):
+def test_alignment_ends_at_a_given_step(place, straight, num_processes):
     """On two processes too, where each waits for the gradient of every weight."""
     name = f"until{num_processes}"
     chosen = options(
@@ -107,7 +107,7 @@ def test_alignment_ends_at_a_given_step(place, num_processes):
     logged = rows(place / "runs" / name)
     assert ["repa_loss" in row for row in logged] == [True, True, True, False, False]
     assert all(row["loss"] == row["fm_loss"] for row in logged[3:])
-    assert logged[0]["loss"] == pytest.approx(rows(place / "runs/straight")[0]["loss"], rel=1e-4)
+    assert logged[0]["loss"] == pytest.approx(rows(straight)[0]["loss"], rel=1e-4)
 
 
 def test_a_row_that_spans_the_end_is_a_mean_over_the_aligned_steps(place, straight, monkeypatch):
