@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub; read wh
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
@@ -179,7 +180,10 @@ def succeed(script, *arguments):
     module = importlib.import_module(script)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-        module.main()
+        try:
+            module.main()
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)  # as a process of its own leaves none
 
 
 def run_inside(script, *arguments):
@@ -210,8 +214,11 @@ def refusal(script, *arguments):
     module = importlib.import_module(script)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            module.main()
+        try:
+            with pytest.raises(SystemExit) as exit_:
+                module.main()
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
     assert exit_.value.code not in (0, None)
     return str(exit_.value.code)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from conftest import ROOT, refusal, run_inside
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
@@ -44,7 +43,6 @@ def call_inside(place, entry, *arguments, name, seconds=300):
             done = run_inside(entry.removesuffix(".py"), *arguments)
     finally:
         Singleton.set_state(state)
-        AcceleratorState._reset_state(reset_partial_state=True)  # as a new process would begin
     if done.returncode:
         raise RuntimeError(f"{entry}: {done.stderr}")
 
