@@ -7,7 +7,7 @@ from ddt.errors import UserError
 from ddt.version import __version__
 
 if TYPE_CHECKING:
-    from ddt.checkpoint.folder import load_model
+    from ddt.checkpoint.format import load_model
     from ddt.checkpoint.published import load_released
     from ddt.model import DDT, DiT
     from ddt.sampling.sample import sample
@@ -27,7 +27,7 @@ __all__ = [
     "uniform_schedule",
 ]
 HOMES = {
-    "DDT": "model", "DiT": "model", "SamplerSettings": "sampling.settings", "load_model": "checkpoint.folder",
+    "DDT": "model", "DiT": "model", "SamplerSettings": "sampling.settings", "load_model": "checkpoint.format",
     "load_released": "checkpoint.published", "optimal_schedule": "sampling.schedules", "sample": "sampling.sample",
     "uniform_schedule": "sampling.schedules",
 }  # fmt: skip

@@ -231,19 +231,24 @@ class JobFailed(Exception):
         return "\n".join([f"{len(failures)} of {jobs} jobs failed:", *failures])
 
 
+def sweep_job_name(name: str) -> str:
+    """Return NAME/OVERRIDES, the `name=` of the present job; its run folder is runs/NAME/OVERRIDES.
+
+    OVERRIDES leaves out the `exclude_keys` of conf/train.yaml.
+    """
+    return f"{name}/{HydraConfig.get().job.override_dirname}"
+
+
 def run_job(script: Path, name: str) -> None:
-    """Run one job of a sweep as the plain command that it is, in a process of its own: run folder
-    runs/NAME/OVERRIDES.
+    """Run one job of a sweep as the plain command that it is, in a process of its own.
 
     A job that stops on request ends the sweep with status 85; one that fails does not.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         line = "-m: a sweep starts its own processes (trainer.num_processes); leave torchrun or accelerate launch out"
         sys.exit(line if os.environ.get("RANK", "0") == "0" else 1)
-    config = HydraConfig.get()
-    overrides = [override for override in config.overrides.task if not override.startswith("name=")]
-    job = config.job.override_dirname
-    arguments = [sys.executable, str(script), *overrides, quoted("name", f"{name}/{job}")]
+    overrides = [override for override in HydraConfig.get().overrides.task if not override.startswith("name=")]
+    arguments = [sys.executable, str(script), *overrides, quoted("name", sweep_job_name(name))]
     JobFailed.jobs += 1
     log = logging.getLogger(__name__)
     log.info("job: %s", shlex.join([script.name, *arguments[2:]]))

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from ddt.checkpoint.folder import write_checkpoint
+from ddt.checkpoint.format import write_checkpoint
 from ddt.checkpoint.published import find_released, read_released
 from ddt.config import Choice
 from ddt.errors import require

@@ -1,6 +1,6 @@
 """Published checkpoints: Lightning `.ckpt` (`state_dict`, prefixes below) or `.safetensors`.
 
-Each network family's `release` (`ddt.model.released`) has the key names; `encoder_depth` and
+Each network family's `release` (`ddt.model.published_names`) has the key names; `encoder_depth` and
 `patch_size` are not in the file. Source: method.md 6.
 """
 
@@ -19,7 +19,7 @@ from ddt.checkpoint.hub import HUB_ID, hub_errors
 from ddt.errors import UserError, first_line, require
 from ddt.files import atomic_file, reset_permissions
 from ddt.model import NETWORKS, Denoiser, build_network, load_network, network_class
-from ddt.model.released import Release
+from ddt.model.published_names import Release
 
 PREFIXES = {"ema": "ema_denoiser.", "model": "denoiser.", "trainer": "diffusion_trainer."}
 PROJECTOR = "proj.0."  # of the trainer: the alignment's

@@ -34,7 +34,7 @@ from ddt.data.manifest import Row, check_manifest, check_size, read_manifest
 from ddt.data.stream import load_batches
 from ddt.errors import UserError, require
 from ddt.files import atomic_file, fsync, sha256, write_json
-from ddt.objective.target import Target
+from ddt.objective.alignment_target import Target
 
 log = logging.getLogger(__name__)
 RESERVE = 64 * 2**20  # bytes to leave free on the disk

@@ -24,7 +24,7 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
 from ddt.autoencoder import Autoencoder, build_autoencoder
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.checkpoint.hub import check_push, is_hub_id, push
 from ddt.checkpoint.published import SUFFIXES, check_releasable, write_released
 from ddt.errors import require

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ddt.autoencoder import Autoencoder, build_autoencoder
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.distributed.compile import compile_blocks
 from ddt.errors import UserError, require
 from ddt.generation.generator import Dtype, Generator, cast_weights, default_dtype

@@ -3,7 +3,7 @@
 import datetime
 from pathlib import Path
 
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.checkpoint.hub import is_hub_id
 from ddt.distributed.compile import compiles
 from ddt.distributed.launch import launch

@@ -62,7 +62,7 @@ def generate(
         pixels = generator.pixels(latents, ready, stream)
         if not bool(latents.isfinite().all()):  # the device sync blocks this thread alone
             raise FloatingPointError(
-                f"image {numbers[0]} or one of the {len(numbers) - 1} after it is not finite: try dtype=fp32, "
+                f"image {numbers[0]} or one of the {len(numbers) - 1} after it is NaN or infinite: try dtype=fp32, "
                 "forecast_order=0 or a smaller cfg_scale"
             )
         for run in np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(numbers) != 1) + 1):  # consecutive images

@@ -143,12 +143,12 @@ def numbers_of(metrics: dict[str, Any]) -> dict[str, float | None]:
 
 
 def check_published(published: dict[str, Any], evaluations: Sequence[dict[str, Any]]) -> None:
-    """Raise UserError for a published number of no known metric, or that is no number."""
+    """Raise UserError for a published number of no known metric, or one that is not a number."""
     known = list(dict.fromkeys([*FIRST_ROWS, *(name for metrics in evaluations for name in numbers_of(metrics))]))
     for name, value in published.items():
         require(name in known, f"published.{name}: no such metric{did_you_mean(name, known)}")
         is_number = numbers_of({name: value}).get(name) is not None
-        require(is_number, f"published.{name}={value}: is no number; give one, as in published={{fid:1.26}}")
+        require(is_number, f"published.{name}={value}: is not a number; give one, as in published={{fid:1.26}}")
 
 
 def side_by_side(paths: Sequence[Path], evaluations: Sequence[dict[str, Any]], published: dict[str, float]) -> str:

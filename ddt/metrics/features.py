@@ -148,7 +148,9 @@ def extract(
                 start += len(values)
                 progress.update(len(values))
     if not bool(finite):  # one device sync for the whole set
-        raise UserError(f"features={extractor.name}: the features of {images.name} are not finite; check the weights")
+        raise UserError(
+            f"features={extractor.name}: the features of {images.name} are NaN or infinite; check the weights"
+        )
     return FeatureSet(count, rows, moments) if main else None
 
 

@@ -17,7 +17,7 @@ from typing import IO, Protocol
 import numpy as np
 from PIL import Image
 
-from ddt.checkpoint.folder import find_checkpoint
+from ddt.checkpoint.format import find_checkpoint
 from ddt.data.images import Images
 from ddt.errors import UserError, first_line, require
 from ddt.files import fsync, sha256

@@ -176,7 +176,10 @@ def read_statistics(path: Path, pair: tuple[str, str], size: int, features: str)
             f"reference={path}: {name} must be statistics of features={features}, floats {shape}, "
             f"found {value.dtype} {value.shape}",
         )
-        require(bool(np.isfinite(value).all()), f"reference={path}: {name} is not finite; make or copy the file again")
+        require(
+            bool(np.isfinite(value).all()),
+            f"reference={path}: {name} holds NaN or infinite values; make or copy the file again",
+        )
     mean, covariance = (value.astype(np.float64) for value in values)
     scale = np.abs(covariance).max()
     require(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddt.errors import UserError
 from ddt.model.cost import NetworkMacs
-from ddt.model.released import Release
+from ddt.model.published_names import Release
 
 
 class Denoiser(nn.Module):

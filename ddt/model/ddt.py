@@ -24,7 +24,7 @@ from ddt.model.layers import (
     TimestepEmbedder,
     check_sizes,
 )
-from ddt.model.released import ReleasedDDT
+from ddt.model.published_names import ReleasedDDT
 
 
 class Encoder(BlockStack):

@@ -16,7 +16,7 @@ from ddt.model.layers import (
     TimestepEmbedder,
     check_sizes,
 )
-from ddt.model.released import ReleasedDiT
+from ddt.model.published_names import ReleasedDiT
 
 
 class DiT(Denoiser, BlockStack):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ddt.errors import UserError, require
 from ddt.files import sha256
-from ddt.objective.target import Target, check_target
+from ddt.objective.alignment_target import Target, check_target
 
 
 class Projector(nn.Sequential):

@@ -39,7 +39,7 @@ def optimal_schedule(similarity: np.ndarray, budget: int) -> list[int]:
         similarity.ndim == 2 and similarity.shape[0] == similarity.shape[1] and similarity.size > 0,
         f"similarity has shape {similarity.shape}: expected (N, N)",
     )
-    require(bool(np.isfinite(similarity).all()), "similarity: holds values that are not finite")
+    require(bool(np.isfinite(similarity).all()), "similarity: holds NaN or infinite values")
     num_steps = len(similarity)
     require(1 <= budget <= num_steps, f"budget={budget}: must lie in 1..{num_steps}, the number of steps")
     cost = np.full((num_steps, num_steps + 1), np.inf)  # cost[a, b] of the segment [a, b)

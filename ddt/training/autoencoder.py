@@ -146,7 +146,7 @@ def fit(network: Any, images: Images, settings: AutoencoderSettings, device: tor
         loss, error = autoencoder_loss(network, pixels, noise, settings.kl_weight)
         if not math.isfinite(loss.item()):
             progress.close()
-            raise FloatingPointError(f"the loss is not finite at step {step}; nothing was written; lower lr")
+            raise FloatingPointError(f"the loss is NaN or infinite at step {step}; nothing was written; lower lr")
         optimizer.param_groups[0]["lr"] = settings.lr_at(step)
         optimizer.zero_grad()
         loss.backward()

@@ -29,7 +29,7 @@ from ddt.model.cost import network_macs, num_tokens
 from ddt.model.layers import PRODUCTS, Block, BlockStack, Checkpointing, positions
 from ddt.objective import Objective
 from ddt.objective.alignment import REPA, AlignmentLoss, Dispersive, DispersiveLoss
-from ddt.objective.target import Target
+from ddt.objective.alignment_target import Target
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.ema import ema_rules

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.checkpoint.published import find_released, read_released
 from ddt.errors import UserError, require
 from ddt.model import NETWORKS

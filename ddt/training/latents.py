@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ddt.autoencoder import Autoencoder
-from ddt.objective.target import Target
+from ddt.objective.alignment_target import Target
 
 
 def to_latents(

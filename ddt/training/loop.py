@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.distributed.prepare import clip_gradients, gradient_norm, micro_batch
 from ddt.errors import Stopped
 from ddt.training.latents import to_latents
@@ -134,7 +134,7 @@ def optimizer_step(state: TrainingState, clip_norm: float | None) -> None:
 
 
 def log_row(session: Session, log_every: int, with_target: bool) -> None:
-    """Log the means since the last row. All processes call it together; it waits for the device."""
+    """Log the means since the last row. All processes call it together; a device sync."""
     state = session.state
     row: dict[str, Any] = state.row() | session.clock.row(with_target)
     if state.step % log_every == 0:

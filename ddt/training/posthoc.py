@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.errors import require
 from ddt.files import check_writable
 from ddt.training.ema import ConstantDecay, PowerFunction, ema_rules, power_exponent

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ddt.checkpoint.folder import read_config
+from ddt.checkpoint.format import read_config
 from ddt.config import flat
 from ddt.errors import require
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ddt.autoencoder import Autoencoder
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.config import Choice
 from ddt.data.images import Images
 from ddt.data.survey import infer_settings

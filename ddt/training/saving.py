@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.distributed.prepare import decide_on_main
 from ddt.errors import UserError, require
 from ddt.files import fsync, make_temporary_folder, rename_atomically, temporary_path, write_json

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.distributed.prepare import load_weights, local_part, shard_like
 from ddt.model import Denoiser
 from ddt.objective import Objective
@@ -108,7 +108,7 @@ class TrainingState:
 
     def row(self) -> dict[str, float]:
         """Return a row of the log: means since the last one, and how far the EMA is from the
-        weights. All processes call it together; it waits for the device.
+        weights. All processes call it together; a device sync.
         """
         row = self.meter.means(self.accelerator)
         if "repa_loss" in row:

@@ -15,16 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddt.model.cost import network_macs, num_tokens, weight_macs
 from ddt.objective import Objective
-from ddt.objective.target import Target
+from ddt.objective.alignment_target import Target
 
 # Dense bf16 FLOP/s of the makers' data sheets; in float32 no MFU is logged
 PEAKS = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
     "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "B200": 2250e12,
 }  # fmt: skip
-TIMINGS = (
-    "images_per_second", "data_wait", "tflops_per_process", "mfu", "mfu_with_target", "gpu_memory_gib",
-)  # fmt: skip
 
 
 def peak_of(device_name: str) -> float | None:

@@ -23,7 +23,7 @@ import yaml
 from torch import Tensor, nn
 
 import ddt
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.config import locate
 from ddt.data.images import FASHION_ROOTS
 from ddt.data.photos import PHOTOS, photo
@@ -305,7 +305,7 @@ def frozen_networks(place: Place) -> list[Finding]:
 
     from ddt.autoencoder import KLAutoencoder
     from ddt.autoencoder.diffusers import SD_VAE
-    from ddt.objective.target import Target
+    from ddt.objective.alignment_target import Target
 
     torch.manual_seed(0)
     size, cpu = place.size, torch.device("cpu")

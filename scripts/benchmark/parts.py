@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.data.cache_writer import ShardWriter
 from ddt.data.latent_cache import CACHE_FORMAT_VERSION, LatentCache, shard_path
 from ddt.distributed.compile import compile_blocks
@@ -32,7 +32,7 @@ from ddt.model.cost import network_macs
 from ddt.model.layers import Attention
 from ddt.objective import FlowMatching
 from ddt.objective.alignment import REPA
-from ddt.objective.target import Target
+from ddt.objective.alignment_target import Target
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.sample import sample_latents
 from ddt.sampling.settings import SamplerSettings

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ddt.autoencoder import Autoencoder
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.config import Choice
 from ddt.errors import require
 from ddt.files import lock_folder, write_json

@@ -8,7 +8,7 @@ import torch
 from conftest import inputs, small_ddt
 
 import ddt
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.errors import UserError
 from ddt.files import atomic_file, atomic_folder, lock_folder
 

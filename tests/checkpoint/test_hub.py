@@ -147,7 +147,7 @@ def test_the_methods_of_huggingface_hub(api, exported, tmp_path):
     again = HubModel.from_pretrained(str(tmp_path / "again")).model
     expected = loaded.model.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())
-    config = ddt.checkpoint.folder.read_config(tmp_path / "again")
+    config = ddt.checkpoint.format.read_config(tmp_path / "again")
     assert config["sampler"]["num_steps"] == 4
     assert config["export"]["weights_sha256"] != config["export"]["made_from_sha256"]
     assert (tmp_path / "again" / "README.md").is_file()

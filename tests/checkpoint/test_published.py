@@ -193,7 +193,7 @@ def test_conversion_end_to_end(tmp_path):
     reference = ddt.load_released(LIGHTNING, encoder_depth=1, patch_size=1)
     for a, b in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.equal(a, b)
-    config = ddt.checkpoint.folder.read_config(out)
+    config = ddt.checkpoint.format.read_config(out)
     assert config["latent_shape"] == [8, 64, 64]
     published = dict(
         solver="euler", num_steps=250, cfg_scale=3.0, cfg_interval=[0.3, 1.0], last_step=0.04, timeshift=1.0

@@ -169,7 +169,7 @@ def test_a_compiled_run_is_the_eager_one_to_rounding_and_resumes_bit_for_bit(tmp
     def train(name, *options):
         done = run_inside("train", *TRAINED, f"name={name}", *options)
         assert done.returncode == 0, done.stderr
-        newest = ddt.checkpoint.folder.newest_checkpoint(tmp_path / "runs" / name)
+        newest = ddt.checkpoint.format.newest_checkpoint(tmp_path / "runs" / name)
         weights = {key: load_file(newest / f"{key}.safetensors") for key in ("model", "ema")}
         return rows(tmp_path / "runs" / name), weights, done.stderr
 

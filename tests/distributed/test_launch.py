@@ -14,7 +14,7 @@ from conftest import ROOT, rows, run
 from processes import disagree, end_together, stop_on_request, survive, wait_for, wait_long
 
 import ddt.distributed.launch
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.distributed.launch import launch
 from ddt.errors import STOPPED_STATUS, Stopped, UserError
 
@@ -108,7 +108,7 @@ def test_the_process_group_is_destroyed(tmp_path, monkeypatch):
 def test_no_process_outlives_a_parent_that_is_killed(tmp_path):
     call = f"p.ddt.distributed.launch.launch(p.survive, 2, pathlib.Path({str(tmp_path)!r}))"
     code = f"import pathlib, processes as p; {call}"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "distributed")])}
     with subprocess.Popen([sys.executable, "-c", code], env=environment) as parent:
         try:
             wait_for(lambda: len(pids(tmp_path)) == 2)

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import ddt
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.errors import UserError
 from ddt.export import ExportSettings, export
 from ddt.export.export import class_labels, find_picture, open_source, read_metrics, shorten_paths

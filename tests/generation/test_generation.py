@@ -21,7 +21,7 @@ from PIL import Image
 
 import ddt
 from ddt.autoencoder import Identity
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.generation import sample_set as generation
 from ddt.generation.generator import Generator, cast_weights
 from ddt.generation.image_set import image_set
@@ -473,7 +473,7 @@ def test_non_finite_latents_are_an_error(tmp_path):
     model = small_ddt(in_channels=1)
     with torch.no_grad():
         model.decoder.output.linear.bias.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match="image 0 or one of the 3 after it is not finite"):
+    with pytest.raises(FloatingPointError, match="image 0 or one of the 3 after it is NaN or infinite"):
         write_set(tmp_path / "a", model=model)
     assert not list((tmp_path / "a" / ".parts").glob("*.npz"))
 

@@ -404,7 +404,7 @@ def test_features_that_are_not_finite_are_refused(tmp_path):
             return result
 
     random_set(tmp_path / "x.npz", 120)
-    with pytest.raises(UserError, match=r"features=inception: the features of .*x.npz are not finite"):
+    with pytest.raises(UserError, match=r"features=inception: the features of .*x.npz are NaN or infinite"):
         extract(NpzImages(tmp_path / "x.npz", "samples"), Broken(), make_accelerator("no"), "samples")
 
 

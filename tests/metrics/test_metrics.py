@@ -268,7 +268,7 @@ def test_reference_files(tmp_path):
         "holds neither mu and sigma nor images": dict(labels=mean),
         r"mu must be .* \(2048,\), found float32 \(5,\)": dict(mu=mean[:5], sigma=covariance),
         r"sigma must be .*, found float32 \(2048,\)": dict(mu=mean, sigma=mean),
-        "sigma is not finite": dict(mu=mean, sigma=covariance),
+        "sigma holds NaN or infinite values": dict(mu=mean, sigma=covariance),
         "sigma is no covariance": dict(mu=mean, sigma=-np.eye(NUM_POOL)),
         "sigma is no covariance .not symmetric": dict(mu=mean, sigma=np.triu(np.ones((NUM_POOL, NUM_POOL)))),
         "holds mu_s and sigma_s without mu": dict(**spatial, arr_0=images),

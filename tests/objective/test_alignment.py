@@ -27,7 +27,7 @@ from ddt.objective.alignment import (
     DispersiveLoss,
     to_grid,
 )
-from ddt.objective.target import Target
+from ddt.objective.alignment_target import Target
 
 DINOV2 = "vit_small_patch14_dinov2.lvd142m"
 REGISTERS = "vit_small_patch14_reg4_dinov2.lvd142m"

@@ -19,7 +19,7 @@ import pytest
 from accelerate import Accelerator
 from conftest import refusal, run_inside, small_checkpoint, succeed
 
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.model import DiT
 from scripts.app import __main__ as app
 from scripts.app import page as app_page
@@ -219,7 +219,7 @@ WRONG = [
     ({"Seed": 2**32}, f"seed={2**32}: must lie in 0.."),
     ({"Steps": 21}, "num_steps=21: this app takes at most 20"),
     ({"Steps": 2.5}, "num_steps=2.5: "),
-    ({"Guidance": 1e300}, "is not finite: try"),
+    ({"Guidance": 1e300}, "is NaN or infinite: try"),
     ({"From t": 0.9, "To t": 0.1}, "cfg_interval=[0.9,0.1]: needs 0 &lt;= lo"),
     ({"Last step": "<b>"}, "last_step=&lt;b&gt;: "),
     ({"Encoder sharing": "uniform", "k": 0}, "recompute=uniform:0: choose 1..num_steps=6"),

@@ -8,7 +8,7 @@ import pytest
 from conftest import refusal, small_checkpoint, small_ddt, succeed
 
 import ddt
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.draws import noise_of
 from ddt.errors import UserError
 from ddt.generation.image_set import image_set

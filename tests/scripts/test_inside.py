@@ -15,7 +15,7 @@ from conftest import picture_folder, refusal, small_checkpoint, small_ddt, succe
 from ddt import DiT
 from ddt.autoencoder import Identity
 from ddt.autoencoder.base import from_uint8
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.data.images import Digits, ImageFolder
 from ddt.distributed.prepare import make_accelerator
 from ddt.draws import VALIDATION, noise_of, random_generator

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import refusal, small_checkpoint, small_ddt, succeed
 
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.fitting import fit_schedule
 from ddt.sampling.settings import SamplerSettings

@@ -322,7 +322,7 @@ def test_a_damaged_file_is_named(sweep, tmp_path, file, change, message):
         ({"metric": "fid_5k"}, "metric=fid_5k: no run has logged it; choose from class_accuracy_1k, fd_digits_1k, "),
         ({"x": "model.encoder_dept"}, "x=model.encoder_dept: no run has this setting; did you mean model.encoder_dep"),
         ({"x": "seed"}, "x=seed: the means are over seeds; give another setting, such as model.encoder_depth"),
-        ({"x": "model._target_"}, "x=model._target_: has values that are no numbers; choose from model.encoder_depth"),
+        ({"x": "model._target_"}, "x=model._target_: has values that are not numbers; choose from model.encoder_depth"),
     ],
 )
 def test_wrong_input_is_one_line(sweep, tmp_path, monkeypatch, arguments, message):

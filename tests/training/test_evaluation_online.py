@@ -12,7 +12,7 @@ import torch
 from conftest import refusal, rows, small_ddt, succeed
 
 from ddt.autoencoder import Identity
-from ddt.checkpoint.folder import find_checkpoint, read_weights
+from ddt.checkpoint.format import find_checkpoint, read_weights
 from ddt.data.images import Digits
 from ddt.distributed.prepare import make_accelerator
 from ddt.generation.generator import Generator

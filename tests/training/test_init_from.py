@@ -7,7 +7,7 @@ import torch
 from conftest import GOLDEN, refusal, small_ddt, succeed
 from safetensors.torch import load_file
 
-from ddt.checkpoint.folder import write_checkpoint
+from ddt.checkpoint.format import write_checkpoint
 from ddt.checkpoint.published import read_released
 from ddt.objective import FlowMatching
 from ddt.objective.alignment import Dispersive

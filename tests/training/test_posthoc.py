@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import refusal, succeed
 
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.errors import UserError
 from ddt.training.ema import EMA, ConstantDecay, PowerFunction, power_exponent
 from ddt.training.posthoc import (

@@ -17,7 +17,7 @@ from conftest import picture_folder, refusal, rows, run_inside, succeed
 from safetensors.torch import load_file
 
 import ddt
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.data.stream import TrainingStream
 from ddt.errors import STOPPED_STATUS
 from ddt.objective import FlowMatching

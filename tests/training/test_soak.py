@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import rows, succeed
 
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 KILLS = 50

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import ddt
 from ddt.autoencoder import Identity
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.data.images import Digits
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, collect_errors, first_line, require
 from ddt.files import check_writable

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddt.checkpoint import folder as ckpt
+from ddt.checkpoint import format as ckpt
 from ddt.cli import CONF, command
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require

@@ -16,6 +16,7 @@ import torch
 from ddt.config import did_you_mean
 from ddt.errors import require
 from ddt.files import check_writable
+from ddt.model import NETWORKS
 from ddt.pictures import pyplot, save_figure
 from ddt.tables import markdown_table
 from scripts.studies.study import Row, Spread, mean_sd, number, resume_study, spread, write_numbers
@@ -23,7 +24,6 @@ from scripts.studies.sweep.runs import Run, default_metric, differing, find_runs
 
 log = logging.getLogger(__name__)
 DEPTH = "model.encoder_depth"
-UNDIVIDED = "ddt.model.DiT"
 # Published (arXiv 2504.05741): FID-50K on ImageNet 256 after 400K steps without guidance.
 # name → (blocks, FID by blocks of the encoder, FID of the same blocks undivided, "Improved-REPA")
 PUBLISHED: dict[str, tuple[int, dict[int, float], float]] = {
@@ -73,7 +73,9 @@ class Setting:
         parts = []
         for key, value in self.settings.items():
             if key.endswith("._target_"):
-                parts.append("undivided (DiT)" if value == UNDIVIDED else str(value).rpartition(".")[2])
+                shares = value not in NETWORKS or NETWORKS[value].shares_encoder
+                name = str(value).rpartition(".")[2]
+                parts.append(name if shares else f"undivided ({name})")
             elif key != x:
                 parts.append(f"{key}={cell(self.settings, key)}")
         return ", ".join(parts) or "this sweep"
@@ -128,12 +130,12 @@ def group_by_setting(runs: list[Run], keys: list[str], metrics: list[str], x: st
 
 
 def check_x(x: str, runs: list[Run], keys: list[str]) -> None:
-    """Raise UserError where no run has the setting x, or its values are no numbers."""
+    """Raise UserError where no run has the setting x, or has values that are not numbers."""
     choices = [key for key in keys if any(isinstance(run.settings.get(key), int | float) for run in runs)]
     values = [run.settings[x] for run in runs if run.settings.get(x) is not None]
     require(len(values) > 0, f"x={x}: no run has this setting{did_you_mean(x, choices)}")
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    require(numbers, f"x={x}: has values that are no numbers{did_you_mean(x, choices)}")
+    require(numbers, f"x={x}: has values that are not numbers{did_you_mean(x, choices)}")
 
 
 def order(run: Run, keys: list[str]) -> list[tuple[bool, float, str]]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddt.checkpoint.folder import newest_checkpoint, read_config
+from ddt.checkpoint.format import newest_checkpoint, read_config
 from ddt.config import flat
 from ddt.errors import UserError, require
 from ddt.model import build_network

@@ -8,7 +8,9 @@
     manifest.json       written last: format version, size and SHA-256 of each file
 
 Written atomically: all files go to a temporary folder, the manifest last, then the folder is
-renamed (`rename_atomically`). Read with `weights_only=True` and checked against the manifest.
+renamed (`ddt.files.rename_atomically`): here for one process, in training by
+`ddt.training.saving.Saver.write_atomically`. Read with `weights_only=True` and checked against the
+manifest.
 
 A hub expects weights in model.safetensors, so the manifest of an export (`ddt.export`) has `names`:
 what that file is called here. A run under FSDP writes weights and state in shards, joined along
