@@ -109,7 +109,7 @@ def test_fingerprint_is_of_the_weights_and_not_of_the_place(vae_folder, tmp_path
     assert Identity().fingerprint is None
 
 
-@pytest.mark.parametrize(("size", "side"), [(256, 32), (512, 64)])
+@pytest.mark.parametrize(("size", "side"), [(256, 32), pytest.param(512, 64, marks=pytest.mark.slow)])
 def test_the_published_sd_vae_of_true_size(tmp_path, size, side):
     """Random weights of the true architecture: shapes, scale and dtype at 256 and 512 px."""
     torch.manual_seed(0)

@@ -143,6 +143,7 @@ MOMENTS_TO_DIE = {
 }
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_the_same_command_gives_the_same_bytes(cache, folder, vae, tmp_path):
     """One folder, killed at five places, each time resumed by the same command."""
     out = tmp_path / "killed"
@@ -157,6 +158,7 @@ def test_killed_at_any_time_the_same_command_gives_the_same_bytes(cache, folder,
     assert not list(out.glob("*/.tmp-*"))
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_bytes(cache, folder, vae, tmp_path):
     out = tmp_path / "two"
     done = run(SCRIPT, *arguments(folder, vae, out, "store_images=true", "num_processes=2"), OMP_NUM_THREADS="1")

@@ -143,6 +143,7 @@ def test_what_cannot_be_compiled_whole_is_an_error(counting):
         block(torch.zeros(1, 4, 8), torch.zeros(1, 1, 8), None)
 
 
+@pytest.mark.slow
 def test_torchs_own_compiler_gives_the_same_numbers_for_batches_of_any_size():
     block, at = Block(32, 2), positions(16, 4, 4, CPU)
     plain = copy.deepcopy(block)
@@ -163,6 +164,7 @@ TRAINED = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_eager_one_to_rounding_and_resumes_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

@@ -213,6 +213,7 @@ class Pictures(torch.utils.data.Dataset):
         return self.images[index]
 
 
+@pytest.mark.slow
 def test_torch_fidelity_computes_its_metrics_in_these_features(extractor, file):
     sets = Pictures(1), Pictures(2)
     result = torch_fidelity.calculate_metrics(

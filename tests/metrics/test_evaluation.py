@@ -213,6 +213,7 @@ def test_wrong_input_is_one_line(arguments, message, tmp_path):
     assert line.startswith(message)
 
 
+@pytest.mark.slow
 def test_the_command_evaluates_photos(tmp_path):
     """Real images passed off as samples."""
     images = Photos("test")

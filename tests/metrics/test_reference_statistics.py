@@ -81,6 +81,7 @@ def test_other_weights_are_refused(place, written, inception_weights):
     assert line.startswith(f"reference={written}: was made with other weights of inception")
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_a_number(place, arguments, written):
     out = place / "two.npz"
     result = run(

@@ -62,7 +62,7 @@ def test_a_similarity_that_falls_with_distance_alone_gives_even_segments():
         (np.ones((4, 3)), 2, r"similarity has shape \(4, 3\)"),
         (np.ones((4, 4)), 0, r"budget=0: must lie in 1\.\.4"),
         (np.ones((4, 4)), 5, r"budget=5: must lie in 1\.\.4"),
-        (np.full((4, 4), np.nan), 2, "not finite"),
+        (np.full((4, 4), np.nan), 2, "NaN or infinite"),
     ],
 )
 def test_impossible_schedules_are_named(similarity, budget, message):

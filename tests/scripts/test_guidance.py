@@ -241,6 +241,7 @@ def test_a_point_of_non_finite_samples_is_named(run_folder, tmp_path):
     assert line.startswith("cfg1e+30_ema: image 0 ")
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same(run_folder, tmp_path):
     """In the same batches, one a process, to the last bit."""
     few = ("cfg_scale=[1,2]", "cfg_interval=null", "weights=model", "top=1", "repeats=2", "batch_size=5")

@@ -343,6 +343,7 @@ def test_a_mistake_on_the_command_line_is_one_line(sweep, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_presets_of_the_sweep_end_to_end(tmp_path, monkeypatch):
     """Depth and baseline land in one tree, are measured at their end, and the report finds both."""
     monkeypatch.chdir(tmp_path)

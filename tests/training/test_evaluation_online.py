@@ -71,6 +71,7 @@ def test_numbers_are_those_of_the_commands(runs, tmp_path):
         assert logged[f"{name}_70"] == pytest.approx(metrics[name], rel=1e-9), name
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_a_number(runs, monkeypatch):
     """Each of two draws half of the samples."""
     monkeypatch.chdir(runs.parent)

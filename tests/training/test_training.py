@@ -306,6 +306,7 @@ def test_accumulated_micro_batches_train_what_the_big_batch_does(folder, straigh
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_resume_what_one_began(folder, straight):
     train(folder, "one_then_two", "trainer.max_steps=17")
     path, done = train(
