@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, H W latent size, N tokens, D width.
 """
 
+import abc
 import math
 from collections.abc import Sequence
 from typing import ClassVar
@@ -14,7 +15,7 @@ from ddt.model.cost import NetworkMacs
 from ddt.model.published_names import Release
 
 
-class Denoiser(nn.Module):
+class Denoiser(nn.Module, abc.ABC):
     """A network that predicts the velocity of x_t at time t for a class y."""
 
     shares_encoder: ClassVar[bool] = False  # has `encode`, `decode` and `modulations`; steps can share z_t
@@ -25,22 +26,22 @@ class Denoiser(nn.Module):
     patch_size: int  # p; H and W must be multiples of it
 
     @property
+    @abc.abstractmethod
     def num_alignable_blocks(self) -> int:
         """The number of blocks that alignment can choose from."""
-        raise NotImplementedError
 
     @property
     def modulation_layers(self) -> list[nn.Module]:
         """The decoder's layers that read z_t alone, in the order of `modulations`."""
         return []
 
+    @abc.abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the velocity (B, C, H, W) for x_t (B, C, H, W), t (B,), y (B,)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def forward_with_hidden(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int) -> tuple[Tensor, Tensor]:
         """Return the velocity (B, C, H, W) and the output (B, N, D) of block hidden_depth ≥ 1."""
-        raise NotImplementedError
 
     def encode(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the self-condition z_t (B, N, D); UserError where there is no encoder."""
@@ -58,6 +59,6 @@ class Denoiser(nn.Module):
         """
         raise UserError(f"{type(self).__name__} has no separate decoder: call the model itself")
 
+    @abc.abstractmethod
     def macs(self, num_tokens: int) -> NetworkMacs:
         """Count the MACs of one forward for one image of N = num_tokens."""
-        raise NotImplementedError
