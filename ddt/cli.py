@@ -40,7 +40,7 @@ HYDRA = ("hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_sub
 # their own.
 PATHS = (
     "ckpt", "out", "samples", "reference", "inception_weights", "released", "run", "runs", "init_from", "autoencoder",
-    "guide", "recompute", "evaluator", "python", "graph", "measured", "metrics", "features.weights",
+    "guide", "recompute", "measured", "metrics", "features.weights",
     "data.root", "data.source_root", "data_root", "autoencoder.source", "alignment.weights",
 )  # fmt: skip
 

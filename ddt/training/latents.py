@@ -17,7 +17,7 @@ def to_latents(
     target: Target | None = None,
 ) -> dict[str, Tensor]:
     """Move a batch to the device and turn its images or moments into latents: the arguments of
-    `FlowMatching.forward`.
+    `Objective.forward`.
 
     With a `target` its features of the images are among them.
     """

@@ -31,7 +31,7 @@ class Meter:
             self.sums[key], self.counts[key] = (value.to(device) for value in mine)
 
     def add(self, losses: dict[str, Tensor], weight: float) -> None:
-        """Add what `FlowMatching` returned for a micro-batch that is `weight` of a step."""
+        """Add what `Objective.forward` returned for a micro-batch that is `weight` of a step."""
         for key, value in losses.items():
             if key not in ("t", "errors"):
                 value = weight * value.detach().float()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,6 @@ from ddt.sampling.settings import SamplerSettings
 from ddt.training.evaluation import OnlineEvaluation, OnlineSamples, online_evaluation
 from ddt.training.init_from import find_source
 from ddt.training.settings import TrainerSettings
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
