@@ -171,13 +171,7 @@ def reference_data(reference: str) -> Choice | None:
     name = reference.removeprefix("data:")
     known = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
     require(name in known, f"reference={reference}: give data:NAME, one of data:{', data:'.join(known)}")
-    state = Singleton.get_state()  # of the running command, whose config folder may be another
-    GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            node = OmegaConf.masked_copy(hydra.compose("train", overrides=[f"data={name}"]), ["data"])
-    finally:
-        Singleton.set_state(state)
+    node = OmegaConf.masked_copy(compose_apart(CONF, "train", [f"data={name}"]), ["data"])
     missing = OmegaConf.missing_keys(node)
     require(
         not missing,
@@ -188,6 +182,17 @@ def reference_data(reference: str) -> Choice | None:
     data, problems = convert(values["data"], Choice, "data")
     require(not problems, "\n".join(problems))
     return data
+
+
+def compose_apart(folder: Path, config_name: str, overrides: list[str]) -> DictConfig:
+    """Compose a config without touching Hydra's state, which is that of the running command."""
+    state = Singleton.get_state()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+            return hydra.compose(config_name, overrides=overrides)
+    finally:
+        Singleton.set_state(state)
 
 
 def one_line_errors(task: Callable[[], None]) -> None:
@@ -325,11 +330,10 @@ def mistake(error: Exception, arguments: list[str], folder: Path, config_name: s
         if name not in known and (group, name) != ("experiment", "null"):
             return f"{group}={name}: no such choice{did_you_mean(name, known)}"
         groups[group] = name
-    with hydra.initialize_config_dir(str(folder), version_base="1.3"):
-        try:
-            composed = hydra.compose(config_name, overrides=[f"{group}={name}" for group, name in groups.items()])
-        except HydraException as second:
-            return first_line(second).rstrip(".")
+    try:
+        composed = compose_apart(folder, config_name, [f"{group}={name}" for group, name in groups.items()])
+    except HydraException as second:
+        return first_line(second).rstrip(".")
     for override in overrides:
         key = override.key_or_group
         if key in groups or key.startswith("hydra"):

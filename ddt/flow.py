@@ -49,6 +49,11 @@ def training_times(normal: Tensor, distribution: TimeDistribution) -> Tensor:
     return torch.sigmoid(normal) if distribution == "lognorm" else torch.special.ndtr(normal)
 
 
+def time_normals(t: Tensor, distribution: TimeDistribution) -> Tensor:
+    """Return the standard normal samples that `training_times` maps to times t (B,) in (0, 1)."""
+    return torch.logit(t) if distribution == "lognorm" else torch.special.ndtri(t)
+
+
 def time_grid(num_steps: int, last_step: float | None = None, timeshift: float = 1.0) -> list[float]:
     """Return a solver's num_steps + 1 times: `linspace(0, 1 − last_step, num_steps)`, then 1.
 

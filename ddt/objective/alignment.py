@@ -10,6 +10,7 @@ never enters a state dict, DDP or an EMA. To add one: settings and loss in a fil
 in conf/alignment.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,11 @@ class AlignmentLoss(nn.Module):
         self.align_depth, self.weight = align_depth, weight
         self.grid, self.token_grid = grid, token_grid
 
+    @property
+    def features_shape(self) -> tuple[int, int]:
+        """(h·w, F) of the features that it compares with."""
+        return math.prod(self.grid), list(self.projector.parameters())[-1].numel()
+
     def forward(self, hidden: Tensor, features: Tensor) -> Tensor:
         """Return the unweighted loss in 0..2 of hidden (B, N, D) and features (B, h·w, F)."""
         projected = self.projector(hidden)  # (B, N, F)
@@ -85,6 +91,7 @@ class DispersiveLoss(nn.Module):
     """
 
     name = "dispersive_loss"
+    features_shape = None  # it compares with none
 
     def __init__(self, align_depth: int, weight: float, temperature: float) -> None:
         super().__init__()
@@ -203,14 +210,15 @@ class REPA(AlignmentSettings):
         )
         check_target(self.target, self.weights)
 
-    def build_target(self, image_size: int) -> Target:
-        """Load the target for images of `image_size` px; raise UserError as `Target` does."""
-        return Target(self.target, self.weights, image_size, self.compile)
+    def build_target(self, image_size: int, outline: bool = False) -> Target:
+        """Load the target for images of `image_size` px; raise UserError as `Target` does.
 
-    def outline_target(self, image_size: int) -> Target:
-        """Build the target on the meta device, without weights, to count its cost."""
-        with torch.device("meta"):
-            return Target(self.target, None, image_size, pretrained=False)
+        outline: on the meta device, without weights, to count its cost.
+        """
+        if outline:
+            with torch.device("meta"):
+                return Target(self.target, None, image_size, pretrained=False)
+        return Target(self.target, self.weights, image_size, self.compile)
 
     def build_loss(
         self, hidden_size: int, num_features: int, grid: tuple[int, int], token_grid: tuple[int, int]
@@ -233,18 +241,27 @@ class REPA(AlignmentSettings):
         )
 
     def build(
-        self, hidden_size: int, token_grid: tuple[int, int], image_size: int, cached: CachedFeatures | None
+        self,
+        hidden_size: int,
+        token_grid: tuple[int, int],
+        image_size: int,
+        cached: CachedFeatures | None = None,
+        outline: bool = False,
     ) -> Alignment:
-        """Build the alignment of a denoiser of width D with tokens on `token_grid`; `cached`
-        features replace the target. Raises UserError where images or features do not fit it.
+        """Build the alignment of a denoiser of width D with tokens on `token_grid`.
+
+        cached: features that replace the target. outline: everything on the meta device, without
+        weights or fingerprint, to count its cost. Raises UserError where images or features do not
+        fit the target.
         """
         if cached is not None:
             self.check_cached(cached)
-        target = self.build_target(image_size) if cached is None else None
+        target = self.build_target(image_size, outline) if cached is None else None
         source = target or cached
         assert source is not None
-        loss = self.build_loss(hidden_size, source.num_features, source.grid, token_grid)
-        return Alignment(loss, self.end_step, True, target, source.fingerprint)
+        with torch.device("meta") if outline else contextlib.nullcontext():
+            loss = self.build_loss(hidden_size, source.num_features, source.grid, token_grid)
+        return Alignment(loss, self.end_step, True, target, None if outline else source.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -267,7 +284,12 @@ class Dispersive(AlignmentSettings):
         return DispersiveLoss(self.align_depth, self.weight, self.temperature)
 
     def build(
-        self, hidden_size: int, token_grid: tuple[int, int], image_size: int, cached: CachedFeatures | None
+        self,
+        hidden_size: int,
+        token_grid: tuple[int, int],
+        image_size: int,
+        cached: CachedFeatures | None = None,
+        outline: bool = False,
     ) -> Alignment:
         """Build the alignment; see `REPA.build`."""
         return Alignment(self.build_loss(), self.end_step)

@@ -4,7 +4,7 @@ compiled as a whole.
 
 import abc
 
-from torch import nn
+from torch import Tensor, nn
 
 from ddt.errors import require
 from ddt.model import Denoiser
@@ -36,6 +36,10 @@ class Objective(nn.Module, abc.ABC):
         self.denoiser = denoiser
         self.label_dropout = label_dropout
         self.alignment = alignment
+
+    @abc.abstractmethod
+    def time_normal(self, t: Tensor) -> Tensor:
+        """Return the `time_normal` (B,) of which `forward` makes the times t (B,) in (0, 1)."""
 
     @abc.abstractmethod
     def for_validation(self, denoiser: Denoiser) -> "Objective":

@@ -6,7 +6,7 @@ Shapes: B batch, C H W latent, N tokens, F features of the alignment target. Sou
 import torch
 from torch import Tensor
 
-from ddt.flow import TimeDistribution, interpolate, training_times, velocity
+from ddt.flow import TimeDistribution, interpolate, time_normals, training_times, velocity
 from ddt.model import Denoiser
 from ddt.objective.alignment import AlignmentLoss, DispersiveLoss
 from ddt.objective.base import Objective
@@ -65,6 +65,9 @@ class FlowMatching(Objective):
             # gradient zero keeps the projector in the graph: DDP waits for every weight's gradient
             loss = fm_loss + 0 * sum(parameter.sum() for parameter in self.alignment.parameters())
         return {"loss": loss, "fm_loss": fm_loss.detach(), **parts, "t": t, "errors": errors.detach()}
+
+    def time_normal(self, t: Tensor) -> Tensor:
+        return time_normals(t, self.time_distribution)
 
     def for_validation(self, denoiser: Denoiser) -> "FlowMatching":
         return FlowMatching(denoiser, self.time_distribution, label_dropout=0.0)

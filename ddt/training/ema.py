@@ -11,11 +11,13 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ddt.distributed.prepare import gather_network, local_part, shard
 
 Network = TypeVar("Network", bound=nn.Module)
+Array = NDArray[np.float64]
 
 
 @functools.cache  # every step asks
@@ -40,6 +42,16 @@ class ConstantDecay:
         """Return the share of the weights in the EMA's update after step `step`, counted from 1."""
         return 1 - self.decay
 
+    def retention(self, start: Array, end: int) -> Array:
+        """Return the share of an EMA after `start` steps that is left after `end`: ∏ (1 − rate)."""
+        return self.decay ** (end - start)
+
+    def shares(self, first: int, last: int) -> Array:
+        """Return the shares of steps `first` … `last`, counted from 1, in the EMA after step
+        `last`: (1 − d)·d^(last−i).
+        """
+        return (1 - self.decay) * self.retention(np.arange(first, last + 1, dtype=np.float64), last)
+
 
 @dataclass(frozen=True)
 class PowerFunction:
@@ -55,10 +67,24 @@ class PowerFunction:
         """
         return 1 - (1 - 1 / step) ** (power_exponent(self.std) + 1)
 
+    def retention(self, start: Array, end: int) -> Array:
+        """Return the share of an EMA after `start` steps that is left after `end`: ∏ (1 − rate)."""
+        return (start / end) ** (power_exponent(self.std) + 1)
 
-def ema_rules(
-    decay: float, decays: tuple[float, ...], powers: tuple[float, ...]
-) -> dict[str, ConstantDecay | PowerFunction]:
+    def shares(self, first: int, last: int) -> Array:
+        """Return the shares of steps `first` … `last`, counted from 1, in the EMA after step
+        `last`: (i^(γ+1) − (i−1)^(γ+1)) / last^(γ+1).
+        """
+        steps = np.arange(first, last + 1, dtype=np.float64)
+        with np.errstate(divide="ignore"):  # log 0 at step 1, whose rate is 1
+            rates = -np.expm1((power_exponent(self.std) + 1) * np.log1p(-1 / steps))
+        return rates * self.retention(steps, last)
+
+
+Rule = ConstantDecay | PowerFunction
+
+
+def ema_rules(decay: float, decays: tuple[float, ...], powers: tuple[float, ...]) -> dict[str, Rule]:
     """Return the EMAs of a run by the name of their weights in a checkpoint; "ema" is the first."""
     return {
         "ema": ConstantDecay(decay),
@@ -79,7 +105,7 @@ class EMA(Generic[Network]):
     next step waits for it.
     """
 
-    def __init__(self, model: Network, rule: ConstantDecay | PowerFunction) -> None:
+    def __init__(self, model: Network, rule: Rule) -> None:
         self.rule = rule
         self.model: Network = copy.deepcopy(model).float().requires_grad_(False).eval()
         self.outline: Network | None = None  # the network without weights, where `model` is sharded

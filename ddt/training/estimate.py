@@ -28,7 +28,7 @@ from ddt.errors import UserError, require
 from ddt.model.cost import network_macs, num_tokens
 from ddt.model.layers import PRODUCTS, Block, BlockStack, Checkpointing, positions
 from ddt.objective import Objective
-from ddt.objective.alignment import REPA, AlignmentLoss, Dispersive, DispersiveLoss
+from ddt.objective.alignment import REPA, Alignment, Dispersive
 from ddt.objective.alignment_target import Target
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.settings import SamplerSettings
@@ -185,21 +185,15 @@ def build_recipe(settings: EstimateSettings) -> Recipe:
         sampling_macs(network, *shape[1:], sampler)  # UserError where the cost cannot be counted
     except UserError as error:
         raise UserError(f"sampler.{error}") from error
-    loss: AlignmentLoss | DispersiveLoss | None = None
-    target, align_until = None, 0.0
+    aligned = Alignment()
     if alignment is not None:
         alignment.check_depth(network.num_alignable_blocks)
-        align_until = alignment.end_step
-        if isinstance(alignment, REPA):
-            target = alignment.outline_target(outline.image_size)
-            grid = (shape[1] // patch_size, shape[2] // patch_size)
-            with torch.device("meta"):
-                loss = alignment.build_loss(network.hidden_size, target.num_features, target.grid, grid)
-        else:
-            loss = alignment.build_loss()
+        token_grid = (shape[1] // patch_size, shape[2] // patch_size)
+        aligned = alignment.build(network.hidden_size, token_grid, outline.image_size, outline=True)
     return Recipe(
-        objective=settings.objective.build(denoiser=network, alignment=loss), target=target, autoencoder=autoencoder,
-        shape=shape, image_size=outline.image_size, num_images=outline.num_images, align_until=align_until,
+        objective=settings.objective.build(denoiser=network, alignment=aligned.loss), target=aligned.target,
+        autoencoder=autoencoder, shape=shape, image_size=outline.image_size, num_images=outline.num_images,
+        align_until=aligned.end_step,
         cached=locate(data.target).has_latents, trainer=settings.trainer, sampler=sampler, gpus=settings.gpus,
         num_samples=settings.num_samples,
     )  # fmt: skip
@@ -377,9 +371,7 @@ def activation_bytes(objective: Objective, shape: tuple[int, int, int], bf16: bo
     height, width = shape[1] // first.patch_size, shape[2] // first.patch_size
     # the cached table of positions must not be made of fake tensors
     at = positions(first.head_dim, height, width, torch.device("cpu"))
-    tokens, channels = 1, 1  # of the target's features
-    if isinstance(alignment, AlignmentLoss):
-        tokens, channels = math.prod(alignment.grid), list(alignment.projector.parameters())[-1].numel()
+    tokens, channels = (alignment and alignment.features_shape) or (1, 1)
 
     def of_loss(batch: int) -> int:
         def inputs() -> tuple[Tensor, ...]:

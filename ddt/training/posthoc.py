@@ -11,24 +11,21 @@ Shapes: A EMAs in the snapshots, R rules, E steps at which some EMA ends.
 import logging
 import shutil
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ddt.checkpoint import format as ckpt
 from ddt.errors import require
 from ddt.files import check_writable
-from ddt.training.ema import ConstantDecay, PowerFunction, ema_rules, power_exponent
+from ddt.training.ema import Array, ConstantDecay, PowerFunction, Rule, ema_rules
 from ddt.training.resume import frozen_differences
 
 log = logging.getLogger(__name__)
-Rule = ConstantDecay | PowerFunction
-Array = NDArray[np.float64]
 LARGEST_RESIDUAL = 0.2  # of a usable reconstruction; docs/training.md: what it means for weights
 NOTABLE_RESIDUAL = 0.05  # larger ones are warned of
 CUTOFF = 1e-12  # eigenvalues of the products below this share of the largest are rounding errors
@@ -79,27 +76,7 @@ class Profile:
 
     def shares(self) -> Array:
         """Return the shares of the initial weights and steps 1 … `step`; their sum is 1."""
-        return np.concatenate([retention(self.rule, np.zeros(1), self.step), shares(self.rule, 1, self.step)])
-
-
-def retention(rule: Rule, start: Array, end: int) -> Array:
-    """Return the share of an EMA after `start` steps that is left after `end`: ∏ (1 − rate)."""
-    if isinstance(rule, ConstantDecay):
-        return rule.decay ** (end - start)
-    return (start / end) ** (power_exponent(rule.std) + 1)
-
-
-def shares(rule: Rule, first: int, last: int) -> Array:
-    """Return the shares of steps `first` … `last`, counted from 1, in the EMA after step `last`.
-
-    Power function: (i^(γ+1) − (i−1)^(γ+1)) / last^(γ+1); constant decay: (1 − d)·d^(last−i).
-    """
-    steps = np.arange(first, last + 1, dtype=np.float64)
-    if isinstance(rule, ConstantDecay):
-        return (1 - rule.decay) * retention(rule, steps, last)
-    with np.errstate(divide="ignore"):  # log 0 at step 1, whose rate is 1
-        rates = -np.expm1((power_exponent(rule.std) + 1) * np.log1p(-1 / steps))
-    return rates * retention(rule, steps, last)
+        return np.concatenate([self.rule.retention(np.zeros(1), self.step), self.rule.shares(1, self.step)])
 
 
 def inner_products(profiles: Sequence[Profile]) -> Array:
@@ -114,14 +91,14 @@ def inner_products(profiles: Sequence[Profile]) -> Array:
     at_ends, before = np.empty((len(ends), len(rules), len(rules))), 0  # (E, R, R)
     running = np.ones((len(rules), len(rules)))  # before step 1 every EMA is the initial weights
     for number, end in enumerate(ends.tolist()):
-        retained = np.array([retention(rule, np.array(before), end) for rule in rules])
-        new = np.stack([shares(rule, before + 1, end) for rule in rules])
+        retained = np.array([rule.retention(np.array(before), end) for rule in rules])
+        new = np.stack([rule.shares(before + 1, end) for rule in rules])
         running = running * np.outer(retained, retained) + new @ new.T
         at_ends[number], before = running, end
     result = np.empty((len(profiles), len(profiles)))
     for column, profile in enumerate(profiles):
         earlier = ends[place] <= profile.step
-        retained = retention(profile.rule, ends[place][earlier], profile.step)
+        retained = profile.rule.retention(ends[place][earlier], profile.step)
         result[earlier, column] = at_ends[place[earlier], which[earlier], which[column]] * retained
         result[column, earlier] = result[earlier, column]
     return result
@@ -221,7 +198,7 @@ def find_snapshots(run_dir: Path, step: int | None = None, powers: Collection[fl
     config = ckpt.read_config(folders[last])
     trainer = config["run"]["trainer"]
     rules = ema_rules(trainer["ema_decay"], trainer["ema_decays"], trainer["ema_powers"])
-    saved = {rule.std: name for name, rule in rules.items() if isinstance(rule, PowerFunction)}
+    saved = {std: f"power_{std:g}" for std in trainer["ema_powers"]}
     known = ", ".join(f"{std:g}" for std in saved)
     for std in powers or ():
         require(std in saved, f"powers={std:g}: the run saved no such EMA weights; choose from {known}")
@@ -261,15 +238,13 @@ def combine(weights: Sequence[tuple[Path, str]], coefficients: Array) -> list[di
 
 def receipt(ema: Reconstruction, snapshots: Snapshots) -> dict[str, Any]:
     """Return how EMA weights were made, as plain values for their config."""
-    rule = ema.target.rule
-    length = {"decay": rule.decay} if isinstance(rule, ConstantDecay) else {"std": rule.std}
     averages = [
         {"step": profile.step, "weights": name, "sha256": ckpt.weights_sha256(folder, name), "coefficient": coefficient}
         for profile, (folder, name), coefficient in zip(
             ema.profiles, snapshots.weights, ema.coefficients.tolist(), strict=True
         )
     ]
-    return {**length, "residual": ema.residual, "averages": averages}
+    return {**asdict(ema.target.rule), "residual": ema.residual, "averages": averages}
 
 
 def plot_profile(ema: Reconstruction, path: Path) -> None:

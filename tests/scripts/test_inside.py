@@ -23,7 +23,7 @@ from ddt.errors import UserError
 from ddt.flow import clean, interpolate, velocity
 from ddt.generation.generator import Generator
 from ddt.generation.image_set import ImageSet, image_set
-from ddt.objective.flow_matching import velocity_loss
+from ddt.objective.flow_matching import FlowMatching, velocity_loss
 from ddt.sampling.fitting import fit_schedule
 from ddt.sampling.settings import SamplerSettings
 from scripts.studies.inside import measure as inside
@@ -44,6 +44,7 @@ from scripts.studies.inside.run import InsideSettings
 SCRIPT = "scripts.studies.inside.__main__"
 SAMPLER = {"solver": "euler", "num_steps": 6, "cfg_scale": 2.0, "cfg_interval": (0.3, 1.0), "last_step": None}
 DIGITS = {"_target_": "ddt.data.images.Digits", "fingerprint": Digits().fingerprint}
+OBJECTIVE = {"_target_": "ddt.objective.FlowMatching", "time_distribution": "lognorm", "label_dropout": 0.1}
 PICTURES = ["denoising.png", "inside.json", "loss_by_t.png", "similarity.png", "z_pca.png"]
 IMAGES = ("classes=[1,8]", "seeds=4-5")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,7 +65,7 @@ def write_run(folder, data=DIGITS, target="ddt.model.DDT"):
     small_checkpoint(
         ckpt.checkpoint_folder(folder, 3), model=model, raw=2, step=3, sampler=SAMPLER,
         network={"_target_": target, "in_channels": 1, **sizes}, class_names=list("0123456789"),
-        **({} if data is None else {"run": {"data": data}}),
+        **({} if data is None else {"run": {"data": data, "objective": OBJECTIVE}}),
     )  # fmt: skip
     return folder
 
@@ -256,10 +257,13 @@ def test_the_loss_is_that_of_training_with_the_ema_weights(looked, run_folder):
 
 def test_the_loss_does_not_depend_on_the_batch():
     maker, images, accelerator = generator(), Digits("test"), make_accelerator("no")
-    one = loss_by_t(maker, images, accelerator, 5, 2)
-    assert np.allclose(one, loss_by_t(maker, images, accelerator, 5, 64), rtol=1e-5)
+    objective = FlowMatching(maker.model, time_distribution="uniform").for_validation(maker.model)
+    one = loss_by_t(maker, objective, images, accelerator, 5, 2)
+    assert np.allclose(one, loss_by_t(maker, objective, images, accelerator, 5, 64), rtol=1e-5)
     assert one.shape == (5, 10)
-    assert standard_error(loss_by_t(maker, images, accelerator, 1, 2)).tolist() == [0] * 10
+    assert standard_error(loss_by_t(maker, objective, images, accelerator, 1, 2)).tolist() == [0] * 10
+    lognormal = FlowMatching(maker.model).for_validation(maker.model)  # the same times by other normal samples
+    assert np.allclose(one, loss_by_t(maker, lognormal, images, accelerator, 5, 2), rtol=1e-4)
 
 
 def test_what_cannot_be_measured_is_left_out_and_reported(tmp_path, caplog):

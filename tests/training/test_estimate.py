@@ -270,7 +270,7 @@ def test_an_autoencoder_folder_is_counted(tmp_path):
 
 
 def test_a_target_without_weights_is_a_target():
-    outline = REPA("resnet18.a1_in1k").outline_target(64)
+    outline = REPA("resnet18.a1_in1k").build_target(64, outline=True)
     assert (outline.grid, outline.num_features) == ((4, 4), 256)
     assert all(parameter.is_meta for parameter in outline.network.parameters())
 

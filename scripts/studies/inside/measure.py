@@ -24,7 +24,7 @@ from ddt.errors import UserError, first_line, require
 from ddt.flow import clean
 from ddt.generation.generator import Generator
 from ddt.generation.image_set import ImageSet
-from ddt.objective import FlowMatching
+from ddt.objective import Objective
 from ddt.sampling.fitting import fit_schedule, resolve_recompute
 from ddt.sampling.schedules import uniform_schedule
 from ddt.training.latents import to_latents
@@ -238,14 +238,13 @@ def standard_error(errors: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def loss_by_t(
-    generator: Generator, images: Images, accelerator: Accelerator, count: int, batch_size: int
+    generator: Generator, objective: Objective, images: Images, accelerator: Accelerator, count: int, batch_size: int
 ) -> np.ndarray:
     """Return the losses (n, 10) in ten bins of t of n ≤ `count` images, evenly spread over all.
 
-    `objective.FlowMatching` without label dropout. An image's noise is that of the validation loss
-    and the same in all bins; its time within a bin follows a golden-ratio sequence.
+    objective: the run's, for validation. An image's noise is that of the validation loss and the
+    same in all bins; its time within a bin follows a golden-ratio sequence.
     """
-    objective = FlowMatching(generator.model, time_distribution="uniform", label_dropout=0.0)
     chosen = spread(len(images.labels), count)
     count = len(chosen)
     within = golden_sequence(np.arange(count))
@@ -258,7 +257,7 @@ def loss_by_t(
             )
             for k in range(T_BINS):
                 t = torch.from_numpy((k + within[rows]) / T_BINS)
-                batch["time_normal"] = torch.special.ndtri(t).float().to(accelerator.device)
+                batch["time_normal"] = objective.time_normal(t).float().to(accelerator.device)
                 with generator.autocast():
                     errors[rows, k] = objective(**batch)["errors"].cpu().numpy()
             progress.update(len(chosen[rows]))
