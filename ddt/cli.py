@@ -13,7 +13,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -31,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ddt.config import Choice, convert, did_you_mean, flat, locate, parse
 from ddt.errors import STOPPED_STATUS, Stopped, UserError, first_line, os_error_line, require
+from ddt.logs import logging_setup
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -355,12 +355,3 @@ def mistake(error: Exception, arguments: list[str], folder: Path, config_name: s
         full = ".".join([*parents, name])
         return f"{full}: no such setting{did_you_mean(full, beside)}"
     return " ".join(str(error).split())
-
-
-def logging_setup() -> None:
-    """Show the program's own messages as they are, and warnings on one line."""
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s")
-    for chatty in ("httpx", "filelock", "torch", "accelerate", "timm"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

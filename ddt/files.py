@@ -1,19 +1,26 @@
-"""Files and folders written atomically (under a temporary name, renamed when complete); locks."""
+"""Files and folders: written atomically (under a temporary name, renamed when complete), locked,
+and never written over: what makes a folder one of ours is decided here.
+"""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import filelock
+from safetensors import SafetensorError
 
-from ddt.errors import UserError, require
+from ddt.errors import UserError, first_line, require
+
+LOCK = ".lock"  # in a folder that one command uses at a time
+TEMPORARY = ".tmp-ddt-"  # begins the names of files that are being written
 
 
 def sha256(path: Path) -> str:
@@ -38,47 +45,76 @@ def reset_permissions(path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
-def check_writable(out: Path) -> None:
-    """Raise UserError unless a file or folder `out` can be written; call it before any work."""
-    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    folder = parent if parent.is_dir() or parent == out else None
-    require(
-        folder is not None and os.access(folder, os.W_OK),
-        f"out={out}: cannot be written, {parent} is {'a file' if folder is None else 'read-only'}; choose another out=",
-    )
-
-
 # --- atomic writes: whoever reads finds all of a file or folder, or nothing
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Raise an OSError that names `path` for whatever a writer raises on a full or broken disk:
+    Python and NumPy an OSError without the file, torch a RuntimeError, safetensors one of its own.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+    except SafetensorError as error:
+        raise OSError(errno.EIO, first_line(error), str(path)) from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # the file in torch's sources that writes archives
+            raise
+        raise OSError(errno.EIO, "could not be written to its end (a full disk?)", str(path)) from error
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path, renamed to `path` when the block ends, removed if it fails.
 
-    sync: force the file to disk first.
+    sync: force the file to disk first. Raises OSError that names the file: see `write_errors`.
     """
-    temporary = path.with_name(f".tmp-{platform.node()}-{os.getpid()}-{path.name}")  # several may write the same
+    # several processes may write the same
+    temporary = path.with_name(f"{TEMPORARY}{platform.node()}-{os.getpid()}-{path.name}")
     try:
-        yield temporary
-        if sync:
-            fsync(temporary)
-        temporary.replace(path)
+        with write_errors(path):
+            yield temporary
+            if sync:
+                fsync(temporary)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what killed commands left of `atomic_file` in a folder that no other command uses."""
+    for left in folder.glob(f"{TEMPORARY}*"):
+        left.unlink()
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder, renamed to `folder` when the block ends, removed if it fails.
 
-    `folder` must not exist.
+    `folder` must not exist. What a killed command left is removed first. Raises UserError where
+    another command is writing the same, or something else lies under the temporary name.
     """
-    temporary = make_temporary_folder(folder)
-    try:
-        yield temporary
-        rename_atomically(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_path(folder)
+    require(
+        not temporary.exists() or (temporary / LOCK).is_file(),
+        f"{temporary}: is in the way, and is no unfinished folder of an earlier call; move it elsewhere",
+    )
+    busy = f"{folder}: another command is writing it; wait for it, or choose another folder"
+    with lock_folder(temporary, busy):
+        for left in temporary.iterdir():
+            if left.name != LOCK:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            with write_errors(folder):
+                yield temporary
+                (temporary / LOCK).unlink()
+                rename_atomically(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def temporary_path(folder: Path) -> Path:
@@ -87,7 +123,9 @@ def temporary_path(folder: Path) -> Path:
 
 
 def make_temporary_folder(folder: Path) -> Path:
-    """Create the empty temporary folder of `folder`; remove what a killed command left there."""
+    """Create the empty temporary folder of `folder`, inside a folder that is locked; remove what a
+    killed command left there.
+    """
     temporary = temporary_path(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -101,6 +139,63 @@ def rename_atomically(temporary: Path, folder: Path) -> None:
     fsync(folder.parent)
 
 
+# --- whose folder
+
+
+def check_writable(out: Path) -> None:
+    """Raise UserError unless a file or folder `out` can be written."""
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    folder = parent if parent.is_dir() or parent == out else None
+    require(
+        folder is not None and os.access(folder, os.W_OK),
+        f"out={out}: cannot be written, {parent} is {'a file' if folder is None else 'read-only'}; choose another out=",
+    )
+
+
+def check_new(out: Path, key: str = "out") -> None:
+    """Raise UserError unless a file or folder `out` is new, or an empty folder, and can be
+    written; call it before any work.
+    """
+    empty = out.is_dir() and not any(out.iterdir())
+    require(not out.exists() or empty, f"{key}={out}: exists already and is not written over; choose another {key}=")
+    check_writable(out)
+
+
+def find_record(
+    folder: Path, records: Collection[str], key: str, written: Collection[str] | None = None, own: Collection[str] = ()
+) -> Path | None:
+    """Return the record that makes a folder one of ours, None where the folder is new.
+
+    An earlier call of a command has left one of its `records`, whose content the caller compares.
+    A folder without a record is new if it holds nothing but files of the names `own` and
+    temporaries; where `written` is given, if it holds none of these names, which the command would
+    write over. Raises UserError for any other folder, and for a file.
+    """
+    require(not folder.exists() or folder.is_dir(), f"{key}={folder}: is a file; give a folder")
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    record = next((folder / name for name in records if name in names), None)
+    foreign = [
+        name
+        for name in names
+        if (name in written if written is not None else name not in (LOCK, *own) and not name.startswith(TEMPORARY))
+    ]
+    require(
+        record is not None or not foreign,
+        f"{key}={folder}: holds {', '.join(foreign[:3])}{' …' if len(foreign) > 3 else ''}, not written by this "
+        f"command, and nothing is written over; choose another {key}=",
+    )
+    return record
+
+
+def read_record(record: Path) -> dict[str, Any]:
+    """Return the content of a JSON record; {} for a damaged one, which is that of no request."""
+    try:
+        content = json.loads(record.read_text())
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path, message: str) -> Iterator[None]:
     """Lock a folder, created if missing; raise UserError(message) where another process holds it.
@@ -108,7 +203,7 @@ def lock_folder(folder: Path, message: str) -> Iterator[None]:
     The operating system releases the lock when the process ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
+    lock = filelock.FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:

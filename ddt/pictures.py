@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from ddt.files import atomic_file
+from ddt.files import atomic_file, remove_temporary_files
 
 PADDING = 2
 FIGURE_STYLE: Any = {
@@ -88,6 +88,8 @@ def write_pngs(folder: Path, images: Iterable[np.ndarray], count: int) -> None:
         if not path.exists():
             write_png(path, image)
 
+    if folder.exists():
+        remove_temporary_files(folder)
     images = itertools.islice(images, count)
     with ThreadPoolExecutor() as pool, tqdm(total=count, unit="img", desc="png", mininterval=1.0) as progress:
         for start in range(0, count, 256):  # images in memory at once
@@ -109,5 +111,6 @@ def pyplot() -> Any:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib figure and close it."""
-    figure.savefig(path)
+    with atomic_file(path, sync=False) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:])
     pyplot().close(figure)

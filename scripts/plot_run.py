@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ddt.cli import command
 from ddt.errors import require
+from ddt.files import check_new
 
 COLUMNS = 3  # panels side by side
 
@@ -23,6 +24,7 @@ class PlotRunSettings:
 
     def __post_init__(self) -> None:
         require(Path(self.out).suffix in (".png", ".pdf", ".svg"), f"out={self.out}: give a .png, .pdf or .svg file")
+        check_new(Path(self.out))
         require(self.runs != [], "runs=[]: name at least one run folder")
         require(self.keys != [], "keys=[]: name at least one logged value, such as loss")
 

@@ -8,7 +8,7 @@ from ddt.checkpoint.format import write_checkpoint
 from ddt.checkpoint.published import find_released, read_released
 from ddt.config import Choice
 from ddt.errors import require
-from ddt.files import sha256
+from ddt.files import check_new, sha256
 from ddt.pictures import imagenet_synsets
 from ddt.sampling.settings import SamplerSettings
 
@@ -46,7 +46,7 @@ def convert(settings: ConvertSettings) -> None:
     exists. Source: method.md 6.
     """
     out = Path(settings.out)
-    require(not out.exists(), f"out={out}: exists already and is not written over; choose another folder")
+    check_new(out)
     path = find_released(settings.released)
     released = read_released(path, settings.encoder_depth, settings.patch_size)
     ema = released.weights()

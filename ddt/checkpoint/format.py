@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ddt.checkpoint.hub import download, is_hub_id
 from ddt.errors import UserError, require
-from ddt.files import atomic_folder, fsync, reset_permissions, sha256, write_json
+from ddt.files import atomic_folder, check_new, fsync, reset_permissions, sha256, write_errors, write_json
 from ddt.model import Denoiser, load_network
 from ddt.version import __version__
 
@@ -71,11 +71,13 @@ def write_files(
         for key in state:
             assert not key.startswith(("module.", "_orig_mod.")), f"{key}: a name of a wrapper (DDP, compile)"
         written.append(folder / shard_name(f"{name}.safetensors", shard))
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, written[-1])
+        with write_errors(written[-1]):
+            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, written[-1])
         reset_permissions(written[-1])
     if train_state is not None:
         written.append(folder / shard_name("train_state.pt", shard))
-        torch.save(train_state, written[-1])
+        with write_errors(written[-1]):
+            torch.save(train_state, written[-1])
     for path in written:
         fsync(path)
     return {path.name: manifest_entry(path) for path in written}
@@ -105,7 +107,7 @@ def write_checkpoint(
     config: plain values. train_state: anything that loads with `weights_only=True`. weights: state
     dicts by name, such as `ema=` and `model=`. `training.saving` writes those of a run.
     """
-    require(not folder.exists(), f"{folder}: exists already and is not written over; choose another folder")
+    check_new(folder)
     with atomic_folder(folder) as temporary:  # renamed to `folder` at the end of the block
         write_manifest(temporary, config, write_files(temporary, weights, train_state))
 

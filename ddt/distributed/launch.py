@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ddt.config import flat
 from ddt.errors import Stopped, UserError, os_error_line, require
+from ddt.logs import logging_setup
 
 MAX_CPU_PROCESSES = 16  # whatever the number of cores
 GRACE_SECONDS = 10  # for the other processes to end when one has failed, and again after SIGTERM
@@ -82,7 +83,7 @@ def _worker(
     )
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    logging_setup()
     tqdm.set_lock(threading.RLock())  # its default is a semaphore, which a killed process leaves behind
     try:
         _call(function, args)
@@ -94,6 +95,9 @@ def _worker(
     except OSError as error:  # as the line to print: not all kinds can be pickled
         errors.put(UserError(os_error_line(error)))
         sys.exit(1)
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(0)  # all is done: C++ threads of torch and gloo may abort a process that Python takes down
 
 
 @contextlib.contextmanager

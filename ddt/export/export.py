@@ -29,7 +29,7 @@ from ddt.checkpoint.hub import check_push, is_hub_id, push
 from ddt.checkpoint.published import SUFFIXES, check_releasable, write_released
 from ddt.errors import require
 from ddt.export.model_card import Card
-from ddt.files import atomic_folder, check_writable, fsync, reset_permissions, sha256, write_json
+from ddt.files import atomic_folder, check_new, fsync, reset_permissions, sha256, write_json
 from ddt.generation.load import stored_autoencoder
 from ddt.metrics.compare import read_evaluation
 from ddt.model import Denoiser
@@ -98,8 +98,7 @@ def export(settings: ExportSettings) -> None:
     the one of training, and a network without published names.
     """
     out, form = Path(settings.out), settings.format
-    require(not out.exists(), f"out={out}: exists already and is not written over; choose another out=")
-    check_writable(out)
+    check_new(out)
     folder = ckpt.find_checkpoint(settings.ckpt)
     source = open_source(folder, form, settings.weights, settings.autoencoder)
     network = source.stored["network"]
@@ -296,10 +295,7 @@ class HubModel(ModelHubMixin):
         kwargs: of huggingface_hub's `ModelHubMixin.save_pretrained`.
         """
         folder = Path(save_directory)
-        require(
-            not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
-            f"{folder}: holds files already and is not written over; choose another folder",
-        )
+        check_new(folder, "save_directory")
         return super().save_pretrained(folder, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:

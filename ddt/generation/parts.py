@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddt.files import atomic_file
+from ddt.files import atomic_file, remove_temporary_files
 
 log = logging.getLogger(__name__)
 PARTS = "[0-9]*-[0-9]*.npz"  # FIRST-END.npz
@@ -47,8 +47,7 @@ def remove_damaged(folder: Path) -> None:
         except (ValueError, OSError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
             log.warning("%s: damaged or overlapping, its images are sampled again", path)
             path.unlink()
-    for temporary in folder.glob(".tmp-*"):  # of a process that was killed while writing
-        temporary.unlink()
+    remove_temporary_files(folder)
 
 
 def sampled_numbers(folder: Path) -> np.ndarray:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, require
-from ddt.files import check_writable, write_json
+from ddt.files import check_writable, find_record, read_record, write_json
 from ddt.metrics.comparability import labels, order_matters, order_warning, reasons_not_comparable
 from ddt.metrics.features import Extractor, FeatureSettings, check_features, check_images, extract
 from ddt.metrics.images import SAMPLES, FolderImages, ImageSource, NpzImages, pick
@@ -182,17 +182,18 @@ def shorten(values: Any) -> Any:
 
 
 def refuse_other_evaluation(out: Path, inputs: dict[str, Any]) -> None:
-    """Raise UserError where `out` is a file, or holds metrics of other inputs."""
-    require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
-    path = out / "metrics.json"
-    if not path.exists():
+    """Raise UserError where `out` is a file, holds metrics of other inputs, or pictures of no
+    evaluation.
+    """
+    path = find_record(out, ["metrics.json"], "out", written=["nearest.png"])
+    if path is None:
         return
     try:
-        receipt = json.loads(path.read_text())["receipt"]
+        receipt = read_record(path)["receipt"]
         same = receipt["samples"]["sha256"] == inputs["samples"]["sha256"] and all(
             without_paths(receipt[key]) == without_paths(inputs[key]) for key in ("reference", "features")
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         same = False
     require(same, f"{path}: belongs to another evaluation and is not written over; choose another out=")
 

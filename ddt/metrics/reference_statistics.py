@@ -12,7 +12,7 @@ import numpy as np
 from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, require
-from ddt.files import check_writable
+from ddt.files import check_new
 from ddt.metrics.features import FeatureSettings, check_images, check_weights, extract
 from ddt.metrics.images import DataImages, write_npz
 from ddt.metrics.reference import KEYS, RECEIPT
@@ -38,8 +38,7 @@ class ReferenceStatisticsSettings:
     def __post_init__(self) -> None:
         out, features = Path(self.out), self.features
         require(out.suffix == ".npz", f"out={out}: give an .npz file")
-        require(not out.exists(), f"out={out}: exists and is not written over; choose another out=, or remove it")
-        check_writable(out)
+        check_new(out)
         require(
             self.num_images is None or self.num_images >= 2,
             f"num_images={self.num_images}: statistics need at least 2",

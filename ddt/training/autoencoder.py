@@ -24,7 +24,7 @@ from ddt.data.images import Images
 from ddt.data.stream import TrainingStream
 from ddt.data.survey import spread
 from ddt.errors import require
-from ddt.files import atomic_folder, fsync, reset_permissions, write_json
+from ddt.files import atomic_folder, check_new, fsync, reset_permissions, write_json
 from ddt.pictures import image_grid, write_png
 from ddt.version import __version__
 
@@ -207,7 +207,7 @@ def train_autoencoder(
 
     Raises UserError for an `out` that exists, images that do not fit, and no held-out images.
     """
-    require(not out.exists(), f"out={out}: exists already and is not written over; choose another folder")
+    check_new(out)
     require(not images.has_latents, "data: is a latent cache already; give the images")
     require(len(held_out.labels) > 0, "data: there are no held-out images to measure on; give data.holdout_every=20")
     require(

@@ -44,6 +44,7 @@ def run_training(run: Run) -> None:
         if session.missing:  # a run may be killed between its checkpoint and its measurements
             session.measure(session.missing, session.state.ema.network(), session.state.step, session.tracker)
             session.clock.start()
+        session.saver.prune()  # after the measurements, which say which checkpoint is the best
         stopped = train_steps(run, session)
         state = session.state
         if session.accelerator.is_main_process:

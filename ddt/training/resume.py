@@ -1,4 +1,6 @@
-"""Settings that a resumed run must share with its checkpoint; all others may change."""
+"""Whether a run's folder is of this training: the settings that a resumed run must share with its
+checkpoint. All others may change.
+"""
 
 import json
 import logging
@@ -8,11 +10,17 @@ from typing import Any
 from ddt.checkpoint.format import read_config
 from ddt.config import flat
 from ddt.errors import require
+from ddt.files import find_record, read_record
+from ddt.training.stopping import read_status
 
 log = logging.getLogger(__name__)
 FROZEN = ("model", "data", "autoencoder", "alignment", "objective", "optimizer", "seed", "init_from")
 FROZEN_TRAINER = (
     "global_batch_size", "ema_decay", "ema_decays", "ema_powers", "warmup_steps", "lr_schedule", "clip_norm",
+)  # fmt: skip
+# what a run writes; a folder with one of them is no new one
+OUTPUTS = (
+    "config.json", "status.json", "metrics.jsonl", "evaluation.json", "checkpoints", "export", "snapshots", "previews",
 )  # fmt: skip
 # settings that change no result: paths (fingerprints identify the content), and sizes of chunks
 FREE = (
@@ -45,12 +53,54 @@ def frozen_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tu
     }
 
 
-def check_same_training(checkpoint: Path, config: dict[str, Any]) -> None:
-    """Raise UserError where a checkpoint is not of `config`'s training; log other changes."""
+def check_place(run_dir: Path) -> None:
+    """Raise UserError for a run folder inside another run, or inside a checkpoint or an export."""
+    folder = run_dir.absolute()
+    for outer in (folder, *folder.parents):
+        checkpoint = (outer / "manifest.json").is_file()
+        run = outer != folder and (outer / "config.json").is_file() and (outer / "status.json").is_file()
+        kind = "a checkpoint" if checkpoint else "another run"
+        require(not checkpoint and not run, f"{run_dir}: lies inside {kind}, {outer}; give another name=")
+
+
+def check_same_training(path: Path, saved: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raise UserError where a run's settings `saved` in `path` are of another training."""
+    frozen = frozen_differences(saved, config)
+    changes = [f"{key} {old} -> {new}" for key, (old, new) in frozen.items()]
+    more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
+    require(
+        not changes,
+        f"{path}: belongs to another training ({', '.join(changes[:5])}{more}); give this one another name=",
+    )
+
+
+def check_run_folder(run_dir: Path, config: dict[str, Any]) -> None:
+    """Raise UserError unless a run's folder is new, or this training's, with checkpoints or with
+    nothing but a start in it. config: of the run.
+    """
+    record = find_record(run_dir, ["config.json"], "name", written=OUTPUTS)
+    if record is None:
+        return
+    check_same_training(record, read_record(record), config)
+    exported = run_dir / "export" / "config.json"
+    if exported.is_file():  # it is replaced by that of each checkpoint
+        check_same_training(exported.parent, read_record(exported).get("run", {}), config)
+    left = [name for name in ("export", "snapshots") if (run_dir / name).exists()]
+    ended = read_status(run_dir).get("state") in ("done", "preempted")
+    require(
+        (run_dir / "checkpoints").exists() or not (left or ended),
+        f"{run_dir}: holds {' and '.join([*left, 'metrics.jsonl'])} of this training but no checkpoint of it; put "
+        "checkpoints/ back, or give another name=",
+    )
+
+
+def check_checkpoint(checkpoint: Path, config: dict[str, Any]) -> None:
+    """Raise UserError where a checkpoint is of another training; log settings that have changed.
+
+    config: what the run's checkpoints hold.
+    """
     saved = read_config(checkpoint)
-    frozen = frozen_differences(saved["run"], config["run"])
-    changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in frozen.items())
-    require(not frozen, f"{checkpoint}: belongs to another training ({changes}); give this one another name=")
+    check_same_training(checkpoint, saved["run"], config["run"])
     for key, (old, new) in differences(saved["run"], config["run"]).items():
         log.info("changed since the checkpoint: %s %s -> %s", key, old, new)
     require(

@@ -10,12 +10,18 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
 
 from ddt.checkpoint import format as ckpt
 from ddt.distributed.prepare import decide_on_main
 from ddt.errors import UserError, require
-from ddt.files import fsync, make_temporary_folder, rename_atomically, temporary_path, write_json
+from ddt.files import (
+    fsync,
+    make_temporary_folder,
+    remove_temporary_files,
+    rename_atomically,
+    temporary_path,
+    write_json,
+)
 from ddt.training.settings import TrainerSettings
 from ddt.training.state import TrainingState
 from ddt.training.tracking import read_rows
@@ -37,11 +43,12 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove partly written and partly removed files of a killed run."""
-    for parent in (run_dir, run_dir / "checkpoints", run_dir / "snapshots"):
-        for pattern in (".tmp-*", ".del-*"):
-            for left in parent.glob(pattern):
-                remove(left)
+    """Remove partly written and partly removed files of a killed run, and nothing of others."""
+    remove_temporary_files(run_dir)
+    remove_temporary_files(run_dir / "previews")
+    for parent, name in ((run_dir, "export"), (run_dir / "checkpoints", "step_*"), (run_dir / "snapshots", "step_*")):
+        for left in (*parent.glob(f".tmp-{name}"), *parent.glob(f".del-{name}")):
+            remove(left)
 
 
 def export_ema(checkpoint: Path, target: Path) -> None:
@@ -144,8 +151,8 @@ class Saver:
             shard = (accelerator.process_index, accelerator.num_processes) if self.sharded else None
             try:
                 mine = ckpt.write_files(temporary, weights, train_state, shard)
-            except (OSError, RuntimeError, SafetensorError) as error:  # a full disk: of Python, torch, safetensors
-                mine = str(error).splitlines()[0]
+            except OSError as error:
+                mine = str(error)
         everyone = gather_object([mine])
 
         def finish() -> str:
@@ -195,7 +202,6 @@ class Saver:
             for number, folder in ckpt.folders_by_step(self.run_dir / "snapshots").items():
                 if number > step:
                     remove(folder)
-        self.prune()
 
     def prune(self) -> None:
         """Remove checkpoints but the last `keep_last`, every `keep_every`-th step, the best."""

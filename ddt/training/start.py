@@ -29,7 +29,7 @@ from ddt.training.ema import EMA, ema_rules
 from ddt.training.init_from import initialise
 from ddt.training.latents import to_latents
 from ddt.training.measurements import Measurements, missing_measurements
-from ddt.training.resume import check_same_training
+from ddt.training.resume import check_checkpoint, check_place, check_run_folder
 from ddt.training.run import Run, build_evaluation
 from ddt.training.saving import Saver, remove_leftovers
 from ddt.training.state import TrainingState
@@ -174,11 +174,7 @@ def resume_or_start(run: Run, accelerator: Accelerator, compiled: bool) -> tuple
     Raises UserError where the checkpoint belongs to another training.
     """
     settings, trainer, objective = run.settings, run.settings.trainer, run.objective
-    if accelerator.is_main_process:
-        remove_leftovers(settings.run_dir)
-    newest = decide_on_main(accelerator, lambda: ckpt.newest_intact_checkpoint(settings.run_dir))
-    if newest is not None:
-        check_same_training(newest, run.config)
+    newest = decide_on_main(accelerator, lambda: find_start(run))
     broadcast_weights(objective, accelerator)
     rules = ema_rules(trainer.ema_decay, trainer.ema_decays, trainer.ema_powers)
     emas = {name: EMA(objective.denoiser, rule) for name, rule in rules.items()}
@@ -197,9 +193,24 @@ def resume_or_start(run: Run, accelerator: Accelerator, compiled: bool) -> tuple
     return model, state
 
 
+def find_start(run: Run) -> Path | None:
+    """Return the checkpoint that a run resumes from, None where it starts, on process 0 alone.
+
+    Raises UserError where its folder is of another training, before anything in it changes.
+    """
+    run_dir = run.settings.run_dir
+    check_run_folder(run_dir, run.config["run"])
+    remove_leftovers(run_dir)
+    newest = ckpt.newest_intact_checkpoint(run_dir)
+    if newest is not None:
+        check_checkpoint(newest, run.config)
+    return newest
+
+
 @contextlib.contextmanager
 def locked(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
     """Lock a run's folder, on all processes; raise UserError where another command trains in it."""
+    check_place(run_dir)
     new = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     message = f"{run_dir}: another command is training in this folder; wait for it, or give this one another name="
     with contextlib.ExitStack() as stack:

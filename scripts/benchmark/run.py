@@ -20,7 +20,7 @@ from ddt.config import Choice
 from ddt.distributed.compile import compiles
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, first_line, require
-from ddt.files import check_writable, write_json
+from ddt.files import check_new, write_json
 from ddt.pictures import pyplot, save_figure
 from ddt.receipts import command_line
 from ddt.tables import markdown_table
@@ -82,12 +82,7 @@ class BenchmarkSettings:
             )
         require(not self.profile or self.out is not None, "profile=true: writes tables; give out=FOLDER")
         if self.out is not None:
-            require(not Path(self.out).is_file(), f"out={self.out}: is a file; give a folder")
-            check_writable(Path(self.out))
-            require(
-                not (Path(self.out) / "benchmark.json").exists(),
-                f"out={self.out}: holds a benchmark already, which is not written over; choose another",
-            )
+            check_new(Path(self.out))
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ddt.autoencoder import Autoencoder
 from ddt.checkpoint import format as ckpt
 from ddt.config import Choice
 from ddt.errors import require
-from ddt.files import lock_folder, write_json
+from ddt.files import find_record, lock_folder, read_record, write_json
 from ddt.generation.settings import SamplerOverrides
 from ddt.metrics.features import Extractor, FeatureSettings
 from ddt.metrics.reference import Reference, check_reference, load_reference
@@ -90,15 +90,12 @@ def resume_study(out: Path, request: Row, file: str, study: str, working: str = 
 
     Raises UserError for any other content. working: a folder in `out` that does not count.
     """
-    require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
-    if not out.exists() or not any(path.name != working for path in out.iterdir()):
+    record = find_record(out, [file], "out", own=[working])
+    if record is None:
         return None
-    try:
-        earlier = json.loads((out / file).read_text())
-        same = earlier["request"] == json.loads(json.dumps(request))
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    require(same, f"out={out}: holds another {study} or other files and is not written over; choose another out=")
+    earlier = read_record(record)
+    same = earlier.get("request") == json.loads(json.dumps(request))
+    require(same, f"out={out}: holds another {study} and is not written over; choose another out=")
     return earlier
 
 

@@ -12,7 +12,7 @@ from ddt.checkpoint import format as ckpt
 from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, collect_errors, first_line, require
-from ddt.files import check_writable
+from ddt.files import atomic_folder, check_new
 from ddt.generation.generator import Dtype
 from ddt.generation.image_set import ImageSet, Numbers, image_set
 from ddt.generation.load import checkpoint_receipt, load_generator, stored_autoencoder
@@ -56,13 +56,7 @@ class InsideSettings(SamplerOverrides):
 
     def __post_init__(self) -> None:
         at_least_one(self, "columns", "loss_images", "batch_size")
-        out = Path(self.out)
-        require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
-        require(
-            not out.exists() or not any(out.iterdir()),
-            f"out={out}: holds files already and is not written over; choose another out=",
-        )
-        check_writable(out)
+        check_new(Path(self.out))
 
     def sampler_and_images(self, stored: dict[str, Any]) -> tuple[SamplerSettings, ImageSet]:
         """Return sampler and images, as sample.py does of the same settings."""
@@ -148,11 +142,6 @@ def look_inside(settings: InsideSettings) -> None:
         }
         figures["loss_by_t"] = functools.partial(report.draw_losses, errors)
 
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, draw in figures.items():
-        draw(out / f"{name}.png")
-        log.info("%s", out / f"{name}.png")
     request = {
         "checkpoint": checkpoint_receipt(folder, "ema", generator),
         "sampler": sampler.as_receipt(),
@@ -161,4 +150,10 @@ def look_inside(settings: InsideSettings) -> None:
         "classes": images.classes,
         "seeds": images.seeds,
     }
-    write_numbers(out / "inside.json", {"request": request, "left_out": left_out, **results}, accelerator.device)
+    out = Path(settings.out)
+    with atomic_folder(out) as folder:
+        for name, draw in figures.items():
+            draw(folder / f"{name}.png")
+        write_numbers(folder / "inside.json", {"request": request, "left_out": left_out, **results}, accelerator.device)
+    for name in figures:
+        log.info("%s", out / f"{name}.png")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ddt.cli import command
 from ddt.errors import require
+from ddt.files import check_new
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Settings:
     def __post_init__(self) -> None:
         path = Path(self.out)
         require(path.suffix == ".safetensors", f"out={path}: give a .safetensors file")
-        require(not path.exists(), f"out={path}: exists already and is not written over; choose another file")
+        check_new(path)
 
 
 @command("export_efficientnet_lite0", settings="scripts.studies.photos.export_efficientnet_lite0.Settings")

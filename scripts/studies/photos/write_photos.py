@@ -8,7 +8,8 @@ import logging
 from pathlib import Path
 
 from ddt.cli import command
-from ddt.errors import UserError, require
+from ddt.errors import UserError
+from ddt.files import atomic_folder, check_new
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +23,7 @@ class Settings:
     crops: int
 
     def __post_init__(self) -> None:
-        out = Path(self.out)
-        require(not out.exists(), f"out={out}: exists already and is not written over; choose another folder")
+        check_new(Path(self.out))
 
 
 @command("write_photos", settings="scripts.studies.photos.write_photos.Settings")
@@ -40,11 +40,12 @@ def main(settings: Settings) -> None:
         photos = Photos(image_size=settings.image_size, crops=settings.crops)
     except UserError as error:  # which names the settings of data=photos
         raise UserError(str(error).removeprefix("data.")) from error
-    for name in photos.class_names:
-        (folder / name).mkdir(parents=True)
-    for k in tqdm(range(len(photos.labels)), unit="img", desc="writing", mininterval=1.0):
-        pixels = photos.load(np.array([k]))[0].transpose(1, 2, 0)  # (H, W, C)
-        Image.fromarray(pixels).save(folder / photos.class_names[photos.labels[k]] / f"{k:04d}.jpg", quality=95)
+    with atomic_folder(folder) as temporary:
+        for name in photos.class_names:
+            (temporary / name).mkdir()
+        for k in tqdm(range(len(photos.labels)), unit="img", desc="writing", mininterval=1.0):
+            pixels = photos.load(np.array([k]))[0].transpose(1, 2, 0)  # (H, W, C)
+            Image.fromarray(pixels).save(temporary / photos.class_names[photos.labels[k]] / f"{k:04d}.jpg", quality=95)
     log.info("%s: %d images in %d sub-folders", folder, len(photos.labels), len(photos.class_names))
 
 

@@ -14,6 +14,7 @@ from ddt.checkpoint import format as ckpt
 from ddt.cli import CONF, command
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require
+from ddt.files import check_new
 from ddt.generation.generator import Dtype, default_dtype
 from ddt.generation.settings import SamplerOverrides
 from ddt.pictures import pyplot, save_figure
@@ -41,7 +42,7 @@ class FitSettings(SamplerOverrides):
         out = Path(self.out)
         require(out.suffix == ".json", f"out={out}: give a .json file")
         for path in (out, out.with_suffix(".png")):
-            require(not path.exists(), f"out={out}: {path} exists already and is not written over; choose another out=")
+            check_new(path)
 
 
 @command("sharing_fit", settings=f"{__name__}.FitSettings", folder=CONF / "study")
