@@ -49,16 +49,19 @@ def reset_permissions(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def write_errors(path: Path) -> Iterator[None]:
+def write_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
     """Raise an OSError that names `path` for whatever a writer raises on a full or broken disk:
     Python and NumPy an OSError without the file, torch a RuntimeError, safetensors one of its own.
+
+    temporary: what is renamed to `path` in the end, and named as it.
     """
     try:
         yield
     except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+        name = Path(error.filename or path)
+        if temporary is not None and name.is_relative_to(temporary):
+            name = path / name.relative_to(temporary)
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(name)) from error
     except SafetensorError as error:
         raise OSError(errno.EIO, first_line(error), str(path)) from error
     except RuntimeError as error:
@@ -76,7 +79,7 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[Path]:
     # several processes may write the same
     temporary = path.with_name(f"{TEMPORARY}{platform.node()}-{os.getpid()}-{path.name}")
     try:
-        with write_errors(path):
+        with write_errors(path, temporary):
             yield temporary
             if sync:
                 fsync(temporary)
@@ -109,7 +112,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             if left.name != LOCK:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
-            with write_errors(folder):
+            with write_errors(folder, temporary):
                 yield temporary
                 (temporary / LOCK).unlink()
                 rename_atomically(temporary, folder)

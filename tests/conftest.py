@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import ddt
+import ddt.autoencoder
+import ddt.checkpoint.format
 from ddt.cli import CONF, typed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,6 +166,22 @@ def copy_repository(folder):
     """Copy what belongs to the repository, without what was made in it."""
     made = (".venv", ".git", "site", "runs", "cache", "checkpoints", ".*_cache", "__pycache__")
     return shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*made))
+
+
+@contextlib.contextmanager
+def small_disk(size=4096):
+    """A disk on which no file becomes larger than `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def full_disk_stream():
+    """Return a text stream on a full disk, on which every write fails."""
+    return io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)
 
 
 def run(*command, cwd=ROOT, timeout=300, **environment):

@@ -13,7 +13,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import picture_folder, refusal, rows, run_inside, succeed
+from conftest import full_disk_stream, picture_folder, refusal, rows, run_inside, succeed
 from safetensors.torch import load_file
 
 import ddt
@@ -574,3 +574,111 @@ def test_what_a_resumed_run_must_share():
     assert frozen_differences(old, new) == {"model.depth": (6, 7)}
     new["trainer"]["lr_schedule"] = old["trainer"]["lr_schedule"] = "linear"
     assert frozen_differences(old, new) == {"model.depth": (6, 7), "trainer.max_steps": (10, 20)}
+
+
+# --- whose folder
+
+
+def contents(folder):
+    """Every file below a folder but the lock, with its bytes."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_folder_of_another_training_is_not_taken_over_without_its_checkpoints():
+    run = train("archived", "trainer.save_every=4")
+    (run / "checkpoints").rename(run.parent / "archive")
+    before = contents(run)
+    said = refusal("train", *arguments("archived", "model.depth=4"))
+    assert "runs/archived/config.json: belongs to another training (model.depth 3 -> 4)" in said
+    assert "runs/archived: holds export and snapshots" not in said
+    said = refusal("train", *arguments("archived"))
+    assert said.startswith(
+        "runs/archived: holds export and metrics.jsonl of this training but no checkpoint of it; put"
+    )
+    assert contents(run) == before
+    (run.parent / "archive").rename(run / "checkpoints")
+    assert_same_end(train("archived"), run)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(straight, monkeypatch):
+    def kill(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.Saver, "save", kill)
+        with pytest.raises(Killed):
+            train("early")
+    assert (Path("runs/early") / "metrics.jsonl").read_text()
+    (Path("runs/early") / "train.log").write_text("mine")
+    assert_same_end(train("early"), straight)
+    assert (Path("runs/early") / "train.log").read_text() == "mine"
+
+
+def test_files_that_a_run_would_write_over_are_refused():
+    run = Path("runs/others")
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("mine")
+    assert refusal("train", *arguments("others")).startswith("name=runs/others: holds metrics.jsonl, not written by")
+    (run / "config.json").write_text("{}")
+    assert refusal("train", *arguments("others")).startswith("runs/others/config.json: belongs to another training (")
+    assert {path.name for path in contents(run)} == {"metrics.jsonl", "config.json"}
+
+
+def test_an_export_of_other_weights_is_not_replaced(straight):
+    run = Path(shutil.copytree(straight, "runs/foreign_export"))
+    config = json.loads((run / "export" / "config.json").read_text())
+    config["run"]["seed"] = 7
+    (run / "export" / "config.json").write_text(json.dumps(config))
+    before = contents(run)
+    said = refusal("train", *arguments("foreign_export", "trainer.max_steps=16"))
+    assert said.startswith("runs/foreign_export/export: belongs to another training (seed 7 -> 0)")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("name", ["straight/inner", "straight/checkpoints/step_0000012", "straight/export/a/b"])
+def test_no_run_lies_inside_another_or_a_checkpoint(straight, name):
+    before = contents(straight)
+    said = refusal("train", *arguments(name))
+    assert said.startswith(f"runs/{name}: lies inside ")
+    assert said.endswith("give another name=")
+    assert contents(straight) == before
+
+
+def test_temporary_files_of_others_stay_in_a_runs_folder(straight):
+    run = Path(shutil.copytree(straight, "runs/notes"))
+    for path in (run / ".tmp-notes" / "a", run / "checkpoints" / ".tmp-export" / "a"):
+        path.parent.mkdir()
+        path.write_text("mine")
+    for left in (run / "checkpoints" / ".tmp-step_0000016", run / ".tmp-export", run / ".del-export"):
+        left.mkdir()
+    (run / ".tmp-ddt-host-1-config.json").touch()
+    train("notes", "trainer.max_steps=16")
+    assert sorted(path.name for path in run.rglob(".tmp-*")) == [".tmp-export", ".tmp-notes"]
+    assert not (run / ".tmp-export").exists()
+    assert not (run / ".del-export").exists()
+
+
+def test_checkpoints_are_pruned_after_the_measurements_that_a_kill_cost(monkeypatch):
+    options = ["trainer.save_every=1", "trainer.validate_every=1", "trainer.keep_last=2", "trainer.max_steps=6"]
+    options += ["trainer.keep_best=validation_loss"]
+    losses = {1: 5, 2: 1, 3: 4, 4: 4, 5: 4, 6: 0}  # step 2 is the best until step 6 is measured
+
+    def measure(self, names, network, step, tracker):
+        if step == 6 and self.run_dir.name == "kept_killed" and kill:
+            raise Killed
+        tracker.log(step, {"validation_loss": losses[step]})
+
+    monkeypatch.setattr(start.Measurements, "__call__", measure)
+    assert list(ckpt.list_checkpoints(train("kept_whole", *options))) == [5, 6]
+    kill = True
+    with pytest.raises(Killed):
+        train("kept_killed", *options)
+    kill = False
+    assert list(ckpt.list_checkpoints(train("kept_killed", *options))) == [5, 6]
+
+
+def test_a_log_on_a_full_disk_costs_no_step(straight, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", full_disk_stream())
+        run = train("unlogged")
+    assert_same_end(run, straight)
