@@ -5,6 +5,7 @@ forwarded as SIGTERM: a terminal's Ctrl-C reached them already, and a second SIG
 at once.
 """
 
+import atexit
 import contextlib
 import logging
 import multiprocessing
@@ -95,7 +96,7 @@ def _worker(
     except OSError as error:  # as the line to print: not all kinds can be pickled
         errors.put(UserError(os_error_line(error)))
         sys.exit(1)
-    logging.shutdown()
+    atexit._run_exitfuncs()
     sys.stderr.flush()
     os._exit(0)  # all is done: C++ threads of torch and gloo may abort a process that Python takes down
 

@@ -8,6 +8,7 @@ section 3.2 and appendix C; there in continuous time, here over steps, where it 
 Shapes: A EMAs in the snapshots, R rules, E steps at which some EMA ends.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Collection, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ddt.checkpoint import format as ckpt
 from ddt.errors import require
-from ddt.files import check_writable
+from ddt.files import check_new, check_writable
 from ddt.training.ema import Array, ConstantDecay, PowerFunction, Rule, ema_rules
 from ddt.training.resume import frozen_differences
 
@@ -247,6 +248,13 @@ def receipt(ema: Reconstruction, snapshots: Snapshots) -> dict[str, Any]:
     return {**asdict(ema.target.rule), "residual": ema.residual, "averages": averages}
 
 
+def is_written(folder: Path, made: dict[str, Any]) -> bool:
+    """Return whether an earlier call has written the EMA of this receipt."""
+    if not (folder / "manifest.json").is_file():
+        return False
+    return ckpt.read_config(folder).get("posthoc") == json.loads(json.dumps(made))
+
+
 def plot_profile(ema: Reconstruction, path: Path) -> None:
     """Write a figure of the target profile and the reconstructed one."""
     from matplotlib.figure import Figure
@@ -266,15 +274,20 @@ def plot_profile(ema: Reconstruction, path: Path) -> None:
 def posthoc_ema(settings: PosthocSettings) -> None:
     """Check all that needs no weights, then read each snapshot once and write the checkpoints."""
     out, folders = Path(settings.out), settings.folders()
-    for folder in folders.values():
-        require(not folder.exists(), f"out={folder}: exists already and is not written over; choose another out=")
     check_writable(out)
     snapshots = find_snapshots(Path(settings.run), settings.step, settings.powers)
     emas = {
         name: reconstruct(snapshots.profiles, Profile(rule, snapshots.step)) for name, rule in settings.rules().items()
     }
-    for name, ema in emas.items():
-        check_residual(name, ema)
+    for name, ema in list(emas.items()):
+        if is_written(folders[name], receipt(ema, snapshots)):
+            log.info("%s: complete, nothing to do", folders[name])
+            del emas[name]
+        else:
+            check_new(folders[name])
+            check_residual(name, ema)
+    if not emas:
+        return
     existing = next(folder for folder in out.absolute().parents if folder.exists())
     needed, free = len(emas) * ckpt.weights_bytes(*snapshots.weights[-1]), shutil.disk_usage(existing).free
     require(

@@ -151,7 +151,7 @@ def test_the_methods_of_huggingface_hub(api, exported, tmp_path):
     assert config["sampler"]["num_steps"] == 4
     assert config["export"]["weights_sha256"] != config["export"]["made_from_sha256"]
     assert (tmp_path / "again" / "README.md").is_file()
-    with pytest.raises(UserError, match="holds files already and is not written over"):
+    with pytest.raises(UserError, match="exists already and is not written over"):
         loaded.save_pretrained(tmp_path / "again")
     loaded.push_to_hub("owner/name", private=True)
     assert [call[:2] for call in api.requests] == [("create", "owner/name"), ("upload", "owner/name")]

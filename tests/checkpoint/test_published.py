@@ -201,4 +201,4 @@ def test_conversion_end_to_end(tmp_path):
     assert SamplerSettings(**config["sampler"]) == SamplerSettings(**published, recompute=None)
     assert config["autoencoder"]["source"] == "stabilityai/sd-vae-ft-ema"
     message = refusal("scripts.convert_checkpoint", *arguments)
-    assert message == f"out={out}: exists already and is not written over; choose another folder"
+    assert message == f"out={out}: exists already and is not written over; choose another out="

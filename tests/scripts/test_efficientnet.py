@@ -33,7 +33,7 @@ def test_timm_loads_the_file_and_sees_what_is_there(file):
 
 def test_the_file_is_not_written_over(file):
     before = file.stat().st_mtime_ns
-    assert refusal(SCRIPT, f"out={file}") == f"out={file}: exists already and is not written over; choose another file"
+    assert refusal(SCRIPT, f"out={file}") == f"out={file}: exists already and is not written over; choose another out="
     assert file.stat().st_mtime_ns == before
     assert refusal(SCRIPT, "out=weights.pth") == "out=weights.pth: give a .safetensors file"
 

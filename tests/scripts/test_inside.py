@@ -361,8 +361,8 @@ def settings_of(**changes):
 def test_files_are_not_written_over(looked, tmp_path):
     (tmp_path / "file").touch()
     for out, message in (
-        (looked, "holds files already and is not written over; choose another out="),
-        (tmp_path / "file", "is a file; give a folder"),
+        (looked, "exists already and is not written over; choose another out="),
+        (tmp_path / "file", "exists already and is not written over; choose another out="),
     ):
         with pytest.raises(UserError, match=f"^out={out}: {message}$"):
             settings_of(out=str(out))

@@ -61,7 +61,7 @@ def test_a_fitted_schedule_is_used_by_sample(run_folder, tmp_path, caplog):
     line = refusal("sample", f"ckpt={run_folder}", f"out={tmp_path / 'b'}", f"recompute={path}", "num_steps=8")
     assert "was fitted to another time grid" in line
     line = refusal(FIT, f"ckpt={run_folder}", "budget=3", f"out={path}")
-    assert line == f"out={path}: {path} exists already and is not written over; choose another out="
+    assert line == f"out={path}: exists already and is not written over; choose another out="
 
 
 def test_the_command_line_chooses_the_sampler_of_a_schedule(run_folder, tmp_path):
@@ -195,7 +195,7 @@ def test_a_complete_curve_is_left_alone_and_another_refused(curve, run_folder, c
     assert "complete, nothing to do" in caplog.text
     for change in ("num_samples=6", "cfg_scale=3", "features.epochs=2", "rules=[dp]"):
         line = refusal(CURVE, *curve_arguments(run_folder, curve, change))
-        assert line == f"out={curve}: holds another curve or other files and is not written over; choose another out="
+        assert line == f"out={curve}: holds another curve and is not written over; choose another out="
     assert {path: path.read_bytes() for path in curve.iterdir()} == before
 
 

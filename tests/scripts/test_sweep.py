@@ -269,11 +269,11 @@ def test_only_the_same_command_writes_a_report_again(sweep, tmp_path):
     before = (out / "report.json").read_bytes()
     for changes in ({"x": "model.depth"}, {"metric": "loss"}):
         line = refused(sweep, out, **changes)
-        assert line == f"out={out}: holds another report or other files and is not written over; choose another out="
+        assert line == f"out={out}: holds another report and is not written over; choose another out="
     other = tmp_path / "other"
     other.mkdir()
     (other / "report.md").write_text("mine")
-    assert "is not written over" in refused(sweep, other)
+    assert "nothing is written over" in refused(sweep, other)
     assert "is a file; give a folder" in refused(sweep, other / "report.md")
     assert [path.read_text() for path in other.iterdir()] == ["mine"]
     assert (out / "report.json").read_bytes() == before

@@ -174,5 +174,5 @@ def test_out_must_be_given_and_is_not_written_over(written, tmp_path):
     assert refusal("scripts.train_autoencoder", "data=digits") == "out: not set; give out=…"
     before = (written / "training.json").read_bytes()
     message = refusal("scripts.train_autoencoder", *ARGUMENTS, f"out={written}")
-    assert message == f"out={written}: exists already and is not written over; choose another folder"
+    assert message == f"out={written}: exists already and is not written over; choose another out="
     assert (written / "training.json").read_bytes() == before

@@ -1,6 +1,7 @@
 """EMA weights of any length from snapshots of others."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -218,8 +219,8 @@ def test_sums_are_float64(tmp_path):
 )
 def test_invalid_settings_are_refused(run, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "partly" / "std_0.1").mkdir(parents=True)
+    for place in ("taken", "partly/std_0.1"):
+        (tmp_path / place / "of_others").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     values = {"run": str(run), "std": 0.07, "decay": None, "step": None, "powers": None, "out": "out"}
     with pytest.raises(UserError) as refused:
@@ -241,6 +242,22 @@ def test_a_poor_ema_is_warned_of(caplog):
         check_residual("std_0.03", Reconstruction(target, (), np.empty(0), residual))
     (record,) = caplog.records
     assert record.getMessage() == "warning: std=0.03: the error of its profile is 0.10; see profile.png"
+
+
+def test_a_killed_command_writes_what_is_missing(run, tmp_path, caplog):
+    arguments = [f"run={run}", "std=[0.07,0.1]", f"out={tmp_path / 'out'}"]
+    succeed("scripts.posthoc_ema", *arguments)
+    shutil.rmtree(tmp_path / "out" / "std_0.1")  # as if it had been killed before the second
+    first = (tmp_path / "out" / "std_0.07" / "manifest.json").stat().st_mtime_ns
+    succeed("scripts.posthoc_ema", *arguments)
+    assert (tmp_path / "out" / "std_0.07" / "manifest.json").stat().st_mtime_ns == first
+    assert ckpt.read_config(tmp_path / "out" / "std_0.1")["posthoc"]["std"] == 0.1
+    succeed("scripts.posthoc_ema", *arguments)  # all complete
+    (tmp_path / "out" / "std_0.07").rename(tmp_path / "other")
+    (tmp_path / "out" / "std_0.1").rename(tmp_path / "out" / "std_0.07")
+    assert refusal("scripts.posthoc_ema", *arguments).endswith(
+        "std_0.07: exists already and is not written over; choose another out="
+    )
 
 
 def test_the_command_line_refuses_in_one_line(run, tmp_path):
