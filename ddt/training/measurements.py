@@ -18,7 +18,7 @@ from ddt.autoencoder import Autoencoder
 from ddt.data.images import Images
 from ddt.data.stream import validation_batch
 from ddt.data.survey import spread
-from ddt.draws import PREVIEW, random_generator
+from ddt.draws import Stream, random_generator
 from ddt.model import Denoiser
 from ddt.objective import Objective
 from ddt.pictures import image_grid, readable, write_png
@@ -185,7 +185,7 @@ def write_preview(
     """
     columns = min(model.num_classes, 10)
     noise = np.stack(
-        [random_generator(0, PREVIEW, k).standard_normal(shape, dtype=np.float32) for k in range(4 * columns)]
+        [random_generator(0, Stream.PREVIEW, k).standard_normal(shape, dtype=np.float32) for k in range(4 * columns)]
     )
     y = torch.arange(columns, device=accelerator.device).repeat(4)
     with accelerator.autocast():
