@@ -33,8 +33,8 @@ def test_commands_import_ddt_and_their_own_folder_alone(path):
 
 
 def test_an_upward_import_is_noticed(tmp_path):
-    """The contracts hold for this tree, and fail where ddt.flow imports ddt.training, a layer imports
-    ddt.cli, or a new module imports Hydra.
+    """The contracts hold for this tree, and fail where ddt.flow imports ddt.training, a layer
+    imports ddt.cli, or a new module imports Hydra.
     """
     linter = Path(sys.executable).with_name("lint-imports")
     for name in ("ddt", "pyproject.toml"):

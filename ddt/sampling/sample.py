@@ -109,6 +109,8 @@ def sample_latents(
     options: dict[str, Any] = {argument: getattr(settings, name) for name, argument in solver.options.items()}
     if solver.stochastic:
         options["noise"] = step_noise_fn(noise, step_noise, settings.num_steps)
+    if solver.adaptive:
+        options["max_steps"] = settings.num_steps
     latents = solver.integrate(velocity_fn, noise, settings.grid(), **options)
     if counts is not None:
         for name, number in guided.calls.items():

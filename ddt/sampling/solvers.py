@@ -160,9 +160,9 @@ class Solver:
 
     integrate: Callable[..., Tensor]
     calls: Callable[[float, float, bool], tuple[float, ...]] = lambda t, t_next, is_last: (t,)
-    options: dict[str, str] = dataclasses.field(default_factory=dict)  # sampler setting → argument
+    options: dict[str, str] = dataclasses.field(default_factory=dict)  # setting of its own → argument
     stochastic: bool = False  # `integrate` takes `noise` too
-    adaptive: bool = False  # chooses its own steps: the grid is [0, 1]
+    adaptive: bool = False  # chooses its own steps: the grid is [0, 1], and it takes `max_steps`
 
 
 SDE_OPTIONS = {"sde_diffusion": "diffusion", "sde_last": "last"}
@@ -175,8 +175,14 @@ SOLVERS = {
     "adams4": Solver(functools.partial(adams, order=4)),
     "sde": Solver(sde, options=SDE_OPTIONS, stochastic=True),
     "sde_preserve": Solver(functools.partial(sde, strength=0.5), options=SDE_OPTIONS, stochastic=True),
-    "adaptive": Solver(adaptive, options={"tolerance": "tolerance", "num_steps": "max_steps"}, adaptive=True),
+    "adaptive": Solver(adaptive, options={"tolerance": "tolerance"}, adaptive=True),
 }
+
+
+def option_users() -> dict[str, list[str]]:
+    """Return, for each sampler setting that only some solvers have, their names."""
+    options = dict.fromkeys(key for solver in SOLVERS.values() for key in solver.options)
+    return {key: [name for name, solver in SOLVERS.items() if key in solver.options] for key in options}
 
 
 def call_times(solver: Solver, grid: Sequence[float]) -> list[tuple[float, ...]]:
