@@ -27,6 +27,7 @@ class DiT(Denoiser, BlockStack):
     """
 
     release = ReleasedDiT()
+    label_table = "y_embedder.embedding_table.weight"
 
     def __init__(
         self,
@@ -64,6 +65,11 @@ class DiT(Denoiser, BlockStack):
         c = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))[:, None]  # (B, 1, D)
         h, hidden = self.run(x_t, c, at, hidden_depth)
         return self.output(h, c, at), hidden
+
+    @property
+    def stacks(self) -> list[BlockStack]:
+        """The network itself."""
+        return [self]
 
     @property
     def num_alignable_blocks(self) -> int:

@@ -329,7 +329,7 @@ class BlockStack(nn.Module):
         self.head_dim = hidden_size // num_heads
         self.input = PatchProjection(in_channels, patch_size, hidden_size)
         sizes = (hidden_size, num_heads, mixer, adaln_init, activation_checkpointing)
-        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(depth))
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(*sizes) for _ in range(depth))  # type: ignore[assignment]
 
     def positions(self, x_t: Tensor) -> Positions:
         """Return the token grid of x_t (B, C, H, W); UserError where p does not divide H and W."""

@@ -26,7 +26,7 @@ from ddt.data.images import Outline
 from ddt.data.survey import infer_settings
 from ddt.errors import UserError, require
 from ddt.model.cost import network_macs, num_tokens
-from ddt.model.layers import PRODUCTS, Block, BlockStack, Checkpointing, positions
+from ddt.model.layers import PRODUCTS, BlockStack, Checkpointing, positions
 from ddt.objective import Objective
 from ddt.objective.alignment import REPA, Alignment, Dispersive
 from ddt.objective.alignment_target import Target
@@ -137,7 +137,7 @@ class Recipe:
     @property
     def checkpointing(self) -> Checkpointing:
         """The blocks' activation checkpointing."""
-        return blocks(self.objective)[0].activation_checkpointing
+        return self.objective.denoiser.all_blocks[0].activation_checkpointing
 
     @property
     def num_emas(self) -> int:
@@ -199,20 +199,10 @@ def build_recipe(settings: EstimateSettings) -> Recipe:
     )  # fmt: skip
 
 
-def stacks(module: nn.Module) -> list[BlockStack]:
-    """Return encoder and decoder, or the undivided baseline."""
-    return [part for part in module.modules() if isinstance(part, BlockStack)]
-
-
-def blocks(module: nn.Module) -> list[Block]:
-    """Return the blocks of a denoiser, the encoder's first."""
-    return [part for part in module.modules() if isinstance(part, Block)]
-
-
 def with_checkpointing(objective: Objective, kind: Checkpointing) -> Objective:
     """Return a copy of an objective with another activation checkpointing."""
     changed = copy.deepcopy(objective)
-    for block in blocks(changed):
+    for block in changed.denoiser.all_blocks:
         block.activation_checkpointing = kind
     return changed
 
@@ -364,10 +354,10 @@ def activation_bytes(objective: Objective, shape: tuple[int, int, int], bf16: bo
     checkpointing: the blocks' inputs, and what the one recomputed block saves; if selective, also
     the results of products.
     """
-    kind = blocks(objective)[0].activation_checkpointing
+    kind = objective.denoiser.all_blocks[0].activation_checkpointing
     if kind == "selective":
         objective = with_checkpointing(objective, True)
-    denoiser, alignment, first = objective.denoiser, objective.alignment, stacks(objective)[0]
+    denoiser, alignment, first = objective.denoiser, objective.alignment, objective.denoiser.stacks[0]
     height, width = shape[1] // first.patch_size, shape[2] // first.patch_size
     # the cached table of positions must not be made of fake tensors
     at = positions(first.head_dim, height, width, torch.device("cpu"))
@@ -382,9 +372,9 @@ def activation_bytes(objective: Objective, shape: tuple[int, int, int], bf16: bo
         return saved_bytes(objective, bf16, inputs)
 
     def of_block(batch: int, stack: BlockStack, products: bool) -> int:
-        last, size = copy.deepcopy(blocks(stack)[-1]), denoiser.hidden_size
+        last, size = copy.deepcopy(stack.blocks[-1]), denoiser.hidden_size
         last.activation_checkpointing = False
-        per_token = denoiser.shares_encoder and stack is stacks(objective)[-1]
+        per_token = denoiser.shares_encoder and stack is denoiser.stacks[-1]
         c = (batch, height * width if per_token else 1, size)
         with Products() as returned:
             saved = saved_bytes(last, bf16, lambda: (torch.empty(batch, height * width, size), torch.empty(c)), at=at)
@@ -395,9 +385,9 @@ def activation_bytes(objective: Objective, shape: tuple[int, int, int], bf16: bo
 
     total = per_image(of_loss)
     if kind:
-        total += per_image(of_block, stacks(objective)[-1], False)
+        total += per_image(of_block, denoiser.stacks[-1], False)
     if kind == "selective":
-        total += sum(len(stack.blocks) * per_image(of_block, stack, True) for stack in stacks(objective))
+        total += sum(len(stack.blocks) * per_image(of_block, stack, True) for stack in denoiser.stacks)
     return total
 
 
@@ -410,7 +400,7 @@ def memory(recipe: Recipe) -> dict[str, float]:
     trained, sharded = count(recipe.objective), recipe.trainer.parallelism == "fsdp"
     parts = recipe.gpus if sharded else 1
     cast = [layer for layer in recipe.objective.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    block = max(map(count, blocks(recipe.objective)))
+    block = max(map(count, recipe.objective.denoiser.all_blocks))
     micro, _ = recipe.trainer.micro_batches(recipe.gpus)
     sizes = {
         "weights": FLOAT * trained / parts,
@@ -431,7 +421,7 @@ def memory(recipe: Recipe) -> dict[str, float]:
 
 def outside_blocks(objective: Objective) -> int:
     """Return the parameters that are in no block."""
-    return count(objective) - sum(map(count, blocks(objective)))
+    return count(objective) - sum(map(count, objective.denoiser.all_blocks))
 
 
 def ways_to_fit(recipe: Recipe, needed: dict[str, float], limit: float) -> str:
@@ -514,7 +504,7 @@ def exchanged_bytes(recipe: Recipe) -> float:
 def estimate(recipe: Recipe, rate: Rate) -> dict[str, Any]:
     """Return the cost of a recipe as plain values: counts, FLOPs, bytes, hours."""
     denoiser, trainer, gpus = recipe.objective.denoiser, recipe.trainer, recipe.gpus
-    encoder = count(denoiser.encoder) if denoiser.shares_encoder else 0
+    encoder = count(denoiser.stacks[0]) if denoiser.shares_encoder else 0
     work, held = flops(recipe), memory(recipe)
     images = trainer.max_steps * trainer.global_batch_size
     fits = None if rate.memory is None else held["total"] <= rate.memory

@@ -37,7 +37,6 @@ from ddt.training.estimate import (
     memory,
     report,
     saved_steps,
-    stacks,
 )
 from ddt.training.optimizer import adamw
 from ddt.training.settings import TrainerSettings
@@ -223,7 +222,7 @@ def test_bytes_sent_per_step():
     assert exchanged_bytes(small_recipe()) == 0
     assert exchanged_bytes(small_recipe(gpus=4)) == 2 * 3 / 4 * 4 * trained
     recipe = small_recipe(trainer=dict(parallelism="fsdp", micro_batch_size=1), gpus=4)
-    blocks = sum(num_parameters(block) for stack in stacks(recipe.objective) for block in stack.blocks)
+    blocks = sum(num_parameters(block) for block in recipe.objective.denoiser.all_blocks)
     # two micro-batches gather blocks twice and the rest once, the last hands out gradients
     assert exchanged_bytes(recipe) == 3 / 4 * 4 * (2 * (2 * blocks + trained - blocks) + trained)
 
