@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ddt.autoencoder import Autoencoder, build_autoencoder
+from ddt.autoencoder import Autoencoder, autoencoder_class, build_autoencoder
 from ddt.checkpoint import format as ckpt
 from ddt.distributed.compile import compile_blocks
 from ddt.errors import UserError, require
@@ -31,7 +31,8 @@ def stored_autoencoder(stored: dict[str, Any], chosen: str) -> Autoencoder:
     """
     settings = stored["autoencoder"]
     if chosen != "checkpoint":
-        require("source" in settings, f"autoencoder={chosen}: this model samples pixels; leave it out")
+        pixels = autoencoder_class(settings).pixel_space
+        require(not pixels, f"autoencoder={chosen}: this model samples pixels; leave it out")
         autoencoder = build_autoencoder({**settings, "source": chosen, "revision": None})
     else:
         try:

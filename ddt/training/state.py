@@ -111,8 +111,9 @@ class TrainingState:
         weights. All processes call it together; a device sync.
         """
         row = self.meter.means(self.accelerator)
-        if "repa_loss" in row:
-            row["alignment_cosine"] = 1 - row["repa_loss"]
+        alignment = self.objective.alignment
+        if alignment is not None and alignment.name in row:  # it may have ended
+            row |= alignment.readings(row[alignment.name])
         distances = self.ema.distance(self.objective.denoiser)
         if self.ema.outline is not None:  # each process knows its parts
             distances = self.accelerator.reduce(distances, reduction="sum")
