@@ -32,5 +32,5 @@ def golden_sequence(numbers: np.ndarray) -> np.ndarray:
 
 
 def noise_of(seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
-    """Return starting noise (B, *shape), float32, CPU, one generator an image (method.md 4)."""
+    """Return starting noise (B, *shape), float32, CPU, one generator per image (method.md 4)."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])

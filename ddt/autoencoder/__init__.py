@@ -1,4 +1,4 @@
-"""Latent spaces: one file a kind, registered here; `Autoencoder` (base.py) says what one is."""
+"""Latent spaces: one file per kind, registered here; `Autoencoder` (base.py) says what one is."""
 
 from typing import Any
 

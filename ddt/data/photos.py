@@ -1,7 +1,7 @@
 """Square crops of nine colour photos of scikit-image and scikit-learn: colour data without a
 download.
 
-Shapes: n crops in all, S pixels a side.
+Shapes: n crops in all, S pixels per side.
 """
 
 import importlib.util
@@ -51,9 +51,9 @@ class Photos(ArrayImages):
     shows that a colour pipeline works end to end and overfits; it measures nothing else.
 
     Args:
-        split: "train" has `crops` crops a photo, "test" a fifth of that.
+        split: "train" has `crops` crops per photo, "test" a fifth of that.
         image_size: S.
-        crops: training crops a photo.
+        crops: training crops per photo.
 
     Raises UserError where scikit-image is missing, and for sizes out of range.
     """

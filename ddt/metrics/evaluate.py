@@ -177,7 +177,7 @@ def shorten(values: Any) -> Any:
 
 
 def refuse_other_evaluation(out: Path, inputs: dict[str, Any]) -> None:
-    """Raise UserError where `out` is a file, holds metrics of other inputs, or pictures of no
+    """Raise UserError where `out` is a file, holds metrics of other inputs, or nearest.png of no
     evaluation.
     """
     path = find_record(out, ["metrics.json"], "out", written=["nearest.png"])

@@ -255,8 +255,8 @@ def open_images(path: Path, key: str) -> StoredImages:
             f"{key}={path}: no such file; give an npz file, a folder of a {SAMPLES} or of images, or a run that was "
             "sampled from",
         )
-        is_picture = path.suffix.lower() in SUFFIXES
-        require(not is_picture, f"{key}={path}: is a single picture; give the folder that it lies in")
+        is_image = path.suffix.lower() in SUFFIXES
+        require(not is_image, f"{key}={path}: is a single image; give the folder that it lies in")
         return NpzImages(path, key)
     if (path / SAMPLES).is_file():
         return NpzImages(path / SAMPLES, key)

@@ -33,7 +33,7 @@ class NetworkMacs:
 
 
 def weight_macs(modules: Iterable[nn.Module]) -> int:
-    """Return the MACs of all linears and convolutions for one position: one a weight."""
+    """Return the MACs of all linears and convolutions for one position: one per weight."""
     layers = [layer for module in modules for layer in module.modules()]
     return sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear | nn.Conv2d))
 

@@ -236,7 +236,7 @@ def keep_products(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpo
 class Block(nn.Module):
     """A transformer block: token mixer, then SwiGLU, each normalised, modulated and gated by adaLN.
 
-    Conditioning c, its SiLU already applied: one vector a sample, (B, 1, D), in the encoder; z_t,
+    Conditioning c, its SiLU already applied: one vector per sample, (B, 1, D), in the encoder; z_t,
     (B, N, D), in the decoder. adaln_init: "release" is torch's default, as the published weights
     were trained; "zero" is AdaLN-Zero, as the paper says. Source: method.md 2.
 

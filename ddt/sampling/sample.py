@@ -55,7 +55,7 @@ def step_noise_fn(noise: Tensor, step_noise: Tensor | None, num_steps: int) -> C
     """Return the function step → noise (B, C, H, W) of a stochastic solver, to be called in order.
 
     step_noise: (num_steps or num_steps − 1, B, C, H, W), UserError for another shape; None samples
-    from one generator an image, seeded by its starting noise (B, C, H, W): the same image on any
+    from one generator per image, seeded by its starting noise (B, C, H, W): the same image on any
     device, in any batch.
     """
     if step_noise is not None:

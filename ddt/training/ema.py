@@ -56,7 +56,7 @@ class ConstantDecay:
 
 @dataclass(frozen=True)
 class PowerFunction:
-    """An average whose window grows with training: weights of time t count ∝ t^γ (EDM2, eq. 121 to
+    """An EMA whose window grows with training: weights of time t count ∝ t^γ (EDM2, eq. 121 to
     123).
     """
 

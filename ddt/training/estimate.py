@@ -568,20 +568,20 @@ def report(cost: dict[str, Any]) -> str:
     p, work, held, time, disk = (cost[key] for key in ("parameters", "flops", "memory", "time", "disk"))
     halves = f" (encoder {p['encoder']:,}, decoder {p['decoder']:,})" if p["encoder"] else ""
     frozen = {"alignment target": p["target"], "autoencoder": p["autoencoder"]}
-    step = {"an image": work["training"], "in the alignment's target": work["target"],
-            "computed again": work["recomputed"]}  # fmt: skip
+    step = {"per image": work["training"], "in the alignment's target": work["target"],
+            "recomputed": work["recomputed"]}  # fmt: skip
     epochs = "" if cost["epochs"] is None else f", {cost['epochs']:.4g} epochs"
     gpus, micro, kept = cost["gpus"], cost["micro_batches"], disk["checkpoints"]
-    batch = f"{cost['micro_batch_size']} images" + (f" {micro} times" if micro > 1 else "") + " a step"
+    batch = f"{cost['micro_batch_size']} images" + (f" {micro} times" if micro > 1 else "") + " per step"
     limit = "" if held["device"] is None else f" of {si(held['device'], 'B')}"
     fits = {None: "device unknown: give memory_gb=", True: "fits", False: f"DOES NOT FIT; give {held['fix']}"}
     speed = "" if time["images_per_second"] is None else f", {number(time['images_per_second'])} images/s"
     rows = [
         ("parameters", f"{p['denoiser']:,}{halves}" + (f", projector {p['projector']:,}" if p["projector"] else "")),
         ("frozen", ", ".join(f"{name} {value:,}" for name, value in frozen.items() if value)),
-        ("forward", f"{si(work['forward'], 'FLOP')} an image"),
+        ("forward", f"{si(work['forward'], 'FLOP')} per image"),
         ("training step", " + ".join(f"{si(value, 'FLOP')} {name}" for name, value in step.items() if value)),
-        ("whole training", f"{cost['steps']:,} steps of {cost['global_batch_size']}{epochs}: "
+        ("total training", f"{cost['steps']:,} steps of {cost['global_batch_size']}{epochs}: "
                            f"{si(work['all_training'], 'FLOP')}"),
         ("memory", f"{si(held['total'], 'B')}{limit} on each GPU, {batch}: {fits[held['fits']]}"),
         *(("", f"{name} {si(size, 'B')}") for name, size in held.items()
@@ -590,15 +590,15 @@ def report(cost: dict[str, Any]) -> str:
         ("training", duration(time["training_hours"], gpus) + speed),
         ("sampling", f"{cost['num_samples']:,} images of {si(work['sampling'], 'FLOP')}: "
                      f"{duration(time['sampling_hours'], gpus)}"),
-        ("", f"assumed: {gpus} GPUs are {gpus} times as fast as one; each GPU sends "
-             f"{si(cost['exchanged_bytes'], 'B')} a step, which is not counted" if gpus > 1 else ""),
+        ("", f"assumed: {gpus} GPUs are {gpus} times as fast as one; "
+             f"{si(cost['exchanged_bytes'], 'B')} sent per GPU per step are not counted" if gpus > 1 else ""),
         ("autoencoder", f"encodes an image in {si(work['encode'], 'FLOP')} "
                         f"({'once, for the cache' if cost['cached'] else 'in each step; a latent cache saves it'}), "
                         f"decodes it in {si(work['decode'], 'FLOP')}: in no time above" if work["encode"] else ""),
-        ("disk", f"{si(disk['checkpoint'], 'B')} a checkpoint, {si(disk['run'], 'B')} in all with {kept} "
+        ("disk", f"{si(disk['checkpoint'], 'B')} per checkpoint, {si(disk['run'], 'B')} in all with {kept} "
                  f"checkpoint{'s' * (kept > 1)}"),
     ]  # fmt: skip
     if cost["cached"]:
         whole = "how many images is not known" if disk["cache"] is None else f"{si(disk['cache'], 'B')} in all"
-        rows.append(("latent cache", f"{si(disk['record'], 'B')} an image, {whole}"))
+        rows.append(("latent cache", f"{si(disk['record'], 'B')} per image, {whole}"))
     return "\n".join(f"{name:<14}  {text}" for name, text in rows if text)

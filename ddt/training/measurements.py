@@ -69,7 +69,7 @@ def missing_measurements(settings: TrainerSettings, held_out: Images, run_dir: P
 
 @contextlib.contextmanager
 def picture_or_warning(path: Path) -> Iterator[None]:
-    """Let a full disk cost a picture, not the run."""
+    """Let a full disk cost an image grid, not the run."""
     try:
         yield
     except OSError as error:
@@ -79,7 +79,7 @@ def picture_or_warning(path: Path) -> Iterator[None]:
 class Measurements:
     """Measures what is due. Made and called on all processes; process 0 writes.
 
-    batch_size: images a process takes at once. evaluation: None where there is none.
+    batch_size: images that a process takes at once. evaluation: None where there is none.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Measurements:
         self.run_dir = run.settings.run_dir
 
     def show_training_images(self, images: Images, tracker: JsonlTracker) -> None:
-        """Write a picture of the training images, on process 0 alone, before the first step."""
+        """Write a grid of training images, on process 0 alone, before the first step."""
         path = self.run_dir / "previews" / "training_images.png"
         with picture_or_warning(path):
             write_training_images(path, images, self.run.autoencoder, self.accelerator, self.run.latent_shape)
@@ -157,7 +157,7 @@ def write_training_images(
     shape: tuple[int, int, int],
 ) -> None:
     """Draw training images as they come back from the autoencoder to `path`: what the network is to
-    learn, four of each of the first ten classes, a class a column.
+    learn, four of each of the first ten classes, a class per column.
 
     `shape` is (C, H, W) of a latent. One process alone calls it.
     """

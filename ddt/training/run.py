@@ -174,7 +174,7 @@ class Run:
 
 def build_run(settings: TrainSettings) -> Run:
     """Build data, autoencoder, network and loss; raise UserError where they do not fit."""
-    torch.manual_seed(settings.seed)  # the initial weights; nothing later draws from the global state
+    torch.manual_seed(settings.seed)  # the initial weights; nothing later uses the global state
     images, held_out = (settings.data.build(split=split) for split in ("train", "test"))
     autoencoder = settings.autoencoder.build()
     shape = autoencoder.latent_shape(images.channels, images.image_size)

@@ -128,5 +128,5 @@ class TrainingState:
         per weight.
         """
         num_weights = sum(local_part(p).numel() for p in self.objective.parameters())
-        num_averaged = sum(local_part(p).numel() for ema in self.emas.values() for p in ema.model.parameters())
-        return 4 * (3 * num_weights + num_averaged)
+        num_ema = sum(local_part(p).numel() for ema in self.emas.values() for p in ema.model.parameters())
+        return 4 * (3 * num_weights + num_ema)

@@ -73,7 +73,7 @@ def test_all_blocks_of_a_kind_share_a_compilation(counting):
     compile_blocks(model, dynamic=False)
     copied = copy.deepcopy(model)
     expected, found = loss_and_gradients(plain), loss_and_gradients(model)
-    assert counting.graphs == 2  # encoder: a vector an image; decoder: one a token
+    assert counting.graphs == 2  # encoder: a vector per image; decoder: one per token
     assert found.keys() == expected.keys()
     assert model.state_dict().keys() == plain.state_dict().keys()
     for name, value in expected.items():

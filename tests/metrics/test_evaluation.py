@@ -172,7 +172,7 @@ def test_unusable_samples_are_named(tmp_path):
     with pytest.raises(UserError, match=r"run: holds no complete checkpoint"):
         open_images(tmp_path / "run", "samples")
     picture(0).save(tmp_path / "one.png")
-    with pytest.raises(UserError, match=r"one.png: is a single picture; give the folder"):
+    with pytest.raises(UserError, match=r"one.png: is a single image; give the folder"):
         open_images(tmp_path / "one.png", "samples")
     with zipfile.ZipFile(tmp_path / "member.npz", "w") as archive:
         archive.writestr("arr_0", b"x")

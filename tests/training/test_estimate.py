@@ -188,7 +188,7 @@ def test_selective_checkpointing_keeps_what_products_return():
     inner = int(8 * width / 3)
     # qkv, attention with a float32 sum a head and token, its projection, w1, w3, w2: in bf16
     block = tokens * (2 * (3 * width + width + width + 2 * inner + width) + 4 * heads)
-    adaln = 6 * width * 2 * (5 + 3 * tokens)  # of 5 encoder blocks a vector, of 3 decoder blocks one a token
+    adaln = 6 * width * 2 * (5 + 3 * tokens)  # of 5 encoder blocks a vector, of 3 decoder blocks one per token
     assert bytes_of["selective"] - bytes_of[True] == 8 * (8 * block + adaln)
     assert bytes_of["selective"] < bytes_of[False]
     selective = small_recipe(objective=FlowMatching(small_ddt(activation_checkpointing="selective").to("meta")))
@@ -345,7 +345,7 @@ def test_the_command_says_what_is_assumed_and_writes_a_file(tmp_path):
     said = dict(line.split("  ", 1) for line in done.stderr.splitlines() if line[:1].strip())
     assert said["rate"].strip().startswith("ASSUMED: 40% of H100's data-sheet rate")
     assert "130,262,800" in said["parameters"]
-    assert said["latent cache"].strip() == "16.4 kB an image, 21 GB in all"
+    assert said["latent cache"].strip() == "16.4 kB per image, 21 GB in all"
     assert "assumed: 2 GPUs are 2 times as fast as one" in done.stderr
     found = json.loads(out.read_text())
     assert found["disk"]["cache"] == 1_281_167 * 2 * 8 * 32 * 32

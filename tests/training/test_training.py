@@ -170,8 +170,8 @@ def test_two_processes_train_what_one_does(two, straight):
 
 
 def test_sharded_processes_train_what_whole_ones_do(folder, two):
-    """FSDP, stopped and gone on with: losses, weights and averages are DDP's, and one process can
-    draw with them.
+    """FSDP, stopped and resumed: losses, weights and EMA are DDP's, and one process can sample with
+    them.
     """
     for steps in (17, 30):
         options = ["trainer.num_processes=2", "trainer.parallelism=fsdp", "trainer.validate_every=30"]
@@ -226,7 +226,7 @@ def test_resume_on_three_processes_is_bit_for_bit(folder):
     assert rows(path) == rows(three)
 
 
-def test_validation_is_that_of_the_averaged_weights_on_any_number_of_processes(folder):
+def test_validation_is_that_of_the_ema_weights_on_any_number_of_processes(folder):
     values = {}
     for number in (1, 2):
         options = ["trainer.max_steps=8", "trainer.validate_every=8", "trainer.ema_decay=0.5"]
