@@ -10,12 +10,13 @@ from ddt.checkpoint import format as ckpt
 from ddt.distributed.compile import compile_blocks
 from ddt.errors import UserError, require
 from ddt.generation.generator import Dtype, Generator, cast_weights, default_dtype
+from ddt.sampling.guidance import check_guided
 from ddt.sampling.settings import SamplerSettings
 
 
 def check_guide_config(stored: dict[str, Any], guide: dict[str, Any], scale: float) -> None:
     """Raise UserError where a guide has other latents or classes, or no effect."""
-    require(scale != 1, "guide: has no effect with cfg_scale=1; choose another scale, or leave the guide out")
+    check_guided(scale)
     for key in ("latent_shape", "class_names", "autoencoder_fingerprint"):
         ours, theirs = stored.get(key), guide.get(key)
         require(

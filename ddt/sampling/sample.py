@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddt.errors import require
 from ddt.model import Denoiser
+from ddt.sampling.guidance import check_guided
 from ddt.sampling.settings import LastStep, SamplerSettings
 from ddt.sampling.sharing import CACHE_BYTES, GuidedVelocity
 from ddt.sampling.solvers import SOLVERS, DiffusionName
@@ -41,9 +42,7 @@ def check_inputs(model: Denoiser, noise: Tensor, y: Tensor) -> None:
 
 def check_guide(model: Denoiser, guide: Denoiser, settings: SamplerSettings) -> None:
     """Raise UserError unless a guide has the model's channels and classes and an effect."""
-    require(
-        settings.cfg_scale != 1, "guide: has no effect with cfg_scale=1; choose another scale, or leave the guide out"
-    )
+    check_guided(settings.cfg_scale)
     for name in ("in_channels", "num_classes"):
         ours, theirs = getattr(model, name), getattr(guide, name)
         require(

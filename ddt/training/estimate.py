@@ -25,8 +25,8 @@ from ddt.config import Choice, locate
 from ddt.data.images import Outline
 from ddt.data.survey import infer_settings
 from ddt.errors import UserError, require
-from ddt.model.cost import network_macs, num_tokens
-from ddt.model.layers import PRODUCTS, BlockStack, Checkpointing, positions
+from ddt.model.cost import network_macs
+from ddt.model.layers import PRODUCTS, BlockStack, Checkpointing, positions, token_grid
 from ddt.objective import Objective
 from ddt.objective.alignment import REPA, Alignment, Dispersive
 from ddt.objective.alignment_target import Target
@@ -180,7 +180,7 @@ def build_recipe(settings: EstimateSettings) -> Recipe:
     require(patch_size is not None, "model.patch_size: is inferred from the images; give it, or data.root=")
     with torch.device("meta"):
         network = model.build(in_channels=shape[0], num_classes=outline.num_classes)
-    num_tokens(network, *shape[1:])  # UserError where the patch size does not divide the latent
+    grid = token_grid(patch_size, *shape[1:])
     try:
         sampling_macs(network, *shape[1:], sampler)  # UserError where the cost cannot be counted
     except UserError as error:
@@ -188,8 +188,7 @@ def build_recipe(settings: EstimateSettings) -> Recipe:
     aligned = Alignment()
     if alignment is not None:
         alignment.check_depth(network.num_alignable_blocks)
-        token_grid = (shape[1] // patch_size, shape[2] // patch_size)
-        aligned = alignment.build(network.hidden_size, token_grid, outline.image_size, outline=True)
+        aligned = alignment.build(network.hidden_size, grid, outline.image_size, outline=True)
     return Recipe(
         objective=settings.objective.build(denoiser=network, alignment=aligned.loss), target=aligned.target,
         autoencoder=autoencoder, shape=shape, image_size=outline.image_size, num_images=outline.num_images,
