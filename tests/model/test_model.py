@@ -137,7 +137,7 @@ def test_activation_checkpointing_gives_the_same_gradients(block, dtype):
     assert flops["selective"] == flops[False] < flops[True]
 
 
-@pytest.mark.parametrize("block", ["attention", "conv", "mlp"])
+@pytest.mark.parametrize("block", ["attention", *(pytest.param(b, marks=pytest.mark.slow) for b in ("conv", "mlp"))])
 def test_compiles_as_one_graph(block):
     model = small_ddt(decoder_block=block)
     torch.compiler.reset()
