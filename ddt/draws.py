@@ -1,14 +1,27 @@
 """Random numbers as functions of (seed, stream, position), so that nothing depends on state."""
 
+import enum
+
 import numpy as np
 import torch
 from torch import Tensor
 
-PERMUTATION, TRAINING, VALIDATION, PREVIEW = range(4)  # streams, which never overlap
-CLASSES = 17  # stream of classes=random in sample.py
+
+@enum.unique  # streams never overlap
+class Stream(enum.IntEnum):
+    """What random numbers are for."""
+
+    PERMUTATION = 0
+    TRAINING = 1
+    VALIDATION = 2
+    PREVIEW = 3
+    CLASSES = 4  # classes=random of sample.py
+    CLASSIFIER = 16
+    PHOTOS_TRAIN = 17
+    PHOTOS_TEST = 18
 
 
-def random_generator(seed: int, stream: int, position: int) -> np.random.Generator:
+def random_generator(seed: int, stream: Stream, position: int) -> np.random.Generator:
     """Return the random generator at a position of a stream."""
     return np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, stream]))
 
@@ -19,5 +32,5 @@ def golden_sequence(numbers: np.ndarray) -> np.ndarray:
 
 
 def noise_of(seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
-    """Return starting noise (B, *shape), float32, CPU, one generator an image (method.md 4)."""
+    """Return starting noise (B, *shape), float32, CPU, one generator per image (method.md 4)."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])

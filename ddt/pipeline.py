@@ -4,6 +4,7 @@ A thin layer over `ddt.generation`: its images are those of sample.py. Shapes: B
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +28,6 @@ from ddt.generation.settings import SamplerOverrides
 from ddt.model import Denoiser, build_network
 from ddt.sampling.fitting import resolve_recompute
 from ddt.sampling.settings import SamplerSettings
-from ddt.sampling.solvers import DiffusionName
 
 Stored = Literal["checkpoint"]
 DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -68,23 +68,13 @@ class DDTTransformer2DModel(ModelMixin, ConfigMixin):
 class DDTScheduler(SchedulerMixin, ConfigMixin):
     """`SamplerSettings` as a diffusers component; `ddt.sampling.sample` takes the steps."""
 
-    @register_to_config
-    def __init__(
-        self,
-        solver: str = "euler",
-        num_steps: int = 250,
-        cfg_scale: float = 2.0,
-        cfg_interval: tuple[float, float] | None = (0.3, 1.0),
-        cfg_steps: Sequence[int] | None = None,
-        last_step: float | None = 0.04,
-        timeshift: float = 1.0,
-        recompute: str | Sequence[int] | None = None,
-        forecast_order: int = 0,
-        sde_diffusion: DiffusionName = "sigma",
-        sde_last: Literal["mean", "euler"] = "mean",
-        tolerance: float = 1e-3,
-    ) -> None:
-        pass
+    def __init__(self, **settings: Any) -> None:
+        arguments = inspect.signature(SamplerSettings).bind(**settings)
+        arguments.apply_defaults()
+        self.register_to_config(**arguments.arguments)
+
+    # by which diffusers knows what a config may hold
+    __init__.__signature__ = inspect.signature(SamplerSettings.__init__)  # type: ignore[attr-defined]
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of `SamplerSettings`."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to pictures: sets up .venv, trains a DDT on handwritten digits (about a minute on two CPU cores), samples,
+# From nothing to samples: sets up .venv, trains a DDT on handwritten digits (about a minute on two CPU cores), samples,
 # evaluates. Run it again and it resumes, or says that all is done.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 

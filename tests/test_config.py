@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 import torch
-from conftest import ROOT, refusal, run, train_settings
+from conftest import ROOT, refusal, run, succeed, train_settings
 
 from ddt.cli import CONF
 from ddt.config import Choice, check_arguments, parse
@@ -251,12 +251,10 @@ def test_a_word_beside_true_and_false_is_named():
     assert problems[0] == "model.activation_checkpointing=all: give true or false or 'selective'"
 
 
-def test_a_sweep_is_a_run_for_each_job(tmp_path):
+def test_a_sweep_is_a_run_for_each_job(tmp_path, monkeypatch):
     small = ["trainer.max_steps=2", "trainer.preview_every=0", "trainer.validate_every=0", "sampler.num_steps=1"]
-    done = run(
-        ROOT / "train.py", "-m", "trainer.mixed_precision=fp32,bf16", "model.hidden_size=32", *small, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    succeed("train", "-m", "trainer.mixed_precision=fp32,bf16", "model.hidden_size=32", *small)
     fixed = "model.hidden_size=32,sampler.num_steps=1"
     for precision in ("fp32", "bf16"):
         folder = tmp_path / "runs" / "digits_nano" / f"{fixed},trainer.mixed_precision={precision}"

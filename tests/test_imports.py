@@ -33,7 +33,9 @@ def test_commands_import_ddt_and_their_own_folder_alone(path):
 
 
 def test_an_upward_import_is_noticed(tmp_path):
-    """The contracts hold for this tree, and fail where ddt.flow imports ddt.training."""
+    """The contracts hold for this tree, and fail where ddt.flow imports ddt.training, a layer
+    imports ddt.cli, or a new module imports Hydra.
+    """
     linter = Path(sys.executable).with_name("lint-imports")
     for name in ("ddt", "pyproject.toml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
@@ -43,8 +45,11 @@ def test_an_upward_import_is_noticed(tmp_path):
         return subprocess.run([linter, "--no-cache"], cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert lint().returncode == 0
-    with (tmp_path / "ddt" / "flow.py").open("a") as file:
-        file.write("\nfrom ddt.training import ema\n")
+    planted = {"flow": "ddt.training.ema", "training.run": "ddt.cli", "model.new": "hydra"}
+    for module, imported_module in planted.items():
+        with (tmp_path / "ddt" / f"{module.replace('.', '/')}.py").open("a") as file:
+            file.write(f"\nimport {imported_module}\n")
     done = lint()
     assert done.returncode == 1
-    assert "ddt.flow -> ddt.training.ema" in done.stdout
+    for module, imported_module in planted.items():
+        assert f"ddt.{module} -> {imported_module}" in done.stdout

@@ -1,15 +1,22 @@
-"""Latent spaces: one file a kind, registered here; `Autoencoder` (base.py) says what one is."""
+"""Latent spaces: one file per kind, registered here; `Autoencoder` (base.py) says what one is."""
 
 from typing import Any
 
 from ddt.autoencoder.base import Autoencoder
 from ddt.autoencoder.diffusers import KLAutoencoder, TinyAutoencoder
 from ddt.autoencoder.identity import Identity
-from ddt.errors import UserError
+from ddt.errors import require
 
 AUTOENCODERS: dict[str, Any] = {
     f"ddt.autoencoder.{kind.__name__}": kind for kind in (Identity, KLAutoencoder, TinyAutoencoder)
 }
+
+
+def autoencoder_class(settings: dict[str, Any]) -> Any:
+    """Return the class named by `_target_` of an autoencoder's settings; UserError if unknown."""
+    target = settings.get("_target_")
+    require(target in AUTOENCODERS, f"autoencoder._target_={target}: unknown, choose from {', '.join(AUTOENCODERS)}")
+    return AUTOENCODERS[str(target)]
 
 
 def build_autoencoder(settings: dict[str, Any], outline: bool = False) -> Autoencoder:
@@ -17,9 +24,6 @@ def build_autoencoder(settings: dict[str, Any], outline: bool = False) -> Autoen
 
     outline: on the meta device, without weights, to count its cost.
     """
-    arguments = dict(settings)
-    target = arguments.pop("_target_", None)
-    if target not in AUTOENCODERS:
-        raise UserError(f"autoencoder._target_={target}: unknown, choose from {', '.join(AUTOENCODERS)}")
-    kind = AUTOENCODERS[target]
+    kind = autoencoder_class(settings)
+    arguments = {key: value for key, value in settings.items() if key != "_target_"}
     return kind.outline(**arguments) if outline else kind(**arguments)

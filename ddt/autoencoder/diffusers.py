@@ -65,7 +65,7 @@ class DiffusersAutoencoder(abc.ABC):
     """A frozen diffusers autoencoder.
 
     Channels, downsampling and normalisation come from its config: latents are `(sample −
-    shift)·scale`, with scalars or, as `latents_mean` and `latents_std`, one number a channel.
+    shift)·scale`, with scalars or, as `latents_mean` and `latents_std`, one number per channel.
     Source: method.md 3.
 
     Args:

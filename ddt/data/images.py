@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ddt.objective.alignment import CachedFeatures
 
 Split = Literal["train", "test"]
-MAX_ASPECT = 100  # beyond it the resized picture fills the memory before it is cropped
+MAX_ASPECT = 100  # beyond it the resized image fills the memory before it is cropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Images(abc.ABC):
     """Labelled images of one size. A subclass sets the attributes without a value, and `load`."""
 
     channels: int
-    image_size: int  # pixels a side
+    image_size: int  # pixels per side
     class_names: list[str]
     labels: np.ndarray  # (n,) int64
     names: list[str]  # (n,) unique: paths, or numbers
@@ -235,10 +235,10 @@ class FileImages(Images):
 
 
 class ImageFolder(FileImages):
-    """A folder with one sub-folder of images a class, or of images alone, which are one class.
+    """A folder with one sub-folder of images per class, or of images alone, which are one class.
 
     Args:
-        image_size: px a side; None is inferred from the images (`ddt.data.survey`).
+        image_size: px per side; None is inferred from the images (`ddt.data.survey`).
         holdout_every: every so-many-th image is held out as "test"; 0: none.
         channels: 3 reads RGB, 1 grey; None is inferred.
 

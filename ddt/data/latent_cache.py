@@ -81,7 +81,7 @@ class LatentCache(Images):
     Args:
         root: the cache's folder.
         split: "train" or "test", as the cached data set was split.
-        image_size: px a side that the cached images must have; None takes any.
+        image_size: px per side that the cached images must have; None takes any.
         source_root: folder of the image files, for an alignment target without cached pixels; None:
             where they were when the cache was written.
         cached_features: read the target's features from the cache where it holds them, rather than

@@ -1,7 +1,7 @@
 """Square crops of nine colour photos of scikit-image and scikit-learn: colour data without a
 download.
 
-Shapes: n crops in all, S pixels a side.
+Shapes: n crops in all, S pixels per side.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ddt.data.images import ArrayImages, Outline, Split, read_image
-from ddt.draws import random_generator
+from ddt.draws import Stream, random_generator
 from ddt.errors import UserError, require
 
 # CC0 or public domain; china and flower CC-BY-2.0
@@ -28,7 +28,6 @@ PHOTOS = {
     "china": ("sklearn", "datasets/images/china.jpg"),
     "flower": ("sklearn", "datasets/images/flower.jpg"),
 }
-STREAMS: dict[Split, int] = {"train": 17, "test": 18}  # random streams beside those of `ddt.draws`
 SHARES = (0.4, 1.0)  # a crop's side, as shares of its photo's shorter side
 
 
@@ -52,9 +51,9 @@ class Photos(ArrayImages):
     shows that a colour pipeline works end to end and overfits; it measures nothing else.
 
     Args:
-        split: "train" has `crops` crops a photo, "test" a fifth of that.
+        split: "train" has `crops` crops per photo, "test" a fifth of that.
         image_size: S.
-        crops: training crops a photo.
+        crops: training crops per photo.
 
     Raises UserError where scikit-image is missing, and for sizes out of range.
     """
@@ -69,12 +68,13 @@ class Photos(ArrayImages):
         pictures = {name: photo(name) for name in PHOTOS}
         count = (crops if split == "train" else crops // 5) * len(PHOTOS)
         labels = np.arange(count) % len(PHOTOS)
+        stream = Stream.PHOTOS_TRAIN if split == "train" else Stream.PHOTOS_TEST
         images = np.empty((count, 3, image_size, image_size), dtype=np.uint8)
         names = []  # photo and box, so that the fingerprint covers the crops
         for position, label in enumerate(labels):
             name = list(PHOTOS)[label]
             picture = pictures[name]
-            generator = random_generator(0, STREAMS[split], position)
+            generator = random_generator(0, stream, position)
             side = round(min(picture.size) * generator.uniform(*SHARES))
             left = int(generator.integers(picture.width - side, endpoint=True))
             top = int(generator.integers(picture.height - side, endpoint=True))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddt.data.images import Images
-from ddt.draws import PERMUTATION, TRAINING, VALIDATION, golden_sequence, random_generator
+from ddt.draws import Stream, golden_sequence, random_generator
 from ddt.errors import UserError, require
 
 
@@ -53,7 +53,7 @@ class TrainingStream(Dataset):
         """Return the index of the image at a position; each epoch is a permutation."""
         epoch, offset = divmod(position, len(self.images.labels))
         if epoch != self._epoch:
-            order = random_generator(self.seed, PERMUTATION, epoch).permutation(len(self.images.labels))
+            order = random_generator(self.seed, Stream.PERMUTATION, epoch).permutation(len(self.images.labels))
             self._epoch, self._order = epoch, order
         return int(self._order[offset])
 
@@ -67,7 +67,7 @@ class TrainingStream(Dataset):
         dropout = np.empty(len(positions), dtype=np.float32)
         flipped = np.zeros(len(positions), dtype=bool)
         for row, position in enumerate(positions):
-            generator = random_generator(self.seed, TRAINING, position)
+            generator = random_generator(self.seed, Stream.TRAINING, position)
             generator.standard_normal(out=noise[row], dtype=np.float32)
             time_normal[row] = generator.standard_normal(dtype=np.float32)
             dropout[row] = generator.random(dtype=np.float32)
@@ -124,7 +124,7 @@ def validation_batch(images: Images, latent_shape: tuple[int, int, int], indices
     Time i lies at the quantile frac((i + ½)·0.618…) of the training distribution, a golden-ratio
     sequence, so any number of images covers all times evenly; no label is dropped.
     """
-    generators = [random_generator(0, VALIDATION, int(i)) for i in indices]
+    generators = [random_generator(0, Stream.VALIDATION, int(i)) for i in indices]
     noise = np.stack([g.standard_normal(latent_shape, dtype=np.float32) for g in generators])
     posterior = np.stack([g.standard_normal(latent_shape, dtype=np.float32) for g in generators])
     inputs = images.load_inputs(indices, np.zeros(len(indices), dtype=bool), aligned=False)

@@ -23,9 +23,9 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".p
 # what Pillow raises for a file that is no image, or a damaged one
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 MAX_OPENED = 20_000  # images whose header is read, evenly spread over a larger folder
-SMALL = 64  # px a side: square images up to this keep their size
-USUAL_SIZE = 32  # px a side of all others: what two CPU cores learn something of in ten minutes
-MAX_GRID = 8  # patches a side, likewise
+SMALL = 64  # px per side: square images up to this keep their size
+USUAL_SIZE = 32  # px per side of all others: what two CPU cores learn something of in ten minutes
+MAX_GRID = 8  # patches per side, likewise
 PATCH_OF_LATENTS = 2
 GREY_MODES = ("1", "L", "I;16", "I;16B", "LA")
 FEW_IMAGES, FEW_OF_A_CLASS = 1_000, 20
@@ -62,7 +62,7 @@ def list_folder(root: str) -> FolderList:
     folder = Path(root)
     require(
         root != "" and folder.is_dir(),
-        f"data.root={root}: no such folder; give the one with a sub-folder of images a class",
+        f"data.root={root}: no such folder; give the one with a sub-folder of images per class",
     )
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     classes = [path for path in entries if path.is_dir()]
@@ -153,7 +153,7 @@ def survey(root: str) -> Survey:
 
 def patch_size(image_size: int) -> int:
     """Return the patch size for pixels: the least of 1, 2, 4, 8 that makes at most `MAX_GRID`
-    patches a side, or else the largest that divides the size.
+    patches per side, or else the largest that divides the size.
 
     Raises UserError for a size that no patch suits.
     """

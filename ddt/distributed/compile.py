@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ddt.errors import require
-from ddt.model.layers import Block, BlockStack
+from ddt.model import Denoiser
 
 log = logging.getLogger(__name__)
 # Graphs of one piece of code, which all blocks are: with and without cached modulations, of model
@@ -54,7 +54,13 @@ def compiles(key: str, chosen: bool | None, default: bool, device: torch.device)
     return missing is None
 
 
-def compile_blocks(network: nn.Module, dynamic: bool) -> None:
+def compile_block(block: nn.Module, dynamic: bool) -> None:
+    """Compile one block in place; arguments and errors as of `compile_blocks`."""
+    # otherwise torch chooses kernels by timing them: other last bits in each process
+    block.compile(fullgraph=True, dynamic=dynamic, options={"deterministic": True})
+
+
+def compile_blocks(network: Denoiser, dynamic: bool) -> None:
     """Compile each block of a denoiser in place, when it is first called.
 
     Names of weights do not change, and copies of the network are not compiled. dynamic: one graph
@@ -67,8 +73,7 @@ def compile_blocks(network: nn.Module, dynamic: bool) -> None:
     # Under DDP torch would split each block at DDP's buckets to send gradients early; a graph per
     # block does that already
     config.optimize_ddp = False
-    kinds = sum(isinstance(module, BlockStack) for module in network.modules())
+    kinds = len(network.stacks)
     log.info("compiling %d kind%s of block at first use, which takes up to minutes", kinds, "s" if kinds > 1 else "")
-    for block in [module for module in network.modules() if isinstance(module, Block)]:
-        # otherwise torch chooses kernels by timing them: other last bits in each process
-        block.compile(fullgraph=True, dynamic=dynamic, options={"deterministic": True})
+    for block in network.all_blocks:
+        compile_block(block, dynamic)

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ddt.errors import UserError, require
-from ddt.model.layers import Block
+from ddt.model import Denoiser
 
 Network = TypeVar("Network", bound=nn.Module)
 Value = TypeVar("Value")
@@ -67,9 +67,9 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def shard(network: nn.Module) -> None:
+def shard(network: Denoiser) -> None:
     """Shard a denoiser among all processes, block by block; a block is gathered when it runs."""
-    for block in [module for module in network.modules() if isinstance(module, Block)]:
+    for block in network.all_blocks:
         fully_shard(block)
     fully_shard(network)
     for name in FORWARD_METHODS:

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ddt.autoencoder import autoencoder_class
 from ddt.checkpoint.convert import DOWNSAMPLING
 from ddt.metrics.compare import numbers_of
 from ddt.pictures import imagenet_synsets, readable
@@ -99,7 +100,7 @@ Not measured for this card.
 def image_size(config: dict[str, Any]) -> int | None:
     """Return the pixels per side of a checkpoint's images, or None where unknown."""
     side = config["latent_shape"][1]
-    if "source" not in config["autoencoder"]:
+    if autoencoder_class(config["autoencoder"]).pixel_space:
         return side
     stated = config.get("run", {}).get("data", {}).get("image_size")
     return stated or (side * DOWNSAMPLING if "source" in config else None)

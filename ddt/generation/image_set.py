@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from ddt.draws import CLASSES, random_generator
+from ddt.draws import Stream, random_generator
 from ddt.errors import UserError, require
 
 SEED_STRIDE = 1_000_000
@@ -81,7 +81,7 @@ def image_set(
     else:
         which = list(range(8))
     if classes == "random":
-        labels = [int(random_generator(0, CLASSES, s).integers(num_classes)) for s in which]
+        labels = [int(random_generator(0, Stream.CLASSES, s).integers(num_classes)) for s in which]
         total = len(which)
     else:
         chosen = list(range(num_classes)) if classes is None else read_numbers("classes", classes)

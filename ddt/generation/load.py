@@ -5,17 +5,18 @@ from typing import Any
 
 import torch
 
-from ddt.autoencoder import Autoencoder, build_autoencoder
+from ddt.autoencoder import Autoencoder, autoencoder_class, build_autoencoder
 from ddt.checkpoint import format as ckpt
 from ddt.distributed.compile import compile_blocks
 from ddt.errors import UserError, require
 from ddt.generation.generator import Dtype, Generator, cast_weights, default_dtype
+from ddt.sampling.guidance import check_guided
 from ddt.sampling.settings import SamplerSettings
 
 
 def check_guide_config(stored: dict[str, Any], guide: dict[str, Any], scale: float) -> None:
     """Raise UserError where a guide has other latents or classes, or no effect."""
-    require(scale != 1, "guide: has no effect with cfg_scale=1; choose another scale, or leave the guide out")
+    check_guided(scale)
     for key in ("latent_shape", "class_names", "autoencoder_fingerprint"):
         ours, theirs = stored.get(key), guide.get(key)
         require(
@@ -31,7 +32,8 @@ def stored_autoencoder(stored: dict[str, Any], chosen: str) -> Autoencoder:
     """
     settings = stored["autoencoder"]
     if chosen != "checkpoint":
-        require("source" in settings, f"autoencoder={chosen}: this model samples pixels; leave it out")
+        pixels = autoencoder_class(settings).pixel_space
+        require(not pixels, f"autoencoder={chosen}: this model samples pixels; leave it out")
         autoencoder = build_autoencoder({**settings, "source": chosen, "revision": None})
     else:
         try:

@@ -12,7 +12,7 @@ from ddt.generation.image_set import ImageSet, Numbers, image_set
 from ddt.sampling.fitting import check_fitted
 from ddt.sampling.schedules import read_schedule
 from ddt.sampling.settings import LastStep, SamplerSettings
-from ddt.sampling.solvers import SOLVERS, DiffusionName
+from ddt.sampling.solvers import SOLVERS, DiffusionName, option_users
 
 Stored = Literal["checkpoint"]  # takes the value stored with the checkpoint
 
@@ -58,7 +58,7 @@ SAMPLER_KEYS = [key for key in SamplerSettings.__dataclass_fields__ if key != "s
 def without_unused(values: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
     """Return a sampler's settings without stored ones that have no effect beside chosen ones."""
     solver = SOLVERS.get(values.get("solver", SamplerSettings.solver))
-    unused = {"sde_diffusion", "sde_last", "tolerance"} - set(solver.options if solver else ())
+    unused = set(option_users()) - set(solver.options if solver else ())
     if solver is not None and solver.adaptive:
         unused |= {"recompute", "cfg_steps", "forecast_order"}
     if values.get("recompute") is None:

@@ -14,12 +14,11 @@ from tqdm import tqdm
 
 from ddt.autoencoder.base import from_uint8, weights_hash
 from ddt.data.images import Images
-from ddt.draws import random_generator
+from ddt.draws import Stream, random_generator
 from ddt.errors import require
 from ddt.metrics.features import exact_arithmetic
 
 NUM_FEATURES = 64
-CLASSIFIER_STREAM = 16  # beside the streams of ddt.data.stream
 
 
 class SmallClassifier(nn.Module):
@@ -88,7 +87,7 @@ def train_classifier(settings: ClassifierSettings, train: Images) -> SmallClassi
     progress = tqdm(total=settings.epochs * count, unit="img", unit_scale=True, desc="classifier", mininterval=1.0)
     with torch.enable_grad(), progress:
         for epoch in range(settings.epochs):
-            order = random_generator(0, CLASSIFIER_STREAM, epoch).permutation(count)
+            order = random_generator(0, Stream.CLASSIFIER, epoch).permutation(count)
             for start in range(0, count, settings.batch_size):
                 indices = order[start : start + settings.batch_size]
                 _, logits = model(torch.from_numpy(train.load(indices)))

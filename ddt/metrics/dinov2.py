@@ -24,7 +24,7 @@ from ddt.objective.alignment_target import reason
 
 MODEL = "vit_large_patch14_dinov2.lvd142m"
 MODELS = "vit_*_patch14_dinov2*"  # those with registers follow another rule for positions
-SIDE, GRID = 224, 16  # pixels and tokens a side
+SIDE, GRID = 224, 16  # pixels and tokens per side
 OFFSET = 0.1  # tokens that the hub's rule adds to the grid
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 

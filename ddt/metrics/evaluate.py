@@ -19,7 +19,7 @@ from ddt.errors import UserError, require
 from ddt.files import check_writable, find_record, read_record, write_json
 from ddt.metrics.comparability import labels, order_matters, order_warning, reasons_not_comparable
 from ddt.metrics.features import Extractor, FeatureSettings, check_features, check_images, extract
-from ddt.metrics.images import SAMPLES, FolderImages, ImageSource, NpzImages, pick
+from ddt.metrics.images import SAMPLES, ImageSource, StoredImages, pick
 from ddt.metrics.precision_recall import PrDtype
 from ddt.metrics.reference import Reference, check_reference, load_reference
 from ddt.metrics.scores import Prepared, Scores, prepare, score
@@ -47,17 +47,12 @@ class EvaluateSettings:
         check_features(self.features, self.reference, self.inception_weights)
 
 
-def run(settings: EvaluateSettings, data: Choice | None, samples: NpzImages | FolderImages) -> None:
+def run(settings: EvaluateSettings, data: Choice | None, samples: StoredImages) -> None:
     """Load everything, measure, and log the metrics; every process calls it."""
     assert settings.features is not None
     accelerator = make_accelerator("no", timeout=datetime.timedelta(days=1))  # main's metrics may take hours
     reference, extractor = load_reference(settings.reference, data, settings.features, accelerator.device)
-    if settings.out is not None:
-        out = Path(settings.out)
-    elif isinstance(samples, FolderImages):  # a folder of images is not written to
-        out = samples.path.with_name(f"{samples.path.resolve().name}_evaluation")
-    else:
-        out = samples.path.parent
+    out = samples.default_out if settings.out is None else Path(settings.out)
     metrics = evaluate(samples, reference, extractor, out, accelerator, settings.pr_dtype)
     if metrics is not None:
         log_metrics(metrics)
@@ -182,7 +177,7 @@ def shorten(values: Any) -> Any:
 
 
 def refuse_other_evaluation(out: Path, inputs: dict[str, Any]) -> None:
-    """Raise UserError where `out` is a file, holds metrics of other inputs, or pictures of no
+    """Raise UserError where `out` is a file, holds metrics of other inputs, or nearest.png of no
     evaluation.
     """
     path = find_record(out, ["metrics.json"], "out", written=["nearest.png"])

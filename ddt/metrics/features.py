@@ -26,7 +26,7 @@ class Extractor(Protocol):
 
     name: str  # as in `features=`
     channels: int  # of its input images
-    image_size: int | None  # pixels a side of its input images, None where any
+    image_size: int | None  # pixels per side of its input images, None where any
     batch_size: int  # images at once
     spaces: dict[str, int]  # name of a space → F
     rows: tuple[str, ...]  # spaces whose vectors are stored image by image

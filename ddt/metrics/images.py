@@ -55,6 +55,8 @@ class ImageSource(ImageBatches, Protocol):
 
     size: tuple[int, int]  # (H, W)
     channels: int
+    hash_name: str  # of `sha256` in a receipt
+    max_pr_images: int | None  # of a reference, for precision and recall; None: all, as in ADM's evaluator
 
     @property
     def sha256(self) -> str:
@@ -64,6 +66,16 @@ class ImageSource(ImageBatches, Protocol):
         """Return the class of each image, int64 (n,), or None where unknown."""
 
 
+class StoredImages(ImageSource, Protocol):
+    """Images in a file or folder at `path`."""
+
+    path: Path
+
+    @property
+    def default_out(self) -> Path:
+        """Where metrics of them are written."""
+
+
 class NpzImages:
     """The images `arr_0`, uint8 (n, H, W, C), of an npz file, plain or compressed.
 
@@ -71,6 +83,8 @@ class NpzImages:
     """
 
     on_disk = True
+    hash_name = "sha256"
+    max_pr_images: int | None = None
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
@@ -93,6 +107,11 @@ class NpzImages:
     def name(self) -> str:
         """The file's path."""
         return str(self.path)
+
+    @property
+    def default_out(self) -> Path:
+        """The file's folder."""
+        return self.path.parent
 
     @property
     def sha256(self) -> str:
@@ -135,6 +154,8 @@ class FolderImages:
     """
 
     on_disk = True
+    hash_name = "sha256"
+    max_pr_images: int | None = None
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
@@ -169,6 +190,11 @@ class FolderImages:
         return str(self.path)
 
     @property
+    def default_out(self) -> Path:
+        """A folder beside: a folder of images is not written to."""
+        return self.path.with_name(f"{self.path.resolve().name}_evaluation")
+
+    @property
     def sha256(self) -> str:
         """The SHA-256 of all names and contents."""
         lines = "".join(f"{sha256(file)}  {file.name}\n" for file in self.files)
@@ -188,6 +214,8 @@ class DataImages:
     """The images of a data set, or those at `indices` (m,). name: `data:` and the data set's."""
 
     on_disk = True
+    hash_name = "fingerprint"
+    max_pr_images: int | None = 10_000  # as many as ADM's files hold
 
     def __init__(self, name: str, images: Images, indices: np.ndarray | None = None) -> None:
         self.name, self.images = name, images
@@ -216,7 +244,7 @@ class DataImages:
                 yield np.ascontiguousarray(images.transpose(0, 2, 3, 1))
 
 
-def open_images(path: Path, key: str) -> NpzImages | FolderImages:
+def open_images(path: Path, key: str) -> StoredImages:
     """Open an npz, or a folder: its samples.npz, that of a run or checkpoint, or its image files.
 
     Pixels stay on disk. Raises UserError naming `key` where there is none of them.
@@ -227,8 +255,8 @@ def open_images(path: Path, key: str) -> NpzImages | FolderImages:
             f"{key}={path}: no such file; give an npz file, a folder of a {SAMPLES} or of images, or a run that was "
             "sampled from",
         )
-        is_picture = path.suffix.lower() in SUFFIXES
-        require(not is_picture, f"{key}={path}: is a single picture; give the folder that it lies in")
+        is_image = path.suffix.lower() in SUFFIXES
+        require(not is_image, f"{key}={path}: is a single image; give the folder that it lies in")
         return NpzImages(path, key)
     if (path / SAMPLES).is_file():
         return NpzImages(path / SAMPLES, key)

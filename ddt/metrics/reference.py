@@ -26,7 +26,6 @@ from ddt.metrics.images import DataImages, ImageSource, NpzImages, array_names, 
 
 KEYS = (("mu", "sigma"), ("mu_s", "sigma_s"))  # of the first and the second distance of an extractor
 RECEIPT = "receipt"  # array of our own files: JSON
-MAX_PR_IMAGES = 10_000  # of a data set, for precision and recall
 MAX_IMAGES = 200_000  # of a data set, whose features are held in memory
 
 
@@ -72,7 +71,7 @@ class Reference:
         images = self.images
         return {
             "path": self.name,
-            ("fingerprint" if isinstance(images, DataImages) else "sha256"): self.sha256,
+            ("sha256" if images is None else images.hash_name): self.sha256,
             "statistics": f"{', '.join(keys)} of the file" if keys else "computed from its images",
             "count": None if images is None else len(images),
             "size": None if images is None else list(images.size),
@@ -82,12 +81,10 @@ class Reference:
         }
 
     def pr_indices(self, count: int) -> np.ndarray:
-        """Return which of its `count` images precision and recall use: all of a file's, as in ADM's
-        evaluator; of a data set as many as ADM's files hold.
-        """
-        if not isinstance(self.images, DataImages) or count <= MAX_PR_IMAGES:
-            return np.arange(count)
-        return np.arange(MAX_PR_IMAGES) * count // MAX_PR_IMAGES
+        """Return which of its `count` images precision and recall use, evenly spread."""
+        limit = None if self.images is None else self.images.max_pr_images
+        used = count if limit is None else min(count, limit)
+        return np.arange(used) * count // used
 
 
 def load_reference(
@@ -132,7 +129,7 @@ def read_reference(path: Path, distances: dict[str, int], features: str) -> Refe
     few = f"reference={path}: holds one image; statistics need at least 2"
     if path.is_dir():
         folder = open_images(path, "reference")
-        if not isinstance(folder, NpzImages):
+        if folder.path.is_dir():
             require(len(folder) >= 2, few)
             return Reference(str(path), {}, folder)
         path = folder.path

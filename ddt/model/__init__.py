@@ -1,4 +1,4 @@
-"""The networks: one file a family, registered in `NETWORKS`."""
+"""The networks: one file per family, registered in `NETWORKS`."""
 
 from typing import Any
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ddt.errors import UserError
 from ddt.model.cost import NetworkMacs
+from ddt.model.layers import Block, BlockStack
 from ddt.model.published_names import Release
 
 
@@ -24,6 +25,17 @@ class Denoiser(nn.Module, abc.ABC):
     num_classes: int  # K; label K is the null label
     hidden_size: int  # D of the blocks that alignment reads
     patch_size: int  # p; H and W must be multiples of it
+    label_table: ClassVar[str]  # name of the weights (K + 1, D) of the classes
+
+    @property
+    @abc.abstractmethod
+    def stacks(self) -> list[BlockStack]:
+        """Condition encoder and velocity decoder, or the one stack of an undivided network."""
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        """The blocks of all stacks, which are sharded and compiled one by one."""
+        return [block for stack in self.stacks for block in stack.blocks]
 
     @property
     @abc.abstractmethod

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ddt.errors import require
-from ddt.model.layers import Attention, BlockStack
+from ddt.model.layers import Attention, BlockStack, token_grid
 
 if TYPE_CHECKING:
     from ddt.model.base import Denoiser
@@ -33,7 +32,7 @@ class NetworkMacs:
 
 
 def weight_macs(modules: Iterable[nn.Module]) -> int:
-    """Return the MACs of all linears and convolutions for one position: one a weight."""
+    """Return the MACs of all linears and convolutions for one position: one per weight."""
     layers = [layer for module in modules for layer in module.modules()]
     return sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear | nn.Conv2d))
 
@@ -53,12 +52,8 @@ def stack_macs(stack: BlockStack, num_tokens: int) -> int:
 
 def num_tokens(model: "Denoiser", height: int, width: int) -> int:
     """Return N of latents (C, height, width); UserError where p does not divide them."""
-    p = model.patch_size
-    require(
-        height > 0 and width > 0 and height % p == 0 and width % p == 0,
-        f"model.patch_size={p} does not divide the latent size {height}×{width}",
-    )
-    return (height // p) * (width // p)
+    rows, columns = token_grid(model.patch_size, height, width)
+    return rows * columns
 
 
 def network_macs(model: "Denoiser", height: int, width: int) -> NetworkMacs:

@@ -74,6 +74,11 @@ class Decoder(BlockStack):
         super().__init__(*sizes, mixer, adaln_init, activation_checkpointing)
         self.output = OutputLayer(hidden_size, patch_size, in_channels)
 
+    @property
+    def modulation_layers(self) -> list[nn.Linear]:
+        """The linears z_t → modulation, of the blocks, then of the output layer."""
+        return [*(block.adaln for block in self.blocks), self.output.adaln]
+
     def modulations(self, z_t: Tensor, max_bytes: float = math.inf) -> list[Tensor]:
         """Return the modulations by z_t (B, N, D): (B, N, 6D) of each block, then (B, N, 2D) of the
         output layer; the first of them that fit into max_bytes. Source: method.md 4.
@@ -81,11 +86,11 @@ class Decoder(BlockStack):
         modulations: list[Tensor] = []
         autocast = torch.is_autocast_enabled(z_t.device.type)
         dtype = torch.get_autocast_dtype(z_t.device.type) if autocast else self.output.adaln.weight.dtype
-        for layer in (*self.blocks, self.output):
-            max_bytes -= z_t[..., 0].numel() * layer.adaln.out_features * dtype.itemsize
+        for layer in self.modulation_layers:
+            max_bytes -= z_t[..., 0].numel() * layer.out_features * dtype.itemsize
             if max_bytes < 0:
                 break
-            modulations.append(layer.adaln(z_t))
+            modulations.append(layer(z_t))
         return modulations
 
     def forward(self, x_t: Tensor, z_t: Tensor, modulations: Sequence[Tensor] = ()) -> Tensor:
@@ -118,6 +123,7 @@ class DDT(Denoiser):
 
     shares_encoder: ClassVar[bool] = True
     release = ReleasedDDT()
+    label_table = "encoder.y_embedder.embedding_table.weight"
 
     def __init__(
         self,
@@ -149,14 +155,19 @@ class DDT(Denoiser):
         self.decoder = Decoder(*sizes, depth - encoder_depth, decoder_block, adaln_init, activation_checkpointing)
 
     @property
+    def stacks(self) -> list[BlockStack]:
+        """The encoder, the decoder."""
+        return [self.encoder, self.decoder]
+
+    @property
     def num_alignable_blocks(self) -> int:
         """The encoder's blocks."""
         return len(self.encoder.blocks)
 
     @property
     def modulation_layers(self) -> list[nn.Module]:
-        """The linears z_t → modulation, of the decoder's blocks, then of its output layer."""
-        return [layer.adaln for layer in (*self.decoder.blocks, self.decoder.output)]
+        """Those of the decoder."""
+        return [*self.decoder.modulation_layers]
 
     def encode(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the self-condition z_t (B, N, D).

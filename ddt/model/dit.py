@@ -22,11 +22,12 @@ from ddt.model.published_names import ReleasedDiT
 class DiT(Denoiser, BlockStack):
     """The undivided baseline of the paper ("Improved-SiT", and with alignment "Improved-REPA").
 
-    One stack of `DDT`'s blocks, conditioned on c = SiLU(t_emb + y_emb), one vector a sample; no z_t
-    to share. Arguments as in `DDT`. Source: method.md 2, baseline.
+    One stack of `DDT`'s blocks, conditioned on c = SiLU(t_emb + y_emb), one vector per sample; no
+    z_t to share. Arguments as in `DDT`. Source: method.md 2, baseline.
     """
 
     release = ReleasedDiT()
+    label_table = "y_embedder.embedding_table.weight"
 
     def __init__(
         self,
@@ -66,6 +67,11 @@ class DiT(Denoiser, BlockStack):
         return self.output(h, c, at), hidden
 
     @property
+    def stacks(self) -> list[BlockStack]:
+        """The network itself."""
+        return [self]
+
+    @property
     def num_alignable_blocks(self) -> int:
         """All blocks."""
         return len(self.blocks)
@@ -74,6 +80,6 @@ class DiT(Denoiser, BlockStack):
         """Count the MACs of one forward for one image of N = num_tokens: all are the decoder's, and
         none are `modulations`, for these change with the time.
         """
-        conditioning = weight_macs([self.t_embedder, self.output.adaln]) + modulation_macs(self)  # one vector an image
+        conditioning = weight_macs([self.t_embedder, self.output.adaln]) + modulation_macs(self)  # one vector per image
         output = num_tokens * weight_macs([self.output.linear])
         return NetworkMacs(0, stack_macs(self, num_tokens) + output + conditioning, 0)

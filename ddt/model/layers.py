@@ -42,6 +42,15 @@ class Positions(NamedTuple):
     width: int  # tokens across
 
 
+def token_grid(patch_size: int, height: int, width: int) -> tuple[int, int]:
+    """Return (H/p, W/p) of a latent; UserError where p does not divide its height and width."""
+    if height < 1 or width < 1 or height % patch_size or width % patch_size:
+        raise UserError(
+            f"model.patch_size={patch_size} does not divide the latent size {height}×{width}: choose a divisor"
+        )
+    return height // patch_size, width // patch_size
+
+
 def rope_table(head_dim: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Compute cosine and sine of the 2-D rotary angles of a token grid.
 
@@ -236,7 +245,7 @@ def keep_products(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpo
 class Block(nn.Module):
     """A transformer block: token mixer, then SwiGLU, each normalised, modulated and gated by adaLN.
 
-    Conditioning c, its SiLU already applied: one vector a sample, (B, 1, D), in the encoder; z_t,
+    Conditioning c, its SiLU already applied: one vector per sample, (B, 1, D), in the encoder; z_t,
     (B, N, D), in the decoder. adaln_init: "release" is torch's default, as the published weights
     were trained; "zero" is AdaLN-Zero, as the paper says. Source: method.md 2.
 
@@ -329,15 +338,12 @@ class BlockStack(nn.Module):
         self.head_dim = hidden_size // num_heads
         self.input = PatchProjection(in_channels, patch_size, hidden_size)
         sizes = (hidden_size, num_heads, mixer, adaln_init, activation_checkpointing)
-        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(depth))
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(*sizes) for _ in range(depth))  # type: ignore[assignment]
 
     def positions(self, x_t: Tensor) -> Positions:
         """Return the token grid of x_t (B, C, H, W); UserError where p does not divide H and W."""
-        height, width = x_t.shape[-2:]
-        p = self.patch_size
-        if height % p or width % p:  # no call that builds the message on the good path
-            raise UserError(f"model.patch_size={p} does not divide the latent size {height}×{width}")
-        return positions(self.head_dim, height // p, width // p, x_t.device)
+        height, width = token_grid(self.patch_size, *x_t.shape[-2:])
+        return positions(self.head_dim, height, width, x_t.device)
 
     def run(
         self, x_t: Tensor, c: Tensor, at: Positions, hidden_depth: int = 0, modulations: Sequence[Tensor] = ()

@@ -78,6 +78,10 @@ class AlignmentLoss(nn.Module):
             features = to_grid(features.float(), self.grid, self.token_grid)  # (B, N, F)
             return (1 - F.cosine_similarity(projected.float(), features, dim=-1)).mean()
 
+    def readings(self, loss: float) -> dict[str, float]:
+        """Return what a mean loss says beside itself, for the log."""
+        return {"alignment_cosine": 1 - loss}
+
 
 class DispersiveLoss(nn.Module):
     """`log mean over pairs i < j of exp(−‖h_i − h_j‖² / temperature)`, h of unit length, over the
@@ -112,6 +116,10 @@ class DispersiveLoss(nn.Module):
             # ‖h_i − h_j‖² = 2 − 2 h_i·h_j avoids the (B, B, N·D) differences
             exponents = (2 * (h @ h.T)[i, j] - 2) / self.temperature  # (B(B−1)/2,)
             return exponents.logsumexp(0) - math.log(len(exponents))
+
+    def readings(self, loss: float) -> dict[str, float]:
+        """Return what a mean loss says beside itself, for the log: nothing."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ddt.autoencoder.base import weights_hash
 from ddt.errors import UserError, require
 
-CELL = 16  # pixels a side of the image that one token of the target covers, whatever the target's own stride
+CELL = 16  # pixels per side of the image that one token of the target covers, whatever the target's own stride
 Extract = Callable[[Tensor], Tensor]
 
 

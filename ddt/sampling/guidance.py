@@ -58,3 +58,8 @@ class Guidance:
         2207.12598) or a weaker model's (autoguidance, arXiv 2406.02507).
         """
         return v_guide + self.scale * (v - v_guide)
+
+
+def check_guided(scale: float) -> None:
+    """Raise UserError where a guide has no effect."""
+    require(scale != 1, "guide: has no effect with cfg_scale=1; choose another scale, or leave the guide out")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddt.errors import require
 from ddt.model import Denoiser
+from ddt.sampling.guidance import check_guided
 from ddt.sampling.settings import LastStep, SamplerSettings
 from ddt.sampling.sharing import CACHE_BYTES, GuidedVelocity
 from ddt.sampling.solvers import SOLVERS, DiffusionName
@@ -41,9 +42,7 @@ def check_inputs(model: Denoiser, noise: Tensor, y: Tensor) -> None:
 
 def check_guide(model: Denoiser, guide: Denoiser, settings: SamplerSettings) -> None:
     """Raise UserError unless a guide has the model's channels and classes and an effect."""
-    require(
-        settings.cfg_scale != 1, "guide: has no effect with cfg_scale=1; choose another scale, or leave the guide out"
-    )
+    check_guided(settings.cfg_scale)
     for name in ("in_channels", "num_classes"):
         ours, theirs = getattr(model, name), getattr(guide, name)
         require(
@@ -55,7 +54,7 @@ def step_noise_fn(noise: Tensor, step_noise: Tensor | None, num_steps: int) -> C
     """Return the function step → noise (B, C, H, W) of a stochastic solver, to be called in order.
 
     step_noise: (num_steps or num_steps − 1, B, C, H, W), UserError for another shape; None samples
-    from one generator an image, seeded by its starting noise (B, C, H, W): the same image on any
+    from one generator per image, seeded by its starting noise (B, C, H, W): the same image on any
     device, in any batch.
     """
     if step_noise is not None:
@@ -109,6 +108,8 @@ def sample_latents(
     options: dict[str, Any] = {argument: getattr(settings, name) for name, argument in solver.options.items()}
     if solver.stochastic:
         options["noise"] = step_noise_fn(noise, step_noise, settings.num_steps)
+    if solver.adaptive:
+        options["max_steps"] = settings.num_steps
     latents = solver.integrate(velocity_fn, noise, settings.grid(), **options)
     if counts is not None:
         for name, number in guided.calls.items():

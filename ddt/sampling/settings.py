@@ -9,7 +9,7 @@ from ddt.errors import require
 from ddt.flow import time_grid
 from ddt.sampling.guidance import Guidance
 from ddt.sampling.schedules import Schedule, content_of, parse_schedule
-from ddt.sampling.solvers import DIFFUSIONS, SOLVERS, DiffusionName, call_times
+from ddt.sampling.solvers import DIFFUSIONS, SOLVERS, DiffusionName, call_times, option_users
 
 LastStep = Literal["mean", "euler"]
 MAX_FORECAST_ORDER = 2
@@ -49,9 +49,8 @@ class SamplerSettings:
         )
         require(self.sde_last in ("mean", "euler"), f"sde_last={self.sde_last}: choose mean or euler")
         require(self.tolerance > 0, f"tolerance={self.tolerance}: must be above 0")
-        for key in ("sde_diffusion", "sde_last", "tolerance"):
+        for key, users in option_users().items():
             value, default = getattr(self, key), type(self).__dataclass_fields__[key].default
-            users = [name for name, solver in SOLVERS.items() if key in solver.options]
             require(
                 value == default or self.solver in users,
                 f"{key}={value}: has no effect with solver={self.solver}; leave it out, or use {' or '.join(users)}",

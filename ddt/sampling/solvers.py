@@ -25,14 +25,14 @@ DiffusionName = Literal["sigma", "constant", "decreasing", "increasing_decreasin
 
 
 def euler(velocity_fn: VelocityFn, x: Tensor, grid: Sequence[float]) -> Tensor:
-    """Integrate x (B, ...) by `x ← x + v·(t_next − t)`; order 1, one call a step."""
+    """Integrate x (B, ...) by `x ← x + v·(t_next − t)`; order 1, one call per step."""
     for step, (t, t_next) in enumerate(itertools.pairwise(grid)):
         x = x + velocity_fn(x, t, step) * (t_next - t)
     return x
 
 
 def heun(velocity_fn: VelocityFn, x: Tensor, grid: Sequence[float]) -> Tensor:
-    """Integrate by Heun's method; order 2, two calls a step, but the last step is Euler's.
+    """Integrate by Heun's method; order 2, two calls per step, but the last step is Euler's.
 
     So the network is not called at t = 1, where it was not trained (EDM, arXiv 2206.00364, alg. 1).
     """
@@ -46,7 +46,7 @@ def heun(velocity_fn: VelocityFn, x: Tensor, grid: Sequence[float]) -> Tensor:
 
 
 def midpoint(velocity_fn: VelocityFn, x: Tensor, grid: Sequence[float]) -> Tensor:
-    """Integrate by the midpoint rule; order 2, two calls a step."""
+    """Integrate by the midpoint rule; order 2, two calls per step."""
     for step, (t, t_next) in enumerate(itertools.pairwise(grid)):
         half = x + velocity_fn(x, t, step) * ((t_next - t) / 2)
         x = x + velocity_fn(half, (t + t_next) / 2, step) * (t_next - t)
@@ -69,7 +69,7 @@ def adams_weights(times: Sequence[float], t_next: float) -> np.ndarray:
 
 
 def adams(velocity_fn: VelocityFn, x: Tensor, grid: Sequence[float], order: int) -> Tensor:
-    """Integrate by Adams–Bashforth of order 1..4 on the real grid, one call a step.
+    """Integrate by Adams–Bashforth of order 1..4 on the real grid, one call per step.
 
     The order grows from 1 with the steps taken: where x is not flat at the start, these first steps
     bound the order of the whole to 2.
@@ -102,7 +102,7 @@ def sde(
 ) -> Tensor:
     """Integrate the reverse SDE by Euler–Maruyama: `x ← x + v·dt + c·s·w·dt + sqrt(2c·w·dt)·n`.
 
-    One call a step; s is `flow.score` of v.
+    One call per step; s is `flow.score` of v.
 
     Args:
         noise: step → n, standard normal (B, ...), float32; not called in the last step.
@@ -160,9 +160,9 @@ class Solver:
 
     integrate: Callable[..., Tensor]
     calls: Callable[[float, float, bool], tuple[float, ...]] = lambda t, t_next, is_last: (t,)
-    options: dict[str, str] = dataclasses.field(default_factory=dict)  # sampler setting → argument
+    options: dict[str, str] = dataclasses.field(default_factory=dict)  # setting of its own → argument
     stochastic: bool = False  # `integrate` takes `noise` too
-    adaptive: bool = False  # chooses its own steps: the grid is [0, 1]
+    adaptive: bool = False  # chooses its own steps: the grid is [0, 1], and it takes `max_steps`
 
 
 SDE_OPTIONS = {"sde_diffusion": "diffusion", "sde_last": "last"}
@@ -175,8 +175,14 @@ SOLVERS = {
     "adams4": Solver(functools.partial(adams, order=4)),
     "sde": Solver(sde, options=SDE_OPTIONS, stochastic=True),
     "sde_preserve": Solver(functools.partial(sde, strength=0.5), options=SDE_OPTIONS, stochastic=True),
-    "adaptive": Solver(adaptive, options={"tolerance": "tolerance", "num_steps": "max_steps"}, adaptive=True),
+    "adaptive": Solver(adaptive, options={"tolerance": "tolerance"}, adaptive=True),
 }
+
+
+def option_users() -> dict[str, list[str]]:
+    """Return, for each sampler setting that only some solvers have, their names."""
+    options = dict.fromkeys(key for solver in SOLVERS.values() for key in solver.options)
+    return {key: [name for name, solver in SOLVERS.items() if key in solver.options] for key in options}
 
 
 def call_times(solver: Solver, grid: Sequence[float]) -> list[tuple[float, ...]]:

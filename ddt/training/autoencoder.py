@@ -37,8 +37,8 @@ INITIAL_LOGVAR = -4.0  # of the posterior: at 0 its noise drowns the mean, and t
 class AutoencoderSettings:
     """Size and training of an autoencoder; see conf/train_autoencoder.yaml.
 
-    steps: optimizer steps. batch_size: images a step. lr: AdamW's peak learning rate, after linear
-    warm-up over the first twentieth of the steps; a cosine to 0 follows. block_out_channels:
+    steps: optimizer steps. batch_size: images per step. lr: AdamW's peak learning rate, after
+    linear warm-up over the first twentieth of the steps; a cosine to 0 follows. block_out_channels:
     channels at each level; between two levels the image is halved. latent_channels: c. kl_weight:
     of the KL divergence (mean over the latent) beside the squared error (mean over pixels in
     [−1, 1]). layers_per_block: residual blocks a level, and one more in the decoder. seed: weights,
@@ -182,7 +182,7 @@ def psnr(originals: Tensor, reconstructions: Tensor) -> float:
 
 
 def comparison(originals: Tensor, reconstructions: Tensor) -> np.ndarray:
-    """Return a picture (H', W', 3) of up to 16 images in rows of up to 8, originals above
+    """Return a grid (H', W', 3) of up to 16 images in rows of up to 8, originals above
     reconstructions.
 
     Both are uint8 (n, C, H, W); the choice of images is random, but always the same.

@@ -7,7 +7,7 @@ Training Dynamics of Diffusion Models" (EDM2), section 3 and appendix C, for pow
 import copy
 import functools
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ddt.distributed.prepare import gather_network, local_part, shard
+from ddt.model import Denoiser
 
 Network = TypeVar("Network", bound=nn.Module)
 Array = NDArray[np.float64]
@@ -55,7 +56,7 @@ class ConstantDecay:
 
 @dataclass(frozen=True)
 class PowerFunction:
-    """An average whose window grows with training: weights of time t count ∝ t^γ (EDM2, eq. 121 to
+    """An EMA whose window grows with training: weights of time t count ∝ t^γ (EDM2, eq. 121 to
     123).
     """
 
@@ -114,7 +115,7 @@ class EMA(Generic[Network]):
         """Move the EMA to the device of its updates, or shard it."""
         if sharded:
             self.outline = copy.deepcopy(self.model).to("meta")
-            shard(self.model)
+            shard(cast(Denoiser, self.model))  # the only networks that are sharded
         else:
             self.model.to(device)
 

@@ -25,8 +25,8 @@ from ddt.config import Choice, locate
 from ddt.data.images import Outline
 from ddt.data.survey import infer_settings
 from ddt.errors import UserError, require
-from ddt.model.cost import network_macs, num_tokens
-from ddt.model.layers import PRODUCTS, Block, BlockStack, Checkpointing, positions
+from ddt.model.cost import network_macs
+from ddt.model.layers import PRODUCTS, BlockStack, Checkpointing, positions, token_grid
 from ddt.objective import Objective
 from ddt.objective.alignment import REPA, Alignment, Dispersive
 from ddt.objective.alignment_target import Target
@@ -137,7 +137,7 @@ class Recipe:
     @property
     def checkpointing(self) -> Checkpointing:
         """The blocks' activation checkpointing."""
-        return blocks(self.objective)[0].activation_checkpointing
+        return self.objective.denoiser.all_blocks[0].activation_checkpointing
 
     @property
     def num_emas(self) -> int:
@@ -180,7 +180,7 @@ def build_recipe(settings: EstimateSettings) -> Recipe:
     require(patch_size is not None, "model.patch_size: is inferred from the images; give it, or data.root=")
     with torch.device("meta"):
         network = model.build(in_channels=shape[0], num_classes=outline.num_classes)
-    num_tokens(network, *shape[1:])  # UserError where the patch size does not divide the latent
+    grid = token_grid(patch_size, *shape[1:])
     try:
         sampling_macs(network, *shape[1:], sampler)  # UserError where the cost cannot be counted
     except UserError as error:
@@ -188,8 +188,7 @@ def build_recipe(settings: EstimateSettings) -> Recipe:
     aligned = Alignment()
     if alignment is not None:
         alignment.check_depth(network.num_alignable_blocks)
-        token_grid = (shape[1] // patch_size, shape[2] // patch_size)
-        aligned = alignment.build(network.hidden_size, token_grid, outline.image_size, outline=True)
+        aligned = alignment.build(network.hidden_size, grid, outline.image_size, outline=True)
     return Recipe(
         objective=settings.objective.build(denoiser=network, alignment=aligned.loss), target=aligned.target,
         autoencoder=autoencoder, shape=shape, image_size=outline.image_size, num_images=outline.num_images,
@@ -199,20 +198,10 @@ def build_recipe(settings: EstimateSettings) -> Recipe:
     )  # fmt: skip
 
 
-def stacks(module: nn.Module) -> list[BlockStack]:
-    """Return encoder and decoder, or the undivided baseline."""
-    return [part for part in module.modules() if isinstance(part, BlockStack)]
-
-
-def blocks(module: nn.Module) -> list[Block]:
-    """Return the blocks of a denoiser, the encoder's first."""
-    return [part for part in module.modules() if isinstance(part, Block)]
-
-
 def with_checkpointing(objective: Objective, kind: Checkpointing) -> Objective:
     """Return a copy of an objective with another activation checkpointing."""
     changed = copy.deepcopy(objective)
-    for block in blocks(changed):
+    for block in changed.denoiser.all_blocks:
         block.activation_checkpointing = kind
     return changed
 
@@ -364,10 +353,10 @@ def activation_bytes(objective: Objective, shape: tuple[int, int, int], bf16: bo
     checkpointing: the blocks' inputs, and what the one recomputed block saves; if selective, also
     the results of products.
     """
-    kind = blocks(objective)[0].activation_checkpointing
+    kind = objective.denoiser.all_blocks[0].activation_checkpointing
     if kind == "selective":
         objective = with_checkpointing(objective, True)
-    denoiser, alignment, first = objective.denoiser, objective.alignment, stacks(objective)[0]
+    denoiser, alignment, first = objective.denoiser, objective.alignment, objective.denoiser.stacks[0]
     height, width = shape[1] // first.patch_size, shape[2] // first.patch_size
     # the cached table of positions must not be made of fake tensors
     at = positions(first.head_dim, height, width, torch.device("cpu"))
@@ -382,9 +371,9 @@ def activation_bytes(objective: Objective, shape: tuple[int, int, int], bf16: bo
         return saved_bytes(objective, bf16, inputs)
 
     def of_block(batch: int, stack: BlockStack, products: bool) -> int:
-        last, size = copy.deepcopy(blocks(stack)[-1]), denoiser.hidden_size
+        last, size = copy.deepcopy(stack.blocks[-1]), denoiser.hidden_size
         last.activation_checkpointing = False
-        per_token = denoiser.shares_encoder and stack is stacks(objective)[-1]
+        per_token = denoiser.shares_encoder and stack is denoiser.stacks[-1]
         c = (batch, height * width if per_token else 1, size)
         with Products() as returned:
             saved = saved_bytes(last, bf16, lambda: (torch.empty(batch, height * width, size), torch.empty(c)), at=at)
@@ -395,9 +384,9 @@ def activation_bytes(objective: Objective, shape: tuple[int, int, int], bf16: bo
 
     total = per_image(of_loss)
     if kind:
-        total += per_image(of_block, stacks(objective)[-1], False)
+        total += per_image(of_block, denoiser.stacks[-1], False)
     if kind == "selective":
-        total += sum(len(stack.blocks) * per_image(of_block, stack, True) for stack in stacks(objective))
+        total += sum(len(stack.blocks) * per_image(of_block, stack, True) for stack in denoiser.stacks)
     return total
 
 
@@ -410,7 +399,7 @@ def memory(recipe: Recipe) -> dict[str, float]:
     trained, sharded = count(recipe.objective), recipe.trainer.parallelism == "fsdp"
     parts = recipe.gpus if sharded else 1
     cast = [layer for layer in recipe.objective.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    block = max(map(count, blocks(recipe.objective)))
+    block = max(map(count, recipe.objective.denoiser.all_blocks))
     micro, _ = recipe.trainer.micro_batches(recipe.gpus)
     sizes = {
         "weights": FLOAT * trained / parts,
@@ -431,7 +420,7 @@ def memory(recipe: Recipe) -> dict[str, float]:
 
 def outside_blocks(objective: Objective) -> int:
     """Return the parameters that are in no block."""
-    return count(objective) - sum(map(count, blocks(objective)))
+    return count(objective) - sum(map(count, objective.denoiser.all_blocks))
 
 
 def ways_to_fit(recipe: Recipe, needed: dict[str, float], limit: float) -> str:
@@ -514,7 +503,7 @@ def exchanged_bytes(recipe: Recipe) -> float:
 def estimate(recipe: Recipe, rate: Rate) -> dict[str, Any]:
     """Return the cost of a recipe as plain values: counts, FLOPs, bytes, hours."""
     denoiser, trainer, gpus = recipe.objective.denoiser, recipe.trainer, recipe.gpus
-    encoder = count(denoiser.encoder) if denoiser.shares_encoder else 0
+    encoder = count(denoiser.stacks[0]) if denoiser.shares_encoder else 0
     work, held = flops(recipe), memory(recipe)
     images = trainer.max_steps * trainer.global_batch_size
     fits = None if rate.memory is None else held["total"] <= rate.memory
@@ -578,20 +567,20 @@ def report(cost: dict[str, Any]) -> str:
     p, work, held, time, disk = (cost[key] for key in ("parameters", "flops", "memory", "time", "disk"))
     halves = f" (encoder {p['encoder']:,}, decoder {p['decoder']:,})" if p["encoder"] else ""
     frozen = {"alignment target": p["target"], "autoencoder": p["autoencoder"]}
-    step = {"an image": work["training"], "in the alignment's target": work["target"],
-            "computed again": work["recomputed"]}  # fmt: skip
+    step = {"per image": work["training"], "in the alignment's target": work["target"],
+            "recomputed": work["recomputed"]}  # fmt: skip
     epochs = "" if cost["epochs"] is None else f", {cost['epochs']:.4g} epochs"
     gpus, micro, kept = cost["gpus"], cost["micro_batches"], disk["checkpoints"]
-    batch = f"{cost['micro_batch_size']} images" + (f" {micro} times" if micro > 1 else "") + " a step"
+    batch = f"{cost['micro_batch_size']} images" + (f" {micro} times" if micro > 1 else "") + " per step"
     limit = "" if held["device"] is None else f" of {si(held['device'], 'B')}"
     fits = {None: "device unknown: give memory_gb=", True: "fits", False: f"DOES NOT FIT; give {held['fix']}"}
     speed = "" if time["images_per_second"] is None else f", {number(time['images_per_second'])} images/s"
     rows = [
         ("parameters", f"{p['denoiser']:,}{halves}" + (f", projector {p['projector']:,}" if p["projector"] else "")),
         ("frozen", ", ".join(f"{name} {value:,}" for name, value in frozen.items() if value)),
-        ("forward", f"{si(work['forward'], 'FLOP')} an image"),
+        ("forward", f"{si(work['forward'], 'FLOP')} per image"),
         ("training step", " + ".join(f"{si(value, 'FLOP')} {name}" for name, value in step.items() if value)),
-        ("whole training", f"{cost['steps']:,} steps of {cost['global_batch_size']}{epochs}: "
+        ("total training", f"{cost['steps']:,} steps of {cost['global_batch_size']}{epochs}: "
                            f"{si(work['all_training'], 'FLOP')}"),
         ("memory", f"{si(held['total'], 'B')}{limit} on each GPU, {batch}: {fits[held['fits']]}"),
         *(("", f"{name} {si(size, 'B')}") for name, size in held.items()
@@ -600,15 +589,15 @@ def report(cost: dict[str, Any]) -> str:
         ("training", duration(time["training_hours"], gpus) + speed),
         ("sampling", f"{cost['num_samples']:,} images of {si(work['sampling'], 'FLOP')}: "
                      f"{duration(time['sampling_hours'], gpus)}"),
-        ("", f"assumed: {gpus} GPUs are {gpus} times as fast as one; each GPU sends "
-             f"{si(cost['exchanged_bytes'], 'B')} a step, which is not counted" if gpus > 1 else ""),
+        ("", f"assumed: {gpus} GPUs are {gpus} times as fast as one; "
+             f"{si(cost['exchanged_bytes'], 'B')} sent per GPU per step are not counted" if gpus > 1 else ""),
         ("autoencoder", f"encodes an image in {si(work['encode'], 'FLOP')} "
                         f"({'once, for the cache' if cost['cached'] else 'in each step; a latent cache saves it'}), "
                         f"decodes it in {si(work['decode'], 'FLOP')}: in no time above" if work["encode"] else ""),
-        ("disk", f"{si(disk['checkpoint'], 'B')} a checkpoint, {si(disk['run'], 'B')} in all with {kept} "
+        ("disk", f"{si(disk['checkpoint'], 'B')} per checkpoint, {si(disk['run'], 'B')} in all with {kept} "
                  f"checkpoint{'s' * (kept > 1)}"),
     ]  # fmt: skip
     if cost["cached"]:
         whole = "how many images is not known" if disk["cache"] is None else f"{si(disk['cache'], 'B')} in all"
-        rows.append(("latent cache", f"{si(disk['record'], 'B')} an image, {whole}"))
+        rows.append(("latent cache", f"{si(disk['record'], 'B')} per image, {whole}"))
     return "\n".join(f"{name:<14}  {text}" for name, text in rows if text)

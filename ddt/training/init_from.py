@@ -14,14 +14,13 @@ from torch import Tensor
 from ddt.checkpoint import format as ckpt
 from ddt.checkpoint.published import find_released, read_released
 from ddt.errors import UserError, require
-from ddt.model import NETWORKS
+from ddt.model import NETWORKS, Denoiser
 from ddt.objective import Objective
 from ddt.training.ema import EMA
 
 log = logging.getLogger(__name__)
 # settings that change no name or shape of the weights, or whose weights are new
 MAY_DIFFER = ("num_classes", "adaln_init", "activation_checkpointing")
-LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +96,10 @@ def check_network(source: Source, network: dict[str, Any]) -> None:
     require(not differing, f"init_from={source.name}: is another network ({', '.join(differing)})")
 
 
-def with_new_table(weights: dict[str, Tensor], initial: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights with the label table of `initial`, except the null label's row."""
-    (key,) = (name for name in initial if name.endswith(LABEL_TABLE))
-    table = initial[key].detach().cpu().clone()
+def with_new_table(weights: dict[str, Tensor], network: Denoiser) -> dict[str, Tensor]:
+    """Return weights with the label table of `network`, except the null label's row."""
+    key = network.label_table
+    table = network.get_parameter(key).detach().cpu().clone()
     table[-1] = weights[key][-1]
     return {**weights, key: table}
 
@@ -118,8 +117,7 @@ def initialise(init_from: str, config: dict[str, Any], objective: Objective, ema
     raw, ema_weights = source.model, source.ema
     old, new = source.network["num_classes"], network["num_classes"]
     if old != new:
-        initial = objective.denoiser.state_dict()
-        raw, ema_weights = with_new_table(raw, initial), with_new_table(ema_weights, initial)
+        raw, ema_weights = (with_new_table(weights, objective.denoiser) for weights in (raw, ema_weights))
     objective.denoiser.load_state_dict(raw, strict=True)
     for ema in emas.values():
         ema.model.load_state_dict(ema_weights, strict=True)

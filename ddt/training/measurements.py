@@ -18,7 +18,7 @@ from ddt.autoencoder import Autoencoder
 from ddt.data.images import Images
 from ddt.data.stream import validation_batch
 from ddt.data.survey import spread
-from ddt.draws import PREVIEW, random_generator
+from ddt.draws import Stream, random_generator
 from ddt.model import Denoiser
 from ddt.objective import Objective
 from ddt.pictures import image_grid, readable, write_png
@@ -69,7 +69,7 @@ def missing_measurements(settings: TrainerSettings, held_out: Images, run_dir: P
 
 @contextlib.contextmanager
 def picture_or_warning(path: Path) -> Iterator[None]:
-    """Let a full disk cost a picture, not the run."""
+    """Let a full disk cost an image grid, not the run."""
     try:
         yield
     except OSError as error:
@@ -79,7 +79,7 @@ def picture_or_warning(path: Path) -> Iterator[None]:
 class Measurements:
     """Measures what is due. Made and called on all processes; process 0 writes.
 
-    batch_size: images a process takes at once. evaluation: None where there is none.
+    batch_size: images that a process takes at once. evaluation: None where there is none.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Measurements:
         self.run_dir = run.settings.run_dir
 
     def show_training_images(self, images: Images, tracker: JsonlTracker) -> None:
-        """Write a picture of the training images, on process 0 alone, before the first step."""
+        """Write a grid of training images, on process 0 alone, before the first step."""
         path = self.run_dir / "previews" / "training_images.png"
         with picture_or_warning(path):
             write_training_images(path, images, self.run.autoencoder, self.accelerator, self.run.latent_shape)
@@ -157,7 +157,7 @@ def write_training_images(
     shape: tuple[int, int, int],
 ) -> None:
     """Draw training images as they come back from the autoencoder to `path`: what the network is to
-    learn, four of each of the first ten classes, a class a column.
+    learn, four of each of the first ten classes, a class per column.
 
     `shape` is (C, H, W) of a latent. One process alone calls it.
     """
@@ -185,7 +185,7 @@ def write_preview(
     """
     columns = min(model.num_classes, 10)
     noise = np.stack(
-        [random_generator(0, PREVIEW, k).standard_normal(shape, dtype=np.float32) for k in range(4 * columns)]
+        [random_generator(0, Stream.PREVIEW, k).standard_normal(shape, dtype=np.float32) for k in range(4 * columns)]
     )
     y = torch.arange(columns, device=accelerator.device).repeat(4)
     with accelerator.autocast():

@@ -239,13 +239,13 @@ def combine(weights: Sequence[tuple[Path, str]], coefficients: Array) -> list[di
 
 def receipt(ema: Reconstruction, snapshots: Snapshots) -> dict[str, Any]:
     """Return how EMA weights were made, as plain values for their config."""
-    averages = [
+    emas = [
         {"step": profile.step, "weights": name, "sha256": ckpt.weights_sha256(folder, name), "coefficient": coefficient}
         for profile, (folder, name), coefficient in zip(
             ema.profiles, snapshots.weights, ema.coefficients.tolist(), strict=True
         )
     ]
-    return {**asdict(ema.target.rule), "residual": ema.residual, "averages": averages}
+    return {**asdict(ema.target.rule), "residual": ema.residual, "emas": emas}
 
 
 def is_written(folder: Path, made: dict[str, Any]) -> bool:

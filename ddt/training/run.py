@@ -19,6 +19,7 @@ from ddt.distributed.launch import default_processes
 from ddt.errors import UserError, require
 from ddt.metrics.features import FeatureSettings, check_weights
 from ddt.metrics.reference import data_reference, load_reference
+from ddt.model.layers import token_grid
 from ddt.objective import Objective
 from ddt.objective.alignment import REPA, Alignment, Dispersive
 from ddt.sampling.settings import SamplerSettings
@@ -174,20 +175,15 @@ class Run:
 
 def build_run(settings: TrainSettings) -> Run:
     """Build data, autoencoder, network and loss; raise UserError where they do not fit."""
-    torch.manual_seed(settings.seed)  # the initial weights; nothing later draws from the global state
+    torch.manual_seed(settings.seed)  # the initial weights; nothing later uses the global state
     images, held_out = (settings.data.build(split=split) for split in ("train", "test"))
     autoencoder = settings.autoencoder.build()
     shape = autoencoder.latent_shape(images.channels, images.image_size)
     model = settings.model
-    patch_size = model.settings["patch_size"]
-    require(
-        shape[1] % patch_size == 0 and shape[2] % patch_size == 0,
-        f"model.patch_size={patch_size} does not divide the latent size {shape[1]}×{shape[2]}: choose a divisor",
-    )
+    grid = token_grid(model.settings["patch_size"], *shape[1:])
     images.check_autoencoder(autoencoder)
     sizes = {"in_channels": shape[0], "num_classes": len(images.class_names)}
     network = model.build(**sizes)
-    grid = (shape[1] // patch_size, shape[2] // patch_size)
     alignment = Alignment()
     if settings.alignment is not None:
         alignment = settings.alignment.build(network.hidden_size, grid, images.image_size, images.cached_features)

@@ -111,8 +111,9 @@ class TrainingState:
         weights. All processes call it together; a device sync.
         """
         row = self.meter.means(self.accelerator)
-        if "repa_loss" in row:
-            row["alignment_cosine"] = 1 - row["repa_loss"]
+        alignment = self.objective.alignment
+        if alignment is not None and alignment.name in row:  # it may have ended
+            row |= alignment.readings(row[alignment.name])
         distances = self.ema.distance(self.objective.denoiser)
         if self.ema.outline is not None:  # each process knows its parts
             distances = self.accelerator.reduce(distances, reduction="sum")
@@ -127,5 +128,5 @@ class TrainingState:
         per weight.
         """
         num_weights = sum(local_part(p).numel() for p in self.objective.parameters())
-        num_averaged = sum(local_part(p).numel() for ema in self.emas.values() for p in ema.model.parameters())
-        return 4 * (3 * num_weights + num_averaged)
+        num_ema = sum(local_part(p).numel() for ema in self.emas.values() for p in ema.model.parameters())
+        return 4 * (3 * num_weights + num_ema)

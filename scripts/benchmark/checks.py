@@ -407,7 +407,7 @@ def two_processes(place: Place) -> list[Finding]:
     steps = 2 * place.size.steps
     runs = on_digits(place, "two_processes", steps, "trainer.num_processes=2"), uninterrupted(place)
     losses = [[row["loss"] for row in read_rows(folder / "metrics.jsonl")] for folder in runs]
-    assert len(losses[1]) == steps, "a row a step"
+    assert len(losses[1]) == steps, "a row per step"
     errors = [abs(a - b) / b for a, b in zip(*losses, strict=True)]
     return [Finding(f"losses of {steps} steps: relative error", max(errors), high=BF16_LOSS)]
 

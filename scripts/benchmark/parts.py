@@ -1,6 +1,6 @@
 """The parts of the benchmark, each beside its plain reference, of random weights and inputs.
 
-Shapes: B batch, C H W latent, S = 8·H pixels a side.
+Shapes: B batch, C H W latent, S = 8·H pixels per side.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ class Setup:
 
     @property
     def image_size(self) -> int:
-        """S, pixels a side."""
+        """S, pixels per side."""
         return CELL * self.latent_size
 
     def autocast(self) -> torch.autocast:
@@ -417,7 +417,7 @@ def write_stores(root: Path, records: int, latent_size: int) -> None:
 
 
 def loader(setup: Setup) -> Iterator[Case]:
-    """Random batches of 256 from a latent cache, beside one .pt file an image."""
+    """Random batches of 256 from a latent cache, beside one .pt file per image."""
     root = setup.folder / "stores"
     write_stores(root, setup.records, setup.latent_size)
     cache, rng = LatentCache(str(root / "cache")), np.random.default_rng(1)

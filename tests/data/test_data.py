@@ -6,7 +6,7 @@ import torch
 
 from ddt.data.images import ArrayImages
 from ddt.data.stream import TrainingStream, load_batches, micro_batch_positions, validation_batch
-from ddt.draws import random_generator
+from ddt.draws import Stream, random_generator
 
 
 def numbered(count=10):
@@ -51,11 +51,11 @@ def test_draws_have_the_distributions_they_are_used_for():
 
 
 def test_streams_of_draws_do_not_overlap():
-    first = [random_generator(0, s, 0).standard_normal() for s in range(4)] + [
-        random_generator(1, 0, 0).standard_normal(),
-        random_generator(0, 0, 1).standard_normal(),
+    first = [random_generator(0, stream, 0).standard_normal() for stream in Stream] + [
+        random_generator(1, Stream.PERMUTATION, 0).standard_normal(),
+        random_generator(0, Stream.PERMUTATION, 1).standard_normal(),
     ]
-    assert len(set(first)) == 6
+    assert len(set(first)) == len(Stream.__members__) + 2  # __members__ counts a number given twice, too
 
 
 @pytest.mark.parametrize(("num_processes", "micro"), [(1, 12), (2, 3), (3, 1), (2, 6)])

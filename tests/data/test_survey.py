@@ -149,7 +149,7 @@ def test_a_folder_is_trained_on_with_what_was_found_in_it(tmp_path, monkeypatch)
     stored = json.loads((run_dir / "config.json").read_text())
     assert (stored["data"]["image_size"], stored["data"]["channels"], stored["model"]["patch_size"]) == (12, 1, 2)
     shown = Image.open(run_dir / "previews" / "training_images.png")
-    assert shown.width > 2 * 48  # a column a class
+    assert shown.width > 2 * 48  # a column per class
     again = run_inside("train", "data=folder", f"data.root={tmp_path / 'my cats'}", *small, "model.hidden_size=32")
     assert "complete at step 2" in again.stderr
 

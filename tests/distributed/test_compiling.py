@@ -15,7 +15,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 import ddt
-from ddt.distributed.compile import compile_blocks, compiles, missing_compiler
+from ddt.distributed.compile import compile_block, compile_blocks, compiles, missing_compiler
 from ddt.errors import UserError
 from ddt.model.layers import Block, positions
 
@@ -73,7 +73,7 @@ def test_all_blocks_of_a_kind_share_a_compilation(counting):
     compile_blocks(model, dynamic=False)
     copied = copy.deepcopy(model)
     expected, found = loss_and_gradients(plain), loss_and_gradients(model)
-    assert counting.graphs == 2  # encoder: a vector an image; decoder: one a token
+    assert counting.graphs == 2  # encoder: a vector per image; decoder: one per token
     assert found.keys() == expected.keys()
     assert model.state_dict().keys() == plain.state_dict().keys()
     for name, value in expected.items():
@@ -99,7 +99,7 @@ def test_checkpointed_blocks_recompute_what_their_setting_says(monkeypatch):
         use(monkeypatch, backend)
         torch.manual_seed(0)
         block = Block(32, 2, activation_checkpointing=checkpointing)
-        compile_blocks(block, dynamic=False)
+        compile_block(block, dynamic=False)
         block(x, c, positions(16, 4, 4, CPU)).square().mean().backward()
         _, products[checkpointing] = found  # of the forward and of the backward pass
         gradients[checkpointing] = [parameter.grad for parameter in block.parameters()]
@@ -138,7 +138,7 @@ def test_what_cannot_be_compiled_whole_is_an_error(counting):
 
     block = Block(8, 2)
     block.mixer = Breaking()
-    compile_blocks(block, dynamic=False)
+    compile_block(block, dynamic=False)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         block(torch.zeros(1, 4, 8), torch.zeros(1, 1, 8), None)
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_compiled_whole_is_an_error(counting):
 def test_torchs_own_compiler_gives_the_same_numbers_for_batches_of_any_size():
     block, at = Block(32, 2), positions(16, 4, 4, CPU)
     plain = copy.deepcopy(block)
-    compile_blocks(block, dynamic=True)
+    compile_block(block, dynamic=True)
     with torch.no_grad():
         for batch in (5, 3):
             x, c = torch.randn(2, batch, 16, 32, generator=torch.Generator().manual_seed(0))

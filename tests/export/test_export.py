@@ -36,6 +36,7 @@ RUN = {
     "optimizer": {"_target_": "ddt.training.optimizer.adamw", "lr": 0.001},
     "trainer": {"global_batch_size": 4, "lr_schedule": "constant", "mixed_precision": "fp32"},
 }
+PIXELS = {"_target_": "ddt.autoencoder.Identity"}
 CARD = {"network": {"_target_": "ddt.model.DDT"}, "sampler": {}, "export": {}}
 
 
@@ -223,7 +224,7 @@ def test_the_card_names_imagenet(tmp_path):
     config = {
         "class_names": imagenet_synsets(),
         "latent_shape": [4, 32, 32],
-        "autoencoder": {"source": "a/b"},
+        "autoencoder": {"_target_": "ddt.autoencoder.KLAutoencoder", "source": "a/b"},
         "source": {},
     }
     card = Card("x").render("ddt", {**CARD, **config}, parameters=1)
@@ -234,7 +235,7 @@ def test_the_card_names_imagenet(tmp_path):
 
 def test_the_card_names_the_guide(tmp_path):
     metrics = json.loads((evaluation(tmp_path / "set", "0" * 64) / "metrics.json").read_text())
-    config = {**CARD, "class_names": list("ab"), "latent_shape": [1, 8, 8], "autoencoder": {}}
+    config = {**CARD, "class_names": list("ab"), "latent_shape": [1, 8, 8], "autoencoder": PIXELS}
     assert "Guided away" not in Card("x", metrics).render("ddt", config, 1).text
     metrics["receipt"]["sampling"]["request"]["guide"] = {"ema_sha256": "1" * 64, "step": 1}
     assert f"Guided away from the weights `{'1' * 64}`." in Card("x", metrics).render("ddt", config, 1).text

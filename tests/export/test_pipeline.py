@@ -1,7 +1,6 @@
 """The diffusers pipeline samples the images of sample.py, and every argument has its effect."""
 
 import dataclasses
-import inspect
 
 import numpy as np
 import pytest
@@ -189,10 +188,15 @@ def test_wrong_arguments_are_named_as_they_were_given(pipeline, call, message):
         pipeline(**{"class_labels": 0, **call})
 
 
-def test_the_scheduler_knows_every_setting():
-    ours = {field.name: field.default for field in dataclasses.fields(SamplerSettings)}
-    theirs = {name: p.default for name, p in inspect.signature(DDTScheduler.__init__).parameters.items()}
-    assert {name: value for name, value in theirs.items() if name != "self"} == ours
+def test_the_scheduler_holds_every_setting_of_the_sampler(pipeline, tmp_path):
+    assert DDTScheduler().settings() == dataclasses.asdict(SamplerSettings())
+    settings = pipeline.scheduler.settings()
+    changed = DDTScheduler.from_config(pipeline.scheduler.config, solver="heun", cfg_steps=[1])
+    changed.save_pretrained(tmp_path)
+    loaded = DDTScheduler.from_pretrained(tmp_path)
+    assert loaded.settings() == settings | {"solver": "heun", "cfg_steps": [1]}
+    with pytest.raises(TypeError, match="num_stepz"):
+        DDTScheduler(num_stepz=5)
 
 
 def test_bfloat16_is_that_of_sample_py(places, tmp_path):

@@ -1,7 +1,13 @@
 """The sampler of a checkpoint and a command line."""
 
-import pytest
+import dataclasses
+import inspect
 
+import pytest
+import yaml
+
+import ddt
+from ddt.cli import CONF
 from ddt.config import parse
 from ddt.errors import UserError
 from ddt.generation.settings import SamplerOverrides, SampleSettings
@@ -14,6 +20,17 @@ def test_checkpoint_keeps_what_is_stored_and_null_is_a_value():
     assert SamplerOverrides().resolve(STORED, True) == SamplerSettings(**STORED | {"cfg_interval": (0.3, 1.0)})
     chosen = SamplerOverrides(cfg_interval=None, recompute=None, num_steps=9).resolve(STORED, True)
     assert (chosen.cfg_interval, chosen.recompute, chosen.num_steps, chosen.solver) == (None, None, 9, "sde")
+
+
+def test_every_setting_of_the_sampler_can_be_chosen_for_a_sample():
+    """By the command, its YAML and ddt.sample, whose defaults are those of `SamplerSettings`."""
+    settings = {field.name: field.default for field in dataclasses.fields(SamplerSettings)}
+    names = settings.keys() - {"solver"} | {"sampler"}
+    assert {field.name for field in dataclasses.fields(SamplerOverrides)} == names
+    written = yaml.safe_load((CONF / "sample" / "sample.yaml").read_text())
+    assert {name: written.get(name) for name in names} == dict.fromkeys(names, "checkpoint")
+    arguments = inspect.signature(ddt.sample).parameters
+    assert {name: arguments[name].default for name in settings} == settings
 
 
 def test_stored_settings_without_effect_beside_the_chosen_ones_are_ignored():

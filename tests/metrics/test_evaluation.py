@@ -172,7 +172,7 @@ def test_unusable_samples_are_named(tmp_path):
     with pytest.raises(UserError, match=r"run: holds no complete checkpoint"):
         open_images(tmp_path / "run", "samples")
     picture(0).save(tmp_path / "one.png")
-    with pytest.raises(UserError, match=r"one.png: is a single picture; give the folder"):
+    with pytest.raises(UserError, match=r"one.png: is a single image; give the folder"):
         open_images(tmp_path / "one.png", "samples")
     with zipfile.ZipFile(tmp_path / "member.npz", "w") as archive:
         archive.writestr("arr_0", b"x")
@@ -268,7 +268,19 @@ def test_the_command_computes_adms_metrics(inception_run):
     assert set(receipt["versions"]) == {"ddt", "python", "torch", "numpy", "torch-fidelity", "timm"}
 
 
-def test_processes_do_not_change_a_number(inception_run, tmp_path):
+def test_processes_do_not_change_a_number(evaluated, tmp_path):
+    """1,497 reference images in three batches, dealt to two processes; both with one thread."""
+    arguments = [f"samples={evaluated[0]}", "reference=data:digits", "features=digits", "features.epochs=1"]
+    results = []
+    for number in (1, 2):
+        succeed("evaluate", *arguments, f"num_processes={number}", f"out={tmp_path / str(number)}")
+        results.append(json.loads((tmp_path / str(number) / "metrics.json").read_text()))
+        del results[-1]["receipt"]["date"]
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_processes_do_not_change_a_number_of_inception(inception_run, tmp_path):
     """24 images in batches of 7, dealt to two processes; both read with one thread."""
     folder, arguments, _ = inception_run
     metrics = json.loads((folder / "metrics.json").read_text())

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ddt
 from ddt.errors import UserError
 from ddt.model import build_network, network_class
+from ddt.model.layers import Block
 from ddt.objective.flow_matching import velocity_loss
 from scripts.benchmark.golden import BF16_ERROR, CASES, GRADIENT_TOLERANCE, NETWORKS, TOLERANCE, case
 from scripts.benchmark.golden import network as golden_network
@@ -104,6 +105,15 @@ def test_the_hidden_layer_is_the_output_of_the_block_counted_from_one(model):
         assert torch.equal(v, network(x, t, y))
 
 
+@pytest.mark.parametrize("kind", [ddt.DDT, ddt.DiT])
+def test_stacks_hold_all_blocks_in_order_and_the_label_table_is_named(kind):
+    """Sharding, compiling and the estimate see the blocks that a family names, and no others."""
+    depths = {"encoder_depth": 2} if kind.shares_encoder else {}
+    network = kind(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, num_classes=5, **depths)
+    assert network.all_blocks == [module for module in network.modules() if isinstance(module, Block)]
+    assert network.get_parameter(network.label_table).shape == (6, 32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block", ["attention", "conv"])
 def test_activation_checkpointing_gives_the_same_gradients(block, dtype):
@@ -127,7 +137,7 @@ def test_activation_checkpointing_gives_the_same_gradients(block, dtype):
     assert flops["selective"] == flops[False] < flops[True]
 
 
-@pytest.mark.parametrize("block", ["attention", "conv", "mlp"])
+@pytest.mark.parametrize("block", ["attention", *(pytest.param(b, marks=pytest.mark.slow) for b in ("conv", "mlp"))])
 def test_compiles_as_one_graph(block):
     model = small_ddt(decoder_block=block)
     torch.compiler.reset()

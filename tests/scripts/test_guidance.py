@@ -243,7 +243,7 @@ def test_a_point_of_non_finite_samples_is_named(run_folder, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_find_the_same(run_folder, tmp_path):
-    """In the same batches, one a process, to the last bit."""
+    """In the same batches, one per process, to the last bit."""
     few = ("cfg_scale=[1,2]", "cfg_interval=null", "weights=model", "top=1", "repeats=2", "batch_size=5")
     out = {count: tmp_path / str(count) for count in (1, 2)}
     for count, folder in out.items():

@@ -18,7 +18,7 @@ from ddt.autoencoder.base import from_uint8
 from ddt.checkpoint import format as ckpt
 from ddt.data.images import Digits, ImageFolder
 from ddt.distributed.prepare import make_accelerator
-from ddt.draws import VALIDATION, noise_of, random_generator
+from ddt.draws import Stream, noise_of, random_generator
 from ddt.errors import UserError
 from ddt.flow import clean, interpolate, velocity
 from ddt.generation.generator import Generator
@@ -242,7 +242,7 @@ def test_the_loss_is_that_of_training_with_the_ema_weights(looked, run_folder):
     for row, index in enumerate(chosen):
         x = from_uint8(torch.from_numpy(images.load(chosen[row : row + 1])))
         noise = torch.from_numpy(
-            random_generator(0, VALIDATION, int(index)).standard_normal((1, 1, 8, 8), dtype=np.float32)
+            random_generator(0, Stream.VALIDATION, int(index)).standard_normal((1, 1, 8, 8), dtype=np.float32)
         )
         for k in range(10):
             t = torch.tensor([(k + (row + 0.5) * (math.sqrt(5) - 1) / 2 % 1) / 10])

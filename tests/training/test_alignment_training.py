@@ -6,7 +6,7 @@ import math
 import pytest
 import timm
 import torch
-from conftest import ROOT, picture_folder, refusal, rows, run, small_vae, succeed
+from conftest import picture_folder, refusal, rows, small_vae, succeed
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
@@ -95,15 +95,15 @@ def test_other_weights_of_the_target_are_another_training(place, straight, tmp_p
     assert "alignment.fingerprint" in refusal("train", *other, f"alignment.weights={tmp_path / 'other.safetensors'}")
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_alignment_ends_at_a_given_step(place, straight, num_processes):
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_alignment_ends_at_a_given_step(place, straight, num_processes, monkeypatch):
     """On two processes too, where each waits for the gradient of every weight."""
     name = f"until{num_processes}"
     chosen = options(
         place, f"name={name}", "trainer.max_steps=5", "alignment.until_step=3", f"trainer.num_processes={num_processes}"
     )
-    done = run(ROOT / "train.py", *chosen, cwd=place)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(place)
+    succeed("train", *chosen)
     logged = rows(place / "runs" / name)
     assert ["repa_loss" in row for row in logged] == [True, True, True, False, False]
     assert all(row["loss"] == row["fm_loss"] for row in logged[3:])

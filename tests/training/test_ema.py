@@ -1,4 +1,4 @@
-"""The averaged weights."""
+"""The EMA weights."""
 
 import torch
 

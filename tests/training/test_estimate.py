@@ -37,7 +37,6 @@ from ddt.training.estimate import (
     memory,
     report,
     saved_steps,
-    stacks,
 )
 from ddt.training.optimizer import adamw
 from ddt.training.settings import TrainerSettings
@@ -189,7 +188,7 @@ def test_selective_checkpointing_keeps_what_products_return():
     inner = int(8 * width / 3)
     # qkv, attention with a float32 sum a head and token, its projection, w1, w3, w2: in bf16
     block = tokens * (2 * (3 * width + width + width + 2 * inner + width) + 4 * heads)
-    adaln = 6 * width * 2 * (5 + 3 * tokens)  # of 5 encoder blocks a vector, of 3 decoder blocks one a token
+    adaln = 6 * width * 2 * (5 + 3 * tokens)  # of 5 encoder blocks a vector, of 3 decoder blocks one per token
     assert bytes_of["selective"] - bytes_of[True] == 8 * (8 * block + adaln)
     assert bytes_of["selective"] < bytes_of[False]
     selective = small_recipe(objective=FlowMatching(small_ddt(activation_checkpointing="selective").to("meta")))
@@ -223,7 +222,7 @@ def test_bytes_sent_per_step():
     assert exchanged_bytes(small_recipe()) == 0
     assert exchanged_bytes(small_recipe(gpus=4)) == 2 * 3 / 4 * 4 * trained
     recipe = small_recipe(trainer=dict(parallelism="fsdp", micro_batch_size=1), gpus=4)
-    blocks = sum(num_parameters(block) for stack in stacks(recipe.objective) for block in stack.blocks)
+    blocks = sum(num_parameters(block) for block in recipe.objective.denoiser.all_blocks)
     # two micro-batches gather blocks twice and the rest once, the last hands out gradients
     assert exchanged_bytes(recipe) == 3 / 4 * 4 * (2 * (2 * blocks + trained - blocks) + trained)
 
@@ -346,7 +345,7 @@ def test_the_command_says_what_is_assumed_and_writes_a_file(tmp_path):
     said = dict(line.split("  ", 1) for line in done.stderr.splitlines() if line[:1].strip())
     assert said["rate"].strip().startswith("ASSUMED: 40% of H100's data-sheet rate")
     assert "130,262,800" in said["parameters"]
-    assert said["latent cache"].strip() == "16.4 kB an image, 21 GB in all"
+    assert said["latent cache"].strip() == "16.4 kB per image, 21 GB in all"
     assert "assumed: 2 GPUs are 2 times as fast as one" in done.stderr
     found = json.loads(out.read_text())
     assert found["disk"]["cache"] == 1_281_167 * 2 * 8 * 32 * 32

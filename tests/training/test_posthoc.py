@@ -164,10 +164,10 @@ def test_emas_of_a_run(run, tmp_path):
     assert config["step"] == 40
     assert made["std"] == 0.15
     assert made["residual"] < 0.1
-    assert {entry["weights"] for entry in made["averages"]} == {"power_0.05", "power_0.1"}
-    assert {entry["step"] for entry in made["averages"]} == set(range(5, 41, 5))
+    assert {entry["weights"] for entry in made["emas"]} == {"power_0.05", "power_0.1"}
+    assert {entry["step"] for entry in made["emas"]} == set(range(5, 41, 5))
     snapshot = run / "snapshots" / "step_0000040"
-    assert made["averages"][-1]["sha256"] == ckpt.weights_sha256(snapshot, made["averages"][-1]["weights"])
+    assert made["emas"][-1]["sha256"] == ckpt.weights_sha256(snapshot, made["emas"][-1]["weights"])
 
 
 def test_an_ema_of_an_earlier_step_can_be_sampled_from(run, tmp_path):

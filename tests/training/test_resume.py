@@ -320,7 +320,7 @@ def test_snapshots_of_an_abandoned_stretch_do_not_stay():
     ]
 
 
-def test_the_export_holds_the_averaged_weights_and_stays():
+def test_the_export_holds_the_ema_weights_and_stays():
     run = train("exported", "trainer.save_every=4", "trainer.keep_last=2")
     assert sorted(path.name for path in (run / "export").iterdir()) == [
         "config.json",

@@ -9,7 +9,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, rows, run, run_inside, small_ddt
+from conftest import ROOT, rows, run, run_inside, small_ddt, train_settings
+from pair import train_on_two
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -57,7 +58,7 @@ SMALL = [
 def train(folder, name, *overrides):
     small = [argument for argument in SMALL if "model=dit_b" not in overrides or "encoder_depth" not in argument]
     arguments = [*small, f"name={name}", *overrides]
-    if any("num_processes" in argument for argument in overrides):
+    if "trainer.num_processes=2" in overrides or "trainer.num_processes=3" in overrides:
         return folder / "runs" / name, run(ROOT / "train.py", *arguments, cwd=folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -149,16 +150,30 @@ def test_another_training_is_refused_under_the_same_name(folder, straight):
     assert (straight / "config.json").read_text() == before
 
 
+VALIDATED = ["trainer.max_steps=8", "trainer.validate_every=8", "trainer.ema_decay=0.5"]
+
+
 @pytest.fixture(scope="module")
-def two(folder):
-    """The same on two processes."""
-    path, done = train(folder, "two", "trainer.max_steps=30", "trainer.num_processes=2", "trainer.micro_batch_size=3")
-    assert done.returncode == 0, done.stderr
-    return path
+def pair(folder):
+    """Runs on two processes: "two", "straight" on them; "sharded" among them, stopped and resumed;
+    "validated2", `VALIDATED`.
+    """
+    whole = ["trainer.num_processes=2", "trainer.micro_batch_size=3"]
+    sharded = [*whole, "trainer.parallelism=fsdp", "trainer.validate_every=30", "trainer.preview_every=30"]
+    jobs = [
+        ["name=two", *whole, "trainer.max_steps=30"],
+        ["name=sharded", *sharded, "trainer.max_steps=17"],
+        ["name=sharded", *sharded, "trainer.max_steps=30"],
+        ["name=validated2", "trainer.num_processes=2", *VALIDATED],
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train_on_two(*(train_settings(*SMALL, *job) for job in jobs))
+    return folder / "runs"
 
 
-def test_two_processes_train_what_one_does(two, straight):
-    path = two
+def test_two_processes_train_what_one_does(pair, straight):
+    path = pair / "two"
     assert json.loads((path / "config.json").read_text())["num_processes"] == 2
     for a, b in zip(rows(path), rows(straight), strict=True):
         assert a["step"] == b["step"]
@@ -169,15 +184,12 @@ def test_two_processes_train_what_one_does(two, straight):
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=5e-4)
 
 
-def test_sharded_processes_train_what_whole_ones_do(folder, two):
-    """FSDP, stopped and gone on with: losses, weights and averages are DDP's, and one process can
-    draw with them.
+def test_sharded_processes_train_what_whole_ones_do(pair):
+    """FSDP, stopped and resumed: losses, weights and EMA are DDP's, and one process can sample with
+    them.
     """
-    for steps in (17, 30):
-        options = ["trainer.num_processes=2", "trainer.parallelism=fsdp", "trainer.validate_every=30"]
-        options += ["trainer.micro_batch_size=3"]
-        path, done = train(folder, "sharded", f"trainer.max_steps={steps}", "trainer.preview_every=30", *options)
-        assert done.returncode == 0, done.stderr
+    path, two = pair / "sharded", pair / "two"
+    assert (path / "checkpoints" / "step_0000017").is_dir()
     for a, b in zip((row for row in rows(path) if "loss" in row), rows(two), strict=True):
         assert {key: pytest.approx(value, rel=1e-5) for key, value in b.items()} == a
     newest = ckpt.newest_checkpoint(path)
@@ -226,13 +238,11 @@ def test_resume_on_three_processes_is_bit_for_bit(folder):
     assert rows(path) == rows(three)
 
 
-def test_validation_is_that_of_the_averaged_weights_on_any_number_of_processes(folder):
-    values = {}
-    for number in (1, 2):
-        options = ["trainer.max_steps=8", "trainer.validate_every=8", "trainer.ema_decay=0.5"]
-        path, done = train(folder, f"validated{number}", *options, f"trainer.num_processes={number}")
-        assert done.returncode == 0, done.stderr
-        values[number] = rows(path)[-1]["validation_loss"]
+def test_validation_is_that_of_the_ema_weights_on_any_number_of_processes(folder, pair):
+    one, done = train(folder, "validated1", *VALIDATED)
+    assert done.returncode == 0, done.stderr
+    path = pair / "validated2"
+    values = {number: rows(run)[-1]["validation_loss"] for number, run in ((1, one), (2, path))}
     assert values[1] == pytest.approx(values[2], rel=1e-4)
     arguments = (Digits("test"), Identity(), make_accelerator("no"), (1, 8, 8), 64)
     averaged = ddt.load_model(path)
@@ -281,7 +291,9 @@ def picture_folder(root, broken=None):
     return ["data=folder", f"data.root={root}", "data.image_size=8", "data.holdout_every=0"]
 
 
-@pytest.mark.parametrize("options", [["trainer.num_workers=1"], ["trainer.num_processes=2"]])
+@pytest.mark.parametrize(
+    "options", [["trainer.num_workers=1"], pytest.param(["trainer.num_processes=2"], marks=pytest.mark.slow)]
+)
 def test_a_broken_image_is_named_from_any_process(folder, tmp_path, options):
     data = picture_folder(tmp_path / "pictures", broken="class1/3.png")
     _, done = train(tmp_path, "broken", *data, "trainer.max_steps=3", *options)

@@ -52,7 +52,7 @@ def at(times: list[float]) -> list[str]:
 
 
 def draw_components(colours: np.ndarray, times: list[float], names: list[str], shares: list[float], path: Path) -> None:
-    """Write z at K times, colours (K, B, h, w, 3): an image a row, a time a column."""
+    """Write z at K times, colours (K, B, h, w, 3): an image per row, a time per column."""
     variances = ", ".join(f"{share:.0%}" for share in shares)
     title = f"z: first three principal components as red, green, blue ({variances} of the variance)"
     draw_grid(colours.swapaxes(0, 1), at(times), names, title, path)

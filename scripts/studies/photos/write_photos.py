@@ -1,4 +1,4 @@
-"""Write the crops of data=photos as JPEG files, one sub-folder a class: a folder to try things on.
+"""Write the crops of data=photos as JPEG files, one sub-folder per class, to try things on.
 
 python -m scripts.studies.photos.write_photos out=FOLDER [image_size=128 crops=60]
 """
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """out: the folder to write, which must not exist. image_size: px a side. crops: per photo."""
+    """out: the folder to write, which must not exist. image_size: px per side. crops: per photo."""
 
     out: str
     image_size: int
