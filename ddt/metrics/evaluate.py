@@ -17,6 +17,7 @@ from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, require
 from ddt.files import check_writable, find_record, read_record, write_json
+from ddt.generation.receipt import RECEIPT, is_receipt_of, read_receipt
 from ddt.metrics.comparability import labels, order_matters, order_warning, reasons_not_comparable
 from ddt.metrics.features import Extractor, FeatureSettings, check_features, check_images, extract
 from ddt.metrics.images import SAMPLES, FolderImages, ImageSource, NpzImages, pick
@@ -138,36 +139,34 @@ def intended_classes(samples: ImageSource, extractor: Extractor) -> np.ndarray |
 
 def inputs_of(samples: ImageSource, reference: Reference, extractor: Extractor, pr_dtype: PrDtype) -> dict[str, Any]:
     """Return the receipt of the inputs; reads all files once, for their hashes."""
+    sha256 = samples.sha256
     return {
         "samples": {
             "path": samples.name,
-            "sha256": samples.sha256,
+            "sha256": sha256,
             "count": len(samples),
             "size": list(samples.size),
             "channels": samples.channels,
         },
         "reference": reference.identity(),
         "features": {**extractor.identity(), "pr_dtype": pr_dtype},
-        **sampling_receipt(Path(samples.name), len(samples)),
+        **sampling_receipt(Path(samples.name), sha256),
     }
 
 
-def sampling_receipt(samples: Path, count: int) -> dict[str, Any]:
-    """Return {"sampling": receipt} where sample.py wrote one beside these `count` samples.
+def sampling_receipt(samples: Path, sha256: str) -> dict[str, Any]:
+    """Return {"sampling": receipt} where sample.py wrote one beside these samples of a SHA-256.
 
     Raises UserError for a damaged one, and for that of another set.
     """
-    path = samples.with_name("receipt.json")
+    path = samples.with_name(RECEIPT)
     if samples.name != SAMPLES or not path.is_file():
         return {}
-    try:
-        receipt = json.loads(path.read_text())
-        num_samples = receipt.get("samples", count)
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error}); sample again, or move the file away") from error
+    receipt = read_receipt(path)
     require(
-        num_samples == count,
-        f"{path}: is the receipt of {num_samples} images, but {samples} holds {count}; move the file away",
+        is_receipt_of(receipt, sha256),
+        f"{path}: is not the receipt of {samples}, which was damaged or replaced; sample again, or move the receipt "
+        "away",
     )
     return {"sampling": shorten(receipt)}
 

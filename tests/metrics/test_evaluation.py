@@ -15,6 +15,7 @@ from ddt.data.images import ArrayImages, Digits
 from ddt.data.photos import Photos
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError
+from ddt.files import sha256
 from ddt.metrics.classifier import ClassifierSettings
 from ddt.metrics.evaluate import evaluate
 from ddt.metrics.features import extract
@@ -235,7 +236,8 @@ def inception_run(tmp_path_factory, inception_weights, one_thread):
     with np.load(GOLDEN_IMAGES) as file:
         write(folder / "samples.npz", arr_0=file["gen"], arr_1=np.zeros(24, dtype=np.int64))
         write(folder / "reference.npz", arr_0=file["ref"])
-    (folder / "receipt.json").write_text(json.dumps({"request": {"seeds": list(range(2000)), "dtype": "fp32"}}))
+    request, digest = {"seeds": list(range(2000)), "dtype": "fp32"}, sha256(folder / "samples.npz")
+    (folder / "receipt.json").write_text(json.dumps({"request": request, "samples_sha256": digest}))
     arguments = [f"samples={folder}", f"reference={folder / 'reference.npz'}", f"inception_weights={inception_weights}"]
     succeed("evaluate", *arguments, "features=inception", "features.batch_size=7")
     return folder, arguments, json.loads((folder / "metrics.json").read_text())
@@ -264,7 +266,10 @@ def test_the_command_computes_adms_metrics(inception_run):
     assert receipt["features"]["resize"].startswith("TensorFlow 1 bilinear")
     hashes = [receipt["samples"], receipt["reference"], receipt["features"]["weights"]]
     assert all(len(entry["sha256"]) == 64 for entry in hashes)
-    assert receipt["sampling"] == {"request": {"seeds": "2000 values", "dtype": "fp32"}}
+    assert receipt["sampling"] == {
+        "request": {"seeds": "2000 values", "dtype": "fp32"},
+        "samples_sha256": receipt["samples"]["sha256"],
+    }
     assert set(receipt["versions"]) == {"ddt", "python", "torch", "numpy", "torch-fidelity", "timm"}
 
 
@@ -325,8 +330,9 @@ def test_inputs_that_inception_cannot_use_are_one_line(tmp_path, inception_weigh
     receipt = tmp_path / "receipt.json"
     receipt.write_text("{")
     assert refused("samples", tmp_path).startswith(f"{receipt}: damaged")
-    receipt.write_text('{"samples": 8}')
-    assert refused("samples", tmp_path).startswith(f"{receipt}: is the receipt of 8 images, but ")
+    for content in ({"samples": 3}, {"samples_sha256": "0" * 64}):  # of an earlier version; of another set
+        receipt.write_text(json.dumps(content))
+        assert refused("samples", tmp_path).startswith(f"{receipt}: is not the receipt of {tmp_path / 'samples.npz'}")
     assert not (tmp_path / "out").exists()
 
 

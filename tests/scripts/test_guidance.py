@@ -236,6 +236,15 @@ def test_points_measured_with_other_weights_are_not_taken(search, run_folder, tm
     assert line.startswith(f"out={out}: its points were measured with another content of reference, features or")
 
 
+def test_metrics_of_another_point_are_not_taken(search, run_folder, tmp_path):
+    out = shutil.copytree(search, tmp_path / "swapped")
+    (out / "search.json").unlink()
+    shutil.copy(out / "proxy" / "cfg2_ema" / "metrics.json", out / "proxy" / "cfg1_ema")
+    line = refusal(SEARCH, *arguments(run_folder, out))
+    assert line.startswith(f"{out / 'proxy' / 'cfg1_ema' / 'metrics.json'}: is of other samples than this point's")
+    assert not (out / "search.json").exists()
+
+
 def test_a_point_of_non_finite_samples_is_named(run_folder, tmp_path):
     line = refusal(SEARCH, *arguments(run_folder, tmp_path / "out", "cfg_scale=[1,1e30]", "weights=ema"))
     assert line.startswith("cfg1e+30_ema: image 0 ")
