@@ -403,15 +403,18 @@ def test_precision_of_a_large_data_set_is_of_some_of_its_images():
     assert len(of(None).pr_indices(25_000)) == 25_000  # of a file, as ADM's evaluator
 
 
-def test_features_that_are_not_finite_are_refused(tmp_path):
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 1e20], ids=str)
+def test_features_that_cannot_be_measured_are_refused(tmp_path, value):
+    """Squared distances between features of 1e20 are infinite, and their differences NaN."""
+
     class Broken(Cheap):
         def __call__(self, images):
             result = super().__call__(images)
-            result["spatial"] = torch.where(images[:, :1, 0, 0] == 7, torch.nan, result["spatial"])
+            result["spatial"] = torch.where(images[:, :1, 0, 0] == 7, value, result["spatial"])
             return result
 
     random_set(tmp_path / "x.npz", 120)
-    with pytest.raises(UserError, match=r"features=inception: the features of .*x.npz are NaN or infinite"):
+    with pytest.raises(UserError, match=r"features=inception: the features of .*x.npz are NaN, infinite or too large"):
         extract(NpzImages(tmp_path / "x.npz", "samples"), Broken(), make_accelerator("no"), "samples")
 
 

@@ -31,13 +31,14 @@ from ddt.metrics.compare import read_evaluation
 from ddt.metrics.evaluate import evaluate, shorten
 from ddt.metrics.features import Extractor
 from ddt.metrics.images import SAMPLES, open_images
+from ddt.metrics.ranking import ranked
 from ddt.metrics.reference import Reference
 from ddt.metrics.scores import Prepared, prepare
 from ddt.model import Denoiser
 from ddt.receipts import circumstances, nested, without_paths
 from scripts.studies.guidance.report import draw, make_result, tables
 from scripts.studies.guidance.settings import Checkpoint, GuidanceSettings, Point, interval_text
-from scripts.studies.study import is_complete, load_comparison, resume_study, working_folder, write_report
+from scripts.studies.study import is_complete, load_comparison, number, resume_study, working_folder, write_report
 
 log = logging.getLogger(__name__)
 RESULT, WORK = "search", ".search"
@@ -75,18 +76,18 @@ class Search:
         main = self.accelerator.is_main_process
         missing = [n for n, job in enumerate(jobs) if self.measured(job) is None] if main else None
         (missing,) = broadcast_object_list([missing])  # one process decides
-        for number in set(range(len(jobs))) - set(missing) if main and not self.settings.keep_samples else ():
-            (jobs[number].folder / SAMPLES).unlink(missing_ok=True)  # killed before it was removed
-        for done, number in enumerate(missing):
-            job = jobs[number]
+        for n in set(range(len(jobs))) - set(missing) if main and not self.settings.keep_samples else ():
+            (jobs[n].folder / SAMPLES).unlink(missing_ok=True)  # killed before it was removed
+        for done, n in enumerate(missing):
+            job = jobs[n]
             metrics = self.measure(job)
             if metrics is not None:
                 sampler = job.point.settings
                 guidance = f"cfg {sampler.cfg_scale:g}, interval {interval_text(sampler.cfg_interval)}"
                 log.info(
-                    "point %d of %d: %s (%s): %s %.4f; %d left", number + 1, len(jobs),
+                    "point %d of %d: %s (%s): %s %s; %d left", n + 1, len(jobs),
                     "no guidance" if sampler.cfg_scale == 1 else guidance, job.folder,
-                    metrics["labels"][self.metric], metrics[self.metric], len(missing) - done - 1,
+                    metrics["labels"][self.metric], number(metrics[self.metric], 4), len(missing) - done - 1,
                 )  # fmt: skip
         results = [self.measured(job) for job in jobs] if main else []
         return broadcast_object_list([results])[0]
@@ -194,7 +195,12 @@ def search(settings: GuidanceSettings, data: Choice | None, checkpoints: list[Ch
         prepared = prepare(reference, extractor, accelerator)
         runner = Search(settings, autoencoder, dtype, reference, extractor, prepared, metric, accelerator)
         proxy = runner.run([Job(p, settings.num_samples, PROXY_SEED, out / "proxy" / p.label) for p in points])
-        best = sorted(range(len(points)), key=lambda n: proxy[n][metric])[: settings.top]
+        best = ranked({n: metrics[metric] for n, metrics in enumerate(proxy)}, metric)[: settings.top]
+        require(
+            len(best) > 0,
+            f"metric={metric}: no point has one ({nested(proxy[0], 'reasons', metric)}); choose another metric=, "
+            "reference= or features=, with another out=",
+        )
         seeds = range(PROXY_SEED + 1, PROXY_SEED + 1 + settings.repeats)
         jobs = [
             Job(points[n], settings.final_samples, seed, out / "final" / points[n].label / f"seed_{seed}")
