@@ -20,7 +20,14 @@ FIRST_ROWS = (
     "fid", "sfid", "inception_score", "inception_score_shuffled", "precision", "recall",
     "nearest_train_distance", "nearest_train_distance_real", "authenticity",
 )  # fmt: skip
-OTHER_KEYS = {"labels": dict, "comparable": bool, "not_comparable_because": list, "reasons": dict, "receipt": dict}
+OTHER_KEYS = {
+    "identical_samples": int,
+    "labels": dict,
+    "comparable": bool,
+    "not_comparable_because": list,
+    "reasons": dict,
+    "receipt": dict,
+}
 # What a receipt records, by dotted key or its beginning, and its name in words, in the order of
 # effect: other features make another metric, another device changes the last digits.
 REASONS = {

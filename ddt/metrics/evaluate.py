@@ -19,6 +19,7 @@ from ddt.errors import UserError, require
 from ddt.files import check_writable, find_record, read_record, write_json
 from ddt.generation.receipt import RECEIPT, is_receipt_of, read_receipt
 from ddt.metrics.comparability import labels, order_matters, order_warning, reasons_not_comparable
+from ddt.metrics.copies import CountedImages, copies_reason
 from ddt.metrics.features import Extractor, FeatureSettings, check_features, check_images, extract
 from ddt.metrics.images import SAMPLES, FolderImages, ImageSource, NpzImages, pick
 from ddt.metrics.precision_recall import PrDtype
@@ -88,10 +89,11 @@ def evaluate(
     reference, each above its image) into `out`, and return the content of metrics.json on the main
     process, None on the others. All processes call it together.
 
-    Beside the metrics of `scores.score` it holds `labels`, the name of each number; `reasons`, why
-    one is None; `comparable` and `not_comparable_because`, as to published numbers; and a `receipt`
-    of all inputs. prepared: the reference, if it has been measured already. Raises UserError for
-    samples that do not fit, and an `out` that holds another evaluation.
+    Beside the metrics of `scores.score` it holds `identical_samples`, how many are copies of
+    another; `labels`, the name of each number; `reasons`, why one is None; `comparable` and
+    `not_comparable_because`, as to published numbers; and a `receipt` of all inputs. prepared: the
+    reference, if it has been measured already. Raises UserError for samples that do not fit, and an
+    `out` that holds another evaluation.
     """
     require(len(samples) >= 2, f"samples={samples.name}: holds one image; statistics need at least 2")
     check_images(samples, "samples", extractor)
@@ -103,7 +105,8 @@ def evaluate(
         refuse_other_evaluation(out, inputs)
         check_writable(out)
     prepared = prepared or prepare(reference, extractor, accelerator)
-    features = extract(samples, extractor, accelerator, "samples")
+    counted = CountedImages(samples)
+    features, copies = extract(counted, extractor, accelerator, "samples"), counted.copies()
     if features is None:
         return None
     scores = score(features, classes, prepared, extractor, pr_dtype)
@@ -111,9 +114,12 @@ def evaluate(
     reasons = reasons_not_comparable(metrics, len(samples), samples.size, reference, extractor, pr_dtype)
     if inputs["samples"]["sha256"] == reference.sha256:
         reasons.append("the samples are the reference itself")
+    if copies > 0:
+        reasons.append(copies_reason(copies, len(samples)))
     if order_matters(metrics):
         log.warning("warning: %s", order_warning(metrics))
     metrics |= {
+        "identical_samples": copies,
         "labels": labels(scores.metrics, len(samples), reference, extractor, pr_dtype),
         "comparable": not reasons,
         "not_comparable_because": reasons,

@@ -17,6 +17,7 @@ from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError
 from ddt.files import sha256
 from ddt.metrics.classifier import ClassifierSettings
+from ddt.metrics.compare import numbers_of
 from ddt.metrics.evaluate import evaluate
 from ddt.metrics.features import extract
 from ddt.metrics.frechet import Moments
@@ -387,6 +388,25 @@ def test_the_reference_itself_is_no_result(tmp_path):
     assert (metrics["nearest_train_distance"], metrics["authenticity"]) == (0, 0)  # every sample is a copy
     assert (metrics["fid"], metrics["sfid"]) == (pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-6))
     assert "the samples are the reference itself" in metrics["not_comparable_because"]
+
+
+def test_copies_are_counted_and_reported(tmp_path):
+    """They lower the recall of a set: balls around copies have no radius."""
+    images = random_set(tmp_path / "samples.npz", 200)
+    write(tmp_path / "reference.npz", arr_0=np.random.default_rng(1).integers(0, 256, images.shape, dtype=np.uint8))
+    reference = read_reference(tmp_path / "reference.npz", {"fid": 8, "sfid": 12}, "inception")
+    found = {}
+    for name, chosen in {"distinct": np.arange(200), "copies": np.arange(200) // 5 * 5}.items():
+        write(tmp_path / f"{name}.npz", arr_0=images[chosen])
+        samples = NpzImages(tmp_path / f"{name}.npz", "samples")
+        found[name] = evaluate(samples, reference, Cheap(), tmp_path / name, make_accelerator("no"))
+    distinct, copies = found["distinct"], found["copies"]
+    assert (distinct["identical_samples"], copies["identical_samples"]) == (0, 160)
+    assert copies["recall"] < 0.5 * distinct["recall"]
+    (line,) = [line for line in copies["not_comparable_because"] if "byte-identical" in line]
+    assert line.startswith("160 of the 200 samples are byte-identical")
+    assert not any("byte-identical" in line for line in distinct["not_comparable_because"])
+    assert {"identical_samples"} & numbers_of(copies).keys() == set()
 
 
 def test_precision_of_a_large_data_set_is_of_some_of_its_images():
