@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ddt.errors import UserError, require
 from ddt.files import lock_folder, sha256, write_json
-from ddt.generation.generator import Dtype, Generator
+from ddt.generation.generator import Dtype, Generator, check_finite
 from ddt.generation.image_set import ImageSet, write_numbers
 from ddt.generation.parts import PARTS, merge_parts, remove_damaged, rows, sampled_numbers, write_part
 from ddt.generation.receipt import RECEIPT, SHA256, is_receipt_of, read_receipt
@@ -61,11 +61,7 @@ def generate(
 
     def finish(latents: Tensor, ready: torch.cuda.Event | None, numbers: np.ndarray, counts: dict[str, int]) -> None:
         pixels = generator.pixels(latents, ready, stream)
-        if not bool(latents.isfinite().all()):  # the device sync blocks this thread alone
-            raise FloatingPointError(
-                f"image {numbers[0]} or one of the {len(numbers) - 1} after it is NaN or infinite: try dtype=fp32, "
-                "forecast_order=0 or a smaller cfg_scale"
-            )
+        check_finite(latents, int(numbers[0]))  # the device sync blocks this thread alone
         for run in np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(numbers) != 1) + 1):  # consecutive images
             write_part(parts, int(numbers[run[0]]), pixels[run], counts)
         progress.update(min(share * len(numbers), int(progress.total or 0) - progress.n))
