@@ -5,24 +5,27 @@ A thin layer over `ddt.generation`: its images are those of sample.py. Shapes: B
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from PIL import Image
 from torch import Tensor
 
 from ddt.autoencoder import Autoencoder, Identity, KLAutoencoder, TinyAutoencoder
 from ddt.autoencoder.diffusers import DiffusersAutoencoder
 from ddt.config import did_you_mean, parse
+from ddt.distributed.compile import allow_recompiles
 from ddt.draws import noise_of
 from ddt.errors import UserError, require
-from ddt.generation.generator import Dtype, Generator
+from ddt.generation.generator import Dtype, Generator, check_finite
 from ddt.generation.image_set import MAX_SEED
 from ddt.generation.settings import SamplerOverrides
 from ddt.model import Denoiser, build_network
@@ -49,6 +52,7 @@ class DDTTransformer2DModel(ModelMixin, ConfigMixin):
 
     # float32 as under autocast, so that weights loaded in bfloat16 give the bits of dtype=bf16
     _keep_in_fp32_modules: ClassVar = ["norm", "norm1", "norm2", "q_norm", "k_norm", "embedding_table"]
+    _repeated_blocks: ClassVar = ["Block"]
 
     @register_to_config
     def __init__(self, sample_size: tuple[int, int], settings: dict[str, Any]) -> None:
@@ -63,6 +67,15 @@ class DDTTransformer2DModel(ModelMixin, ConfigMixin):
     def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
         """Return v_t (B, C, H, W) for x_t (B, C, H, W), t (B,) in [0, 1], 0 is noise, y (B,)."""
         return self.network(hidden_states, timestep, class_labels)
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compile each block in place, at its first call; arguments of `torch.compile`."""
+        allow_recompiles()
+        super().compile_repeated_blocks(*args, **kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As `compile_repeated_blocks`: the pipeline calls encoder and decoder, not this module."""
+        self.compile_repeated_blocks(*args, **kwargs)
 
 
 class DDTScheduler(SchedulerMixin, ConfigMixin):
@@ -81,11 +94,23 @@ class DDTScheduler(SchedulerMixin, ConfigMixin):
         return {name: self.config[name] for name in SamplerSettings.__dataclass_fields__}
 
 
-class StepObserver:
-    """Advances the progress bar and calls diffusers' callback at the end of each step."""
+class Interrupted(Exception):
+    """`DDTPipeline._interrupt` was set. latents: the last step's result (B, C, H, W)."""
 
-    def __init__(self, pipeline: "DDTPipeline", progress: Any, callback: Callable[..., Any] | None) -> None:
-        self.pipeline, self.progress, self.callback = pipeline, progress, callback
+    def __init__(self, latents: Tensor) -> None:
+        self.latents = latents
+
+
+class StepObserver:
+    """Advances the progress bar and calls diffusers' callback at the end of each step.
+
+    inputs: names of the tensors that the callback gets, copies of the sampler's own.
+    """
+
+    def __init__(
+        self, pipeline: "DDTPipeline", progress: Any, callback: Callable[..., Any] | None, inputs: Sequence[str]
+    ) -> None:
+        self.pipeline, self.progress, self.callback, self.inputs = pipeline, progress, callback, inputs
         self.step, self.t = -1, 0.0  # none yet
 
     def observe(self, step: int, t: float | Tensor, x_t: Tensor, v: Tensor) -> None:
@@ -94,6 +119,8 @@ class StepObserver:
             return
         if self.step >= 0:
             self.end(x_t)
+        if self.pipeline.interrupt:
+            raise Interrupted(x_t)
         self.step, self.t = step, t if isinstance(t, float) else float(t.flatten()[0])
 
     def end(self, latents: Tensor) -> None:
@@ -101,10 +128,12 @@ class StepObserver:
         self.progress.update()
         if self.callback is None:
             return
-        returned = self.callback(self.pipeline, self.step, self.t, {"latents": latents})
+        shown = latents.clone()
+        returned = self.callback(self.pipeline, self.step, self.t, {name: shown for name in self.inputs})
+        other = isinstance(returned, dict) and returned.get("latents", shown) is not shown
         require(
-            not isinstance(returned, dict) or returned.get("latents", latents) is latents,
-            "callback_on_step_end: returns other latents; it can watch the steps, not change them",
+            not other and torch.allclose(shown, latents, rtol=0, atol=0, equal_nan=True),
+            "callback_on_step_end: changes the latents; it can watch the steps, or end them by pipeline._interrupt",
         )
 
 
@@ -120,6 +149,8 @@ class DDTPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components: ClassVar = ["vae"]
+    _callback_tensor_inputs: ClassVar = ["latents"]
+    _interrupt = False
 
     def __init__(
         self,
@@ -130,8 +161,14 @@ class DDTPipeline(DiffusionPipeline):
         decode_chunk_size: int = 16,
     ) -> None:
         super().__init__()
+        check_scheduler(scheduler)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label, decode_chunk_size=decode_chunk_size)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether `_interrupt` was set during this call: the steps left are skipped."""
+        return self._interrupt
 
     @property
     def labels(self) -> dict[str, list[int]]:
@@ -154,14 +191,16 @@ class DDTPipeline(DiffusionPipeline):
 
     def _classes(self, class_labels: int | str | Sequence[int | str], num_images_per_class: int) -> list[int]:
         """Return the class of each image; raise UserError for invalid ones."""
-        labels = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
-        require(len(labels) > 0, "class_labels=[]: name at least one class")
-        require(num_images_per_class >= 1, f"num_images_per_class={num_images_per_class}: must be at least 1")
-        classes = [self.get_label_ids(label)[0] if isinstance(label, str) else int(label) for label in labels]
+        classes: list[int] = []
+        for label in as_list(class_labels):
+            classes += self.get_label_ids(label) if isinstance(label, str) else whole_numbers("class_labels", label)
+        require(len(classes) > 0, "class_labels=[]: name at least one class")
+        counts = whole_numbers("num_images_per_class", num_images_per_class)
+        require(len(counts) == 1 and counts[0] >= 1, f"num_images_per_class={num_images_per_class}: must be at least 1")
         last = self.transformer.network.num_classes - 1
         wrong = [k for k in classes if not 0 <= k <= last]
         require(not wrong, f"class_labels={wrong[:3]}: the model has classes 0..{last}")
-        return [k for k in classes for _ in range(num_images_per_class)]
+        return [k for k in classes for _ in range(counts[0])]
 
     def _shape(self) -> tuple[int, int, int]:
         """Return (C, H, W) of the latents."""
@@ -173,20 +212,33 @@ class DDTPipeline(DiffusionPipeline):
         sources = [name for name, value in (("seeds", seeds), ("generator", generator), ("latents", latents))
                  if value is not None]  # fmt: skip
         require(len(sources) <= 1, f"{', '.join(sources)}: each sets the noise; give one")
-        shape = self._shape()
+        shape, device = self._shape(), self._execution_device
         if latents is not None:
+            require(
+                isinstance(latents, Tensor) and latents.is_floating_point(),
+                f"latents: are {getattr(latents, 'dtype', type(latents).__name__)}; give a tensor of floats",
+            )
             expected = (count, *shape)
             require(
                 tuple(latents.shape) == expected, f"latents: have shape {tuple(latents.shape)}, expected {expected}"
             )
-            return latents.to(self._execution_device, torch.float32)
+            require(bool(latents.isfinite().all()), "latents: hold NaN or infinite values; give standard normal noise")
+            return latents.to(device, torch.float32)
         if seeds is not None:
-            numbers = [seeds] if isinstance(seeds, int) else list(seeds)
+            numbers = whole_numbers("seeds", seeds)
             require(len(numbers) == count, f"seeds: {len(numbers)} of them for {count} images; give one for each image")
             wrong = [s for s in numbers if not 0 <= s < MAX_SEED]
             require(not wrong, f"seeds={wrong[:3]}: a seed must lie in 0..{MAX_SEED - 1}")
-            return noise_of(numbers, shape).to(self._execution_device)
-        return randn_tensor((count, *shape), generator=generator, device=self._execution_device, dtype=torch.float32)
+            return noise_of(numbers, shape).to(device)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            generator = as_list(generator)
+            kinds = [type(each).__name__ for each in generator if not isinstance(each, torch.Generator)]
+            require(not kinds, f"generator: {kinds[:1]} in place of a torch.Generator; give one, or one for each image")
+            require(
+                len(generator) == count,
+                f"generator: {len(generator)} of them for {count} images; give one, or one for each image",
+            )
+        return randn_tensor((count, *shape), generator=generator, device=device, dtype=torch.float32)
 
     def _dtype(self) -> Dtype:
         """Return the precision of the network; raise UserError for an unsupported one."""
@@ -198,6 +250,7 @@ class DDTPipeline(DiffusionPipeline):
 
     def _settings(self, chosen: dict[str, Any]) -> SamplerSettings:
         """Return the scheduler's settings with the values of a call, unless "checkpoint"."""
+        check_scheduler(self.scheduler)
         try:
             overrides = parse(SamplerOverrides, {NAMES.get(name, name): value for name, value in chosen.items()})
             return overrides.resolve(self.scheduler.settings(), self.transformer.network.shares_encoder)
@@ -235,6 +288,7 @@ class DDTPipeline(DiffusionPipeline):
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Sample images, all in one batch.
 
@@ -248,13 +302,30 @@ class DDTPipeline(DiffusionPipeline):
                 last_step (None: 1/num_inference_steps): as in sample.py; "checkpoint": as exported.
             output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), float32 in [0, 1]; "latent"
                 (B, C, H, W).
-            callback_on_step_end: called as (pipeline, step, t, {"latents": x}) with the result of
-                each step, which it cannot change.
+            callback_on_step_end: called as (pipeline, step, t, {"latents": x}) with a copy of the
+                result of each step, which it cannot change; where it sets `pipeline._interrupt`,
+                the images are those of this step. A function, or diffusers' `PipelineCallback`.
+            callback_on_step_end_tensor_inputs: names of the tensors it gets; there are "latents".
 
         Returns `ImagePipelineOutput`, or a tuple of the images if return_dict is False. Weights in
         bfloat16 run under autocast, the solver in float32. Raises UserError, a ValueError, for
-        invalid arguments.
+        invalid arguments, and FloatingPointError where an image is NaN or infinite.
         """
+        require(
+            not is_compiled_module(self.transformer),
+            "transformer: torch.compile(…) wraps a call that sampling does not make; use transformer.compile()",
+        )
+        require(
+            callback_on_step_end is None or callable(callback_on_step_end),
+            f"callback_on_step_end={callback_on_step_end}: is no function",
+        )
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        require(
+            not unknown,
+            f"callback_on_step_end_tensor_inputs={unknown}: choose from {', '.join(self._callback_tensor_inputs)}",
+        )
         require(output_type in OUTPUTS, f"output_type={output_type}: choose from {', '.join(OUTPUTS)}")
         channels = 3 if self.vae is not None else self.transformer.network.in_channels
         require(
@@ -287,10 +358,15 @@ class DDTPipeline(DiffusionPipeline):
         with sampler.exact(), self.progress_bar(total=settings.num_steps) as progress:
             with sampler.autocast():
                 settings, _ = resolve_recompute(model, sampler.shape, settings, device)
-            observer = StepObserver(self, progress, callback_on_step_end)
+            observer = StepObserver(self, progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
             sampler = dataclasses.replace(sampler, settings=settings, observe=observer.observe)
-            sampled, _ = sampler.from_noise(noise, classes)
-            observer.end(sampled)
+            self._interrupt = False
+            try:
+                sampled, _ = sampler.from_noise(noise, classes)
+                observer.end(sampled)
+            except Interrupted as stop:
+                sampled = stop.latents
+            check_finite(sampled, advice="dtype=torch.float32, forecast_order=0 or a smaller guidance_scale")
             images: Any = sampled if output_type == "latent" else sampler.pixels(sampled, None, None)
         self.maybe_free_model_hooks()
         if output_type == "pil":
@@ -299,6 +375,33 @@ class DDTPipeline(DiffusionPipeline):
             images = images.astype(np.float32) / 255
             images = torch.from_numpy(images).permute(0, 3, 1, 2) if output_type == "pt" else images
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raise UserError for a scheduler of another sampler."""
+    require(
+        isinstance(scheduler, DDTScheduler),
+        f"scheduler: {type(scheduler).__name__} takes other steps than this model's; give a DDTScheduler, and choose "
+        "by solver=",
+    )
+
+
+def as_list(values: Any) -> list[Any]:
+    """Return one value, or several (a sequence, an array, a tensor), as a list."""
+    several = isinstance(values, Iterable) and not isinstance(values, str) and getattr(values, "ndim", 1) > 0
+    return list(values) if several else [values]
+
+
+def whole_numbers(name: str, values: Any) -> list[int]:
+    """Return one or several whole numbers, of any integer type, as a list; UserError for others."""
+    numbers: list[int] = []
+    for value in as_list(values):
+        try:
+            require(not isinstance(value, bool), f"{name}={value}: give a whole number")
+            numbers.append(operator.index(value))
+        except TypeError as error:
+            raise UserError(f"{name}={value}: give a whole number") from error
+    return numbers
 
 
 def build_pipeline(

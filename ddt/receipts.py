@@ -60,3 +60,10 @@ def circumstances(device: torch.device, packages: tuple[str, ...] = ("torch", "n
 def without_paths(values: Any) -> Any:
     """Return plain values without any key `path`."""
     return {k: without_paths(v) for k, v in values.items() if k != "path"} if isinstance(values, dict) else values
+
+
+def nested(values: Any, *keys: str) -> Any:
+    """Return the value at nested keys of plain values, None where there is none."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values

@@ -5,6 +5,7 @@ out=curves.png
 """
 
 import dataclasses
+import math
 from pathlib import Path
 
 from ddt.cli import command
@@ -43,6 +44,7 @@ def rows_of(run: str) -> list[dict[str, float]]:
 @command("plot_run", settings=f"{__name__}.PlotRunSettings")
 def main(settings: PlotRunSettings) -> None:
     """Plot a panel per logged key, with a line per run against the step."""
+    from ddt.metrics.ranking import is_number
     from ddt.pictures import pyplot, save_figure
 
     runs, keys = ([value] if isinstance(value, str) else value for value in (settings.runs, settings.keys))
@@ -55,11 +57,12 @@ def main(settings: PlotRunSettings) -> None:
     for number, key in enumerate(keys, start=1):
         axes = figure.add_subplot(lines, columns, number)
         for run, logged in rows.items():
-            points = [(row["step"], row[key]) for row in logged if key in row]
+            points = [(row["step"], row[key] if is_number(row[key]) else math.nan) for row in logged if key in row]
             marker = {"marker": "o", "markersize": 3} if len(points) < 30 else {}
             axes.plot([step for step, _ in points], [value for _, value in points], label=Path(run).name, **marker)
-        lowest = min(row[key] for logged in rows.values() for row in logged if key in row)
-        axes.set(xlabel="step", title=key.replace("_", " "), yscale="log" if lowest > 0 else "linear")
+        finite = [row[key] for logged in rows.values() for row in logged if is_number(row.get(key))]
+        positive = len(finite) > 0 and min(finite) > 0
+        axes.set(xlabel="step", title=key.replace("_", " "), yscale="log" if positive else "linear")
         axes.legend()
     save_figure(figure, Path(settings.out))
 

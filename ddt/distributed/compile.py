@@ -60,6 +60,13 @@ def compile_block(block: nn.Module, dynamic: bool) -> None:
     block.compile(fullgraph=True, dynamic=dynamic, options={"deterministic": True})
 
 
+def allow_recompiles() -> None:
+    """Let torch compile all graphs of a block's code; by its default some would run eagerly."""
+    from torch._dynamo import config  # takes a second to import
+
+    config.recompile_limit = RECOMPILE_LIMIT
+
+
 def compile_blocks(network: Denoiser, dynamic: bool) -> None:
     """Compile each block of a denoiser in place, when it is first called.
 
@@ -69,7 +76,7 @@ def compile_blocks(network: Denoiser, dynamic: bool) -> None:
     """
     from torch._dynamo import config  # takes a second to import
 
-    config.recompile_limit = RECOMPILE_LIMIT
+    allow_recompiles()
     # Under DDP torch would split each block at DDP's buckets to send gradients early; a graph per
     # block does that already
     config.optimize_ddp = False

@@ -27,14 +27,15 @@ from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.checkpoint import format as ckpt
 from ddt.checkpoint.hub import check_push, is_hub_id, push
 from ddt.checkpoint.published import SUFFIXES, check_releasable, write_released
-from ddt.errors import require
+from ddt.errors import UserError, require
 from ddt.export.model_card import Card
 from ddt.files import atomic_folder, check_new, fsync, reset_permissions, sha256, write_json
 from ddt.generation.load import stored_autoencoder
+from ddt.generation.receipt import RECEIPT, is_receipt_of, read_receipt
 from ddt.metrics.compare import read_evaluation
 from ddt.model import Denoiser
 from ddt.pictures import imagenet_synsets
-from ddt.receipts import revision, version
+from ddt.receipts import nested, revision, version
 from ddt.sampling.schedules import content_of
 from ddt.version import __version__
 
@@ -195,22 +196,30 @@ def find_picture(places: Sequence[Path], weights_sha256: str) -> Path | None:
     """Return the grid of the first set of samples in `places` that is of these weights."""
     for place in places:
         try:
-            used = json.loads((place / "receipt.json").read_text())["request"]["checkpoint"]
-        except (OSError, ValueError, KeyError, TypeError):  # no set of samples of this project
+            used = nested(read_receipt(place / RECEIPT), "request", "checkpoint")
+        except UserError:  # no set of samples of this project
             continue
-        if weights_sha256 in used.values() and (place / "grid.png").is_file():
+        if isinstance(used, dict) and weights_sha256 in used.values() and (place / "grid.png").is_file():
             return place / "grid.png"
     return None
 
 
 def read_metrics(entry: str, weights_sha256: str) -> tuple[Path, dict[str, Any]]:
-    """Return path and content of a metrics.json; UserError where it is of other weights."""
+    """Return path and content of a metrics.json; UserError where it is not of samples of these
+    weights.
+    """
     path, content = read_evaluation(entry)
-    used = content.get("receipt", {}).get("sampling", {}).get("request", {}).get("checkpoint", {})
+    sampling = nested(content, "receipt", "sampling")
+    used = nested(sampling, "request", "checkpoint")
     require(
-        weights_sha256 in used.values(),
+        isinstance(used, dict) and weights_sha256 in used.values(),
         f"metrics={entry}: does not say that its samples were generated with these weights ({weights_sha256[:12]}…); "
         "evaluate samples of this checkpoint, or leave it out",
+    )
+    require(
+        is_receipt_of(sampling, nested(content, "receipt", "samples", "sha256")),
+        f"metrics={entry}: its numbers are of other samples than those of its receipt; evaluate samples of this "
+        "checkpoint again, or leave it out",
     )
     return path, content
 

@@ -35,6 +35,19 @@ def cast_weights(model: nn.Module) -> None:
             layer.to(torch.bfloat16)
 
 
+def check_finite(
+    latents: Tensor, first: int = 0, advice: str = "dtype=fp32, forecast_order=0 or a smaller cfg_scale"
+) -> None:
+    """Raise FloatingPointError where latents (B, C, H, W), of image `first` and those after it, are
+    NaN or infinite: they would be decoded to a constant picture.
+
+    A device sync, so no part of sampling: whoever decodes latents or returns them calls it.
+    """
+    others = f" or one of the {len(latents) - 1} after it" if len(latents) > 1 else ""
+    if not bool(latents.isfinite().all()):
+        raise FloatingPointError(f"image {first}{others} is NaN or infinite: try {advice}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Generator:
     """Samples images from classes and seeds."""

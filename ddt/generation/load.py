@@ -91,12 +91,12 @@ def load_generator(
     )
 
 
-def checkpoint_receipt(folder: Path, weights: str, generator: Generator) -> dict[str, Any]:
-    """Return the checkpoint's part of a set's receipt."""
+def checkpoint_receipt(folder: Path, weights: str, autoencoder: Autoencoder) -> dict[str, Any]:
+    """Return the checkpoint's part of a set's receipt; autoencoder: the one that decodes."""
     stored = ckpt.read_config(folder)
     return {
         **ckpt.weights_receipt(folder, weights),
         "step": stored["step"],
         "class_names": stored["class_names"],
-        "autoencoder_sha256": generator.autoencoder.fingerprint,
+        "autoencoder_sha256": autoencoder.fingerprint,
     }

@@ -66,7 +66,7 @@ def sample_share(
         images,
         settings.batch_size,
         Path(settings.out or folder / "samples"),
-        checkpoint_receipt(folder, settings.weights, generator),
+        checkpoint_receipt(folder, settings.weights, generator.autoencoder),
         accelerator,
         guide=guide_receipt,
         png=settings.png,

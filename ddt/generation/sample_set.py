@@ -13,7 +13,6 @@ import shlex
 import shutil
 import sys
 import time
-import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -25,14 +24,16 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from ddt.errors import require
-from ddt.files import lock_folder, write_json
-from ddt.generation.generator import Generator
+from ddt.errors import UserError, require
+from ddt.files import lock_folder, sha256, write_json
+from ddt.generation.generator import Dtype, Generator, check_finite
 from ddt.generation.image_set import ImageSet, write_numbers
 from ddt.generation.parts import PARTS, merge_parts, remove_damaged, rows, sampled_numbers, write_part
+from ddt.generation.receipt import RECEIPT, SHA256, is_receipt_of, read_receipt
 from ddt.pictures import image_grid, readable, write_png, write_pngs
 from ddt.receipts import circumstances
 from ddt.sampling.fitting import resolve_recompute
+from ddt.sampling.settings import SamplerSettings
 
 log = logging.getLogger(__name__)
 GRID_ROWS = 10
@@ -60,11 +61,7 @@ def generate(
 
     def finish(latents: Tensor, ready: torch.cuda.Event | None, numbers: np.ndarray, counts: dict[str, int]) -> None:
         pixels = generator.pixels(latents, ready, stream)
-        if not bool(latents.isfinite().all()):  # the device sync blocks this thread alone
-            raise FloatingPointError(
-                f"image {numbers[0]} or one of the {len(numbers) - 1} after it is NaN or infinite: try dtype=fp32, "
-                "forecast_order=0 or a smaller cfg_scale"
-            )
+        check_finite(latents, int(numbers[0]))  # the device sync blocks this thread alone
         for run in np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(numbers) != 1) + 1):  # consecutive images
             write_part(parts, int(numbers[run[0]]), pixels[run], counts)
         progress.update(min(share * len(numbers), int(progress.total or 0) - progress.n))
@@ -83,6 +80,27 @@ def generate(
             pending.result()
 
 
+def set_request(
+    settings: SamplerSettings,
+    images: ImageSet,
+    checkpoint: dict[str, Any],
+    dtype: Dtype,
+    compiled: bool = False,
+    guide: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return all that the images of a set depend on, as its receipt holds it."""
+    request = {
+        "checkpoint": checkpoint,
+        "guide": guide,
+        "sampler": settings.as_receipt(),
+        "dtype": dtype,
+        "compile": compiled,
+        "classes": write_numbers(images.classes),
+        "seeds": write_numbers(images.seeds),
+    }
+    return json.loads(json.dumps(request))  # tuples become lists, as in the files
+
+
 def set_state(out: Path, request: dict[str, Any]) -> Literal["new", "unfinished", "complete"]:
     """Return how much of the requested set `out` holds; UserError where it holds anything else.
 
@@ -95,14 +113,23 @@ def set_state(out: Path, request: dict[str, Any]) -> Literal["new", "unfinished"
     if empty and not (unfinished and len(sampled_numbers(plan.parent))):
         return "new"
     try:
-        same = json.loads((plan if unfinished else out / "receipt.json").read_text())["request"] == request
-    except (OSError, ValueError, KeyError, TypeError):
+        same = read_receipt(plan if unfinished else out / RECEIPT).get("request") == request
+    except UserError:
         same = False
     require(same, f"out={out}: holds another set or other files and is not written over; choose another out=")
     if npz.exists():
-        require(zipfile.is_zipfile(npz), f"{npz}: damaged; remove it, and the same command samples the set again")
-        return "complete"
+        return "complete"  # if its bytes are the receipt's: `check_complete`
     return "unfinished" if unfinished else "new"  # new: this set, of which the npz was removed
+
+
+def check_complete(out: Path) -> None:
+    """Raise UserError unless the receipt in `out` is that of samples.npz, which is read once."""
+    npz = out / "samples.npz"
+    require(
+        is_receipt_of(read_receipt(out / RECEIPT), sha256(npz)),
+        f"{npz}: damaged or replaced, it is not the file of {RECEIPT}; remove it, and the same command samples the "
+        "set again",
+    )
 
 
 def open_set(generator: Generator, request: dict[str, Any], out: Path, recompute_steps: list[int] | None) -> list[Any]:
@@ -146,7 +173,8 @@ def sample_set(
     """Sample a set on all processes; write `samples.npz`, `grid.png` and `receipt.json` into `out`.
 
     `arr_0` is uint8 (n, H, W, C), `arr_1` the classes, int64 (n,). An unfinished set resumes from
-    its last complete batch, a complete one is kept, other content of `out` is a UserError.
+    its last complete batch, a complete one is kept, other content of `out` is a UserError. The
+    receipt holds the SHA-256 of samples.npz.
 
     Args:
         checkpoint, guide: for the receipt; `checkpoint["class_names"]` also for the grid.
@@ -157,16 +185,7 @@ def sample_set(
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     settings = generator.settings
-    request = {
-        "checkpoint": checkpoint,
-        "guide": guide,
-        "sampler": settings.as_receipt(),
-        "dtype": generator.dtype,
-        "compile": generator.compiled,
-        "classes": write_numbers(images.classes),
-        "seeds": write_numbers(images.seeds),
-    }
-    request = json.loads(json.dumps(request))  # tuples become lists, as in the files
+    request = set_request(settings, images, checkpoint, generator.dtype, generator.compiled, guide)
     total, parts = len(images.seeds), out / ".parts"
     num_pngs = total if png == "all" else min(png, total)
     if rank == 0:
@@ -179,8 +198,9 @@ def sample_set(
         )
         if plan is None:
             if rank == 0:
-                log.info("%s: complete, nothing to do", out / "samples.npz")
                 shutil.rmtree(parts)
+                check_complete(out)
+                log.info("%s: complete, nothing to do", out / "samples.npz")
                 write_pngs(out / "png", rows(out / "samples.npz"), num_pngs)
             return
         resolved = dataclasses.replace(settings, recompute=plan["recompute_steps"])
@@ -198,6 +218,7 @@ def sample_set(
         receipt = {
             "request": request,
             "samples": total,
+            SHA256: sha256(parts / "samples.npz"),
             "time_grid": settings.grid(),
             "recompute": settings.recompute,
             "recompute_steps": plan["recompute_steps"],
@@ -218,7 +239,7 @@ def sample_set(
 
 def finish_set(parts: Path, out: Path, receipt: dict[str, Any], images: ImageSet, class_names: list[str]) -> None:
     """Write receipt and grid, then rename the npz: after a kill before, the set resumes."""
-    write_json(out / "receipt.json", receipt)
+    write_json(out / RECEIPT, receipt)
     columns = len(set(images.classes)) if len(set(images.classes)) <= 16 else 10
     shown = np.stack(list(itertools.islice(rows(parts / "samples.npz"), GRID_ROWS * columns)))
     names = readable(class_names)

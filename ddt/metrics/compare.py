@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import math
 import re
 from collections.abc import Collection, Sequence
 from itertools import zip_longest
@@ -12,6 +11,7 @@ from typing import Any
 
 from ddt.config import did_you_mean
 from ddt.errors import UserError, require
+from ddt.metrics.ranking import is_number
 from ddt.tables import markdown_table
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,14 @@ FIRST_ROWS = (
     "fid", "sfid", "inception_score", "inception_score_shuffled", "precision", "recall",
     "nearest_train_distance", "nearest_train_distance_real", "authenticity",
 )  # fmt: skip
-OTHER_KEYS = {"labels": dict, "comparable": bool, "not_comparable_because": list, "reasons": dict, "receipt": dict}
+OTHER_KEYS = {
+    "identical_samples": int,
+    "labels": dict,
+    "comparable": bool,
+    "not_comparable_because": list,
+    "reasons": dict,
+    "receipt": dict,
+}
 # What a receipt records, by dotted key or its beginning, and its name in words, in the order of
 # effect: other features make another metric, another device changes the last digits.
 REASONS = {
@@ -136,7 +143,7 @@ def is_evaluation(content: Any) -> bool:
 def numbers_of(metrics: dict[str, Any]) -> dict[str, float | None]:
     """Return the metrics of an evaluation; null and NaN, which were not computed, are None."""
     return {
-        name: value if value is not None and math.isfinite(value) else None
+        name: value if is_number(value) else None
         for name, value in metrics.items()
         if name not in OTHER_KEYS and (value is None or type(value) in (int, float))
     }

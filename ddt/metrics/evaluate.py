@@ -17,7 +17,9 @@ from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, require
 from ddt.files import check_writable, find_record, read_record, write_json
+from ddt.generation.receipt import RECEIPT, is_receipt_of, read_receipt
 from ddt.metrics.comparability import labels, order_matters, order_warning, reasons_not_comparable
+from ddt.metrics.copies import CountedImages, copies_reason
 from ddt.metrics.features import Extractor, FeatureSettings, check_features, check_images, extract
 from ddt.metrics.images import SAMPLES, ImageSource, StoredImages, pick
 from ddt.metrics.precision_recall import PrDtype
@@ -82,10 +84,11 @@ def evaluate(
     reference, each above its image) into `out`, and return the content of metrics.json on the main
     process, None on the others. All processes call it together.
 
-    Beside the metrics of `scores.score` it holds `labels`, the name of each number; `reasons`, why
-    one is None; `comparable` and `not_comparable_because`, as to published numbers; and a `receipt`
-    of all inputs. prepared: the reference, if it has been measured already. Raises UserError for
-    samples that do not fit, and an `out` that holds another evaluation.
+    Beside the metrics of `scores.score` it holds `identical_samples`, how many are copies of
+    another; `labels`, the name of each number; `reasons`, why one is None; `comparable` and
+    `not_comparable_because`, as to published numbers; and a `receipt` of all inputs. prepared: the
+    reference, if it has been measured already. Raises UserError for samples that do not fit, and an
+    `out` that holds another evaluation.
     """
     require(len(samples) >= 2, f"samples={samples.name}: holds one image; statistics need at least 2")
     check_images(samples, "samples", extractor)
@@ -97,7 +100,8 @@ def evaluate(
         refuse_other_evaluation(out, inputs)
         check_writable(out)
     prepared = prepared or prepare(reference, extractor, accelerator)
-    features = extract(samples, extractor, accelerator, "samples")
+    counted = CountedImages(samples)
+    features, copies = extract(counted, extractor, accelerator, "samples"), counted.copies()
     if features is None:
         return None
     scores = score(features, classes, prepared, extractor, pr_dtype)
@@ -105,9 +109,12 @@ def evaluate(
     reasons = reasons_not_comparable(metrics, len(samples), samples.size, reference, extractor, pr_dtype)
     if inputs["samples"]["sha256"] == reference.sha256:
         reasons.append("the samples are the reference itself")
+    if copies > 0:
+        reasons.append(copies_reason(copies, len(samples)))
     if order_matters(metrics):
         log.warning("warning: %s", order_warning(metrics))
     metrics |= {
+        "identical_samples": copies,
         "labels": labels(scores.metrics, len(samples), reference, extractor, pr_dtype),
         "comparable": not reasons,
         "not_comparable_because": reasons,
@@ -133,36 +140,34 @@ def intended_classes(samples: ImageSource, extractor: Extractor) -> np.ndarray |
 
 def inputs_of(samples: ImageSource, reference: Reference, extractor: Extractor, pr_dtype: PrDtype) -> dict[str, Any]:
     """Return the receipt of the inputs; reads all files once, for their hashes."""
+    sha256 = samples.sha256
     return {
         "samples": {
             "path": samples.name,
-            "sha256": samples.sha256,
+            "sha256": sha256,
             "count": len(samples),
             "size": list(samples.size),
             "channels": samples.channels,
         },
         "reference": reference.identity(),
         "features": {**extractor.identity(), "pr_dtype": pr_dtype},
-        **sampling_receipt(Path(samples.name), len(samples)),
+        **sampling_receipt(Path(samples.name), sha256),
     }
 
 
-def sampling_receipt(samples: Path, count: int) -> dict[str, Any]:
-    """Return {"sampling": receipt} where sample.py wrote one beside these `count` samples.
+def sampling_receipt(samples: Path, sha256: str) -> dict[str, Any]:
+    """Return {"sampling": receipt} where sample.py wrote one beside these samples of a SHA-256.
 
     Raises UserError for a damaged one, and for that of another set.
     """
-    path = samples.with_name("receipt.json")
+    path = samples.with_name(RECEIPT)
     if samples.name != SAMPLES or not path.is_file():
         return {}
-    try:
-        receipt = json.loads(path.read_text())
-        num_samples = receipt.get("samples", count)
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error}); sample again, or move the file away") from error
+    receipt = read_receipt(path)
     require(
-        num_samples == count,
-        f"{path}: is the receipt of {num_samples} images, but {samples} holds {count}; move the file away",
+        is_receipt_of(receipt, sha256),
+        f"{path}: is not the receipt of {samples}, which was damaged or replaced; sample again, or move the receipt "
+        "away",
     )
     return {"sampling": shorten(receipt)}
 

@@ -117,7 +117,8 @@ def extract(
 
     All processes call it together. Each measures its share; rows and sums are gathered batch by
     batch in the order of the set, so that the result is bit-equal for any number of processes.
-    batch_size: images at once; None is the extractor's. Raises UserError for non-finite features.
+    batch_size: images at once; None is the extractor's. Raises UserError for non-finite features,
+    and for some so large that float32 holds no distance between them.
     """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     main, count, batch_size = rank == 0, len(images), batch_size or extractor.batch_size
@@ -144,12 +145,13 @@ def extract(
                         rows[name][start : start + len(part)] = part
                     if name in moments:
                         moments[name].add(part)
-                finite &= values.isfinite().all()
+                finite &= (4 * values.square().sum(dim=1)).isfinite().all()  # bounds each squared distance
                 start += len(values)
                 progress.update(len(values))
     if not bool(finite):  # one device sync for the whole set
         raise UserError(
-            f"features={extractor.name}: the features of {images.name} are NaN or infinite; check the weights"
+            f"features={extractor.name}: the features of {images.name} are NaN, infinite or too large; check the "
+            "weights"
         )
     return FeatureSet(count, rows, moments) if main else None
 

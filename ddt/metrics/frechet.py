@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-4  # relative error of the root's trace; 24 images against themselves in 2048 features: 2e-7
+NOT_COMPUTED = "the root of the covariances' product was not found: the distance is NaN, infinite or out of its bounds"
+
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
@@ -45,10 +48,23 @@ class Moments:
         return ((self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)).cpu().numpy()
 
 
-def frechet_distance(a: Moments | Statistics, b: Moments | Statistics) -> float:
-    """Return `|μ1 − μ2|² + tr(Σ1 + Σ2 − 2(Σ1Σ2)^½)` of two sets of features, by torch-fidelity."""
+def frechet_distance(a: Moments | Statistics, b: Moments | Statistics) -> float | None:
+    """Return `|μ1 − μ2|² + tr(Σ1 + Σ2 − 2(Σ1Σ2)^½)` of two sets of features, by torch-fidelity.
+
+    None where it is not computed (`NOT_COMPUTED`): not finite, or, beyond rounding, out of the
+    bounds `|μ1 − μ2|²` and `|μ1 − μ2|² + tr(Σ1 + Σ2)` that any root of the product keeps.
+    """
     from torch_fidelity.metric_fid import fid_statistics_to_metric
 
     statistics = [{"mu": m.mean, "sigma": m.covariance} for m in (a, b)]
-    result = fid_statistics_to_metric(*statistics, verbose=False)
-    return max(0.0, float(result["frechet_inception_distance"]))  # of equal sets rounding may leave −1e-8
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            distance = float(fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"])
+            means = float(np.square(statistics[0]["mu"] - statistics[1]["mu"]).sum())
+            traces = float(sum(np.trace(each["sigma"]) for each in statistics))
+    except np.linalg.LinAlgError:  # infinite values, or eigenvalues that do not converge
+        return None
+    rounding = ROUNDING * (means + traces)
+    if not means - rounding <= distance <= means + traces + rounding < np.inf:  # NaN lies in no bounds
+        return None
+    return max(distance, 0.0)  # of equal sets rounding may leave −1e-8

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ddt.metrics.features import Extractor, FeatureSet, exact_arithmetic, extract
-from ddt.metrics.frechet import Moments, Statistics, frechet_distance
+from ddt.metrics.frechet import NOT_COMPUTED, Moments, Statistics, frechet_distance
 from ddt.metrics.precision_recall import NUM_NEIGHBOURS, PrDtype, precision_recall
 from ddt.metrics.reference import Reference
 
@@ -28,10 +28,12 @@ class Prepared:
     reference: Reference
     statistics: dict[str, Moments | Statistics]
     features: FeatureSet | None
-    real: dict[str, float]
+    real: dict[str, float | None]
 
-    def main_distance(self, moments: Moments) -> float:
-        """Return the main Fréchet distance, such as the FID, of a set's moments."""
+    def main_distance(self, moments: Moments) -> float | None:
+        """Return the main Fréchet distance, such as the FID, of a set's moments; None where it is
+        not computed.
+        """
         return frechet_distance(moments, next(iter(self.statistics.values())))
 
 
@@ -61,13 +63,15 @@ def prepare(reference: Reference, extractor: Extractor, accelerator: Accelerator
 
 def score_held_out(
     held_out: FeatureSet, labels: np.ndarray | None, prepared: Prepared, extractor: Extractor
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Return what a perfect model would reach: the metrics of held-out real images."""
     assert prepared.features is not None
     training = prepared.features.rows[extractor.nearest_space]
     distances, _ = nearest(held_out.rows[extractor.nearest_space], training)
     moments = {name: held_out.moments[space] for name, space in extractor.distances.items()}
-    metrics = {name: frechet_distance(each, prepared.statistics[name]) for name, each in moments.items()}
+    metrics: dict[str, float | None] = {
+        name: frechet_distance(each, prepared.statistics[name]) for name, each in moments.items()
+    }
     metrics["nearest_train_distance"] = distances.median().item()
     if extractor.own_classes and labels is not None:
         metrics["class_accuracy"] = accuracy(held_out.rows["probabilities"].cpu().numpy(), labels)
@@ -112,6 +116,8 @@ def score(
     for name, space in extractor.distances.items():
         if name in prepared.statistics:
             metrics[name] = frechet_distance(samples.moments[space], prepared.statistics[name])
+            if metrics[name] is None:
+                reasons[name] = NOT_COMPUTED
         else:
             metrics[name], reasons[name] = None, "the reference has mu and sigma, but no mu_s and sigma_s"
     if "probabilities" in samples.rows:
@@ -146,6 +152,7 @@ def score(
         if len(training) == 1:
             reasons["authenticity"] = "needs at least 2 images in the reference"
     metrics |= {f"{name}_real": value for name, value in prepared.real.items()}
+    reasons |= {f"{name}_real": NOT_COMPUTED for name, value in prepared.real.items() if value is None}
     return Scores(metrics, reasons, distances, which)
 
 

@@ -101,7 +101,7 @@ def sample_latents(
     def velocity_fn(x_t: Tensor, t: float | Tensor, step: int) -> Tensor:
         v = guided(x_t, t, step)
         if observe is not None:
-            observe(step, t, x_t, v)
+            observe(step, t.clone() if isinstance(t, Tensor) else t, x_t.clone(), v.clone())
         return v
 
     noise = noise.float()
@@ -161,8 +161,8 @@ def sample(
         cache_bytes: bound on cached decoder modulations, for each network; changes only the speed.
         counts: a dict to which network calls per image are added (`GuidedVelocity.calls`), and the
             peak of `cached_bytes`.
-        observe: called as (step, t, x_t, v) with every guided velocity v (B, C, H, W), before the
-            solver uses it.
+        observe: called as (step, t, x_t, v) with copies of every guided velocity v (B, C, H, W)
+            and of its inputs, before the solver uses them; it cannot change the result.
 
     Deterministic; keeps the global random state, the model's mode and gradients. Runs under the
     caller's autocast; the solver's arithmetic is float32. The defaults are the published sampler at

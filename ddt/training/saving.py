@@ -1,7 +1,6 @@
 """Checkpoints of a run: how one is written, what happens if that fails, and which ones stay."""
 
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from ddt.files import (
     temporary_path,
     write_json,
 )
+from ddt.metrics.ranking import is_number, ranked
 from ddt.training.settings import TrainerSettings
 from ddt.training.state import TrainingState
 from ddt.training.tracking import read_rows
@@ -29,7 +29,6 @@ from ddt.training.tracking import read_rows
 log = logging.getLogger(__name__)
 MAX_FAILURES = 3  # saves in a row
 SPARE = 1.2  # required free space, in units of a checkpoint's size
-HIGHER_IS_BETTER = ("inception_score", "precision", "recall", "class_accuracy", "authenticity")
 
 
 def remove(path: Path) -> None:
@@ -226,11 +225,10 @@ class Saver:
         path = self.run_dir / "metrics.jsonl"
         rows = read_rows(path) if path.is_file() else []
         measured = [row for row in rows if row["step"] in checkpoints]
-        values = {row["step"]: row[metric] for row in measured if metric in row and math.isfinite(row[metric])}
+        values = {row["step"]: row[metric] for row in measured if is_number(row.get(metric))}
         if not values and len(checkpoints) > 1:
             known = ", ".join(sorted({key for row in measured for key in row} - {"step"})) or "none"
             log.warning(
                 "warning: trainer.keep_best=%s: no checkpoint has this metric, so all stay; logged: %s", metric, known
             )
-        sign = -1 if metric.startswith(HIGHER_IS_BETTER) else 1
-        return min(values, key=lambda step: (sign * values[step], step), default=None)
+        return next(iter(ranked(values, metric)), None)

@@ -42,14 +42,17 @@ def check_port(host: str, port: int) -> None:
 
 
 def serve(studio: Studio, settings: AppSettings) -> None:
-    """Serve the page until SIGINT or SIGTERM. All files lie under `studio.root`."""
+    """Serve the page until SIGINT or SIGTERM. All files lie under `studio.root`: pictures of it are
+    shown, others downloaded, and nothing is uploaded to it.
+    """
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(studio.root)}  # read at its import
+    from scripts.app.guard import app_arguments
     from scripts.app.page import LAUNCH, build_page
 
     page = build_page(studio).queue(max_size=settings.max_queue, default_concurrency_limit=1, api_open=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        page.launch(server_name=settings.host, server_port=settings.port, allowed_paths=[str(studio.root)], **LAUNCH)
+        page.launch(server_name=settings.host, server_port=settings.port, app_kwargs=app_arguments(), **LAUNCH)
         log.info("open http://%s:%d in your browser; Ctrl-C ends it", settings.host, settings.port)
         threading.Event().wait()
     except KeyboardInterrupt:

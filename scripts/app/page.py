@@ -9,6 +9,7 @@ import torch
 
 from ddt.errors import UserError, os_error_line
 from scripts.app.controls import SOLVER_CHOICES, Controls, class_choices, sharing_choices
+from scripts.app.guard import GuardedBlocks
 from scripts.app.studio import Interrupted, Studio
 from scripts.app.view import galleries, numbers, summary
 
@@ -154,7 +155,7 @@ def build_page(studio: Studio) -> gr.Blocks:
     def stop_soon(request: gr.Request) -> None:
         stopping.add(request.session_hash)
 
-    with gr.Blocks(title="DDT", analytics_enabled=False) as page:
+    with GuardedBlocks(title="DDT", analytics_enabled=False) as page:
         gr.Markdown(f"# DDT\n{summary(studio)}")
         with gr.Row():
             with gr.Column(scale=3, min_width=340):

@@ -63,7 +63,7 @@ class Studio:
             weights=settings.weights,
             dtype=settings.dtype,
         )
-        self.receipt = checkpoint_receipt(folder, settings.weights, self.generator)
+        self.receipt = checkpoint_receipt(folder, settings.weights, self.generator.autoencoder)
         self.fitted: dict[str, list[int]] = {}  # steps by sampler, for the next request
         self.warm: set[int] = set()  # batch sizes
         self.folders: collections.deque[Path] = collections.deque()

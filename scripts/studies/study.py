@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ddt.errors import require
 from ddt.files import find_record, lock_folder, read_record, write_json
 from ddt.generation.settings import SamplerOverrides
 from ddt.metrics.features import Extractor, FeatureSettings
+from ddt.metrics.ranking import is_number
 from ddt.metrics.reference import Reference, check_reference, load_reference
 from ddt.model import network_class
 from ddt.receipts import circumstances, command_line
@@ -118,8 +119,10 @@ def working_folder(out: Path, name: str) -> Iterator[None]:
 # --- the report
 
 
-def spread(values: list[float]) -> Spread:
-    """Return mean and standard deviation (divided by count − 1)."""
+def spread(values: Sequence[float | None]) -> Spread | None:
+    """Return mean and standard deviation (divided by count − 1); None where a value is missing."""
+    if not all(map(is_number, values)):
+        return None
     return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 

@@ -67,7 +67,12 @@ def evaluation(folder, weights_sha256, **changes):
         "labels": {"fid": "FID-5K (validation images)", "class_accuracy_real": "class accuracy of real images"},
         "comparable": False,
         "not_comparable_because": ["5,000 samples instead of 50,000"],
-        "receipt": {"samples": {}, "reference": {}, "features": {}, "sampling": {"request": request}},
+        "receipt": {
+            "samples": {"sha256": "5" * 64},
+            "reference": {},
+            "features": {},
+            "sampling": {"request": request, "samples_sha256": "5" * 64},
+        },
     }
     (folder / "metrics.json").write_text(json.dumps({**content, **changes}))
     (folder / "receipt.json").write_text(json.dumps({"request": request}))
@@ -299,6 +304,10 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("module")
     evaluation(folder / "of_others", "0" * 64)
     evaluation(folder / "without", "0" * 64, receipt={"samples": {}, "reference": {}, "features": {}})
+    sampling = {"request": {"checkpoint": {"ema_sha256": "1" * 64}}}
+    for name, of, evaluated in (("replaced", "5" * 64, "6" * 64), ("unbound", None, None)):
+        receipt = {"samples": {"sha256": evaluated}, "sampling": {**sampling, "samples_sha256": of}}
+        evaluation(folder / name, "1" * 64, receipt=receipt)
     return small_checkpoint(folder / "checkpoint")
 
 
@@ -332,6 +341,8 @@ def test_mistakes_are_one_line(checkpoint, arguments, message):
         ("checkpoint", "metrics=checkpoint: the folder has no metrics.json"),
         ("of_others", "does not say that its samples were generated with"),
         ("without", "does not say that its samples were generated with"),
+        ("replaced", "of other samples than those of its receipt"),
+        ("unbound", "of other samples than those of its receipt"),
         ("checkpoint/config.json", "is no evaluation"),
         ("of_others/grid.png", "damaged or no JSON"),
     ],

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_inside, small_checkpoint, small_vae
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 import ddt
 from ddt.draws import noise_of
@@ -143,8 +144,121 @@ def test_the_callback_sees_the_result_of_each_step(pipeline, solver):
     ddt.sample(pipeline.transformer.network, noise_of([3], (4, 8, 8)), torch.tensor([0]), **shorter,
                observe=lambda step, t, x, _: v.append((step, x)))  # fmt: skip
     assert torch.equal(seen[0][2], next(x for step, x in v if step == 1))
-    with pytest.raises(UserError, match="it can watch the steps, not change them"):
-        pipeline(0, callback_on_step_end=lambda *_: {"latents": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_the_callback_cannot_change_the_result(pipeline, solver):
+    def scaled(_, step, t, tensors):
+        tensors["latents"].mul_(0.1)
+        return tensors
+
+    def swallowing(*arguments):
+        shown.append(arguments[-1]["latents"])
+        return {}
+
+    call = {"class_labels": 0, "seeds": 3, "solver": solver, "output_type": "latent"}
+    expected, shown = pipeline(**call).images, []
+    for callback in (scaled, lambda *arguments: scaled(*arguments) and None, lambda *_: {"latents": torch.zeros(1)}):
+        with pytest.raises(UserError, match="changes the latents; it can watch the steps"):
+            pipeline(**call, callback_on_step_end=callback)
+    assert torch.equal(pipeline(**call, callback_on_step_end=swallowing).images, expected)
+    for latents in shown:
+        latents.zero_()  # after the call
+    assert torch.equal(pipeline(**call, callback_on_step_end=swallowing).images, expected)
+
+
+def test_tensor_inputs_of_the_callback_are_those_of_diffusers(pipeline):
+    class Watching(PipelineCallback):
+        tensor_inputs = ["latents"]  # noqa: RUF012  # as diffusers' own
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            seen.append((step_index, *callback_kwargs))
+            return callback_kwargs
+
+    seen = []
+    for callback in (Watching(), MultiPipelineCallbacks([Watching()])):
+        pipeline(0, num_inference_steps=1, callback_on_step_end=callback)
+    assert seen == [(0, "latents")] * 2
+    chosen = {"callback_on_step_end": lambda *arguments: seen.append(arguments[3])}
+    pipeline(0, num_inference_steps=1, **chosen, callback_on_step_end_tensor_inputs=[])
+    assert seen[-1] == {}
+    with pytest.raises(UserError, match=r"^callback_on_step_end_tensor_inputs=\['v'\]: choose from latents"):
+        pipeline(0, **chosen, callback_on_step_end_tensor_inputs=["latents", "v"])
+
+
+def test_an_interrupted_call_returns_the_step_it_was_at(pipeline):
+    seen = []
+
+    def stop(pipeline, step, t, tensors):
+        seen.append(tensors["latents"])
+        pipeline._interrupt = step == 1
+
+    call = {"class_labels": 0, "seeds": 3, "output_type": "latent"}
+    whole = pipeline(**call).images
+    found = pipeline(**call, callback_on_step_end=stop).images
+    assert len(seen) == 2
+    assert torch.equal(found, seen[1])
+    assert pipeline.interrupt
+    assert torch.equal(pipeline(**call).images, whole)
+    assert not pipeline.interrupt
+
+
+def test_non_finite_images_are_an_error(pipeline):
+    for form in ("pil", "latent"):
+        with pytest.raises(FloatingPointError, match=r"image 0 or one of the 1 after it .* a smaller guidance_scale"):
+            pipeline([0, 1], guidance_scale=1e30, output_type=form)
+    for value in (torch.nan, torch.inf):
+        noise = torch.randn(1, 4, 8, 8)
+        noise[0, 2, 3, 4] = value
+        with pytest.raises(UserError, match=r"^latents: hold NaN or infinite values"):
+            pipeline(0, latents=noise)
+
+
+@pytest.fixture
+def counted():
+    """A compiler that counts the graphs it gets, and returns them unchanged."""
+    torch.compiler.reset()
+
+    def count(graph, _):
+        count.graphs += 1
+        return graph.forward
+
+    count.graphs = 0
+    return count
+
+
+def test_compiling_compiles_what_a_call_uses(pipeline, counted):
+    """By diffusers' `compile_repeated_blocks`, which `compile` calls."""
+    call = {"class_labels": 0, "seeds": 3, "output_type": "latent", "num_inference_steps": 1, "guidance_scale": 1}
+    expected = pipeline(**call).images
+    pipeline.transformer.compile(backend=counted)
+    assert torch.equal(pipeline(**call).images, expected)
+    assert counted.graphs == 2  # blocks of encoder and decoder
+
+
+def test_a_compiled_call_that_sampling_does_not_make_is_refused(pipeline, counted):
+    pipeline.transformer = torch.compile(pipeline.transformer, backend=counted)
+    with pytest.raises(UserError, match=r"^transformer: torch\.compile.* use transformer\.compile\(\)"):
+        pipeline(0)
+
+
+def test_another_scheduler_is_refused(pipeline):
+    other = DDIMScheduler()
+    with pytest.raises(UserError, match=r"^scheduler: DDIMScheduler takes other steps"):
+        DDTPipeline(pipeline.transformer, pipeline.vae, other)
+    pipeline.scheduler = other
+    with pytest.raises(UserError, match=r"^scheduler: DDIMScheduler takes other steps"):
+        pipeline(0)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.array, torch.tensor], ids=lambda kind: kind.__name__)
+def test_whole_numbers_of_any_kind(pipeline, kind):
+    one = {"class_labels": 2, "seeds": 3, "num_images_per_class": 1}
+    expected = pipeline(**one, output_type="latent").images
+    call = {name: kind(value) for name, value in one.items()}
+    assert torch.equal(pipeline(**call, output_type="latent").images, expected)
+    several = {"class_labels": [kind(2)], "seeds": [kind(3)]}
+    assert torch.equal(pipeline(**several, output_type="latent").images, expected)
 
 
 def test_progress_counts_the_steps(pipeline, monkeypatch):
@@ -175,6 +289,22 @@ def test_names_of_classes(pipeline):
         ({"seeds": -1}, r"seeds=\[-1\]: a seed must lie in"),
         ({"seeds": 1, "generator": torch.Generator()}, "seeds, generator: .* give one"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, r"latents: have shape \(1, 4, 4, 4\), expected \(1, 4, 8, 8\)"),
+        ({"latents": torch.zeros(1, 4, 8, 8, dtype=torch.int64)}, "latents: are torch.int64; give a tensor of floats"),
+        ({"latents": [0.0]}, "latents: are list; give a tensor of floats"),
+        ({"class_labels": 1.0}, "class_labels=1.0: give a whole number"),
+        ({"class_labels": [1, 1.5]}, "class_labels=1.5: give a whole number"),
+        ({"class_labels": torch.tensor([1.0])}, "class_labels=1.0: give a whole number"),
+        ({"class_labels": True}, "class_labels=True: give a whole number"),
+        ({"class_labels": None}, "class_labels=None: give a whole number"),
+        ({"num_images_per_class": 1.5}, "num_images_per_class=1.5: give a whole number"),
+        ({"seeds": 3.0}, "seeds=3.0: give a whole number"),
+        ({"seeds": [np.float64(3)]}, "seeds=3.0: give a whole number"),
+        ({"seeds": "3"}, "seeds=3: give a whole number"),
+        ({"generator": 3}, r"generator: \['int'\] in place of a torch.Generator"),
+        ({"generator": []}, "generator: 0 of them for 1 images; give one"),
+        ({"generator": [torch.Generator()] * 2}, "generator: 2 of them for 1 images; give one"),
+        ({"num_images_per_class": 3, "generator": [torch.Generator()]}, "generator: 1 of them for 3 images"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end=3: is no function"),
         ({"output_type": "jpeg"}, "output_type=jpeg: choose from"),
         ({"guidance_interval": (0.9, 0.1)}, "^guidance_interval="),
         ({"num_inference_steps": 0}, "^num_inference_steps=0"),

@@ -1,6 +1,7 @@
 """Sets of images: the same on any processes and in any batch size, and resumed after a kill."""
 
 import copy
+import hashlib
 import json
 import logging
 import os
@@ -367,13 +368,41 @@ def test_what_was_refused_can_be_corrected_in_the_same_folder(run_folder, tmp_pa
     succeed("sample", *arguments, "sampler=heun")
 
 
-def test_a_set_without_its_npz_is_sampled_again_and_a_damaged_one_named(tmp_path):
+def test_a_set_without_its_npz_is_sampled_again(tmp_path):
     whole = write_set(tmp_path / "a")
     (tmp_path / "a" / "samples.npz").unlink()
     assert np.array_equal(write_set(tmp_path / "a"), whole)
-    (tmp_path / "a" / "samples.npz").write_bytes((tmp_path / "a" / "samples.npz").read_bytes()[:200])
-    with pytest.raises(ckpt.UserError, match=r"samples.npz: damaged; remove it"):
-        write_set(tmp_path / "a")
+
+
+def flip_byte(npz):
+    content = bytearray(npz.read_bytes())
+    content[len(content) // 2] ^= 1
+    npz.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        flip_byte,
+        lambda npz: npz.write_bytes(npz.read_bytes()[:200]),
+        lambda npz: np.savez(npz, arr_0=np.zeros((11, 8, 8, 1), dtype=np.uint8), arr_1=np.arange(11) % 5),
+        lambda npz: np.savez(npz, arr_0=np.zeros((3, 8, 8, 1), dtype=np.uint8), arr_1=np.arange(3)),
+    ],
+    ids=["byte", "cut", "other images", "fewer images"],
+)
+def test_a_set_is_complete_only_as_the_file_of_its_receipt(run_folder, tmp_path, change):
+    out = tmp_path / "a"
+    arguments = [f"ckpt={run_folder}", "num_samples=11", f"out={out}", "num_processes=1"]
+    succeed("sample", *arguments)
+    whole = (out / "samples.npz").read_bytes()
+    assert json.loads((out / "receipt.json").read_text())["samples_sha256"] == hashlib.sha256(whole).hexdigest()
+    change(out / "samples.npz")
+    (line,) = refusal("sample", *arguments, "png=all").splitlines()
+    assert line.startswith(f"{out / 'samples.npz'}: damaged or replaced")
+    assert sorted(p.name for p in out.iterdir()) == ["grid.png", "receipt.json", "samples.npz"]
+    (out / "samples.npz").unlink()
+    succeed("sample", *arguments)
+    assert (out / "samples.npz").read_bytes() == whole
 
 
 def test_parts_of_another_set_are_removed(tmp_path):

@@ -15,7 +15,9 @@ from ddt.data.images import ArrayImages, Digits
 from ddt.data.photos import Photos
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError
+from ddt.files import sha256
 from ddt.metrics.classifier import ClassifierSettings
+from ddt.metrics.compare import numbers_of
 from ddt.metrics.evaluate import evaluate
 from ddt.metrics.features import extract
 from ddt.metrics.frechet import Moments
@@ -235,7 +237,8 @@ def inception_run(tmp_path_factory, inception_weights, one_thread):
     with np.load(GOLDEN_IMAGES) as file:
         write(folder / "samples.npz", arr_0=file["gen"], arr_1=np.zeros(24, dtype=np.int64))
         write(folder / "reference.npz", arr_0=file["ref"])
-    (folder / "receipt.json").write_text(json.dumps({"request": {"seeds": list(range(2000)), "dtype": "fp32"}}))
+    request, digest = {"seeds": list(range(2000)), "dtype": "fp32"}, sha256(folder / "samples.npz")
+    (folder / "receipt.json").write_text(json.dumps({"request": request, "samples_sha256": digest}))
     arguments = [f"samples={folder}", f"reference={folder / 'reference.npz'}", f"inception_weights={inception_weights}"]
     succeed("evaluate", *arguments, "features=inception", "features.batch_size=7")
     return folder, arguments, json.loads((folder / "metrics.json").read_text())
@@ -264,7 +267,10 @@ def test_the_command_computes_adms_metrics(inception_run):
     assert receipt["features"]["resize"].startswith("TensorFlow 1 bilinear")
     hashes = [receipt["samples"], receipt["reference"], receipt["features"]["weights"]]
     assert all(len(entry["sha256"]) == 64 for entry in hashes)
-    assert receipt["sampling"] == {"request": {"seeds": "2000 values", "dtype": "fp32"}}
+    assert receipt["sampling"] == {
+        "request": {"seeds": "2000 values", "dtype": "fp32"},
+        "samples_sha256": receipt["samples"]["sha256"],
+    }
     assert set(receipt["versions"]) == {"ddt", "python", "torch", "numpy", "torch-fidelity", "timm"}
 
 
@@ -337,8 +343,9 @@ def test_inputs_that_inception_cannot_use_are_one_line(tmp_path, inception_weigh
     receipt = tmp_path / "receipt.json"
     receipt.write_text("{")
     assert refused("samples", tmp_path).startswith(f"{receipt}: damaged")
-    receipt.write_text('{"samples": 8}')
-    assert refused("samples", tmp_path).startswith(f"{receipt}: is the receipt of 8 images, but ")
+    for content in ({"samples": 3}, {"samples_sha256": "0" * 64}):  # of an earlier version; of another set
+        receipt.write_text(json.dumps(content))
+        assert refused("samples", tmp_path).startswith(f"{receipt}: is not the receipt of {tmp_path / 'samples.npz'}")
     assert not (tmp_path / "out").exists()
 
 
@@ -395,6 +402,25 @@ def test_the_reference_itself_is_no_result(tmp_path):
     assert "the samples are the reference itself" in metrics["not_comparable_because"]
 
 
+def test_copies_are_counted_and_reported(tmp_path):
+    """They lower the recall of a set: balls around copies have no radius."""
+    images = random_set(tmp_path / "samples.npz", 200)
+    write(tmp_path / "reference.npz", arr_0=np.random.default_rng(1).integers(0, 256, images.shape, dtype=np.uint8))
+    reference = read_reference(tmp_path / "reference.npz", {"fid": 8, "sfid": 12}, "inception")
+    found = {}
+    for name, chosen in {"distinct": np.arange(200), "copies": np.arange(200) // 5 * 5}.items():
+        write(tmp_path / f"{name}.npz", arr_0=images[chosen])
+        samples = NpzImages(tmp_path / f"{name}.npz", "samples")
+        found[name] = evaluate(samples, reference, Cheap(), tmp_path / name, make_accelerator("no"))
+    distinct, copies = found["distinct"], found["copies"]
+    assert (distinct["identical_samples"], copies["identical_samples"]) == (0, 160)
+    assert copies["recall"] < 0.5 * distinct["recall"]
+    (line,) = [line for line in copies["not_comparable_because"] if "byte-identical" in line]
+    assert line.startswith("160 of the 200 samples are byte-identical")
+    assert not any("byte-identical" in line for line in distinct["not_comparable_because"])
+    assert {"identical_samples"} & numbers_of(copies).keys() == set()
+
+
 def test_precision_of_a_large_data_set_is_of_some_of_its_images():
     def of(images):
         return Reference("data:x", {}, images)
@@ -409,15 +435,18 @@ def test_precision_of_a_large_data_set_is_of_some_of_its_images():
     assert len(of(None).pr_indices(25_000)) == 25_000  # of a file, as ADM's evaluator
 
 
-def test_features_that_are_not_finite_are_refused(tmp_path):
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 1e20], ids=str)
+def test_features_that_cannot_be_measured_are_refused(tmp_path, value):
+    """Squared distances between features of 1e20 are infinite, and their differences NaN."""
+
     class Broken(Cheap):
         def __call__(self, images):
             result = super().__call__(images)
-            result["spatial"] = torch.where(images[:, :1, 0, 0] == 7, torch.nan, result["spatial"])
+            result["spatial"] = torch.where(images[:, :1, 0, 0] == 7, value, result["spatial"])
             return result
 
     random_set(tmp_path / "x.npz", 120)
-    with pytest.raises(UserError, match=r"features=inception: the features of .*x.npz are NaN or infinite"):
+    with pytest.raises(UserError, match=r"features=inception: the features of .*x.npz are NaN, infinite or too large"):
         extract(NpzImages(tmp_path / "x.npz", "samples"), Broken(), make_accelerator("no"), "samples")
 
 

@@ -49,6 +49,38 @@ def test_frechet_distance_is_adms(case):
         assert fid == pytest.approx(expected["fid"], rel=expected["fid_rel_tol"])
 
 
+def of(mean, covariance):
+    return Statistics(np.asarray(mean, dtype=np.float64), np.asarray(covariance, dtype=np.float64))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e200], ids=str)
+def test_a_distance_that_is_not_finite_is_none_and_not_zero(value):
+    plain = of(np.zeros(3), np.eye(3))
+    for broken in (of([0, value, 0], np.eye(3)), of([0, value, 0], np.diag([1, value, 1]))):
+        for pair in ((plain, broken), (broken, plain)):
+            assert frechet_distance(*pair) is None
+
+
+@pytest.mark.parametrize("root", [np.nan, np.inf, -1.0, 2.9, 3.1, 1e84], ids=str)
+def test_a_distance_by_a_wrong_root_is_none(monkeypatch, root):
+    """Means at distance 2, covariances of trace 3: with their root, of trace 3, it is 4, and with
+    none of any trace in 0..3 below 4 or above 10.
+    """
+    a, b = of([0, 0, 0], np.eye(3)), of([2, 0, 0], np.eye(3))
+    assert frechet_distance(a, b) == pytest.approx(4)
+    monkeypatch.setattr(
+        "torch_fidelity.metric_fid.fid_statistics_to_metric",
+        lambda *_, verbose: {"frechet_inception_distance": 4 + 6 - 2 * root},
+    )
+    found = frechet_distance(a, b)
+    assert found == pytest.approx(4.2) if root == 2.9 else found is None
+
+
+def test_rounding_below_zero_is_zero():
+    values = arrays("rankdeficient_40x64")["gen"]
+    assert 0 <= frechet_distance(moments(values), moments(values)) < 1e-6
+
+
 def test_spatial_features_need_one_order():
     values, expected = arrays("sfid_500x5x5x7"), CASES["sfid_500x5x5x7"]
     gen, ref = (moments(values[key].reshape(500, -1)) for key in ("gen_nhwc", "ref_nhwc"))
@@ -336,6 +368,10 @@ def test_what_cannot_be_computed_is_null_with_a_reason():
     assert scores.metrics["fid"] == pytest.approx(0, abs=1e-5)
     missing = {"sfid", "precision", "recall", "nearest_train_distance", "authenticity"}
     assert {key for key, value in scores.metrics.items() if value is None} == missing == set(scores.reasons)
+    broken = {"fid": of([np.nan] * 6, np.eye(6)), "sfid": ours.moments["spatial"]}
+    real = Prepared(reference(), broken, feature_set(30), {"fid": None, "nearest_train_distance": 1.0})
+    scores = score(ours, None, real, Six(), "float16")
+    assert {key for key, value in scores.metrics.items() if value is None} == {"fid", "fid_real"} == set(scores.reasons)
     ours.rows["probabilities"][0] = torch.eye(5)[0]
     reasons = score(ours, None, prepared(feature_set(3)), Six(), "float16").reasons
     assert set(reasons) == {"inception_score", "inception_score_shuffled", "precision", "recall"}

@@ -242,3 +242,22 @@ def test_autoguidance_leads_away_from_the_weaker_network():
     assert (shared["encoder"], shared["guide_encoder"], shared["guide_decoder"]) == (3, 2, 3)
     same = ddt.sample(model, x, y, guide=model, **settings)
     torch.testing.assert_close(same, ddt.sample(model, x, y, **settings | {"cfg_scale": 1.0}))
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "adams4", "sde", "adaptive"])
+def test_an_observer_cannot_change_the_result(solver):
+    model, (noise, _, y), kept = small_ddt(), inputs(), []
+
+    def meddle(step, t, x_t, v):
+        kept.append((x_t, v))
+        for tensor in (x_t, v, *([t] if isinstance(t, torch.Tensor) else [])):
+            tensor.fill_(0.5)
+
+    settings = {"solver": solver, "num_steps": 4, "last_step": 0.25, "cfg_interval": None}
+    if solver == "adaptive":
+        settings |= {"num_steps": 200, "tolerance": 0.1}
+    before = noise.clone()
+    expected = ddt.sample(model, noise, y, **settings)
+    assert torch.equal(ddt.sample(model, noise, y, **settings, observe=meddle), expected)
+    assert torch.equal(noise, before)
+    assert len(kept) >= 4

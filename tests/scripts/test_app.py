@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from conftest import refusal, run_inside, small_checkpoint, succeed
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from ddt.checkpoint import format as ckpt
 from ddt.model import DiT
@@ -25,6 +27,7 @@ from scripts.app import __main__ as app
 from scripts.app import page as app_page
 from scripts.app import studio as app_studio
 from scripts.app.controls import class_choices, initial_controls, make_requests, sharing_choices
+from scripts.app.guard import Guard, app_arguments
 from scripts.app.page import LAUNCH, build_page
 from scripts.app.settings import AppSettings
 from scripts.app.studio import Interrupted, Studio
@@ -338,6 +341,82 @@ def test_the_page_has_one_endpoint_and_calls_nobody(page):
     assert not any(isinstance(font, gr.themes.GoogleFont) for font in fonts)
 
 
+# --- what reaches the server
+
+
+@pytest.fixture(scope="module")
+def client(page):
+    """The server of the page, without a port."""
+    page.queue(api_open=False)
+    server = gr.mount_gradio_app(FastAPI(), page, "/", app_kwargs=app_arguments(), theme=LAUNCH["theme"])
+    with TestClient(server, raise_server_exceptions=False) as client:
+        yield client
+
+
+HTML = b"<script>alert(1)</script>"
+
+
+@pytest.mark.parametrize("route", ["upload", "upload?upload_id=1", "process_recording", "component_server", "stream/x"])
+def test_uploads_are_refused_and_leave_nothing(client, studio, route):
+    before = set(studio.root.rglob("*"))
+    for files in ({"files": ("x.html", HTML)}, {"video": ("x.mp4", HTML)}):
+        answer = client.post(f"/gradio_api/{route}", files=files)
+        assert answer.status_code == 403, answer.text
+    for method in ("PUT", "DELETE", "PATCH"):
+        assert client.request(method, f"/gradio_api/{route}").status_code == 403
+    assert set(studio.root.rglob("*")) == before
+
+
+def test_only_pictures_are_shown_and_the_rest_is_downloaded(client, page, studio):
+    """A file of any name, should one get into the folder."""
+    result = pressed(page)
+    planted = [studio.root / "x.html", studio.root / "x.svg"]
+    for path in planted:
+        path.write_bytes(HTML)
+    for path in (*planted, result.files["samples.npz"]):
+        answer = client.get(f"/gradio_api/file={path}")
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == "application/octet-stream"
+        assert answer.headers["content-disposition"].startswith("attachment")
+    picture = client.get(f"/gradio_api/file={result.images[0][1]}")
+    assert picture.headers["content-type"] == "image/png"
+    assert picture.content == result.images[0][1].read_bytes()
+    for path in planted:
+        path.unlink()
+    assert client.get("/gradio_api/file=/etc/passwd").status_code == 403
+
+
+@pytest.mark.parametrize(
+    "path", ["file=http://127.0.0.1:1/x", "file=HTTPS://x.org/", "file/http://x.org/", "proxy=x", "deep_link"]
+)
+def test_it_fetches_no_address_and_keeps_no_state(client, path):
+    for method in ("GET", "HEAD"):
+        assert client.request(method, f"/gradio_api/{path}").status_code == 403
+
+
+def test_a_control_takes_no_file_by_its_address(client, page, monkeypatch):
+    fetched = []
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", lambda *a, **k: fetched.append(a))
+    monkeypatch.setattr("gradio.processing_utils.save_url_to_cache", lambda *a, **k: fetched.append(a))
+    file = {"path": "https://example.org/x.html", "meta": {"_type": "gradio.FileData"}}
+    fields = endpoint(page, "sample").inputs
+    for wrong in (file, [file], [[file]]):
+        with pytest.raises(gr.Error, match="of no kind that it takes"):
+            call(page, "sample", [wrong, *(field.value for field in fields[1:])])
+    assert fetched == []
+
+
+def test_what_the_page_asks_for_passes(client):
+    """Its own answers, be they errors of these requests, come from gradio."""
+    for path in ("", "config", "theme.css", "gradio_api/info"):
+        assert client.get(f"/{path}").status_code == 200
+    for route in ("queue/join", "call/none", "run/none", "cancel", "reset"):
+        answer = client.post(f"/gradio_api/{route}", json={"data": []})
+        assert answer.status_code not in (403, 411, 413), route
+    assert client.post("/gradio_api/queue/join", content=bytes(2**20 + 1)).status_code == 413
+    assert client.post("/gradio_api/queue/join", content=iter([b"{}"])).status_code == 411  # of unknown length
+
+
 def test_classes_of_one_name_carry_their_label():
     choices = class_choices(["n02012849", "n03126707", "seven", "n02124075"])
     assert choices == [("crane (0)", 0), ("crane (1)", 1), ("seven", 2), ("Egyptian cat", 3)]
@@ -408,8 +487,11 @@ def test_it_listens_at_its_address_and_runs_one_request_at_a_time(tmp_path, monk
         monkeypatch.setenv(key, "")
     app.serve(SimpleNamespace(root=tmp_path), AppSettings(ckpt="x", max_queue=3))
     page.queue.assert_called_once_with(max_size=3, default_concurrency_limit=1, api_open=False)
-    wanted = {"server_name": "127.0.0.1", "server_port": 7860, "allowed_paths": [str(tmp_path)], "share": False}
-    assert wanted.items() <= page.launch.call_args.kwargs.items()
+    given = page.launch.call_args.kwargs
+    wanted = {"server_name": "127.0.0.1", "server_port": 7860, "share": False}
+    assert wanted.items() <= given.items()
+    assert "allowed_paths" not in given  # what gradio serves from there is shown, not downloaded
+    assert [middleware.cls for middleware in given["app_kwargs"]["middleware"]] == [Guard]
     page.close.assert_called_once()
 
 

@@ -1,6 +1,7 @@
 """The GPU check at tiny sizes on the CPU: what it notices, writes and refuses."""
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -176,6 +177,9 @@ def test_runs_that_differ_are_noticed(tmp_path, monkeypatch):
     assert checks.resume(place) == [Finding("tensors of 2 that differ", 1, high=0)]
     losses = {"uninterrupted": [1.0] * 4, "two_processes": [1.0, 1.0, 1.02, 1.0]}
     monkeypatch.setattr(checks, "read_rows", lambda path: [{"loss": loss} for loss in losses[path.parent.name]])
+    (found,) = checks.two_processes(place)
+    assert found.result == "failed"
+    losses["two_processes"] = [1.0, math.nan, 1.0, 1.0]
     (found,) = checks.two_processes(place)
     assert found.result == "failed"
 

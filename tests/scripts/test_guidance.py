@@ -236,6 +236,40 @@ def test_points_measured_with_other_weights_are_not_taken(search, run_folder, tm
     assert line.startswith(f"out={out}: its points were measured with another content of reference, features or")
 
 
+def test_metrics_of_another_point_are_not_taken(search, run_folder, tmp_path):
+    out = shutil.copytree(search, tmp_path / "swapped")
+    (out / "search.json").unlink()
+    shutil.copy(out / "proxy" / "cfg2_ema" / "metrics.json", out / "proxy" / "cfg1_ema")
+    line = refusal(SEARCH, *arguments(run_folder, out))
+    assert line.startswith(f"{out / 'proxy' / 'cfg1_ema' / 'metrics.json'}: is of other samples than this point's")
+    assert not (out / "search.json").exists()
+
+
+def without_distance(folder):
+    """Take a point's distance from its metrics.json."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | {METRIC: None, "reasons": {METRIC: "broken"}}))
+
+
+def test_a_point_without_a_distance_does_not_win(search, run_folder, tmp_path):
+    out = shutil.copytree(search, tmp_path / "broken")
+    (out / "search.json").unlink()
+    first, second = (row["label"] for row in sorted(result_of(search)["winners"], key=lambda row: row["proxy_rank"]))
+    without_distance(out / "proxy" / first)
+    without_distance(out / "final" / second / "seed_2")
+    succeed(SEARCH, *arguments(run_folder, out))
+    result = result_of(out)
+    other, last = result["winners"]
+    assert first not in (other["label"], last["label"])
+    assert (last["label"], last["metrics"][METRIC]) == (second, None)  # one of its repeats has none
+    assert [line.split("|")[4].strip() for line in tables(result).splitlines() if line.startswith("| ")][7] == "–"
+    (out / "search.json").unlink()
+    for folder in (out / "proxy").iterdir():
+        without_distance(folder)
+    line = refusal(SEARCH, *arguments(run_folder, out))
+    assert line.startswith(f"metric={METRIC}: no point has one (broken); choose another metric=")
+
+
 def test_a_point_of_non_finite_samples_is_named(run_folder, tmp_path):
     line = refusal(SEARCH, *arguments(run_folder, tmp_path / "out", "cfg_scale=[1,1e30]", "weights=ema"))
     assert line.startswith("cfg1e+30_ema: image 0 ")

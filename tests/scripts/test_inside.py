@@ -372,5 +372,5 @@ def test_non_finite_samples_are_one_line():
     maker = generator()
     with torch.no_grad():
         maker.model.decoder.output.linear.bias.fill_(math.nan)
-    with pytest.raises(UserError, match=r"^samples are not finite: try dtype=fp32"):
+    with pytest.raises(FloatingPointError, match=r"^image 0 is NaN or infinite: try dtype=fp32"):
         walk(dataclasses.replace(maker), ImageSet([1], [4]))

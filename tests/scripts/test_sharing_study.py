@@ -12,6 +12,7 @@ from ddt.sampling.cost import sampling_macs
 from ddt.sampling.fitting import fit_schedule
 from ddt.sampling.settings import SamplerSettings
 from scripts.studies.sharing.curve import Curve
+from scripts.studies.sharing.report import UNSHARED, draw, summarise, table
 
 FIT, CURVE = "scripts.studies.sharing.fit", "scripts.studies.sharing.__main__"
 SAMPLER = {"solver": "euler", "num_steps": 6, "cfg_scale": 2.0, "cfg_interval": [0.3, 1.0], "last_step": None}
@@ -133,6 +134,21 @@ def test_a_curve_has_every_rule_budget_and_repeat(curve):
     lines = (curve / "sharing_curve.md").read_text().splitlines()
     assert len(lines) == 2 + len(pairs)
     assert lines[3].split()[1:6] == ["uniform", "|", "6", "|", "1.00"]
+
+
+def test_a_distance_that_was_not_computed_has_no_mean(curve, tmp_path):
+    """Of one point, or of the unshared images of a repeat, which all are compared with."""
+    rows = json.loads((curve / "sharing_curve.json").read_text())["points"]
+    for rule, missing in (("uniform", {"uniform"}), (UNSHARED, {UNSHARED, "uniform", "dp+1"})):
+        broken = [
+            {**row, "frechet_distance": None} if (row["rule"], row["repeat"]) == (rule, 1) else row for row in rows
+        ]
+        summary = summarise(broken, lambda rule, budget: 1.0)
+        assert {row["rule"] for row in summary if row["frechet_distance_added"] is None} == missing
+        assert {row["rule"] for row in summary if row["frechet_distance"] is None} == {rule}
+        (line,) = [line for line in table(summary, "FID").splitlines() if rule in line and " 6 " in line]
+        assert "–" in [cell.strip() for cell in line.split("|")]
+        draw(summary, "FID", tmp_path / f"{rule}.png")
 
 
 def test_a_curve_measures_what_it_says(curve, run_folder):

@@ -10,7 +10,8 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from ddt.errors import UserError
-from scripts.studies.sweep.report import DEPTH, PUBLISHED, SweepSettings, better, draw, group_by_setting, write_report
+from ddt.metrics.ranking import better
+from scripts.studies.sweep.report import DEPTH, PUBLISHED, SweepSettings, draw, group_by_setting, write_report
 from scripts.studies.sweep.runs import default_metric, differing, find_runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -208,7 +209,7 @@ def test_default_metric(sweep, tmp_path):
     assert chosen("fid_5k validation_loss", "fid_50k") == "validation_loss"  # of different samples
     assert chosen("loss", "loss validation_loss") == "validation_loss"
     names = ("fid_5k", "fd_digits_1k", "validation_loss", "class_accuracy_1k", "recall_5k", "authenticity_1k")
-    assert [better(name) for name in names] == ["lower", "lower", "lower", "higher", "higher", None]
+    assert [better(name) for name in names] == ["lower", "lower", "lower", "higher", "higher", "higher"]
 
 
 def test_the_best_mean_of_a_metric_whose_higher_values_are_better(sweep, tmp_path):

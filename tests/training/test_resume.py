@@ -298,7 +298,8 @@ def test_the_best_is_by_the_metrics_direction(tmp_path):
         "".join(json.dumps({"step": k, "fid_5k": abs(k - 3), "recall_5k": -abs(k - 2)}) + "\n" for k in range(6))
     )
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 1, "fid_9k": NaN}\n{"step": 2, "fid_9k": 3.0}\n')
+        for step, value in enumerate(("NaN", "3.0", "null", "-Infinity"), start=1):
+            file.write(f'{{"step": {step}, "fid_9k": {value}}}\n')
     saver = saving.Saver.__new__(saving.Saver)
     saver.run_dir = tmp_path
     found = {step: tmp_path for step in (1, 2, 3, 4)}

@@ -1,6 +1,7 @@
 """metrics.jsonl is complete, and training continues whatever W&B does."""
 
 import json
+import math
 
 import pytest
 from conftest import refusal, succeed
@@ -85,3 +86,14 @@ def test_plot_run_plots_logged_values(tmp_path):
     message = refusal("scripts.plot_run", runs, "keys=[loss,repa_loss]", f"out={tmp_path / 'y.png'}")
     assert message == "keys=repa_loss: no run has logged it; choose from dispersive_loss, loss"
     assert not (tmp_path / "y.png").exists()
+
+
+@pytest.mark.parametrize("losses", [[math.nan, 2.0, 1.0], [2.0, 1.0, math.nan], [None, 2.0, math.inf]], ids=str)
+def test_the_scale_of_a_plot_depends_on_finite_values_alone(tmp_path, monkeypatch, losses):
+    figures = []
+    monkeypatch.setattr("ddt.pictures.save_figure", lambda figure, path: figures.append(figure))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f"{json.dumps({'step': k, 'loss': loss, 'lr': k - 1.0})}\n" for k, loss in enumerate(losses))
+    )
+    succeed("scripts.plot_run", f"runs={tmp_path}", "keys=[loss,lr]", f"out={tmp_path / 'x.png'}")
+    assert [axes.get_yscale() for axes in figures[0].axes] == ["log", "linear"]

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from ddt.metrics.ranking import is_number, ranked
 from ddt.pictures import pyplot, save_figure
+from ddt.receipts import nested
 from ddt.tables import markdown_table
 from scripts.studies.guidance.settings import Point, interval_text
 from scripts.studies.study import Row, mean_sd, number, spread
@@ -31,7 +33,7 @@ def make_result(
                 **point.row(),
                 "proxy_rank": rank,
                 "proxy": proxy[metric],
-                "metrics": {name: None if None in column else spread(column) for name, column in values.items()},
+                "metrics": {name: spread(column) for name, column in values.items()},
                 "repeats": [{"seed": seed, **{name: metrics[name] for name in names}} for seed, metrics in repeats],
             }
         )
@@ -41,8 +43,14 @@ def make_result(
         "comparable": last["comparable"],
         "not_comparable_because": last["not_comparable_because"],
         "points": [{**point.row(), "metrics": {name: metrics[name] for name in names}} for point, metrics in points],
-        "winners": sorted(rows, key=lambda row: row["metrics"][metric]["mean"]),
+        "winners": best_first(rows, metric, [nested(row["metrics"][metric], "mean") for row in rows]),
     }
+
+
+def best_first(rows: list[Row], metric: str, values: list[float | None]) -> list[Row]:
+    """Return rows by their values of a metric, those without one last."""
+    order = ranked(dict(enumerate(values)), metric)
+    return [rows[n] for n in (*order, *(n for n in range(len(rows)) if n not in order))]
 
 
 def axis_text(axis: str, value: Any) -> str:
@@ -76,8 +84,8 @@ def tables(result: Row) -> str:
     points, metric, labels = result["points"], result["metric"], result["labels"]
     axes, titles = shown_axes(points), [axis.replace("_", " ") for axis in shown_axes(points)]
     names = sorted((n for n in labels["proxy"] if not n.endswith("_real")), key=lambda name: name != metric)
-    ranked = sorted(points, key=lambda row: row["metrics"][metric])
-    proxy = [settings_cells(row, axes) + [number(row["metrics"][name], 3) for name in names] for row in ranked]
+    best = best_first(points, metric, [row["metrics"][metric] for row in points])
+    proxy = [settings_cells(row, axes) + [number(row["metrics"][name], 3) for name in names] for row in best]
     final = [
         settings_cells(row, axes) + [number(row["proxy"], 3)] + [mean_sd(row["metrics"][name], 3) for name in names]
         for row in result["winners"]
@@ -115,7 +123,7 @@ def draw(result: Row, path: Path) -> None:
     lines = -(-len(combinations) // columns)
     size = (1.6 + columns * (1.2 + 0.85 * len(scales)), 1.0 + lines * (1.0 + 0.6 * len(intervals)))
     figure, grid = pyplot().subplots(lines, columns, figsize=size, squeeze=False)
-    distances = [row["metrics"][metric] for row in points]
+    distances = [value for row in points if is_number(value := row["metrics"][metric])]
     low = max(min(distances), 1e-9)  # a logarithm has no 0
     norm = LogNorm(low, max(max(distances), 1.01 * low))
     for axes, combination in zip(grid.flat, combinations, strict=False):
@@ -148,7 +156,7 @@ def panel(axes: Any, own: list[Row], result: Row, scales: list[float], intervals
     for row in own:
         column = scales.index(row["cfg_scale"])
         place = slice(None) if row["cfg_scale"] == 1 else slice(i := intervals.index(row["cfg_interval"]), i + 1)
-        values[place, column] = row["metrics"][result["metric"]]
+        values[place, column] = np.nan if (value := row["metrics"][result["metric"]]) is None else value
         if row["label"] in (best, *others):
             top, height, _ = place.indices(len(intervals))
             style: Any = {"fill": False, "edgecolor": FRAME, "zorder": 3}

@@ -23,19 +23,22 @@ from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require
 from ddt.files import write_json
 from ddt.generation.generator import Dtype, Generator, default_dtype
-from ddt.generation.image_set import image_set
-from ddt.generation.load import stored_autoencoder
-from ddt.generation.sample_set import sample_set
-from ddt.metrics.evaluate import evaluate
+from ddt.generation.image_set import ImageSet, image_set
+from ddt.generation.load import checkpoint_receipt, stored_autoencoder
+from ddt.generation.receipt import is_receipt_of
+from ddt.generation.sample_set import sample_set, set_request
+from ddt.metrics.compare import read_evaluation
+from ddt.metrics.evaluate import evaluate, shorten
 from ddt.metrics.features import Extractor
 from ddt.metrics.images import SAMPLES, open_images
+from ddt.metrics.ranking import ranked
 from ddt.metrics.reference import Reference
 from ddt.metrics.scores import Prepared, prepare
 from ddt.model import Denoiser
-from ddt.receipts import circumstances, without_paths
+from ddt.receipts import circumstances, nested, without_paths
 from scripts.studies.guidance.report import draw, make_result, tables
 from scripts.studies.guidance.settings import Checkpoint, GuidanceSettings, Point, interval_text
-from scripts.studies.study import is_complete, load_comparison, resume_study, working_folder, write_report
+from scripts.studies.study import is_complete, load_comparison, number, resume_study, working_folder, write_report
 
 log = logging.getLogger(__name__)
 RESULT, WORK = "search", ".search"
@@ -71,41 +74,56 @@ class Search:
     def run(self, jobs: list[Job]) -> list[dict[str, Any]]:
         """Run the missing jobs; return the metrics of all jobs, on every process."""
         main = self.accelerator.is_main_process
-        missing = [n for n, job in enumerate(jobs) if not (job.folder / METRICS).is_file()] if main else None
+        missing = [n for n, job in enumerate(jobs) if self.measured(job) is None] if main else None
         (missing,) = broadcast_object_list([missing])  # one process decides
-        for number in set(range(len(jobs))) - set(missing) if main and not self.settings.keep_samples else ():
-            (jobs[number].folder / SAMPLES).unlink(missing_ok=True)  # killed before it was removed
-        for done, number in enumerate(missing):
-            job = jobs[number]
+        for n in set(range(len(jobs))) - set(missing) if main and not self.settings.keep_samples else ():
+            (jobs[n].folder / SAMPLES).unlink(missing_ok=True)  # killed before it was removed
+        for done, n in enumerate(missing):
+            job = jobs[n]
             metrics = self.measure(job)
             if metrics is not None:
                 sampler = job.point.settings
                 guidance = f"cfg {sampler.cfg_scale:g}, interval {interval_text(sampler.cfg_interval)}"
                 log.info(
-                    "point %d of %d: %s (%s): %s %.4f; %d left", number + 1, len(jobs),
+                    "point %d of %d: %s (%s): %s %s; %d left", n + 1, len(jobs),
                     "no guidance" if sampler.cfg_scale == 1 else guidance, job.folder,
-                    metrics["labels"][self.metric], metrics[self.metric], len(missing) - done - 1,
+                    metrics["labels"][self.metric], number(metrics[self.metric], 4), len(missing) - done - 1,
                 )  # fmt: skip
-        results = [json.loads((job.folder / METRICS).read_text()) for job in jobs] if main else []
+        results = [self.measured(job) for job in jobs] if main else []
         return broadcast_object_list([results])[0]
+
+    def inputs(self, job: Job) -> tuple[ImageSet, dict[str, Any]]:
+        """Return classes and seeds of a job, and its checkpoint's part of their receipt."""
+        checkpoint = job.point.checkpoint
+        images = image_set(checkpoint.stored["network"]["num_classes"], job.num_samples, seed=job.seed)
+        return images, checkpoint_receipt(checkpoint.folder, job.point.weights, self.autoencoder)
+
+    def measured(self, job: Job) -> dict[str, Any] | None:
+        """Return the metrics of a job, None where it is missing; UserError for those of another."""
+        path = job.folder / METRICS
+        if not path.is_file():
+            return None
+        _, metrics = read_evaluation(str(path))
+        sampling = nested(metrics, "receipt", "sampling")
+        request = set_request(job.point.settings, *self.inputs(job), self.dtype)
+        require(
+            is_receipt_of(sampling, nested(metrics, "receipt", "samples", "sha256"))
+            and sampling.get("request") == shorten(request),
+            f"{path}: is of other samples than this point's; remove {job.folder}, and it is measured again",
+        )
+        return metrics
 
     def measure(self, job: Job) -> dict[str, Any] | None:
         """Sample and evaluate a set; return the metrics on the main process."""
         model, stored = self.load(job.point), job.point.checkpoint.stored
-        receipt = {
-            **ckpt.weights_receipt(job.point.checkpoint.folder, job.point.weights),
-            "step": stored["step"],
-            "class_names": stored["class_names"],
-            "autoencoder_sha256": self.autoencoder.fingerprint,
-        }
         generator = Generator(
             model=model, autoencoder=self.autoencoder, shape=tuple(stored["latent_shape"]),
             settings=job.point.settings, dtype=self.dtype, device=self.accelerator.device,
             cache_bytes=self.settings.cache_gib * 2**30,
         )  # fmt: skip
-        images = image_set(model.num_classes, job.num_samples, seed=job.seed)
+        images, checkpoint = self.inputs(job)
         try:
-            sample_set(generator, images, self.settings.batch_size, job.folder, receipt, self.accelerator)
+            sample_set(generator, images, self.settings.batch_size, job.folder, checkpoint, self.accelerator)
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"{job.point.label}: {error}; or leave this point out, with another out="
@@ -177,7 +195,12 @@ def search(settings: GuidanceSettings, data: Choice | None, checkpoints: list[Ch
         prepared = prepare(reference, extractor, accelerator)
         runner = Search(settings, autoencoder, dtype, reference, extractor, prepared, metric, accelerator)
         proxy = runner.run([Job(p, settings.num_samples, PROXY_SEED, out / "proxy" / p.label) for p in points])
-        best = sorted(range(len(points)), key=lambda n: proxy[n][metric])[: settings.top]
+        best = ranked({n: metrics[metric] for n, metrics in enumerate(proxy)}, metric)[: settings.top]
+        require(
+            len(best) > 0,
+            f"metric={metric}: no point has one ({nested(proxy[0], 'reasons', metric)}); choose another metric=, "
+            "reference= or features=, with another out=",
+        )
         seeds = range(PROXY_SEED + 1, PROXY_SEED + 1 + settings.repeats)
         jobs = [
             Job(points[n], settings.final_samples, seed, out / "final" / points[n].label / f"seed_{seed}")

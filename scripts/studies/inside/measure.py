@@ -22,7 +22,7 @@ from ddt.data.survey import spread
 from ddt.draws import golden_sequence
 from ddt.errors import UserError, first_line, require
 from ddt.flow import clean
-from ddt.generation.generator import Generator
+from ddt.generation.generator import Generator, check_finite
 from ddt.generation.image_set import ImageSet
 from ddt.objective import Objective
 from ddt.sampling.fitting import fit_schedule, resolve_recompute
@@ -53,7 +53,7 @@ class Trajectory:
 
 
 def walk(generator: Generator, images: ImageSet) -> Trajectory:
-    """Sample images as `sample.py` does, in one batch; raise UserError for non-finite ones."""
+    """Sample images as `sample.py` does, in one batch; FloatingPointError for non-finite ones."""
     times: list[float] = []
     x: list[Tensor] = []
     velocities: list[Tensor] = []
@@ -71,7 +71,7 @@ def walk(generator: Generator, images: ImageSet) -> Trajectory:
         generator.exact(),
     ):
         latents, _ = dataclasses.replace(generator, observe=record).latents(images.classes, images.seeds)
-    require(bool(latents.isfinite().all()), "samples are not finite: try dtype=fp32 or a smaller cfg_scale")
+    check_finite(latents)
     return Trajectory(times, torch.stack(x), torch.stack(velocities), latents.cpu())
 
 

@@ -143,7 +143,7 @@ def look_inside(settings: InsideSettings) -> None:
         figures["loss_by_t"] = functools.partial(report.draw_losses, errors)
 
     request = {
-        "checkpoint": checkpoint_receipt(folder, "ema", generator),
+        "checkpoint": checkpoint_receipt(folder, "ema", autoencoder),
         "sampler": sampler.as_receipt(),
         "time_grid": sampler.grid(),
         "dtype": generator.dtype,

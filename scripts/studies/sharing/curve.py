@@ -22,7 +22,7 @@ from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, require
 from ddt.files import atomic_file, write_json
-from ddt.generation.generator import Dtype, Generator, default_dtype
+from ddt.generation.generator import Dtype, Generator, check_finite, default_dtype
 from ddt.generation.image_set import ImageSet, image_set
 from ddt.generation.load import load_generator, stored_autoencoder
 from ddt.generation.settings import SamplerOverrides
@@ -235,6 +235,7 @@ class Curve:
             latents, _ = generator.latents(images.classes[chosen], images.seeds[chosen])
             pixels = generator.pixels(latents, None, None)  # on the CPU: a device sync
             seconds += time.perf_counter() - start_time
+            check_finite(latents, start)
             for name, values in {"pixels": pixels, "latents": latents.cpu().numpy()}.items():
                 if new and start == 0:
                     temporary, shape = files[name].with_suffix(".tmp"), (count, *values.shape[1:])

@@ -6,10 +6,16 @@ from pathlib import Path
 import numpy as np
 
 from ddt.pictures import pyplot, save_figure
+from ddt.receipts import nested
 from ddt.tables import markdown_table
 from scripts.studies.study import Row, mean_sd, spread
 
 UNSHARED = "unshared"
+
+
+def added(value: float | None, base: float | None) -> float | None:
+    """Return the difference to a base, None where one of both is missing."""
+    return None if value is None or base is None else value - base
 
 
 def summarise(rows: list[Row], speed_by_macs: Callable[[str, int], float]) -> list[Row]:
@@ -26,7 +32,9 @@ def summarise(rows: list[Row], speed_by_macs: Callable[[str, int], float]) -> li
                 "speed_by_macs": speed_by_macs(rule, budget),
                 "speed_measured": spread([a["images_per_second"] / b["images_per_second"] for a, b in pairs]),
                 "frechet_distance": spread([a["frechet_distance"] for a in own]),
-                "frechet_distance_added": spread([a["frechet_distance"] - b["frechet_distance"] for a, b in pairs]),
+                "frechet_distance_added": spread(
+                    [added(a["frechet_distance"], b["frechet_distance"]) for a, b in pairs]
+                ),
                 "pixels_rms": spread([a["pixels_rms"] for a in own]),
                 "latents_rms": spread([a["latents_rms"] for a in own]),
             }
@@ -60,17 +68,18 @@ def draw(summary: list[Row], distance: str, path: Path) -> None:
     """
     figure, panels = pyplot().subplots(ncols=2, figsize=(11, 4.4))
     unshared, *rows = summary
-    level, deviation = unshared["frechet_distance"]["mean"], unshared["frechet_distance"]["sd"] or 0
-    panels[0].axhline(level, color="0.4", linewidth=1, label="without sharing")
-    panels[0].axhspan(level - deviation, level + deviation, color="0.5", alpha=0.15, linewidth=0, label="its deviation")
+    if (base := unshared["frechet_distance"]) is not None:
+        low, high = base["mean"] - (base["sd"] or 0), base["mean"] + (base["sd"] or 0)
+        panels[0].axhline(base["mean"], color="0.4", linewidth=1, label="without sharing")
+        panels[0].axhspan(low, high, color="0.5", alpha=0.15, linewidth=0, label="its deviation")
     for number, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
         own = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["speed_by_macs"])
         speed = np.array([row["speed_by_macs"] for row in own])
         keys = (("frechet_distance", "frechet_distance_added"), ("pixels_rms", "pixels_rms"))
         for axes, (key, bars) in zip(panels, keys, strict=True):
-            means = np.array([row[key]["mean"] for row in own])
-            deviations = np.array([row[bars]["sd"] or 0 for row in own])
-            shown = means > 0  # 0, at num_steps runs, has no place on a logarithmic scale
+            means = np.array([np.nan if row[key] is None else row[key]["mean"] for row in own])
+            deviations = np.array([nested(row[bars], "sd") or 0 for row in own])
+            shown = means > 0  # 0, at num_steps runs, has no place on a logarithmic scale; NaN is above nothing
             style = {"color": f"C{number}", "label": rule, "marker": "o", "markersize": 4, "capsize": 3}
             axes.errorbar(speed[shown], means[shown], deviations[shown], **style)
     panels[0].set(ylabel=f"{distance}\nbars: of the difference to no sharing")

@@ -16,6 +16,7 @@ import torch
 from ddt.config import did_you_mean
 from ddt.errors import require
 from ddt.files import check_writable
+from ddt.metrics.ranking import better, ranked
 from ddt.model import NETWORKS
 from ddt.pictures import pyplot, save_figure
 from ddt.tables import markdown_table
@@ -30,8 +31,6 @@ PUBLISHED: dict[str, tuple[int, dict[int, float], float]] = {
     "B": (12, {4: 18.61, 6: 16.86, 8: 16.32, 10: 17.65}, 19.1),
     "L": (24, {10: 8.66, 12: 8.21, 16: 8.03, 20: 7.98}, 9.3),
 }
-LOWER = ("fid", "sfid", "fd_", "loss", "validation_loss", "fm_loss", "repa_loss")
-HIGHER = ("inception_score", "precision", "recall", "class_accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +78,6 @@ class Setting:
             elif key != x:
                 parts.append(f"{key}={cell(self.settings, key)}")
         return ", ".join(parts) or "this sweep"
-
-
-def better(metric: str) -> str | None:
-    """Return whether the "lower" or "higher" value of a metric is better; None where neither is."""
-    if metric.startswith(LOWER):
-        return "lower"
-    return "higher" if metric.startswith(HIGHER) else None
 
 
 def direction(metric: str, text: str) -> str:
@@ -226,9 +218,8 @@ def table_of_runs(runs: list[Run], keys: list[str], names: list[str]) -> str:
 def table_of_means(settings: list[Setting], keys: list[str], names: list[str]) -> str:
     """Return a line per setting, the best mean of the first metric in bold."""
     metric = names[0]
-    means = [value["mean"] for one in settings if (value := one.means.get(metric)) is not None]
-    pick = {"lower": min, "higher": max}.get(better(metric) or "")
-    best = pick(means) if pick is not None and means else None
+    means = {n: value["mean"] for n, one in enumerate(settings) if (value := one.means.get(metric)) is not None}
+    best = means[order[0]] if (order := ranked(means, metric)) and better(metric) else None
     lines = []
     for one in settings:
         line = [*(cell(one.settings, key) for key in keys), str(len(one.values))]

@@ -16,6 +16,7 @@ import torch
 from ddt.checkpoint.format import newest_checkpoint, read_config
 from ddt.config import flat
 from ddt.errors import UserError, require
+from ddt.metrics.ranking import is_number
 from ddt.model import build_network
 from ddt.training.tracking import read_rows
 
@@ -57,7 +58,7 @@ class Run:
     def final(self, metric: str) -> float | None:
         """Return a metric of the run's end, None where it is non-finite or from before the end."""
         step, value = self.metrics.get(metric, (-1, math.nan))
-        return value if step >= self.max_steps and math.isfinite(value) else None
+        return value if step >= self.max_steps and is_number(value) else None
 
     def missing(self, metric: str) -> str | None:
         """Return why the run is left out of a metric's means; None where it is not."""
@@ -69,7 +70,7 @@ class Run:
         if metric not in self.metrics:
             return f"has no {metric}"
         step, value = self.metrics[metric]
-        return f"has {metric} at step {step}, not at its end" if math.isfinite(value) else f"its {metric} is {value}"
+        return f"has {metric} at step {step}, not at its end" if is_number(value) else f"its {metric} is {value}"
 
 
 def read_json(path: Path) -> dict[str, Any]:
