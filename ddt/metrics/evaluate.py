@@ -4,7 +4,6 @@ statistics (`metrics.frechet`) → metrics (`metrics.scores`) → `metrics.json`
 
 import dataclasses
 import datetime
-import json
 import logging
 from pathlib import Path
 from typing import Any
