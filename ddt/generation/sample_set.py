@@ -24,8 +24,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from ddt.errors import UserError, require
-from ddt.files import lock_folder, sha256, write_json
+from ddt.errors import require
+from ddt.files import find_record, lock_folder, read_record, sha256, write_json
 from ddt.generation.generator import Dtype, Generator, check_finite
 from ddt.generation.image_set import ImageSet, write_numbers
 from ddt.generation.parts import PARTS, merge_parts, remove_damaged, rows, sampled_numbers, write_part
@@ -106,17 +106,13 @@ def set_state(out: Path, request: dict[str, Any]) -> Literal["new", "unfinished"
 
     A set without a sampled image is new: its request may still change.
     """
-    require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
     plan, npz = out / ".parts" / "plan.json", out / "samples.npz"  # the npz is the last file to be written
     unfinished = plan.exists() and not npz.exists()
-    empty = not out.exists() or all(path == plan.parent for path in out.iterdir())
-    if empty and not (unfinished and len(sampled_numbers(plan.parent))):
+    record = find_record(out, [RECEIPT], "out", own=[plan.parent.name])
+    if record is None and not (unfinished and len(sampled_numbers(plan.parent))):
         return "new"
-    try:
-        same = read_receipt(plan if unfinished else out / RECEIPT).get("request") == request
-    except UserError:
-        same = False
-    require(same, f"out={out}: holds another set or other files and is not written over; choose another out=")
+    same = read_record(plan if unfinished or record is None else record).get("request") == request
+    require(same, f"out={out}: holds another set and is not written over; choose another out=")
     if npz.exists():
         return "complete"  # if its bytes are the receipt's: `check_complete`
     return "unfinished" if unfinished else "new"  # new: this set, of which the npz was removed

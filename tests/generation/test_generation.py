@@ -512,7 +512,7 @@ def test_non_finite_latents_are_an_error(tmp_path):
 def test_foreign_files_are_never_written_over(run_folder, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "grid.png").write_text("mine")
-    assert "holds another set" in refusal("sample", f"ckpt={run_folder}", "seeds=1", f"out={tmp_path / 'a'}")
+    assert "nothing is written over" in refusal("sample", f"ckpt={run_folder}", "seeds=1", f"out={tmp_path / 'a'}")
     assert [p.read_text() for p in (tmp_path / "a").iterdir()] == ["mine"]
 
 
@@ -547,7 +547,7 @@ def test_the_same_set_again_is_unchanged_and_another_is_refused(run_folder, tmp_
     for other in ("seeds=[2]", "num_steps=3", "cfg_scale=1.1", "dtype=bf16", "classes=[1,0,2,3,4]"):
         others = [other] if other.startswith("seeds") else ["seeds=[1]", other]
         message = refusal("sample", *arguments, *others)
-        assert message == f"out={out}: holds another set or other files and is not written over; choose another out="
+        assert message == f"out={out}: holds another set and is not written over; choose another out="
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 
 
