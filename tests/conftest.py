@@ -32,6 +32,7 @@ import ddt
 import ddt.autoencoder
 import ddt.checkpoint.format
 from ddt.cli import CONF, typed
+from ddt.logs import SteadyStream
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -212,7 +213,7 @@ def run_inside(script, *arguments):
     """Call an entry point in this process, in the present folder; return its status and what it
     said, as `run` does.
     """
-    said = io.StringIO()
+    said = SteadyStream(io.StringIO())  # which logging_setup leaves in place, so that tqdm knows the handler's stream
     handler = logging.StreamHandler(said)
     root, level, status = logging.getLogger(), logging.getLogger().level, 0
     root.addHandler(handler)
