@@ -294,8 +294,12 @@ def test_dp_schedules_are_fitted_and_reused_on_resume(run_folder, tmp_path, monk
         patch.setattr("ddt.generation.sample_set.merge_parts", raising(Killed))
         with pytest.raises(Killed):
             succeed("sample", *arguments)
-    plan = json.loads((tmp_path / "a" / ".parts" / "plan.json").read_text())
+    path = tmp_path / "a" / ".parts" / "plan.json"
+    plan = json.loads(path.read_text())
     assert len(plan["recompute_steps"]) == 2
+    path.write_text(json.dumps({**plan, "recompute_steps": [0]}))
+    assert "(plan.json is of other settings, or damaged)" in refusal("sample", *arguments)
+    path.write_text(json.dumps(plan))
     monkeypatch.setattr("ddt.generation.sample_set.resolve_recompute", raising(AssertionError))
     succeed("sample", *arguments)
     receipt = json.loads((tmp_path / "a" / "receipt.json").read_text())
@@ -510,7 +514,7 @@ def test_non_finite_latents_are_an_error(tmp_path):
 def test_foreign_files_are_never_written_over(run_folder, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "grid.png").write_text("mine")
-    assert "holds another set" in refusal("sample", f"ckpt={run_folder}", "seeds=1", f"out={tmp_path / 'a'}")
+    assert "holds grid.png, not written by this" in refusal("sample", f"ckpt={run_folder}", f"out={tmp_path / 'a'}")
     assert [p.read_text() for p in (tmp_path / "a").iterdir()] == ["mine"]
 
 
@@ -545,7 +549,7 @@ def test_the_same_set_again_is_unchanged_and_another_is_refused(run_folder, tmp_
     for other in ("seeds=[2]", "num_steps=3", "cfg_scale=1.1", "dtype=bf16", "classes=[1,0,2,3,4]"):
         others = [other] if other.startswith("seeds") else ["seeds=[1]", other]
         message = refusal("sample", *arguments, *others)
-        assert message == f"out={out}: holds another set or other files and is not written over; choose another out="
+        assert message.startswith(f"out={out}: holds another set (receipt.json is of other settings, or damaged)")
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 
 
