@@ -27,11 +27,11 @@ from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.checkpoint import format as ckpt
 from ddt.checkpoint.hub import check_push, is_hub_id, push
 from ddt.checkpoint.published import SUFFIXES, check_releasable, write_released
-from ddt.errors import UserError, require
+from ddt.errors import require
 from ddt.export.model_card import Card
-from ddt.files import atomic_folder, check_new, fsync, reset_permissions, sha256, write_json
+from ddt.files import atomic_folder, check_new, fsync, read_record, reset_permissions, sha256, write_json
 from ddt.generation.load import stored_autoencoder
-from ddt.generation.receipt import RECEIPT, is_receipt_of, read_receipt
+from ddt.generation.receipt import RECEIPT, is_receipt_of
 from ddt.metrics.compare import read_evaluation
 from ddt.model import Denoiser
 from ddt.pictures import imagenet_synsets
@@ -195,12 +195,10 @@ def shorten_paths(values: Any) -> Any:
 def find_picture(places: Sequence[Path], weights_sha256: str) -> Path | None:
     """Return the grid of the first set of samples in `places` that is of these weights."""
     for place in places:
-        try:
-            used = nested(read_receipt(place / RECEIPT), "request", "checkpoint")
-        except UserError:  # no set of samples of this project
-            continue
-        if isinstance(used, dict) and weights_sha256 in used.values() and (place / "grid.png").is_file():
-            return place / "grid.png"
+        receipt, grid = place / RECEIPT, place / "grid.png"
+        used = nested(read_record(receipt), "request", "checkpoint") if receipt.is_file() and grid.is_file() else None
+        if isinstance(used, dict) and weights_sha256 in used.values():
+            return grid
     return None
 
 

@@ -1,23 +1,9 @@
 """The receipt of a set of samples, bound to its `samples.npz` by SHA-256."""
 
-import json
-from pathlib import Path
 from typing import Any
-
-from ddt.errors import UserError, require
 
 RECEIPT = "receipt.json"
 SHA256 = "samples_sha256"  # the receipt's key
-
-
-def read_receipt(path: Path) -> dict[str, Any]:
-    """Return a receipt; raise UserError where it is damaged."""
-    try:
-        receipt = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); sample again, or move the file away") from error
-    require(isinstance(receipt, dict), f"{path}: damaged (no receipt); sample again, or move the file away")
-    return receipt
 
 
 def is_receipt_of(receipt: Any, sha256: Any) -> bool:

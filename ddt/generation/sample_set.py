@@ -6,6 +6,7 @@ Shapes: n images, B batch, m images of a batch yet to be sampled, C H W.
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
@@ -29,7 +30,7 @@ from ddt.files import find_record, lock_folder, read_record, sha256, write_json
 from ddt.generation.generator import Dtype, Generator, check_finite
 from ddt.generation.image_set import ImageSet, write_numbers
 from ddt.generation.parts import PARTS, merge_parts, remove_damaged, rows, sampled_numbers, write_part
-from ddt.generation.receipt import RECEIPT, SHA256, is_receipt_of, read_receipt
+from ddt.generation.receipt import RECEIPT, SHA256, is_receipt_of
 from ddt.pictures import image_grid, readable, write_png, write_pngs
 from ddt.receipts import circumstances
 from ddt.sampling.fitting import resolve_recompute
@@ -107,22 +108,33 @@ def set_state(out: Path, request: dict[str, Any]) -> Literal["new", "unfinished"
     A set without a sampled image is new: its request may still change.
     """
     plan, npz = out / ".parts" / "plan.json", out / "samples.npz"  # the npz is the last file to be written
-    unfinished = plan.exists() and not npz.exists()
     record = find_record(out, [RECEIPT], "out", own=[plan.parent.name])
+    unfinished = plan.exists() and not npz.exists()
     if record is None and not (unfinished and len(sampled_numbers(plan.parent))):
         return "new"
-    same = read_record(plan if unfinished or record is None else record).get("request") == request
-    require(same, f"out={out}: holds another set and is not written over; choose another out=")
+    record = plan if unfinished or record is None else record
+    content = read_record(record)
+    require(
+        content.get("request") == request and (record != plan or content.get("checksum") == plan_checksum(content)),
+        f"out={out}: holds another set ({record.name} is of other settings, or damaged), which is not written over; "
+        "choose another out=",
+    )
     if npz.exists():
         return "complete"  # if its bytes are the receipt's: `check_complete`
     return "unfinished" if unfinished else "new"  # new: this set, of which the npz was removed
+
+
+def plan_checksum(plan: dict[str, Any]) -> str:
+    """Return a hash of what a plan says: a fitted schedule in it is found nowhere else."""
+    content = {key: value for key, value in plan.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def check_complete(out: Path) -> None:
     """Raise UserError unless the receipt in `out` is that of samples.npz, which is read once."""
     npz = out / "samples.npz"
     require(
-        is_receipt_of(read_receipt(out / RECEIPT), sha256(npz)),
+        is_receipt_of(read_record(out / RECEIPT), sha256(npz)),
         f"{npz}: damaged or replaced, it is not the file of {RECEIPT}; remove it, and the same command samples the "
         "set again",
     )
@@ -149,7 +161,8 @@ def open_set(generator: Generator, request: dict[str, Any], out: Path, recompute
                 )  # fmt: skip
         for warning in warnings:
             log.warning("%s", warning)
-        write_json(path, {"request": request, "recompute_steps": settings.recompute, "warnings": warnings})
+        content = {"request": request, "recompute_steps": settings.recompute, "warnings": warnings}
+        write_json(path, {**content, "checksum": plan_checksum(content)})
     remove_damaged(path.parent)
     return [json.loads(path.read_text()), sampled_numbers(path.parent)]
 

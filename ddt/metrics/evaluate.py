@@ -16,7 +16,7 @@ from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, require
 from ddt.files import check_writable, find_record, read_record, write_json
-from ddt.generation.receipt import RECEIPT, is_receipt_of, read_receipt
+from ddt.generation.receipt import RECEIPT, is_receipt_of
 from ddt.metrics.comparability import labels, order_matters, order_warning, reasons_not_comparable
 from ddt.metrics.copies import CountedImages, copies_reason
 from ddt.metrics.features import Extractor, FeatureSettings, check_features, check_images, extract
@@ -157,16 +157,16 @@ def inputs_of(samples: ImageSource, reference: Reference, extractor: Extractor, 
 def sampling_receipt(samples: Path, sha256: str) -> dict[str, Any]:
     """Return {"sampling": receipt} where sample.py wrote one beside these samples of a SHA-256.
 
-    Raises UserError for a damaged one, and for that of another set.
+    Raises UserError for that of another set, and a damaged one.
     """
     path = samples.with_name(RECEIPT)
     if samples.name != SAMPLES or not path.is_file():
         return {}
-    receipt = read_receipt(path)
+    receipt = read_record(path)
     require(
         is_receipt_of(receipt, sha256),
-        f"{path}: is not the receipt of {samples}, which was damaged or replaced; sample again, or move the receipt "
-        "away",
+        f"{path}: is not the receipt of {samples}: one of both was damaged or replaced; sample again, or move the "
+        "receipt away",
     )
     return {"sampling": shorten(receipt)}
 
