@@ -67,6 +67,18 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what killed processes of this machine left in a folder within `atomic_file`."""
+    for path in folder.glob(f".tmp-{platform.node()}-*"):
+        process = path.name.removeprefix(f".tmp-{platform.node()}-").partition("-")[0]
+        try:
+            os.kill(int(process), 0)  # asks whether it is there
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (ValueError, OverflowError, PermissionError):  # of another's name, or of a running process
+            continue
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder, renamed to `folder` when the block ends, removed if it fails.
