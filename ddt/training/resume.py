@@ -19,6 +19,7 @@ FREE = (
     "model.activation_checkpointing",
     "data.root",
     "data.source_root",
+    "data.skip_broken",  # of the steps until now none read a broken image
     "autoencoder.source",
     "autoencoder.revision",
     "autoencoder.chunk_size",
@@ -45,11 +46,23 @@ def frozen_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tu
     }
 
 
+def described(key: str, old: Any, new: Any) -> str:
+    """Return a difference in words; two hashes would say nothing."""
+    group, _, name = key.partition(".")
+    if name != "fingerprint" or None in (old, new):
+        return f"{key} {old} -> {new}"
+    if group != "data":
+        return f"{key}: its weights changed"
+    # hash of the list, then, of files, one of their contents: `Images.fingerprint`
+    same_list = "-" in new and old.partition("-")[0] == new.partition("-")[0]
+    return f"{key}: {'contents of images changed' if same_list else 'the list of images changed'}"
+
+
 def check_same_training(checkpoint: Path, config: dict[str, Any]) -> None:
     """Raise UserError where a checkpoint is not of `config`'s training; log other changes."""
     saved = read_config(checkpoint)
     frozen = frozen_differences(saved["run"], config["run"])
-    changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in frozen.items())
+    changes = ", ".join(described(key, old, new) for key, (old, new) in frozen.items())
     require(not frozen, f"{checkpoint}: belongs to another training ({changes}); give this one another name=")
     for key, (old, new) in differences(saved["run"], config["run"]).items():
         log.info("changed since the checkpoint: %s %s -> %s", key, old, new)
