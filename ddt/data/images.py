@@ -351,7 +351,10 @@ class ImageFolder(FileImages):
 
     def log_hints(self) -> None:
         super().log_hints()
-        for hint in header_hints(survey(str(self.files_root)).headers, self.image_size, self.channels, self.exif):
+        seen = survey(str(self.files_root))
+        if seen.num_opened < len(seen.listed.names):
+            log.info("of %s images, evenly spread:", f"{seen.num_opened:,}")
+        for hint in header_hints(seen.headers, self.image_size, self.channels, self.exif):
             log.info("hint: %s", hint)
 
     def check_contents(self, aligned: bool, pixels: bool) -> None:
