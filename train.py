@@ -10,13 +10,14 @@ if TYPE_CHECKING:
 
 @command("train", settings="ddt.training.run.TrainSettings", sweeps=True)
 def main(settings: "TrainSettings") -> None:
-    """Check what can be checked without data and weights, then train on all processes."""
+    """Check what can be checked without weights, then train on all processes."""
     from ddt.distributed.launch import launch
     from ddt.training.loop import train
-    from ddt.training.run import check, infer
+    from ddt.training.run import check, infer, inspect
 
     settings = infer(settings)
     check(settings)
+    inspect(settings)
     launch(train, settings.trainer.num_processes, settings)
 
 

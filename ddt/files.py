@@ -89,9 +89,15 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[Path]:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove what killed commands left of `atomic_file` in a folder that no other command uses."""
-    for left in folder.glob(f"{TEMPORARY}*"):
-        left.unlink()
+    """Remove what killed processes of this machine left in a folder within `atomic_file`."""
+    for path in folder.glob(f"{TEMPORARY}{platform.node()}-*"):
+        process = path.name.removeprefix(f"{TEMPORARY}{platform.node()}-").partition("-")[0]
+        try:
+            os.kill(int(process), 0)  # asks whether it is there
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (ValueError, OverflowError, PermissionError):  # of another's name, or of a running process
+            continue
 
 
 @contextlib.contextmanager

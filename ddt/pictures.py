@@ -79,9 +79,12 @@ def write_png(path: Path, picture: np.ndarray) -> None:
 
 
 def write_pngs(folder: Path, images: Iterable[np.ndarray], count: int) -> None:
-    """Write `count` images (H, W, C) as `000000.png`, `000001.png`, …; existing files stay."""
+    """Write `count` images (H, W, C) as `000000.png`, `000001.png`, …; existing files stay, and
+    leftovers of a killed process are removed.
+    """
     if count == 0:
         return
+    remove_temporary_files(folder)
 
     def write(k: int, image: np.ndarray) -> None:
         path = folder / f"{k:06d}.png"

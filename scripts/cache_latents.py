@@ -35,7 +35,7 @@ def encode(settings: "CacheSettings", splits: "dict[str, Images]") -> None:
 @command("cache_latents", settings="ddt.data.cache_writer.CacheSettings")
 def main(settings: "CacheSettings") -> None:
     """Compose, check, read every image once, encode."""
-    from ddt.data.manifest import make_manifest
+    from ddt.data.cache_writer import list_images
     from ddt.distributed.launch import launch
     from ddt.errors import require
     from ddt.files import lock_folder
@@ -53,7 +53,7 @@ def main(settings: "CacheSettings") -> None:
     busy = f"out={out}: another process is writing this cache; wait for it"
     with lock_folder(out, busy) if is_main else contextlib.nullcontext():
         if is_main:
-            make_manifest(out, splits, settings.workers, settings.skip_broken)
+            list_images(settings, splits)
         launch(encode, settings.num_processes, settings, splits)
 
 

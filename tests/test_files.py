@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -123,12 +124,14 @@ def test_what_a_kill_left_is_replaced_but_not_what_another_command_is_writing(tm
 
 def test_temporary_files_of_others_stay(tmp_path):
     with contextlib.suppress(KeyError), atomic_file(tmp_path / "a.json") as temporary:
-        temporary.touch()
-        (tmp_path / f"{temporary.name}2").touch()  # of another command, that was killed
+        left = tmp_path / temporary.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")  # of a killed process
+        left.touch()
         raise KeyError
-    (tmp_path / ".tmp-notes").touch()
-    remove_temporary_files(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".tmp-notes"]
+    with atomic_file(tmp_path / "b.json") as used:  # of a running process
+        used.touch()
+        (tmp_path / ".tmp-notes").touch()
+        remove_temporary_files(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".tmp-notes", used.name])
 
 
 def full_disk_commands(place):

@@ -1,5 +1,10 @@
 """Grids and PNG files."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import torch
 from PIL import Image
@@ -56,3 +61,19 @@ def test_grey_images_are_grey_png_files(tmp_path):
 def test_no_png_no_folder(tmp_path):
     write_pngs(tmp_path / "png", iter([]), 0)
     assert not (tmp_path / "png").exists()
+
+
+def test_what_a_killed_process_left_among_the_pngs_is_removed(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = platform.node()
+    names = [
+        f".tmp-{host}-{ended.pid}-x.png",
+        f".tmp-{host}-{os.getpid()}-x.png",
+        f".tmp-{host}-word-x.png",
+        ".tmp-y-1",
+    ]
+    for name in names:
+        (tmp_path / name).touch()
+    write_pngs(tmp_path, [np.zeros((4, 4, 3), dtype=np.uint8)], 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "000000.png"])

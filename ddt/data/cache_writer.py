@@ -29,11 +29,17 @@ from tqdm import tqdm
 from ddt.autoencoder import Autoencoder
 from ddt.config import Choice
 from ddt.data.images import Images
-from ddt.data.latent_cache import CACHE_FORMAT_VERSION, read_index, shard_path
-from ddt.data.manifest import Row, check_manifest, check_size, read_manifest
+from ddt.data.latent_cache import (
+    CACHE_FORMAT_VERSION,
+    content_fingerprint,
+    damaged_files,
+    read_index,
+    shard_path,
+)
+from ddt.data.manifest import Row, check_manifest, check_size, make_manifest, read_manifest
 from ddt.data.stream import load_batches
 from ddt.errors import UserError, require
-from ddt.files import atomic_file, fsync, sha256, write_json
+from ddt.files import atomic_file, find_record, fsync, sha256, write_json
 from ddt.objective.alignment_target import Target
 
 log = logging.getLogger(__name__)
@@ -80,18 +86,15 @@ class CacheSettings:
             self.num_processes is None or self.num_processes >= 1,
             f"num_processes={self.num_processes}: must be at least 1, or null for every visible GPU",
         )
-        path = Path(self.out)
         require(self.out != "", "out: not set; give the cache's folder")
-        require(not path.exists() or path.is_dir(), f"out={self.out}: is a file; give a folder")
-        known = ("index.json", "manifest.csv", "broken.csv", ".tmp-manifest.csv", ".lock")
-        require(
-            not path.is_dir() or not any(path.iterdir()) or any((path / name).exists() for name in known),
-            f"out={self.out}: holds other things than a latent cache; choose another folder",
-        )
+        temporaries = (".tmp-manifest.csv", ".tmp-broken.csv")
+        find_record(Path(self.out), ("index.json", "manifest.csv", "broken.csv"), "out", own=temporaries)
 
     def check_images(self, images: Images) -> None:
         """Raise UserError for images that cannot be cached in `out`."""
         require(not images.has_latents, "data: is a latent cache already; give the images")
+        require(images.flips == 1, "data.horizontal_flip=true: has no effect here; give flip=true")
+        require(not images.skips_broken, "data.skip_broken=true: has no effect here; give skip_broken=true")
         root = images.files_root
         require(
             root is None or root.resolve() not in Path(self.out).resolve().parents,
@@ -143,17 +146,27 @@ def describe(
         "source_root": None if images.files_root is None else str(images.files_root.resolve()),
         "versions": {"torch": torch.__version__},
         "shards": [],
-        "files": {},
+        "files": {"manifest.csv": file_record(Path(settings.out) / "manifest.csv")},
     }
-    # what a training on this cache depends on, wherever it lies
-    content = {key: index[key] for key in ("splits", "flips", "channels", "image_size", "class_names", "transform")} | {
-        "manifest": sha256(Path(settings.out) / "manifest.csv"),
-        "moments": arrays["moments"],
-        "autoencoder": autoencoder.fingerprint,
-        "encode_dtype": codec.get("encode_dtype"),
-    }
-    index["fingerprint"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    index["fingerprint"] = content_fingerprint(index)
     return index
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Return size and SHA-256 of a file, as the index holds them."""
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def list_images(settings: CacheSettings, splits: dict[str, Images]) -> None:
+    """Log hints on the files, then read each once and write the cache's manifest.csv, or compare it
+    with the index; see `make_manifest`.
+    """
+    out, expected = Path(settings.out), None
+    for hint in splits["train"].hints:
+        log.info("hint: %s", hint)
+    if (out / "index.json").is_file():
+        expected = read_index(out)["files"]["manifest.csv"]["sha256"]
+    make_manifest(out, splits, settings.workers, settings.skip_broken, expected)
 
 
 def check_same_cache(out: Path, index: dict[str, Any]) -> None:
@@ -263,13 +276,25 @@ def receipt_path(out: Path, shard: int) -> Path:
     return out / "shards" / f"{shard:05d}.json"
 
 
-def is_complete(out: Path, shard: int) -> bool:
-    """Return whether a shard has a receipt and its files have their sizes."""
+def identity(index: dict[str, Any]) -> str:
+    """Return what a shard's receipt says of the cache that it belongs to: index.json may have been
+    removed since.
+    """
+    content = [index[key] for key in ("fingerprint", "arrays", "features", "shard_size", "batch_size")]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def shard_files(out: Path, shard: int, index: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the files of a shard with size and SHA-256; None unless it has a receipt of this cache
+    and they have their sizes.
+    """
     try:
-        files = json.loads(receipt_path(out, shard).read_text())
-        return all((out / name).stat().st_size == file["size"] for name, file in files.items())
+        receipt = json.loads(receipt_path(out, shard).read_text())
+        files = receipt["files"]
+        complete = all((out / name).stat().st_size == file["size"] for name, file in files.items())
+        return files if complete and receipt["cache"] == identity(index) else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        return None
 
 
 @contextlib.contextmanager
@@ -316,7 +341,7 @@ def encode_shard(
         files = {str(writer.path.relative_to(out)): writer.close() for writer in writers.values()}
         receipt = receipt_path(out, shard)
         receipt.parent.mkdir(exist_ok=True)
-        write_json(receipt, files)
+        write_json(receipt, {"cache": identity(index), "files": files})
     finally:
         for writer in writers.values():
             writer.abandon()
@@ -324,15 +349,11 @@ def encode_shard(
 
 def complete(out: Path, index: dict[str, Any], manifest: list[Row], num_shards: int) -> None:
     """Wait for the shards of all processes, then write labels.npy and the complete index."""
-    while not all(is_complete(out, shard) for shard in range(num_shards)):
+    while None in (shards := [shard_files(out, shard, index) for shard in range(num_shards)]):
         time.sleep(0.5)
     with atomic_file(out / "labels.npy") as temporary:
         np.save(temporary, np.array([row.label for row in manifest], dtype=np.int64))
-    shards = [json.loads(receipt_path(out, shard).read_text()) for shard in range(num_shards)]
-    files = {
-        name: {"size": (out / name).stat().st_size, "sha256": sha256(out / name)}
-        for name in ("labels.npy", "manifest.csv")
-    }
+    files = {**index["files"], "labels.npy": file_record(out / "labels.npy")}
     for path in (out, *(out / name for name in index["arrays"])):
         fsync(path)
     write_json(out / "index.json", {**index, "complete": True, "files": files, "shards": shards})
@@ -344,17 +365,15 @@ def verify(out: Path, index: dict[str, Any]) -> None:
     The cache is then marked incomplete and their receipts are removed: the same command rewrites
     them.
     """
-    damaged = []
-    parts = [*enumerate(index["shards"]), (None, index["files"])]
-    for shard, files in tqdm(parts, unit="shard", desc="verifying", mininterval=1.0):
-        for name, file in files.items():
-            path = out / name
-            if not path.is_file() or path.stat().st_size != file["size"] or sha256(path) != file["sha256"]:
-                damaged.append(name)
-                if shard is not None:
-                    receipt_path(out, shard).unlink(missing_ok=True)
+    shards = {name: shard for shard, files in enumerate(index["shards"]) for name in files}
+    files = {name: file for part in (*index["shards"], index["files"]) for name, file in part.items()}
+    damaged = damaged_files(out, files, again=True)
+    for name in damaged:
+        if name in shards:
+            receipt_path(out, shards[name]).unlink(missing_ok=True)
     if damaged:
-        write_json(out / "index.json", {**index, "complete": False, "shards": [], "files": {}})
+        kept = {"manifest.csv": index["files"]["manifest.csv"]}
+        write_json(out / "index.json", {**index, "complete": False, "shards": [], "files": kept})
         raise UserError(
             f"{out / damaged[0]}: damaged ({len(damaged)} of the cache's files are); run the same command again to "
             "write them again"
@@ -398,7 +417,7 @@ def cache_latents(
     # --- this process's shards and their batches
     starts = range(0, len(manifest), settings.shard_size)
     rows = [range(start, min(start + settings.shard_size, len(manifest))) for start in starts]  # of each shard
-    missing = [shard for shard in range(len(rows)) if not is_complete(out, shard)]
+    missing = [shard for shard in range(len(rows)) if shard_files(out, shard, index) is None]
     mine = [shard for shard in missing if shard % num_processes == rank]
     if rank == 0:
         check_space(out, index["arrays"], sum(len(rows[shard]) for shard in missing))

@@ -8,10 +8,14 @@ Shapes: n images in all, B batch, C channels, H W pixels.
 
 import abc
 import dataclasses
+import functools
 import gzip
 import hashlib
+import logging
+import os
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,15 +23,27 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from ddt.data.survey import UNREADABLE, held_out, list_folder, log_folder_summary, survey
+from ddt.data.listing import list_folder
+from ddt.data.reading import Exif, center_crop, read_image
+from ddt.data.survey import (
+    header_hints,
+    held_out,
+    listing_hints,
+    log_folder_summary,
+    report_broken,
+    spread,
+    survey,
+)
 from ddt.errors import UserError, require
 
 if TYPE_CHECKING:
     from ddt.autoencoder import Autoencoder
     from ddt.objective.alignment import CachedFeatures
 
+log = logging.getLogger(__name__)
 Split = Literal["train", "test"]
-MAX_ASPECT = 100  # beyond it the resized image fills the memory before it is cropped
+NUM_THREADS = 16  # that ask for the sizes of files, which takes a network's round trip each
+HASHED_IMAGES, HASHED_BYTES = 1_000, 2**16  # of a fingerprint: images, and bytes of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +67,20 @@ class Images(abc.ABC):
 
     inferable: tuple[str, ...] = ()  # settings that are inferred from the images where they are null …
     inferred: Mapping[str, Any] = MappingProxyType({})  # … and the inferred values
+    reads_files = False  # files that may be damaged, and are looked at before training
     files_root: Path | None = None  # the folder of the image files `names`; None in memory
-    other_files: Mapping[str, int] = MappingProxyType({})  # in that folder: number of non-images of each suffix
+    hints: tuple[str, ...] = ()  # on the files' layout and number, a line each
     transform: str | None = None  # how files become images
+    exif: Exif = "ignore"  # what becomes of an EXIF rotation
+    skips_broken = False  # another image of its class stands in for one that cannot be read
     has_latents = False  # `load_inputs` returns moments of an autoencoder instead of pixels
-    flips = 1  # 2: mirror images are stored too, and the training stream chooses between them
+    flips = 1  # 2: the training stream chooses between each image and its mirror image
     cached_features: "CachedFeatures | None" = None
 
     @classmethod
     def outline(cls, settings: Mapping[str, Any]) -> Outline:
         """Return the sizes that the settings of a data set imply, without opening it."""
-        return Outline(settings.get("channels") or 3, settings.get("image_size"))
+        return Outline(settings.get("channels") or 3, settings.get("image_size"), settings.get("num_classes"))
 
     @abc.abstractmethod
     def load(self, indices: np.ndarray) -> np.ndarray:
@@ -71,11 +90,16 @@ class Images(abc.ABC):
         """Return the inputs of a training step: `images`, uint8 (B, C, H, W), or `moments` and,
         with `aligned`, `images` or `features`. flipped: (B,) bool, which mirror images.
         """
-        return {"images": self.load(indices)}
+        images = self.load(indices)
+        if flipped.any():
+            images = np.where(flipped[:, None, None, None], images[..., ::-1], images)
+        return {"images": images}
 
     @property
     def fingerprint(self) -> str:
-        """Hash of classes, names and labels in order, on which the order of training depends."""
+        """Hash of classes, names and labels in order, on which the order of training depends; after
+        a hyphen one of the files' contents, where there are files.
+        """
         listed = repr((self.class_names, self.names)).encode() + self.labels.tobytes()
         return hashlib.sha256(listed).hexdigest()[:16]
 
@@ -86,7 +110,18 @@ class Images(abc.ABC):
         """Raise UserError where `load` has no pixels."""
 
     def log_summary(self, patch_size: int) -> None:  # noqa: B027
-        """Log what was inferred from the images, and hints; raise UserError for broken files."""
+        """Log what was inferred from the images."""
+
+    def log_hints(self) -> None:
+        """Log hints on the files, a line each."""
+        for hint in self.hints:
+            log.info("hint: %s", hint)
+
+    def check_contents(self, aligned: bool, pixels: bool) -> None:  # noqa: B027
+        """Look at the files in one process, before any reads them; raise UserError for broken ones.
+
+        aligned: `load_inputs` is called with it. pixels: `load` is called, too.
+        """
 
 
 class ArrayImages(Images):
@@ -174,64 +209,95 @@ class FashionMNIST(ArrayImages):
         )
 
 
-def read_image(path: Path) -> Image.Image:
-    """Return a decoded image as RGB; raise UserError naming a file that cannot be read.
-
-    Grey, palette and CMYK images are converted, 16-bit ones keep their high byte, transparency is
-    dropped and an EXIF rotation is not applied, as in ADM's reader: the reference statistics are of
-    the same pixels.
-    """
-    try:
-        with Image.open(path) as image:
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise UserError(f"{path}: is {image.width}×{image.height}, too elongated to crop; replace or remove it")
-            if image.mode in ("I", "F"):
-                raise UserError(f"{path}: has 32-bit pixels; convert it to 8 bits")
-            if image.mode.startswith("I;16"):
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            if "transparency" in image.info:
-                return image.convert("RGBA").convert("RGB")
-            return image.convert("RGB")
-    except UserError:
-        raise
-    except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable image ({error}); replace or remove it") from error
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to `size` and cut the centre square, as ADM does.
-
-    Halve by box filter while the shorter side is at least twice `size`, then one bicubic resize,
-    then crop. Source: method.md 3.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
 class FileImages(Images):
     """Image files at `names`, relative to `root`, read as RGB (3 channels) or grey (1) and
     centre-cropped to `image_size` px.
+
+    exif: whether an EXIF rotation is applied. skip_broken: let the next image of its class stand in
+    for one that cannot be read.
     """
 
+    reads_files = True
     files_root: Path
 
     def __init__(
-        self, root: Path, names: list[str], labels: np.ndarray, class_names: list[str], image_size: int, channels: int
+        self,
+        root: Path,
+        names: list[str],
+        labels: np.ndarray,
+        class_names: list[str],
+        image_size: int,
+        channels: int,
+        exif: Exif = "ignore",
+        skip_broken: bool = False,
     ) -> None:
         self.files_root, self.names, self.class_names, self.image_size = root, names, class_names, image_size
-        self.labels, self.channels = labels.astype(np.int64), channels
-        self.transform = f"RGB, ADM centre crop to {image_size} px"
+        self.labels, self.channels, self.exif, self.skips_broken = labels.astype(np.int64), channels, exif, skip_broken
+        turned = ", EXIF rotation applied" if exif == "apply" else ""
+        self.transform = f"RGB, ADM centre crop to {image_size} px{turned}"
+        self._reported = set[int]()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the list of images, and one of the size of every file and the first 64 KiB of a
+        thousand, evenly spread.
+        """
+        digest = hashlib.sha256()
+        paths = [f"{self.files_root}/{name}" for name in self.names]
+        shares = [paths[k::NUM_THREADS] for k in range(NUM_THREADS)]
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            for sizes in pool.map(file_sizes, shares):
+                digest.update(repr(sizes).encode())
+            for start in pool.map(file_start, [paths[k] for k in spread(len(paths), HASHED_IMAGES)]):
+                digest.update(hashlib.sha256(start).digest())
+        return f"{super().fingerprint}-{digest.hexdigest()[:16]}"
 
     def load(self, indices: np.ndarray) -> np.ndarray:
         """Return uint8 (B, C, H, W); raise UserError naming a file that cannot be read."""
-        pictures = [center_crop(read_image(self.files_root / self.names[i]), self.image_size) for i in indices]
+        pictures = [center_crop(self._read(int(i)), self.image_size) for i in indices]
         if self.channels == 1:
             return np.stack([np.asarray(picture.convert("L")) for picture in pictures])[:, None]
         return np.stack([np.asarray(picture) for picture in pictures]).transpose(0, 3, 1, 2)
+
+    def _read(self, index: int) -> Image.Image:
+        """Return an image, or what stands in for it, which depends on the files alone."""
+        try:
+            return read_image(self.files_root / self.names[index], self.exif)
+        except UserError as error:
+            if not self.skips_broken:
+                raise
+            problem = error
+        of_class = np.flatnonzero(self.labels == self.labels[index])
+        for other in np.roll(of_class, -1 - int(np.searchsorted(of_class, index)))[:-1]:
+            try:
+                image = read_image(self.files_root / self.names[other], self.exif)
+            except UserError:
+                continue
+            if index not in self._reported:
+                log.warning("warning: %s; %s stands in for it", problem, self.names[other])
+                self._reported.add(index)
+            return image
+        raise UserError(f"{problem}; no image of its class can be read")
+
+
+def file_sizes(paths: list[str]) -> list[int]:
+    """Return the bytes of files, −1 of one that is not there: reading it will name it."""
+    sizes = []
+    for path in paths:
+        try:
+            sizes.append(os.stat(path).st_size)
+        except OSError:
+            sizes.append(-1)
+    return sizes
+
+
+def file_start(path: str) -> bytes:
+    """Return the first bytes of a file, none of one that cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(HASHED_BYTES)
+    except OSError:
+        return b""
 
 
 class ImageFolder(FileImages):
@@ -241,6 +307,10 @@ class ImageFolder(FileImages):
         image_size: px per side; None is inferred from the images (`ddt.data.survey`).
         holdout_every: every so-many-th image is held out as "test"; 0: none.
         channels: 3 reads RGB, 1 grey; None is inferred.
+        num_classes: how many classes the folder should have, for a hint; None: any.
+        exif: whether an EXIF rotation is applied; ADM and the published models ignore it.
+        horizontal_flip: train on mirror images, too, each with probability ½.
+        skip_broken: let the next image of its class stand in for one that cannot be read.
 
     Raises UserError as `list_folder` does.
     """
@@ -254,22 +324,38 @@ class ImageFolder(FileImages):
         split: Split = "train",
         holdout_every: int = 20,
         channels: Literal[1, 3] | None = 3,
+        num_classes: int | None = None,
+        exif: Exif = "ignore",
+        horizontal_flip: bool = False,
+        skip_broken: bool = False,
     ) -> None:
         require(image_size is None or image_size >= 1, f"data.image_size={image_size}: must be at least 1")
         require(
             holdout_every == 0 or holdout_every >= 2, f"data.holdout_every={holdout_every}: must be 0 or at least 2"
         )
-        self.holdout_every = holdout_every
         listed = list_folder(root)
         sizes = {"image_size": image_size, "channels": channels}
         self.inferred = {name: getattr(survey(root), name) for name, value in sizes.items() if value is None}
-        self.other_files = listed.other_files
+        self.hints = tuple(listing_hints(listed, holdout_every, num_classes))
+        self.flips = 2 if horizontal_flip else 1
         chosen = np.flatnonzero(held_out(len(listed.labels), holdout_every) == (split == "test"))
         names, labels = [listed.names[i] for i in chosen], listed.labels[chosen]
-        super().__init__(Path(root), names, labels, listed.class_names, **{**sizes, **self.inferred})
+        super().__init__(
+            Path(root), names, labels, listed.class_names, **{**sizes, **self.inferred}, exif=exif,
+            skip_broken=skip_broken,
+        )  # fmt: skip
 
     def log_summary(self, patch_size: int) -> None:
-        """See `Images.log_summary`; opens no file where nothing is inferred."""
         if self.inferred:
-            root = str(self.files_root)
-            log_folder_summary(root, self.image_size, self.channels, patch_size, self.holdout_every)
+            log_folder_summary(str(self.files_root), self.image_size, self.channels, patch_size)
+
+    def log_hints(self) -> None:
+        super().log_hints()
+        seen = survey(str(self.files_root))
+        if seen.num_opened < len(seen.listed.names):
+            log.info("of %s images, evenly spread:", f"{seen.num_opened:,}")
+        for hint in header_hints(seen.headers, self.image_size, self.channels, self.exif):
+            log.info("hint: %s", hint)
+
+    def check_contents(self, aligned: bool, pixels: bool) -> None:
+        report_broken(str(self.files_root), self.skips_broken)

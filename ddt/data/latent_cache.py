@@ -8,35 +8,98 @@
     features/00000.npy   (records, flips, N, F) float16, optional: outputs of an alignment target
 
 Every shard holds `shard_size` records, the last one the rest; training images come first, then
-held-out ones. `ddt/data/cache_writer.py` writes it. Shapes: B batch, M moments' channels (2C or C),
-h w latent, S pixels, N tokens, F features.
+held-out ones. `ddt/data/cache_writer.py` writes it.
+
+Before training, each shard is compared once with its SHA-256 in the index. `.verified.json` says
+which were, with size and times, so that only a file that has changed or was copied is read again.
+
+Shapes: B batch, M moments' channels (2C or C), h w latent, S pixels, N tokens, F features.
 """
 
+import dataclasses
 import functools
+import hashlib
 import json
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
+from tqdm import tqdm
 
 from ddt.autoencoder import Autoencoder
 from ddt.data.images import FileImages, Images, Split
-from ddt.data.manifest import Row, check_size, read_manifest
+from ddt.data.listing import class_count_hints
+from ddt.data.manifest import DAMAGED, Row, check_size, read_manifest
 from ddt.data.survey import spread
-from ddt.errors import UserError, require
-from ddt.files import sha256
+from ddt.errors import UserError, first_line, require
+from ddt.files import sha256, write_json
 from ddt.objective.alignment import CachedFeatures
 
+log = logging.getLogger(__name__)
 CACHE_FORMAT_VERSION = 1
-KEYS = {
-    "complete", "count", "splits", "shard_size", "arrays", "flips", "channels", "image_size", "class_names", "features",
-    "autoencoder", "source_root", "fingerprint", "shards", "files",
-}  # fmt: skip
+VERIFIED = ".verified.json"
+NUM_HASHERS = min(8, os.cpu_count() or 1)  # threads; one hashes 0.5 to 2 GB/s
+
+
+@dataclasses.dataclass
+class File:
+    """Size in bytes and SHA-256 of a file."""
+
+    size: int
+    sha256: str
+
+
+@dataclasses.dataclass
+class Array:
+    """dtype and shape of a record."""
+
+    dtype: str
+    shape: list[int]
+
+
+@dataclasses.dataclass
+class Index:
+    """What index.json must hold. shards: the files of each, by name."""
+
+    format_version: int
+    complete: bool
+    count: int
+    splits: dict[str, int]
+    shard_size: int
+    arrays: dict[str, Array]
+    flips: int
+    channels: int
+    image_size: int
+    class_names: list[str]
+    transform: str | None
+    features: dict[str, Any] | None
+    autoencoder: dict[str, Any]
+    source: dict[str, Any]
+    source_root: str | None
+    fingerprint: str
+    shards: list[dict[str, File]]
+    files: dict[str, File]
 
 
 def shard_path(root: Path, array: str, shard: int) -> Path:
     """Return the file of a shard of `moments`, `images` or `features`."""
     return root / array / f"{shard:05d}.npy"
+
+
+def content_fingerprint(index: dict[str, Any]) -> str:
+    """Return the hash of what a training on a cache depends on, wherever it lies."""
+    settings = index["autoencoder"].get("settings", {})
+    content = {key: index[key] for key in ("splits", "flips", "channels", "image_size", "class_names", "transform")} | {
+        "manifest": index["files"]["manifest.csv"]["sha256"],
+        "moments": index["arrays"]["moments"],
+        "autoencoder": index["autoencoder"]["fingerprint"],
+        "encode_dtype": settings.get("encode_dtype"),
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def read_index(root: Path) -> dict[str, Any]:
@@ -47,11 +110,16 @@ def read_index(root: Path) -> dict[str, Any]:
         f"data.root={root}: holds no latent cache (index.json); give the folder that scripts/cache_latents.py wrote",
     )
     try:
-        index = json.loads(path.read_text())
-        version, complete_keys = index["format_version"], index.keys() >= KEYS
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged; remove the folder and cache again") from error
-    require(complete_keys, f"{path}: damaged; remove the folder and cache again")
+        content = path.read_bytes()
+        index = json.loads(content)
+        version = index["format_version"]
+        if version == CACHE_FORMAT_VERSION:
+            TypeAdapter(Index).validate_json(content, strict=True)
+            assert index["fingerprint"] == content_fingerprint(index)
+            assert index["count"] == sum(index["splits"].values())
+            assert index["shard_size"] >= 1
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, AssertionError) as error:
+        raise UserError(f"{path}: {DAMAGED}") from error
     require(
         version == CACHE_FORMAT_VERSION,
         f"{path}: format version {version}, this code reads {CACHE_FORMAT_VERSION}; see CHANGELOG.md",
@@ -60,19 +128,79 @@ def read_index(root: Path) -> dict[str, Any]:
 
 
 def check_files(root: Path, index: dict[str, Any]) -> None:
-    """Raise UserError unless a cache is complete and every file has its size."""
+    """Raise UserError unless a cache is complete, every file has its size, and the lists have their
+    SHA-256.
+    """
     done, total = len(index["shards"]), -(-index["count"] // index["shard_size"])
     require(
         index["complete"],
         f"data.root={root}: the cache is incomplete; run the command that makes it again: it resumes where it stopped",
     )
-    require(done == total, f"{root / 'index.json'}: names {done} of {total} shards; cache again")
+    require(done == total, f"{root / 'index.json'}: {DAMAGED}")
     for files in (index["files"], *index["shards"]):
         for name, file in files.items():
             path = root / name
             size = path.stat().st_size if path.is_file() else None
-            problem = "is missing" if size is None else "is damaged"
-            require(size == file["size"], f"{path}: {problem}; run the command that made the cache again")
+            require(size == file["size"], problem_of(path, missing=size is None))
+    for name, file in index["files"].items():
+        require(sha256(root / name) == file["sha256"], problem_of(root / name))
+
+
+def problem_of(path: Path, missing: bool = False) -> str:
+    """Return the message for a damaged or missing file of a cache."""
+    if path.name == "manifest.csv" and not missing:
+        return f"{path}: {DAMAGED}"
+    return f"{path}: is {'missing' if missing else 'damaged'}; run the command that made the cache again"
+
+
+def damaged_files(root: Path, files: dict[str, Any], again: bool = False) -> list[str]:
+    """Return the files that are not of their SHA-256, and record the others as verified.
+
+    again: read those, too, that were verified before and have not changed since.
+    """
+    known: dict[str, Any] = {}
+    if not again:
+        try:
+            known = json.loads((root / VERIFIED).read_bytes())
+            assert isinstance(known, dict)
+        except (OSError, ValueError, AssertionError):
+            known = {}
+    seals = {name: seal(root / name, file["sha256"]) for name, file in files.items()}
+    unknown = [name for name in files if known.get(name) != seals[name]]
+    if not unknown:
+        return []
+
+    def is_intact(name: str) -> bool:
+        try:
+            return sha256(root / name) == files[name]["sha256"]
+        except OSError:
+            return False
+
+    gigabytes = sum(files[name]["size"] for name in unknown) / 1e9
+    progress = tqdm(unit="file", desc=f"verifying {gigabytes:.1f} GB", total=len(unknown), mininterval=1.0)
+    damaged = []
+    with progress, ThreadPoolExecutor(NUM_HASHERS) as pool:
+        for name, intact in zip(unknown, pool.map(is_intact, unknown), strict=True):
+            progress.update()
+            if not intact:
+                damaged.append(name)
+    intact_seals = {name: value for name, value in seals.items() if name not in damaged}
+    try:
+        write_json(root / VERIFIED, {**known, **intact_seals})
+    except (OSError, UserError) as error:
+        log.info("%s: cannot be written (%s), so the next start verifies again", root / VERIFIED, first_line(error))
+    return damaged
+
+
+def seal(path: Path, digest: str) -> list[Any] | None:
+    """Return what tells whether a file is still the one that was verified, None where it is
+    missing: its change time is new on each write and each copy.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [digest, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 class LatentCache(Images):
@@ -86,11 +214,13 @@ class LatentCache(Images):
             where they were when the cache was written.
         cached_features: read the target's features from the cache where it holds them, rather than
             running the target.
+        num_classes: how many classes the cache should have, for a hint; None: any.
 
     Raises UserError for a cache that is missing, incomplete or damaged.
     """
 
     has_latents = True
+    reads_files = True
 
     def __init__(
         self,
@@ -99,6 +229,7 @@ class LatentCache(Images):
         image_size: int | None = None,
         source_root: str | None = None,
         cached_features: bool = True,
+        num_classes: int | None = None,
     ) -> None:
         self.root, self.source_root = Path(root), source_root
         self.index = index = read_index(self.root)
@@ -111,16 +242,12 @@ class LatentCache(Images):
         self.channels, self.image_size = index["channels"], index["image_size"]
         self.class_names, self.flips = index["class_names"], index["flips"]
         self.transform = "as stored in the latent cache"
+        self.hints = tuple(class_count_hints(len(self.class_names), num_classes))
         features = index["features"]
         if cached_features and features is not None:
             self.cached_features = CachedFeatures(**{**features, "grid": tuple(features["grid"])}, root=root)
         self.first = 0 if split == "train" else index["splits"]["train"]
-        path = self.root / "labels.npy"
-        require(
-            sha256(path) == index["files"]["labels.npy"]["sha256"],
-            f"{path}: is damaged; run the command that made the cache again",
-        )
-        labels = np.load(path, allow_pickle=False)
+        labels = np.load(self.root / "labels.npy", allow_pickle=False)
         self.labels = labels[self.first : self.first + index["splits"][split]]
         self._maps: dict[Path, np.ndarray] = {}
 
@@ -140,6 +267,22 @@ class LatentCache(Images):
     def names(self) -> list[str]:  # type: ignore[override]
         """Paths of the images, (n,), read from the manifest."""
         return [row.path for row in self._rows()]
+
+    def check_contents(self, aligned: bool, pixels: bool) -> None:
+        """Raise UserError where a shard that will be read is damaged."""
+        arrays = ["moments"]
+        if aligned and self.cached_features is not None:
+            arrays.append("features")
+        if pixels or (aligned and self.cached_features is None):
+            arrays.append("images")
+        files = {
+            name: file
+            for shard in self.index["shards"]
+            for name, file in shard.items()
+            if name.partition("/")[0] in arrays
+        }
+        damaged = damaged_files(self.root, files)
+        require(not damaged, problem_of(self.root / "".join(damaged[:1])))
 
     def check_autoencoder(self, autoencoder: Autoencoder) -> None:
         """Raise UserError where the moments are those of another autoencoder than the run's."""
@@ -179,7 +322,7 @@ class LatentCache(Images):
             intact = list(stored.shape[1:]) == description["shape"] and stored.dtype == description["dtype"]
         except (OSError, ValueError, EOFError):  # numpy's advice, to allow pickled objects, is not for a user
             intact = False
-        require(intact, f"{path}: is damaged; run the command that made the cache again")
+        require(intact, problem_of(path))
         return stored
 
     def load_moments(self, indices: np.ndarray, flipped: np.ndarray) -> np.ndarray:
@@ -227,5 +370,5 @@ class LatentCache(Images):
         if root.is_dir():
             for k in spread(len(rows), 64):  # a sample is enough to notice another folder
                 check_size(root / rows[k].path, rows[k].bytes)
-        names = [row.path for row in rows]
-        return FileImages(root, names, self.labels, self.class_names, self.image_size, self.channels)
+        names, exif = [row.path for row in rows], self.index["source"].get("exif", "ignore")
+        return FileImages(root, names, self.labels, self.class_names, self.image_size, self.channels, exif)

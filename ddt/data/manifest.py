@@ -1,7 +1,8 @@
 """The list of images of a latent cache: every file is read once, before anything is encoded.
 
 manifest.csv has one row per image, in the order of the cache's records: training images first, then
-held-out ones. broken.csv names the files that cannot be read.
+held-out ones. broken.csv names the files that cannot be read. Names that are not UTF-8 keep their
+bytes in both.
 """
 
 import csv
@@ -9,22 +10,23 @@ import functools
 import itertools
 import logging
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
-from PIL import Image
+import numpy as np
 from tqdm import tqdm
 
-from ddt.data.images import Images, read_image
-from ddt.data.survey import UNREADABLE, suffixes_in_words
+from ddt.data.images import Images
+from ddt.data.reading import Header, read_header, read_image
+from ddt.data.survey import Headers, header_hints, shortened
 from ddt.errors import UserError, require
+from ddt.files import sha256
 
 log = logging.getLogger(__name__)
-ORIENTATION = 0x0112  # EXIF tag
 COLUMNS = ("path", "label", "split", "bytes", "width", "height", "mode", "rotated")
+DAMAGED = "is damaged; remove this file alone, and the command that made the cache writes it again in seconds"
 
 
 class Row(NamedTuple):
@@ -36,38 +38,63 @@ class Row(NamedTuple):
     bytes: int
 
 
+def open_csv(path: Path, mode: str = "r") -> TextIO:
+    """Open a list of files, whose names may hold bytes that are not UTF-8."""
+    return path.open(mode, newline="", encoding="utf-8", errors="surrogateescape")  # type: ignore[return-value]
+
+
 def read_manifest(root: Path) -> list[Row]:
-    """Return the rows of a cache's manifest.csv, in the order of the records."""
-    with (root / "manifest.csv").open(newline="") as file:
-        return [
-            Row(row["path"], int(row["label"]), sys.intern(row["split"]), int(row["bytes"]))
-            for row in csv.DictReader(file)
-        ]
+    """Return the rows of a cache's manifest.csv, in the order of the records; raise UserError where
+    it is damaged.
+    """
+    path = root / "manifest.csv"
+    try:
+        with open_csv(path) as file:
+            return [
+                Row(row["path"], int(row["label"]), sys.intern(row["split"]), int(row["bytes"]))
+                for row in csv.DictReader(file)
+            ]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"{path}: {DAMAGED}") from error
 
 
-def inspect_image(root: Path, name: str) -> dict[str, Any]:
-    """Decode a file and return its manifest columns, or `broken`: why it cannot be read."""
+def read_broken(out: Path) -> set[str]:
+    """Return the names in a cache's broken.csv."""
+    if not (out / "broken.csv").is_file():
+        return set()
+    with open_csv(out / "broken.csv") as file:
+        return {row["path"] for row in csv.DictReader(file)}
+
+
+def inspect_image(root: Path, decode: bool, name: str) -> dict[str, Any]:
+    """Return the manifest columns of a file, or `broken`: why it cannot be read.
+
+    decode: read the pixels too, for only that finds a file that was cut.
+    """
     path = root / name
     try:
-        size = path.stat().st_size
-        with Image.open(path) as image:
-            mode, rotated = image.mode, image.getexif().get(ORIENTATION, 1) != 1
-            if "transparency" in image.info:
-                mode = f"{mode}+transparency"
-        decoded = read_image(path)
-    except UNREADABLE as error:  # a UserError is a ValueError
+        size, header = path.stat().st_size, read_header(path)
+        if decode:
+            read_image(path)
+    except (OSError, UserError) as error:
         return {"broken": str(error).removeprefix(f"{path}: ")}
-    return {"bytes": size, "width": decoded.width, "height": decoded.height, "mode": mode, "rotated": int(rotated)}
+    return {
+        "bytes": size,
+        "width": header.size[0],
+        "height": header.size[1],
+        "mode": header.mode,
+        "rotated": int(header.rotated),
+    }
 
 
-def inspect_images(images: Images, num_workers: int) -> Iterator[dict[str, Any]]:
+def inspect_images(images: Images, num_workers: int, decode: bool) -> Iterator[dict[str, Any]]:
     """Yield the manifest columns of each image, in order."""
     if images.files_root is None:  # images in memory
         side = images.image_size
         columns = {"bytes": images.channels * side**2, "width": side, "height": side, "mode": "", "rotated": 0}
         yield from itertools.repeat(columns, len(images.labels))
         return
-    inspect = functools.partial(inspect_image, images.files_root)
+    inspect = functools.partial(inspect_image, images.files_root, decode)
     if num_workers == 0:
         yield from map(inspect, images.names)
         return
@@ -75,73 +102,102 @@ def inspect_images(images: Images, num_workers: int) -> Iterator[dict[str, Any]]
         yield from pool.map(inspect, images.names, chunksize=64)
 
 
-def make_manifest(out: Path, splits: dict[str, Images], num_workers: int, skip_broken: bool) -> None:
+def inspected_rows(splits: dict[str, Images], num_workers: int, decode: bool) -> Iterator[dict[str, Any]]:
+    """Yield the manifest's row of each image, with `broken` where it cannot be read."""
+    total = sum(len(images.labels) for images in splits.values())
+    what = "reading every image once" if decode else "reading the headers"
+    with tqdm(total=total, unit="img", desc=what, mininterval=1.0) as progress:
+        for split, images in splits.items():
+            inspected = inspect_images(images, num_workers, decode)
+            for name, label, columns in zip(images.names, images.labels, inspected, strict=True):
+                progress.update()
+                yield {"path": name, "label": int(label), "split": split, **columns}
+
+
+def make_manifest(
+    out: Path, splits: dict[str, Images], num_workers: int, skip_broken: bool, expected: str | None = None
+) -> None:
     """Read every image once and write manifest.csv, unless it exists.
 
-    Raises UserError for files that cannot be read, all named in broken.csv, unless `skip_broken`.
+    expected: its SHA-256 as the index gives it; then the files were read before, and a missing
+    manifest is written again from their headers. Raises UserError for a damaged manifest, for files
+    that cannot be read, all named in broken.csv, unless `skip_broken`, and for a class that loses
+    all its images.
     """
-    if (out / "manifest.csv").is_file():
+    path = out / "manifest.csv"
+    if path.is_file():
+        require(expected is None or sha256(path) == expected, f"{path}: {DAMAGED}")
         if (out / "broken.csv").is_file():
-            log.warning("%s: without the images that cannot be read, named in broken.csv", out / "manifest.csv")
+            log.warning("%s: without the images that cannot be read, named in broken.csv", path)
         return
     total = sum(len(images.labels) for images in splits.values())
     require(total > 0, "data: there are no images to cache")
     out.mkdir(parents=True, exist_ok=True)
+    if expected is not None:
+        restore_manifest(out, splits, num_workers, expected)
+        return
     temporary = {name: out / f".tmp-{name}.csv" for name in ("manifest", "broken")}
-    broken, modes, rotated, first_broken = 0, Counter[str](), 0, ""
-    progress = tqdm(total=total, unit="img", desc="reading every image once", mininterval=1.0)
-    with temporary["manifest"].open("w", newline="") as listed, temporary["broken"].open("w", newline="") as unreadable:
+    headers, broken, first_broken, good_labels = Headers(), 0, "", set[int]()
+    with open_csv(temporary["manifest"], "w") as listed, open_csv(temporary["broken"], "w") as unreadable:
         good, bad = csv.DictWriter(listed, COLUMNS), csv.DictWriter(unreadable, ("path", "reason"))
         good.writeheader()
         bad.writeheader()
-        for split, images in splits.items():
-            inspected = inspect_images(images, num_workers)
-            for name, label, columns in zip(images.names, images.labels, inspected, strict=True):
-                progress.update()
-                if "broken" in columns:
-                    first_broken = first_broken or f"{name} ({columns['broken']})"
-                    broken += 1
-                    bad.writerow({"path": name, "reason": columns["broken"]})
-                else:
-                    modes[columns["mode"]] += 1
-                    rotated += columns["rotated"]
-                    good.writerow({"path": name, "label": int(label), "split": split, **columns})
-    progress.close()
+        for row in inspected_rows(splits, num_workers, decode=True):
+            if "broken" in row:
+                first_broken = first_broken or f"{row['path']} ({row['broken']})"
+                broken += 1
+                bad.writerow({"path": row["path"], "reason": row["broken"]})
+            else:
+                headers.add(Header((row["width"], row["height"]), row["mode"], bool(row["rotated"])))
+                good_labels.add(row["label"])
+                good.writerow(row)
     if broken:
         temporary["broken"].replace(out / "broken.csv")
     else:
         temporary["broken"].unlink()
         (out / "broken.csv").unlink(missing_ok=True)  # of an earlier call, before the files were replaced
+    images = splits["train"]
+    labels = np.unique(np.concatenate([split.labels for split in splits.values()]))
+    lost = [images.class_names[label] for label in labels if label not in good_labels]
     if broken == total or (broken and not skip_broken):
         temporary["manifest"].unlink()
         raise UserError(
             f"{out / 'broken.csv'}: {broken} of {total} images cannot be read, the first is {first_broken}; replace or "
             "remove them, or leave them out with skip_broken=true"
         )
+    if lost:
+        temporary["manifest"].unlink()
+        raise UserError(
+            f"{out / 'broken.csv'}: none of the images of {shortened(lost)} can be read; replace them, or remove the "
+            "sub-folder"
+        )
     if broken:
         log.warning("%d images that cannot be read are left out: %s", broken, out / "broken.csv")
-    log_conversions(modes, rotated, splits["train"])
-    temporary["manifest"].replace(out / "manifest.csv")
+    if images.files_root is not None:
+        for hint in header_hints(headers, images.image_size, images.channels, images.exif):
+            log.info("hint: %s", hint)
+    temporary["manifest"].replace(path)
 
 
-def log_conversions(modes: Counter[str], rotated: int, images: Images) -> None:
-    """Log how many files are converted, rotated by EXIF, or not read."""
-    read_as = {1: "L", 3: "RGB"}[images.channels]
-    converted = [f"{count} {mode}" for mode, count in sorted(modes.items()) if mode not in ("", read_as)]
-    if converted:
-        log.info("converted to %s, transparency dropped: %s", read_as, ", ".join(converted))
-    if rotated:
-        log.info("%d images carry an EXIF rotation, which is not applied (nor was it by the published model)", rotated)
-    if images.other_files:
-        log.info("not read, because they are no images by their names: %s", suffixes_in_words(images.other_files))
+def restore_manifest(out: Path, splits: dict[str, Images], num_workers: int, expected: str) -> None:
+    """Write a missing manifest.csv again, without the images that broken.csv names; raise UserError
+    where it is not the one of SHA-256 `expected`.
+    """
+    temporary, broken = out / ".tmp-manifest.csv", read_broken(out)
+    with open_csv(temporary, "w") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row for row in inspected_rows(splits, num_workers, decode=False) if row["path"] not in broken)
+    if sha256(temporary) != expected:
+        temporary.unlink()
+        raise UserError(
+            f"out={out}: was made of other images than the data holds now; give those, or choose another out="
+        )
+    temporary.replace(out / "manifest.csv")
 
 
 def check_manifest(out: Path, manifest: list[Row], splits: dict[str, Images]) -> None:
     """Raise UserError where manifest.csv lists other images than the data holds now."""
-    num_broken = 0
-    if (out / "broken.csv").is_file():
-        with (out / "broken.csv").open(newline="") as file:
-            num_broken = len(list(csv.DictReader(file)))
     listed = {(row.split, row.path, row.label) for row in manifest}
     present = {
         (split, name, int(label))
@@ -149,8 +205,8 @@ def check_manifest(out: Path, manifest: list[Row], splits: dict[str, Images]) ->
         for name, label in zip(images.names, images.labels, strict=True)
     }
     require(
-        listed <= present and len(listed) + num_broken == len(present),
-        f"{out / 'manifest.csv'}: lists other images than the data holds now, or is damaged; choose another out=",
+        listed <= present and len(listed) + len(read_broken(out)) == len(present),
+        f"{out / 'manifest.csv'}: lists other images than the data holds now; choose another out=",
     )
 
 

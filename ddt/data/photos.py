@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ddt.data.images import ArrayImages, Outline, Split, read_image
+from ddt.data.images import ArrayImages, Outline, Split
+from ddt.data.reading import read_image
 from ddt.draws import Stream, random_generator
 from ddt.errors import UserError, require
 

@@ -5,10 +5,10 @@ Shapes: n images, B batch, H W C.
 
 import contextlib
 import hashlib
+import logging
 import math
 import os
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,18 +18,18 @@ import numpy as np
 from PIL import Image
 
 from ddt.checkpoint.format import find_checkpoint
+from ddt.data import reading
 from ddt.data.images import Images
+from ddt.data.listing import IMAGE_SUFFIXES, layout_hints, list_folder
 from ddt.errors import UserError, first_line, require
 from ddt.files import fsync, sha256
 
+log = logging.getLogger(__name__)
 SAMPLES = "samples.npz"
-SUFFIXES = (".png", ".jpg", ".jpeg")
+BESIDE_SAMPLES = ("grid.png", "nearest.png")  # what sample.py and evaluate.py write beside it
 CHANNELS = {"L": 1, "RGB": 3}  # of PIL's modes
 NUM_THREADS = min(16, os.cpu_count() or 1)  # that decode images
-UNREADABLE = (  # what zipfile, numpy and PIL raise for damaged files
-    zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, TypeError, AttributeError, RuntimeError, KeyError,
-    SyntaxError, Image.DecompressionBombError,
-)  # fmt: skip
+UNREADABLE = (*reading.UNREADABLE, zipfile.BadZipFile, AttributeError)  # what Pillow, zipfile and numpy raise
 
 
 class ImageBatches(Protocol):
@@ -147,7 +147,8 @@ class NpzImages:
 
 
 class FolderImages:
-    """The PNG and JPEG files of a folder, all grey or all RGB and of one size, sorted by name.
+    """The image files of a folder (`ddt.data.listing`), all grey or all RGB and of one size, in the
+    order of their paths.
 
     key: the setting of the path, for messages. Raises UserError that names the first unusable file,
     before any pixel is decoded.
@@ -159,12 +160,15 @@ class FolderImages:
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
-        self.files = image_files(path)  # not empty: see `open_images`
-        first = self.files[0].name
+        listed = list_folder(str(path), key)
+        self.names = listed.names
+        self.files = [path / name for name in self.names]
+        first, num_rotated = self.names[0], 0
         for file in self.files:
             with read_errors(file, key, "image"), Image.open(file) as image:
                 require(image.mode in CHANNELS, f"{key}={file}: is of mode {image.mode}; convert all images to RGB")
                 size, channels = (image.height, image.width), CHANNELS[image.mode]
+                num_rotated += reading.is_rotated(image)
             if file is self.files[0]:
                 self.size, self.channels = size, channels
             require(
@@ -176,6 +180,10 @@ class FolderImages:
                 channels == self.channels,
                 f"{key}={file}: has {channels} channels, {first} {self.channels}; convert all images to RGB",
             )
+        for hint in layout_hints(listed):
+            log.info("%s=%s: %s", key, path, hint)
+        if num_rotated:
+            log.info("%s=%s: %d images carry an EXIF rotation, which is not applied", key, path, num_rotated)
 
     def _decode(self, file: Path) -> np.ndarray:
         with read_errors(file, self.key, "image"), Image.open(file) as image:
@@ -197,8 +205,8 @@ class FolderImages:
     @property
     def sha256(self) -> str:
         """The SHA-256 of all names and contents."""
-        lines = "".join(f"{sha256(file)}  {file.name}\n" for file in self.files)
-        return hashlib.sha256(lines.encode()).hexdigest()
+        lines = "".join(f"{sha256(file)}  {name}\n" for file, name in zip(self.files, self.names, strict=True))
+        return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()
 
     def labels(self) -> None:
         """Return None: the files carry no classes."""
@@ -247,7 +255,7 @@ class DataImages:
 def open_images(path: Path, key: str) -> StoredImages:
     """Open an npz, or a folder: its samples.npz, that of a run or checkpoint, or its image files.
 
-    Pixels stay on disk. Raises UserError naming `key` where there is none of them.
+    Pixels stay on disk. Raises UserError naming `key` where there is none of them, or two.
     """
     if not path.is_dir():
         require(
@@ -255,19 +263,27 @@ def open_images(path: Path, key: str) -> StoredImages:
             f"{key}={path}: no such file; give an npz file, a folder of a {SAMPLES} or of images, or a run that was "
             "sampled from",
         )
-        is_image = path.suffix.lower() in SUFFIXES
+        is_image = path.suffix.lower() in IMAGE_SUFFIXES
         require(not is_image, f"{key}={path}: is a single image; give the folder that it lies in")
         return NpzImages(path, key)
-    if (path / SAMPLES).is_file():
+    arrays = sorted(inner.name for inner in path.glob("[!.]*.npz"))
+    images = sorted(
+        inner.name
+        for inner in path.glob("[!.]*.*")
+        if inner.suffix.lower() in IMAGE_SUFFIXES and not (SAMPLES in arrays and inner.name in BESIDE_SAMPLES)
+    )
+    require(
+        not (arrays and images),
+        f"{key}={path}: holds {''.join(arrays[:1])} and {len(images)} images ({', '.join(images[:2])}); give the "
+        "file, or a folder of the images alone",
+    )
+    if SAMPLES in arrays:
         return NpzImages(path / SAMPLES, key)
     if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file():
         samples = find_checkpoint(path) / "samples" / SAMPLES
         require(samples.is_file(), f"{key}={path}: {samples} is missing; sample first, or give the folder of a set")
         return NpzImages(samples, key)
-    require(
-        bool(image_files(path)),
-        f"{key}={path}: holds no {SAMPLES}, no images (.png, .jpg) and no checkpoints; give a folder that does",
-    )
+    require(not arrays, f"{key}={path}: holds no {SAMPLES}; give one of its files: {', '.join(arrays[:3])}")
     return FolderImages(path, key)
 
 
@@ -280,11 +296,6 @@ def pick(images: ImageSource, indices: list[int], batch_size: int = 64) -> np.nd
         if len(picked) == len(set(indices)):
             break
     return np.stack([picked[k] for k in indices])
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Return the image files directly in a folder, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from ddt.config import Choice
-from ddt.distributed.prepare import make_accelerator
+from ddt.distributed.prepare import decide_on_main, make_accelerator
 from ddt.errors import UserError, require
 from ddt.files import check_new
 from ddt.metrics.features import FeatureSettings, check_images, check_weights, extract
@@ -60,6 +60,11 @@ def write_reference_statistics(settings: ReferenceStatisticsSettings, command: s
     accelerator = make_accelerator("no", timeout=datetime.timedelta(days=1))
     images, data = settings.data.build(split=settings.split), settings.choices["data"]
     images.require_pixels()
+    require(images.flips == 1 or images.has_latents, "data.horizontal_flip=true: has no effect here; leave it out")
+    require(not images.skips_broken, "data.skip_broken=true: has no effect here; remove the files instead")
+    if accelerator.is_main_process:
+        images.log_hints()
+    decide_on_main(accelerator, lambda: images.check_contents(aligned=False, pixels=True))
     total = len(images.labels)
     require(total >= 2, f"split={settings.split}: data={data} holds {total} images of it; choose the other")
     measured = DataImages(f"data:{data}", images, choose(total, settings.num_images))

@@ -215,6 +215,8 @@ def train_autoencoder(
         f"data: images of {images.image_size} px cannot be halved {len(settings.block_out_channels) - 1} times; "
         "choose another data.image_size, or fewer levels in block_out_channels",
     )
+    images.log_hints()
+    images.check_contents(aligned=False, pixels=False)
     with atomic_folder(out) as folder:  # a read-only place is refused before the training
         start = time.monotonic()
         network = build_network(settings, images.channels, images.image_size)

@@ -152,8 +152,7 @@ def data_outline(data: Choice, name: str, num_classes: int | None) -> Outline:
     """
     outline: Outline = locate(data.target).outline(data.settings)
     if name in IMAGENET:
-        known = None if data.settings.get("holdout_every") else 1_281_167
-        outline = dataclasses.replace(outline, num_classes=1000, num_images=known)
+        outline = dataclasses.replace(outline, num_images=None if data.settings.get("holdout_every") else 1_281_167)
     require(
         outline.num_classes is None or num_classes is None,
         f"num_classes={num_classes}: data={name} has {outline.num_classes}; leave it out",

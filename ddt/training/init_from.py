@@ -16,11 +16,13 @@ from ddt.checkpoint.published import find_released, read_released
 from ddt.errors import UserError, require
 from ddt.model import NETWORKS, Denoiser
 from ddt.objective import Objective
+from ddt.pictures import imagenet_synsets
 from ddt.training.ema import EMA
 
 log = logging.getLogger(__name__)
 # settings that change no name or shape of the weights, or whose weights are new
 MAY_DIFFER = ("num_classes", "adaln_init", "activation_checkpointing")
+NUM_IMAGENET = 1000  # classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +133,10 @@ def initialise(init_from: str, config: dict[str, Any], objective: Objective, ema
             objective.alignment.load_state_dict(state, strict=True)
         projector = "projector loaded" if fits else "projector new"
     log.info("init_from=%s: raw and EMA weights loaded, %s, %s", source.name, table, projector)
-    if old == new and source.class_names not in (None, config["class_names"]):
+    class_names = source.class_names
+    if class_names is None and old == new == NUM_IMAGENET:  # a published model, which names none
+        class_names = imagenet_synsets()
+    if old == new and class_names not in (None, config["class_names"]):
         log.warning(
             "init_from=%s: has as many classes, but others; rows of the label table change their class", source.name
         )

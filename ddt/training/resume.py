@@ -27,6 +27,7 @@ FREE = (
     "model.activation_checkpointing",
     "data.root",
     "data.source_root",
+    "data.skip_broken",  # of the steps until now none read a broken image
     "autoencoder.source",
     "autoencoder.revision",
     "autoencoder.chunk_size",
@@ -53,6 +54,18 @@ def frozen_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tu
     }
 
 
+def described(key: str, old: Any, new: Any) -> str:
+    """Return a difference in words; two hashes would say nothing."""
+    group, _, name = key.partition(".")
+    if name != "fingerprint" or None in (old, new):
+        return f"{key} {old} -> {new}"
+    if group != "data":
+        return f"{key}: its weights changed"
+    # hash of the list, then, of files, one of their contents: `Images.fingerprint`
+    same_list = "-" in new and old.partition("-")[0] == new.partition("-")[0]
+    return f"{key}: {'contents of images changed' if same_list else 'the list of images changed'}"
+
+
 def check_place(run_dir: Path) -> None:
     """Raise UserError for a run folder inside another run, or inside a checkpoint or an export."""
     folder = run_dir.absolute()
@@ -66,7 +79,7 @@ def check_place(run_dir: Path) -> None:
 def check_same_training(path: Path, saved: dict[str, Any], config: dict[str, Any]) -> None:
     """Raise UserError where a run's settings `saved` in `path` are of another training."""
     frozen = frozen_differences(saved, config)
-    changes = [f"{key} {old} -> {new}" for key, (old, new) in frozen.items()]
+    changes = [described(key, old, new) for key, (old, new) in frozen.items()]
     more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
     require(
         not changes,

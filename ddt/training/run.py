@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from ddt.autoencoder import Autoencoder
 from ddt.checkpoint import format as ckpt
-from ddt.config import Choice
+from ddt.config import Choice, locate
 from ddt.data.images import Images
 from ddt.data.survey import infer_settings
 from ddt.distributed.launch import default_processes
@@ -88,6 +89,20 @@ def infer(settings: TrainSettings) -> TrainSettings:
     """Return settings whose nulls are inferred from the images, where they can be."""
     model, data = infer_settings(settings.model, settings.data, settings.autoencoder)
     return dataclasses.replace(settings, model=model, data=data)
+
+
+def inspect(settings: TrainSettings) -> None:
+    """Look at the files of the data set before they are trained on, on one process: log hints,
+    raise UserError for broken ones.
+    """
+    if os.environ.get("RANK", "0") != "0" or not locate(settings.data.target).reads_files:
+        return
+    images = settings.data.build(split="train")
+    images.log_hints()
+    images.check_contents(
+        aligned=settings.alignment is not None and settings.alignment.needs_target,
+        pixels=settings.features is not None and settings.reference is None,
+    )
 
 
 def check(settings: TrainSettings) -> None:

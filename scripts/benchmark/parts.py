@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ddt.checkpoint import format as ckpt
-from ddt.data.cache_writer import ShardWriter
-from ddt.data.latent_cache import CACHE_FORMAT_VERSION, LatentCache, shard_path
+from ddt.data.cache_writer import ShardWriter, file_record
+from ddt.data.latent_cache import CACHE_FORMAT_VERSION, LatentCache, content_fingerprint, shard_path
 from ddt.distributed.compile import compile_blocks
 from ddt.distributed.prepare import prepare
 from ddt.errors import require
@@ -404,16 +404,16 @@ def write_stores(root: Path, records: int, latent_size: int) -> None:
             mean, logvar = torch.from_numpy(values[0, 0]).chunk(2)
             torch.save({"mean": mean.clone(), "logvar": logvar.clone()}, root / "files" / f"{start + row}.pt")
         shards.append({f"moments/{shard:05d}.npy": writer.close()})
-    labels = root / "cache" / "labels.npy"
-    np.save(labels, np.zeros(records, dtype=np.int64))
-    index = {
+    np.save(root / "cache" / "labels.npy", np.zeros(records, dtype=np.int64))
+    (root / "cache" / "manifest.csv").touch()
+    index: dict[str, Any] = {
         "format_version": CACHE_FORMAT_VERSION, "complete": True, "count": records, "splits": {"train": records},
         "shard_size": shard_size, "arrays": {"moments": {"dtype": "float16", "shape": [1, *shape]}}, "flips": 1,
-        "channels": 3, "image_size": CELL * latent_size, "class_names": ["0"], "fingerprint": "benchmark",
-        "features": None, "source_root": None, "shards": shards, "autoencoder": {},
-        "files": {"labels.npy": {"size": labels.stat().st_size, "sha256": sha256(labels)}},
+        "channels": 3, "image_size": CELL * latent_size, "class_names": ["0"], "transform": None,
+        "features": None, "source": {}, "source_root": None, "shards": shards, "autoencoder": {"fingerprint": None},
+        "files": {name: file_record(root / "cache" / name) for name in ("labels.npy", "manifest.csv")},
     }  # fmt: skip
-    write_json(root / "cache" / "index.json", index)
+    write_json(root / "cache" / "index.json", {**index, "fingerprint": content_fingerprint(index)})
 
 
 def loader(setup: Setup) -> Iterator[Case]:

@@ -18,6 +18,7 @@ from ddt.autoencoder import KLAutoencoder
 from ddt.data import cache_writer as caching
 from ddt.data.images import ImageFolder
 from ddt.data.latent_cache import LatentCache, read_index
+from ddt.errors import UserError
 from ddt.files import lock_folder
 
 SCRIPT = ROOT / "scripts" / "cache_latents.py"
@@ -94,10 +95,10 @@ def test_index_says_what_the_records_are_and_where_they_came_from(cache, vae):
 
 def test_a_complete_cache_is_verified_and_left_alone(cache, folder, vae, caplog):
     caplog.set_level("INFO")
-    before = {p: p.stat().st_mtime_ns for p in cache.rglob("*") if p.is_file()}
+    before = {p: p.stat().st_mtime_ns for p in cache.rglob("[!.]*") if p.is_file()}
     cached(folder, vae, cache, "store_images=true")
     assert "complete, 22 images; every checksum is right" in caplog.text
-    assert {p: p.stat().st_mtime_ns for p in cache.rglob("*") if p.is_file()} == before
+    assert {p: p.stat().st_mtime_ns for p in cache.rglob("[!.]*") if p.is_file()} == before
 
 
 def test_a_flipped_bit_and_every_other_damage_is_reported_and_repaired(cache, folder, vae, tmp_path):
@@ -138,7 +139,7 @@ MOMENTS_TO_DIE = {
     "while the files are looked at": ("ddt.data.manifest", "inspect_image", 7, False),
     "with half a shard written": ("ddt.data.cache_writer", "ShardWriter.append", 7, False),
     "with one of a shard's two files in place": ("ddt.data.cache_writer", "ShardWriter.close", 5, True),
-    "before a shard's receipt": ("ddt.data.cache_writer", "receipt_path", 20, False),
+    "before a shard's receipt": ("ddt.data.cache_writer", "receipt_path", 8, False),
     "before the last index": ("ddt.data.cache_writer", "sha256", 2, False),
 }
 
@@ -168,6 +169,125 @@ def test_two_processes_make_the_same_bytes(cache, folder, vae, tmp_path):
     assert read_index(out)["complete"]
 
 
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    """A cache of ten image files without an autoencoder, and the options that made it."""
+    root = tmp_path_factory.mktemp("pixels")
+    picture_folder(root / "pictures", count=5)
+    options = [
+        "data=folder", f"data.root={root / 'pictures'}", "data.image_size=16", "data.channels=3",
+        "data.holdout_every=5", "autoencoder=identity", "shard_size=4", "num_workers=0",
+    ]  # fmt: skip
+    succeed("scripts.cache_latents", *options, f"out={root / 'cache'}")
+    return root / "cache", options
+
+
+@pytest.mark.parametrize("name", ["index.json", "manifest.csv"])
+def test_a_damaged_list_is_refused_and_removing_it_alone_rebuilds_it(pixels, tmp_path, monkeypatch, name):
+    """In seconds: nothing is encoded again, and of the images the headers alone are read."""
+    cache, options = pixels
+    out = tmp_path / "copy"
+    shutil.copytree(cache, out)
+    path = out / name
+    intact = path.read_bytes()
+    told = f"{path}: is damaged; remove this file alone, and the command that made the cache writes it again in seconds"
+    for damaged in (
+        intact[: len(intact) // 2],
+        bytes(len(intact)),
+        intact.replace(b"class1", b"class0", 1),
+        b"[1]",
+        b"",
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError) as error:
+            LatentCache(str(out))
+        assert str(error.value) == told
+    path.write_bytes(intact.replace(b"class1", b"class0", 1))
+    assert refusal("scripts.cache_latents", *options, f"out={out}") == told
+    path.unlink()
+    for function in ("ddt.data.manifest.read_image", "ddt.data.cache_writer.encode_shard"):
+        monkeypatch.setattr(function, None)
+    succeed("scripts.cache_latents", *options, f"out={out}")
+    assert path.read_bytes() == intact
+    assert content(out) == content(cache)
+
+
+def test_a_list_is_not_rebuilt_of_other_images(pixels, tmp_path):
+    cache, options = pixels
+    out, other = tmp_path / "copy", picture_folder(tmp_path / "other", count=6)
+    shutil.copytree(cache, out)
+    (out / "manifest.csv").unlink()
+    message = refusal("scripts.cache_latents", *options, f"out={out}", f"data.root={other}")
+    assert message == f"out={out}: was made of other images than the data holds now; give those, or choose another out="
+    assert not list(out.glob("*manifest*"))
+
+
+def test_shards_without_an_index_are_not_taken_for_those_of_another_cache(pixels, tmp_path):
+    cache, options = pixels
+    out = tmp_path / "copy"
+    shutil.copytree(cache, out)
+    (out / "index.json").unlink()
+    succeed("scripts.cache_latents", *options, f"out={out}", "dtype=float32")
+    straight = np.zeros(8, dtype=bool)
+    stored = [LatentCache(str(folder)).load_moments(np.arange(8), straight) for folder in (cache, out)]
+    assert [values.dtype for values in stored] == [np.float16, np.float32]
+    np.testing.assert_allclose(*stored, atol=1e-3)
+
+
+def test_a_class_that_loses_all_its_images_is_named(pixels, tmp_path):
+    _, options = pixels
+    root = picture_folder(tmp_path / "pictures", count=3)
+    for path in (root / "class1").iterdir():
+        path.write_bytes(b"broken")
+    message = refusal(
+        "scripts.cache_latents", *options, f"data.root={root}", f"out={tmp_path / 'out'}", "skip_broken=true"
+    )
+    assert message.endswith("none of the images of class1 can be read; replace them, or remove the sub-folder")
+    assert not (tmp_path / "out" / "manifest.csv").exists()
+
+
+def test_names_that_are_not_utf8_are_cached(pixels, tmp_path):
+    _, options = pixels
+    root, out = picture_folder(tmp_path / "pictures", count=2), tmp_path / "out"
+    name = os.fsdecode(b"class0/caf\xe9,1.png")
+    (root / "class0" / "01.png").rename(root / name)
+    (root / "class1" / "00.png").write_bytes(b"broken")
+    again = [*options, f"data.root={root}", "data.holdout_every=0", f"out={out}", "skip_broken=true"]
+    succeed("scripts.cache_latents", *again)
+    assert LatentCache(str(out)).names == ["class0/00.png", name, "class1/01.png"]
+    intact = (out / "manifest.csv").read_bytes()
+    assert b"caf\xe9" in intact
+    (out / "manifest.csv").unlink()
+    succeed("scripts.cache_latents", *again)
+    assert (out / "manifest.csv").read_bytes() == intact
+
+
+@pytest.mark.parametrize(
+    ("setting", "instead"), [("data.horizontal_flip=true", "flip=true"), ("data.skip_broken=true", "skip_broken=true")]
+)
+def test_settings_of_training_from_files_are_refused(pixels, tmp_path, setting, instead):
+    message = refusal("scripts.cache_latents", *pixels[1], f"out={tmp_path / 'out'}", setting)
+    assert message == f"{setting}: has no effect here; give {instead}"
+
+
+def test_an_applied_rotation_is_cached_and_read(tmp_path, pixels):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "pictures").mkdir()
+    for k in range(3):
+        picture(k, 16, 16).save(tmp_path / "pictures" / f"{k}.jpg", exif=exif)
+    options = [*pixels[1], f"data.root={tmp_path / 'pictures'}", "data.holdout_every=0"]
+    for exif in ("ignore", "apply"):
+        succeed("scripts.cache_latents", *options, f"data.exif={exif}", f"out={tmp_path / exif}")
+    ignored, applied = (LatentCache(str(tmp_path / exif)) for exif in ("ignore", "apply"))
+    assert ignored.fingerprint != applied.fingerprint
+    folder = ImageFolder(str(tmp_path / "pictures"), 16, holdout_every=0, exif="apply")
+    assert np.array_equal(applied.load(np.arange(3)), folder.load(np.arange(3)))  # of the image files
+    assert np.array_equal(ignored.load(np.arange(3)), np.rot90(folder.load(np.arange(3)), axes=(2, 3)))
+    moments = applied.load_moments(np.arange(3), np.zeros(3, dtype=bool)).astype(np.float32)
+    np.testing.assert_allclose(moments, folder.load(np.arange(3)) / 127.5 - 1, atol=1e-2)
+
+
 def test_no_process_writes_into_another_cache(cache, folder, vae, tmp_path):
     """An incomplete cache stays untouched by another command on two processes."""
     out = tmp_path / "stopped"
@@ -175,7 +295,7 @@ def test_no_process_writes_into_another_cache(cache, folder, vae, tmp_path):
     for shard in range(1, 6):
         (out / "shards" / f"{shard:05d}.json").unlink()
         (out / "moments" / f"{shard:05d}.npy").unlink()
-    (out / "index.json").write_text(json.dumps({**read_index(out), "complete": False, "shards": [], "files": {}}))
+    (out / "index.json").write_text(json.dumps({**read_index(out), "complete": False, "shards": []}))
     before = content(out)
     other = small_vae(tmp_path / "other", channels=3, levels=2, scaling_factor=0.7)
     chosen = arguments(folder, other, out, "store_images=true", "num_processes=2")
@@ -216,7 +336,7 @@ def test_files_that_are_no_images_by_name_are_counted(tmp_path, vae, caplog):
     elsewhere = picture_folder(tmp_path / "elsewhere", count=2, classes=1)
     (root / "class1" / "more").symlink_to(elsewhere / "class0")
     cached(root, vae, tmp_path / "out")
-    assert "not read, because they are no images by their names: 1 .gif, 1 .txt" in caplog.text
+    assert "hint: not read: 1 .gif, 1 .txt" in caplog.text
     assert read_index(tmp_path / "out")["count"] == 8  # those behind the link too
 
 
@@ -281,7 +401,8 @@ def test_skipped_on_request_and_what_is_converted_is_said(tmp_path, vae, caplog)
     picture(9).save(root / "bad" / "fine.png")
     cached(root, vae, tmp_path / "out", "data.holdout_every=0", "skip_broken=true", "store_images=true")
     assert "3 images that cannot be read are left out" in caplog.text
-    assert "converted to RGB, transparency dropped: 1 CMYK, 1 I;16, 1 L, 1 P, 1 P+transparency, 1 RGBA" in caplog.text
+    assert "hint: converted to RGB: 1 CMYK, 1 I;16, 1 L, 1 P, 1 P+transparency, 1 RGBA" in caplog.text
+    assert "hint: 2 images are transparent" in caplog.text
     assert "1 images carry an EXIF rotation, which is not applied" in caplog.text
     stored = LatentCache(str(tmp_path / "out"))
     assert stored.labels.tolist() == [0] + [1] * 7

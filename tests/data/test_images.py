@@ -1,13 +1,16 @@
-"""Data sets: their splits, how files are read, and how broken ones are refused."""
+"""Data sets: their splits and fingerprints, mirror images, what stands in for broken ones."""
 
 import gzip
+import shutil
 
 import numpy as np
 import pytest
-from conftest import picture
+import torch
+from conftest import picture, picture_folder
 from PIL import Image
 
-from ddt.data.images import Digits, FashionMNIST, ImageFolder, center_crop, read_image
+from ddt.data.images import Digits, FashionMNIST, ImageFolder
+from ddt.data.stream import TrainingStream, validation_batch
 from ddt.errors import UserError
 
 
@@ -80,69 +83,81 @@ def test_image_folder(tmp_path):
     assert not set(train.names) & set(test.names)
 
 
-def test_every_kind_of_file_is_read_as_rgb_of_eight_bits(tmp_path):
-    """Grey, palette, CMYK, transparent, 16-bit, rotated: the pixels that ADM's reader gives."""
-    colour = picture(0, 8, 8)
-    grey = colour.convert("L")
-    deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    palette = colour.convert("P")
-    kinds = {
-        "grey.png": (grey, {}, grey.convert("RGB")),
-        "palette.png": (palette, {}, palette.convert("RGB")),
-        "alpha.png": (colour.convert("RGBA"), {}, colour),
-        "see_through.png": (palette, {"transparency": bytes(range(200))}, palette.convert("RGB")),
-        "deep.png": (Image.fromarray(deep), {}, Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")),
-        "rotated.png": (colour, {"exif": exif}, colour),
-    }
-    for name, (image, options, expected) in kinds.items():
-        image.save(tmp_path / name, **options)
-        actual = read_image(tmp_path / name)
-        assert actual.mode == "RGB"
-        assert np.array_equal(np.asarray(actual), np.asarray(expected)), name
-    colour.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
-    with Image.open(tmp_path / "cmyk.jpg") as stored:
-        assert np.array_equal(np.asarray(read_image(tmp_path / "cmyk.jpg")), np.asarray(stored.convert("RGB")))
+def test_a_fingerprint_knows_names_labels_sizes_and_contents(tmp_path):
+    """What would train another network is another data set, wherever the folder lies."""
+    write_folder(tmp_path / "here")
+
+    def parts():
+        return ImageFolder(str(tmp_path / "here"), 8).fingerprint.split("-")
+
+    shutil.copytree(tmp_path / "here", tmp_path / "copy")
+    first = parts()
+    assert ImageFolder(str(tmp_path / "copy"), 8).fingerprint.split("-") == first
+    image, content = tmp_path / "here" / "cat" / "2.png", (tmp_path / "here" / "cat" / "2.png").read_bytes()
+    image.write_bytes(content + b"x")  # another size
+    listed, contents = parts()
+    assert listed == first[0]
+    assert contents != first[1]
+    image.write_bytes(content[:-1] + b"x")  # the same
+    assert parts()[1] not in (first[1], contents)
+    image.write_bytes(content)
+    for old, new in (("cat", "x"), ("dog", "cat"), ("x", "dog")):  # swapped classes
+        (tmp_path / "here" / old).rename(tmp_path / "here" / new)
+    (tmp_path / "here" / "dog" / "notes.txt").rename(tmp_path / "here" / "cat" / "notes.txt")
+    assert parts() == [first[0], parts()[1]]
+    assert parts()[1] != first[1]
+    image.with_name("3.png").write_bytes(content)
+    assert parts()[0] != first[0]
 
 
-@pytest.mark.parametrize("content", ["cut", "text", "nothing"])
-def test_a_broken_file_is_named_and_never_half_read(tmp_path, content):
-    picture(0, 300, 200).save(tmp_path / "x.jpg")
-    data = (tmp_path / "x.jpg").read_bytes()
-    (tmp_path / "x.jpg").write_bytes({"cut": data[: len(data) // 2], "text": b"no picture", "nothing": b""}[content])
-    with pytest.raises(UserError, match=r"x\.jpg: not a readable image .*; replace or remove it"):
-        read_image(tmp_path / "x.jpg")
+def test_classes_in_another_order_are_another_data_set(tmp_path, monkeypatch):
+    for name in ("2", "10"):
+        (tmp_path / name).mkdir()
+        picture(0, 8, 8).save(tmp_path / name / "0.png")
+    natural = ImageFolder(str(tmp_path), 8, holdout_every=0)
+    assert natural.class_names == ["2", "10"]
+    monkeypatch.setattr("ddt.data.listing.natural_order", str)
+    by_text = ImageFolder(str(tmp_path), 8, holdout_every=0)
+    assert by_text.class_names == ["10", "2"]
+    assert natural.fingerprint.partition("-")[0] != by_text.fingerprint.partition("-")[0]
 
 
-def test_a_picture_too_elongated_to_crop_is_named(tmp_path):
-    picture(0, 1, 101).save(tmp_path / "x.png")
-    with pytest.raises(UserError, match=r"x\.png: is 1×101, too elongated to crop"):
-        read_image(tmp_path / "x.png")
+def broken_folder(root):
+    """Two classes of four images, of which the second, third and last of class 0 are broken."""
+    picture_folder(root, count=4)
+    for k in (1, 2, 3):
+        (root / "class0" / f"{k:02d}.png").write_bytes(b"broken")
+    return root
 
 
-def test_image_folder_names_what_is_wrong(tmp_path):
-    with pytest.raises(UserError, match=r"data\.root=.*nowhere: no such folder"):
-        ImageFolder(str(tmp_path / "nowhere"), 8)
-    with pytest.raises(UserError, match="holds no images and no sub-folders"):
-        ImageFolder(str(tmp_path), 8)
-    write_folder(tmp_path)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: holds no images"):
-        ImageFolder(str(tmp_path), 8)
+def test_the_next_of_its_class_stands_in_for_a_broken_image(tmp_path, caplog):
+    root = broken_folder(tmp_path)
+    strict, images = (ImageFolder(str(root), 8, holdout_every=0, skip_broken=skip) for skip in (False, True))
+    assert np.array_equal(images.load(np.array([3, 1, 2, 0])), strict.load(np.array([0, 0, 0, 0])))
+    assert np.array_equal(images.load(np.arange(4, 8)), strict.load(np.arange(4, 8)))
+    images.load(np.array([1, 1]))
+    assert len(caplog.messages) == 3  # once a file
+    assert "03.png: not a readable image" in caplog.messages[0]
+    assert "; class0/00.png stands in for it" in caplog.messages[0]
+    assert images.fingerprint == strict.fingerprint
+    with pytest.raises(UserError, match=r"01\.png: not a readable image"):
+        strict.load(np.array([1]))
+    (root / "class0" / "00.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"00\.png: .*; no image of its class can be read"):
+        images.load(np.array([0]))
 
 
-@pytest.mark.parametrize("size", [(8, 8), (9, 31), (37, 16), (100, 75), (17, 16)])
-def test_center_crop_follows_adm(size):
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    actual = np.asarray(center_crop(image, 8))
-    expected = image
-    while min(*expected.size) >= 2 * 8:
-        expected = expected.resize(tuple(x // 2 for x in expected.size), resample=Image.Resampling.BOX)
-    scale = 8 / min(*expected.size)
-    expected = np.asarray(
-        expected.resize(tuple(round(x * scale) for x in expected.size), resample=Image.Resampling.BICUBIC)
-    )
-    top, left = (expected.shape[0] - 8) // 2, (expected.shape[1] - 8) // 2
-    assert np.array_equal(actual, expected[top : top + 8, left : left + 8])
+def test_mirror_images_are_chosen_by_position(tmp_path):
+    picture_folder(tmp_path, count=5)
+    plain, flipping = (ImageFolder(str(tmp_path), 8, holdout_every=0, horizontal_flip=flip) for flip in (False, True))
+    positions = list(range(3, 203))
+    straight, mirrored = (TrainingStream(images, 1, (3, 8, 8))[positions] for images in (plain, flipping))
+    for key in ("y", "noise", "time_normal", "dropout_uniform"):
+        assert torch.equal(straight[key], mirrored[key])
+    same = (mirrored["images"] == straight["images"]).flatten(1).all(1)
+    turned = (mirrored["images"] == straight["images"].flip(-1)).flatten(1).all(1)
+    assert (same ^ turned).all()
+    assert 60 < turned.sum() < 140
+    assert torch.equal(TrainingStream(flipping, 1, (3, 8, 8))[[150]]["images"][0], mirrored["images"][147])
+    held_out = validation_batch(flipping, (3, 8, 8), np.arange(10))
+    assert np.array_equal(held_out["images"].numpy(), plain.load(np.arange(10)))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import shutil
 
@@ -12,10 +13,12 @@ from conftest import picture, picture_folder, refusal, rows, small_vae, succeed
 
 import ddt
 from ddt.autoencoder import Identity, KLAutoencoder
+from ddt.data import latent_cache
 from ddt.data.images import ImageFolder
 from ddt.data.latent_cache import LatentCache
 from ddt.data.stream import TrainingStream, validation_batch
 from ddt.errors import UserError
+from ddt.files import sha256
 
 SMALL = [
     "model.hidden_size=32",
@@ -181,7 +184,7 @@ def test_another_cache_of_the_same_files_is_another_training(place, tmp_path, mo
     constant = [*SMALL, "trainer.lr_schedule=constant", "name=run"]
     succeed("train", *constant, *latents(place, "single"), "trainer.max_steps=2")
     message = refusal("train", *constant, *latents(place, "mirrored"), "trainer.max_steps=4")
-    assert "data.fingerprint" in message
+    assert "another training (data.fingerprint: the list of images changed)" in message
 
 
 def test_a_cache_offers_latents_and_is_not_cached_again(place):
@@ -229,7 +232,6 @@ def test_foreign_and_incomplete_caches_are_refused(place, tmp_path, monkeypatch)
     np.save(copy / "labels.npy", labels)
     moments.write_bytes(bytes(10) + moments.read_bytes()[10:])
     assert refused() == f"{moments}: is damaged; run the command that made the cache again"
-    shutil.rmtree(tmp_path / "runs")
     moments.write_bytes(b"short")
     assert "00001.npy: is damaged" in refused()
     moments.unlink()
@@ -239,8 +241,57 @@ def test_foreign_and_incomplete_caches_are_refused(place, tmp_path, monkeypatch)
     (copy / "index.json").write_text(json.dumps({**index, "format_version": 99}))
     assert "format version 99" in refused()
     (copy / "index.json").write_text("{")
-    assert "index.json: damaged" in refused()
+    assert "index.json: is damaged; remove this file alone" in refused()
     assert not (tmp_path / "runs").exists()
+
+
+def test_every_shard_is_compared_with_its_hash_once(place, tmp_path, monkeypatch):
+    """Swapped and flipped ones are named before they are read; a marker saves the second time."""
+    root = tmp_path / "copy"
+    shutil.copytree(place / "half", root)
+    cache, read = LatentCache(str(root)), []
+    monkeypatch.setattr(latent_cache, "sha256", lambda path: read.append(path.name) or sha256(path))
+    (root / ".verified.json").unlink(missing_ok=True)
+    cache.check_contents(aligned=False, pixels=False)
+    assert read == [f"{k:05d}.npy" for k in range(6)]
+    cache.check_contents(aligned=False, pixels=False)
+    assert len(read) == 6
+    cache.check_contents(aligned=True, pixels=False)  # its images, too
+    assert len(read) == 12
+    for old, new in (("00000", "x"), ("00001", "00000"), ("x", "00001")):
+        (root / "moments" / f"{old}.npy").rename(root / "moments" / f"{new}.npy")
+    with pytest.raises(UserError, match=r"moments/00000\.npy: is damaged; run the command that made the cache again"):
+        cache.check_contents(aligned=False, pixels=False)
+    assert len(read) == 14
+    shutil.copytree(place / "half", root, dirs_exist_ok=True)
+    cache.check_contents(aligned=False, pixels=False)
+    flipped = bytearray((root / "images" / "00003.npy").read_bytes())
+    flipped[-1] ^= 1
+    times = (root / "images" / "00003.npy").stat()
+    (root / "images" / "00003.npy").write_bytes(flipped)
+    os.utime(root / "images" / "00003.npy", ns=(times.st_atime_ns, times.st_mtime_ns))  # as rsync and cp -p do
+    cache.check_contents(aligned=False, pixels=False)
+    with pytest.raises(UserError, match=r"images/00003\.npy: is damaged"):
+        cache.check_contents(aligned=False, pixels=True)
+
+
+def test_a_cache_that_cannot_be_written_is_verified_each_time(place, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    shutil.copytree(place / "half", tmp_path / "copy")
+    (tmp_path / "copy" / ".verified.json").write_text("[1]")
+
+    def refuse(*_):
+        raise OSError("read-only file system")
+
+    monkeypatch.setattr(latent_cache, "write_json", refuse)
+    LatentCache(str(tmp_path / "copy")).check_contents(aligned=False, pixels=False)
+    assert "cannot be written (read-only file system), so the next start verifies again" in caplog.text
+
+
+def test_another_number_of_classes_than_expected_is_a_hint(place):
+    (hint,) = LatentCache(str(place / "half"), num_classes=1000).hints
+    assert hint.startswith("2 classes, where data.num_classes=1000 are expected")
+    assert LatentCache(str(place / "half"), num_classes=2).hints == ()
 
 
 def test_an_autoencoder_that_changed_since_training_is_refused_when_sampling(place, tmp_path, monkeypatch):

@@ -11,7 +11,15 @@ from PIL import Image
 from ddt.config import Choice
 from ddt.data import survey as surveying
 from ddt.data.images import ImageFolder
-from ddt.data.survey import hints, infer_settings, list_folder, log_folder_summary, patch_size, survey
+from ddt.data.survey import (
+    header_hints,
+    infer_settings,
+    listing_hints,
+    log_folder_summary,
+    patch_size,
+    report_broken,
+    survey,
+)
 from ddt.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,24 +84,12 @@ def test_null_settings_are_inferred_and_others_kept(tmp_path):
         assert infer_settings(inferred, images, autoencoder) == (inferred, images)
 
 
-def test_images_without_sub_folders_are_one_class(tmp_path):
-    for k in range(3):
-        write(tmp_path / "flowers" / f"{k}.png", 9, 8)
-    listed = list_folder(str(tmp_path / "flowers"))
-    assert (listed.class_names, listed.names) == (["flowers"], ["0.png", "1.png", "2.png"])
-    assert listed.labels.tolist() == [0, 0, 0]
-
-
-def test_a_folder_that_is_laid_out_otherwise_is_named(tmp_path):
-    picture_folder(tmp_path / "train", count=1)
-    picture_folder(tmp_path / "val", count=1)
-    with pytest.raises(
-        UserError, match=r"its sub-folders train, val are splits, not classes; give data\.root=.*/train$"
-    ):
-        list_folder(str(tmp_path))
-    write(tmp_path / "train" / "beside.png", 8, 8)
-    with pytest.raises(UserError, match=r"holds images \(beside\.png\) beside its sub-folders"):
-        list_folder(str(tmp_path / "train"))
+def hints(root, image_size, channels, holdout_every, exif="ignore"):
+    seen = survey(str(root))
+    return [
+        *listing_hints(seen.listed, holdout_every, None),
+        *header_hints(seen.headers, image_size, channels, exif),
+    ]
 
 
 def test_what_should_be_known_is_said(tmp_path, caplog):
@@ -102,35 +98,72 @@ def test_what_should_be_known_is_said(tmp_path, caplog):
         write(tmp_path / "many" / f"{k}.png", 40, 30)
     write(tmp_path / "alone" / "0.png", 20, 50, "RGBA")
     (tmp_path / "many" / "notes.txt").touch()
-    text = "\n".join(hints(survey(str(tmp_path)), 32, 3, holdout_every=20))
+    text = "\n".join(hints(tmp_path, 32, 3, holdout_every=20))
     assert "26 images are few" in text
     assert "classes of fewer than 20 images: alone (1)\n" in text
     assert "alone: the only image is held out" in text
     assert "26 images are smaller than data.image_size=32" in text
-    assert "1 images have an alpha channel" in text
+    assert "1 images are transparent" in text
+    assert "converted to RGB: 1 RGBA" in text
     assert "not read: 1 .txt" in text
     assert "data.channels=1 drops" not in text
-    others = "\n".join(hints(survey(str(tmp_path)), 20, 1, 0))
+    others = "\n".join(hints(tmp_path, 20, 1, 0))
     assert "26 images have colours, which data.channels=1 drops" in others
     assert "enlarged" not in others
-    log_folder_summary(str(tmp_path), 32, 3, 4, holdout_every=20)
+    log_folder_summary(str(tmp_path), 32, 3, 4)
+    images = ImageFolder(str(tmp_path), 32)
+    images.log_hints()
     line, *rest = caplog.messages
     assert line.startswith(f"data.root={tmp_path}: 26 images in 2 classes, 20×50 to 40×30 px; trained at ")
     assert line.endswith("data.image_size=32, data.channels=3 (RGB), model.patch_size=4")
     assert rest == [f"hint: {hint}" for hint in text.splitlines()]
 
 
+def test_conversions_are_those_of_the_latent_cache(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(1).save(tmp_path / "a.jpg", exif=exif)
+    picture(2).convert("CMYK").save(tmp_path / "b.jpg")
+    Image.fromarray(np.zeros((20, 24), np.uint16)).save(tmp_path / "c.png")
+    ignored, applied = (hints(tmp_path, 16, 3, 0, exif)[1:] for exif in ("ignore", "apply"))
+    assert ignored[0] == "converted to RGB: 1 CMYK, 1 I;16"
+    assert ignored[1].startswith("1 images have more than 8 bits")
+    assert "1 images carry an EXIF rotation, which is not applied" in ignored[2]
+    assert "data.exif=apply" in ignored[2]
+    assert applied[2] == "1 images carry an EXIF rotation, which is applied"
+
+
 def test_nothing_is_said_where_nothing_needs_to(tmp_path, monkeypatch):
     picture_folder(tmp_path, count=21)
     monkeypatch.setattr(surveying, "FEW_IMAGES", 40)
-    assert hints(survey(str(tmp_path)), 16, 3, 20) == []
+    assert hints(tmp_path, 16, 3, 20) == []
+
+
+def test_broken_and_elongated_images_are_found_before_training(tmp_path, monkeypatch, caplog):
+    """Headers of all, pixels of as many as take seconds."""
+    root = picture_folder(tmp_path, count=4)
+    report_broken(str(root), skip_broken=False)
+    cut = root / "class0" / "02.png"
+    cut.write_bytes(cut.read_bytes()[:-500])
+    picture(0, 1, 101).save(root / "class1" / "01.png")
+    survey.cache_clear()
+    seen = survey(str(root))
+    assert list(seen.broken) == ["class1/01.png", "class0/02.png"]
+    assert (seen.num_opened, seen.num_decoded) == (8, 7)
+    with pytest.raises(UserError, match=r"01\.png: is 1×101, too elongated.*2 of the 8 .*data\.skip_broken=true"):
+        report_broken(str(root), skip_broken=False)
+    report_broken(str(root), skip_broken=True)
+    assert "2 of the 8 images looked at cannot be read" in caplog.text
+    survey.cache_clear()
+    monkeypatch.setattr(surveying, "MAX_PIXELS", 3 * 24 * 20)
+    assert survey(str(root)).num_decoded == 3  # the cut one may be among the others
 
 
 def test_large_folders_are_known_by_some_of_their_pictures(tmp_path, monkeypatch):
     picture_folder(tmp_path, count=5)
     monkeypatch.setattr(surveying, "MAX_OPENED", 4)
     seen = survey(str(tmp_path))
-    assert sum(seen.sizes.values()) == 4
+    assert sum(seen.headers.sizes.values()) == seen.num_opened == 4
     assert len(seen.listed.names) == 10
 
 
@@ -159,9 +192,8 @@ def test_training_refuses_what_cannot_be_opened_before_it_begins(tmp_path, monke
     picture_folder(tmp_path / "pictures", count=2)
     (tmp_path / "pictures" / "class1" / "zz.jpg").write_text("no picture")
     message = refusal("train", "data=folder", f"data.root={tmp_path / 'pictures'}")
-    assert message.splitlines()[-1].endswith(
-        "class1/zz.jpg: cannot be opened, as 1 of the images; replace or remove them"
-    )
+    assert "class1/zz.jpg: not a readable image" in message.splitlines()[-1]
+    assert "; 1 of the 5 images looked at cannot be read. To train without them: data.skip_broken=true" in message
     assert not (tmp_path / "runs").exists()
     shutil.rmtree(tmp_path / "pictures" / "class0")
     for path in (tmp_path / "pictures" / "class1").glob("*.png"):
@@ -183,14 +215,3 @@ def test_a_wrong_folder_is_one_line(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (line,) = refusal("train", *arguments).splitlines()
     assert line.startswith(message)
-
-
-def test_nothing_is_opened_where_nothing_is_inferred(tmp_path, monkeypatch, caplog):
-    """A million files are not opened to learn what their configuration says."""
-    caplog.set_level("INFO")
-    picture_folder(tmp_path, count=1)
-    monkeypatch.setattr(surveying, "read_header", None)
-    images = ImageFolder(str(tmp_path), 16, channels=3)
-    images.log_summary(patch_size=2)
-    assert images.inferred == {}
-    assert not caplog.messages

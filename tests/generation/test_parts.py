@@ -60,7 +60,7 @@ def test_damaged_parts_are_sampled_again(tmp_path):
     flipped[300] ^= 1
     paths[1].write_bytes(flipped)
     paths[2].rename(tmp_path / "00000006-00000010.npz")  # holds fewer images than its name says
-    (tmp_path / ".tmp-ddt-host-77-00000000-00000003.npz").touch()
+    (tmp_path / f".tmp-ddt-{platform.node()}-{2**22 + 1}-00000000-00000003.npz").touch()
     remove_damaged(tmp_path)
     assert sampled_numbers(tmp_path).tolist() == [9, 10, 11]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000009-00000012.npz"]

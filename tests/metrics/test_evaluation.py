@@ -154,7 +154,7 @@ def test_unusable_samples_are_named(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     cases = {
         "absent.npz": "no such file",
-        "empty": "holds no samples.npz, no images .* and no checkpoints",
+        "empty": "holds no images and no sub-folders of images",
         "text.npz": "damaged or no npz file",
         write(tmp_path / "float.npz", arr_0=images.astype(float)).name: "must be uint8 images",
         write(tmp_path / "object.npz", arr_0=np.array([None, 1])).name: r"found object \(2,\)",

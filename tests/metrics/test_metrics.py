@@ -1,6 +1,7 @@
 """ADM's metrics against numbers of its own evaluator; see golden/eval/README.md."""
 
 import json
+import os
 import tracemalloc
 import urllib.error
 import zipfile
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, picture
+from PIL import Image
 
+from ddt.data.images import ImageFolder
 from ddt.errors import UserError
 from ddt.metrics.comparability import labels, reasons_not_comparable
 from ddt.metrics.features import FeatureSet, exact_arithmetic
@@ -269,8 +272,53 @@ def test_folders_of_images(tmp_path):
     (tmp_path / "010.png").write_text("no image")
     with pytest.raises(UserError, match=r"^samples=.*010.png: damaged or no image"):
         FolderImages(tmp_path, "samples")
-    image_file(tmp_path / "samples.npz", arr_0=np.zeros((2, 8, 8, 3), dtype=np.uint8))
+
+
+def test_a_folder_holds_the_images_that_training_would_read(tmp_path, caplog):
+    """Sub-folders and other suffixes too, no hidden files; what is left out is told in a line."""
+    caplog.set_level("INFO")
+    for k, name in enumerate(("cat/b.png", "cat/a.webp", "dog/x.PNG")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(k, 8, 6).save(tmp_path / name)
+    digest = open_images(tmp_path, "samples").sha256
+    picture(3, 8, 6).save(tmp_path / "cat" / ".tmp-host-12-c.png")
+    (tmp_path / "dog" / "._x.png").write_bytes(b"macOS")
+    (tmp_path / "dog" / "labels.txt").touch()
+    folder = open_images(tmp_path, "samples")
+    listed = ImageFolder(str(tmp_path), 6, holdout_every=0)
+    assert folder.names == listed.names == ["cat/a.webp", "cat/b.png", "dog/x.PNG"]
+    assert folder.sha256 == digest
+    assert caplog.messages == [f"samples={tmp_path}: not read: 1 .txt, 2 hidden"]
+    (tmp_path / "cat" / "b.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/cat/\xe9.png"))
+    assert open_images(tmp_path, "samples").sha256 != digest
+
+
+def test_two_sets_in_a_folder_are_refused(tmp_path):
+    """The file or the images: neither is taken silently."""
+    images = np.zeros((2, 8, 8, 3), dtype=np.uint8)
+    image_file(tmp_path / "other.npz", arr_0=images)
+    with pytest.raises(UserError, match=r"^samples=.*: holds no samples\.npz; give one of its files: other\.npz$"):
+        open_images(tmp_path, "samples")
+    picture(0, 8, 6).save(tmp_path / "0.png")
+    with pytest.raises(UserError, match=r"^samples=.*: holds other\.npz and 1 images \(0\.png\); give the file, or"):
+        open_images(tmp_path, "samples")
+    (tmp_path / "other.npz").rename(tmp_path / "samples.npz")
+    with pytest.raises(UserError, match=r"^samples=.*: holds samples\.npz and 1 images"):
+        open_images(tmp_path, "samples")
+    for name in ("grid.png", "nearest.png"):  # which belong to it
+        picture(0, 8, 6).save(tmp_path / name)
+    (tmp_path / "0.png").unlink()
     assert isinstance(open_images(tmp_path, "samples"), NpzImages)
+
+
+def test_a_rotation_that_is_not_applied_is_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(0, 8, 6).save(tmp_path / "0.jpg", exif=exif)
+    picture(0, 8, 6).save(tmp_path / "1.jpg")
+    assert len(open_images(tmp_path, "reference")) == 2
+    assert caplog.messages == [f"reference={tmp_path}: 1 images carry an EXIF rotation, which is not applied"]
 
 
 def test_reference_files(tmp_path):

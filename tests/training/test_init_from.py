@@ -11,6 +11,7 @@ from ddt.checkpoint.format import write_checkpoint
 from ddt.checkpoint.published import read_released
 from ddt.objective import FlowMatching
 from ddt.objective.alignment import Dispersive
+from ddt.pictures import imagenet_synsets
 from ddt.training.ema import EMA, ConstantDecay
 from ddt.training.init_from import initialise
 
@@ -154,6 +155,16 @@ def test_a_converted_checkpoint_has_ema_weights_alone(tmp_path, caplog):
             assert torch.equal(trained.denoiser.state_dict()[key], value)
             assert torch.equal(ema.model.state_dict()[key], value)
     assert "was trained on latents of another autoencoder than this run's" in caplog.text
+
+
+@pytest.mark.parametrize(("class_names", "warns"), [(imagenet_synsets(), False), (list(map(str, range(1000))), True)])
+def test_a_thousand_classes_of_other_names_than_imagenets_are_warned_of(tmp_path, caplog, class_names, warns):
+    sizes = network(num_classes=1000)
+    config = {"step": None, "network": sizes, "class_names": class_names, "autoencoder_fingerprint": None}
+    write_checkpoint(tmp_path / "converted", config, ema=objective(num_classes=1000).denoiser.state_dict())
+    trained = objective(num_classes=1000)
+    initialise(str(tmp_path / "converted"), config, trained, emas(trained))
+    assert ("has as many classes, but others; rows of the label table change their class" in caplog.text) == warns
 
 
 def test_a_projector_is_loaded_where_it_fits(tmp_path, caplog):

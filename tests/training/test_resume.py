@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -652,7 +653,7 @@ def test_temporary_files_of_others_stay_in_a_runs_folder(straight):
         path.write_text("mine")
     for left in (run / "checkpoints" / ".tmp-step_0000016", run / ".tmp-export", run / ".del-export"):
         left.mkdir()
-    (run / ".tmp-ddt-host-1-config.json").touch()
+    (run / f".tmp-ddt-{platform.node()}-{2**22 + 1}-config.json").touch()
     train("notes", "trainer.max_steps=16")
     assert sorted(path.name for path in run.rglob(".tmp-*")) == [".tmp-export", ".tmp-notes"]
     assert not (run / ".tmp-export").exists()

@@ -226,6 +226,7 @@ def find_images(stored: dict[str, Any], root: str, autoencoder: Autoencoder) -> 
         f"data.root={data.get('root')}: holds other images than the run was trained on; give data.root=FOLDER",
     )
     test.check_autoencoder(autoencoder)
+    test.check_contents(aligned=False, pixels=False)
     require(len(test.labels) > 0, "the run held no images out (data.holdout_every=0)")
     return test
 
