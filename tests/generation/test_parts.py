@@ -1,6 +1,7 @@
 """Part files and the npz they become."""
 
 import hashlib
+import platform
 import tracemalloc
 import zipfile
 
