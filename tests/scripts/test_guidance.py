@@ -199,18 +199,20 @@ def test_a_complete_search_is_left_alone_and_another_refused(search, run_folder,
     assert "complete, nothing to do" in caplog.text
     for change in ("num_samples=13", "cfg_scale=[1,3]", "repeats=2", "features.epochs=2", "num_steps=4"):
         line = refusal(SEARCH, *arguments(run_folder, search, change))
-        assert line == f"out={search}: holds another search or other files and is not written over; choose another out="
+        assert line == f"out={search}: holds another search and is not written over; choose another out="
     assert {path: path.read_bytes() for path in search.rglob("*") if path.is_file()} == before
 
 
 def test_a_killed_search_resumes(search, run_folder, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
     out = shutil.copytree(search, tmp_path / "cut")
-    for name in ("search.json", "search.md", "search.png", "proxy/cfg2_ema/metrics.json"):
-        (out / name).unlink()
-    (out / "proxy" / "cfg1_ema" / "samples.npz").write_bytes(b"")  # killed before it was removed
     winner = result_of(search)["winners"][0]["label"]
-    (out / "final" / winner / "seed_2" / "metrics.json").unlink()
+    for name in ("search.json", "search.md", "search.png"):
+        (out / name).unlink()
+    for name in ("metrics.json", "nearest.png"):  # killed before they were written
+        (out / "proxy" / "cfg2_ema" / name).unlink()
+        (out / "final" / winner / "seed_2" / name).unlink()
+    (out / "proxy" / "cfg1_ema" / "samples.npz").write_bytes(b"")  # killed before it was removed
     kept = out / "proxy" / "cfg1_ema" / "metrics.json"
     time = kept.stat().st_mtime_ns
     sampled, sample_set = [], guidance_search.sample_set
