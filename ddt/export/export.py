@@ -25,12 +25,12 @@ from torch import Tensor
 
 from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.checkpoint import format as ckpt
-from ddt.checkpoint.hub import check_push, is_hub_id, push
 from ddt.checkpoint.published import SUFFIXES, check_releasable, write_released
 from ddt.errors import require
 from ddt.export.model_card import Card
 from ddt.files import atomic_folder, check_writable, fsync, reset_permissions, sha256, write_json
 from ddt.generation.load import stored_autoencoder
+from ddt.hub import check_push, is_hub_id, push
 from ddt.metrics.compare import read_evaluation
 from ddt.model import Denoiser
 from ddt.pictures import imagenet_synsets
