@@ -161,7 +161,8 @@ def state_dict(values: Any, name: str, advice: str = "give a file of weights") -
     Raises UserError for other values than tensors, and two keys that become one.
     """
     kind = brief(type(values).__name__, 40)
-    require(isinstance(values, dict) and len(values) > 0, f"{name}: holds no state dict, but a {kind}; {advice}")
+    require(isinstance(values, dict), f"{name}: holds no state dict, but a {kind}; {advice}")
+    require(len(values) > 0, f"{name}: holds no tensors; {advice}")
     state: dict[str, Tensor] = {}
     for key, value in values.items():
         short = unwrapped(str(key))

@@ -129,6 +129,35 @@ def small_checkpoint(folder, vae=None, model=None, target="ddt.model.DDT", raw=N
     return folder
 
 
+TO_TRANSFORMERS = {  # Meta's and timm's names → those of transformers' Dinov2Model
+    "cls_token": "embeddings.cls_token",
+    "mask_token": "embeddings.mask_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "register_tokens": "embeddings.register_tokens",
+    "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+    "blocks.": "encoder.layer.",
+    ".attn.proj.": ".attention.output.dense.",
+    ".ls1.gamma": ".layer_scale1.lambda1",
+    ".ls2.gamma": ".layer_scale2.lambda1",
+}
+
+
+def to_transformers(state):
+    """The state dict as transformers saves it: other names, and q, k and v apart."""
+    result = {}
+    for name, value in state.items():
+        new = name
+        for old, theirs in TO_TRANSFORMERS.items():
+            new = new.replace(old, theirs)
+        new = new.replace("norm.", "layernorm.") if new.startswith("norm.") else new
+        if ".attn.qkv." in new:
+            for part, rows in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                result[new.replace(".attn.qkv.", f".attention.attention.{part}.")] = rows.clone()
+        else:
+            result[new] = value
+    return result
+
+
 def inputs(batch=3, channels=2, height=8, width=8, classes=5):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, channels, height, width, generator=generator)
