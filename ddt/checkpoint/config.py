@@ -73,6 +73,7 @@ class Config:
 
     def __post_init__(self) -> None:
         require(self.step is None or self.step >= 0, f"step={self.step}: must be at least 0, or null")
+        require(self.step is not None or self.run is None, "step=null: a run of training has its step")
         for side in self.latent_shape[1:]:
             require(1 <= side <= MAX_SIDE, f"latent_shape={list(self.latent_shape)}: must lie in 1..{MAX_SIDE}")
 
@@ -144,6 +145,10 @@ def check_config(values: dict[str, Any]) -> dict[str, Any]:
         require(
             network[key] == expected, f"network.{key}={network[key]}: latents or classes of the file are {expected}"
         )
+    patch_size = network["patch_size"]
+    for side in config.latent_shape[1:]:
+        fits = type(patch_size) is int and patch_size >= 1 and side % patch_size == 0
+        require(fits, f"network.patch_size={patch_size}: does not divide the latents' {side}")
     found = {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)} | checked
     optional = [field.name for field in dataclasses.fields(config) if field.default is None]
     return {key: found[key] for key in values if key not in optional or found[key] is not None}
@@ -162,7 +167,9 @@ def read_manifest(path: Path) -> Manifest:
     values = read_json(path)
     version = values.get("format_version")
     if type(version) is int and version != FORMAT_VERSION:
-        raise OtherVersion(f"{path}: format version {version}, this code reads {FORMAT_VERSION}; see CHANGELOG.md")
+        raise OtherVersion(
+            f"{path}: format version {brief(str(version), 20)}, this code reads {FORMAT_VERSION}; see CHANGELOG.md"
+        )
     try:
         return parse(Manifest, values)
     except UserError as error:

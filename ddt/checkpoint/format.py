@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ddt.checkpoint import config as contents
 from ddt.checkpoint.config import FORMAT_VERSION, Manifest, OtherVersion
-from ddt.errors import UserError, require
+from ddt.errors import UserError, reason, require
 from ddt.files import atomic_folder, fsync, reset_permissions, sha256, write_json
 from ddt.hub import fetch, is_hub_id
 from ddt.model import Denoiser, load_network
@@ -339,4 +339,4 @@ def load_model(run_or_checkpoint: str | Path, weights: str = "ema", revision: st
     try:
         return load_network(network, state)
     except UserError as error:
-        raise UserError(f"{folder}: config.json and the {weights} weights do not fit: {error}") from error
+        raise UserError(f"{folder}: config.json and the {weights} weights do not fit: {reason(error)}") from error

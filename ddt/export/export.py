@@ -33,7 +33,7 @@ from ddt.generation.load import stored_autoencoder
 from ddt.hub import check_push, is_hub_id, push
 from ddt.metrics.compare import read_evaluation
 from ddt.model import Denoiser
-from ddt.pictures import imagenet_synsets
+from ddt.pictures import imagenet_info, imagenet_synsets
 from ddt.receipts import revision, version
 from ddt.sampling.schedules import content_of
 from ddt.version import __version__
@@ -275,9 +275,7 @@ def write_diffusers(folder: Path, source: Source, card: Card) -> None:
 def class_labels(class_names: list[str]) -> dict[str, str]:
     """Return the names by class for a pipeline; ImageNet's synsets become their words."""
     if class_names == imagenet_synsets():
-        from timm.data import ImageNetInfo
-
-        class_names = ImageNetInfo().label_descriptions()
+        class_names = imagenet_info().label_descriptions()
     return {str(k): name for k, name in enumerate(class_names)}
 
 
