@@ -28,6 +28,7 @@ WORDS = {  # beginnings of pydantic's kinds of errors
     "dict_type": "settings such as {a:1}",
     "string_": "text",
 }
+PLAIN = ("builtins", "types", "typing")  # modules of the annotations of plain values
 CONVERSION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
@@ -90,11 +91,7 @@ def parse(kind: type[Kind], values: dict[str, Any], prefix: str = "") -> Kind:
 
 def parsed(kind: Callable[..., Kind], values: dict[str, Any], prefix: str) -> tuple[Kind | None, list[str]]:
     """Return what `parse` does, or None and the problems."""
-    arguments, problems = check_arguments(kind, values, prefix)
-    for name, parameter in inspect.signature(kind).parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in values:
-            key = f"{prefix}.{name}" if prefix else name
-            problems.append(f"{key}: not set; give {key}=…")
+    arguments, problems = check_call(kind, values, prefix)
     if problems:
         return None, problems
     try:
@@ -102,6 +99,16 @@ def parsed(kind: Callable[..., Kind], values: dict[str, Any], prefix: str) -> tu
     except UserError as error:
         start = f"{prefix}." if prefix else ""
         return None, [line if line.startswith(start) else start + line for line in str(error).splitlines()]
+
+
+def check_call(function: Callable[..., Any], values: dict[str, Any], prefix: str) -> tuple[dict[str, Any], list[str]]:
+    """Return what `check_arguments` does; a missing argument is a problem, too."""
+    arguments, problems = check_arguments(function, values, prefix)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in values:
+            key = f"{prefix}.{name}" if prefix else name
+            problems.append(f"{key}: not set; give {key}=…")
+    return arguments, problems
 
 
 def check_arguments(
@@ -129,8 +136,11 @@ def check_arguments(
 
 def convert(value: Any, hint: Any, key: str) -> tuple[Any, list[str]]:
     """Return a value as its annotation wants it, and one line for each problem."""
-    kinds: list[Any] = [part for part in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(part)]
-    if isinstance(value, dict) and "_target_" in value:
+    parts = typing.get_args(hint) or (hint,)
+    kinds: list[Any] = [part for part in parts if dataclasses.is_dataclass(part)]
+    # a name is imported only where an object is asked for: others may have written the values
+    asks_for_object = any(isinstance(part, type) and part.__module__ not in PLAIN for part in parts)
+    if isinstance(value, dict) and "_target_" in value and asks_for_object:
         return convert_node(value, Choice in kinds, key)
     if isinstance(value, dict) and kinds:
         if Choice in kinds:

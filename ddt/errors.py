@@ -1,5 +1,6 @@
 """Errors that entry points print as one line, without a traceback: user mistakes and stops."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +36,22 @@ def collect_errors(*calls: Callable[[], Any]) -> list[Any]:
     return results
 
 
+def brief(text: str, limit: int = 160) -> str:
+    """Return a text of others as one line of at most `limit` characters, without terminal codes."""
+    text = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", text)
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where that is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's message, shortened, or its type where that is empty."""
+    return brief((str(error).strip().splitlines() or [""])[0]) or type(error).__name__
+
+
+def reason(error: BaseException) -> str:
+    """Return the first lines of an error's message as one, shortened: lists of weights are long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return brief(" ".join(brief(line, 100) for line in lines[:3])) or type(error).__name__
 
 
 def os_error_line(error: OSError) -> str:

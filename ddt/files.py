@@ -21,6 +21,8 @@ from ddt.errors import UserError, first_line, require
 
 LOCK = ".lock"  # in a folder that one command uses at a time
 TEMPORARY = ".tmp-ddt-"  # begins the names of files that are being written
+MAX_JSON = 16 * 2**20  # bytes
+MAX_NESTING = 32
 
 
 def sha256(path: Path) -> str:
@@ -229,3 +231,23 @@ def write_json(path: Path, values: Any) -> None:
     text = re.sub(r"\[\n([^\[\]{}]*)\n\s*\]", lambda match: "[" + re.sub(r"\n\s*", " ", match[1].strip()) + "]", text)
     with atomic_file(path, sync=False) as temporary:
         temporary.write_text(f"{text}\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; UserError where it is damaged, very large or deep, or holds
+    something else.
+    """
+    require(path.is_file(), f"{path}: no such file")
+    size = path.stat().st_size
+    require(size <= MAX_JSON, f"{path}: is no file of settings ({size / 2**20:.0f} MiB of at most 16)")
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged or no JSON ({first_line(error)}); copy it again") from error
+    require(isinstance(values, dict), f"{path}: holds no settings, but a {type(values).__name__}; copy it again")
+    level, depth = [values], 0
+    while level:
+        inner = (part for each in level for part in (each.values() if isinstance(each, dict) else each))
+        level, depth = [part for part in inner if isinstance(part, dict | list)], depth + 1
+        require(depth <= MAX_NESTING, f"{path}: is nested more than {MAX_NESTING} deep; copy it again")
+    return values

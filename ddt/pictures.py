@@ -1,5 +1,6 @@
 """PNG files, image grids, class names, and one style of figures. Shapes: n images, C H W."""
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable
@@ -23,18 +24,22 @@ FIGURE_STYLE: Any = {
 }  # fmt: skip
 
 
-def imagenet_synsets() -> list[str]:
-    """Return ImageNet's 1000 class names ("n01440764", …) in the order of the labels, from timm."""
+@functools.cache
+def imagenet_info() -> Any:
+    """Return timm's tables of ImageNet's classes, which lie in files, read once."""
     from timm.data import ImageNetInfo
 
-    return ImageNetInfo().label_names()
+    return ImageNetInfo()
+
+
+def imagenet_synsets() -> list[str]:
+    """Return ImageNet's 1000 class names ("n01440764", …) in the order of the labels, from timm."""
+    return imagenet_info().label_names()
 
 
 def readable(class_names: list[str]) -> list[str]:
     """Return class names with ImageNet's synsets replaced by their first name in timm."""
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo()
+    info = imagenet_info()
     synsets = {name: info.label_name_to_description(name, detailed=False) for name in info.label_names()}
     return [synsets[name].split(",")[0] if name in synsets else name for name in class_names]
 

@@ -101,28 +101,65 @@ def small_vae(folder, channels=4, levels=4, **config):
     return str(folder)
 
 
+def small_config(model, vae=None, target="ddt.model.DDT", **changes):
+    """What a checkpoint's config.json holds of a network of `small_ddt`'s sizes, and `changes`."""
+    sizes = dict(patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2)
+    if target == "ddt.model.DiT":
+        del sizes["encoder_depth"]
+    identity = {"_target_": "ddt.autoencoder.Identity"}
+    kl = {"_target_": "ddt.autoencoder.KLAutoencoder", "source": vae, "revision": None, "chunk_size": 2}
+    network = {"_target_": target, **sizes, "in_channels": model.in_channels, "num_classes": model.num_classes}
+    config = {
+        "step": 7,
+        "network": network,
+        "latent_shape": [model.in_channels, 8, 8],
+        "autoencoder": identity if vae is None else kl,
+        "autoencoder_fingerprint": None if vae is None else ddt.autoencoder.build_autoencoder(kl).fingerprint,
+        "sampler": {"num_steps": 4, "cfg_interval": [0.0, 0.9], "last_step": None},
+        "class_names": list("abcdefghij"[: model.num_classes]),
+    }
+    return {**config, **changes}
+
+
 def small_checkpoint(folder, vae=None, model=None, target="ddt.model.DDT", raw=None, **changes):
     """A checkpoint of a small network, of pixels or (vae: an autoencoder's folder) of latents.
 
     raw: the raw weights are these times the EMA weights; None: there are none.
     """
     model = model or small_ddt(in_channels=1 if vae is None else 4)
-    network = dict(patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2, num_classes=5)
-    identity = {"_target_": "ddt.autoencoder.Identity"}
-    kl = {"_target_": "ddt.autoencoder.KLAutoencoder", "source": vae, "revision": None, "chunk_size": 2}
-    config = {
-        "step": 7,
-        "network": {"_target_": target, **network, "in_channels": model.in_channels},
-        "latent_shape": [model.in_channels, 8, 8],
-        "autoencoder": identity if vae is None else kl,
-        "autoencoder_fingerprint": None if vae is None else ddt.autoencoder.build_autoencoder(kl).fingerprint,
-        "sampler": {"num_steps": 4, "cfg_interval": [0.0, 0.9], "last_step": None},
-        "class_names": list("abcde"),
-    }
     ema = model.state_dict()
     weights = {"ema": ema} if raw is None else {"ema": ema, "model": {name: raw * ema[name] for name in ema}}
-    ddt.checkpoint.format.write_checkpoint(folder, {**config, **changes}, **weights)
+    ddt.checkpoint.format.write_checkpoint(folder, small_config(model, vae, target, **changes), **weights)
     return folder
+
+
+TO_TRANSFORMERS = {  # Meta's and timm's names → those of transformers' Dinov2Model
+    "cls_token": "embeddings.cls_token",
+    "mask_token": "embeddings.mask_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "register_tokens": "embeddings.register_tokens",
+    "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+    "blocks.": "encoder.layer.",
+    ".attn.proj.": ".attention.output.dense.",
+    ".ls1.gamma": ".layer_scale1.lambda1",
+    ".ls2.gamma": ".layer_scale2.lambda1",
+}
+
+
+def to_transformers(state):
+    """The state dict as transformers saves it: other names, and q, k and v apart."""
+    result = {}
+    for name, value in state.items():
+        new = name
+        for old, theirs in TO_TRANSFORMERS.items():
+            new = new.replace(old, theirs)
+        new = new.replace("norm.", "layernorm.") if new.startswith("norm.") else new
+        if ".attn.qkv." in new:
+            for part, rows in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                result[new.replace(".attn.qkv.", f".attention.attention.{part}.")] = rows.clone()
+        else:
+            result[new] = value
+    return result
 
 
 def inputs(batch=3, channels=2, height=8, width=8, classes=5):

@@ -5,7 +5,8 @@ from typing import Any
 from ddt.autoencoder.base import Autoencoder
 from ddt.autoencoder.diffusers import KLAutoencoder, TinyAutoencoder
 from ddt.autoencoder.identity import Identity
-from ddt.errors import require
+from ddt.config import parse
+from ddt.errors import UserError, brief
 
 AUTOENCODERS: dict[str, Any] = {
     f"ddt.autoencoder.{kind.__name__}": kind for kind in (Identity, KLAutoencoder, TinyAutoencoder)
@@ -15,15 +16,18 @@ AUTOENCODERS: dict[str, Any] = {
 def autoencoder_class(settings: dict[str, Any]) -> Any:
     """Return the class named by `_target_` of an autoencoder's settings; UserError if unknown."""
     target = settings.get("_target_")
-    require(target in AUTOENCODERS, f"autoencoder._target_={target}: unknown, choose from {', '.join(AUTOENCODERS)}")
-    return AUTOENCODERS[str(target)]
+    if not isinstance(target, str) or target not in AUTOENCODERS:
+        known = ", ".join(AUTOENCODERS)
+        raise UserError(f"autoencoder._target_={brief(str(target), 60)}: unknown, choose from {known}")
+    return AUTOENCODERS[target]
 
 
 def build_autoencoder(settings: dict[str, Any], outline: bool = False) -> Autoencoder:
     """Build the autoencoder of a checkpoint's settings: `_target_` of `AUTOENCODERS` and arguments.
 
-    outline: on the meta device, without weights, to count its cost.
+    outline: on the meta device, without weights, to count its cost. Raises UserError for unknown or
+    missing arguments and wrong types, and as the autoencoder itself.
     """
     kind = autoencoder_class(settings)
     arguments = {key: value for key, value in settings.items() if key != "_target_"}
-    return kind.outline(**arguments) if outline else kind(**arguments)
+    return parse(kind.outline if outline else kind, arguments, "autoencoder")

@@ -5,6 +5,9 @@ Shapes: B batch, C channels, H W pixels, h w latent.
 
 import abc
 import functools
+import logging
+import re
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,7 +15,15 @@ import torch
 from torch import Tensor
 
 from ddt.autoencoder.base import from_uint8, to_uint8, weights_hash
-from ddt.errors import UserError, first_line, require
+from ddt.errors import UserError, brief, first_line, reason, require
+from ddt.files import read_json
+from ddt.hub import is_hub_id, resolve
+from ddt.tensor_files import read_state_dict
+
+log = logging.getLogger(__name__)
+WEIGHTS = [f"diffusion_pytorch_model{part}.{end}" for part in ("", ".fp16") for end in ("safetensors", "bin")]
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attention, before 2023
+MAX_SIZE = 65_536  # of any number in a config.json
 
 SD_VAE = {
     "_class_name": "AutoencoderKL",
@@ -30,35 +41,87 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
+def choose_files(names: Container[str]) -> list[str]:
+    """Return config and weights among the files of an autoencoder, or of a pipeline's `vae/`: the
+    published precision before fp16, safetensors before a pickle; UserError where there are none.
+    """
+    for folder in ("", "vae/"):
+        weights = [f"{folder}{name}" for name in WEIGHTS if f"{folder}{name}" in names]
+        if weights and f"{folder}config.json" in names:
+            return [f"{folder}config.json", weights[0]]
+    raise UserError(
+        f"holds no diffusers autoencoder (config.json and {WEIGHTS[0]}), nor a pipeline with one in vae/; "
+        "give the folder of one"
+    )
+
+
+def find_files(source: str, revision: str | None) -> tuple[Path, Path]:
+    """Return config and weights of a local folder or a hub model, cached or downloaded.
+
+    Raises UserError for a single file, and where there are none.
+    """
+    advice = "on a machine without a hub give a local folder"
+    identifier = f"{source}@{revision}" if revision and is_hub_id(source) else source
+    folder = resolve(identifier, f"autoencoder.source={source}", choose_files, advice)
+    if folder.is_file():
+        beside = (folder.parent / "config.json").is_file()
+        problem = f"give its folder, {folder.parent}" if beside else "give the folder of a diffusers autoencoder"
+        raise UserError(f"is a single file, which does not say how its latents are scaled; {problem}")
+    known = [f"{place}{name}" for place in ("", "vae/") for name in ("config.json", *WEIGHTS)]
+    config, weights = choose_files([name for name in known if (folder / name).is_file()])
+    return folder / config, folder / weights
+
+
+def of_source(source: str, error: UserError) -> UserError:
+    """Return an error with a message that names the setting."""
+    label = f"autoencoder.source={source}: "
+    return UserError(label + str(error).removeprefix(label))
+
+
 def load_diffusers(kind: str, source: str, revision: str | None) -> Any:
-    """Load a frozen diffusers autoencoder of class `kind` from the hub or a local folder.
+    """Load a frozen diffusers autoencoder of class `kind`, float32, from the hub or a local folder.
 
     Raises UserError naming `source` where it cannot be loaded, is another class, or its weights are
     not exactly the network's.
     """
+    try:
+        config_file, weights_file = find_files(source, revision)
+        state = {
+            re.sub(r"(\.attentions\.\d+\.)(\w+)", lambda m: m[1] + OLD_NAMES.get(m[2], m[2]), name): value.float()
+            for name, value in read_state_dict(weights_file).items()
+        }
+        network = build_outline(kind, read_json(config_file), max_layers=len(state))
+    except UserError as error:
+        raise of_source(source, error) from error
+    try:
+        missing, unexpected = network.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:  # of shapes
+        raise UserError(f"autoencoder.source={source}: {weights_file} does not fit ({reason(error)})") from error
+    for problem, names in (("missing", missing), ("unexpected", unexpected)):
+        require(not names, f"autoencoder.source={source}: {weights_file}: {problem} keys {names[:3]}")
+    if ".fp16." in weights_file.name:
+        log.warning("autoencoder.source=%s: holds weights rounded to fp16 alone; they run in float32", source)
+    return network.requires_grad_(False)
+
+
+def build_outline(kind: str, config: Mapping[str, Any], max_layers: int = 10_000) -> Any:
+    """Build a diffusers autoencoder of class `kind` from its config on the meta device.
+
+    Raises UserError where it is of another class or impossible.
+    """
     import diffusers
 
-    network_class = getattr(diffusers, kind)
-    local = Path(source).is_dir()
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
-    require(local or not looks_local, f"autoencoder.source={source}: no such folder, and no hub name (owner/name)")
+    stored = brief(str(config.get("_class_name")), 60)
+    require(stored == kind, f"is of class {stored}, expected {kind}")
+    for key, value in config.items():
+        numbers = [n for n in (value if isinstance(value, list | tuple) else [value]) if isinstance(n, int | float)]
+        limit = max_layers if key.endswith(("_blocks", "layers_per_block")) else MAX_SIZE
+        require(all(abs(n) <= limit for n in numbers), f"its config.json has {brief(f'{key}={value}', 60)}")
     try:
-        stored = network_class.load_config(source, revision=None if local else revision)
-        stored_kind = stored.get("_class_name")
-        require(stored_kind == kind, f"autoencoder.source={source}: is of class {stored_kind}, expected {kind}")
-        network, info = network_class.from_pretrained(
-            source, revision=None if local else revision, use_safetensors=True, output_loading_info=True
-        )
-    except UserError:
-        raise
-    except Exception as error:  # the hub client's errors have no common base across its versions
-        raise UserError(
-            f"autoencoder.source={source}: cannot be loaded ({first_line(error)}); on a machine without a hub "
-            "give a local folder"
-        ) from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        require(not info[problem], f"autoencoder.source={source}: {problem.replace('_', ' ')} {info[problem][:3]}")
-    return network.eval().requires_grad_(False)
+        with torch.device("meta"):
+            return getattr(diffusers, kind).from_config(dict(config)).eval()
+    except Exception as error:  # impossible settings raise whatever the layers stumble over
+        raise UserError(f"its config.json makes no {kind} ({first_line(error)})") from error
 
 
 class DiffusersAutoencoder(abc.ABC):
@@ -69,7 +132,7 @@ class DiffusersAutoencoder(abc.ABC):
     Source: method.md 3.
 
     Args:
-        source: hub name (owner/name) or local folder.
+        source: hub name (owner/name) or local folder, of the autoencoder or of a pipeline with one.
         revision: commit on the hub, pinned so that the weights cannot change; unused for a folder.
         chunk_size: images encoded or decoded at once, which bounds the memory.
         encode_dtype: "fp32", or "bf16" autocast when encoding.
@@ -119,23 +182,17 @@ class DiffusersAutoencoder(abc.ABC):
 
         Raises UserError where `source` is neither a local folder nor one of `PUBLISHED`.
         """
-        import diffusers
-
-        network_class = getattr(diffusers, cls.kind)
         require(
             source in PUBLISHED or Path(source).is_dir(),
             f"autoencoder.source={source}: its shape is not known here; give a local folder, or one of "
             f"{', '.join(PUBLISHED)}",
         )
         try:
-            config = PUBLISHED[source] if source in PUBLISHED else network_class.load_config(source)
-            with torch.device("meta"):
-                network = network_class.from_config(config)
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"autoencoder.source={source}: has no config.json of {cls.kind} ({first_line(error)})"
-            ) from error
-        return cls.around(network.eval().requires_grad_(False), 1)
+            config = PUBLISHED[source] if source in PUBLISHED else read_json(find_files(source, None)[0])
+            network = build_outline(cls.kind, config)
+        except UserError as error:
+            raise of_source(source, error) from error
+        return cls.around(network.requires_grad_(False), 1)
 
     @functools.cached_property
     def fingerprint(self) -> str:

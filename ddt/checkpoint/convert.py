@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from ddt.checkpoint.format import write_checkpoint
-from ddt.checkpoint.published import find_released, read_released
+from ddt.checkpoint.published import Part, find_released, read_released
 from ddt.config import Choice
 from ddt.errors import require
 from ddt.files import check_new, sha256
@@ -22,7 +22,7 @@ class ConvertSettings:
     """See conf/convert_checkpoint.yaml. released: file, folder with one file, or hub id.
 
     encoder_depth (None: the undivided baseline) and patch_size are not in the file. resolution:
-    pixels per side.
+    pixels per side. weights: those of the file to write.
     """
 
     released: str
@@ -31,6 +31,7 @@ class ConvertSettings:
     patch_size: int
     autoencoder: Choice
     out: str
+    weights: Part = "ema"
 
     def __post_init__(self) -> None:
         require(
@@ -40,7 +41,7 @@ class ConvertSettings:
 
 
 def convert(settings: ConvertSettings) -> None:
-    """Write a checkpoint with a published file's EMA weights, its autoencoder and sampler.
+    """Write a checkpoint with a published file's EMA (or raw) weights, its autoencoder and sampler.
 
     Strict: every key of the file is used, or refused by name. Raises UserError, also where `out`
     exists. Source: method.md 6.
@@ -49,8 +50,10 @@ def convert(settings: ConvertSettings) -> None:
     check_new(out)
     path = find_released(settings.released)
     released = read_released(path, settings.encoder_depth, settings.patch_size)
-    ema = released.weights()
-    log.info("%s: read strictly, %d parameters; writing %s", path, sum(value.numel() for value in ema.values()), out)
+    weights = released.weights(settings.weights)
+    log.info(
+        "%s: read strictly, %d parameters; writing %s", path, sum(value.numel() for value in weights.values()), out
+    )
     side, num_classes = settings.resolution // DOWNSAMPLING, released.network["num_classes"]
     synsets = imagenet_synsets()
     config = {
@@ -62,5 +65,6 @@ def convert(settings: ConvertSettings) -> None:
         "class_names": synsets if num_classes == len(synsets) else [str(k) for k in range(num_classes)],
         "source": {"file": path.name, "sha256": sha256(path)},
     }
-    write_checkpoint(out, config, ema=ema)
-    log.info("sample with: python sample.py ckpt=%s", out)
+    write_checkpoint(out, config, **{settings.weights: weights})
+    chosen = "" if settings.weights == "ema" else f" weights={settings.weights}"
+    log.info("sample with: python sample.py ckpt=%s%s", out, chosen)

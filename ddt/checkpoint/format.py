@@ -18,29 +18,31 @@ the first dimension: `ema-00000-of-00002.safetensors` is the shard of rank 0 of 
 holds its checkpoints as `checkpoints/step_0000700`.
 """
 
+import dataclasses
 import hashlib
-import json
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ddt.checkpoint.hub import download, is_hub_id
-from ddt.errors import UserError, require
+from ddt.checkpoint import config as contents
+from ddt.checkpoint.config import FORMAT_VERSION, Manifest, OtherVersion
+from ddt.errors import UserError, reason, require
 from ddt.files import atomic_folder, check_new, fsync, reset_permissions, sha256, write_errors, write_json
+from ddt.hub import fetch, is_hub_id
 from ddt.model import Denoiser, load_network
+from ddt.tensor_files import foreign, read_tensors, state_dict
 from ddt.version import __version__
 
 log = logging.getLogger(__name__)
-FORMAT_VERSION = 2
 AUTOENCODER = "autoencoder"  # folder of an autoencoder inside an export …
 BUNDLED = f"./{AUTOENCODER}"  # … and its `source` in the export's config
 WEIGHTS = {"ema": "EMA", "model": "raw"}  # their names in receipts
+OTHER = "use another checkpoint"
 
 Shard = tuple[int, int]  # (rank, number of processes) of a sharded run
 
@@ -92,9 +94,7 @@ def write_manifest(
     """
     write_json(folder / "config.json", config)
     files = {"config.json": manifest_entry(folder / "config.json"), **dict(sorted(files.items()))}
-    renamed = {} if names is None else {"names": names}
-    manifest = {"format_version": FORMAT_VERSION, "ddt_version": __version__, **renamed, "files": files}
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", dataclasses.asdict(Manifest(FORMAT_VERSION, __version__, files, names or {})))
     for name in ("config.json", "manifest.json"):
         fsync(folder / name)
 
@@ -145,7 +145,7 @@ def newest_intact_checkpoint(run_dir: Path) -> Path | None:
     """
     for folder in reversed(folders_by_step(run_dir / "checkpoints").values()):
         try:
-            for name in read_manifest(folder)["files"]:
+            for name in read_manifest(folder).files:
                 verify_file(folder, name)
         except OtherVersion:
             raise
@@ -184,45 +184,63 @@ def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
     return newest
 
 
+def download(source: str) -> Path:
+    """Return the local folder of a hub model, `owner/name[@revision]`, downloaded unless cached.
+
+    Raises UserError where the download fails or the model is not one of this project's.
+    """
+
+    def ours(names: list[str]) -> list[str]:
+        require(
+            "manifest.json" in names,
+            f"{source}: is on the hub, but no model of this project (no manifest.json); a published checkpoint goes "
+            "through scripts/convert_checkpoint.py",
+        )
+        return [name for name in names if name.endswith((".json", ".safetensors"))]
+
+    def complete(folder: Path) -> bool:
+        return all((folder / name).is_file() for name in read_manifest(folder).files)
+
+    advice = "give a run folder such as runs/digits_nano, one of its checkpoints/step_*, or the name of a model there"
+    return fetch(source, source, ours, advice, complete)
+
+
 # --- reading
 
 
-class OtherVersion(UserError):
-    """A checkpoint has a format version that this code does not read."""
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """Return a manifest; UserError where it is missing, damaged or of another format version."""
     path = folder / "manifest.json"
     require(path.is_file(), f"{folder}: has no manifest.json; remove the folder to continue without it")
-    try:
-        manifest = json.loads(path.read_text())
-        version, _ = manifest["format_version"], manifest["files"].items()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged; use another checkpoint of the run") from error
-    if version != FORMAT_VERSION:
-        raise OtherVersion(f"{folder}: format version {version}, this code reads {FORMAT_VERSION}; see CHANGELOG.md")
-    return manifest
+    return contents.read_manifest(path)
 
 
 def verify_file(folder: Path, name: str) -> Path:
     """Return the path of a file, checked against the manifest; UserError where it is damaged."""
-    path, expected = folder / name, read_manifest(folder)["files"].get(name)
-    require(
-        expected is not None, f"{folder}: has no {name}; training can resume only from a checkpoint that training wrote"
-    )
+    path, files = folder / name, read_manifest(folder).files
+    require(name in files, f"{folder}: has no {name}; training can resume only from a checkpoint that training wrote")
     require(path.is_file(), f"{path}: is missing; put it back, or remove {folder}")
-    require(
-        manifest_entry(path) == expected,
-        f"{path}: damaged (its checksum differs from the manifest's); put it back, or remove {folder}",
-    )
+    if manifest_entry(path) != files[name]:
+        raise UserError(f"{path}: damaged ({damage(path, files[name])}); put it back, or remove {folder}")
     return path
 
 
+def damage(path: Path, expected: dict[str, Any]) -> str:
+    """Return what happened to a file that is not as its manifest says."""
+    if path.suffix == ".json":
+        unix = path.read_bytes().replace(b"\r\n", b"\n")
+        if hashlib.sha256(unix).hexdigest() == expected["sha256"]:
+            return "its line ends were converted to CRLF, as git's core.autocrlf does"
+    kind = foreign(path)
+    return kind if "LFS" in kind or "empty" in kind else "its checksum differs from the manifest's"
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's config.json, checked, with the real path of a bundled autoencoder."""
-    config = json.loads(verify_file(folder, "config.json").read_text())
-    if config.get("autoencoder", {}).get("source") == BUNDLED:
+    """Return a checkpoint's config.json, checked (`ddt.checkpoint.config`), with the real path of a
+    bundled autoencoder.
+    """
+    config = contents.read_config(verify_file(folder, "config.json"))
+    if config["autoencoder"].get("source") == BUNDLED:
         config["autoencoder"]["source"] = str(folder / AUTOENCODER)
     return config
 
@@ -232,8 +250,8 @@ def shard_files(folder: Path, name: str) -> list[str]:
     stem, suffix = name.rsplit(".", 1)
     pattern = re.compile(rf"{re.escape(stem)}-\d+-of-\d+\.{suffix}")
     manifest = read_manifest(folder)
-    single = next((file for file, usual in manifest.get("names", {}).items() if usual == name), name)
-    return sorted(file for file in manifest["files"] if pattern.fullmatch(file)) or [single]
+    single = next((file for file, usual in manifest.names.items() if usual == name), name)
+    return sorted(file for file in manifest.files if pattern.fullmatch(file)) or [single]
 
 
 def join_shards(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -249,7 +267,7 @@ def join_shards(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def weights_names(folder: Path) -> list[str]:
     """Return the names of a checkpoint's weights: "ema", and perhaps "model" and further EMAs."""
     manifest = read_manifest(folder)
-    files = {manifest.get("names", {}).get(file, file) for file in manifest["files"]}
+    files = {manifest.names.get(file, file) for file in manifest.files}
     own = [file for file in files if file.endswith(".safetensors") and "/" not in file]  # not an autoencoder's
     return sorted({re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", file) for file in own})
 
@@ -262,14 +280,14 @@ def check_weights(folder: Path, name: str) -> None:
 
 def weights_sha256(folder: Path, name: str) -> str:
     """Return the SHA-256 of a file of weights, or that of its shards' digests."""
-    files = read_manifest(folder)["files"]
+    files = read_manifest(folder).files
     digests = [files[file]["sha256"] for file in shard_files(folder, f"{name}.safetensors")]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def weights_bytes(folder: Path, name: str) -> int:
     """Return the size on disk of a checkpoint's weights."""
-    files = read_manifest(folder)["files"]
+    files = read_manifest(folder).files
     return sum(files[file]["size"] for file in shard_files(folder, f"{name}.safetensors"))
 
 
@@ -287,16 +305,17 @@ def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
     check_weights(folder, name)
     paths = [verify_file(folder, file) for file in shard_files(folder, f"{name}.safetensors")]
     try:
-        return join_shards([load_file(path) for path in paths])
-    except SafetensorError as error:
-        raise UserError(f"{paths[0]}: damaged ({error}); use another checkpoint") from error
+        return join_shards([state_dict(read_tensors(path, advice=OTHER), str(path), OTHER) for path in paths])
+    except RuntimeError as error:  # shards of tensors that do not fit
+        raise UserError(f"{paths[0]}: is no shard of the same weights as {paths[-1]}; {OTHER}") from error
 
 
 def read_train_state(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's optimizer state, projector, meters and counts, on the CPU, checked."""
     paths = [verify_file(folder, file) for file in shard_files(folder, "train_state.pt")]
-    shards = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
+    shards = [read_tensors(path, advice=OTHER) for path in paths]
     state = shards[0]
+    require(all(isinstance(shard, dict) for shard in shards), f"{paths[0]}: holds no state of a training; {OTHER}")
     if len(shards) > 1:
         optimizers = [shard["optimizer"]["state"] for shard in shards]
         for index in optimizers[0]:
@@ -318,4 +337,8 @@ def load_model(run_or_checkpoint: str | Path, weights: str = "ema", revision: st
         f"revision={revision}: has no effect with {run_or_checkpoint}, which is no model of the hub; leave it out",
     )
     folder = find_checkpoint(run_or_checkpoint if revision is None else f"{run_or_checkpoint}@{revision}")
-    return load_network(read_config(folder)["network"], read_weights(folder, weights))
+    network, state = read_config(folder)["network"], read_weights(folder, weights)
+    try:
+        return load_network(network, state)
+    except UserError as error:
+        raise UserError(f"{folder}: config.json and the {weights} weights do not fit: {reason(error)}") from error

@@ -5,55 +5,47 @@ Each network family's `release` (`ddt.model.published_names`) has the key names;
 """
 
 import dataclasses
-import pickle
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ddt.checkpoint.hub import HUB_ID, hub_errors
-from ddt.errors import UserError, first_line, require
+from ddt.errors import UserError, require
 from ddt.files import atomic_file, reset_permissions
+from ddt.hub import resolve
 from ddt.model import NETWORKS, Denoiser, build_network, load_network, network_class
 from ddt.model.published_names import Release
+from ddt.tensor_files import read_tensors, state_dict
 
 PREFIXES = {"ema": "ema_denoiser.", "model": "denoiser.", "trainer": "diffusion_trainer."}
 PROJECTOR = "proj.0."  # of the trainer: the alignment's
-SUFFIXES = (".ckpt", ".safetensors")
+Part = Literal["ema", "model"]
+SUFFIXES = (".ckpt", ".safetensors")  # of the files that `write_released` writes
+READ_SUFFIXES = (*SUFFIXES, ".pt", ".pth")  # of those found in a folder; a named file may have any
+WEIGHTS: dict[Part, str] = {"ema": "EMA", "model": "raw"}
 
 
-def find_released(source: str) -> Path:
+def find_released(source: str, key: str = "released") -> Path:
     """Return the weights file of `source`: itself, the only one in a folder, or that of a hub id.
 
-    Raises UserError where there is none, more than one, or the download fails.
+    key: the setting, for messages. Raises UserError where there is none, more than one, or the
+    download fails.
     """
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-        require(len(files) == 1, f"released={source}: holds {len(files)} .ckpt or .safetensors files; name the file")
-        return files[0]
-    require(
-        re.fullmatch(HUB_ID, source) is not None,
-        f"released={source}: no such file or folder, and no hub id such as MCG-NJU/DDT-XL-22en6de-R256",
-    )
-    from huggingface_hub import hf_hub_download, list_repo_files
 
-    with hub_errors(
-        f"released={source}: no such file or folder here, and the hub did not give it ({{error}}); download the "
-        "checkpoint and name the file"
-    ):
-        names = [name for name in list_repo_files(source) if Path(name).suffix in SUFFIXES]
+    def only(names: list[str]) -> list[str]:
+        found = [name for name in names if Path(name).suffix in READ_SUFFIXES and "/" not in name]
         require(
-            len(names) == 1,
-            f"released={source}: holds {len(names)} .ckpt or .safetensors files; download one and name it",
+            len(found) == 1,
+            f"{key}={source}: holds {len(found)} files of weights ({', '.join(READ_SUFFIXES)}); name the file",
         )
-        return Path(hf_hub_download(source, names[0]))
+        return found
+
+    path = resolve(source, f"{key}={source}", only, "give a checkpoint's file, its folder, or a hub id")
+    if path.is_dir():
+        return path / only([file.name for file in path.iterdir() if file.is_file()])[0]
+    return path
 
 
 def release_of(network: dict[str, Any]) -> Release:
@@ -67,38 +59,30 @@ def release_of(network: dict[str, Any]) -> Release:
 def read_file(path: Path) -> dict[str, dict[str, Tensor]]:
     """Return the "ema", "model" and "projector" weights of a published file, without prefixes.
 
-    Only "ema" is never empty. Raises UserError for a missing or unreadable file, one without
-    `state_dict` or EMA weights, and a key of unknown prefix.
+    The file is a Lightning checkpoint, a bare state dict, whose weights count as "ema", or holds
+    state dicts `ema` and `model`. Parts of names that DDP or `torch.compile` added are removed.
+    Raises UserError for a missing or unreadable file, one without weights, and a key of unknown
+    prefix.
     """
-    require(path.is_file(), f"{path}: no such file; give a published .ckpt or .safetensors file")
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            require(
-                isinstance(content, dict) and "state_dict" in content,
-                f"{path}: has no entry `state_dict`, so it is no Lightning checkpoint",
-            )
-            state = content["state_dict"]
-    except UserError:
-        raise
-    except pickle.UnpicklingError as error:  # weights_only refuses code here
-        raise UserError(f"{path}: holds more than weights and is not loaded ({first_line(error)})") from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read, download it again ({first_line(error)})") from error
+    name, advice = str(path), "give a published .ckpt or .safetensors file"
+    content = read_tensors(path, name, f"{advice}, or download it again")
+    parts: dict[str, dict[str, Tensor]] = {"ema": {}, "model": {}, "projector": {}}
+    if isinstance(content, dict) and "state_dict" not in content:
+        whole = [part for part in WEIGHTS if isinstance(content.get(part), dict)]
+        if whole:
+            return parts | {part: state_dict(content[part], f"{name}: {part}", advice) for part in whole}
+    nested = isinstance(content, dict) and "state_dict" in content
+    state = state_dict(content["state_dict"] if nested else content, name, advice)
     known = tuple(PREFIXES.values())
     if not any(key.startswith(known) for key in state):
-        return {"ema": state, "model": {}, "projector": {}}
+        return parts | {"ema": state}
     unknown = [key for key in state if not key.startswith(known)]
     require(not unknown, f"{path}: unknown key {unknown[:1]}: every key must begin with one of {', '.join(known)}")
     prefixes = {"ema": PREFIXES["ema"], "model": PREFIXES["model"], "projector": PREFIXES["trainer"] + PROJECTOR}
-    parts = {
+    return {
         part: {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         for part, prefix in prefixes.items()
     }
-    require(bool(parts["ema"]), f"{path}: holds no {PREFIXES['ema']}* keys, so no EMA weights")
-    return parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +96,17 @@ class Released:
     network: dict[str, Any]
     parts: dict[str, dict[str, Tensor]]
 
-    def weights(self, part: Literal["ema", "model"] = "ema") -> dict[str, Tensor]:
+    def weights(self, part: Part = "ema") -> dict[str, Tensor]:
         """Return a state dict of the network, float32.
 
-        Raises UserError naming an unknown or missing key, a wrong shape or a non-finite value.
+        Raises UserError where the file has no such weights, naming an unknown or missing key, a
+        wrong shape or a non-finite value.
         """
+        others = " and ".join(f"weights={other}" for other in WEIGHTS if self.parts[other])
+        require(
+            bool(self.parts[part]),
+            f"weights={part}: {self.name} holds no {WEIGHTS[part]} weights ({PREFIXES[part]}*); give {others}",
+        )
         release = release_of(self.network)
         with torch.device("meta"):
             shapes = {key: value.shape for key, value in build_network(self.network).state_dict().items()}
@@ -145,28 +135,32 @@ def read_released(path: Path, encoder_depth: int | None, patch_size: int) -> Rel
     unknown family, and an impossible encoder_depth or patch_size.
     """
     parts = read_file(path)
+    state = parts["ema"] or parts["model"]
     for target, kind in NETWORKS.items():
-        if kind.release is not None and kind.release.recognizes(parts["ema"]):
-            settings = kind.release.settings(parts["ema"], encoder_depth, patch_size, path.name)
+        if kind.release is not None and kind.release.recognizes(state):
+            settings = kind.release.settings(state, encoder_depth, patch_size, path.name)
             return Released(path.name, {"_target_": target, **settings}, parts)
     raise UserError(f"{path.name}: holds no DDT (no keys such as x_embedder.*)")
 
 
-def load_released(path: str | Path, encoder_depth: int | None, patch_size: int = 2) -> Denoiser:
-    """Load a published checkpoint as a `DDT`, or `DiT` (baseline): EMA weights, float32, CPU.
+def load_released(path: str | Path, encoder_depth: int | None, patch_size: int = 2, weights: Part = "ema") -> Denoiser:
+    """Load a published checkpoint as a `DDT`, or `DiT` (baseline): float32, on the CPU.
 
     Args:
-        path: a Lightning `.ckpt`, or a `.safetensors` file with the release's key names.
+        path: a Lightning checkpoint or a bare state dict with the release's key names, in torch's
+            format or safetensors.
         encoder_depth: blocks of the encoder, 1..depth−1 (22 for the published XL); None for the
             undivided baseline.
         patch_size: p, 2 for all published models.
+        weights: "ema", or "model" (raw). The weights of a bare state dict count as "ema".
 
     Raises UserError, a ValueError, naming an unknown or missing key, an impossible encoder_depth or
     patch_size, or an unreadable file; warns of an encoder_depth that the paper does not use for
     this width and depth. Source: method.md 6.
     """
+    require(weights in WEIGHTS, f"weights={weights}: choose from {', '.join(WEIGHTS)}")
     released = read_released(Path(path), encoder_depth, patch_size)
-    return load_network(released.network, released.weights())
+    return load_network(released.network, released.weights(weights))
 
 
 def check_releasable(network: dict[str, Any]) -> None:

@@ -25,16 +25,16 @@ from torch import Tensor
 
 from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.checkpoint import format as ckpt
-from ddt.checkpoint.hub import check_push, is_hub_id, push
 from ddt.checkpoint.published import SUFFIXES, check_releasable, write_released
 from ddt.errors import require
 from ddt.export.model_card import Card
 from ddt.files import atomic_folder, check_new, fsync, read_record, reset_permissions, sha256, write_json
 from ddt.generation.load import stored_autoencoder
 from ddt.generation.receipt import RECEIPT, is_receipt_of
+from ddt.hub import check_push, is_hub_id, push
 from ddt.metrics.compare import read_evaluation
 from ddt.model import Denoiser
-from ddt.pictures import imagenet_synsets
+from ddt.pictures import imagenet_info, imagenet_synsets
 from ddt.receipts import nested, revision, version
 from ddt.sampling.schedules import content_of
 from ddt.version import __version__
@@ -281,9 +281,7 @@ def write_diffusers(folder: Path, source: Source, card: Card) -> None:
 def class_labels(class_names: list[str]) -> dict[str, str]:
     """Return the names by class for a pipeline; ImageNet's synsets become their words."""
     if class_names == imagenet_synsets():
-        from timm.data import ImageNetInfo
-
-        class_names = ImageNetInfo().label_descriptions()
+        class_names = imagenet_info().label_descriptions()
     return {str(k): name for k, name in enumerate(class_names)}
 
 

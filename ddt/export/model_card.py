@@ -135,7 +135,7 @@ def training_rows(config: dict[str, Any], resolution: str | None) -> dict[str, A
         "seed": run["seed"],
         "optimizer": f"`{optimizer['_target_']}`, learning rate {optimizer['lr']} ({trainer['lr_schedule']})",
         "precision": trainer["mixed_precision"],
-        "alignment": (run["alignment"] or {}).get("_target_"),
+        "alignment": (run.get("alignment") or {}).get("_target_"),
         "started from": run.get("init_from"),
     }
 

@@ -4,7 +4,6 @@ import datetime
 from pathlib import Path
 
 from ddt.checkpoint import format as ckpt
-from ddt.checkpoint.hub import is_hub_id
 from ddt.distributed.compile import compiles
 from ddt.distributed.launch import launch
 from ddt.distributed.prepare import make_accelerator
@@ -13,6 +12,7 @@ from ddt.generation.image_set import ImageSet
 from ddt.generation.load import check_guide_config, checkpoint_receipt, load_generator, stored_autoencoder
 from ddt.generation.sample_set import sample_set
 from ddt.generation.settings import SampleSettings
+from ddt.hub import is_hub_id
 from ddt.model import network_class
 from ddt.sampling.settings import SamplerSettings
 

@@ -17,10 +17,10 @@ from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from ddt.autoencoder.base import weights_hash
-from ddt.errors import UserError, require
+from ddt.errors import UserError, reason, require
 from ddt.files import sha256
 from ddt.metrics.features import exact_arithmetic
-from ddt.objective.alignment_target import reason
+from ddt.objective.timm_weights import pretrained_file, read_timm_weights
 
 MODEL = "vit_large_patch14_dinov2.lvd142m"
 MODELS = "vit_*_patch14_dinov2*"  # those with registers follow another rule for positions
@@ -53,37 +53,30 @@ def hub_positions(table: Tensor) -> Tensor:
 def load_network(model: str, weights: str | None, key: str = "features.weights") -> Any:
     """Load a frozen DINOv2 of timm for images of 224×224, with the hub's positions.
 
-    weights: a file with timm's names or the hub's; None downloads timm's own. Raises UserError,
-    naming `key`, unless it can be read and holds exactly the network's tensors.
+    weights: a file with timm's names, Meta's or transformers'; None downloads timm's own. Raises
+    UserError, naming `key`, unless it can be read and holds exactly the network's tensors.
     """
     import timm
 
     settings: dict[str, Any] = {"weight_init": "skip"}  # every weight is loaded; sampling them first is slow
-    if weights is not None:
-        try:
-            stored = timm.models.load_state_dict(weights)
-        except Exception as error:  # a damaged file raises whatever its reader stumbles over
-            raise UserError(
-                f"{key}={weights}: cannot be read ({reason(error)}); {weights_advice(model, key)}"
-            ) from error
+    label, advice = f"{key}={'null' if weights is None else weights}", weights_advice(model, key)
+    file = pretrained_file(model, f"{label}: {model}", advice) if weights is None else Path(weights)
+    stored = {} if file is None else read_timm_weights(file, label, advice)
+    if file is not None:
         with torch.device("meta"):
             outline = timm.create_model(model).state_dict()
         for name in ("pos_embed", "patch_embed.proj.weight"):  # timm would resample them until they fit
-            shape = tuple(stored[name].shape) if isinstance(stored.get(name), Tensor) else "missing"
+            shape = tuple(stored[name].shape) if name in stored else "missing"
             require(
                 shape == tuple(outline[name].shape),
-                f"{key}={weights}: is not a file of {model} ({name} is {shape}, not {tuple(outline[name].shape)}); "
-                f"{weights_advice(model, key)}",
+                f"{label}: is not a file of {model} ({name} is {shape}, not {tuple(outline[name].shape)}); {advice}",
             )
         settings["pretrained_cfg_overlay"] = {"state_dict": stored}
     try:
         with torch.random.fork_rng(devices=[]):  # timm samples some weights all the same
             network = timm.create_model(model, pretrained=True, **settings)  # at 518 px, so nothing is resampled
-    except Exception as error:  # of the hub client, of timm's filters or of load_state_dict: no common base
-        problem = (
-            f"null: {model} cannot be had from the hub" if weights is None else f"{weights}: is not a file of {model}"
-        )
-        raise UserError(f"{key}={problem} ({reason(error)}); {weights_advice(model, key)}") from error
+    except Exception as error:  # of timm's filters, of load_state_dict, of a download: no common base
+        raise UserError(f"{label}: is not a file of {model} ({reason(error)}); {advice}") from error
     network.pretrained_cfg.pop("state_dict", None)  # timm keeps a reference to all weights
     network.eval().requires_grad_(False)
     table = hub_positions(network.pos_embed)

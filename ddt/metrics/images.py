@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import os
+import tokenize
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from ddt.checkpoint.format import find_checkpoint
 from ddt.data import reading
 from ddt.data.images import Images
 from ddt.data.listing import IMAGE_SUFFIXES, layout_hints, list_folder
-from ddt.errors import UserError, first_line, require
+from ddt.errors import UserError, brief, first_line, require
 from ddt.files import fsync, sha256
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,10 @@ SAMPLES = "samples.npz"
 BESIDE_SAMPLES = ("grid.png", "nearest.png")  # what sample.py and evaluate.py write beside it
 CHANNELS = {"L": 1, "RGB": 3}  # of PIL's modes
 NUM_THREADS = min(16, os.cpu_count() or 1)  # that decode images
-UNREADABLE = (*reading.UNREADABLE, zipfile.BadZipFile, AttributeError)  # what Pillow, zipfile and numpy raise
+UNREADABLE = (  # what Pillow, zipfile and numpy raise for damaged files
+    *reading.UNREADABLE, zipfile.BadZipFile, TypeError, AttributeError, RuntimeError, KeyError, tokenize.TokenError,
+    ArithmeticError, MemoryError,
+)  # fmt: skip
 
 
 class ImageBatches(Protocol):
@@ -91,8 +95,7 @@ class NpzImages:
         names = array_names(path, key)
         problem = f"{key}={path}: arr_0 must be uint8 images (n, H, W, C), found"
         require("arr_0" in names, f"{problem} only {', '.join(names) or 'nothing'}")
-        with read_errors(path, key), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            shape, fortran, dtype = read_header(file)
+        shape, fortran, dtype = array_header(path, key, "arr_0")
         require(dtype == np.uint8 and len(shape) == 4 and 0 not in shape, f"{problem} {dtype} {shape}")
         require(not fortran, f"{key}={path}: arr_0 is in Fortran's order; save np.ascontiguousarray(arr_0) instead")
         self.shape = shape
@@ -122,12 +125,11 @@ class NpzImages:
         """Return `arr_1`, int64 (n,), or None; UserError where it is not a class per image."""
         if not self.has_labels:
             return None
-        with read_errors(self.path, self.key), np.load(self.path, allow_pickle=False) as file:
-            labels = file["arr_1"]
+        shape, _, dtype = array_header(self.path, self.key, "arr_1")
         at, n = f"{self.key}={self.path}: arr_1 has", len(self)
-        require(labels.shape == (n,), f"{at} shape {labels.shape}, expected one class for each of {n} images")
-        require(np.issubdtype(labels.dtype, np.integer), f"{at} dtype {labels.dtype}, expected integers")
-        return labels.astype(np.int64)
+        require(shape == (n,), f"{at} shape {shape}, expected one class for each of {n} images")
+        require(np.issubdtype(dtype, np.integer), f"{at} dtype {dtype}, expected integers")
+        return read_array(self.path, self.key, "arr_1").astype(np.int64)
 
     def batches(self, batch_size: int, rank: int = 0, num_processes: int = 1) -> Iterator[np.ndarray]:
         """Yield the batches of a process; see `ImageBatches`."""
@@ -320,6 +322,29 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     if np.lib.format.read_magic(file) == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
     return np.lib.format.read_array_header_2_0(file)
+
+
+def array_header(path: Path, key: str, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, whether in Fortran's order, and dtype of an array of an npz, which is not read.
+
+    Raises UserError where the file does not hold as many bytes as they ask for: a header may name
+    any size.
+    """
+    with read_errors(path, key), zipfile.ZipFile(path) as archive:
+        size = archive.getinfo(f"{name}.npy").file_size
+        with archive.open(f"{name}.npy") as file:
+            shape, fortran, dtype = read_header(file)
+            size -= file.tell()
+        expected = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or (size != expected and not dtype.hasobject):
+            raise ValueError(f"{name} holds {size} bytes, its header names {brief(str(shape), 40)} of {dtype}")
+    return shape, fortran, dtype
+
+
+def read_array(path: Path, key: str, name: str) -> np.ndarray:
+    """Return an array of an npz whose header was found to be right."""
+    with read_errors(path, key), np.load(path, allow_pickle=False) as file:
+        return file[name]
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray], images: Iterable[np.ndarray], shape: tuple[int, ...]) -> None:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ddt.autoencoder.base import weights_hash
-from ddt.errors import UserError, first_line, require
+from ddt.errors import UserError, first_line, reason, require
 from ddt.files import sha256
 from ddt.metrics.features import exact_arithmetic
 from ddt.metrics.inception_graph import read_graph
+from ddt.tensor_files import read_state_dict
 
 log = logging.getLogger(__name__)
 WEIGHTS_SHA256 = "6726825d"  # beginning of the hash of torch-fidelity's file
@@ -65,17 +66,7 @@ def read_weights(weights: Path) -> dict[str, Tensor]:
     """
     if weights.suffix == ".pb":
         return read_graph(weights)
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises whatever its reader stumbles over
-        raise UserError(
-            f"inception_weights={weights}: cannot be read ({first_line(error)}); {WEIGHTS_ADVICE}"
-        ) from error
-    require(
-        isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()),
-        f"inception_weights={weights}: holds no state dict; {WEIGHTS_ADVICE}",
-    )
-    return state
+    return read_state_dict(weights, f"inception_weights={weights}", WEIGHTS_ADVICE)
 
 
 def load_network(weights: Path) -> nn.Module:
@@ -93,9 +84,9 @@ def load_network(weights: Path) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # it samples weights first
             return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], buffer)
     except RuntimeError as error:  # load_state_dict's, which lists every name
-        text = " ".join(str(error).split())
-        problem = text if len(text) <= 160 else f"{text[:160]}…"
-        raise UserError(f"inception_weights={weights}: is not this network ({problem}); {WEIGHTS_ADVICE}") from error
+        raise UserError(
+            f"inception_weights={weights}: is not this network ({reason(error)}); {WEIGHTS_ADVICE}"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,10 @@ import torch
 from ddt.config import Choice
 from ddt.data.images import Images
 from ddt.errors import UserError, first_line, require
-from ddt.files import sha256
+from ddt.files import MAX_JSON, sha256
 from ddt.metrics.features import Extractor, FeatureSettings, check_images
 from ddt.metrics.frechet import Statistics
-from ddt.metrics.images import DataImages, ImageSource, NpzImages, array_names, open_images, read_errors
+from ddt.metrics.images import DataImages, ImageSource, NpzImages, array_header, array_names, open_images, read_array
 
 KEYS = (("mu", "sigma"), ("mu_s", "sigma_s"))  # of the first and the second distance of an extractor
 RECEIPT = "receipt"  # array of our own files: JSON
@@ -165,16 +165,17 @@ def read_reference(path: Path, distances: dict[str, int], features: str) -> Refe
 
 def read_statistics(path: Path, pair: tuple[str, str], size: int, features: str) -> Statistics:
     """Return two arrays of a reference file as statistics, float64 (F,) and (F, F), F = size."""
-    with read_errors(path, "reference"), np.load(path, allow_pickle=False) as file:
-        values = [file[name] for name in pair]
-    for name, value, shape in zip(pair, values, ((size,), (size, size)), strict=True):
+    values = []
+    for name, shape in zip(pair, ((size,), (size, size)), strict=True):
+        found, _, dtype = array_header(path, "reference", name)
         require(
-            value.shape == shape and np.issubdtype(value.dtype, np.floating),
+            found == shape and np.issubdtype(dtype, np.floating),
             f"reference={path}: {name} must be statistics of features={features}, floats {shape}, "
-            f"found {value.dtype} {value.shape}",
+            f"found {dtype} {found}",
         )
+        values.append(read_array(path, "reference", name))
         require(
-            bool(np.isfinite(value).all()),
+            bool(np.isfinite(values[-1]).all()),
             f"reference={path}: {name} holds NaN or infinite values; make or copy the file again",
         )
     mean, covariance = (value.astype(np.float64) for value in values)
@@ -189,13 +190,19 @@ def read_statistics(path: Path, pair: tuple[str, str], size: int, features: str)
 
 def read_receipt(path: Path) -> dict[str, Any]:
     """Return the receipt in a file of `ddt.metrics.reference_statistics`."""
-    with read_errors(path, "reference"), np.load(path, allow_pickle=False) as file:
-        text = str(file[RECEIPT])
+    shape, _, dtype = array_header(path, "reference", RECEIPT)
+    require(
+        shape == () and dtype.kind == "U" and dtype.itemsize <= MAX_JSON,
+        f"reference={path}: its {RECEIPT} is no text of a receipt, but {dtype} {shape}; make it again",
+    )
+    text = str(read_array(path, "reference", RECEIPT))
     try:
         receipt = json.loads(text)
         assert isinstance(receipt["features"], dict)
+        assert isinstance(receipt["features"].get("weights", {}), dict)
         assert {type(receipt[key]) for key in ("count", "total")} == {int}
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        assert 1 <= receipt["count"] <= receipt["total"]
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise UserError(f"reference={path}: its {RECEIPT} is damaged ({first_line(error)}); make it again") from error
     return receipt
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ddt.errors import require
+from ddt.errors import UserError, require
 from ddt.model.base import Denoiser
 from ddt.model.cost import NetworkMacs, modulation_macs, stack_macs, weight_macs
 from ddt.model.layers import (
@@ -139,7 +139,8 @@ class DDT(Denoiser):
         activation_checkpointing: Checkpointing = False,
     ) -> None:
         super().__init__()
-        assert patch_size is not None, "null is inferred from the images before a network is built"
+        if patch_size is None:
+            raise UserError("model.patch_size=null: is inferred from the images before; give a number")
         check_sizes(in_channels, patch_size, hidden_size, num_heads, depth, num_classes)
         require(
             1 <= encoder_depth <= depth - 1,

@@ -5,6 +5,7 @@ Shapes: B batch, C latent channels, H W latent size, N tokens, D width.
 
 from torch import Tensor, nn
 
+from ddt.errors import UserError
 from ddt.model.base import Denoiser
 from ddt.model.cost import NetworkMacs, modulation_macs, stack_macs, weight_macs
 from ddt.model.layers import (
@@ -40,7 +41,8 @@ class DiT(Denoiser, BlockStack):
         adaln_init: AdaLNInit = "release",
         activation_checkpointing: Checkpointing = False,
     ) -> None:
-        assert patch_size is not None, "null is inferred from the images before a network is built"
+        if patch_size is None:
+            raise UserError("model.patch_size=null: is inferred from the images before; give a number")
         check_sizes(in_channels, patch_size, hidden_size, num_heads, depth, num_classes)
         sizes = (in_channels, patch_size, hidden_size, num_heads, depth)
         super().__init__(*sizes, "attention", adaln_init, activation_checkpointing)

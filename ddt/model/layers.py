@@ -20,6 +20,9 @@ MixerName = Literal["attention", "conv", "mlp"]
 AdaLNInit = Literal["release", "zero"]
 Checkpointing = bool | Literal["selective"]
 
+MAX_SIZE = 65_536  # of channels and widths: a wrong digit, or the file of others, ends here
+MAX_SIZES = {"patch_size": 1_024, "depth": 1_000, "num_classes": 10_000_000}
+
 aten = torch.ops.aten
 PRODUCTS = {
     aten.mm.default,
@@ -367,7 +370,8 @@ def check_sizes(
     """Raise UserError for impossible sizes, naming the key and the fix."""
     sizes = dict(in_channels=in_channels, patch_size=patch_size, hidden_size=hidden_size)
     for key, value in {**sizes, "num_heads": num_heads, "depth": depth, "num_classes": num_classes}.items():
-        require(value >= 1, f"model.{key}={value}: must be at least 1")
+        limit = MAX_SIZES.get(key, MAX_SIZE)
+        require(1 <= value <= limit, f"model.{key}={value}: must lie in 1..{limit}")
     require(
         hidden_size % num_heads == 0,
         f"model.num_heads={num_heads} does not divide model.hidden_size={hidden_size}: choose a divisor",

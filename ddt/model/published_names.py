@@ -32,20 +32,22 @@ class Release(Protocol):
         """Return the published name of one of the network's weights."""
 
 
-def shape_of(state: State, key: str, source: str) -> tuple[int, ...]:
-    """Return the shape of a weight; UserError names a missing key."""
+def shape_of(state: State, key: str, ndim: int, source: str) -> tuple[int, ...]:
+    """Return the shape of a weight; UserError names a missing key, or one of other dimensions."""
     require(key in state, f"{source}: key {key} is missing")
-    return tuple(state[key].shape)
+    shape = tuple(state[key].shape)
+    require(len(shape) == ndim and 0 not in shape, f"{source}: {key} has shape {shape}, expected {ndim} dimensions")
+    return shape
 
 
 def read_sizes(state: State, patch_size: int, source: str) -> dict[str, Any]:
     """Return the constructor arguments that both families infer from shapes."""
-    rows, hidden_size = shape_of(state, "final_layer.linear.weight", source)
+    rows, hidden_size = shape_of(state, "final_layer.linear.weight", 2, source)
     require(
         patch_size >= 1 and rows % patch_size**2 == 0,
         f"patch_size={patch_size}: its square does not divide the {rows} output rows of {source}",
     )
-    indices = {int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)}
+    indices = {int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d{1,18}\.", key)}
     depth = len(indices)
     require(
         depth > 0 and max(indices) == depth - 1,
@@ -55,9 +57,9 @@ def read_sizes(state: State, patch_size: int, source: str) -> dict[str, Any]:
         "in_channels": rows // patch_size**2,
         "patch_size": patch_size,
         "hidden_size": hidden_size,
-        "num_heads": hidden_size // shape_of(state, "blocks.0.attn.q_norm.weight", source)[0],
+        "num_heads": hidden_size // shape_of(state, "blocks.0.attn.q_norm.weight", 1, source)[0],
         "depth": depth,
-        "num_classes": shape_of(state, "y_embedder.embedding_table.weight", source)[0] - 1,
+        "num_classes": shape_of(state, "y_embedder.embedding_table.weight", 2, source)[0] - 1,
     }
 
 

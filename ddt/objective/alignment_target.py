@@ -14,16 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddt.autoencoder.base import weights_hash
-from ddt.errors import UserError, require
+from ddt.errors import UserError, reason, require
+from ddt.objective.timm_weights import pretrained_file, read_timm_weights
 
 CELL = 16  # pixels per side of the image that one token of the target covers, whatever the target's own stride
 Extract = Callable[[Tensor], Tensor]
-
-
-def reason(error: Exception) -> str:
-    """Return an error's text in one line, each of its lines cut: lists of weights can be long."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(line if len(line) <= 160 else f"{line[:160]}…" for line in lines[:4]) or type(error).__name__
 
 
 def check_target(name: str, weights: str | None) -> None:
@@ -39,21 +34,15 @@ def check_target(name: str, weights: str | None) -> None:
         require(Path(weights).is_file(), f"alignment.weights={weights}: no such file")
 
 
-def weights_overlay(weights: str, classifier: str | tuple[str, ...] | None) -> dict[str, Any]:
-    """Return the changes to timm's `pretrained_cfg` that make it load all weights of a file.
+def weights_overlay(stored: dict[str, Tensor], classifier: str | tuple[str, ...] | None) -> dict[str, Any]:
+    """Return the changes to timm's `pretrained_cfg` that make it load all of a file's weights.
 
     The model gets a head of as many classes as the file's (0: none), and timm no classifier to
     drop: its loading is strict only where it drops nothing.
     """
-    import timm
-
-    try:
-        stored = timm.models.load_state_dict(weights)
-    except Exception as error:  # a damaged file raises whatever its reader stumbles over
-        raise UserError(f"alignment.weights={weights}: cannot be read ({reason(error)}); copy it again") from error
     head = classifier[0] if isinstance(classifier, tuple) else classifier
     rows = stored.get(f"{head}.weight")
-    num_classes = 0 if rows is None else len(rows)
+    num_classes = 0 if rows is None or not rows.ndim else len(rows)
     return {"state_dict": stored, "custom_load": False, "num_classes": num_classes, "classifier": None}
 
 
@@ -82,16 +71,20 @@ def load_network(name: str, weights: str | None, image_size: int, pretrained: bo
         settings["img_size"] = side
     if type(outline) is timm.models.VisionTransformer:
         settings["weight_init"] = "skip"  # every weight comes from the file; a billion random ones take minutes
-    overlay = None if weights is None else weights_overlay(weights, outline.pretrained_cfg.get("classifier"))
+    overlay = None
+    label, advice = f"alignment.weights={weights}", "copy it again"
+    if weights is None and pretrained:
+        label, advice = f"alignment.target={name}", "on a machine without a hub give alignment.weights=FILE"
+        file = pretrained_file(name, label, advice)
+    else:
+        file = None if weights is None else Path(weights)
+    if file is not None:
+        stored = read_timm_weights(file, label, advice)
+        overlay = weights_overlay(stored, outline.pretrained_cfg.get("classifier"))
     try:
         network = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **settings)
-    except Exception as error:  # of the hub client, of timm's filters or of load_state_dict: no common base
-        if weights is not None:
-            raise UserError(f"alignment.weights={weights}: is not a file of {name} ({reason(error)})") from error
-        raise UserError(
-            f"alignment.target={name}: pretrained weights cannot be loaded ({reason(error)}); on a machine without a "
-            "hub give alignment.weights=FILE"
-        ) from error
+    except Exception as error:  # of timm's filters, of load_state_dict, of a download: no common base
+        raise UserError(f"{label}: is not a file of {name} ({reason(error)}); {advice}") from error
     network.pretrained_cfg.pop("state_dict", None)  # else timm holds on to the file's weights
     network.eval().requires_grad_(False)
     if is_vit:
@@ -120,7 +113,8 @@ class Target:
 
     Args:
         name: of the timm model.
-        weights: a local file (.safetensors, .pth, .bin); None takes timm's own from the hub.
+        weights: a local file, also of DINOv2 in Meta's or transformers' layout; None takes timm's
+            own from the hub.
         image_size: H = W of the images.
         compiled: compile the network.
         pretrained: False loads no weights.

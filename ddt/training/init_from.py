@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ddt.checkpoint import format as ckpt
-from ddt.checkpoint.published import find_released, read_released
+from ddt.checkpoint.published import WEIGHTS, find_released, read_released
 from ddt.errors import UserError, require
 from ddt.model import NETWORKS, Denoiser
 from ddt.objective import Objective
@@ -41,41 +41,42 @@ class Source:
 def find_source(init_from: str) -> tuple[Path, bool]:
     """Return (checkpoint folder, True) or (published file, False), or raise UserError."""
     path = Path(init_from)
-    try:
-        if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
+    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
+        try:
             return ckpt.find_checkpoint(path), True
-        return find_released(init_from), False
-    except UserError as error:
-        message = str(error).removeprefix("released=").removeprefix(f"{init_from}: ")
-        raise UserError(f"init_from={init_from}: {message}") from error
+        except UserError as error:
+            raise UserError(f"init_from={error}") from error
+    return find_released(init_from, "init_from"), False
 
 
 def read_source(init_from: str, network: dict[str, Any]) -> Source:
-    """Read the weights of `init_from`.
+    """Read the weights of `init_from`: where it has raw or EMA weights alone, these stand for both.
 
     encoder_depth and patch_size are not in a published file; they are taken from `network`, the
     settings of the new run.
     """
     path, is_checkpoint = find_source(init_from)
     if is_checkpoint:
-        config, ema = ckpt.read_config(path), ckpt.read_weights(path, "ema")
-        trained = (path / "train_state.pt").is_file()  # a converted checkpoint holds EMA weights alone
+        config, names = ckpt.read_config(path), ckpt.weights_names(path)
+        read = {name: ckpt.read_weights(path, name) for name in ("model", "ema") if name in names}
+        trained = (path / "train_state.pt").is_file()  # a converted checkpoint holds weights alone
         return Source(
             name=str(path),
             network=config["network"],
-            model=ckpt.read_weights(path, "model") if trained else ema,
-            ema=ema,
+            model=read.get("model", read.get("ema", {})),
+            ema=read.get("ema", read.get("model", {})),
             alignment=ckpt.read_train_state(path).get("alignment") if trained else None,
             autoencoder=config.get("autoencoder_fingerprint"),
             class_names=config["class_names"] if trained else None,
         )
     released = read_released(path, network.get("encoder_depth"), network["patch_size"])
-    ema, projector = released.weights("ema"), released.parts["projector"]
+    read = {part: released.weights(part) for part in WEIGHTS if released.parts[part]}
+    projector = released.parts["projector"]
     return Source(
         name=str(path),
         network=released.network,
-        model=released.weights("model") if released.parts["model"] else ema,
-        ema=ema,
+        model=read.get("model", read.get("ema", {})),
+        ema=read.get("ema", read.get("model", {})),
         alignment={f"projector.{key}": value.float() for key, value in projector.items()} or None,
     )
 

@@ -1,5 +1,6 @@
 """Checkpoints of a run: how one is written, what happens if that fails, and which ones stay."""
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -64,7 +65,8 @@ def export_ema(checkpoint: Path, target: Path) -> None:
         except OSError:  # a disk without links
             shutil.copyfile(checkpoint / name, temporary / name)
             fsync(temporary / name)
-    write_json(temporary / "manifest.json", {**manifest, "files": {name: manifest["files"][name] for name in names}})
+    kept = dataclasses.replace(manifest, files={name: manifest.files[name] for name in names})
+    write_json(temporary / "manifest.json", dataclasses.asdict(kept))
     if target.exists():
         target.rename(target.with_name(f".del-{target.name}"))
     temporary.rename(target)

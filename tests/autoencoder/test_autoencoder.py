@@ -1,12 +1,15 @@
 """The border between pixels and latents."""
 
+import functools
 import json
 import pathlib
+import shutil
 
 import pytest
 import torch
 from conftest import small_vae
 from diffusers import AutoencoderKL, AutoencoderTiny
+from safetensors.torch import load_file, save_file
 
 from ddt.autoencoder import Identity, KLAutoencoder, TinyAutoencoder, build_autoencoder
 from ddt.autoencoder.base import from_uint8, to_uint8
@@ -127,6 +130,84 @@ def test_the_published_sd_vae_of_true_size(tmp_path, size, side):
         assert (decoded.shape, decoded.dtype) == ((1, 3, size, size), torch.uint8)
 
 
+@pytest.fixture
+def copy(vae_folder, tmp_path):
+    return pathlib.Path(shutil.copytree(vae_folder, tmp_path / "copy"))
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def test_the_layouts_that_autoencoders_come_in_are_loaded(vae_folder, copy, tmp_path, caplog):
+    """As a pickle, inside of a pipeline, with attention's names before 2023, rounded to fp16."""
+    expected, state, before = KLAutoencoder(vae_folder), weights(copy), torch.get_rng_state()
+    (copy / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(state, copy / "diffusion_pytorch_model.bin")
+    assert KLAutoencoder(str(copy)).fingerprint == expected.fingerprint
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    names = {key: functools.reduce(lambda k, pair: k.replace(*pair), old.items(), key) for key in state}
+    assert set(names.values()) != set(names)
+    torch.save({names[key]: value for key, value in state.items()}, copy / "diffusion_pytorch_model.bin")
+    assert KLAutoencoder(str(copy)).fingerprint == expected.fingerprint
+    pipeline = tmp_path / "pipeline"
+    (pipeline / "unet").mkdir(parents=True)
+    (pipeline / "model_index.json").write_text("{}")
+    copy.rename(pipeline / "vae")
+    assert KLAutoencoder(str(pipeline)).fingerprint == expected.fingerprint
+    assert KLAutoencoder.outline(str(pipeline)).latent_shape(3, 64) == (4, 8, 8)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not caplog.records
+    (pipeline / "vae" / "diffusion_pytorch_model.bin").unlink()
+    half = {key: value.half() for key, value in state.items()}
+    save_file(half, pipeline / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    rounded = KLAutoencoder(str(pipeline)).network.state_dict()
+    assert all(torch.equal(rounded[key], half[key].float()) for key in half)
+    assert "rounded to fp16" in caplog.text
+
+
+def test_a_single_file_is_told_the_right_path(copy, tmp_path):
+    file = copy / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match=rf"source={file}: is a single file.*give its folder, {copy}$"):
+        KLAutoencoder(str(file))
+    with pytest.raises(UserError, match=r"is a single file.*give the folder of a diffusers autoencoder$"):
+        KLAutoencoder(str(file.rename(tmp_path / "vae-ft-ema.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"block_out_channels": [8, 10**12]},
+        {"block_out_channels": "many"},
+        {"layers_per_block": 10**7},
+        {"layers_per_block": None},
+        {"down_block_types": ["Nothing"] * 4},
+        {"norm_num_groups": 0},
+        {"latent_channels": float("nan")},
+        {"_class_name": ["AutoencoderKL"]},
+        {"latent_channels": 3},
+    ],
+)
+def test_an_impossible_config_is_one_line(copy, change):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=rf"^autoencoder\.source={copy}: ") as error:
+        build_autoencoder({"_target_": "ddt.autoencoder.KLAutoencoder", "source": str(copy)})
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_damaged_weights_are_named_as_what_they_are(copy):
+    file = copy / "diffusion_pytorch_model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(UserError, match=rf"^autoencoder\.source={copy}: {file}: is a Git LFS pointer"):
+        KLAutoencoder(str(copy))
+    (copy / "config.json").write_text("{" * 10**5)
+    file.unlink()
+    torch.save({"w": torch.zeros(1)}, copy / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=r"config\.json: damaged or no JSON"):
+        KLAutoencoder(str(copy))
+
+
 def test_kl_autoencoder_refuses_what_does_not_fit(vae_folder):
     with pytest.raises(UserError, match="multiples of 8 px"):
         KLAutoencoder(vae_folder).latent_shape(3, 60)
@@ -139,9 +220,9 @@ def test_kl_autoencoder_refuses_what_does_not_fit(vae_folder):
 
 
 def test_missing_weights_and_unknown_kinds_are_named(tmp_path, vae_folder):
-    with pytest.raises(UserError, match=r"autoencoder\.source=.*local folder"):
+    with pytest.raises(UserError, match=r"autoencoder\.source=.*holds no diffusers autoencoder"):
         KLAutoencoder(str(tmp_path))
-    with pytest.raises(UserError, match=r"autoencoder\.source=\./nowhere: no such folder"):
+    with pytest.raises(UserError, match=r"autoencoder\.source=\./nowhere: no such file or folder"):
         KLAutoencoder("./nowhere")
     with pytest.raises(UserError, match="is of class AutoencoderKL, expected AutoencoderTiny"):
         TinyAutoencoder(vae_folder)

@@ -5,20 +5,17 @@ import os
 
 import pytest
 import torch
-from conftest import inputs, small_ddt
+from conftest import inputs, small_config, small_ddt
 
 import ddt
 from ddt.checkpoint import format as ckpt
 from ddt.errors import UserError
 from ddt.files import atomic_file, atomic_folder, lock_folder
 
-NETWORK = dict(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2, num_classes=5)
-
 
 def write(folder, step=7, model=None, **more):
     model = model or small_ddt()
-    config = {"step": step, "network": {"_target_": "ddt.model.DDT", **NETWORK}}
-    ckpt.write_checkpoint(folder, config, ema=model.state_dict(), **more)
+    ckpt.write_checkpoint(folder, small_config(model, step=step), ema=model.state_dict(), **more)
     return model
 
 
@@ -92,7 +89,7 @@ def test_a_path_without_a_checkpoint_is_named(tmp_path):
 
 
 def test_a_checkpoint_cannot_name_code_to_run(tmp_path):
-    config = {"step": 0, "network": {"_target_": "subprocess.Popen", "args": "true"}}
+    config = small_config(small_ddt(), network={"_target_": "subprocess.Popen", "args": "true"})
     ckpt.write_checkpoint(tmp_path / "a", config, ema={"w": torch.zeros(1)})
     with pytest.raises(UserError, match=r"model\._target_=subprocess\.Popen: unknown network"):
         ddt.load_model(tmp_path / "a")

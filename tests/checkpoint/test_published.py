@@ -1,5 +1,6 @@
 """Published checkpoints are read strictly."""
 
+import re
 import warnings
 
 import pytest
@@ -10,9 +11,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import ddt
-from ddt.checkpoint.convert import SAMPLERS
+from ddt.checkpoint.convert import SAMPLERS, ConvertSettings, convert
 from ddt.checkpoint.published import check_releasable, find_released, read_file, read_released, write_released
-from ddt.config import parse
+from ddt.config import Choice, parse
 from ddt.errors import UserError
 from ddt.sampling.settings import SamplerSettings
 
@@ -123,7 +124,7 @@ def test_unreadable_files_are_named(tmp_path):
         (cut, "cannot be read"),
         (half, "cannot be read"),
         (code, "more than weights"),
-        (other, "state_dict"),
+        (other, "holds no state dict, for weights is no tensor"),
     ):
         with pytest.raises(UserError, match=rf"{path.name}: .*{message}"):
             ddt.load_released(path, encoder_depth=1, patch_size=1)
@@ -131,7 +132,8 @@ def test_unreadable_files_are_named(tmp_path):
         ddt.load_released(tmp_path / "absent.ckpt", encoder_depth=1)
 
 
-def test_find_released(tmp_path):
+def test_find_released(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="holds 0"):
         find_released(str(tmp_path))
     (tmp_path / "a.ckpt").touch()
@@ -143,6 +145,97 @@ def test_find_released(tmp_path):
         find_released("nobody/nothing")
     with pytest.raises(UserError, match="no hub id"):
         find_released("/no/such/place")
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="init_from=runs/slip: no such file or folder, and a folder runs/ is here"):
+        find_released("runs/slip", "init_from")
+
+
+def wrapped(key, wrapper):
+    """A key as training under DDP or torch.compile saves it, the wrapper at its head, after its
+    prefix, and inside.
+    """
+    prefix, _, rest = key.partition(".")
+    return {
+        "head": f"_orig_mod.{key}",
+        "after the prefix": f"{prefix}._orig_mod.module.{rest}",
+        "inside": key.replace("blocks.1.", "blocks.1._orig_mod.").replace("attn.", "attn.module."),
+    }[wrapper]
+
+
+def lightning(change=lambda key: key):
+    return {change(key): value for key, value in torch.load(LIGHTNING, weights_only=True)["state_dict"].items()}
+
+
+def same(state, expected):
+    return state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("wrapper", ["head", "after the prefix", "inside"])
+def test_weights_of_compiled_and_parallel_training_are_read(tmp_path, wrapper):
+    expected = read_file(LIGHTNING)
+    torch.save({"state_dict": lightning(lambda key: wrapped(key, wrapper))}, tmp_path / "x.ckpt")
+    found = read_file(tmp_path / "x.ckpt")
+    assert all(same(found[part], expected[part]) for part in ("ema", "model", "projector"))
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pth", "ckpt", "safetensors"])
+@pytest.mark.parametrize("form", ["bare", "bare, with prefixes", "bare, wrapped", "ema and model"])
+def test_state_dicts_without_lightning_are_read(tmp_path, form, suffix):
+    parts, path = read_file(LIGHTNING), tmp_path / f"x.{suffix}"
+    content = {
+        "bare": parts["ema"],
+        "bare, with prefixes": lightning(),
+        "bare, wrapped": {f"module.{key}": value for key, value in parts["ema"].items()},
+        "ema and model": {"ema": parts["ema"], "model": parts["model"], "opt": {"lr": 1e-4}, "steps": 3},
+    }[form]
+    if suffix == "safetensors" and form == "ema and model":
+        return  # a flat format
+    (save_file if suffix == "safetensors" else torch.save)(content, path)
+    found = read_released(path, encoder_depth=1, patch_size=1)
+    reference = read_released(LIGHTNING, encoder_depth=1, patch_size=1)
+    assert found.network == reference.network
+    assert same(found.weights(), reference.weights())
+    if form in ("bare, with prefixes", "ema and model"):
+        assert same(found.weights("model"), reference.weights("model"))
+
+
+def test_raw_weights_of_a_published_file(tmp_path, monkeypatch):
+    state = lightning()
+    model = ddt.load_released(LIGHTNING, encoder_depth=1, patch_size=1, weights="model")
+    assert torch.equal(model.decoder.blocks[1].mixer.qkv.weight, state["denoiser.blocks.2.attn.qkv.weight"])
+    only = {key: value for key, value in state.items() if not key.startswith("ema_denoiser.")}
+    torch.save({"state_dict": only}, tmp_path / "raw.ckpt")
+    raw = ddt.load_released(tmp_path / "raw.ckpt", encoder_depth=1, patch_size=1, weights="model").state_dict()
+    assert same(raw, model.state_dict())
+    with pytest.raises(UserError, match=r"weights=ema: raw\.ckpt holds no EMA weights .*give weights=model"):
+        ddt.load_released(tmp_path / "raw.ckpt", encoder_depth=1, patch_size=1)
+    with pytest.raises(UserError, match="weights=raw: choose from ema, model"):
+        ddt.load_released(LIGHTNING, encoder_depth=1, patch_size=1, weights="raw")
+    settings = ConvertSettings(
+        released=str(tmp_path / "raw.ckpt"), encoder_depth=1, resolution=256, patch_size=1, out=str(tmp_path / "out"),
+        autoencoder=Choice("ddt.autoencoder.KLAutoencoder", {"source": "a/b"}), weights="model",
+    )  # fmt: skip
+    convert(settings)
+    assert same(ddt.load_model(tmp_path / "out", weights="model").state_dict(), raw)
+    with pytest.raises(UserError, match=r"weights=ema: .* choose from model"):
+        ddt.load_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("final_layer.linear.weight", torch.zeros(3)),
+        ("final_layer.linear.weight", torch.zeros(0, 64)),
+        ("blocks.0.attn.q_norm.weight", torch.tensor(1.0)),
+        ("y_embedder.embedding_table.weight", torch.zeros(11)),
+        ("blocks.0.attn.q_norm.weight", torch.zeros(640)),
+        ("x_embedder.proj.weight", torch.zeros(64, 16, dtype=torch.int64)),
+    ],
+)
+def test_impossible_shapes_are_named(tmp_path, key, value):
+    path = changed(tmp_path, lambda state: state.update({key: value}))
+    with pytest.raises(UserError, match=rf"changed\.safetensors: {re.escape(key)}|model\.num_heads=0"):
+        ddt.load_released(path, encoder_depth=3)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])

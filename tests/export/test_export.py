@@ -116,10 +116,10 @@ def test_a_local_autoencoder_goes_along(tmp_path):
     texts = [path.read_text() for path in out.rglob("*") if path.suffix in (".json", ".md")]
     assert len(texts) == 4
     assert not any(str(tmp_path) in text or "/home/me" in text for text in texts)
-    listed = ckpt.read_manifest(out)["files"]
+    listed = ckpt.read_manifest(out).files
     assert "autoencoder/diffusion_pytorch_model.safetensors" in listed
     assert ckpt.weights_names(out) == ["ema"]
-    with pytest.raises(UserError, match=r"autoencoder\.source=.*no such folder"):
+    with pytest.raises(UserError, match=r"autoencoder\.source=.*no such file or folder"):
         open_source(folder, "hub")
 
 

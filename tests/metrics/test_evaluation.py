@@ -1,6 +1,7 @@
 """Whole evaluations: of samples against references of every kind, by every kind of features."""
 
 import json
+import re
 import shutil
 import zipfile
 from typing import ClassVar
@@ -183,8 +184,55 @@ def test_unusable_samples_are_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "long.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
         np.lib.format.write_array_header_1_0(file, {"shape": (2, 8, 8, 1), "fortran_order": False, "descr": "|u1"})
         file.write(bytes(3 * 64))
-    with pytest.raises(UserError, match=r"long.npz: damaged.*continues after its last image"):
+    with pytest.raises(UserError, match=r"long.npz: damaged.*arr_0 holds 192 bytes"):
         list(open_images(tmp_path / "long.npz", "samples").batches(2))
+
+
+def npz(path, **members):
+    """An npz of raw .npy files, compressed: header and content need not agree."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, (descr, shape, content) in members.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                header = {"descr": descr, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                file.write(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("descr", "shape", "content", "message"),
+    [
+        ("<i8", (3,), bytes(16), "arr_1 holds 16 bytes"),
+        ("<i8", (10**9,), bytes(24), "arr_1 holds 24 bytes"),
+        ("<i8", (-3,), bytes(24), "arr_1 holds 24 bytes"),
+        ("<i8", (10**30,), bytes(24), "arr_1 holds 24 bytes"),
+        ("<i8", (10**6,), bytes(8 * 10**6), "arr_1 has shape (1000000,)"),
+        ("|O", (3,), b"cos\nsystem\n", "arr_1 has dtype object"),
+        ("<U1000000", (3,), bytes(3 * 4 * 10**6), "arr_1 has dtype <U1000000"),
+    ],
+)
+def test_labels_are_not_read_before_they_fit(tmp_path, monkeypatch, descr, shape, content, message):
+    path = npz(tmp_path / "x.npz", arr_0=("|u1", (3, 2, 2, 1), bytes(12)), arr_1=(descr, shape, content))
+    images = open_images(path, "samples")
+    monkeypatch.setattr("numpy.load", lambda *_, **__: pytest.fail("loaded before it was checked"))
+    with pytest.raises(UserError, match=rf"samples={path}: .*{re.escape(message)}"):
+        images.labels()
+
+
+@pytest.mark.parametrize("header", ["(" * 4000, "{'descr':" + "[" * 3000, "{'shape': " + "9" * 5000 + "}", "", "\0"])
+def test_a_damaged_header_is_one_line(tmp_path, header):
+    content = header.encode().ljust(118) + b"\n"
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00" + len(content).to_bytes(2, "little") + content)
+    with pytest.raises(UserError, match=r"x\.npz: damaged or no npz file \("):
+        open_images(tmp_path / "x.npz", "samples")
+
+
+@pytest.mark.parametrize("shape", [(-3, 2, 2, 1), (10**12, 2, 2, 1), (3, 2, 2, 10**30), (3, -2, -2, 1), (4, 2, 2, 1)])
+def test_images_must_be_as_many_as_their_header_says(tmp_path, shape):
+    path = npz(tmp_path / "x.npz", arr_0=("|u1", shape, bytes(12)))
+    with pytest.raises(UserError, match=r"damaged or no npz file \(arr_0 holds 12 bytes"):
+        open_images(path, "samples")
 
 
 @pytest.mark.parametrize(

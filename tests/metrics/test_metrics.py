@@ -538,7 +538,7 @@ class Stranger:
 def test_wrong_weights_are_named(tmp_path, inception_weights):
     path = tmp_path / "x.pth"
     cases = [({"fc.weight": torch.zeros(2)}, "is not this network"), (torch.zeros(3), "holds no state dict")]
-    cases.append(({"fc.weight": Stranger()}, "cannot be read"))
+    cases.append(({"fc.weight": Stranger()}, "holds more than weights, an object test_metrics.Stranger"))
     state = torch.load(inception_weights, weights_only=True)
     cases.append((state | {"head.weight": torch.zeros(2)}, r"is not this network .*Unexpected key.*head.weight"))
     for content, message in cases:
@@ -547,5 +547,5 @@ def test_wrong_weights_are_named(tmp_path, inception_weights):
             load_network(path)
         assert len(str(error.value).splitlines()) == 1
     path.write_text("no weights")
-    with pytest.raises(UserError, match=r"x.pth: cannot be read"):
+    with pytest.raises(UserError, match=r"x.pth: is text \(no weights\)"):
         load_network(path)

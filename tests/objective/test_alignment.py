@@ -2,13 +2,14 @@
 
 import functools
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, to_transformers
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -28,6 +29,7 @@ from ddt.objective.alignment import (
     to_grid,
 )
 from ddt.objective.alignment_target import Target
+from ddt.objective.timm_weights import from_transformers
 
 DINOV2 = "vit_small_patch14_dinov2.lvd142m"
 REGISTERS = "vit_small_patch14_reg4_dinov2.lvd142m"
@@ -237,6 +239,19 @@ def test_the_layout_published_by_dinov2_is_read(files, tmp_path):
     assert Target(DINOV2, str(tmp_path / "w.pth"), 32).fingerprint == Target(DINOV2, files(DINOV2), 32).fingerprint
 
 
+def test_the_layout_of_transformers_is_read(files, tmp_path):
+    meta = load_file(files(DINOV2)) | {"mask_token": torch.zeros(1, 384), "register_tokens": torch.zeros(1, 4, 384)}
+    theirs = to_transformers(meta)
+    assert "encoder.layer.3.attention.attention.key.bias" in theirs
+    for state in (meta, theirs, {f"dinov2.{name}": value for name, value in theirs.items()}):
+        found = from_transformers(state)
+        assert found.keys() == meta.keys()
+        assert all(torch.equal(found[name], meta[name]) for name in meta)
+    del theirs["encoder.layer.3.attention.attention.key.bias"], theirs["embeddings.register_tokens"]
+    save_file(theirs, tmp_path / "lost.safetensors")
+    refused(lambda: Target(DINOV2, str(tmp_path / "lost.safetensors"), 32), "Missing", "blocks.3.attn.qkv.bias")
+
+
 # what is refused
 
 
@@ -245,7 +260,7 @@ def refused(call, *words):
         call()
     message = str(error.value)
     assert "\n" not in message
-    assert len(message) < 900
+    assert len(message) < 600
     for word in words:
         assert word in message, message
 
@@ -279,7 +294,7 @@ def test_a_damaged_file_is_named(tmp_path, suffix):
     file.write_bytes(b"\x07 no weights" * 40)
     refused(lambda: Target(DINOV2, str(file), 32), f"alignment.weights={file}: cannot be read")
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
-    refused(lambda: Target(DINOV2, str(tmp_path / "tensor.pth"), 32), "cannot be read")
+    refused(lambda: Target(DINOV2, str(tmp_path / "tensor.pth"), 32), "holds no state dict, but a Tensor")
 
 
 def test_a_missing_file_and_an_unknown_name_are_refused_before_anything_is_loaded():
@@ -292,9 +307,23 @@ def test_an_unreachable_hub_is_reported_with_the_fix(monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("no route\nto the host")
 
-    monkeypatch.setattr("timm.models._hub.hf_hub_download", unreachable)
+    monkeypatch.setattr("ddt.hub.cached_folder", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.HfApi", unreachable)
     target = REPA(DINOV2)
     refused(lambda: target.build_target(32), f"alignment.target={DINOV2}", "no route", "alignment.weights=FILE")
+
+
+def test_timms_own_weights_come_from_the_hubs_cache(files, tmp_path, monkeypatch):
+    asked = []
+
+    def cached_folder(name, revision):
+        asked.append(name)
+        return tmp_path
+
+    monkeypatch.setattr("ddt.hub.cached_folder", cached_folder)
+    shutil.copy(files(DINOV2), tmp_path / "model.safetensors")
+    assert REPA(DINOV2).build_target(32).fingerprint == Target(DINOV2, files(DINOV2), 32).fingerprint
+    assert asked == [f"timm/{DINOV2}"]
 
 
 @pytest.mark.parametrize("size", [0, 8, 28, 250])

@@ -112,6 +112,18 @@ def network(**sizes):
             "depth": 5, "encoder_depth": 3, "num_classes": 10, **sizes}  # fmt: skip
 
 
+def stored_config(step, **sizes):
+    settings = network(**sizes)
+    return {
+        "step": step,
+        "network": settings,
+        "latent_shape": [settings["in_channels"], 8, 8],
+        "autoencoder": {"_target_": "ddt.autoencoder.Identity"},
+        "sampler": {},
+        "class_names": ["0"] * settings["num_classes"],
+    }
+
+
 def run_config(network, autoencoder=None):
     class_names = ["0"] * network["num_classes"]
     return {"network": network, "autoencoder_fingerprint": autoencoder, "class_names": class_names}
@@ -142,8 +154,8 @@ def test_a_published_file_gives_raw_and_ema_weights():
 def test_a_converted_checkpoint_has_ema_weights_alone(tmp_path, caplog):
     caplog.set_level("INFO")
     source = objective(num_classes=7).denoiser
-    config = {"step": None, "network": network(num_classes=7)}
-    write_checkpoint(tmp_path / "converted", {**config, "autoencoder_fingerprint": "other"}, ema=source.state_dict())
+    config = stored_config(None, num_classes=7) | {"autoencoder_fingerprint": "other"}
+    write_checkpoint(tmp_path / "converted", config, ema=source.state_dict())
     trained = objective()
     ema = EMA(trained.denoiser, ConstantDecay(0.9))
     fresh = trained.denoiser.state_dict()[TABLE].clone()
@@ -177,7 +189,7 @@ def test_a_projector_is_loaded_where_it_fits(tmp_path, caplog):
         return FlowMatching(objective().denoiser, alignment=loss)
 
     source = aligned(6)
-    config = {"step": 1, "network": network(), "class_names": ["1"] * 10}
+    config = stored_config(1) | {"class_names": ["1"] * 10}
     state = source.denoiser.state_dict()
     write_checkpoint(
         tmp_path / "run", config, ema=state, model=state, train_state={"alignment": source.alignment.state_dict()}
@@ -196,13 +208,14 @@ def test_a_projector_is_loaded_where_it_fits(tmp_path, caplog):
     ("option", "message"),
     [
         ("init_from=nowhere", "init_from=nowhere: no such file or folder, and no hub id"),
-        ("init_from=runs", "init_from=runs: holds 0 .ckpt or .safetensors files"),
+        ("init_from=runs/slip", "init_from=runs/slip: no such file or folder, and a folder runs/ is here"),
+        ("init_from=runs", "init_from=runs: holds 0 files of weights (.ckpt, .safetensors"),
         ("model.encoder_depth=1 init_from=runs/source", f"{OTHER} (model.encoder_depth 2 -> 1)"),
         ("model.decoder_block=mlp init_from=runs/source", f"{OTHER} (model.decoder_block attention -> mlp)"),
         ("model.depth=4 init_from=runs/source", f"{OTHER} (model.depth 3 -> 4)"),
         (f"init_from={PATCH1} model.decoder_block=mlp", f"init_from={PATCH1}: is another network (model.decoder_block"),
         (f"init_from={PATCH1}", f"init_from={PATCH1}: is another network (model.hidden_size 48 -> 32"),
-        (f"init_from={GOLDEN / 'golden.json'}", f"{GOLDEN / 'golden.json'}: cannot be read"),
+        (f"init_from={GOLDEN / 'golden.json'}", f"{GOLDEN / 'golden.json'}: is JSON"),
     ],
 )  # fmt: skip
 def test_invalid_sources_are_one_line(place, monkeypatch, option, message):
