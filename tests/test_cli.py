@@ -26,7 +26,7 @@ class Settings:
     seed: int
     rate: float | None
 
-@command("conf", settings="script.Settings", folder=Path(__file__).parent / "conf", sweeps=True)
+@command("conf", settings="script.Settings", folder=Path(__file__).parent / "conf", outcome=lambda run_dir: None)
 def main(settings):
     "Do what the seed says."
     with open("started", "a") as file:
@@ -91,8 +91,9 @@ def test_a_job_that_stops_on_request_ends_the_sweep(script):
 
 
 def test_a_sweep_under_a_launcher_is_refused_once(script):
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for rank, stderr in (("0", "-m: a sweep starts its own processes"), ("1", "")):
-        done = script("-m", "seed=6,7", WORLD_SIZE="2", RANK=rank)
+        done = script("-m", "seed=6,7", WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, **address)
         assert (done.returncode, stderr in done.stderr) == (1, True)
         assert done.stderr.count("-m: ") == (rank == "0")
 

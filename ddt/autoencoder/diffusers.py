@@ -78,6 +78,7 @@ class DiffusersAutoencoder(abc.ABC):
     """
 
     pixel_space = False
+    packages = ("diffusers",)
     kind: str
     stochastic: bool
     levels: str  # key of the config with one entry per level of the encoder

@@ -55,6 +55,7 @@ class Images(abc.ABC):
     other_files: Mapping[str, int] = MappingProxyType({})  # in that folder: number of non-images of each suffix
     transform: str | None = None  # how files become images
     has_latents = False  # `load_inputs` returns moments of an autoencoder instead of pixels
+    packages: tuple[str, ...] = ()  # that opening it needs
     flips = 1  # 2: mirror images are stored too, and the training stream chooses between them
     cached_features: "CachedFeatures | None" = None
 
@@ -110,6 +111,8 @@ class Digits(ArrayImages):
 
     Every 6th image is "test" (300), the other 1,497 are "train"; grey 0..16 is scaled to 0..255.
     """
+
+    packages = ("sklearn",)
 
     @classmethod
     def outline(cls, settings: Mapping[str, Any]) -> Outline:

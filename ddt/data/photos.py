@@ -33,7 +33,7 @@ SHARES = (0.4, 1.0)  # a crop's side, as shares of its photo's shorter side
 
 
 def photo(name: str) -> Image.Image:
-    """Return one of `PHOTOS` as RGB; raise UserError where its package is missing."""
+    """Return one of `PHOTOS` as RGB; raise UserError where its package is missing or lacks it."""
     module, file = PHOTOS[name]
     spec = importlib.util.find_spec(module)  # finds the folder without the seconds that importing it takes
     folders = spec.submodule_search_locations if spec else None
@@ -58,6 +58,8 @@ class Photos(ArrayImages):
 
     Raises UserError where scikit-image is missing, and for sizes out of range.
     """
+
+    packages = ("skimage", "sklearn")
 
     @classmethod
     def outline(cls, settings: Mapping[str, Any]) -> Outline:

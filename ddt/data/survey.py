@@ -17,6 +17,7 @@ from PIL import Image
 
 from ddt.config import Choice, locate
 from ddt.errors import UserError, require
+from ddt.files import SPLIT_NAMES
 
 log = logging.getLogger(__name__)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -29,7 +30,6 @@ MAX_GRID = 8  # patches a side, likewise
 PATCH_OF_LATENTS = 2
 GREY_MODES = ("1", "L", "I;16", "I;16B", "LA")
 FEW_IMAGES, FEW_OF_A_CLASS = 1_000, 20
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 @dataclasses.dataclass(frozen=True)

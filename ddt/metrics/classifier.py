@@ -60,6 +60,7 @@ class ClassifierSettings:
     learning_rate: float = 2e-3
 
     weights_key: ClassVar[None] = None
+    packages: ClassVar[tuple[str, ...]] = ("torch_fidelity",)  # of the Fréchet distance
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"features.epochs={self.epochs}: must be at least 1")

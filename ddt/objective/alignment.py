@@ -158,6 +158,8 @@ class AlignmentSettings:
     weight: float
     until_step: int | None
 
+    packages: ClassVar[tuple[str, ...]] = ()  # that it needs
+
     def __post_init__(self) -> None:
         require(self.align_depth >= 1, f"alignment.align_depth={self.align_depth}: blocks are counted from 1")
         require(self.weight > 0, f"alignment.weight={self.weight}: must be above 0; alignment=none trains without")
@@ -201,6 +203,7 @@ class REPA(AlignmentSettings):
     compile: bool = False
 
     needs_target: ClassVar[bool] = True
+    packages: ClassVar[tuple[str, ...]] = ("timm",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

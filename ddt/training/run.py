@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,12 @@ from torch import nn
 
 from ddt.autoencoder import Autoencoder
 from ddt.checkpoint import format as ckpt
-from ddt.config import Choice
+from ddt.config import Choice, locate
 from ddt.data.images import Images
 from ddt.data.survey import infer_settings
 from ddt.distributed.launch import default_processes
 from ddt.errors import UserError, require
+from ddt.files import MAX_NAME_BYTES, is_run_name
 from ddt.metrics.features import FeatureSettings, check_weights
 from ddt.metrics.reference import data_reference, load_reference
 from ddt.objective import Objective
@@ -54,12 +54,9 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         require(
-            re.fullmatch(r"[\w.=,+\[\]-][\w.=,+\[\]/-]*", self.name) is not None
-            and ".." not in self.name
-            and self.name != ".",
-            f"name={self.name}: give a folder name made of letters, digits and _.=,+-",
+            is_run_name(self.name),
+            f"name={self.name}: give a folder name of letters, digits and _.=,+-, at most {MAX_NAME_BYTES} bytes long",
         )
-        require(self.init_from != "", "init_from: not set; give init_from=RUN_OR_CHECKPOINT_OR_PUBLISHED_FILE")
         require(0 <= self.seed < 2**63, f"seed={self.seed}: must be at least 0")
 
     @property
@@ -109,6 +106,7 @@ def check(settings: TrainSettings) -> None:
     if settings.alignment is not None and network is not None:
         attempt(settings.alignment.check_depth, network.num_alignable_blocks)
     attempt(check_evaluation, settings)
+    attempt(locate(settings.tracker.target).check, **settings.tracker.settings)
     if settings.init_from and ckpt.newest_checkpoint(settings.run_dir) is None:  # a resumed run does not read it
         attempt(find_source, settings.init_from)
     if settings.sampler.recompute is not None and network is not None and not network.shares_encoder:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddt.checkpoint import format as ckpt
-from ddt.config import Choice
+from ddt.config import stored_choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, collect_errors, first_line, require
 from ddt.files import check_writable
@@ -137,8 +137,7 @@ def look_inside(settings: InsideSettings) -> None:
         results["z_pca"] = {"steps": steps, "times": times, "variance_shown": report.numbers(shares)}
         figures["z_pca"] = functools.partial(report.draw_components, colours, times, names, shares)
     if data is not None:
-        node = dict(stored["run"]["objective"])
-        objective = Choice(node.pop("_target_"), node).build(denoiser=model).for_validation(model)
+        objective = stored_choice(stored["run"]["objective"]).build(denoiser=model).for_validation(model)
         errors = loss_by_t(generator, objective, data, accelerator, settings.loss_images, settings.batch_size)
         results["loss_by_t"] = {
             "images": len(errors),
