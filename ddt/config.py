@@ -30,6 +30,7 @@ WORDS = {  # beginnings of pydantic's kinds of errors
     "string_": "text",
 }
 EXTRAS = {"torchode": "adaptive", "gradio": "app", "skimage": "photos"}  # of pyproject.toml, by package
+MOST_NAMES = 60  # in a line
 CONVERSION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
@@ -255,11 +256,14 @@ def truth_as_number(value: Any, converted: Any) -> bool:
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
-    """Return "; did you mean …?" with the closest known name, or the list of all where none is
-    close.
+    """Return "; did you mean …?" with the closest known name, or the list of all (the first of
+    many) where none is close.
     """
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"; did you mean {close[0]}?"
-    return f"; choose from {', '.join(sorted(known))}" if known else ""
+    listed = sorted(known)
+    if len(listed) > MOST_NAMES:
+        listed[MOST_NAMES:] = [f"… ({len(known)} in all)"]
+    return f"; choose from {', '.join(listed)}" if known else ""

@@ -114,6 +114,6 @@ class SampleSettings(SamplerOverrides):
         require(self.cache_gib >= 0, f"cache_gib={self.cache_gib}: must be at least 0 (0 keeps no modulations)")
         require(self.png == "all" or self.png >= 0, f"png={self.png}: give a number of images, or all")
 
-    def image_set(self, num_classes: int) -> ImageSet:
-        """Return the images of the set, of a model with num_classes classes."""
-        return image_set(num_classes, self.num_samples, self.classes, self.seeds, self.seed)
+    def image_set(self, num_classes: int, class_names: Sequence[str] = ()) -> ImageSet:
+        """Return the images of the set, of a model with num_classes classes of these names."""
+        return image_set(num_classes, self.num_samples, self.classes, self.seeds, self.seed, class_names)

@@ -16,6 +16,7 @@ from ddt.checkpoint.published import find_released, read_released
 from ddt.errors import UserError, require
 from ddt.model import NETWORKS
 from ddt.objective import Objective
+from ddt.pictures import imagenet_synsets
 from ddt.training.ema import EMA
 
 log = logging.getLogger(__name__)
@@ -66,16 +67,18 @@ def read_source(init_from: str, network: dict[str, Any]) -> Source:
             ema=ema,
             alignment=ckpt.read_train_state(path).get("alignment") if trained else None,
             autoencoder=config.get("autoencoder_fingerprint"),
-            class_names=config["class_names"] if trained else None,
+            class_names=config.get("class_names"),
         )
     released = read_released(path, network.get("encoder_depth"), network["patch_size"])
     ema, projector = released.weights("ema"), released.parts["projector"]
+    synsets = imagenet_synsets()  # every published model of a thousand classes is one of ImageNet
     return Source(
         name=str(path),
         network=released.network,
         model=released.weights("model") if released.parts["model"] else ema,
         ema=ema,
         alignment={f"projector.{key}": value.float() for key, value in projector.items()} or None,
+        class_names=synsets if released.network["num_classes"] == len(synsets) else None,
     )
 
 
@@ -134,8 +137,11 @@ def initialise(init_from: str, config: dict[str, Any], objective: Objective, ema
         projector = "projector loaded" if fits else "projector new"
     log.info("init_from=%s: raw and EMA weights loaded, %s, %s", source.name, table, projector)
     if old == new and source.class_names not in (None, config["class_names"]):
+        pairs = zip(source.class_names, config["class_names"], strict=True)
+        changed = [(number, *names) for number, names in enumerate(pairs) if names[0] != names[1]]
         log.warning(
-            "init_from=%s: has as many classes, but others; rows of the label table change their class", source.name
-        )
+            "init_from=%s: has as many classes, but others: %d rows of the label table change their class, the first "
+            "is %d, from %s to %s", source.name, len(changed), *changed[0],
+        )  # fmt: skip
     if source.autoencoder not in (None, config["autoencoder_fingerprint"]):
         log.warning("init_from=%s: was trained on latents of another autoencoder than this run's", source.name)

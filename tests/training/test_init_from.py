@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from conftest import GOLDEN, refusal, small_ddt, succeed
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ddt.checkpoint.format import write_checkpoint
 from ddt.checkpoint.published import read_released
 from ddt.objective import FlowMatching
 from ddt.objective.alignment import Dispersive
+from ddt.pictures import imagenet_synsets
 from ddt.training.ema import EMA, ConstantDecay
 from ddt.training.init_from import initialise
 
@@ -154,6 +155,27 @@ def test_a_converted_checkpoint_has_ema_weights_alone(tmp_path, caplog):
             assert torch.equal(trained.denoiser.state_dict()[key], value)
             assert torch.equal(ema.model.state_dict()[key], value)
     assert "was trained on latents of another autoencoder than this run's" in caplog.text
+
+
+@pytest.mark.parametrize("converted", [True, False])
+def test_other_classes_than_a_published_source_are_warned_of(tmp_path, caplog, converted):
+    synsets, path = imagenet_synsets(), tmp_path / "source.safetensors"
+    sizes = network(num_classes=len(synsets), hidden_size=16)
+    source = objective(num_classes=len(synsets), hidden_size=16)
+    state = source.denoiser.state_dict()
+    if converted:
+        write_checkpoint(path, {"step": None, "network": sizes, "class_names": synsets}, ema=state)
+    else:
+        release = type(source.denoiser).release
+        save_file({release.published_name(key, sizes): value for key, value in state.items()}, path)
+    config = run_config(sizes) | {"class_names": [*synsets[:7], synsets[8], synsets[7], *synsets[9:]]}
+    initialise(str(path), config, source, emas(source))
+    assert f"2 rows of the label table change their class, the first is 7, from {synsets[7]} to {synsets[8]}" in (
+        caplog.text
+    )
+    caplog.clear()
+    initialise(str(path), config | {"class_names": synsets}, source, emas(source))
+    assert "change their class" not in caplog.text
 
 
 def test_a_projector_is_loaded_where_it_fits(tmp_path, caplog):

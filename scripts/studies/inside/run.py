@@ -69,7 +69,9 @@ class InsideSettings(SamplerOverrides):
         network = stored["network"]
         sampler, images = collect_errors(
             lambda: self.resolve(stored["sampler"], network_class(network).shares_encoder),
-            lambda: image_set(network["num_classes"], classes=self.classes, seeds=self.seeds),
+            lambda: image_set(
+                network["num_classes"], classes=self.classes, seeds=self.seeds, class_names=stored["class_names"]
+            ),
         )
         require(
             not sampler.adaptive,
