@@ -31,7 +31,7 @@ from ddt.config import Choice
 from ddt.data.images import Images
 from ddt.data.latent_cache import CACHE_FORMAT_VERSION, read_index, shard_path
 from ddt.data.manifest import Row, check_manifest, check_size, read_manifest
-from ddt.data.stream import load_batches
+from ddt.data.stream import check_shared_memory, load_batches
 from ddt.errors import UserError, require
 from ddt.files import atomic_file, fsync, sha256, write_json
 from ddt.objective.alignment_target import Target
@@ -402,15 +402,16 @@ def cache_latents(
     mine = [shard for shard in missing if shard % num_processes == rank]
     if rank == 0:
         check_space(out, index["arrays"], sum(len(rows[shard]) for shard in missing))
-    batches = load_batches(
-        Records(splits, manifest),
-        [
-            rows[shard][first : first + settings.batch_size]
-            for shard in mine
-            for first in range(0, len(rows[shard]), settings.batch_size)
-        ],
-        0 if splits["train"].files_root is None else settings.workers,
-    )
+    records = Records(splits, manifest)
+    parts = [
+        rows[shard][first : first + settings.batch_size]
+        for shard in mine
+        for first in range(0, len(rows[shard]), settings.batch_size)
+    ]
+    num_workers = 0 if splits["train"].files_root is None else settings.workers
+    if parts:
+        check_shared_memory(records, parts[0], num_workers, "num_workers")
+    batches = load_batches(records, parts, num_workers)
     # --- encode
     autoencoder = autoencoder.to(device)
     progress = tqdm(

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddt.data.images import Images, read_image
+from ddt.data.stream import lost_process
 from ddt.data.survey import UNREADABLE, suffixes_in_words
 from ddt.errors import UserError, require
 
@@ -71,8 +73,11 @@ def inspect_images(images: Images, num_workers: int) -> Iterator[dict[str, Any]]
     if num_workers == 0:
         yield from map(inspect, images.names)
         return
-    with ProcessPoolExecutor(num_workers) as pool:
-        yield from pool.map(inspect, images.names, chunksize=64)
+    try:
+        with ProcessPoolExecutor(num_workers) as pool:
+            yield from pool.map(inspect, images.names, chunksize=64)
+    except BrokenProcessPool as error:
+        raise lost_process() from error
 
 
 def make_manifest(out: Path, splits: dict[str, Images], num_workers: int, skip_broken: bool) -> None:

@@ -15,15 +15,18 @@ import pytest
 import torch
 from conftest import picture_folder, refusal, rows, run_inside, succeed
 from safetensors.torch import load_file
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import ddt
 from ddt.checkpoint import format as ckpt
+from ddt.data.images import FileImages
 from ddt.data.stream import TrainingStream
 from ddt.errors import STOPPED_STATUS
 from ddt.objective import FlowMatching
 from ddt.training import saving, start, stopping
 from ddt.training.ema import EMA, PowerFunction
 from ddt.training.loop import diverged
+from ddt.training.measurements import Measurements
 from ddt.training.resume import frozen_differences
 from ddt.training.tracking import JsonlTracker
 
@@ -451,6 +454,18 @@ def test_skipped_steps_are_kept_over_a_resume(monkeypatch):
     poisoned(monkeypatch, [3])
     train("kept_skips", "trainer.max_steps=4")
     assert [row["skipped_steps"] for row in rows(train("kept_skips")) if "loss" in row] == [1, 1, 1]
+
+
+def test_a_lost_loading_process_ends_the_run(monkeypatch):
+    monkeypatch.setattr(FileImages, "load", lambda self, indices: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.05,))
+    monkeypatch.setattr(start, "check_shared_memory", lambda *_: None)  # it loads an image in this process
+    options = ["trainer.num_workers=1", "trainer.validate_every=0"]
+    monkeypatch.setattr(Measurements, "show_training_images", lambda *_: None)  # likewise
+    message = refusal("train", *arguments("lost", *options))
+    assert message.startswith("num_workers: a data loading process ")
+    assert len(message.splitlines()) == 1
+    assert json.loads(Path("runs/lost/status.json").read_text())["state"] == "failed"
 
 
 def test_many_of_them_end_the_run(monkeypatch):
