@@ -284,6 +284,8 @@ def one_line_errors(task: Callable[[], None]) -> None:
         fail(str(error))
     except OSError as error:  # a folder that cannot be written, a full disk
         fail(os_error_line(error))
+    except MemoryError as error:  # of an array that a setting asks for
+        fail(f"not enough memory ({first_line(error)}); choose smaller sizes")
 
 
 def fail(message: str) -> NoReturn:

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -30,6 +30,7 @@ WORDS = {  # beginnings of pydantic's kinds of errors
     "string_": "text",
 }
 EXTRAS = {"torchode": "adaptive", "gradio": "app", "skimage": "photos"}  # of pyproject.toml, by package
+LEAST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38  # of normal float32 numbers
 MOST_NAMES = 60  # in a line
 CONVERSION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
@@ -168,6 +169,8 @@ def convert(value: Any, hint: Any, key: str) -> tuple[Any, list[str]]:
         return value, [f"{key}={shown(value)}: {asked_for(error, hint)}"]
     if truth_as_number(value, converted):
         return value, [f"{key}={shown(value)}: give a number"]
+    if not all(map(is_usual, numbers(converted))):
+        return value, [f"{key}={shown(value)}: give a number that 64 bits (whole) or float32 (others) can hold"]
     return converted, []
 
 
@@ -253,6 +256,22 @@ def truth_as_number(value: Any, converted: Any) -> bool:
     if isinstance(value, list | tuple) and isinstance(converted, list | tuple):
         return any(truth_as_number(a, b) for a, b in zip(value, converted, strict=False))
     return isinstance(value, bool) and not isinstance(converted, bool)
+
+
+def numbers(value: Any) -> Iterator[int | float]:
+    """Yield the numbers of a plain value, of nested ones too."""
+    if isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from numbers(inner)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def is_usual(number: float) -> bool:
+    """Return whether a number is none of which a computation can only make 0, inf or an error."""
+    if isinstance(number, int):
+        return -(2**63) <= number < 2**63
+    return number == 0 or LEAST_FLOAT <= abs(number) <= LARGEST_FLOAT
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:

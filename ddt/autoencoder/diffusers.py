@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddt.autoencoder.base import from_uint8, to_uint8, weights_hash
-from ddt.errors import UserError, first_line, require
+from ddt.errors import UserError, first_line, require, require_count
 
 SD_VAE = {
     "_class_name": "AutoencoderKL",
@@ -90,7 +90,7 @@ class DiffusersAutoencoder(abc.ABC):
         chunk_size: int = 16,
         encode_dtype: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
-        require(chunk_size >= 1, f"autoencoder.chunk_size={chunk_size}: must be at least 1")
+        require_count("autoencoder.chunk_size", chunk_size)
         self._hold(load_diffusers(self.kind, source, revision), chunk_size, encode_dtype)
 
     def _hold(self, network: Any, chunk_size: int, encode_dtype: Literal["fp32", "bf16"]) -> None:

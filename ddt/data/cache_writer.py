@@ -31,8 +31,8 @@ from ddt.config import Choice
 from ddt.data.images import Images
 from ddt.data.latent_cache import CACHE_FORMAT_VERSION, read_index, shard_path
 from ddt.data.manifest import Row, check_manifest, check_size, read_manifest
-from ddt.data.stream import check_shared_memory, load_batches
-from ddt.errors import UserError, require
+from ddt.data.stream import MAX_BATCH, MAX_WORKERS, check_shared_memory, load_batches
+from ddt.errors import UserError, require, require_count
 from ddt.files import atomic_file, fsync, sha256, write_json
 from ddt.objective.alignment_target import Target
 
@@ -74,12 +74,9 @@ class CacheSettings:
 
     def __post_init__(self) -> None:
         for key in ("shard_size", "batch_size"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
-        require(self.workers >= 0, f"num_workers={self.num_workers}: must be at least 0, or null")
-        require(
-            self.num_processes is None or self.num_processes >= 1,
-            f"num_processes={self.num_processes}: must be at least 1, or null for every visible GPU",
-        )
+            require_count(key, getattr(self, key), 1, MAX_BATCH)
+        require_count("num_workers", self.num_workers, 0, MAX_WORKERS, ", or null")
+        require_count("num_processes", self.num_processes, 1, MAX_BATCH, ", or null for every visible GPU")
         path = Path(self.out)
         require(self.out != "", "out: not set; give the cache's folder")
         require(not path.exists() or path.is_dir(), f"out={self.out}: is a file; give a folder")

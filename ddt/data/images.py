@@ -20,13 +20,14 @@ import numpy as np
 from PIL import Image
 
 from ddt.data.survey import UNREADABLE, held_out, list_folder, log_folder_summary, survey
-from ddt.errors import UserError, require
+from ddt.errors import MANY, UserError, require, require_count
 
 if TYPE_CHECKING:
     from ddt.autoencoder import Autoencoder
     from ddt.objective.alignment import CachedFeatures
 
 Split = Literal["train", "test"]
+MAX_IMAGE_SIZE = 8192  # px a side
 MAX_ASPECT = 100  # beyond it the resized picture fills the memory before it is cropped
 
 
@@ -258,9 +259,10 @@ class ImageFolder(FileImages):
         holdout_every: int = 20,
         channels: Literal[1, 3] | None = 3,
     ) -> None:
-        require(image_size is None or image_size >= 1, f"data.image_size={image_size}: must be at least 1")
+        require_count("data.image_size", image_size, 1, MAX_IMAGE_SIZE)
         require(
-            holdout_every == 0 or holdout_every >= 2, f"data.holdout_every={holdout_every}: must be 0 or at least 2"
+            holdout_every == 0 or 2 <= holdout_every <= MANY,
+            f"data.holdout_every={holdout_every}: must be 0 or at least 2, and at most {MANY:,}",
         )
         self.holdout_every = holdout_every
         listed = list_folder(root)

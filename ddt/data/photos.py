@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ddt.data.images import ArrayImages, Outline, Split, read_image
+from ddt.data.images import MAX_IMAGE_SIZE, ArrayImages, Outline, Split, read_image
 from ddt.draws import random_generator
-from ddt.errors import UserError, require
+from ddt.errors import UserError, require_count
 
 # CC0 or public domain; china and flower CC-BY-2.0
 PHOTOS = {
@@ -40,7 +40,9 @@ def photo(name: str) -> Image.Image:
     path = Path(folders[0]) / file if folders else None
     if path is None or not path.is_file():
         package = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[module]
-        raise UserError(f"data=photos: {package} is missing; run pip install -e '.[photos]'")
+        raise UserError(
+            f"data=photos: {package} is missing, or lacks {Path(file).name}; run pip install -e '.[photos]'"
+        )
     return read_image(path)
 
 
@@ -66,8 +68,8 @@ class Photos(ArrayImages):
         return Outline(3, settings["image_size"], len(PHOTOS), len(PHOTOS) * settings["crops"])
 
     def __init__(self, split: Split = "train", image_size: int = 64, crops: int = 200) -> None:
-        require(image_size >= 1, f"data.image_size={image_size}: must be at least 1")
-        require(crops >= 5, f"data.crops={crops}: must be at least 5, a fifth of which is held out")
+        require_count("data.image_size", image_size, 1, MAX_IMAGE_SIZE)
+        require_count("data.crops", crops, 5, 100_000, ", a fifth of which is held out")
         pictures = {name: photo(name) for name in PHOTOS}
         count = (crops if split == "train" else crops // 5) * len(PHOTOS)
         labels = np.arange(count) % len(PHOTOS)

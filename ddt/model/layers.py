@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ddt.errors import UserError, require
+from ddt.errors import UserError, require, require_count
 
 MixerName = Literal["attention", "conv", "mlp"]
 AdaLNInit = Literal["release", "zero"]
 Checkpointing = bool | Literal["selective"]
+
+MAX_WIDTH, MAX_DEPTH, MAX_CLASSES = 65_536, 1_000, 10_000_000  # a larger one is a typo
 
 aten = torch.ops.aten
 PRODUCTS = {
@@ -361,7 +363,8 @@ def check_sizes(
     """Raise UserError for impossible sizes, naming the key and the fix."""
     sizes = dict(in_channels=in_channels, patch_size=patch_size, hidden_size=hidden_size)
     for key, value in {**sizes, "num_heads": num_heads, "depth": depth, "num_classes": num_classes}.items():
-        require(value >= 1, f"model.{key}={value}: must be at least 1")
+        require_count(f"model.{key}", value, 1, MAX_CLASSES if key == "num_classes" else MAX_WIDTH)
+    require_count("model.depth", depth, 1, MAX_DEPTH)
     require(
         hidden_size % num_heads == 0,
         f"model.num_heads={num_heads} does not divide model.hidden_size={hidden_size}: choose a divisor",

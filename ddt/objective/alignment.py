@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddt.errors import UserError, require
+from ddt.errors import UserError, require, require_count
 from ddt.files import sha256
+from ddt.model.layers import MAX_WIDTH
 from ddt.objective.alignment_target import Target, check_target
 
 
@@ -163,10 +164,7 @@ class AlignmentSettings:
     def __post_init__(self) -> None:
         require(self.align_depth >= 1, f"alignment.align_depth={self.align_depth}: blocks are counted from 1")
         require(self.weight > 0, f"alignment.weight={self.weight}: must be above 0; alignment=none trains without")
-        require(
-            self.until_step is None or self.until_step >= 1,
-            f"alignment.until_step={self.until_step}: must be at least 1, or null for the whole training",
-        )
+        require_count("alignment.until_step", self.until_step, hint=", or null for the whole training")
 
     @property
     def end_step(self) -> float:
@@ -207,9 +205,8 @@ class REPA(AlignmentSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.projector_width is None or self.projector_width >= 1,
-            f"alignment.projector_width={self.projector_width}: must be at least 1, or null for the model's width",
+        require_count(
+            "alignment.projector_width", self.projector_width, 1, MAX_WIDTH, ", or null for the model's width"
         )
         check_target(self.target, self.weights)
 

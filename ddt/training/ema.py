@@ -18,6 +18,7 @@ from ddt.distributed.prepare import gather_network, local_part, shard
 
 Network = TypeVar("Network", bound=nn.Module)
 Array = NDArray[np.float64]
+MIN_STD, MAX_STD = 1e-4, 0.28  # of power functions; a uniform average over the run has 1/√12 = 0.289
 
 
 @functools.cache  # every step asks

@@ -10,6 +10,7 @@ from typing import Any
 
 from ddt.checkpoint import format as ckpt
 from ddt.config import stored_choice
+from ddt.data.stream import MAX_BATCH
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, collect_errors, first_line, require
 from ddt.files import check_writable
@@ -33,7 +34,7 @@ from scripts.studies.inside.measure import (
     walk,
     z_colours,
 )
-from scripts.studies.study import at_least_one, write_numbers
+from scripts.studies.study import check_counts, write_numbers
 
 log = logging.getLogger(__name__)
 MAX_IMAGES = 16  # of a figure
@@ -55,7 +56,7 @@ class InsideSettings(SamplerOverrides):
     dtype: Dtype | None
 
     def __post_init__(self) -> None:
-        at_least_one(self, "columns", "loss_images", "batch_size")
+        check_counts(self, columns=100, loss_images=MAX_BATCH, batch_size=MAX_BATCH)
         out = Path(self.out)
         require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
         require(
