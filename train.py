@@ -1,5 +1,6 @@
 """Train a DDT: `python train.py [model=… data=… key=value …]`. The same command again resumes."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddt.cli import command
@@ -8,7 +9,14 @@ if TYPE_CHECKING:
     from ddt.training.run import TrainSettings
 
 
-@command("train", settings="ddt.training.run.TrainSettings", sweeps=True)
+def outcome(run_dir: Path) -> float | None:
+    """Return what a sweeper such as Hydra's Optuna plugin may minimise (`last_measurement`)."""
+    from ddt.training.tracking import last_measurement
+
+    return last_measurement(run_dir)
+
+
+@command("train", settings="ddt.training.run.TrainSettings", outcome=outcome)
 def main(settings: "TrainSettings") -> None:
     """Check what can be checked without weights, then train on all processes."""
     from ddt.distributed.launch import launch

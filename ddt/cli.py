@@ -5,7 +5,10 @@ The only module that imports Hydra. Nothing here imports torch, so that `--help`
 answer at once.
 """
 
+import datetime
+import hashlib
 import inspect
+import itertools
 import logging
 import os
 import re
@@ -16,7 +19,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -24,34 +27,46 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddt.config import Choice, convert, did_you_mean, flat, locate, parse
 from ddt.errors import STOPPED_STATUS, Stopped, UserError, first_line, os_error_line, require
+from ddt.files import SPLIT_NAMES, is_run_name
 from ddt.logs import logging_setup
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 # Logging and output folders are ours.
 HYDRA = ("hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.run.dir=.")
-# Settings whose values are paths, which may hold characters that Hydra's grammar gives a meaning of
-# their own.
+# Settings whose values are paths, or lists of them. They may begin with ~, and hold characters that
+# Hydra's grammar gives a meaning of their own.
 PATHS = (
-    "ckpt", "out", "samples", "reference", "inception_weights", "released", "run", "runs", "init_from", "autoencoder",
-    "guide", "recompute", "measured", "metrics", "features.weights",
+    "ckpt", "out", "samples", "reference", "inception_weights", "released", "run", "runs", "sweep", "init_from",
+    "autoencoder", "guide", "recompute", "measured", "metrics", "features.weights",
     "data.root", "data.source_root", "data_root", "autoencoder.source", "alignment.weights",
 )  # fmt: skip
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for each process
+WITH_VALUE = {  # options of Hydra that another word follows
+    "-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir",
+    "--experimental-rerun", "-i", "--info",
+}  # fmt: skip
+ECHO_SECONDS = 5  # to ask a launcher's store whether a message was printed
 
 
 def default_name(*, _root_: DictConfig) -> str:
-    """Return DATA_MODEL of the chosen files, with data=folder folder_NAME_MODEL of the folder."""
+    """Return DATA_MODEL of the chosen files, with data=folder folder_NAME_MODEL of the folder; a
+    split, such as A/train, is named after its parent too: A_train.
+    """
     # a sweep is laid out before Hydra takes its own part out of the configuration
     choices: Any = (_root_.hydra if "hydra" in _root_ else HydraConfig.get()).runtime.choices
     if choices.data != "folder" or OmegaConf.is_missing(_root_.data, "root"):
         return f"{choices.data}_{choices.model}"
-    folder = re.sub(r"[^\w.+-]", "_", Path(str(_root_.data.root)).resolve().name)
+    path = Path(str(_root_.data.root)).expanduser().resolve()
+    name = f"{path.parent.name}_{path.name}" if path.name.lower() in SPLIT_NAMES else path.name
+    folder = re.sub(r"[^\w.+-]", "_", name)
     return f"folder_{folder}_{choices.model}"
 
 
@@ -59,14 +74,15 @@ OmegaConf.register_new_resolver("default_name", default_name, replace=True)
 
 
 def command(
-    config_name: str, settings: str, folder: Path = CONF, sweeps: bool = False
+    config_name: str, settings: str, folder: Path = CONF, outcome: Callable[[Path], float | None] | None = None
 ) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Make a command of a function of its settings.
 
     config_name: the primary config, `folder/config_name.yaml`. settings: dotted name of the
     dataclass that the composed values are parsed to (`ddt.config.parse`); a field `choices` gets
     the names of the chosen files by group.
-    sweeps: whether `-m` is allowed.
+    outcome: what a sweeper may minimise, from the folder of a job of a sweep; None: `-m` is
+    refused.
 
     A UserError, and an error of the system such as a full disk, ends the command with status 1 and
     its lines, without a traceback; `Stopped` with status 85.
@@ -77,15 +93,23 @@ def command(
         started = False
         arguments: list[str] = []  # as the user gave them
 
-        def job(cfg: DictConfig) -> None:
+        def job(cfg: DictConfig) -> float | None:
             nonlocal started
             started = True
             logging_setup()  # a launcher of Hydra's may have started this process
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                run_job(script, str(cfg.name))
-            else:
-                sys.argv[1:] = arguments  # for receipts
-                one_line_errors(lambda: task(typed(cfg, settings)))
+                run_dir = run_job(script, str(cfg.name))
+                return None if outcome is None else outcome(run_dir)
+            sys.argv[1:] = arguments  # for receipts
+
+            def parsed() -> Any:
+                try:
+                    return typed(cfg, settings)
+                except (HydraException, OmegaConfBaseException) as error:
+                    raise UserError(mistake(error, arguments, folder, config_name)) from error
+
+            one_line_errors(lambda: task(parsed()))
+            return None
 
         run = hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(job)
 
@@ -93,29 +117,33 @@ def command(
             nonlocal started, arguments
             started = False
             logging_setup()
-            if not sweeps and {"-m", "--multirun"} & set(sys.argv):
-                sys.exit("-m: only train.py sweeps over settings; call this command once for each value")
             arguments = sys.argv[1:]
+            is_sweep = bool({"-m", "--multirun"} & set(arguments))
+            if outcome is None and is_sweep:
+                fail("-m: only train.py sweeps over settings; call this command once for each value")
+            one_line_errors(check_launcher)
             path = "/".join(folder.parts[folder.parts.index("conf") :])
             summary = (sys.modules[task.__module__].__doc__ or task.__doc__ or "").partition("\n\n")[0]
             about = f"{summary} Every setting with its comment: {path}/{config_name}.yaml"
             name = script.parent.name if script.stem == "__main__" else script.stem
             ours = [*HYDRA, f"hydra.job.name={name}", quoted("hydra.help.header", " ".join(about.split()))]
-            # beside the other overrides, for argparse wants them together
-            first = next((i for i, argument in enumerate(arguments) if "=" in argument), len(arguments))
-            sys.argv[1:] = [*arguments[:first], *ours, *map(quoted_path, arguments[first:])]
+            if outcome is not None:
+                callback = {"_target_": f"{__name__}.OneFolderEach", "folder": folder, "config_name": config_name}
+                ours += [quoted(f"+hydra.callbacks.sweep.{key}", str(value)) for key, value in callback.items()]
+            options, overrides = options_and_overrides(arguments)  # argparse wants the overrides together
+            sys.argv[1:] = [*options, *ours, *(quoted_path(override, is_sweep) for override in overrides)]
             own_errors = os.environ.get("HYDRA_FULL_ERROR")
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
             try:
                 run()
             except JobFailed as failed:
                 sys.exit(failed.report())
-            except (HydraException, OmegaConfBaseException, ValueError) as error:
-                if own_errors == "1" or (started and not isinstance(error, HydraException | OmegaConfBaseException)):
-                    raise  # Hydra raises ValueError, too, for what is no override
-                sys.exit(mistake(error, arguments, folder, config_name))
             except KeyboardInterrupt:
-                sys.exit("interrupted; run the same command again to resume from what is complete")
+                fail("interrupted; run the same command again to resume from what is complete")
+            except Exception as error:
+                if started or own_errors == "1":
+                    raise  # before, Hydra raises errors of any kind for what is no override
+                fail(mistake(error, arguments, folder, config_name))
             finally:
                 sys.argv[1:] = arguments
                 del os.environ["HYDRA_FULL_ERROR"]
@@ -127,6 +155,31 @@ def command(
     return decorate
 
 
+def options_and_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return the options of a command line, such as `-m` and `--cfg job`, and its overrides."""
+    options: list[str] = []
+    overrides: list[str] = []
+    for before, argument in itertools.pairwise(["", *arguments]):
+        is_option = argument.startswith("-") or (before in WITH_VALUE and "=" not in argument)
+        (options if is_option else overrides).append(argument)
+    return options, overrides
+
+
+def check_launcher() -> None:
+    """Raise UserError where the environment holds a part of what a launcher of processes sets:
+    processes would wait for others that do not exist.
+    """
+    given = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ]
+    missing = [name for name in LAUNCHER if name not in os.environ]
+    require(
+        not given or not missing,
+        f"{', '.join(given)}: set in the environment without {', '.join(missing)}; unset it, or start by torchrun",
+    )
+    for name in given:
+        value = os.environ[name]
+        require(value.isdecimal(), f"{name}={value}: is no number; unset it, or start by torchrun")
+
+
 def typed(cfg: DictConfig, settings: str) -> Any:
     """Return the composed configuration as the dataclass of a command, whose `may_be_missing` names
     the keys that need no value; raise one UserError with all problems.
@@ -134,10 +187,14 @@ def typed(cfg: DictConfig, settings: str) -> Any:
     kind: Any = locate(settings)
     fields: dict[str, Any] = kind.__dataclass_fields__
     names = [name for name in fields if name != "choices"]
-    for override in HydraConfig.get().overrides.task:
+    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
+    for override, parsed in zip(overrides, OverridesParser.create().parse_overrides(overrides), strict=True):
         key = override.lstrip("+~").partition("=")[0]
         top = key.partition(".")[0].partition("@")[0]
         require(not override.startswith("~"), f"{override}: a setting cannot be removed; leave it out for its default")
+        inner = flat(parsed.value(), key)
+        private = next((k for k in inner if any(part.startswith("_") for part in k.split("."))), None)
+        require(private is None, f"{private}: cannot be set; choose a whole file of the group, {top}=…")
         of_others = top in HydraConfig.get().runtime.choices and top not in cfg  # experiment, recipe
         if top not in names and not of_others:
             known = override[0] != "+" and top in cfg
@@ -152,7 +209,7 @@ def typed(cfg: DictConfig, settings: str) -> Any:
     ]
     require(not missing, "\n".join(missing))
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    values = {key: value for key, value in values.items() if key in names}
+    values = {key: expand_paths(value, key) for key, value in values.items() if key in names}
     for group, _, name in (key.partition(".") for key in unread):
         del values[group][name]
     if "choices" in fields:
@@ -160,6 +217,24 @@ def typed(cfg: DictConfig, settings: str) -> Any:
             group: name for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group
         }
     return parse(kind, values)
+
+
+def expand_paths(value: Any, key: str) -> Any:
+    """Return the value of a setting with ~ at the beginning of its paths replaced by the home
+    folder; raise UserError for an empty path and an unknown user.
+    """
+    if isinstance(value, dict):
+        return {name: expand_paths(inner, f"{key}.{name}") for name, inner in value.items()}
+    if key not in PATHS:
+        return value
+    if isinstance(value, list):
+        return [expand_paths(inner, key) for inner in value]
+    if not isinstance(value, str):
+        return value
+    require(value.strip() != "", f"{key}: not set; give {key}=…")
+    path = os.path.expanduser(value)
+    require(not path.startswith("~"), f"{key}={value}: there is no such home folder; write ./{value} for a file here")
+    return path
 
 
 def reference_data(reference: str) -> Choice | None:
@@ -184,13 +259,15 @@ def reference_data(reference: str) -> Choice | None:
     return data
 
 
-def compose_apart(folder: Path, config_name: str, overrides: list[str]) -> DictConfig:
-    """Compose a config without touching Hydra's state, which is that of the running command."""
+def compose_apart(folder: Path, config_name: str, overrides: list[str], with_hydra: bool = False) -> DictConfig:
+    """Compose a config, or one with Hydra's own part, without touching Hydra's state, which is that
+    of the running command.
+    """
     state = Singleton.get_state()
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(folder), version_base="1.3"):
-            return hydra.compose(config_name, overrides=overrides)
+            return hydra.compose(config_name, overrides=overrides, return_hydra_config=with_hydra)
     finally:
         Singleton.set_state(state)
 
@@ -204,20 +281,38 @@ def one_line_errors(task: Callable[[], None]) -> None:
             sys.stderr.write(f"{stopped}\n")
         sys.exit(STOPPED_STATUS)
     except (UserError, FloatingPointError) as error:
-        sys.exit(1 if is_echo() else str(error))
+        fail(str(error))
     except OSError as error:  # a folder that cannot be written, a full disk
-        sys.exit(1 if is_echo() else os_error_line(error))
+        fail(os_error_line(error))
+    except MemoryError as error:  # of an array that a setting asks for
+        fail(f"not enough memory ({first_line(error)}); choose smaller sizes")
 
 
-def is_echo() -> bool:
-    """Return whether another process of this machine prints the same error, before they join a
-    process group.
+def fail(message: str) -> NoReturn:
+    """End this process with status 1 and a message, printed once per machine."""
+    sys.exit(1 if is_echo(message) else message)
+
+
+def is_echo(message: str) -> bool:
+    """Return whether another process that the launcher started on this machine prints the same
+    message. The store of torchrun (and accelerate launch) counts them: any may be the one that
+    fails. Another launcher's processes have none: there the first of a machine speaks for all,
+    until they have joined a process group.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if "LOCAL_RANK" not in os.environ:
         return False
     import torch
 
-    return not torch.distributed.is_initialized()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        names = [os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "GROUP_RANK")]
+        key = "/".join(["ddt", *names, hashlib.sha256(message.encode()).hexdigest()])
+        timeout = datetime.timedelta(seconds=ECHO_SECONDS)
+        try:
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            return torch.distributed.TCPStore(*address, is_master=False, timeout=timeout).add(key, 1) > 1
+        except (RuntimeError, ValueError):  # the launcher is gone
+            return False
+    return os.environ["LOCAL_RANK"] != "0" and not torch.distributed.is_initialized()
 
 
 # --- a sweep
@@ -236,34 +331,83 @@ class JobFailed(Exception):
         return "\n".join([f"{len(failures)} of {jobs} jobs failed:", *failures])
 
 
-def sweep_job_name(name: str) -> str:
-    """Return NAME/OVERRIDES, the `name=` of the present job; its run folder is runs/NAME/OVERRIDES.
-
-    OVERRIDES leaves out the `exclude_keys` of conf/train.yaml.
+class OneFolderEach(Callback):
+    """Ends a sweep before its first job where two of its jobs would share a run folder. Sweepers
+    that choose each job by the results of earlier ones are not asked.
     """
-    return f"{name}/{HydraConfig.get().job.override_dirname}"
+
+    def __init__(self, folder: str, config_name: str) -> None:
+        self.folder, self.config_name = Path(folder), config_name
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """See `Callback`."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            fail("-m: a sweep starts its own processes (trainer.num_processes); start it without a launcher")
+        try:
+            self.check(config.hydra)
+        except (HydraException, OmegaConfBaseException):
+            return  # Hydra raises it again when it composes the jobs
+
+    def check(self, settings: DictConfig) -> None:
+        """Compose the jobs that may share a folder, and compare their names."""
+        sweeper = locate(settings.sweeper._target_)
+        if not hasattr(sweeper, "split_arguments"):
+            return
+        given = [f"{key}={value}" for key, value in (settings.sweeper.params or {}).items()]
+        overrides = OverridesParser.create().parse_overrides([*given, *settings.overrides.task])
+        (jobs,) = sweeper.split_arguments(overrides, None)
+        unnamed = settings.job.config.override_dirname.exclude_keys
+        groups: dict[frozenset[str], list[list[str]]] = {}
+        for job in jobs:
+            named = frozenset(override for override in job if override.partition("=")[0] not in unnamed)
+            groups.setdefault(named, []).append(job)
+        for group in groups.values():
+            folders: dict[str, list[str]] = {}
+            for job in group if len(group) > 1 else []:
+                composed = compose_apart(self.folder, self.config_name, job, with_hydra=True)
+                folder = f"{composed.hydra.sweep.dir}/{job_folder(composed.hydra.job.override_dirname)}"
+                other = folders.setdefault(folder, job)
+                if other is not job:
+                    first, second = (
+                        " ".join([override for override in one if override not in two] or one)
+                        for one, two in ((other, job), (job, other))
+                    )
+                    fail(
+                        f"-m: the jobs {first} and {second} would both be {folder}; start them one by one, each with a "
+                        "name= of its own"
+                    )
 
 
-def run_job(script: Path, name: str) -> None:
-    """Run one job of a sweep as the plain command that it is, in a process of its own.
+def job_folder(overrides: str) -> str:
+    """Return the name of a job's folder in that of its sweep: its overrides, without the
+    `exclude_keys` of conf/train.yaml, or their hash where they make no name of a folder.
+    """
+    return overrides if is_run_name(overrides) else hashlib.sha256(overrides.encode()).hexdigest()[:16]
+
+
+def run_job(script: Path, name: str) -> Path:
+    """Run one job of a sweep as the plain command that it is, in a process of its own; return its
+    run folder. One that is named by a hash gets its overrides in `overrides.txt`.
 
     A job that stops on request ends the sweep with status 85; one that fails does not.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        line = "-m: a sweep starts its own processes (trainer.num_processes); leave torchrun or accelerate launch out"
-        sys.exit(line if os.environ.get("RANK", "0") == "0" else 1)
     overrides = [override for override in HydraConfig.get().overrides.task if not override.startswith("name=")]
-    arguments = [sys.executable, str(script), *overrides, quoted("name", sweep_job_name(name))]
+    named_by = HydraConfig.get().job.override_dirname
+    folder = Path(HydraConfig.get().sweep.dir) / job_folder(named_by)
+    arguments = [sys.executable, str(script), *overrides, quoted("name", f"{name}/{job_folder(named_by)}")]
     JobFailed.jobs += 1
     log = logging.getLogger(__name__)
     log.info("job: %s", shlex.join([script.name, *arguments[2:]]))
     status = wait_for([*arguments, "hydra.mode=RUN"])
+    if folder.is_dir() and job_folder(named_by) != named_by:
+        (folder / "overrides.txt").write_text("".join(f"{override}\n" for override in overrides))
     if status == STOPPED_STATUS:
         sys.exit(STOPPED_STATUS)
     if status != 0:
         failure = f"{' '.join(overrides)}: exit status {status}, see above"
         JobFailed.failures.append(failure)
         raise JobFailed(failure)
+    return folder
 
 
 def wait_for(arguments: list[str]) -> int:
@@ -298,19 +442,28 @@ def wait_for(arguments: list[str]) -> int:
 # --- what Hydra refuses
 
 
-def quoted_path(argument: str) -> str:
-    """Return an argument whose value is a path in Hydra's quotes, where it needs them."""
+def quoted_path(argument: str, is_sweep: bool = False) -> str:
+    """Return an argument whose value is a path in Hydra's quotes, where it needs them; a comma
+    separates the values of a sweep.
+    """
     key, _, value = argument.partition("=")
-    if {"-m", "--multirun"} & set(sys.argv) or key not in PATHS:  # a comma separates the values of a sweep
+    if key not in PATHS or value[:1] in "'\"[$" or (is_sweep and re.search(r"['\"(]", value)):
         return argument
-    return argument if re.fullmatch(r"[\w./:+-]*", value, re.ASCII) or value[:1] in "'\"[$" else quoted(key, value)
+    pieces = value.split(",") if is_sweep else [value]
+    plain = re.compile(r"[\w./:+-]*", re.ASCII)
+    return f"{key}={','.join(piece if plain.fullmatch(piece) else quoted_value(piece) for piece in pieces)}"
 
 
 def quoted(key: str, value: str) -> str:
     """Return an override whose value Hydra takes as it is."""
+    return f"{key}={quoted_value(value)}"
+
+
+def quoted_value(value: str) -> str:
+    """Return a value in quotes, between which Hydra takes it as it is."""
     # a backslash is one but before a quote, where Hydra reads two as one
     escaped = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), value)
-    return f'{key}="{escaped}"'
+    return f'"{escaped}"'
 
 
 def mistake(error: Exception, arguments: list[str], folder: Path, config_name: str) -> str:
@@ -318,15 +471,18 @@ def mistake(error: Exception, arguments: list[str], folder: Path, config_name: s
     that there is one, and the overrides are compared with the groups and settings that exist.
     """
     try:
-        overrides = OverridesParser.create().parse_overrides([a for a in arguments if "=" in a and a[0] != "-"])
-    except HydraException:
-        return " ".join(str(error).split())
+        overrides = OverridesParser.create().parse_overrides(options_and_overrides(arguments)[1])
+    except HydraException as unreadable:
+        return " ".join(str(unreadable).split())
     groups: dict[str, str] = {}
     for override in overrides:
-        group, name = override.key_or_group, override.get_value_element_as_str()
-        if not (folder / group).is_dir() or "," in name:
+        group = override.key_or_group
+        if not (folder / group).is_dir() or override.is_sweep_override():
             continue
+        name = override.get_value_element_as_str()
         known = sorted(path.stem for path in (folder / group).glob("*.yaml") if not path.stem.startswith("_"))
+        if override.is_delete():
+            return f"~{group}: a group cannot be removed; choose one of {', '.join(known)}"
         if name not in known and (group, name) != ("experiment", "null"):
             return f"{group}={name}: no such choice{did_you_mean(name, known)}"
         groups[group] = name
@@ -334,24 +490,24 @@ def mistake(error: Exception, arguments: list[str], folder: Path, config_name: s
         composed = compose_apart(folder, config_name, [f"{group}={name}" for group, name in groups.items()])
     except HydraException as second:
         return first_line(second).rstrip(".")
+    settings: Any = OmegaConf.to_container(composed)
     for override in overrides:
         key = override.key_or_group
         if key in groups or key.startswith("hydra"):
             continue
-        node: Any = composed
+        node: Any = settings
         *parents, name = key.split(".")
         for parent in parents:
-            node = node.get(parent) if isinstance(node, DictConfig) else None
-        exists = isinstance(node, DictConfig) and name in list(node)  # `in node` would leave out what is not set
-        inner = override.value() if exists and not OmegaConf.is_missing(node, name) else None
-        unknown = [n for n in inner if n not in node[name]] if isinstance(inner, dict) and node.get(name) else []
-        if exists and not unknown:
+            node = node.get(parent) if isinstance(node, dict) else None
+        beside = node if isinstance(node, dict) else {}
+        value = override.value()
+        inner = beside.get(name)
+        unknown = [n for n in value if n not in inner] if isinstance(value, dict) and isinstance(inner, dict) else []
+        if name in beside and not unknown:
             continue
         if unknown:
-            parents, name, node = [*parents, name], unknown[0], node[name]
-        beside = (
-            [".".join([*parents, str(k)]) for k in node if str(k)[0] != "_"] if isinstance(node, DictConfig) else []
-        )
-        full = ".".join([*parents, name])
-        return f"{full}: no such setting{did_you_mean(full, beside)}"
-    return " ".join(str(error).split())
+            parents, name, beside = [*parents, name], unknown[0], beside[name]
+        known = [".".join([*parents, str(k)]) for k in beside if str(k)[:1] != "_"]
+        full = ".".join([*parents, str(name)])
+        return f"{full}: no such setting{did_you_mean(full, known)}"
+    return f"Hydra: {' '.join(str(error).split()) or type(error).__name__}"

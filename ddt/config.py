@@ -5,9 +5,10 @@ built.
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -28,7 +29,9 @@ WORDS = {  # beginnings of pydantic's kinds of errors
     "dict_type": "settings such as {a:1}",
     "string_": "text",
 }
-PLAIN = ("builtins", "types", "typing")  # modules of the annotations of plain values
+EXTRAS = {"torchode": "adaptive", "gradio": "app", "skimage": "photos"}  # of pyproject.toml, by package
+LEAST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38  # of normal float32 numbers
+MOST_NAMES = 60  # in a line
 CONVERSION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
@@ -41,6 +44,23 @@ def locate(target: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (AttributeError, ValueError) as error:
         raise ImportError(f"{target} does not exist") from error
+
+
+def require_packages(packages: typing.Iterable[str], key: str) -> None:
+    """Raise UserError where a package that a setting needs is not installed; none is imported.
+
+    packages: names of modules. A class that a config file names says its own as `packages`, so that
+    they are looked for before any work, however late they are used.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(missing_package(package, key))
+
+
+def missing_package(package: str, key: str) -> str:
+    """Return the line on a missing package: the setting that needs it, and how to install it."""
+    what = f"'.[{EXTRAS[package]}]'" if package in EXTRAS else "."
+    return f"{key}: needs the package {package}; run pip install -e {what}"
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -136,12 +156,11 @@ def check_arguments(
 
 def convert(value: Any, hint: Any, key: str) -> tuple[Any, list[str]]:
     """Return a value as its annotation wants it, and one line for each problem."""
-    parts = typing.get_args(hint) or (hint,)
+    parts: tuple[Any, ...] = typing.get_args(hint) or (hint,)
     kinds: list[Any] = [part for part in parts if dataclasses.is_dataclass(part)]
-    # a name is imported only where an object is asked for: others may have written the values
-    asks_for_object = any(isinstance(part, type) and part.__module__ not in PLAIN for part in parts)
-    if isinstance(value, dict) and "_target_" in value and asks_for_object:
-        return convert_node(value, Choice in kinds, key)
+    # nothing else may name code to call: a value may come from a checkpoint of others
+    if isinstance(value, dict) and "_target_" in value and (kinds or any(map(is_protocol, parts))):
+        return convert_node(value, kinds, key)
     if isinstance(value, dict) and kinds:
         if Choice in kinds:
             return None, [f"{key}={shown(value)}: has no _target_; choose a whole file of the group, not a part of one"]
@@ -156,24 +175,54 @@ def convert(value: Any, hint: Any, key: str) -> tuple[Any, list[str]]:
         return value, [f"{key}={shown(value)}: {asked_for(error, hint)}"]
     if truth_as_number(value, converted):
         return value, [f"{key}={shown(value)}: give a number"]
+    if not all(map(is_usual, numbers(converted))):
+        return value, [f"{key}={shown(value)}: give a number that 64 bits (whole) or float32 (others) can hold"]
     return converted, []
 
 
-def convert_node(node: dict[str, Any], is_choice: bool, key: str) -> tuple[Any, list[str]]:
-    """Return what a node with a `_target_` means: a `Choice`, or the settings dataclass that it
-    names; None where `_target_` is null.
+def convert_node(node: dict[str, Any], kinds: list[Any], key: str) -> tuple[Any, list[str]]:
+    """Return what a node with a `_target_` means: a `Choice` where that is among the `kinds` of the
+    field, or else the one of them that it names (any where there are none: a protocol's class);
+    None where `_target_` is null.
     """
     if node["_target_"] is None:
         return None, []
     settings = {name: value for name, value in node.items() if not name.startswith("_")}
     try:
         target = locate(node["_target_"])
+        require_packages(getattr(target, "packages", ()), key)
+    except ModuleNotFoundError as error:
+        return None, [missing_package(error.name or node["_target_"], key)]
     except ImportError as error:
         return None, [f"{key}._target_={node['_target_']}: cannot be imported ({error})"]
-    if not is_choice:
+    except UserError as error:
+        return None, [str(error)]
+    if Choice not in kinds:
+        if kinds and target not in kinds:
+            return None, [f"{key}._target_={node['_target_']}: is no settings of this group; choose a file of it"]
         return parsed(target, settings, key)
     converted, problems = check_arguments(target, settings, key)
     return Choice(node["_target_"], converted), problems
+
+
+def is_protocol(hint: Any) -> bool:
+    """Return whether a hint is a protocol, such as `FeatureSettings`."""
+    return bool(getattr(hint, "_is_protocol", False))
+
+
+def stored_choice(node: dict[str, Any]) -> Choice:
+    """Return the choice that a checkpoint stores. It may be one of others, so it names none but the
+    classes of ddt; raise UserError for anything else.
+    """
+    settings = dict(node)
+    target = settings.pop("_target_", None)
+    try:
+        known = isinstance(target, str) and target.startswith("ddt.") and inspect.isclass(locate(target))
+    except ImportError:
+        known = False
+    if not known:
+        raise UserError(f"_target_={target}: is no class of this code, but the checkpoint names it")
+    return Choice(target, settings)
 
 
 def shown(value: Any) -> str:
@@ -215,12 +264,31 @@ def truth_as_number(value: Any, converted: Any) -> bool:
     return isinstance(value, bool) and not isinstance(converted, bool)
 
 
+def numbers(value: Any) -> Iterator[int | float]:
+    """Yield the numbers of a plain value, of nested ones too."""
+    if isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from numbers(inner)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def is_usual(number: float) -> bool:
+    """Return whether a number is none of which a computation can only make 0, inf or an error."""
+    if isinstance(number, int):
+        return -(2**63) <= number < 2**63
+    return number == 0 or LEAST_FLOAT <= abs(number) <= LARGEST_FLOAT
+
+
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
-    """Return "; did you mean …?" with the closest known name, or the list of all where none is
-    close.
+    """Return "; did you mean …?" with the closest known name, or the list of all (the first of
+    many) where none is close.
     """
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"; did you mean {close[0]}?"
-    return f"; choose from {', '.join(sorted(known))}" if known else ""
+    listed = sorted(known)
+    if len(listed) > MOST_NAMES:
+        listed[MOST_NAMES:] = [f"… ({len(known)} in all)"]
+    return f"; choose from {', '.join(listed)}" if known else ""

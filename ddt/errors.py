@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+MANY = 1_000_000_000  # more than any count of steps or images
 STOPPED_STATUS = 85  # exit status of a run that stopped on request and can be resumed; torchrun turns it into 1
 
 
@@ -22,6 +23,17 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def require_count(key: str, value: float | None, least: float = 1, most: float = MANY, hint: str = "") -> None:
+    """Raise UserError unless a setting lies in least..most; None is left to the setting's type.
+
+    most: so that a typo fills no memory and starts no million processes. hint: what else there is.
+    """
+    if value is None:
+        return
+    require(value >= least, f"{key}={value}: must be at least {least:,}{hint}")
+    require(value <= most, f"{key}={value}: must be at most {most:,}{hint}")
 
 
 def collect_errors(*calls: Callable[[], Any]) -> list[Any]:

@@ -24,6 +24,20 @@ TEMPORARY = ".tmp-ddt-"  # begins the names of files that are being written
 MAX_JSON = 16 * 2**20  # bytes
 MAX_NESTING = 32
 
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}  # folders that name no data set
+MAX_NAME_BYTES = 200  # of a folder's name; most file systems take 255, and temporary names are longer
+
+
+def is_run_name(name: str) -> bool:
+    """Return whether a name, with / between levels, is one of a folder in `runs/` that every shell
+    and file system takes.
+    """
+    levels = name.split("/")
+    return all(
+        re.fullmatch(r"[\w.=,+\[\]-]+", level) and level not in (".", "..") and len(level.encode()) <= MAX_NAME_BYTES
+        for level in levels
+    )
+
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, as 64 hexadecimal digits."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub; read when its client is imported
+os.environ.setdefault("WANDB_MODE", "offline")  # nor for W&B
 
 import numpy as np
 import pytest

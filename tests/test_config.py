@@ -170,7 +170,7 @@ def test_the_command_line_wins_over_the_data():
         (["optimizer.lr=abc"], "optimizer.lr=abc: give a number"),
         (["optimizer.lr=-1"], "optimizer.lr=-1.0: must be above 0"),
         (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9]: "),
-        (["optimizer._target_=torch.optim.Foo"], "optimizer._target_=torch.optim.Foo: cannot be imported"),
+        (["optimizer._target_=torch.optim.Foo"], "optimizer._target_: cannot be set; choose a whole file"),
         (["sampler.cfg_scale=inf"], "sampler.cfg_scale=inf: give a finite number"),
         (["model=dit_b", "sampler.recompute=[0]"], "sampler.recompute=[0]: this model has no encoder to share"),
         (["model.patch_size=3"], "model.patch_size=3 does not divide the latent size 8×8"),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddt.autoencoder.base import from_uint8, to_uint8, weights_hash
-from ddt.errors import UserError, brief, first_line, reason, require
+from ddt.errors import UserError, brief, first_line, reason, require, require_count
 from ddt.files import read_json
 from ddt.hub import is_hub_id, resolve
 from ddt.tensor_files import read_state_dict
@@ -141,6 +141,7 @@ class DiffusersAutoencoder(abc.ABC):
     """
 
     pixel_space = False
+    packages = ("diffusers",)
     kind: str
     stochastic: bool
     levels: str  # key of the config with one entry per level of the encoder
@@ -152,7 +153,7 @@ class DiffusersAutoencoder(abc.ABC):
         chunk_size: int = 16,
         encode_dtype: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
-        require(chunk_size >= 1, f"autoencoder.chunk_size={chunk_size}: must be at least 1")
+        require_count("autoencoder.chunk_size", chunk_size)
         self._hold(load_diffusers(self.kind, source, revision), chunk_size, encode_dtype)
 
     def _hold(self, network: Any, chunk_size: int, encode_dtype: Literal["fp32", "bf16"]) -> None:

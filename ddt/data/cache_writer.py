@@ -29,16 +29,10 @@ from tqdm import tqdm
 from ddt.autoencoder import Autoencoder
 from ddt.config import Choice
 from ddt.data.images import Images
-from ddt.data.latent_cache import (
-    CACHE_FORMAT_VERSION,
-    content_fingerprint,
-    damaged_files,
-    read_index,
-    shard_path,
-)
+from ddt.data.latent_cache import CACHE_FORMAT_VERSION, content_fingerprint, damaged_files, read_index, shard_path
 from ddt.data.manifest import Row, check_manifest, check_size, make_manifest, read_manifest
-from ddt.data.stream import load_batches
-from ddt.errors import UserError, require
+from ddt.data.stream import MAX_BATCH, MAX_WORKERS, check_shared_memory, load_batches
+from ddt.errors import UserError, require, require_count
 from ddt.files import atomic_file, find_record, fsync, sha256, write_json
 from ddt.objective.alignment_target import Target
 
@@ -80,12 +74,9 @@ class CacheSettings:
 
     def __post_init__(self) -> None:
         for key in ("shard_size", "batch_size"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
-        require(self.workers >= 0, f"num_workers={self.num_workers}: must be at least 0, or null")
-        require(
-            self.num_processes is None or self.num_processes >= 1,
-            f"num_processes={self.num_processes}: must be at least 1, or null for every visible GPU",
-        )
+            require_count(key, getattr(self, key), 1, MAX_BATCH)
+        require_count("num_workers", self.num_workers, 0, MAX_WORKERS, ", or null")
+        require_count("num_processes", self.num_processes, 1, MAX_BATCH, ", or null for every visible GPU")
         require(self.out != "", "out: not set; give the cache's folder")
         temporaries = (".tmp-manifest.csv", ".tmp-broken.csv")
         find_record(Path(self.out), ("index.json", "manifest.csv", "broken.csv"), "out", own=temporaries)
@@ -421,15 +412,16 @@ def cache_latents(
     mine = [shard for shard in missing if shard % num_processes == rank]
     if rank == 0:
         check_space(out, index["arrays"], sum(len(rows[shard]) for shard in missing))
-    batches = load_batches(
-        Records(splits, manifest),
-        [
-            rows[shard][first : first + settings.batch_size]
-            for shard in mine
-            for first in range(0, len(rows[shard]), settings.batch_size)
-        ],
-        0 if splits["train"].files_root is None else settings.workers,
-    )
+    records = Records(splits, manifest)
+    parts = [
+        rows[shard][first : first + settings.batch_size]
+        for shard in mine
+        for first in range(0, len(rows[shard]), settings.batch_size)
+    ]
+    num_workers = 0 if splits["train"].files_root is None else settings.workers
+    if parts:
+        check_shared_memory(records, parts[0], num_workers, "num_workers")
+    batches = load_batches(records, parts, num_workers)
     # --- encode
     autoencoder = autoencoder.to(device)
     progress = tqdm(

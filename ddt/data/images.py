@@ -34,7 +34,7 @@ from ddt.data.survey import (
     spread,
     survey,
 )
-from ddt.errors import UserError, require
+from ddt.errors import MANY, UserError, require, require_count
 
 if TYPE_CHECKING:
     from ddt.autoencoder import Autoencoder
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 Split = Literal["train", "test"]
 NUM_THREADS = 16  # that ask for the sizes of files, which takes a network's round trip each
 HASHED_IMAGES, HASHED_BYTES = 1_000, 2**16  # of a fingerprint: images, and bytes of each
+MAX_IMAGE_SIZE = 8192  # px per side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Images(abc.ABC):
     exif: Exif = "ignore"  # what becomes of an EXIF rotation
     skips_broken = False  # another image of its class stands in for one that cannot be read
     has_latents = False  # `load_inputs` returns moments of an autoencoder instead of pixels
+    packages: tuple[str, ...] = ()  # that opening it needs
     flips = 1  # 2: the training stream chooses between each image and its mirror image
     cached_features: "CachedFeatures | None" = None
 
@@ -145,6 +147,8 @@ class Digits(ArrayImages):
 
     Every 6th image is "test" (300), the other 1,497 are "train"; grey 0..16 is scaled to 0..255.
     """
+
+    packages = ("sklearn",)
 
     @classmethod
     def outline(cls, settings: Mapping[str, Any]) -> Outline:
@@ -329,9 +333,10 @@ class ImageFolder(FileImages):
         horizontal_flip: bool = False,
         skip_broken: bool = False,
     ) -> None:
-        require(image_size is None or image_size >= 1, f"data.image_size={image_size}: must be at least 1")
+        require_count("data.image_size", image_size, 1, MAX_IMAGE_SIZE)
         require(
-            holdout_every == 0 or holdout_every >= 2, f"data.holdout_every={holdout_every}: must be 0 or at least 2"
+            holdout_every == 0 or 2 <= holdout_every <= MANY,
+            f"data.holdout_every={holdout_every}: must be 0 or at least 2, and at most {MANY:,}",
         )
         listed = list_folder(root)
         sizes = {"image_size": image_size, "channels": channels}

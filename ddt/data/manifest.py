@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from ddt.data.images import Images
 from ddt.data.reading import Header, read_header, read_image
+from ddt.data.stream import lost_process
 from ddt.data.survey import Headers, header_hints, shortened
 from ddt.errors import UserError, require
 from ddt.files import sha256
@@ -98,8 +100,11 @@ def inspect_images(images: Images, num_workers: int, decode: bool) -> Iterator[d
     if num_workers == 0:
         yield from map(inspect, images.names)
         return
-    with ProcessPoolExecutor(num_workers) as pool:
-        yield from pool.map(inspect, images.names, chunksize=64)
+    try:
+        with ProcessPoolExecutor(num_workers) as pool:
+            yield from pool.map(inspect, images.names, chunksize=64)
+    except BrokenProcessPool as error:
+        raise lost_process() from error
 
 
 def inspected_rows(splits: dict[str, Images], num_workers: int, decode: bool) -> Iterator[dict[str, Any]]:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ddt.data.images import ArrayImages, Outline, Split
+from ddt.data.images import MAX_IMAGE_SIZE, ArrayImages, Outline, Split
 from ddt.data.reading import read_image
 from ddt.draws import Stream, random_generator
-from ddt.errors import UserError, require
+from ddt.errors import UserError, require_count
 
 # CC0 or public domain; china and flower CC-BY-2.0
 PHOTOS = {
@@ -33,14 +33,16 @@ SHARES = (0.4, 1.0)  # a crop's side, as shares of its photo's shorter side
 
 
 def photo(name: str) -> Image.Image:
-    """Return one of `PHOTOS` as RGB; raise UserError where its package is missing."""
+    """Return one of `PHOTOS` as RGB; raise UserError where its package is missing or lacks it."""
     module, file = PHOTOS[name]
     spec = importlib.util.find_spec(module)  # finds the folder without the seconds that importing it takes
     folders = spec.submodule_search_locations if spec else None
     path = Path(folders[0]) / file if folders else None
     if path is None or not path.is_file():
         package = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[module]
-        raise UserError(f"data=photos: {package} is missing; run pip install -e '.[photos]'")
+        raise UserError(
+            f"data=photos: {package} is missing, or lacks {Path(file).name}; run pip install -e '.[photos]'"
+        )
     return read_image(path)
 
 
@@ -59,13 +61,15 @@ class Photos(ArrayImages):
     Raises UserError where scikit-image is missing, and for sizes out of range.
     """
 
+    packages = ("skimage", "sklearn")
+
     @classmethod
     def outline(cls, settings: Mapping[str, Any]) -> Outline:
         return Outline(3, settings["image_size"], len(PHOTOS), len(PHOTOS) * settings["crops"])
 
     def __init__(self, split: Split = "train", image_size: int = 64, crops: int = 200) -> None:
-        require(image_size >= 1, f"data.image_size={image_size}: must be at least 1")
-        require(crops >= 5, f"data.crops={crops}: must be at least 5, a fifth of which is held out")
+        require_count("data.image_size", image_size, 1, MAX_IMAGE_SIZE)
+        require_count("data.crops", crops, 5, 100_000, ", a fifth of which is held out")
         pictures = {name: photo(name) for name in PHOTOS}
         count = (crops if split == "train" else crops // 5) * len(PHOTOS)
         labels = np.arange(count) % len(PHOTOS)

@@ -8,16 +8,29 @@ noise.
 Shapes: B batch; `latent_shape` is (C, H, W).
 """
 
-from collections.abc import Iterable, Iterator
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset, default_convert, get_worker_info
 
 from ddt.data.images import Images
 from ddt.draws import Stream, golden_sequence, random_generator
-from ddt.errors import UserError, require
+from ddt.errors import UserError, first_line, require
+
+MAX_BATCH = 1_000_000  # images
+MAX_WORKERS = 128  # loading processes of a process: a typo must not take the machine down
+PREFETCHED = 2  # batches that a loading process holds ready, as is torch's default
+SHARED_MEMORY = Path("/dev/shm")  # where loading processes put their batches
+SHARED_MEMORY_FIX = "start the container with more (docker run --shm-size=8g), or give fewer num_workers"
 
 
 class TrainingStream(Dataset):
@@ -100,22 +113,80 @@ def micro_batch_positions(
         yield list(range(first, first + micro_batch_size))
 
 
+class InSharedMemory(Dataset):
+    """A data set whose loading processes move their batches to shared memory themselves. Left to
+    it, torch does so in a thread, and the main process waits for ever for a batch that had no room.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, batch: Any) -> Any:
+        loaded = default_convert(self.dataset[batch])
+        if get_worker_info() is not None:
+            try:
+                for tensor in tree_leaves(loaded):
+                    tensor.share_memory_()
+            except RuntimeError as error:
+                raise UserError(f"{SHARED_MEMORY}: is full ({first_line(error)}); {SHARED_MEMORY_FIX}") from error
+        return loaded
+
+
 def load_batches(dataset: Dataset, batches: Iterable, num_workers: int, pin_memory: bool = False) -> Iterator:
-    """Yield `dataset[batch]` for each of `batches`, loaded by `num_workers` processes; the global
-    random state is left alone. Raises a loading process's UserError as its one line.
+    """Yield `dataset[batch]` as tensors for each of `batches`, loaded by `num_workers` processes;
+    the global random state is left alone. Raises a loading process's UserError as its one line.
     """
     loader = DataLoader(
-        dataset,
+        InSharedMemory(dataset),
         sampler=batches,
         batch_size=None,  # the data set is indexed with a whole batch
         num_workers=num_workers,
+        prefetch_factor=PREFETCHED if num_workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(0),
     )
+    handler = signal.getsignal(signal.SIGCHLD)
+    loaded = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # torch's raises a lost process anywhere in this one; without it, it is raised below
+        signal.signal(signal.SIGCHLD, handler)
     try:
-        yield from loader
+        yield from loaded
     except UserError as error:  # from a loading process: the message is its traceback as text
         raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+    except (ConnectionError, EOFError) as error:  # its batch was announced, and cannot be fetched any more
+        raise lost_process() from error
+    except RuntimeError as error:
+        if not str(error).startswith(("DataLoader worker", "Pin memory thread exited")):
+            raise
+        raise lost_process() from error
+
+
+def lost_process() -> UserError:
+    """Return the error of a process that was to read images and has ended."""
+    return UserError(
+        "num_workers: a data loading process has ended (killed, no memory?); run the same command again, perhaps with "
+        "fewer"
+    )
+
+
+def check_shared_memory(dataset: Dataset, batch: Sequence[int], num_workers: int, key: str) -> None:
+    """Raise UserError where the shared memory of this machine has no room for the batches that the
+    loading processes of all its processes hold ready.
+
+    batch: one of the indices of `load_batches`; its first image is loaded. key: the setting of
+    `num_workers`.
+    """
+    if num_workers == 0 or not SHARED_MEMORY.is_dir():
+        return
+    size = len(batch) * sum(tensor.nbytes for tensor in tree_leaves(default_convert(dataset[batch[:1]])))
+    of_each = size * PREFETCHED * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    require(
+        of_each * num_workers <= free,
+        f"{SHARED_MEMORY}: {key}={num_workers} needs {of_each * num_workers / 2**20:,.0f} MiB of shared memory, "
+        f"{free / 2**20:,.0f} MiB are free; {SHARED_MEMORY_FIX}, here at most {key}={free // of_each}",
+    )
 
 
 def validation_batch(images: Images, latent_shape: tuple[int, int, int], indices: np.ndarray) -> dict[str, Tensor]:

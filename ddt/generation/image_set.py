@@ -1,11 +1,16 @@
 """Which images make a set: a class and a seed for each."""
 
 import dataclasses
+import logging
 import re
+from collections.abc import Sequence
 
+from ddt.config import did_you_mean, shown
 from ddt.draws import Stream, random_generator
 from ddt.errors import UserError, require
 
+log = logging.getLogger(__name__)
+NUMBERS = re.compile(r"\s*(-?\d+)(?:\s*-\s*(\d+))?\s*")  # 7 or 0-49
 SEED_STRIDE = 1_000_000
 MAX_SEED = 2**32  # torch's CPU generator uses no more bits
 Numbers = int | str | list[int | str]
@@ -26,19 +31,46 @@ def read_numbers(key: str, value: Numbers) -> list[int]:
     """
     numbers: list[int] = []
     pieces = value if isinstance(value, list) else [value]
-    shown = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value
+    listed = shown(value)
     for word in ",".join(map(str, pieces)).split(",") if pieces else []:
-        match = re.fullmatch(r"\s*(-?\d+)(?:\s*-\s*(\d+))?\s*", word)
+        match = NUMBERS.fullmatch(word)
         if match is None:
-            more = ", or random" if key == "classes" else ""
-            raise UserError(f"{key}={shown}: {word} is no whole number; write [1,5,7], 0-49 or [0-9,20]{more}")
+            raise UserError(f"{key}={listed}: {word} is no whole number; write [1,5,7], 0-49 or [0-9,20]")
         first, last = int(match[1]), int(match[2] or match[1])
-        require(first <= last, f"{key}={shown}: {word} runs backwards; write the smaller number first")
-        require(last < first + SEED_STRIDE, f"{key}={shown}: {word} is longer than {SEED_STRIDE} numbers")
+        require(first <= last, f"{key}={listed}: {word} runs backwards; write the smaller number first")
+        require(last < first + SEED_STRIDE, f"{key}={listed}: {word} is longer than {SEED_STRIDE} numbers")
         numbers += range(first, last + 1)
     require(len(numbers) > 0, f"{key}=[]: name at least one, or leave it out")
-    require(len(set(numbers)) == len(numbers), f"{key}={shown}: names a number twice")
+    require(len(set(numbers)) == len(numbers), f"{key}={listed}: names a number twice")
     return numbers
+
+
+def read_classes(value: Numbers, class_names: Sequence[str]) -> list[int]:
+    """Return the class numbers of a setting: numbers as `read_numbers` takes them, and names of
+    `class_names`. What is a number, or a range, is never a name, and a warning says so where it
+    could be one.
+
+    Raises UserError for an unknown name, and for one that several classes have.
+    """
+    numbers: list[int | str] = []
+    for piece in value if isinstance(value, list) else [value]:
+        whole = str(piece) in class_names  # a name may hold a comma
+        for word in [str(piece)] if whole else str(piece).split(","):
+            name = word.strip()
+            known = class_names.count(name)
+            if NUMBERS.fullmatch(word):
+                numbers.append(word)
+                if known and name.isdecimal() and class_names.index(name) != int(name) < len(class_names):
+                    log.warning(
+                        "warning: classes=%s: numbers count the classes from 0, so %s is the class named %s; the one "
+                        "named %s is %d", shown(value), name, class_names[int(name)], name, class_names.index(name),
+                    )  # fmt: skip
+                continue
+            start = f"classes={shown(value)}: {name} is"
+            require(known > 0, f"{start} no class and no whole number{did_you_mean(name, class_names)}")
+            require(known == 1, f"{start} the name of {known} classes; give the number of one")
+            numbers.append(class_names.index(name))
+    return read_numbers("classes", numbers)
 
 
 def write_numbers(numbers: list[int]) -> str:
@@ -58,11 +90,13 @@ def image_set(
     classes: Numbers | None = None,
     seeds: Numbers | None = None,
     seed: int = 0,
+    class_names: Sequence[str] = (),
 ) -> ImageSet:
     """Return the set: with `seeds` (default 0..7) every seed with every class, seed by seed; with
     `num_samples` alone, image k of class `classes[k % K]` and seed `seed·1,000,000 + k`.
 
-    `classes` defaults to all; "random" gives each seed one image, of a class sampled from it.
+    `classes` are numbers or `class_names`, and default to all; "random" gives each seed one image,
+    of a class sampled from it.
     Raises UserError for an unknown class, a seed out of 0..2³²−1, and counts that disagree.
     """
     require(
@@ -84,9 +118,10 @@ def image_set(
         labels = [int(random_generator(0, Stream.CLASSES, s).integers(num_classes)) for s in which]
         total = len(which)
     else:
-        chosen = list(range(num_classes)) if classes is None else read_numbers("classes", classes)
+        chosen = list(range(num_classes)) if classes is None else read_classes(classes, class_names)
         wrong = [c for c in chosen if not 0 <= c < num_classes]
-        require(not wrong, f"classes={wrong[:3]}: the model has classes 0..{num_classes - 1}")
+        counted = " (they are counted from 0, whatever their names)" if any(map(str.isdecimal, class_names)) else ""
+        require(not wrong, f"classes={wrong[:3]}: the model has classes 0..{num_classes - 1}{counted}")
         if seeds is None and num_samples is not None:
             return ImageSet([chosen[k % len(chosen)] for k in range(num_samples)], which)
         labels = [c for _ in which for c in chosen]

@@ -33,7 +33,7 @@ def sample_checkpoint(settings: SampleSettings) -> None:
     ckpt.check_weights(folder, settings.weights)
     sampler, images = collect_errors(
         lambda: settings.resolve(stored["sampler"], network_class(stored["network"]).shares_encoder),
-        lambda: settings.image_set(stored["network"]["num_classes"]),
+        lambda: settings.image_set(stored["network"]["num_classes"], stored["class_names"]),
     )
     if guide is not None:
         check_guide_config(stored, ckpt.read_config(guide), sampler.cfg_scale)

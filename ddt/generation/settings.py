@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddt.config import parse, shown
-from ddt.errors import UserError, require
+from ddt.errors import UserError, require, require_count
 from ddt.generation.generator import Dtype
-from ddt.generation.image_set import ImageSet, Numbers, image_set
+from ddt.generation.image_set import SEED_STRIDE, ImageSet, Numbers, image_set
 from ddt.sampling.fitting import check_fitted
 from ddt.sampling.schedules import read_schedule
 from ddt.sampling.settings import LastStep, SamplerSettings
@@ -110,10 +110,10 @@ class SampleSettings(SamplerOverrides):
     png: int | Literal["all"] = 0
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, f"batch_size={self.batch_size}: must be at least 1")
-        require(self.cache_gib >= 0, f"cache_gib={self.cache_gib}: must be at least 0 (0 keeps no modulations)")
+        require_count("batch_size", self.batch_size, 1, SEED_STRIDE)
+        require_count("cache_gib", self.cache_gib, 0, hint=" (0 keeps no modulations)")
         require(self.png == "all" or self.png >= 0, f"png={self.png}: give a number of images, or all")
 
-    def image_set(self, num_classes: int) -> ImageSet:
-        """Return the images of the set, of a model with num_classes classes."""
-        return image_set(num_classes, self.num_samples, self.classes, self.seeds, self.seed)
+    def image_set(self, num_classes: int, class_names: Sequence[str] = ()) -> ImageSet:
+        """Return the images of the set, of a model with num_classes classes of these names."""
+        return image_set(num_classes, self.num_samples, self.classes, self.seeds, self.seed, class_names)

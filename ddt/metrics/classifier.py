@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ddt.autoencoder.base import from_uint8, weights_hash
 from ddt.data.images import Images
 from ddt.draws import Stream, random_generator
-from ddt.errors import require
+from ddt.errors import require, require_count
 from ddt.metrics.features import exact_arithmetic
 
 NUM_FEATURES = 64
@@ -59,10 +59,11 @@ class ClassifierSettings:
     learning_rate: float = 2e-3
 
     weights_key: ClassVar[None] = None
+    packages: ClassVar[tuple[str, ...]] = ("torch_fidelity",)  # of the Fréchet distance
 
     def __post_init__(self) -> None:
-        require(self.epochs >= 1, f"features.epochs={self.epochs}: must be at least 1")
-        require(self.batch_size >= 1, f"features.batch_size={self.batch_size}: must be at least 1")
+        require_count("features.epochs", self.epochs, 1, 10_000)
+        require_count("features.batch_size", self.batch_size, 1, 10_000)
         require(self.learning_rate > 0, f"features.learning_rate={self.learning_rate}: must be above 0")
 
     @property

@@ -205,6 +205,7 @@ class DINOv2Settings:
     name: ClassVar[str] = "dinov2"
     data: ClassVar[None] = None
     weights_key: ClassVar[str] = "features.weights"
+    packages: ClassVar[tuple[str, ...]] = ("torch_fidelity", "timm")
 
     def __post_init__(self) -> None:
         import timm

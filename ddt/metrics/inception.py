@@ -102,6 +102,7 @@ class InceptionSettings:
     name: ClassVar[str] = "inception"
     data: ClassVar[None] = None
     weights_key: ClassVar[str] = "inception_weights"
+    packages: ClassVar[tuple[str, ...]] = ("torch_fidelity",)
 
     def __post_init__(self) -> None:
         require(1 <= self.batch_size <= 10_000, f"features.batch_size={self.batch_size}: must lie in 1..10000")

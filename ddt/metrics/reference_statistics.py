@@ -11,7 +11,7 @@ import numpy as np
 
 from ddt.config import Choice
 from ddt.distributed.prepare import decide_on_main, make_accelerator
-from ddt.errors import UserError, require
+from ddt.errors import UserError, require, require_count
 from ddt.files import check_new
 from ddt.metrics.features import FeatureSettings, check_images, check_weights, extract
 from ddt.metrics.images import DataImages, write_npz
@@ -43,7 +43,7 @@ class ReferenceStatisticsSettings:
             self.num_images is None or self.num_images >= 2,
             f"num_images={self.num_images}: statistics need at least 2",
         )
-        require(self.num_kept >= 0, f"num_kept={self.num_kept}: must be at least 0")
+        require_count("num_kept", self.num_kept, 0)
         if features is None:
             raise UserError("features=none: measures nothing; choose inception or dinov2")
         require(

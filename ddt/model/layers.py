@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ddt.errors import UserError, require
+from ddt.errors import UserError, require, require_count
 
 MixerName = Literal["attention", "conv", "mlp"]
 AdaLNInit = Literal["release", "zero"]
@@ -370,8 +370,7 @@ def check_sizes(
     """Raise UserError for impossible sizes, naming the key and the fix."""
     sizes = dict(in_channels=in_channels, patch_size=patch_size, hidden_size=hidden_size)
     for key, value in {**sizes, "num_heads": num_heads, "depth": depth, "num_classes": num_classes}.items():
-        limit = MAX_SIZES.get(key, MAX_SIZE)
-        require(1 <= value <= limit, f"model.{key}={value}: must lie in 1..{limit}")
+        require_count(f"model.{key}", value, 1, MAX_SIZES.get(key, MAX_SIZE))
     require(
         hidden_size % num_heads == 0,
         f"model.num_heads={num_heads} does not divide model.hidden_size={hidden_size}: choose a divisor",

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddt.errors import UserError, require
+from ddt.errors import UserError, require, require_count
 from ddt.files import sha256
+from ddt.model.layers import MAX_SIZE
 from ddt.objective.alignment_target import Target, check_target
 
 
@@ -166,13 +167,12 @@ class AlignmentSettings:
     weight: float
     until_step: int | None
 
+    packages: ClassVar[tuple[str, ...]] = ()  # that it needs
+
     def __post_init__(self) -> None:
         require(self.align_depth >= 1, f"alignment.align_depth={self.align_depth}: blocks are counted from 1")
         require(self.weight > 0, f"alignment.weight={self.weight}: must be above 0; alignment=none trains without")
-        require(
-            self.until_step is None or self.until_step >= 1,
-            f"alignment.until_step={self.until_step}: must be at least 1, or null for the whole training",
-        )
+        require_count("alignment.until_step", self.until_step, hint=", or null for the whole training")
 
     @property
     def end_step(self) -> float:
@@ -209,13 +209,11 @@ class REPA(AlignmentSettings):
     compile: bool = False
 
     needs_target: ClassVar[bool] = True
+    packages: ClassVar[tuple[str, ...]] = ("timm",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.projector_width is None or self.projector_width >= 1,
-            f"alignment.projector_width={self.projector_width}: must be at least 1, or null for the model's width",
-        )
+        require_count("alignment.projector_width", self.projector_width, 1, MAX_SIZE, ", or null for the model's width")
         check_target(self.target, self.weights)
 
     def build_target(self, image_size: int, outline: bool = False) -> Target:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddt.draws import noise_of
-from ddt.errors import require
+from ddt.errors import require, require_count
 from ddt.model import Denoiser
 from ddt.sampling.sample import sample_latents
 from ddt.sampling.schedules import optimal_schedule, read_schedule
@@ -22,6 +22,7 @@ from ddt.sampling.settings import SamplerSettings
 from ddt.sampling.sharing import require_encoder
 
 TEMPLATES = 8  # as the release
+MAX_TEMPLATES = 100_000
 TEMPLATE_SEED = 2**32 - 1_000_000  # first seed of the templates, beyond those of sampled sets
 GRAM_BYTES = 2**28  # bounds the float64 copy of z_t
 
@@ -88,7 +89,7 @@ def fit_schedule(
     """
     require_encoder(model)
     require(not settings.adaptive, f"solver={settings.solver}: chooses its own steps; fit a schedule to another solver")
-    require(num_templates >= 1, f"templates={num_templates}: must be at least 1")
+    require_count("templates", num_templates, 1, MAX_TEMPLATES)
     steps = settings.num_steps
     require(1 <= budget <= steps, f"budget={budget}: must lie in 1..num_steps={steps}")
     similarity = np.zeros((steps, steps))

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from ddt.config import require_packages
 from ddt.errors import require
 from ddt.flow import time_grid
 from ddt.sampling.guidance import Guidance
@@ -38,6 +39,7 @@ class SamplerSettings:
 
     def __post_init__(self) -> None:
         require(self.solver in SOLVERS, f"solver={self.solver}: unknown solver, choose from {', '.join(SOLVERS)}")
+        require_packages(SOLVERS[self.solver].packages, f"solver={self.solver}")
         time_grid(self.num_steps, self.last_step, self.timeshift)
         self.guidance()
         wrong = [step for step in self.cfg_steps or () if not 0 <= step < self.num_steps]

@@ -128,12 +128,9 @@ def adaptive(
     """Integrate by torchode's Tsitouras 5(4), order 5, each image with its own step size.
 
     So no image depends on its batch. tolerance: absolute and relative error of a step; max_steps:
-    bound on an image's steps. Raises UserError at that bound, or if torchode is not installed.
+    bound on an image's steps. Raises UserError at that bound.
     """
-    try:
-        import torchode
-    except ImportError as error:
-        raise UserError("solver=adaptive: needs torchode; install it with pip install torchode") from error
+    import torchode
 
     def flat_velocity(t: Tensor, flat: Tensor) -> Tensor:
         return velocity_fn(flat.view_as(x), t, 0).flatten(1)
@@ -163,6 +160,7 @@ class Solver:
     options: dict[str, str] = dataclasses.field(default_factory=dict)  # setting of its own → argument
     stochastic: bool = False  # `integrate` takes `noise` too
     adaptive: bool = False  # chooses its own steps: the grid is [0, 1], and it takes `max_steps`
+    packages: tuple[str, ...] = ()  # that it needs
 
 
 SDE_OPTIONS = {"sde_diffusion": "diffusion", "sde_last": "last"}
@@ -175,7 +173,7 @@ SOLVERS = {
     "adams4": Solver(functools.partial(adams, order=4)),
     "sde": Solver(sde, options=SDE_OPTIONS, stochastic=True),
     "sde_preserve": Solver(functools.partial(sde, strength=0.5), options=SDE_OPTIONS, stochastic=True),
-    "adaptive": Solver(adaptive, options={"tolerance": "tolerance"}, adaptive=True),
+    "adaptive": Solver(adaptive, options={"tolerance": "tolerance"}, adaptive=True, packages=("torchode",)),
 }
 
 

@@ -21,14 +21,15 @@ from ddt.autoencoder import KLAutoencoder
 from ddt.autoencoder.base import from_uint8
 from ddt.config import Choice
 from ddt.data.images import Images
-from ddt.data.stream import TrainingStream
+from ddt.data.stream import MAX_BATCH, TrainingStream
 from ddt.data.survey import spread
-from ddt.errors import require
+from ddt.errors import MANY, require, require_count
 from ddt.files import atomic_folder, check_new, fsync, reset_permissions, write_json
 from ddt.pictures import image_grid, write_png
 from ddt.version import __version__
 
 MAX_IMAGES = 2048  # for the latents' statistics and the held-out PSNR
+MAX_CHANNELS, MAX_LEVELS = 4096, 10
 MAX_GRADIENT_NORM = 1.0
 INITIAL_LOGVAR = -4.0  # of the posterior: at 0 its noise drowns the mean, and the first steps learn nothing
 
@@ -57,14 +58,18 @@ class AutoencoderSettings:
     seed: int
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "latent_channels", "layers_per_block"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        for key, most in (
+            ("steps", MANY), ("batch_size", MAX_BATCH), ("latent_channels", MAX_CHANNELS),
+            ("layers_per_block", MAX_CHANNELS),
+        ):  # fmt: skip
+            require_count(key, getattr(self, key), 1, most)
         require(self.lr > 0, f"lr={self.lr}: must be above 0")
-        require(self.kl_weight >= 0, f"kl_weight={self.kl_weight}: must be at least 0")
-        require(0 <= self.seed < 2**63, f"seed={self.seed}: must be at least 0")
+        require_count("kl_weight", self.kl_weight, 0)
+        require_count("seed", self.seed, 0, 2**63 - 1)
+        channels = self.block_out_channels
         require(
-            len(self.block_out_channels) > 0 and min(self.block_out_channels) >= 1,
-            f"block_out_channels={self.block_out_channels}: give channels of at least 1 for one level or more",
+            1 <= len(channels) <= MAX_LEVELS and min(channels) >= 1 and max(channels) <= MAX_CHANNELS,
+            f"block_out_channels={channels}: give channels of 1 to {MAX_CHANNELS} for 1 to {MAX_LEVELS} levels",
         )
 
     @property

@@ -23,10 +23,11 @@ from torch.utils._pytree import tree_leaves
 from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.config import Choice, locate
 from ddt.data.images import Outline
+from ddt.data.stream import MAX_BATCH
 from ddt.data.survey import infer_settings
-from ddt.errors import UserError, require
+from ddt.errors import MANY, UserError, require, require_count
 from ddt.model.cost import network_macs
-from ddt.model.layers import PRODUCTS, BlockStack, Checkpointing, positions, token_grid
+from ddt.model.layers import MAX_SIZES, PRODUCTS, BlockStack, Checkpointing, positions, token_grid
 from ddt.objective import Objective
 from ddt.objective.alignment import REPA, Alignment, Dispersive
 from ddt.objective.alignment_target import Target
@@ -71,11 +72,10 @@ class EstimateSettings:
 
     def __post_init__(self) -> None:
         out = None if self.out is None else Path(self.out)
+        for key, most in (("gpus", MAX_BATCH), ("num_samples", MANY), ("num_classes", MAX_SIZES["num_classes"])):
+            require_count(key, getattr(self, key), 1, most)
         both = "has no effect with measured=, which brings its own; leave one out"
         for key, valid, message in (
-            ("gpus", self.gpus >= 1, "must be at least 1"),
-            ("num_samples", self.num_samples >= 1, "must be at least 1"),
-            ("num_classes", self.num_classes is None or self.num_classes >= 1, "must be at least 1"),
             ("memory_gb", self.memory_gb is None or self.memory_gb > 0, "must be above 0"),
             ("device", self.measured is None or self.device is None, both),
             ("share", self.measured is None or self.share is None, both),

@@ -67,17 +67,19 @@ def read_source(init_from: str, network: dict[str, Any]) -> Source:
             ema=read.get("ema", read.get("model", {})),
             alignment=ckpt.read_train_state(path).get("alignment") if trained else None,
             autoencoder=config.get("autoencoder_fingerprint"),
-            class_names=config["class_names"] if trained else None,
+            class_names=config.get("class_names"),
         )
     released = read_released(path, network.get("encoder_depth"), network["patch_size"])
     read = {part: released.weights(part) for part in WEIGHTS if released.parts[part]}
     projector = released.parts["projector"]
+    synsets = imagenet_synsets()  # every published model of a thousand classes is one of ImageNet
     return Source(
         name=str(path),
         network=released.network,
         model=read.get("model", read.get("ema", {})),
         ema=read.get("ema", read.get("model", {})),
         alignment={f"projector.{key}": value.float() for key, value in projector.items()} or None,
+        class_names=synsets if released.network["num_classes"] == len(synsets) else None,
     )
 
 
@@ -134,12 +136,12 @@ def initialise(init_from: str, config: dict[str, Any], objective: Objective, ema
             objective.alignment.load_state_dict(state, strict=True)
         projector = "projector loaded" if fits else "projector new"
     log.info("init_from=%s: raw and EMA weights loaded, %s, %s", source.name, table, projector)
-    class_names = source.class_names
-    if class_names is None and old == new == NUM_IMAGENET:  # a published model, which names none
-        class_names = imagenet_synsets()
-    if old == new and class_names not in (None, config["class_names"]):
+    if old == new and source.class_names not in (None, config["class_names"]):
+        pairs = zip(source.class_names, config["class_names"], strict=True)
+        changed = [(number, *names) for number, names in enumerate(pairs) if names[0] != names[1]]
         log.warning(
-            "init_from=%s: has as many classes, but others; rows of the label table change their class", source.name
-        )
+            "init_from=%s: has as many classes, but others: %d rows of the label table change their class, the first "
+            "is %d, from %s to %s", source.name, len(changed), *changed[0],
+        )  # fmt: skip
     if source.autoencoder not in (None, config["autoencoder_fingerprint"]):
         log.warning("init_from=%s: was trained on latents of another autoencoder than this run's", source.name)

@@ -5,7 +5,6 @@ come from `ddt.data.stream`, and nothing random happens in here.
 """
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from ddt.checkpoint import format as ckpt
@@ -84,7 +83,9 @@ def train_steps(run: Run, session: Session) -> str:
         # --- whether to continue, the same on all processes
         stopped, skipped_in_a_row = session.requests.agreed(state.skips.in_a_row)
         if skipped_in_a_row >= MAX_SKIPPED:
-            raise diverged(f"{skipped_in_a_row} steps in a row had non-finite gradients", state.step, run)
+            raise diverged(
+                f"{skipped_in_a_row} steps in a row had non-finite gradients", run, state.step, skipped_in_a_row
+            )
         last = state.step == settings.max_steps
 
         # --- log
@@ -100,7 +101,7 @@ def train_steps(run: Run, session: Session) -> str:
             with clock.pause():
                 if saves or snapshots:
                     if not state.finite():
-                        raise diverged("a weight is NaN or infinite", state.step, run)
+                        raise diverged("a weight is NaN or infinite", run, state.step, skipped_in_a_row)
                     state.check_agreement()
                 if snapshots:
                     session.saver.snapshot(state)  # first: it is removed again where the checkpoint fails
@@ -149,12 +150,15 @@ def log_row(session: Session, log_every: int, with_target: bool) -> None:
     session.clock.start()
 
 
-def diverged(problem: str, step: int, run: Run) -> FloatingPointError:
-    """Return the error that ends a diverged run, with the last checkpoint, whose weights were
-    finite.
+def diverged(problem: str, run: Run, step: int, skipped_in_a_row: int) -> FloatingPointError:
+    """Return the error that ends a diverged run, with the last checkpoint from before its gradients
+    became non-finite: the weights of a later one are finite, but led there.
+
+    skipped_in_a_row: of the steps before the present one.
     """
-    good: Path | None = ckpt.newest_checkpoint(run.settings.run_dir)
+    checkpoints = ckpt.list_checkpoints(run.settings.run_dir)
+    good = [folder for number, folder in checkpoints.items() if number < step - skipped_in_a_row]
+    last = f"the last good checkpoint, for init_from, is {good[-1]}" if good else "there is no checkpoint from before"
     return FloatingPointError(
-        f"{problem} at step {step}: try a lower optimizer.lr or another seed in a run of another name; "
-        f"{f'the last good checkpoint, for init_from, is {good}' if good else 'there is no checkpoint yet'}"
+        f"{problem} at step {step}: try a lower optimizer.lr or another seed in a run of another name; {last}"
     )

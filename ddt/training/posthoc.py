@@ -23,7 +23,7 @@ from torch import Tensor
 from ddt.checkpoint import format as ckpt
 from ddt.errors import require
 from ddt.files import check_new, check_writable
-from ddt.training.ema import Array, ConstantDecay, PowerFunction, Rule, ema_rules
+from ddt.training.ema import MAX_STD, MIN_STD, Array, ConstantDecay, PowerFunction, Rule, ema_rules
 from ddt.training.resume import frozen_differences
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,10 @@ class PosthocSettings:
         stds, decays = ([value] if isinstance(value, float) else value or [] for value in (self.std, self.decay))
         require(len(stds) + len(decays) > 0, "std: not set; give std= (such as 0.07), decay= (such as 0.9999), or both")
         for std in stds:
-            require(0 < std < 0.28, f"std={std}: must lie in 0..0.28, relative to the steps done (uniform: 0.289)")
+            require(
+                MIN_STD <= std < MAX_STD,
+                f"std={std}: must lie in {MIN_STD}..{MAX_STD}, relative to the steps done (uniform: 0.289)",
+            )
         for decay in decays:
             require(0 < decay < 1, f"decay={decay}: must lie in 0..1, such as 0.9999")
         rules: dict[str, Rule] = {f"std_{std:g}": PowerFunction(std) for std in stds}

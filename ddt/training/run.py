@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
+import logging
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from ddt.config import Choice, locate
 from ddt.data.images import Images
 from ddt.data.survey import infer_settings
 from ddt.distributed.launch import default_processes
-from ddt.errors import UserError, require
+from ddt.errors import UserError, require, require_count
+from ddt.files import MAX_NAME_BYTES, is_run_name
 from ddt.metrics.features import FeatureSettings, check_weights
 from ddt.metrics.reference import data_reference, load_reference
 from ddt.model.layers import token_grid
@@ -27,6 +28,9 @@ from ddt.sampling.settings import SamplerSettings
 from ddt.training.evaluation import OnlineEvaluation, OnlineSamples, online_evaluation
 from ddt.training.init_from import find_source
 from ddt.training.settings import TrainerSettings
+
+log = logging.getLogger(__name__)
+FLOAT_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +60,10 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         require(
-            re.fullmatch(r"[\w.=,+\[\]-][\w.=,+\[\]/-]*", self.name) is not None
-            and ".." not in self.name
-            and self.name != ".",
-            f"name={self.name}: give a folder name made of letters, digits and _.=,+-",
+            is_run_name(self.name),
+            f"name={self.name}: give a folder name of letters, digits and _.=,+-, at most {MAX_NAME_BYTES} bytes long",
         )
-        require(self.init_from != "", "init_from: not set; give init_from=RUN_OR_CHECKPOINT_OR_PUBLISHED_FILE")
-        require(0 <= self.seed < 2**63, f"seed={self.seed}: must be at least 0")
+        require_count("seed", self.seed, 0, 2**63 - 1)
 
     @property
     def run_dir(self) -> Path:
@@ -120,11 +121,14 @@ def check(settings: TrainSettings) -> None:
     attempt(settings.sampler.schedule, prefix="sampler.")
     with torch.device("meta"):
         network = attempt(settings.model.build, in_channels=1, num_classes=1)
+    if network is not None:
+        attempt(check_memory, sum(parameter.numel() for parameter in network.parameters()))
     attempt(settings.objective.build, denoiser=network)
     attempt(settings.optimizer.build, named_parameters=[("weight", nn.Parameter(torch.zeros(1)))])
     if settings.alignment is not None and network is not None:
         attempt(settings.alignment.check_depth, network.num_alignable_blocks)
     attempt(check_evaluation, settings)
+    attempt(locate(settings.tracker.target).check, **settings.tracker.settings)
     if settings.init_from and ckpt.newest_checkpoint(settings.run_dir) is None:  # a resumed run does not read it
         attempt(find_source, settings.init_from)
     if settings.sampler.recompute is not None and network is not None and not network.shares_encoder:
@@ -132,6 +136,24 @@ def check(settings: TrainSettings) -> None:
             f"sampler.recompute={settings.sampler.recompute}: this model has no encoder to share; give null"
         )
     require(not problems, "\n".join(problems))
+    trainer = settings.trainer
+    if trainer.warmup_steps >= trainer.max_steps:
+        log.info(
+            "hint: trainer.warmup_steps=%d is not below trainer.max_steps=%d: the learning rate rises to the end",
+            trainer.warmup_steps, trainer.max_steps,
+        )  # fmt: skip
+
+
+def check_memory(num_parameters: int) -> None:
+    """Raise UserError where a network's weights alone exceed the memory of the machine, which each
+    process builds them in.
+    """
+    needed, memory = FLOAT_BYTES * num_parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    require(
+        needed < memory,
+        f"model: {num_parameters:.3g} parameters are {needed / 2**30:,.0f} GiB of weights, and this machine has "
+        f"{memory / 2**30:,.0f} GiB of memory; choose a smaller model.hidden_size or model.depth",
+    )
 
 
 def check_evaluation(settings: TrainSettings) -> None:

@@ -4,8 +4,10 @@ import dataclasses
 import math
 from typing import Literal
 
-from ddt.errors import require
+from ddt.data.stream import MAX_BATCH, MAX_WORKERS
+from ddt.errors import MANY, require, require_count
 from ddt.metrics.comparability import short
+from ddt.training.ema import MAX_STD, MIN_STD
 from ddt.training.stopping import MARGIN
 
 
@@ -65,16 +67,15 @@ class TrainerSettings:
     max_hours: float | None = None
 
     def __post_init__(self) -> None:
-        for key in ("max_steps", "global_batch_size", "log_every"):
-            self.check(key, getattr(self, key) >= 1, "must be at least 1")
-        for key in (
-            "warmup_steps", "save_every", "validate_every", "preview_every", "num_workers", "eval_every",
-            "snapshot_every", "keep_every",
+        for key, least, most in (
+            ("max_steps", 1, MANY), ("log_every", 1, MANY), ("warmup_steps", 0, MANY), ("save_every", 0, MANY),
+            ("validate_every", 0, MANY), ("preview_every", 0, MANY), ("eval_every", 0, MANY),
+            ("snapshot_every", 0, MANY), ("keep_every", 0, MANY), ("global_batch_size", 1, MAX_BATCH),
+            ("num_workers", 0, MAX_WORKERS),
         ):  # fmt: skip
-            self.check(key, getattr(self, key) >= 0, "must be at least 0")
+            require_count(f"trainer.{key}", getattr(self, key), least, most)
         for key in ("micro_batch_size", "num_processes"):
-            value = getattr(self, key)
-            self.check(key, value is None or value >= 1, "must be at least 1, or null")
+            require_count(f"trainer.{key}", getattr(self, key), 1, MAX_BATCH, ", or null")
         for key in ("clip_norm", "max_hours"):
             value = getattr(self, key)
             self.check(key, value is None or 0 < value < math.inf, "must be above 0, or null")
@@ -100,8 +101,8 @@ class TrainerSettings:
         self.check("ema_decays", all(0 <= decay < 1 for decay in self.ema_decays), "each must lie in 0..1")
         self.check(
             "ema_powers",
-            all(0 < std < 0.28 for std in self.ema_powers),  # a uniform average over the run has 1/√12 = 0.289
-            "each is a relative standard deviation in 0..0.28, such as 0.05",
+            all(MIN_STD <= std < MAX_STD for std in self.ema_powers),
+            f"each is a relative standard deviation in {MIN_STD}..{MAX_STD}, such as 0.05",
         )
         for key in ("ema_decays", "ema_powers"):
             values = getattr(self, key)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ddt.checkpoint import format as ckpt
-from ddt.data.stream import TrainingStream, load_batches, micro_batch_positions
+from ddt.data.stream import TrainingStream, check_shared_memory, load_batches, micro_batch_positions
 from ddt.distributed.compile import compile_blocks, compiles
 from ddt.distributed.launch import check_same_on_all_processes
 from ddt.distributed.prepare import broadcast_weights, decide_on_main, make_accelerator, prepare
@@ -101,6 +101,12 @@ def start(run: Run) -> Iterator[Session | None]:
             yield None
             return
         saver.check_space(state)
+        layout = trainer.global_batch_size, micro_batch_size, rank, num_processes
+        align_until = run.alignment.end_step * trainer.global_batch_size if run.alignment.needs_features else 0
+        stream = TrainingStream(run.images, settings.seed, run.latent_shape, run.autoencoder.stochastic, align_until)
+        if state.step < trainer.max_steps:
+            first = next(micro_batch_positions(state.step, trainer.max_steps, *layout))
+            check_shared_memory(stream, first, trainer.num_workers, "trainer.num_workers")
         evaluation = build_evaluation(run, accelerator)
         measure = Measurements(run, micro_batch_size, evaluation, accelerator)
         if rank == 0:
@@ -118,9 +124,6 @@ def start(run: Run) -> Iterator[Session | None]:
         )
         tracker = open_tracker(run, state.step, stack) if rank == 0 else None
 
-        layout = trainer.global_batch_size, micro_batch_size, rank, num_processes
-        align_until = run.alignment.end_step * trainer.global_batch_size if run.alignment.needs_features else 0
-        stream = TrainingStream(run.images, settings.seed, run.latent_shape, run.autoencoder.stochastic, align_until)
         positions = micro_batch_positions(state.step, trainer.max_steps, *layout)
         batches = load_batches(stream, positions, trainer.num_workers, pin_memory=device.type == "cuda")
         size = trainer.global_batch_size

@@ -2,13 +2,16 @@
 
 import json
 import logging
+import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ddt.errors import first_line, require
 
 log = logging.getLogger(__name__)
+Mode = Literal["online", "offline", "disabled"]
 
 
 def read_rows(path: Path, key: str = "step") -> list[dict[str, Any]]:
@@ -30,6 +33,25 @@ def read_rows(path: Path, key: str = "step") -> list[dict[str, Any]]:
     return rows
 
 
+def last_measurement(run_dir: Path) -> float | None:
+    """Return what a sweeper may minimise of a run: the last value of its `trainer.keep_best`, or
+    else of its validation loss, or else of its training loss; None where nothing was logged.
+    """
+    rows = read_rows(run_dir / "metrics.jsonl")
+    trainer = json.loads((run_dir / "config.json").read_text())["trainer"]
+    values = {key: float(value) for row in rows for key, value in row.items()}
+    return next((values[key] for key in (trainer["keep_best"], "validation_loss", "loss") if key in values), None)
+
+
+def configured_mode() -> Any:
+    """Return the mode of W&B where none is given: of WANDB_MODE, or of W&B's settings files."""
+    if "WANDB_MODE" in os.environ:
+        return os.environ["WANDB_MODE"]
+    import wandb
+
+    return wandb.setup(wandb.Settings(silent=True)).settings.mode
+
+
 class JsonlTracker:
     """Appends one line of JSON to `metrics.jsonl` per logged step, on the main process.
 
@@ -37,6 +59,12 @@ class JsonlTracker:
     `partial` row, written where a run ends between two log rows: the resumed run logs all of it,
     unless it has `ended` and only measures what is missing.
     """
+
+    packages: tuple[str, ...] = ()  # that it needs
+
+    @classmethod
+    def check(cls, **settings: Any) -> None:
+        """Raise UserError where its settings cannot work, before anything is built."""
 
     def __init__(self, run_dir: Path, step: int, config: dict[str, Any], ended: bool = False) -> None:
         self.path = run_dir / "metrics.jsonl"
@@ -72,9 +100,27 @@ class JsonlTracker:
 class WandbTracker(JsonlTracker):
     """Logs to `metrics.jsonl` and, with images, to Weights & Biases.
 
-    A resumed run keeps its id. Without a network the run is logged offline (`wandb sync` uploads
-    it), and no error of W&B stops training: it is reported once and metrics.jsonl continues.
+    mode: "online", "offline", "disabled" (metrics.jsonl alone); None takes that of WANDB_MODE or of
+    W&B's own settings, or else online. A run folder has one id, so that a resumed run, with or
+    without a network, is one run on W&B. Without a network the run is logged offline (`wandb sync`
+    uploads it), and no error of W&B stops training: it is reported once and metrics.jsonl
+    continues.
     """
+
+    packages = ("wandb",)
+
+    @classmethod
+    def check(cls, mode: Mode | None = None, **_: Any) -> None:
+        """Raise UserError where W&B would ask for a login: nobody may be there to answer."""
+        if (mode or configured_mode()) != "online":
+            return
+        import wandb
+
+        try:
+            problem = "" if wandb.login(prompt=False, verify=False) else "no login of W&B on this machine"
+        except Exception as error:  # W&B's errors have no common base
+            problem = first_line(error)
+        require(not problem, f"tracker=wandb: {problem}; run wandb login, or give tracker.mode=offline")
 
     def __init__(
         self,
@@ -83,18 +129,26 @@ class WandbTracker(JsonlTracker):
         config: dict[str, Any],
         ended: bool = False,
         project: str = "ddt",
-        mode: Literal["online", "offline"] = "online",
+        entity: str | None = None,
+        tags: Sequence[str] = (),
+        mode: Mode | None = None,
         init_timeout: int = 60,
     ) -> None:
+        super().__init__(run_dir, step, config, ended)
         import wandb
 
-        super().__init__(run_dir, step, config, ended)
         self.wandb = wandb
+        self.run: Any = None
+        chosen = mode or configured_mode()
+        if chosen == "disabled":
+            return
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
         arguments: dict[str, Any] = {
             "project": project,
+            "entity": entity,
+            "tags": list(tags),
             "name": config["name"],
             "group": config["name"].rpartition("/")[0] or None,  # of a sweep
             "id": id_file.read_text(),
@@ -103,13 +157,11 @@ class WandbTracker(JsonlTracker):
             "config": config,
         }
         settings = wandb.Settings(init_timeout=init_timeout, silent=True)
-        self.run: Any = None
         try:
-            self.run = wandb.init(mode=mode, settings=settings, **arguments)
+            self.run = wandb.init(mode=chosen, settings=settings, **arguments)
         except Exception as error:  # W&B's errors have no common base; none may stop training
-            log.warning("W&B cannot be reached (%s); logging offline under %s", error, run_dir / "wandb")
-            arguments["id"] = secrets.token_hex(4)  # the failed attempt may hold the old one
-            id_file.write_text(arguments["id"])
+            log.warning("W&B cannot be reached (%s); logging offline under %s", first_line(error), run_dir / "wandb")
+            wandb.teardown()  # its service may hold the id for the failed attempt
             try:
                 self.run = wandb.init(mode="offline", settings=settings, **arguments)
             except Exception as second:  # as above

@@ -5,7 +5,6 @@ python -m scripts.app [ckpt=RUN_OR_CHECKPOINT] [port=7860] [max_images=64] [key=
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import signal
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddt.cli import command
-from ddt.errors import UserError, require
+from ddt.config import require_packages
+from ddt.errors import UserError
 
 if TYPE_CHECKING:
     from scripts.app.settings import AppSettings
@@ -64,8 +64,7 @@ def serve(studio: Studio, settings: AppSettings) -> None:
 @command("app", settings="scripts.app.settings.AppSettings")
 def main(settings: AppSettings) -> None:
     """Sample on a page in the browser."""
-    problem = "python -m scripts.app: needs gradio; install it with pip install -e '.[app]'"
-    require(importlib.util.find_spec("gradio") is not None, problem)
+    require_packages(("gradio",), "python -m scripts.app")
     check_port(settings.host, settings.port)
     from ddt.distributed.prepare import make_accelerator
     from scripts.app.studio import Studio

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from ddt.errors import require
+from ddt.errors import require, require_count
 from ddt.generation.generator import Dtype
 
 DEMO = "runs/demo"
@@ -26,7 +26,7 @@ class AppSettings:
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "max_images", "max_steps", "max_queue"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+            require_count(key, getattr(self, key), 1, 100_000)
         require(self.host != "", "host=: is empty; leave it out for 127.0.0.1, or give 0.0.0.0")
         require(1 <= self.port <= 65535, f"port={self.port}: must lie in 1..65535")
         require(

@@ -17,10 +17,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler logs each st
 import torch
 
 from ddt.config import Choice
+from ddt.data.stream import MAX_BATCH
 from ddt.distributed.compile import compiles
 from ddt.distributed.prepare import make_accelerator
-from ddt.errors import UserError, first_line, require
+from ddt.errors import UserError, first_line, require, require_count
 from ddt.files import check_new, write_json
+from ddt.flow import MAX_STEPS
 from ddt.pictures import pyplot, save_figure
 from ddt.receipts import command_line
 from ddt.tables import markdown_table
@@ -62,17 +64,23 @@ class BenchmarkSettings:
         unknown = [part for part in self.parts if part not in PARTS]
         require(not unknown, f"parts={','.join(unknown)}: no such part; choose from {', '.join(PARTS)}")
         require(len(self.parts) > 0, f"parts=[]: names no part; choose from {', '.join(PARTS)}")
-        for key in ("num_steps", "align_depth", "records", "repeats", "latent_size"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: must be at least 1")
+        for key, most in (
+            ("num_steps", MAX_STEPS), ("align_depth", 1000), ("records", 10_000_000), ("repeats", 1000),
+            ("latent_size", 4096),
+        ):  # fmt: skip
+            require_count(key, getattr(self, key), 1, most)
         threads, minutes, batch_size, sizes = self.threads, self.minutes, self.batch_size, self.sampling_batch_sizes
-        require(threads is None or threads >= 1, f"threads={threads}: must be at least 1, or null for torch's choice")
+        require_count("threads", threads, 1, 1024, ", or null for torch's choice")
         require(minutes is None or minutes > 0, f"minutes={minutes}: must be above 0, or null for no limit")
         require(self.latent_size % 2 == 0, f"latent_size={self.latent_size}: must be a multiple of 2")
         if batch_size == "max":
             require(torch.cuda.is_available(), "batch_size=max: asks for a GPU's memory; give a number here")
         else:
-            require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1, or max on a GPU")
-        require(min(sizes, default=0) >= 1, f"sampling_batch_sizes={sizes}: give numbers of at least 1")
+            require_count("batch_size", batch_size, 1, MAX_BATCH, ", or max on a GPU")
+        require(
+            min(sizes, default=0) >= 1 and max(sizes) <= MAX_BATCH,
+            f"sampling_batch_sizes={sizes}: give numbers of 1 to {MAX_BATCH:,}",
+        )
         ratios = f"ratios={self.ratios}"
         require(self.ratios[:1] == [0], f"{ratios}: must begin with 0, which the others are compared with")
         for ratio in self.ratios:

@@ -18,7 +18,7 @@ import torch
 from ddt.autoencoder import Autoencoder
 from ddt.checkpoint import format as ckpt
 from ddt.config import Choice
-from ddt.errors import require
+from ddt.errors import require, require_count
 from ddt.files import find_record, lock_folder, read_record, write_json
 from ddt.generation.settings import SamplerOverrides
 from ddt.metrics.features import Extractor, FeatureSettings
@@ -29,14 +29,15 @@ from ddt.receipts import circumstances, command_line
 from ddt.sampling.settings import SamplerSettings
 
 log = logging.getLogger(__name__)
+MAX_REPEATS = 1000
 Row = dict[str, Any]
 Spread = dict[str, float | None]  # mean, and standard deviation (None of one repeat)
 
 
-def at_least_one(settings: Any, *keys: str) -> None:
-    """Raise UserError where one of these settings is below 1."""
-    for key in keys:
-        require(getattr(settings, key) >= 1, f"{key}={getattr(settings, key)}: must be at least 1")
+def check_counts(settings: Any, **most: int) -> None:
+    """Raise UserError where a setting is below 1 or above its number in `most`."""
+    for key, limit in most.items():
+        require_count(key, getattr(settings, key), 1, limit)
 
 
 def unshared_sampler(overrides: SamplerOverrides, path: str) -> tuple[Path, dict[str, Any], SamplerSettings]:

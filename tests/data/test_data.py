@@ -1,12 +1,19 @@
 """A training stream that is a function of (seed, position)."""
 
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ddt.data.images import ArrayImages
-from ddt.data.stream import TrainingStream, load_batches, micro_batch_positions, validation_batch
+from ddt.data.stream import TrainingStream, check_shared_memory, load_batches, micro_batch_positions, validation_batch
 from ddt.draws import Stream, random_generator
+from ddt.errors import UserError
 
 
 def numbered(count=10):
@@ -74,6 +81,62 @@ def test_loader_gives_the_stream_and_leaves_the_global_random_state(num_workers)
     assert len(batches) == 6
     for i, batch in enumerate(batches):
         assert same(batch, stream()[[8 + 2 * i, 9 + 2 * i]])
+
+
+def test_a_full_shared_memory_is_told_and_hangs_nothing(monkeypatch):
+    """Left to torch, a batch that finds no room is dropped in a thread, and its reader waits."""
+
+    def full(self):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # which the loading process inherits
+    with pytest.raises(UserError, match=r"^/dev/shm: is full .*No space left.*--shm-size=8g.*fewer num_workers$"):
+        list(load_batches(stream(), micro_batch_positions(2, 5, 4, 2), 1))
+    assert len(list(load_batches(stream(), micro_batch_positions(2, 5, 4, 2), 0))) == 6
+
+
+@pytest.mark.parametrize(("processes", "most"), [(None, 4), (2, 2)])
+def test_shared_memory_is_compared_before_the_first_step(monkeypatch, processes, most):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    batch = list(range(50_000, 58_192))
+    size = sum(tensor.nbytes for tensor in stream()[batch].values())
+    free = 2 * 4 * size  # two batches of four loading processes
+    monkeypatch.setattr("ddt.data.stream.SHARED_MEMORY", Path("."))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    check_shared_memory(stream(), batch, most, "trainer.num_workers")
+    check_shared_memory(stream(), batch, 0, "trainer.num_workers")
+    line = rf"trainer\.num_workers={most + 1} needs .*--shm-size.*at most trainer\.num_workers={most}$"
+    with pytest.raises(UserError, match=line):
+        check_shared_memory(stream(), batch, most + 1, "trainer.num_workers")
+
+
+class Lost(torch.utils.data.Dataset):
+    """Ends its loading process: by a signal, or by an exit status."""
+
+    def __init__(self, end):
+        self.end = end
+
+    def __getitem__(self, batch):
+        if batch[0] == 2:
+            os.kill(os.getpid(), self.end) if self.end else os._exit(3)
+        return torch.ones(2)
+
+
+@pytest.fixture
+def _attentive(monkeypatch):
+    """The reader looks after its loading processes all the time, not every five seconds."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.05,))
+
+
+@pytest.mark.usefixtures("_attentive")
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGBUS, 0])
+def test_a_lost_loading_process_is_one_line(end):
+    with pytest.raises(
+        UserError, match=r"^num_workers: a data loading process has ended .* run the same command again"
+    ):
+        list(load_batches(Lost(end), [[k] for k in range(4)], 1))
 
 
 def test_validation_is_fixed_and_covers_all_times():

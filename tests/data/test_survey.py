@@ -206,7 +206,7 @@ def test_training_refuses_what_cannot_be_opened_before_it_begins(tmp_path, monke
     ("arguments", "message"),
     [
         (["data=folder"], "data.root: not set; give data.root=…"),
-        (["data=folder", "data.root="], "data.root=: no such folder"),
+        (["data=folder", "data.root="], "data.root: not set; give data.root=…"),
         (["data=folder", "data.root=NOWHERE"], "data.root=NOWHERE: no such folder"),
         (["data=folder", "data.root=NOWHERE", "data.image_size=8", "data.channels=2"], "data.channels=2: give 1 or 3"),
     ],

@@ -60,11 +60,11 @@ def test_numbers_are_lists_or_ranges(value, numbers):
     [
         ({"classes": "1-10"}, r"classes=\[10\]: the model has classes 0\.\.9"),
         ({"classes": []}, r"classes=\[\]: name at least one"),
-        ({"classes": [1, 2, 1]}, r"classes=\[1, 2, 1\]: names a number twice"),
-        ({"classes": "cat"}, r"classes=cat: cat is no whole number; write \[1,5,7\], 0-49"),
+        ({"classes": [1, 2, 1]}, r"classes=\[1,2,1\]: names a number twice"),
+        ({"classes": "cat"}, "classes=cat: cat is no class and no whole number"),
         ({"seeds": [-1]}, r"seeds=\[-1\]: a seed must lie in 0"),
         ({"seeds": [2**32]}, r"seeds=\[4294967296\]"),
-        ({"seeds": [3, "1-4"]}, r"seeds=\[3, 1-4\]: names a number twice"),
+        ({"seeds": [3, "1-4"]}, r"seeds=\[3,1-4\]: names a number twice"),
         ({"seeds": "9-5"}, "seeds=9-5: 9-5 runs backwards"),
         ({"seeds": "0-99999999"}, "is longer than 1000000 numbers"),
         ({"seeds": ["1.5"]}, "1.5 is no whole number"),
@@ -84,3 +84,47 @@ def test_impossible_sets_are_named(arguments, message):
 def test_noise_of_an_image_is_its_own_generator():
     expected = torch.randn((2, 4, 4), generator=torch.Generator().manual_seed(11))
     assert torch.equal(noise_of([3, 11], (2, 4, 4))[1], expected)
+
+
+NAMES = ["cat", "dog", "0-9", "a, b", "10", "4", "twin", "twin"]
+
+
+@pytest.mark.parametrize(
+    ("value", "classes"),
+    [("dog", [1]), (["dog", 0], [1, 0]), ("cat, dog", [0, 1]), (["a, b", "cat"], [3, 0]), ("0-2", [0, 1, 2])],
+)
+def test_classes_are_names_or_numbers(value, classes):
+    assert image_set(len(NAMES), 5, classes=value, class_names=NAMES).classes[: len(classes)] == classes
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("dgo", r"classes=dgo: dgo is no class and no whole number; did you mean dog\?"),
+        (
+            ["cat", "rhinoceros"],
+            r"classes=\[cat,rhinoceros\]: rhinoceros is no class and no whole number; choose from ",
+        ),
+        ("twin", "classes=twin: twin is the name of 2 classes; give the number of one"),
+        (["cat", 0], "names a number twice"),
+        (10, r"classes=\[10\]: the model has classes 0\.\.7 \(they are counted from 0, whatever their names\)"),
+    ],
+)
+def test_a_class_that_cannot_be_is_named(value, message):
+    with pytest.raises(UserError, match=message):
+        image_set(len(NAMES), 5, classes=value, class_names=NAMES)
+
+
+def test_a_number_is_never_the_name_of_another_class(caplog):
+    assert image_set(len(NAMES), 1, classes=[4], class_names=NAMES).classes == [4]
+    assert "4 is the class named 10; the one named 4 is 5" in caplog.text
+    caplog.clear()
+    image_set(3, 1, classes=[1], class_names=["0", "1", "2"])
+    assert not caplog.text
+
+
+def test_a_thousand_names_are_not_all_told():
+    with pytest.raises(UserError) as error:
+        image_set(1000, 1, classes="cat", class_names=[f"n{k:08d}" for k in range(1000)])
+    assert "(1000 in all)" in str(error.value)
+    assert len(str(error.value)) < 1000

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import GOLDEN, refusal, small_ddt, succeed
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ddt.checkpoint.format import write_checkpoint
 from ddt.checkpoint.published import read_released
@@ -169,14 +169,25 @@ def test_a_converted_checkpoint_has_ema_weights_alone(tmp_path, caplog):
     assert "was trained on latents of another autoencoder than this run's" in caplog.text
 
 
-@pytest.mark.parametrize(("class_names", "warns"), [(imagenet_synsets(), False), (list(map(str, range(1000))), True)])
-def test_a_thousand_classes_of_other_names_than_imagenets_are_warned_of(tmp_path, caplog, class_names, warns):
-    sizes = network(num_classes=1000)
-    config = {"step": None, "network": sizes, "class_names": class_names, "autoencoder_fingerprint": None}
-    write_checkpoint(tmp_path / "converted", config, ema=objective(num_classes=1000).denoiser.state_dict())
-    trained = objective(num_classes=1000)
-    initialise(str(tmp_path / "converted"), config, trained, emas(trained))
-    assert ("has as many classes, but others; rows of the label table change their class" in caplog.text) == warns
+@pytest.mark.parametrize("converted", [True, False])
+def test_other_classes_than_a_published_source_are_warned_of(tmp_path, caplog, converted):
+    synsets, path = imagenet_synsets(), tmp_path / "source.safetensors"
+    sizes = network(num_classes=len(synsets), hidden_size=16)
+    source = objective(num_classes=len(synsets), hidden_size=16)
+    state = source.denoiser.state_dict()
+    if converted:
+        write_checkpoint(path, {"step": None, "network": sizes, "class_names": synsets}, ema=state)
+    else:
+        release = type(source.denoiser).release
+        save_file({release.published_name(key, sizes): value for key, value in state.items()}, path)
+    config = run_config(sizes) | {"class_names": [*synsets[:7], synsets[8], synsets[7], *synsets[9:]]}
+    initialise(str(path), config, source, emas(source))
+    assert f"2 rows of the label table change their class, the first is 7, from {synsets[7]} to {synsets[8]}" in (
+        caplog.text
+    )
+    caplog.clear()
+    initialise(str(path), config | {"class_names": synsets}, source, emas(source))
+    assert "change their class" not in caplog.text
 
 
 def test_a_projector_is_loaded_where_it_fits(tmp_path, caplog):

@@ -16,14 +16,18 @@ import pytest
 import torch
 from conftest import full_disk_stream, picture_folder, refusal, rows, run_inside, succeed
 from safetensors.torch import load_file
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import ddt
 from ddt.checkpoint import format as ckpt
+from ddt.data.images import FileImages
 from ddt.data.stream import TrainingStream
 from ddt.errors import STOPPED_STATUS
 from ddt.objective import FlowMatching
 from ddt.training import saving, start, stopping
 from ddt.training.ema import EMA, PowerFunction
+from ddt.training.loop import diverged
+from ddt.training.measurements import Measurements
 from ddt.training.resume import frozen_differences
 from ddt.training.tracking import JsonlTracker
 
@@ -454,14 +458,37 @@ def test_skipped_steps_are_kept_over_a_resume(monkeypatch):
     assert [row["skipped_steps"] for row in rows(train("kept_skips")) if "loss" in row] == [1, 1, 1]
 
 
+def test_a_lost_loading_process_ends_the_run(monkeypatch):
+    monkeypatch.setattr(FileImages, "load", lambda self, indices: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.05,))
+    monkeypatch.setattr(start, "check_shared_memory", lambda *_: None)  # it loads an image in this process
+    options = ["trainer.num_workers=1", "trainer.validate_every=0"]
+    monkeypatch.setattr(Measurements, "show_training_images", lambda *_: None)  # likewise
+    message = refusal("train", *arguments("lost", *options))
+    assert message.startswith("num_workers: a data loading process ")
+    assert len(message.splitlines()) == 1
+    assert json.loads(Path("runs/lost/status.json").read_text())["state"] == "failed"
+
+
 def test_many_of_them_end_the_run(monkeypatch):
     poisoned(monkeypatch, range(6, 99))
     message = refusal("train", *arguments("spoilt", "trainer.save_every=4", "trainer.validate_every=0"))
     assert "5 steps in a row had non-finite gradients" in message
-    assert "the last good checkpoint, for init_from, is runs/spoilt/checkpoints/step_0000008" in message
+    assert "the last good checkpoint, for init_from, is runs/spoilt/checkpoints/step_0000004" in message
     status = json.loads(Path("runs/spoilt/status.json").read_text())
     assert status["state"] == "failed"
     assert all(value.isfinite().all() for value in whole(Path("runs/spoilt"), 8).values())
+
+
+@pytest.mark.parametrize(("saved", "good"), [([3, 5, 6, 10], 5), ([4, 8], 4), ([6, 11], None)])
+def test_no_checkpoint_from_the_streak_is_called_good(tmp_path, saved, good):
+    for step in saved:
+        folder = tmp_path / f"checkpoints/step_{step:07d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+    run = SimpleNamespace(settings=SimpleNamespace(run_dir=tmp_path))
+    message = str(diverged("NaN", run, step=11, skipped_in_a_row=5))  # of the steps 6 to 10
+    assert message.endswith(f"step_{good:07d}" if good else "there is no checkpoint from before")
 
 
 def test_non_finite_weights_are_never_saved(monkeypatch):

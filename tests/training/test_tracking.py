@@ -8,7 +8,7 @@ from conftest import refusal, succeed
 from PIL import Image
 
 from ddt.errors import UserError
-from ddt.training.tracking import JsonlTracker, WandbTracker
+from ddt.training.tracking import JsonlTracker, WandbTracker, last_measurement
 
 CONFIG = {"name": "run"}
 
@@ -47,23 +47,85 @@ def test_a_damaged_row_in_the_middle_is_named(tmp_path):
         JsonlTracker(tmp_path, 3, CONFIG)
 
 
-def test_a_failing_wandb_stops_nothing(tmp_path, monkeypatch):
-    modes = []
+def test_a_failing_wandb_stops_nothing_and_keeps_its_id(tmp_path, monkeypatch):
+    calls = []
 
     def init(mode, **arguments):
-        modes.append((mode, arguments["id"]))
+        calls.append((mode, arguments["id"]))
         if mode == "online":
             raise RuntimeError("no network")
         return Run()
 
     monkeypatch.setattr("wandb.init", init)
-    for _ in range(2):  # a resumed run keeps its id
-        tracker = WandbTracker(tmp_path, 5, CONFIG)
+    monkeypatch.setattr("wandb.teardown", lambda: calls.append("teardown"))
+    for _ in range(2):  # one training is one run on W&B, however often it starts without a network
+        tracker = WandbTracker(tmp_path, 5, CONFIG, mode="online")
         tracker.log(5, {"loss": 1.0})
         tracker.finish()
-    assert [mode for mode, _ in modes] == ["online", "offline"] * 2
-    assert modes[1][1] == modes[2][1]
+    name = (tmp_path / "wandb_id").read_text()
+    assert calls == [("online", name), "teardown", ("offline", name)] * 2
     assert rows(tmp_path)[-1] == {"step": 5, "loss": 1.0}
+
+
+def test_wandb_keeps_its_id_when_its_service_is_unreachable(tmp_path, monkeypatch):
+    """Its service holds the id of a failed attempt: without `teardown` the second one fails too."""
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
+    import wandb
+
+    wandb.teardown()
+    tracker = WandbTracker(tmp_path, 0, CONFIG, mode="online", init_timeout=1)
+    try:
+        assert tracker.run.id == (tmp_path / "wandb_id").read_text()
+    finally:
+        tracker.finish()
+        wandb.teardown()
+
+
+def wandb_arguments(folder, monkeypatch, environment=None, **settings):
+    calls = []
+    monkeypatch.setattr("wandb.init", lambda **arguments: calls.append(arguments) or Run())
+    if environment is None:
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+    else:
+        monkeypatch.setenv("WANDB_MODE", environment)
+    WandbTracker(folder, 0, CONFIG, **settings).finish()
+    return calls
+
+
+def test_the_mode_of_the_environment_is_respected(tmp_path, monkeypatch):
+    for environment, settings, mode in (
+        ("offline", {}, "offline"),
+        ("disabled", {}, None),
+        ("offline", {"mode": "online"}, "online"),
+        ("online", {"mode": "disabled"}, None),
+    ):
+        calls = wandb_arguments(tmp_path, monkeypatch, environment, **settings)
+        assert [arguments["mode"] for arguments in calls] == [mode] * (mode is not None)
+    (arguments,) = wandb_arguments(tmp_path, monkeypatch, "offline", entity="team", tags=("a", "b"))
+    assert (arguments["entity"], arguments["tags"]) == ("team", ["a", "b"])
+
+
+def test_without_a_login_nothing_starts_and_nobody_is_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a prompt"))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    message = refusal("train", "tracker=wandb", "tracker.mode=online")
+    assert message.startswith("tracker=wandb: no login of W&B on this machine; run wandb login, or give tracker.mode=")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "expected"), [(None, 0.25), ("fid_5k", 7.0), ("validation_loss", 0.25), ("precision_5k", 0.25)]
+)
+def test_a_sweeper_gets_what_was_measured_last(tmp_path, keep_best, expected):
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": {"keep_best": keep_best}}))
+    logged = [{"step": 1, "loss": 2.0}, {"step": 1, "validation_loss": 0.5, "fid_5k": 9.0}]
+    logged += [{"step": 2, "validation_loss": 0.25}, {"step": 2, "fid_5k": 7.0}, {"step": 3, "loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in logged))
+    assert last_measurement(tmp_path) == expected
 
 
 def test_runs_of_a_sweep_are_one_group(tmp_path, monkeypatch):

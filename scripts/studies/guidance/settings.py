@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddt.checkpoint import format as ckpt
-from ddt.errors import require
+from ddt.errors import require, require_count
 from ddt.files import sha256
 from ddt.generation.generator import Dtype
 from ddt.generation.image_set import SEED_STRIDE
@@ -17,7 +17,7 @@ from ddt.metrics.precision_recall import PrDtype
 from ddt.model import network_class
 from ddt.sampling.schedules import content_of
 from ddt.sampling.settings import SamplerSettings
-from scripts.studies.study import at_least_one
+from scripts.studies.study import MAX_REPEATS, check_counts
 
 Interval = tuple[float, float] | None
 Recompute = list[int] | str | None
@@ -85,13 +85,13 @@ class GuidanceSettings(SamplerOverrides):
             require(len(values) > 0, f"{key}=[]: name at least one")
             twice = [value for n, value in enumerate(values) if value in values[:n]]
             require(not twice, f"{key}: names {twice[:1]} twice; name each value once")
-        at_least_one(self, "top", "repeats", "batch_size")
+        check_counts(self, top=SEED_STRIDE, repeats=MAX_REPEATS, batch_size=SEED_STRIDE)
         for key in ("num_samples", "final_samples"):
             count = getattr(self, key)
             require(
                 2 <= count <= SEED_STRIDE, f"{key}={count}: must lie in 2..{SEED_STRIDE}; statistics need at least 2"
             )
-        require(self.cache_gib >= 0, f"cache_gib={self.cache_gib}: must be at least 0 (0 keeps no modulations)")
+        require_count("cache_gib", self.cache_gib, 0, hint=" (0 keeps no modulations)")
         check_features(self.features, self.reference, self.inception_weights)
 
     def axis(self, key: str) -> list[Any]:

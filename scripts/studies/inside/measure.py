@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddt.autoencoder import Autoencoder
-from ddt.config import Choice
+from ddt.config import stored_choice
 from ddt.data.images import Images
 from ddt.data.stream import validation_batch
 from ddt.data.survey import spread
@@ -213,12 +213,12 @@ def find_images(stored: dict[str, Any], root: str, autoencoder: Autoencoder) -> 
     if run is None:
         raise UserError("the checkpoint was not trained here and names no data")
     data = dict(run["data"])
-    fingerprint, target = data.pop("fingerprint"), data.pop("_target_")
+    fingerprint = data.pop("fingerprint")
     if root != "checkpoint":
         require("root" in data, f"data.root={root}: this run's data have no folder; leave it out")
         data["root"] = root
     try:
-        train, test = (Choice(target, data).build(split=split) for split in ("train", "test"))
+        train, test = (stored_choice(data).build(split=split) for split in ("train", "test"))
     except (ImportError, TypeError) as error:
         raise UserError(f"the run's data are of an earlier version of the code ({first_line(error)})") from error
     require(

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ddt.checkpoint import format as ckpt
-from ddt.config import Choice
+from ddt.config import stored_choice
+from ddt.data.stream import MAX_BATCH
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, collect_errors, first_line, require
 from ddt.files import atomic_folder, check_new
@@ -33,7 +34,7 @@ from scripts.studies.inside.measure import (
     walk,
     z_colours,
 )
-from scripts.studies.study import at_least_one, write_numbers
+from scripts.studies.study import check_counts, write_numbers
 
 log = logging.getLogger(__name__)
 MAX_IMAGES = 16  # of a figure
@@ -55,7 +56,7 @@ class InsideSettings(SamplerOverrides):
     dtype: Dtype | None
 
     def __post_init__(self) -> None:
-        at_least_one(self, "columns", "loss_images", "batch_size")
+        check_counts(self, columns=100, loss_images=MAX_BATCH, batch_size=MAX_BATCH)
         check_new(Path(self.out))
 
     def sampler_and_images(self, stored: dict[str, Any]) -> tuple[SamplerSettings, ImageSet]:
@@ -63,7 +64,9 @@ class InsideSettings(SamplerOverrides):
         network = stored["network"]
         sampler, images = collect_errors(
             lambda: self.resolve(stored["sampler"], network_class(network).shares_encoder),
-            lambda: image_set(network["num_classes"], classes=self.classes, seeds=self.seeds),
+            lambda: image_set(
+                network["num_classes"], classes=self.classes, seeds=self.seeds, class_names=stored["class_names"]
+            ),
         )
         require(
             not sampler.adaptive,
@@ -131,8 +134,7 @@ def look_inside(settings: InsideSettings) -> None:
         results["z_pca"] = {"steps": steps, "times": times, "variance_shown": report.numbers(shares)}
         figures["z_pca"] = functools.partial(report.draw_components, colours, times, names, shares)
     if data is not None:
-        node = dict(stored["run"]["objective"])
-        objective = Choice(node.pop("_target_"), node).build(denoiser=model).for_validation(model)
+        objective = stored_choice(stored["run"]["objective"]).build(denoiser=model).for_validation(model)
         errors = loss_by_t(generator, objective, data, accelerator, settings.loss_images, settings.batch_size)
         results["loss_by_t"] = {
             "images": len(errors),

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from ddt.checkpoint import format as ckpt
 from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
-from ddt.errors import UserError, require
+from ddt.errors import UserError, require, require_count
 from ddt.files import atomic_file, write_json
 from ddt.generation.generator import Dtype, Generator, check_finite, default_dtype
-from ddt.generation.image_set import ImageSet, image_set
+from ddt.generation.image_set import SEED_STRIDE, ImageSet, image_set
 from ddt.generation.load import load_generator, stored_autoencoder
 from ddt.generation.settings import SamplerOverrides
 from ddt.metrics.comparability import title
@@ -32,13 +32,14 @@ from ddt.metrics.frechet import Moments
 from ddt.metrics.scores import Prepared, prepare
 from ddt.receipts import circumstances
 from ddt.sampling.cost import sampling_macs
-from ddt.sampling.fitting import fit_schedule
+from ddt.sampling.fitting import MAX_TEMPLATES, fit_schedule
 from ddt.sampling.schedules import optimal_schedule, uniform_schedule
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.tracking import read_rows
 from scripts.studies.sharing.report import UNSHARED, draw, summarise, table
 from scripts.studies.study import (
-    at_least_one,
+    MAX_REPEATS,
+    check_counts,
     is_complete,
     load_comparison,
     resume_study,
@@ -72,9 +73,9 @@ class SharingSettings(SamplerOverrides):
     cache_gib: float
 
     def __post_init__(self) -> None:
-        at_least_one(self, "repeats", "batch_size", "templates")
-        require(self.num_samples >= 2, f"num_samples={self.num_samples}: statistics need at least 2")
-        require(self.cache_gib >= 0, f"cache_gib={self.cache_gib}: must be at least 0 (0 keeps no modulations)")
+        check_counts(self, repeats=MAX_REPEATS, batch_size=SEED_STRIDE, templates=MAX_TEMPLATES)
+        require_count("num_samples", self.num_samples, 2, SEED_STRIDE, "; statistics need some")
+        require_count("cache_gib", self.cache_gib, 0, hint=" (0 keeps no modulations)")
         for rule in self.rules:
             parse_rule(rule)
         for key in ("rules", "budgets"):

@@ -15,13 +15,14 @@ from ddt.cli import CONF, command
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require
 from ddt.files import check_new
+from ddt.flow import MAX_STEPS
 from ddt.generation.generator import Dtype, default_dtype
 from ddt.generation.settings import SamplerOverrides
 from ddt.pictures import pyplot, save_figure
 from ddt.receipts import circumstances
-from ddt.sampling.fitting import fit_schedule
+from ddt.sampling.fitting import MAX_TEMPLATES, fit_schedule
 from ddt.sampling.schedules import write_schedule
-from scripts.studies.study import at_least_one, draw_similarity, unshared_sampler
+from scripts.studies.study import check_counts, draw_similarity, unshared_sampler
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class FitSettings(SamplerOverrides):
     dtype: Dtype | None
 
     def __post_init__(self) -> None:
-        at_least_one(self, "budget", "templates", "batch_size")
+        check_counts(self, budget=MAX_STEPS, templates=MAX_TEMPLATES, batch_size=MAX_TEMPLATES)
         out = Path(self.out)
         require(out.suffix == ".json", f"out={out}: give a .json file")
         for path in (out, out.with_suffix(".png")):
