@@ -112,7 +112,7 @@ def remove_temporary_files(folder: Path) -> None:
             os.kill(int(process), 0)  # asks whether it is there
         except ProcessLookupError:
             path.unlink(missing_ok=True)
-        except (ValueError, OverflowError, PermissionError):  # of another's name, or of a running process
+        except (ValueError, OverflowError, PermissionError):  # no name of ours, or a running process
             continue
 
 

@@ -89,15 +89,13 @@ def write_pngs(folder: Path, images: Iterable[np.ndarray], count: int) -> None:
     """
     if count == 0:
         return
-    remove_temporary_files(folder)
 
     def write(k: int, image: np.ndarray) -> None:
         path = folder / f"{k:06d}.png"
         if not path.exists():
             write_png(path, image)
 
-    if folder.exists():
-        remove_temporary_files(folder)
+    remove_temporary_files(folder)
     images = itertools.islice(images, count)
     with ThreadPoolExecutor() as pool, tqdm(total=count, unit="img", desc="png", mininterval=1.0) as progress:
         for start in range(0, count, 256):  # images in memory at once

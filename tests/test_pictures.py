@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ddt.files import TEMPORARY
 from ddt.pictures import image_grid, imagenet_synsets, readable, write_png, write_pngs
 
 
@@ -66,13 +67,8 @@ def test_no_png_no_folder(tmp_path):
 def test_what_a_killed_process_left_among_the_pngs_is_removed(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    host = platform.node()
-    names = [
-        f".tmp-{host}-{ended.pid}-x.png",
-        f".tmp-{host}-{os.getpid()}-x.png",
-        f".tmp-{host}-word-x.png",
-        ".tmp-y-1",
-    ]
+    begin = f"{TEMPORARY}{platform.node()}-"
+    names = [f"{begin}{ended.pid}-x.png", f"{begin}{os.getpid()}-x.png", f"{begin}word-x.png", ".tmp-y-1"]
     for name in names:
         (tmp_path / name).touch()
     write_pngs(tmp_path, [np.zeros((4, 4, 3), dtype=np.uint8)], 1)

@@ -116,7 +116,7 @@ def list_folder(root: str, key: str = "data.root") -> FolderList:
     folder = Path(root)
     require(
         root != "" and folder.is_dir(),
-        f"{key}={root}: no such folder; give the one with a sub-folder of images a class",
+        f"{key}={root}: no such folder; give the one with a sub-folder of images per class",
     )
     left_out = Counter[str]()
     above = frozenset(map(identity, (folder.resolve(), *folder.resolve().parents)))

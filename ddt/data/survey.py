@@ -63,7 +63,7 @@ class Survey:
 
     @property
     def image_size(self) -> int:
-        """Px a side to train at: the images' own, down to a multiple of 4, where all are small
+        """Px per side to train at: the images' own, down to a multiple of 4, where all are small
         squares of one size; else `USUAL_SIZE`.
         """
         (width, height), *others = self.headers.sizes

@@ -318,7 +318,8 @@ def test_mended_files_are_read_again(tmp_path, vae):
 
 def test_a_cache_goes_into_a_folder_of_its_own(folder, vae, tmp_path):
     before = sorted(folder.rglob("*"))
-    assert "holds other things than a latent cache" in refusal("scripts.cache_latents", *arguments(folder, vae, folder))
+    message = refusal("scripts.cache_latents", *arguments(folder, vae, folder))
+    assert f"out={folder}: holds class0, class1, not written by this command" in message
     message = refusal("scripts.cache_latents", *arguments(folder, vae, folder / "class9"))
     assert "lies among the images of data.root" in message
     assert refusal("scripts.cache_latents", *arguments(folder, vae, "")).startswith("out: not set")
