@@ -38,10 +38,12 @@ def resolve(source: str, label: str, choose: Choose, advice: str) -> Path:
     if path.exists():
         return path
     if not is_hub_id(source):
+        if re.fullmatch(HUB_ID, source) is None:
+            raise UserError(f"{label}: no such file or folder, and no hub id (owner/name); {advice}")
         parent = source.split("/")[0]
-        is_typo = re.fullmatch(HUB_ID, source) is not None
-        kind = f"a folder {parent}/ is here, so it is no model of the hub" if is_typo else "no hub id (owner/name)"
-        raise UserError(f"{label}: no such file or folder, and {kind}; {advice}")
+        raise UserError(
+            f"{label}: no such file or folder, and a folder {parent}/ is here, so it is no model of the hub; {advice}"
+        )
     return fetch(source, label, choose, advice)
 
 
@@ -55,8 +57,7 @@ def fetch(
     from huggingface_hub import HfApi, snapshot_download
 
     name, _, revision = source.partition("@")
-    nowhere = "no such file or folder here, and the hub did not give it"
-    with hub_errors(f"{label}: {nowhere} ({{error}}); {advice}"):
+    with hub_errors(f"{label}: no such file or folder here, and the hub did not give it ({{error}}); {advice}"):
         cached = cached_folder(name, revision or None)
         if cached is not None:
             with contextlib.suppress(UserError):  # the hub may have more

@@ -102,6 +102,18 @@ def small_vae(folder, channels=4, levels=4, **config):
     return str(folder)
 
 
+# what a checkpoint holds of its run's settings, as far as it is read
+RUN = {
+    "name": "x",
+    "seed": 3,
+    "data": {"_target_": "ddt.data.images.Digits", "fingerprint": "f00", "image_size": 8},
+    "alignment": None,
+    "objective": {"_target_": "ddt.objective.FlowMatching"},
+    "optimizer": {"_target_": "ddt.training.optimizer.adamw", "lr": 0.001},
+    "trainer": {"global_batch_size": 4, "lr_schedule": "constant", "mixed_precision": "fp32", "ema_decay": 0.99},
+}
+
+
 def small_config(model, vae=None, target="ddt.model.DDT", **changes):
     """What a checkpoint's config.json holds of a network of `small_ddt`'s sizes, and `changes`."""
     sizes = dict(patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2)

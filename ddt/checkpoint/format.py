@@ -177,6 +177,10 @@ def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
         return download(str(run_or_checkpoint))
     newest = newest_checkpoint(path)
     if newest is None:
+        require(
+            not path.is_file(),
+            f"{path}: is a file; a published checkpoint becomes a folder by scripts/convert_checkpoint.py",
+        )
         state = "holds no complete checkpoint" if path.is_dir() else "no such folder"
         raise UserError(
             f"{path}: {state}; give a run folder such as runs/digits_nano, or one of its checkpoints/step_*"

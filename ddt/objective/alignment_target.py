@@ -84,7 +84,8 @@ def load_network(name: str, weights: str | None, image_size: int, pretrained: bo
     try:
         network = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **settings)
     except Exception as error:  # of timm's filters, of load_state_dict, of a download: no common base
-        raise UserError(f"{label}: is not a file of {name} ({reason(error)}); {advice}") from error
+        problem = "its weights cannot be had from timm" if file is None else f"is not a file of {name}"
+        raise UserError(f"{label}: {problem} ({reason(error)}); {advice}") from error
     network.pretrained_cfg.pop("state_dict", None)  # else timm holds on to the file's weights
     network.eval().requires_grad_(False)
     if is_vit:

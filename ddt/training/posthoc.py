@@ -199,7 +199,10 @@ def find_snapshots(run_dir: Path, step: int | None = None, powers: Collection[fl
         f"run={run_dir}: {folders[last]} is the only snapshot up to step {last}; at least 2 are needed, more are "
         "better",
     )
-    config = ckpt.read_config(folders[last])
+    configs = {number: ckpt.read_config(folder) for number, folder in used.items()}
+    for number, each in configs.items():
+        require("run" in each, f"{folders[number]}: was not written by training; move it elsewhere")
+    config = configs[last]
     trainer = config["run"]["trainer"]
     rules = ema_rules(trainer["ema_decay"], trainer["ema_decays"], trainer["ema_powers"])
     saved = {std: f"power_{std:g}" for std in trainer["ema_powers"]}
@@ -207,9 +210,11 @@ def find_snapshots(run_dir: Path, step: int | None = None, powers: Collection[fl
     for std in powers or ():
         require(std in saved, f"powers={std:g}: the run saved no such EMA weights; choose from {known}")
     require(powers is None or len(powers) > 0, f"powers=[]: name at least one of {known}, or null for all")
-    for folder in used.values():
-        changes = frozen_differences(ckpt.read_config(folder)["run"], config["run"])
-        require(not changes, f"{folder}: is of another training ({', '.join(changes)} differ); move it elsewhere")
+    for number, each in configs.items():
+        changes = frozen_differences(each["run"], config["run"])
+        require(
+            not changes, f"{folders[number]}: is of another training ({', '.join(changes)} differ); move it elsewhere"
+        )
     names = [saved[std] for std in (saved if powers is None else powers)]
     return Snapshots(
         tuple((folder, name) for folder in used.values() for name in names),

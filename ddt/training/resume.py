@@ -113,6 +113,7 @@ def check_checkpoint(checkpoint: Path, config: dict[str, Any]) -> None:
     config: what the run's checkpoints hold.
     """
     saved = read_config(checkpoint)
+    require("run" in saved, f"{checkpoint}: was not written by training; give this one another name=")
     check_same_training(checkpoint, saved["run"], config["run"])
     for key, (old, new) in differences(saved["run"], config["run"]).items():
         log.info("changed since the checkpoint: %s %s -> %s", key, old, new)

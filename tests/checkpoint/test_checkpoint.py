@@ -86,6 +86,9 @@ def test_a_path_without_a_checkpoint_is_named(tmp_path):
         ddt.load_model(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         ddt.load_model(tmp_path)
+    (tmp_path / "x.ckpt").touch()
+    with pytest.raises(UserError, match=r"x\.ckpt: is a file; .* scripts/convert_checkpoint\.py"):
+        ddt.load_model(tmp_path / "x.ckpt")
 
 
 def test_a_checkpoint_cannot_name_code_to_run(tmp_path):

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import small_checkpoint
+from conftest import RUN, small_checkpoint
 from safetensors.torch import load_file, save_file
 
 import ddt
@@ -23,15 +23,6 @@ from ddt.model import network_class
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RUN = {
-    "name": "x",
-    "seed": 3,
-    "data": {"_target_": "ddt.data.images.Digits", "fingerprint": "f00", "image_size": 8},
-    "alignment": None,
-    "objective": {"_target_": "ddt.objective.FlowMatching"},
-    "optimizer": {"_target_": "ddt.training.optimizer.adamw", "lr": 0.001},
-    "trainer": {"global_batch_size": 4, "lr_schedule": "constant", "mixed_precision": "fp32", "ema_decay": 0.99},
-}
 SAMPLER = {"solver": "euler", "num_steps": 4, "cfg_scale": 2.0, "cfg_interval": [0.0, 0.9], "recompute": [0, 2]}
 VALUES = [
     None, True, -1, 0, 3, 10**7, 10**12, 10**400, 0.5, 1e308, float("nan"), float("inf"), "", "x", "\x1b[1mx",

@@ -26,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def write_run(folder, step=3, target="ddt.model.DDT", channels=1, raw=True, classes=5):
     """A run of random weights that samples images of 8×8 px, with other raw weights."""
     small_checkpoint(
-        ckpt.checkpoint_folder(folder, step), model=small_ddt(in_channels=channels), target=target, step=step,
-        raw=1.5 if raw else None, sampler=SAMPLER, class_names=list("abcdefgh"[:classes]),
+        ckpt.checkpoint_folder(folder, step), model=small_ddt(in_channels=channels, num_classes=classes),
+        target=target, step=step, raw=1.5 if raw else None, sampler=SAMPLER, class_names=list("abcdefgh"[:classes]),
     )  # fmt: skip
     return folder
 

@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import picture_folder, refusal, small_checkpoint, small_ddt, succeed
+from conftest import RUN, picture_folder, refusal, small_checkpoint, small_ddt, succeed
 
 from ddt import DiT
 from ddt.autoencoder import Identity
@@ -65,7 +65,7 @@ def write_run(folder, data=DIGITS, target="ddt.model.DDT"):
     small_checkpoint(
         ckpt.checkpoint_folder(folder, 3), model=model, raw=2, step=3, sampler=SAMPLER,
         network={"_target_": target, "in_channels": 1, **sizes}, class_names=list("0123456789"),
-        **({} if data is None else {"run": {"data": data, "objective": OBJECTIVE}}),
+        **({} if data is None else {"run": {**RUN, "data": data, "objective": OBJECTIVE}}),
     )  # fmt: skip
     return folder
 

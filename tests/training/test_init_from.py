@@ -151,6 +151,19 @@ def test_a_published_file_gives_raw_and_ema_weights():
         assert torch.equal(found[TABLE], state[f"{prefix}y_embedder.embedding_table.weight"])
 
 
+def test_raw_weights_alone_stand_for_both(tmp_path):
+    state = torch.load(PATCH1, weights_only=True)["state_dict"]
+    raw = {f"module.{key}": value for key, value in state.items() if not key.startswith("ema_denoiser.")}
+    torch.save({"state_dict": raw}, tmp_path / "raw.ckpt")
+    sizes = read_released(PATCH1, encoder_depth=1, patch_size=1).network
+    trained = objective(**sizes)
+    ema = EMA(trained.denoiser, ConstantDecay(0.9))
+    initialise(str(tmp_path / "raw.ckpt"), run_config(network(**sizes)), trained, {"ema": ema})
+    for model in (ema.model, trained.denoiser):
+        found = model.state_dict()["encoder.input.proj.weight"]
+        assert torch.equal(found, state["denoiser.s_embedder.proj.weight"])
+
+
 def test_a_converted_checkpoint_has_ema_weights_alone(tmp_path, caplog):
     caplog.set_level("INFO")
     source = objective(num_classes=7).denoiser
