@@ -363,8 +363,7 @@ def check_sizes(
     """Raise UserError for impossible sizes, naming the key and the fix."""
     sizes = dict(in_channels=in_channels, patch_size=patch_size, hidden_size=hidden_size)
     for key, value in {**sizes, "num_heads": num_heads, "depth": depth, "num_classes": num_classes}.items():
-        require_count(f"model.{key}", value, 1, MAX_CLASSES if key == "num_classes" else MAX_WIDTH)
-    require_count("model.depth", depth, 1, MAX_DEPTH)
+        require_count(f"model.{key}", value, 1, {"depth": MAX_DEPTH, "num_classes": MAX_CLASSES}.get(key, MAX_WIDTH))
     require(
         hidden_size % num_heads == 0,
         f"model.num_heads={num_heads} does not divide model.hidden_size={hidden_size}: choose a divisor",
