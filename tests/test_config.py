@@ -3,6 +3,7 @@ and the fix.
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,10 +12,12 @@ import torch
 from conftest import ROOT, refusal, run, succeed, train_settings
 
 from ddt.cli import CONF
-from ddt.config import Choice, check_arguments, parse
+from ddt.config import Choice, check_arguments, convert, parse, stored_choice
 from ddt.errors import UserError
 from ddt.model.layers import Block
+from ddt.sampling.settings import SamplerSettings
 from ddt.training.run import check, infer
+from ddt.training.settings import TrainerSettings
 
 MODELS = [path.stem for path in sorted((CONF / "model").glob("*.yaml"))]
 GROUPS = (
@@ -177,6 +180,27 @@ def test_the_command_line_wins_over_the_data():
         (["+foo=1"], "foo: no such setting"),
         (["trainer.num_processes=0"], "trainer.num_processes=0: must be at least 1"),
         (["data=null"], "data=null: no such choice; choose from digits, "),
+        (["model=[nano,dit_b]"], "model=[nano,dit_b]: no such choice"),
+        (["model=[1]"], "model=[1]: no such choice"),
+        (["~model"], "~model: a setting cannot be removed"),
+        (["name.x=1"], "name.x: no such setting"),
+        (["name="], "name=: give a folder name"),
+        (
+            [f"name={'a' * 201}"],
+            f"name={'a' * 201}: give a folder name of letters, digits and _.=,+-, at most 200 bytes",
+        ),
+        (["++model._partial_=true"], "model._partial_: cannot be set"),
+        (["trainer.max_steps={_target_:os.getcwd}"], "trainer.max_steps._target_: cannot be set"),
+        (["trainer.num_workers=100000"], "trainer.num_workers=100000: must be at most 128"),
+        (["trainer.global_batch_size=1000000000000"], "trainer.global_batch_size=1000000000000: must be at most"),
+        (["trainer.max_steps=1e30"], "trainer.max_steps=1e+30: give a whole number"),
+        (["trainer.ema_powers=[1e-300]"], "trainer.ema_powers=[1e-300]: give a number"),
+        (["trainer.ema_powers=[1e-6]"], "trainer.ema_powers=[1e-06]: each is a relative standard deviation"),
+        (["model.hidden_size=1000000000"], "model.hidden_size=1000000000: must be at most 65,536"),
+        (["model.depth=1000000"], "model.depth=1000000: must be at most 1,000"),
+        (["model.hidden_size=65536", "model.depth=900"], "model: 6.96e+13 parameters are "),
+        (["data=photos", "data.crops=1000000000"], "data.crops=1000000000: must be at most"),
+        (["seed=99999999999999999999"], "seed=99999999999999999999: give a number that 64 bits"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch, arguments, message):
@@ -230,6 +254,61 @@ def test_mistakes_are_told_in_words_of_the_command_line(values, line):
     ) -> None: ...
 
     assert check_arguments(function, values, "")[1] == [line]
+
+
+@pytest.mark.parametrize("kind", [SamplerSettings, TrainerSettings])
+def test_a_value_names_no_code_to_call(tmp_path, kind):
+    """A checkpoint of others holds such values."""
+    node = {"_target_": "os.mkdir", "path": str(tmp_path / "called")}
+    key = next(iter(kind.__dataclass_fields__))
+    with pytest.raises(UserError, match=rf"{key}=.*os\.mkdir"):
+        parse(kind, {key: node})
+    assert not (tmp_path / "called").exists()
+
+
+def test_a_group_takes_its_own_settings_alone(tmp_path):
+    node = {"_target_": "os.mkdir", "path": str(tmp_path / "called")}
+    assert convert(node, SamplerSettings | None, "sampler")[1] == [
+        "sampler._target_=os.mkdir: is no settings of this group; choose a file of it"
+    ]
+    for target in ("os.mkdir", "ddt.files.write_json", "nowhere", None):
+        with pytest.raises(UserError, match=f"_target_={target}: is no class of this code"):
+            stored_choice(node | {"_target_": target})
+    assert stored_choice({"_target_": "ddt.objective.FlowMatching", "label_dropout": 0.5}).settings == {
+        "label_dropout": 0.5
+    }
+    assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "key", "extra"),
+    [
+        ("torchode", ["sampler.solver=adaptive"], "sampler.solver=adaptive", "'.[adaptive]'"),
+        ("wandb", ["tracker=wandb"], "tracker", "."),
+        ("diffusers", ["autoencoder=sd_ft_ema"], "autoencoder", "."),
+        ("timm", ["alignment=repa_dinov2_b"], "alignment", "."),
+        ("torch_fidelity", ["features=digits", "trainer.eval_every=5"], "features", "."),
+        ("skimage", ["data=photos"], "data", "'.[photos]'"),
+        ("sklearn", [], "data", "."),
+    ],
+)
+def test_a_missing_package_is_told_before_anything_is_built(tmp_path, monkeypatch, package, arguments, key, extra):
+    monkeypatch.chdir(tmp_path)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    assert refusal("train", *arguments) == f"{key}: needs the package {package}; run pip install -e {extra}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_warm_up_that_does_not_end_is_told(caplog):
+    caplog.set_level("INFO")
+    settings = train_settings("trainer.warmup_steps=50", "trainer.max_steps=50")
+    check(infer(settings))
+    assert "hint: trainer.warmup_steps=50 is not below trainer.max_steps=50" in caplog.text
+    assert settings.trainer.lr_factor(49) == 1
+    caplog.clear()
+    check(infer(train_settings("trainer.warmup_steps=50", "trainer.max_steps=51")))
+    assert "hint" not in caplog.text
 
 
 def test_truth_values_stay_what_they_are():
