@@ -23,11 +23,11 @@ METRIC = "fd_digits"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def write_run(folder, step=3, target="ddt.model.DDT", channels=1, raw=True, classes=5):
+def write_run(folder, step=3, target="ddt.model.DDT", channels=1, raw=True, names="abcde"):
     """A run of random weights that samples images of 8×8 px, with other raw weights."""
     small_checkpoint(
-        ckpt.checkpoint_folder(folder, step), model=small_ddt(in_channels=channels, num_classes=classes),
-        target=target, step=step, raw=1.5 if raw else None, sampler=SAMPLER, class_names=list("abcdefgh"[:classes]),
+        ckpt.checkpoint_folder(folder, step), model=small_ddt(in_channels=channels), target=target, step=step,
+        raw=1.5 if raw else None, sampler=SAMPLER, class_names=list(names),
     )  # fmt: skip
     return folder
 
@@ -360,7 +360,7 @@ def test_checkpoints_that_cannot_be_searched_are_one_line(run_folder, tmp_path):
     newest = ckpt.find_checkpoint(run_folder)
     line = refusal(SEARCH, *arguments(run_folder, out, f"ckpt=[{run_folder},{newest}]"))
     assert line.endswith("two of them are one checkpoint")
-    other = write_run(tmp_path / "classes", classes=4)
+    other = write_run(tmp_path / "classes", names="vwxyz")
     line = refusal(SEARCH, *arguments(run_folder, out, f"ckpt=[{run_folder},{other}]"))
     assert "has another class_names than" in line
     assert not out.exists()
