@@ -215,10 +215,9 @@ def find_record(
 def read_record(record: Path) -> dict[str, Any]:
     """Return the content of a JSON record; {} for a damaged one, which is that of no request."""
     try:
-        content = json.loads(record.read_text())
-    except ValueError:
+        return read_json(record)
+    except UserError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 @contextlib.contextmanager
