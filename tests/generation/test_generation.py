@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -531,8 +530,9 @@ def test_an_autoencoder_of_other_latents_is_named_at_once(run_folder, tmp_path):
 
 
 def test_num_processes_is_the_launchers(run_folder, monkeypatch):
-    monkeypatch.setitem(os.environ, "RANK", "0")
-    monkeypatch.setitem(os.environ, "WORLD_SIZE", "1")
+    of_torchrun = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    for name, value in of_torchrun.items():
+        monkeypatch.setenv(name, str(value))
     message = refusal("sample", f"ckpt={run_folder}", "num_samples=1", "num_processes=2")
     assert message.startswith("num_processes=2: 1 processes were launched already; leave it out")
 

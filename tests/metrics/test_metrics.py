@@ -238,7 +238,7 @@ def test_damaged_images_are_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
         np.lib.format.write_array_header_1_0(file, {"shape": (9, 16, 16, 3), "fortran_order": False, "descr": "|u1"})
         file.write(bytes(1000))
-    with pytest.raises(UserError, match=r"short.npz: damaged.*ends early"):
+    with pytest.raises(UserError, match=r"short.npz: damaged"):
         list(NpzImages(tmp_path / "short.npz", "samples").batches(4))
 
 

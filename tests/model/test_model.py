@@ -187,7 +187,7 @@ def test_new_network_predicts_zero_and_adaln_can_start_at_zero():
         ({"encoder_depth": 3}, r"model\.encoder_depth=3 .* choose 1\.\.2"),
         ({"num_heads": 3}, r"model\.num_heads=3 does not divide model\.hidden_size=32"),
         ({"num_heads": 16}, r"model\.num_heads=16 gives heads of width 2"),
-        ({"patch_size": 0}, r"model\.patch_size=0: must lie in 1"),
+        ({"patch_size": 0}, r"model\.patch_size=0: must be at least 1"),
     ],
 )
 def test_impossible_sizes_are_named(changes, message):

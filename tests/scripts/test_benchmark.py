@@ -279,7 +279,7 @@ def test_parts_after_the_deadline_are_not_run(tmp_path):
         (["latent_size=9"], "latent_size=9: must be a multiple of 2"),
         (["sampling_batch_sizes=[]"], "sampling_batch_sizes=[]: give numbers"),
         (["profile=true"], "profile=true: writes tables; give out=FOLDER"),
-        (["out=README.md"], "out=README.md: is a file; give a folder"),
+        (["out=README.md"], "out=README.md: exists already and is not written over"),
         (["model=nano"], "align_depth=8: the encoder has 4 blocks, choose 1..4"),
         (["model=dit_b"], "model: the plain reference is a DDT whose decoder has attention"),
     ],

@@ -226,7 +226,7 @@ def test_a_complete_curve_is_left_alone_and_another_refused(curve, run_folder, c
         (["budgets=[0]"], "budgets=0: must lie in 1..num_steps=6"),
         (["budgets=[5]"], "budgets=5: no every r-th of 6 steps makes 5; choose 3, or dp rules alone"),
         (["repeats=0"], "repeats=0: must be at least 1"),
-        (["num_samples=1"], "num_samples=1: statistics need at least 2"),
+        (["num_samples=1"], "num_samples=1: must be at least 2; statistics need some"),
         (["reference=data:photos"], "features=digits reference=data:photos: the classifier is trained on"),
         (["features=inceptio"], "features=inceptio: no such choice; did you mean inception?"),
     ],

@@ -189,7 +189,7 @@ def test_other_classes_than_a_published_source_are_warned_of(tmp_path, caplog, c
     source = objective(num_classes=len(synsets), hidden_size=16)
     state = source.denoiser.state_dict()
     if converted:
-        write_checkpoint(path, {"step": None, "network": sizes, "class_names": synsets}, ema=state)
+        write_checkpoint(path, {**stored_config(None), "network": sizes, "class_names": synsets}, ema=state)
     else:
         release = type(source.denoiser).release
         save_file({release.published_name(key, sizes): value for key, value in state.items()}, path)
