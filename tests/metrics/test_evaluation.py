@@ -373,7 +373,7 @@ def test_inputs_that_inception_cannot_use_are_one_line(tmp_path, inception_weigh
         ("reference", write(tmp_path / "labels.npz", labels=np.zeros(3)), "holds neither mu and sigma nor images"),
         ("reference", tmp_path / "grey.npz", "images of 1 channels, but features=inception reads 3"),
         ("inception_weights", tmp_path / "absent.pth", "no such file; give inception_weights=FILE"),
-        ("inception_weights", good, "is an npz of NumPy"),
+        ("inception_weights", good, "is an npz of NumPy arrays"),
         ("inception_weights", tmp_path / "graph.pb", "damaged or no TensorFlow graph"),
         ("inception_weights", tmp_path / "cut.pth", "cannot be read"),
         ("inception_weights", other, "is not this network"),

@@ -80,7 +80,7 @@ def test_fifty_kills_cost_nothing(tmp_path):
         status = attempt("killed", tmp_path, generator.uniform(0, 0.6), number, begun)
         newest = ckpt.newest_checkpoint(run) if run.exists() else None
         if newest is not None:
-            for file in ckpt.read_manifest(newest)["files"]:
+            for file in ckpt.read_manifest(newest).files:
                 ckpt.verify_file(newest, file)
             steps.append(int(newest.name[5:]))
             assert steps[-1] >= steps[-2], "a kill took the run back behind a checkpoint"
