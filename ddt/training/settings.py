@@ -106,7 +106,8 @@ class TrainerSettings:
         )
         for key in ("ema_decays", "ema_powers"):
             values = getattr(self, key)
-            self.check(key, len(set(values)) == len(values), "names a value twice")
+            names = {f"{value:g}" for value in values}  # of their weights in a checkpoint
+            self.check(key, len(names) == len(values), "names a value twice (to six digits)")
         self.check(
             "snapshot_every",
             self.snapshot_every == 0 or len(self.ema_powers) > 0,
