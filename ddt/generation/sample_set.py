@@ -6,9 +6,6 @@ Shapes: n images, B batch, m images of a batch yet to be sampled, C H W.
 
 import contextlib
 import dataclasses
-import hashlib
-import itertools
-import json
 import logging
 import shlex
 import shutil
@@ -26,33 +23,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddt.errors import require
-from ddt.files import find_record, lock_folder, read_record, sha256, write_json
-from ddt.generation.generator import Dtype, Generator, check_finite
-from ddt.generation.image_set import ImageSet, write_numbers
-from ddt.generation.parts import PARTS, merge_parts, remove_damaged, rows, sampled_numbers, write_part
-from ddt.generation.receipt import RECEIPT, SHA256, is_receipt_of
-from ddt.pictures import image_grid, readable, write_png, write_pngs
+from ddt.files import lock_folder, sha256
+from ddt.generation.generator import Generator, check_finite
+from ddt.generation.image_set import ImageSet
+from ddt.generation.part_files import merge_parts, rows, write_part
+from ddt.generation.receipt import SHA256
+from ddt.generation.set_folder import check_complete, finish_set, open_set, set_request, set_state
+from ddt.pictures import write_pngs
 from ddt.receipts import circumstances
-from ddt.sampling.fitting import resolve_recompute
-from ddt.sampling.settings import SamplerSettings
 
 log = logging.getLogger(__name__)
-GRID_ROWS = 10
 
 
-def remaining_batches(total: int, batch_size: int, done: np.ndarray) -> list[np.ndarray]:
+def remaining_batches(total: int, batch_size: int, done: list[int]) -> list[np.ndarray]:
     """Return the batches yet to be sampled, each the numbers of its images.
 
     Batches are slices of the whole set, so that any number of processes, and a resumed set, pass
     the same batches through the network.
     """
-    left = np.setdiff1d(np.arange(total), done)
+    left = np.setdiff1d(np.arange(total), np.array(done, dtype=np.int64))
     slices = np.split(left, np.searchsorted(left, np.arange(batch_size, total, batch_size)))
     return [numbers for numbers in slices if len(numbers)]
 
 
-def generate(
-    generator: Generator, images: ImageSet, batches: list[np.ndarray], parts: Path, progress: tqdm, share: int = 1
+def sample_batches(
+    generator: Generator, images: ImageSet, batches: list[np.ndarray], parts: Path, progress: tqdm, share: int
 ) -> None:
     """Sample batches and write each to `parts`; while one is decoded, the next is sampled.
 
@@ -81,90 +76,17 @@ def generate(
             pending.result()
 
 
-def set_request(
-    settings: SamplerSettings,
-    images: ImageSet,
-    checkpoint: dict[str, Any],
-    dtype: Dtype,
-    compiled: bool = False,
-    guide: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return all that the images of a set depend on, as its receipt holds it."""
-    request = {
-        "checkpoint": checkpoint,
-        "guide": guide,
-        "sampler": settings.as_receipt(),
-        "dtype": dtype,
-        "compile": compiled,
-        "classes": write_numbers(images.classes),
-        "seeds": write_numbers(images.seeds),
-    }
-    return json.loads(json.dumps(request))  # tuples become lists, as in the files
-
-
-def set_state(out: Path, request: dict[str, Any]) -> Literal["new", "unfinished", "complete"]:
-    """Return how much of the requested set `out` holds; UserError where it holds anything else.
-
-    A set without a sampled image is new: its request may still change.
-    """
-    plan, npz = out / ".parts" / "plan.json", out / "samples.npz"  # the npz is the last file to be written
-    record = find_record(out, [RECEIPT], "out", own=[plan.parent.name])
-    unfinished = plan.exists() and not npz.exists()
-    if record is None and not (unfinished and len(sampled_numbers(plan.parent))):
-        return "new"
-    record = plan if unfinished or record is None else record
-    content = read_record(record)
-    require(
-        content.get("request") == request and (record != plan or content.get("checksum") == plan_checksum(content)),
-        f"out={out}: holds another set ({record.name} is of other settings, or damaged), which is not written over; "
-        "choose another out=",
-    )
-    if npz.exists():
-        return "complete"  # if its bytes are the receipt's: `check_complete`
-    return "unfinished" if unfinished else "new"  # new: this set, of which the npz was removed
-
-
-def plan_checksum(plan: dict[str, Any]) -> str:
-    """Return a hash of what a plan says: a fitted schedule in it is found nowhere else."""
-    content = {key: value for key, value in plan.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def check_complete(out: Path) -> None:
-    """Raise UserError unless the receipt in `out` is that of samples.npz, which is read once."""
-    npz = out / "samples.npz"
-    require(
-        is_receipt_of(read_record(out / RECEIPT), sha256(npz)),
-        f"{npz}: damaged or replaced, it is not the file of {RECEIPT}; remove it, and the same command samples the "
-        "set again",
-    )
-
-
-def open_set(generator: Generator, request: dict[str, Any], out: Path, recompute_steps: list[int] | None) -> list[Any]:
-    """Return a set's plan, `recompute_steps` and `warnings` in it, and the numbers of its sampled
-    images; None for both if it is complete.
-    """
-    state, path = set_state(out, request), out / ".parts" / "plan.json"
-    if state == "complete":
-        return [None, None]
-    if state == "new":
-        for left in (path, *path.parent.glob(PARTS)):  # a plan without images, or images without a plan
-            left.unlink(missing_ok=True)
-        warnings: list[str] = []
-        if recompute_steps is not None:
-            settings = dataclasses.replace(generator.settings, recompute=recompute_steps)
-        else:
-            with generator.autocast():
-                settings, warnings = resolve_recompute(
-                    generator.model, generator.shape, generator.settings, generator.device,
-                    request["checkpoint"].get("ema_sha256"),
-                )  # fmt: skip
-        for warning in warnings:
-            log.warning("%s", warning)
-        content = {"request": request, "recompute_steps": settings.recompute, "warnings": warnings}
-        write_json(path, {**content, "checksum": plan_checksum(content)})
-    remove_damaged(path.parent)
-    return [json.loads(path.read_text()), sampled_numbers(path.parent)]
+def sample_rest(
+    generator: Generator, images: ImageSet, batch_size: int, done: list[int], parts: Path, accelerator: Accelerator
+) -> float:
+    """Sample what is not `done` on all processes, with a progress bar; return the seconds of it."""
+    first, total, processes = accelerator.is_main_process, len(images.seeds), accelerator.num_processes
+    batches, started = remaining_batches(total, batch_size, done), time.perf_counter()
+    bar = tqdm(total=total, initial=len(done), unit="img", desc="sampling", disable=not first, mininterval=1.0)
+    with generator.exact(), bar as progress:
+        sample_batches(generator, images, batches[accelerator.process_index :: processes], parts, progress, processes)
+    accelerator.wait_for_everyone()
+    return time.perf_counter() - started
 
 
 def sample_set(
@@ -192,67 +114,43 @@ def sample_set(
         recompute_steps: of a schedule fitted to these settings before; None fits it here.
     """
     require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
-    rank, num_processes = accelerator.process_index, accelerator.num_processes
-    settings = generator.settings
-    request = set_request(settings, images, checkpoint, generator.dtype, generator.compiled, guide)
-    total, parts = len(images.seeds), out / ".parts"
-    num_pngs = total if png == "all" else min(png, total)
-    if rank == 0:
+    first, total, parts = accelerator.is_main_process, len(images.seeds), out / ".parts"
+    request = set_request(generator.settings, images, checkpoint, generator.dtype, generator.compiled, guide)
+    if first:
         set_state(out, request)  # raises before anything is written
     message = f"out={out}: another command is sampling this set; wait for it, or choose another out="
-    with lock_folder(parts, message) if rank == 0 else contextlib.nullcontext():
+    with lock_folder(parts, message) if first else contextlib.nullcontext():
         # decided under the lock: another command may have sampled the set before
-        plan, done = broadcast_object_list(
-            open_set(generator, request, out, recompute_steps) if rank == 0 else [None, None]
-        )
-        if plan is None:
-            if rank == 0:
-                shutil.rmtree(parts)
-                check_complete(out)
-                log.info("%s: complete, nothing to do", out / "samples.npz")
-                write_pngs(out / "png", rows(out / "samples.npz"), num_pngs)
-            return
-        resolved = dataclasses.replace(settings, recompute=plan["recompute_steps"])
-        generator = dataclasses.replace(generator, settings=resolved)
-        batches = remaining_batches(total, batch_size, np.array(done, dtype=np.int64))
-        started, left = time.perf_counter(), total - len(done)
-        bar = tqdm(total=total, initial=len(done), unit="img", desc="sampling", disable=rank != 0, mininterval=1.0)
-        with generator.exact(), bar as progress:
-            generate(generator, images, batches[rank::num_processes], parts, progress, num_processes)
-        accelerator.wait_for_everyone()
-        if rank != 0:
-            return
-        seconds = time.perf_counter() - started
-        counts = merge_parts(parts, parts / "samples.npz", images.classes)
-        receipt = {
-            "request": request,
-            "samples": total,
-            SHA256: sha256(parts / "samples.npz"),
-            "time_grid": settings.grid(),
-            "recompute": settings.recompute,
-            "recompute_steps": plan["recompute_steps"],
-            "warnings": plan["warnings"],
-            "cached_modulations_bytes": int(counts.pop("cached_bytes")),
-            "network_calls_an_image": counts,
-            "images_per_second": left / seconds if left else None,
-            "images_of_an_earlier_call": len(done),
-            "num_processes": num_processes,
-            "batch_size": batch_size,
-            "command": command or shlex.join(sys.argv),
-            **circumstances(generator.device),
-        }
-        finish_set(parts, out, receipt, images, checkpoint["class_names"])
-    write_pngs(out / "png", rows(out / "samples.npz"), num_pngs)
-    log.info("%d images: %s, %s", total, out / "samples.npz", out / "grid.png")
-
-
-def finish_set(parts: Path, out: Path, receipt: dict[str, Any], images: ImageSet, class_names: list[str]) -> None:
-    """Write receipt and grid, then rename the npz: after a kill before, the set resumes."""
-    write_json(out / RECEIPT, receipt)
-    columns = len(set(images.classes)) if len(set(images.classes)) <= 16 else 10
-    shown = np.stack(list(itertools.islice(rows(parts / "samples.npz"), GRID_ROWS * columns)))
-    names = readable(class_names)
-    captions = [names[c] for c in images.classes[: len(shown)]]
-    write_png(out / "grid.png", image_grid(torch.from_numpy(shown).permute(0, 3, 1, 2), columns, captions))
-    (parts / "samples.npz").rename(out / "samples.npz")
-    shutil.rmtree(parts)
+        opened = [open_set(generator, request, out, recompute_steps)] if first else [None]
+        (plan,) = broadcast_object_list(opened)
+        if plan is not None:
+            resolved = dataclasses.replace(generator.settings, recompute=plan.recompute_steps)
+            planned = dataclasses.replace(generator, settings=resolved)
+            seconds = sample_rest(planned, images, batch_size, plan.done, parts, accelerator)
+        if first and plan is None:
+            shutil.rmtree(parts)
+            check_complete(out)
+        elif first and plan is not None:
+            counts = merge_parts(parts, parts / "samples.npz", images.classes)
+            receipt = {
+                "request": request,
+                "samples": total,
+                SHA256: sha256(parts / "samples.npz"),
+                "time_grid": generator.settings.grid(),
+                "recompute": generator.settings.recompute,
+                "recompute_steps": plan.recompute_steps,
+                "warnings": plan.warnings,
+                "cached_modulations_bytes": int(counts.pop("cached_bytes")),
+                "network_calls_an_image": counts,
+                "images_per_second": (total - len(plan.done)) / seconds if len(plan.done) < total else None,
+                "images_of_an_earlier_call": len(plan.done),
+                "num_processes": accelerator.num_processes,
+                "batch_size": batch_size,
+                "command": command or shlex.join(sys.argv),
+                **circumstances(generator.device),
+            }
+            finish_set(out, receipt, images, checkpoint["class_names"])
+    if first:
+        write_pngs(out / "png", rows(out / "samples.npz"), total if png == "all" else min(png, total))
+        report = "complete, nothing to do" if plan is None else f"{total} images, {out / 'grid.png'}"
+        log.info("%s: %s", out / "samples.npz", report)

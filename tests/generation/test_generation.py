@@ -25,7 +25,7 @@ from ddt.checkpoint import format as ckpt
 from ddt.generation import sample_set as generation
 from ddt.generation.generator import Generator, cast_weights
 from ddt.generation.image_set import image_set
-from ddt.generation.parts import write_part
+from ddt.generation.part_files import write_part
 from ddt.generation.sample_set import remaining_batches, sample_set
 from ddt.model import DiT
 from ddt.model.layers import Block
@@ -126,7 +126,7 @@ def test_a_kill_at_the_end_loses_nothing(tmp_path, monkeypatch, moment):
                 return original(path, *args, **kwargs)
             raise Killed
 
-        patch.setattr(f"ddt.generation.sample_set.{moment}", interrupted)
+        patch.setattr(f"ddt.generation.set_folder.{moment}", interrupted)
         with pytest.raises(Killed):
             write_set(tmp_path / "a")
     with monkeypatch.context() as patch:  # nothing is sampled again
@@ -299,7 +299,7 @@ def test_dp_schedules_are_fitted_and_reused_on_resume(run_folder, tmp_path, monk
     path.write_text(json.dumps({**plan, "recompute_steps": [0]}))
     assert "(plan.json is of other settings, or damaged)" in refusal("sample", *arguments)
     path.write_text(json.dumps(plan))
-    monkeypatch.setattr("ddt.generation.sample_set.resolve_recompute", raising(AssertionError))
+    monkeypatch.setattr("ddt.generation.set_folder.resolve_recompute", raising(AssertionError))
     succeed("sample", *arguments)
     receipt = json.loads((tmp_path / "a" / "receipt.json").read_text())
     assert (receipt["recompute"], receipt["recompute_steps"]) == ("dp:2", plan["recompute_steps"])
@@ -416,8 +416,7 @@ def test_parts_of_another_set_are_removed(tmp_path):
 
 def test_a_set_finished_meanwhile_by_another_command_is_unchanged(tmp_path, monkeypatch):
     whole = write_set(tmp_path / "a")
-    states, set_state = iter(["new"]), generation.set_state
-    monkeypatch.setattr(generation, "set_state", lambda *arguments: next(states, None) or set_state(*arguments))
+    monkeypatch.setattr(generation, "set_state", lambda *_: "new")  # as seen before the lock
     monkeypatch.setattr(Generator, "latents", raising(AssertionError))
     assert np.array_equal(write_set(tmp_path / "a"), whole)
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["grid.png", "receipt.json", "samples.npz"]

@@ -26,7 +26,8 @@ from ddt.generation.generator import Dtype, Generator, default_dtype
 from ddt.generation.image_set import ImageSet, image_set
 from ddt.generation.load import checkpoint_receipt, stored_autoencoder
 from ddt.generation.receipt import is_receipt_of
-from ddt.generation.sample_set import sample_set, set_request
+from ddt.generation.sample_set import sample_set
+from ddt.generation.set_folder import set_request
 from ddt.metrics.compare import read_evaluation
 from ddt.metrics.evaluate import evaluate, shorten
 from ddt.metrics.features import Extractor

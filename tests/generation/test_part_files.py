@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from ddt.generation.parts import merge_parts, remove_damaged, rows, sampled_numbers, write_part
+from ddt.generation.part_files import merge_parts, remove_damaged, rows, sampled_numbers, write_part
 
 
 def fill(folder, total, size, shape=(4, 4, 3), counts=None):
