@@ -31,6 +31,9 @@ from ddt.logs import logging_setup
 
 MAX_CPU_PROCESSES = 16  # whatever the number of cores
 GRACE_SECONDS = 10  # for the other processes to end when one has failed, and again after SIGTERM
+# Imported once, not by each process. Not ddt itself: the server lacks the command's sys.path, so
+# that another installed copy might be taken.
+PRELOADED = ["accelerate", "torch.distributed.fsdp", "torchvision.utils"]
 ORPHAN_SECONDS = 120  # for a last checkpoint when the parent process is gone
 
 
@@ -142,14 +145,17 @@ def _failure(error: ProcessException, received: list[int]) -> BaseException:
 def _spawn(function: Callable[..., None], num_processes: int, args: tuple[Any, ...]) -> None:
     """Start the processes, wait for all and raise the error of the first that failed."""
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # the cause is raised below
-    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    queue = torch.multiprocessing.get_context("forkserver").SimpleQueue()
     children: list[Any] = []
     received: list[int] = []
     failure: BaseException | None = None
     with _forward_signals(children, received):
         try:
             worker_args = (function, num_processes, _free_port(), queue, args)
-            context = torch.multiprocessing.start_processes(_worker, worker_args, num_processes, join=False)
+            context = torch.multiprocessing.start_processes(
+                _worker, worker_args, num_processes, join=False, start_method="forkserver"
+            )
             children += context.processes
             for signum in set(received) - {signal.SIGINT}:  # received while they were started
                 os.kill(os.getpid(), signum)

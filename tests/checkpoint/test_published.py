@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, refusal, run
+from conftest import GOLDEN, ROOT, refusal, run_inside
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -280,7 +280,7 @@ def test_conversion_end_to_end(tmp_path):
     arguments = [f"released={LIGHTNING}", "encoder_depth=1", "patch_size=1", "resolution=512", f"out={out}"]
     message = refusal("scripts.convert_checkpoint", *arguments, "resolution=300")
     assert message == "resolution=300: published models exist at 256 and 512 px"
-    done = run("scripts/convert_checkpoint.py", *arguments)
+    done = run_inside("scripts.convert_checkpoint", *arguments)
     assert done.returncode == 0, done.stderr
     model = ddt.load_model(out)
     reference = ddt.load_released(LIGHTNING, encoder_depth=1, patch_size=1)

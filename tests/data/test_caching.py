@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, picture, picture_folder, refusal, run, small_vae, succeed
+from conftest import ROOT, picture, picture_folder, refusal, run, run_inside, small_vae, succeed
 from PIL import Image
 
 from ddt.autoencoder import KLAutoencoder
@@ -51,7 +51,7 @@ def content(out):
 @pytest.fixture(scope="module")
 def cache(folder, vae, tmp_path_factory):
     out = tmp_path_factory.mktemp("cache") / "photos"
-    done = run(SCRIPT, *arguments(folder, vae, out, "store_images=true"), OMP_NUM_THREADS="1")
+    done = run_inside("scripts.cache_latents", *arguments(folder, vae, out, "store_images=true"))
     assert done.returncode == 0, done.stderr
     assert "22 images to encode: moments 0.0 MB, images 0.0 MB" in done.stderr
     return out
