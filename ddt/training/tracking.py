@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddt.errors import first_line, require
+from ddt.files import read_json, write_text
 
 log = logging.getLogger(__name__)
 Mode = Literal["online", "offline", "disabled"]
@@ -38,7 +39,7 @@ def last_measurement(run_dir: Path) -> float | None:
     else of its validation loss, or else of its training loss; None where nothing was logged.
     """
     rows = read_rows(run_dir / "metrics.jsonl")
-    trainer = json.loads((run_dir / "config.json").read_text())["trainer"]
+    trainer = read_json(run_dir / "config.json")["trainer"]
     values = {key: float(value) for row in rows for key, value in row.items()}
     return next((values[key] for key in (trainer["keep_best"], "validation_loss", "loss") if key in values), None)
 
@@ -70,9 +71,7 @@ class JsonlTracker:
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
             rows = [row for row in read_rows(self.path) if row["step"] <= step and (ended or "partial" not in row)]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-            temporary.replace(self.path)
+            write_text(self.path, "".join(f"{json.dumps(row)}\n" for row in rows))
         self.file = self.path.open("ab", buffering=0)
         self.unwritten = b""  # while the disk is full
 
@@ -144,7 +143,7 @@ class WandbTracker(JsonlTracker):
             return
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+            write_text(id_file, secrets.token_hex(4))
         arguments: dict[str, Any] = {
             "project": project,
             "entity": entity,

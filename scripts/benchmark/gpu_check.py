@@ -25,7 +25,7 @@ import torch
 
 from ddt.cli import command
 from ddt.errors import UserError, first_line, require
-from ddt.files import check_writable, write_json
+from ddt.files import check_writable, write_json, write_text
 from ddt.metrics.features import exact_arithmetic
 from ddt.receipts import command_line, revision
 from ddt.tables import markdown_table
@@ -173,7 +173,7 @@ def run_stage(stage: str, settings: GpuCheckSettings, place: Place) -> list[Row]
         rows += rows_of(title, check, place)
         stages = {**read_results(place.out), stage: {**origin, "rows": rows}}
         write_json(place.out / "gpu_check.json", {"kind": "gpu_check", "stages": stages})
-        (place.out / "gpu_check.md").write_text(report(stages))
+        write_text(place.out / "gpu_check.md", report(stages))
     return rows
 
 
