@@ -33,7 +33,7 @@ from ddt.data.latent_cache import CACHE_FORMAT_VERSION, content_fingerprint, dam
 from ddt.data.manifest import Row, check_manifest, check_size, make_manifest, read_manifest
 from ddt.data.stream import MAX_BATCH, MAX_WORKERS, check_shared_memory, load_batches
 from ddt.errors import UserError, require, require_count
-from ddt.files import atomic_file, find_record, fsync, remove_temporary_files, sha256, write_json
+from ddt.files import atomic_file, find_record, fsync, read_record, remove_temporary_files, sha256, write_json
 from ddt.objective.alignment_target import Target
 from ddt.tensor_files import write_array
 
@@ -246,11 +246,11 @@ def shard_files(out: Path, shard: int, index: dict[str, Any]) -> dict[str, Any] 
     and they have their sizes.
     """
     try:
-        receipt = json.loads(receipt_path(out, shard).read_text())
+        receipt = read_record(receipt_path(out, shard))
         files = receipt["files"]
         complete = all((out / name).stat().st_size == file["size"] for name, file in files.items())
         return files if complete and receipt["cache"] == identity(index) else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, KeyError, TypeError, AttributeError):
         return None
 
 

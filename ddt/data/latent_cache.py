@@ -36,7 +36,7 @@ from ddt.data.listing import class_count_hints
 from ddt.data.manifest import DAMAGED, Row, check_size, read_manifest
 from ddt.data.survey import spread
 from ddt.errors import UserError, first_line, require
-from ddt.files import sha256, write_json
+from ddt.files import read_record, sha256, write_json
 from ddt.objective.alignment import CachedFeatures
 from ddt.tensor_files import UnmappedArray, open_array
 
@@ -111,7 +111,7 @@ def read_index(root: Path) -> dict[str, Any]:
         f"data.root={root}: holds no latent cache (index.json); give the folder that scripts/cache_latents.py wrote",
     )
     try:
-        content = path.read_bytes()
+        content = path.read_bytes()  # not by `read_json`: many shards make it large
         index = json.loads(content)
         version = index["format_version"]
         if version == CACHE_FORMAT_VERSION:
@@ -159,13 +159,7 @@ def damaged_files(root: Path, files: dict[str, Any], again: bool = False) -> lis
 
     again: read those, too, that were verified before and have not changed since.
     """
-    known: dict[str, Any] = {}
-    if not again:
-        try:
-            known = json.loads((root / VERIFIED).read_bytes())
-            assert isinstance(known, dict)
-        except (OSError, ValueError, AssertionError):
-            known = {}
+    known = {} if again else read_record(root / VERIFIED)
     seals = {name: seal(root / name, file["sha256"]) for name, file in files.items()}
     unknown = [name for name in files if known.get(name) != seals[name]]
     if not unknown:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddt.errors import require
-from ddt.files import find_record, lock_folder, read_record, sha256, write_json
+from ddt.files import find_record, lock_folder, read_json, read_record, sha256, write_json
 from ddt.generation.generator import Dtype, Generator, check_finite
 from ddt.generation.image_set import ImageSet, write_numbers
 from ddt.generation.parts import PARTS, merge_parts, remove_damaged, rows, sampled_numbers, write_part
@@ -164,7 +164,7 @@ def open_set(generator: Generator, request: dict[str, Any], out: Path, recompute
         content = {"request": request, "recompute_steps": settings.recompute, "warnings": warnings}
         write_json(path, {**content, "checksum": plan_checksum(content)})
     remove_damaged(path.parent)
-    return [json.loads(path.read_text()), sampled_numbers(path.parent)]
+    return [read_json(path), sampled_numbers(path.parent)]
 
 
 def sample_set(

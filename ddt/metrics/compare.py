@@ -11,7 +11,7 @@ from typing import Any
 
 from ddt.config import did_you_mean
 from ddt.errors import UserError, require
-from ddt.files import write_text
+from ddt.files import read_json, write_text
 from ddt.metrics.ranking import is_number
 from ddt.tables import markdown_table
 
@@ -125,9 +125,9 @@ def read_evaluation(entry: str) -> tuple[Path, dict[str, Any]]:
         """'metrics=["a,b/metrics.json",c]')""",
     )
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"metrics={path}: damaged or no JSON ({error}); evaluate again") from error
+        content = read_json(path)
+    except UserError as error:
+        raise UserError(f"metrics={error}, or evaluate again") from error
     require(is_evaluation(content), f"metrics={path}: is no evaluation; give a metrics.json of evaluate.py")
     return path.resolve(), content
 

@@ -15,8 +15,9 @@ log = logging.getLogger(__name__)
 Mode = Literal["online", "offline", "disabled"]
 
 
-def read_rows(path: Path, key: str = "step") -> list[dict[str, Any]]:
-    """Return the rows of a JSON-lines file such as `metrics.jsonl`, each an object with a `key`.
+def read_rows(path: Path, key: str = "step", kind: type = int) -> list[dict[str, Any]]:
+    """Return the rows of a JSON-lines file such as `metrics.jsonl`, each an object with a `key` of
+    a kind.
 
     A last line that a kill cut short is left out with a warning; any other bad line is a UserError.
     """
@@ -25,11 +26,14 @@ def read_rows(path: Path, key: str = "step") -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             require(number == len(lines), f"{path}: line {number} is damaged ({first_line(error)}); remove it")
             log.warning("%s: the last line was cut short and is left out", path)
             continue
-        require(isinstance(row, dict) and key in row, f"{path}: line {number} is damaged (no {key}); remove it")
+        require(
+            isinstance(row, dict) and type(row.get(key)) is kind,
+            f"{path}: line {number} is damaged (no {key}); remove it",
+        )
         rows.append(row)
     return rows
 

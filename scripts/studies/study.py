@@ -137,8 +137,8 @@ def mean_sd(value: Spread | None, digits: int, sign: str = "") -> str:
 
 
 def number(value: float | None, digits: int) -> str:
-    """Return a number as text, – for None."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    """Return a number as text, – for null, NaN and infinite ones."""
+    return f"{value:.{digits}f}" if is_number(value) else "–"
 
 
 def write_numbers(path: Path, numbers: Row, device: torch.device) -> None:

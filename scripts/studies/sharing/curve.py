@@ -192,7 +192,7 @@ class Curve:
     def run(self) -> list[dict[str, Any]]:
         """Sample the missing points and return the rows of all."""
         path = self.out / "points.jsonl"
-        stored = read_rows(path, key="rule") if path.exists() else []
+        stored = read_rows(path, key="rule", kind=str) if path.exists() else []
         write_text(path, "".join(f"{json.dumps(row)}\n" for row in stored))  # without a line that a kill cut short
         rows = {Point(row["rule"], row["budget"], row["repeat"]): row for row in stored}
         points = list(self.points())
