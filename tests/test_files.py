@@ -168,10 +168,11 @@ def full_disk_commands(place):
         "released": ["scripts.export", f"ckpt={small_checkpoint(place / 'raw')}", "format=released"],
         "sample": ["sample", f"ckpt={small_checkpoint(place / 'pixels')}", "num_samples=90", "batch_size=90"],
         "autoencoder": ["scripts.train_autoencoder", "data=digits", "steps=2", "block_out_channels=[8,8]"],
+        "cache": ["scripts.cache_latents", "data=digits", "autoencoder=identity"],
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["convert", "export", "diffusers", "released", "sample", "autoencoder"])
+@pytest.mark.parametrize("name", ["convert", "export", "diffusers", "released", "sample", "autoencoder", "cache"])
 def test_on_a_full_disk_a_command_ends_with_a_line_that_names_the_file(tmp_path, name):
     command = full_disk_commands(tmp_path)[name]
     out = tmp_path / ("out.safetensors" if name == "released" else "out")
@@ -180,6 +181,7 @@ def test_on_a_full_disk_a_command_ends_with_a_line_that_names_the_file(tmp_path,
     assert said.startswith(str(out.with_suffix("")))
     assert said.endswith("; check the path and the disk")
     assert "\n" not in said
-    assert not out.exists() or name == "sample"
+    assert not out.exists() or name in ("sample", "cache")
+    assert name != "cache" or said.startswith(str(out / "manifest.csv"))
     assert ".tmp-" not in said
     assert not list(tmp_path.glob(".tmp-*"))

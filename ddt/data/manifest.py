@@ -150,32 +150,30 @@ def write_manifest(
 ) -> None:
     """Read every image once; write manifest.csv as `path`, and broken.csv where some are broken."""
     total = sum(len(images.labels) for images in splits.values())
-    headers, broken, first_broken, good_labels = Headers(), 0, "", set[int]()
-    with (
-        open_csv(path, "w") as listed,
-        atomic_file(broken_path) as temporary,
-        open_csv(temporary, "w") as unreadable,
-    ):
-        good, bad = csv.DictWriter(listed, COLUMNS), csv.DictWriter(unreadable, ("path", "reason"))
-        good.writeheader()
-        bad.writeheader()
+    headers, unreadable, good_labels = Headers(), list[tuple[str, str]](), set[int]()
+    with open_csv(path, "w") as file:
+        listed = csv.DictWriter(file, COLUMNS)
+        listed.writeheader()
         for row in inspected_rows(splits, num_workers, decode=True):
             if "broken" in row:
-                first_broken = first_broken or f"{row['path']} ({row['broken']})"
-                broken += 1
-                bad.writerow({"path": row["path"], "reason": row["broken"]})
+                unreadable.append((row["path"], row["broken"]))
             else:
                 headers.add(Header((row["width"], row["height"]), row["mode"], bool(row["rotated"])))
                 good_labels.add(row["label"])
-                good.writerow(row)
-    if not broken:
-        broken_path.unlink()
+                listed.writerow(row)
+    broken = len(unreadable)
+    if broken:
+        with atomic_file(broken_path) as temporary, open_csv(temporary, "w") as file:
+            csv.writer(file).writerows([("path", "reason"), *unreadable])
+    else:
+        broken_path.unlink(missing_ok=True)  # of an earlier call, before the files were replaced
     images = splits["train"]
     labels = np.unique(np.concatenate([split.labels for split in splits.values()]))
     lost = [images.class_names[label] for label in labels if label not in good_labels]
     if broken == total or (broken and not skip_broken):
+        name, problem = unreadable[0]
         raise UserError(
-            f"{broken_path}: {broken} of {total} images cannot be read, the first is {first_broken}; replace or "
+            f"{broken_path}: {broken} of {total} images cannot be read, the first is {name} ({problem}); replace or "
             "remove them, or leave them out with skip_broken=true"
         )
     if lost:
