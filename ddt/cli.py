@@ -33,8 +33,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddt.config import Choice, convert, did_you_mean, flat, locate, parse
+from ddt.data.listing import is_split
 from ddt.errors import STOPPED_STATUS, Stopped, UserError, first_line, os_error_line, require
-from ddt.files import SPLIT_NAMES, is_run_name
+from ddt.files import is_run_name, write_text
 from ddt.logs import logging_setup
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +66,7 @@ def default_name(*, _root_: DictConfig) -> str:
     if choices.data != "folder" or OmegaConf.is_missing(_root_.data, "root"):
         return f"{choices.data}_{choices.model}"
     path = Path(str(_root_.data.root)).expanduser().resolve()
-    name = f"{path.parent.name}_{path.name}" if path.name.lower() in SPLIT_NAMES else path.name
+    name = f"{path.parent.name}_{path.name}" if is_split(path.name) else path.name
     folder = re.sub(r"[^\w.+-]", "_", name)
     return f"folder_{folder}_{choices.model}"
 
@@ -400,7 +401,7 @@ def run_job(script: Path, name: str) -> Path:
     log.info("job: %s", shlex.join([script.name, *arguments[2:]]))
     status = wait_for([*arguments, "hydra.mode=RUN"])
     if folder.is_dir() and job_folder(named_by) != named_by:
-        (folder / "overrides.txt").write_text("".join(f"{override}\n" for override in overrides))
+        write_text(folder / "overrides.txt", "".join(f"{override}\n" for override in overrides))
     if status == STOPPED_STATUS:
         sys.exit(STOPPED_STATUS)
     if status != 0:

@@ -2,6 +2,7 @@
 built.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -14,7 +15,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
-from ddt.errors import UserError
+from ddt.errors import UserError, brief
 
 Kind = typing.TypeVar("Kind")
 
@@ -121,11 +122,13 @@ def parsed(kind: Callable[..., Kind], values: dict[str, Any], prefix: str) -> tu
         return None, [line if line.startswith(start) else start + line for line in str(error).splitlines()]
 
 
-def check_call(function: Callable[..., Any], values: dict[str, Any], prefix: str) -> tuple[dict[str, Any], list[str]]:
-    """Return what `check_arguments` does; a missing argument is a problem, too."""
+def check_call(
+    function: Callable[..., Any], values: dict[str, Any], prefix: str, late: str = ""
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what `check_arguments` does; a missing argument but `late` is a problem, too."""
     arguments, problems = check_arguments(function, values, prefix)
     for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in values:
+        if parameter.default is inspect.Parameter.empty and name not in (*values, late):
             key = f"{prefix}.{name}" if prefix else name
             problems.append(f"{key}: not set; give {key}=…")
     return arguments, problems
@@ -210,19 +213,27 @@ def is_protocol(hint: Any) -> bool:
     return bool(getattr(hint, "_is_protocol", False))
 
 
-def stored_choice(node: dict[str, Any]) -> Choice:
-    """Return the choice that a checkpoint stores. It may be one of others, so it names none but the
-    classes of ddt; raise UserError for anything else.
+def stored_choice(node: Any, kind: type, key: str, late: str) -> Choice:
+    """Return the choice of a group that a checkpoint stores, its settings converted; `late` is the
+    argument that `build` gets.
+
+    It may be one of others, so it names none but the classes of ddt that are a `kind`; raise
+    UserError, which names `key`, for anything else.
     """
-    settings = dict(node)
-    target = settings.pop("_target_", None)
-    try:
-        known = isinstance(target, str) and target.startswith("ddt.") and inspect.isclass(locate(target))
-    except ImportError:
-        known = False
-    if not known:
-        raise UserError(f"_target_={target}: is no class of this code, but the checkpoint names it")
-    return Choice(target, settings)
+    settings = dict(node) if isinstance(node, dict) else {}
+    target, found = settings.pop("_target_", None), None
+    if isinstance(target, str) and target.startswith("ddt."):
+        with contextlib.suppress(ImportError):
+            found = locate(target)
+    known = inspect.isclass(found) and issubclass(found, kind) and not inspect.isabstract(found)
+    if found is None or not known or late not in inspect.signature(found).parameters:
+        raise UserError(
+            f"{key}._target_={brief(str(target), 60)}: is no {kind.__name__} of this code, but the checkpoint names it"
+        )
+    converted, problems = check_call(found, settings, key, late)
+    if problems:
+        raise UserError(problems[0])
+    return Choice(str(target), converted)
 
 
 def shown(value: Any) -> str:

@@ -24,7 +24,6 @@ TEMPORARY = ".tmp-ddt-"  # begins the names of files that are being written
 MAX_JSON = 16 * 2**20  # bytes
 MAX_NESTING = 32
 
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}  # folders that name no data set
 MAX_NAME_BYTES = 200  # of a folder's name; most file systems take 255, and temporary names are longer
 
 
@@ -65,9 +64,10 @@ def reset_permissions(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def write_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Raise an OSError that names `path` for whatever a writer raises on a full or broken disk:
-    Python and NumPy an OSError without the file, torch a RuntimeError, safetensors one of its own.
+def file_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Raise an OSError that names `path` for whatever is raised on a full or broken disk: an
+    OSError without the file by Python and NumPy, a RuntimeError by torch, one of its own by
+    safetensors.
 
     temporary: what is renamed to `path` in the end, and named as it.
     """
@@ -90,12 +90,12 @@ def write_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
 def atomic_file(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path, renamed to `path` when the block ends, removed if it fails.
 
-    sync: force the file to disk first. Raises OSError that names the file: see `write_errors`.
+    sync: force the file to disk first. Raises OSError that names the file: see `file_errors`.
     """
     # several processes may write the same
     temporary = path.with_name(f"{TEMPORARY}{platform.node()}-{os.getpid()}-{path.name}")
     try:
-        with write_errors(path, temporary):
+        with file_errors(path, temporary):
             yield temporary
             if sync:
                 fsync(temporary)
@@ -134,7 +134,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             if left.name != LOCK:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
-            with write_errors(folder, temporary):
+            with file_errors(folder, temporary):
                 yield temporary
                 (temporary / LOCK).unlink()
                 rename_atomically(temporary, folder)
@@ -238,12 +238,17 @@ def lock_folder(folder: Path, message: str) -> Iterator[None]:
         lock.release()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text atomically, as UTF-8; what was no UTF-8 when it was read keeps its bytes."""
+    with atomic_file(path, sync=False) as temporary:
+        temporary.write_bytes(text.encode(errors="surrogateescape"))
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write plain values atomically as indented JSON, lists of numbers or strings on one line."""
     text = json.dumps(values, indent=2)
     text = re.sub(r"\[\n([^\[\]{}]*)\n\s*\]", lambda match: "[" + re.sub(r"\n\s*", " ", match[1].strip()) + "]", text)
-    with atomic_file(path, sync=False) as temporary:
-        temporary.write_text(f"{text}\n")
+    write_text(path, f"{text}\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ddt.autoencoder import Autoencoder, Identity, KLAutoencoder, TinyAutoencoder
 from ddt.autoencoder.diffusers import DiffusersAutoencoder
-from ddt.config import did_you_mean, parse
+from ddt.checkpoint.config import check_sides
+from ddt.config import convert, did_you_mean, parse
 from ddt.distributed.compile import allow_recompiles
 from ddt.draws import noise_of
 from ddt.errors import UserError, require
@@ -47,7 +48,8 @@ NAMES = {
 class DDTTransformer2DModel(ModelMixin, ConfigMixin):
     """A network of `ddt.model` as a diffusers model.
 
-    sample_size: H and W of the latents. settings: of `build_network`.
+    sample_size: H and W of the latents. settings: of `build_network`. Both come from config.json;
+    raises UserError for wrong ones.
     """
 
     # float32 as under autocast, so that weights loaded in bfloat16 give the bits of dtype=bf16
@@ -55,9 +57,13 @@ class DDTTransformer2DModel(ModelMixin, ConfigMixin):
     _repeated_blocks: ClassVar = ["Block"]
 
     @register_to_config
-    def __init__(self, sample_size: tuple[int, int], settings: dict[str, Any]) -> None:
+    def __init__(self, sample_size: tuple[int, int] | None = None, settings: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.network: Denoiser = build_network(settings)
+        size, problems = convert(sample_size, tuple[int, int], "sample_size")
+        network, others = convert(settings, dict[str, Any], "settings")
+        require(not problems + others, "; ".join(problems + others))
+        self.network: Denoiser = build_network(network)
+        check_sides("sample_size", size, self.network.patch_size)
 
     @apply_forward_hook
     def denoiser(self) -> Denoiser:

@@ -1,21 +1,30 @@
-"""Files of tensors that others wrote: safetensors, and torch's pickles without their code.
+"""Files of tensors: safetensors, torch's pickles without their code, and .npy by the row.
 
 The only reader of released checkpoints, pretrained weights and our own checkpoints. What a file is
-follows from its content, not from its name; what holds no tensors is named as what it is.
+follows from its content, not from its name; what holds no tensors is named as what it is. Files are
+mapped where the file system can (some network and FUSE file systems cannot), and read elsewhere.
 """
 
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import math
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ddt.errors import UserError, brief, first_line, require
+from ddt.files import atomic_file, file_errors
 
 MAGIC = {  # first bytes → what the file is
     b"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch it by `git lfs pull`",
@@ -184,3 +193,88 @@ def read_state_dict(path: Path, name: str = "", advice: str = "copy or download 
     content = read_tensors(path, name, advice)
     inner = [content[key] for key in CONTAINERS if key in content] if isinstance(content, dict) else []
     return state_dict(next((value for value in inner if isinstance(value, dict)), content), name or str(path), advice)
+
+
+# --- arrays
+
+
+class ArrayWriter:
+    """Appends rows to the .npy file that `write_array` has opened."""
+
+    def __init__(self, path: Path, file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        self.path, self.file, self.digest, self.size = path, file, hashlib.sha256(), 0
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self, header)  # through `write`, so that the hash covers it
+
+    def write(self, data: bytes) -> None:
+        """Append bytes."""
+        with file_errors(self.path):  # here, for several are written at a time
+            self.file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+
+    def append(self, values: np.ndarray) -> None:
+        """Append rows (B, …) of the file's dtype."""
+        self.write(values.tobytes())
+
+    def record(self) -> dict[str, Any]:
+        """Return size and SHA-256 of the file, once all rows are appended."""
+        return {"size": self.size, "sha256": self.digest.hexdigest()}
+
+
+@contextlib.contextmanager
+def write_array(path: Path, dtype: np.dtype | str, shape: tuple[int, ...]) -> Iterator[ArrayWriter]:
+    """Write a .npy file of `shape` row by row, atomically, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        yield ArrayWriter(path, file, np.dtype(dtype), shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnmappedArray:
+    """An array of a .npy file on a file system without mmap; what is indexed is read at once.
+
+    offset: of the first number, in bytes.
+    """
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
+        """Return the parts at integer arrays (B,), one for each of the first dimensions, (B, …)."""
+        first = index if isinstance(index, tuple) else (index,)
+        parts = np.ravel_multi_index(first, self.shape[: len(first)])
+        result = np.empty((len(parts), *self.shape[len(first) :]), dtype=self.dtype)
+        size = result[0].nbytes if len(result) else 0
+        with file_errors(self.path), self.path.open("rb") as file:
+            for row, part in zip(result, parts.tolist(), strict=True):
+                file.seek(self.offset + part * size)
+                data = file.read(size)
+                if len(data) != size:
+                    raise OSError(errno.EIO, "ends early", str(self.path))
+                row[...] = np.frombuffer(data, dtype=self.dtype).reshape(row.shape)
+        return result
+
+
+def open_array(path: Path) -> np.ndarray | UnmappedArray:
+    """Return the array of a .npy file, whose parts are read when they are indexed.
+
+    Raises ValueError or EOFError for a damaged file, OSError, which names the file, where it cannot
+    be read.
+    """
+    try:
+        with file_errors(path):
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+    with file_errors(path), path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        size = path.stat().st_size - file.tell()
+        if fortran or dtype.hasobject or size < math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path}: no array of rows, or cut short")
+        return UnmappedArray(path, file.tell(), shape, dtype)

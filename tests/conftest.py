@@ -3,11 +3,13 @@ does.
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib
 import io
 import json
 import logging
+import mmap
 import os
 import resource
 import shutil
@@ -228,6 +230,16 @@ def small_disk(size=4096):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def no_mmap(monkeypatch):
+    """A file system without mmap."""
+
+    def refusing(*args, **kwargs):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(mmap, "mmap", refusing)
 
 
 def full_disk_stream():

@@ -13,8 +13,10 @@ from conftest import ROOT, refusal, run, succeed, train_settings
 
 from ddt.cli import CONF
 from ddt.config import Choice, check_arguments, convert, parse, stored_choice
+from ddt.data.images import Images
 from ddt.errors import UserError
 from ddt.model.layers import Block
+from ddt.objective import Objective
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.run import check, infer
 from ddt.training.settings import TrainerSettings
@@ -271,12 +273,18 @@ def test_a_group_takes_its_own_settings_alone(tmp_path):
     assert convert(node, SamplerSettings | None, "sampler")[1] == [
         "sampler._target_=os.mkdir: is no settings of this group; choose a file of it"
     ]
-    for target in ("os.mkdir", "ddt.files.write_json", "nowhere", None):
-        with pytest.raises(UserError, match=f"_target_={target}: is no class of this code"):
-            stored_choice(node | {"_target_": target})
-    assert stored_choice({"_target_": "ddt.objective.FlowMatching", "label_dropout": 0.5}).settings == {
-        "label_dropout": 0.5
-    }
+    for target in ("os.mkdir", "ddt.files.write_json", "ddt.training.tracking.JsonlTracker", "ddt.model.DDT",
+                   "ddt.objective.Objective", "ddt.data.images.Digits", "nowhere", None, {"a": 1}):  # fmt: skip
+        with pytest.raises(UserError, match=r"^objective\._target_=.*: is no Objective of this code"):
+            stored_choice(node | {"_target_": target}, Objective, "objective", late="denoiser")
+    with pytest.raises(UserError, match=r"_target_=ddt\.data\.images\.FileImages: is no Images of this code"):
+        stored_choice({"_target_": "ddt.data.images.FileImages", "root": "x"}, Images, "data", late="split")
+    known = {"_target_": "ddt.objective.FlowMatching", "label_dropout": "0.5"}
+    assert stored_choice(known, Objective, "objective", late="denoiser").settings == {"label_dropout": 0.5}
+    for change, line in (({"label_dropout": "x"}, "objective.label_dropout=x: give a number"),
+                         ({"gone": 1}, "objective.gone: no such setting")):  # fmt: skip
+        with pytest.raises(UserError, match=f"^{line}"):
+            stored_choice(known | change, Objective, "objective", late="denoiser")
     assert not (tmp_path / "called").exists()
 
 

@@ -16,12 +16,16 @@ from ddt.files import (
     atomic_file,
     atomic_folder,
     check_new,
+    file_errors,
     find_record,
     lock_folder,
     read_record,
     remove_temporary_files,
-    write_errors,
+    write_json,
+    write_text,
 )
+from ddt.metrics.images import write_npz
+from ddt.training.tracking import JsonlTracker
 
 
 @pytest.mark.parametrize(
@@ -36,7 +40,7 @@ from ddt.files import (
 )
 def test_every_writers_failure_names_the_file(tmp_path, write):
     path = tmp_path / "file.npz"
-    with small_disk(), pytest.raises(OSError, match=str(tmp_path)) as failed, write_errors(path):
+    with small_disk(), pytest.raises(OSError, match=str(tmp_path)) as failed, file_errors(path):
         write(path)
     assert failed.value.filename == str(path)
     with small_disk(), pytest.raises(OSError, match=str(tmp_path)) as failed, atomic_file(path) as temporary:
@@ -46,10 +50,29 @@ def test_every_writers_failure_names_the_file(tmp_path, write):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("metrics.jsonl", lambda folder: JsonlTracker(folder, 400, {})),
+        ("x.npz", lambda folder: write_npz(folder / "x.npz", {"a": np.zeros(9000)}, [], (0, 1, 1, 1))),
+        ("x.json", lambda folder: write_json(folder / "x.json", list(range(9000)))),
+        ("x.md", lambda folder: write_text(folder / "x.md", "x" * 9000)),
+    ],
+)
+def test_a_full_disk_is_named_by_the_file_and_leaves_no_half_of_it(tmp_path, name, write):
+    rows = "".join(f'{{"step": {k}, "loss": 0.123456789}}\n' for k in range(500))
+    (tmp_path / "metrics.jsonl").write_text(rows)  # of a run that resumes
+    with small_disk(), pytest.raises(OSError, match="File too large") as failed:
+        write(tmp_path)
+    assert failed.value.filename == str(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_text() == rows
+
+
 def test_other_errors_pass_as_they_are(tmp_path):
-    with pytest.raises(RuntimeError, match="shape"), write_errors(tmp_path):
+    with pytest.raises(RuntimeError, match="shape"), file_errors(tmp_path):
         raise RuntimeError("shape")
-    with pytest.raises(FileNotFoundError) as failed, write_errors(tmp_path):
+    with pytest.raises(FileNotFoundError) as failed, file_errors(tmp_path):
         open(tmp_path / "nowhere")  # noqa: SIM115
     assert failed.value.filename == str(tmp_path / "nowhere")
 
@@ -145,10 +168,11 @@ def full_disk_commands(place):
         "released": ["scripts.export", f"ckpt={small_checkpoint(place / 'raw')}", "format=released"],
         "sample": ["sample", f"ckpt={small_checkpoint(place / 'pixels')}", "num_samples=90", "batch_size=90"],
         "autoencoder": ["scripts.train_autoencoder", "data=digits", "steps=2", "block_out_channels=[8,8]"],
+        "cache": ["scripts.cache_latents", "data=digits", "autoencoder=identity"],
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["convert", "export", "diffusers", "released", "sample", "autoencoder"])
+@pytest.mark.parametrize("name", ["convert", "export", "diffusers", "released", "sample", "autoencoder", "cache"])
 def test_on_a_full_disk_a_command_ends_with_a_line_that_names_the_file(tmp_path, name):
     command = full_disk_commands(tmp_path)[name]
     out = tmp_path / ("out.safetensors" if name == "released" else "out")
@@ -157,6 +181,7 @@ def test_on_a_full_disk_a_command_ends_with_a_line_that_names_the_file(tmp_path,
     assert said.startswith(str(out.with_suffix("")))
     assert said.endswith("; check the path and the disk")
     assert "\n" not in said
-    assert not out.exists() or name == "sample"
+    assert not out.exists() or name in ("sample", "cache")
+    assert name != "cache" or said.startswith(str(out / "manifest.csv"))
     assert ".tmp-" not in said
     assert not list(tmp_path.glob(".tmp-*"))

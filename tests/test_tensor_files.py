@@ -3,6 +3,8 @@
 import argparse
 import collections
 import errno
+import mmap
+import os
 import pathlib
 import zipfile
 
@@ -10,11 +12,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import picture
+from conftest import picture, small_disk
 from omegaconf import OmegaConf
 
 from ddt.errors import UserError, brief
-from ddt.tensor_files import read_state_dict, read_tensors, unwrapped
+from ddt.files import sha256
+from ddt.tensor_files import UnmappedArray, open_array, read_state_dict, read_tensors, unwrapped, write_array
 
 STATE = {"w": torch.arange(6.0).view(2, 3), "b": torch.zeros(0)}
 
@@ -160,3 +163,55 @@ def test_a_file_system_without_mmap_is_read_all_the_same(tmp_path, monkeypatch):
 def test_a_text_of_others_is_one_short_printable_line():
     assert brief("\x1b[1mdo\x1b[0m\n\tthis\x07  now") == "do this now"
     assert brief("x" * 500) == "x" * 159 + "…"
+
+
+@pytest.mark.usefixtures("no_mmap")
+def test_rows_of_an_array_are_read_without_mmap(tmp_path):
+    values = np.arange(2 * 5 * 3 * 4, dtype=np.float16).reshape(5, 2, 3, 4)
+    np.save(tmp_path / "x.npy", values)
+    stored = open_array(tmp_path / "x.npy")
+    assert isinstance(stored, UnmappedArray)
+    rows, flips = np.array([4, 0, 0, 2]), np.array([0, 1, 0, 1])
+    assert (stored.shape, stored.dtype) == (values.shape, values.dtype)
+    assert np.array_equal(stored[rows], values[rows])
+    assert np.array_equal(stored[rows, flips], values[rows, flips])
+    with pytest.raises(ValueError, match="invalid entry"):
+        stored[np.array([5])]
+    content = (tmp_path / "x.npy").read_bytes()
+    (tmp_path / "x.npy").write_bytes(content[:-1])
+    with pytest.raises(OSError, match="ends early") as failed:
+        stored[rows]
+    assert failed.value.filename == str(tmp_path / "x.npy")
+    with pytest.raises(ValueError, match="cut short"):
+        open_array(tmp_path / "x.npy")
+    np.save(tmp_path / "x.npy", np.asfortranarray(values))
+    with pytest.raises(ValueError, match=r"x\.npy: no array of rows"):
+        open_array(tmp_path / "x.npy")
+
+
+def test_an_array_that_cannot_be_mapped_for_another_reason_is_named(tmp_path, monkeypatch):
+    def refusing(*args, **kwargs):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    monkeypatch.setattr(mmap, "mmap", refusing)
+    with pytest.raises(OSError, match="Input/output error") as failed:
+        open_array(tmp_path / "x.npy")
+    assert failed.value.filename == str(tmp_path / "x.npy")
+
+
+def test_an_array_written_by_the_row_is_numpys_and_absent_until_it_is_whole(tmp_path):
+    values, path = np.arange(24, dtype=np.float32).reshape(6, 4), tmp_path / "new" / "x.npy"
+    with write_array(path, values.dtype, values.shape) as writer:
+        writer.append(values[:4])
+        assert not path.exists()
+        writer.append(values[4:])
+    np.save(tmp_path / "y.npy", values)
+    assert path.read_bytes() == (tmp_path / "y.npy").read_bytes()
+    assert writer.record() == {"size": path.stat().st_size, "sha256": sha256(path)}
+    other = tmp_path / "other.npy"
+    with small_disk(), pytest.raises(OSError, match="too large") as failed:  # noqa: SIM117
+        with write_array(other, "f4", (9000,)) as first, write_array(path, "f4", (1,)):
+            first.append(np.zeros(9000, dtype=np.float32))
+    assert failed.value.filename == str(other)
+    assert not other.exists()

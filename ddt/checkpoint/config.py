@@ -4,7 +4,7 @@ read, before anything is built: they may come from others.
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -74,8 +74,6 @@ class Config:
     def __post_init__(self) -> None:
         require(self.step is None or self.step >= 0, f"step={self.step}: must be at least 0, or null")
         require(self.step is not None or self.run is None, "step=null: a run of training has its step")
-        for side in self.latent_shape[1:]:
-            require(1 <= side <= MAX_SIDE, f"latent_shape={list(self.latent_shape)}: must lie in 1..{MAX_SIDE}")
 
 
 # of a run's settings, those that are read from a checkpoint
@@ -121,6 +119,14 @@ def check_run(run: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
+def check_sides(key: str, sides: Sequence[int], patch_size: Any) -> None:
+    """Raise UserError unless a network of `patch_size` takes latents of these H and W."""
+    for side in sides:
+        require(1 <= side <= MAX_SIDE, f"{key}={list(sides)}: must lie in 1..{MAX_SIDE}")
+        fits = type(patch_size) is int and patch_size >= 1 and side % patch_size == 0
+        require(fits, f"network.patch_size={patch_size}: does not divide the latents' {side}")
+
+
 def called(function: Callable[..., Any], node: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Return the settings of a `_target_`, its arguments converted; raise UserError for others."""
     arguments, problems = check_call(function, {key: v for key, v in node.items() if key != "_target_"}, prefix)
@@ -145,10 +151,7 @@ def check_config(values: dict[str, Any]) -> dict[str, Any]:
         require(
             network[key] == expected, f"network.{key}={network[key]}: latents or classes of the file are {expected}"
         )
-    patch_size = network["patch_size"]
-    for side in config.latent_shape[1:]:
-        fits = type(patch_size) is int and patch_size >= 1 and side % patch_size == 0
-        require(fits, f"network.patch_size={patch_size}: does not divide the latents' {side}")
+    check_sides("latent_shape", config.latent_shape[1:], network["patch_size"])
     found = {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)} | checked
     optional = [field.name for field in dataclasses.fields(config) if field.default is None]
     return {key: found[key] for key in values if key not in optional or found[key] is not None}

@@ -32,7 +32,7 @@ from torch import Tensor
 from ddt.checkpoint import config as contents
 from ddt.checkpoint.config import FORMAT_VERSION, Manifest, OtherVersion
 from ddt.errors import UserError, reason, require
-from ddt.files import atomic_folder, check_new, fsync, reset_permissions, sha256, write_errors, write_json
+from ddt.files import atomic_folder, check_new, file_errors, fsync, reset_permissions, sha256, write_json
 from ddt.hub import fetch, is_hub_id
 from ddt.model import Denoiser, load_network
 from ddt.tensor_files import foreign, read_tensors, state_dict
@@ -73,12 +73,12 @@ def write_files(
         for key in state:
             assert not key.startswith(("module.", "_orig_mod.")), f"{key}: a name of a wrapper (DDP, compile)"
         written.append(folder / shard_name(f"{name}.safetensors", shard))
-        with write_errors(written[-1]):
+        with file_errors(written[-1]):
             save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, written[-1])
         reset_permissions(written[-1])
     if train_state is not None:
         written.append(folder / shard_name("train_state.pt", shard))
-        with write_errors(written[-1]):
+        with file_errors(written[-1]):
             torch.save(train_state, written[-1])
     for path in written:
         fsync(path)

@@ -33,8 +33,9 @@ from ddt.data.latent_cache import CACHE_FORMAT_VERSION, content_fingerprint, dam
 from ddt.data.manifest import Row, check_manifest, check_size, make_manifest, read_manifest
 from ddt.data.stream import MAX_BATCH, MAX_WORKERS, check_shared_memory, load_batches
 from ddt.errors import UserError, require, require_count
-from ddt.files import atomic_file, find_record, fsync, sha256, write_json
+from ddt.files import atomic_file, find_record, fsync, read_record, remove_temporary_files, sha256, write_json
 from ddt.objective.alignment_target import Target
+from ddt.tensor_files import write_array
 
 log = logging.getLogger(__name__)
 RESERVE = 64 * 2**20  # bytes to leave free on the disk
@@ -78,8 +79,7 @@ class CacheSettings:
         require_count("num_workers", self.num_workers, 0, MAX_WORKERS, ", or null")
         require_count("num_processes", self.num_processes, 1, MAX_BATCH, ", or null for every visible GPU")
         require(self.out != "", "out: not set; give the cache's folder")
-        temporaries = (".tmp-manifest.csv", ".tmp-broken.csv")
-        find_record(Path(self.out), ("index.json", "manifest.csv", "broken.csv"), "out", own=temporaries)
+        find_record(Path(self.out), ("index.json", "manifest.csv", "broken.csv"), "out")
 
     def check_images(self, images: Images) -> None:
         """Raise UserError for images that cannot be cached in `out`."""
@@ -219,47 +219,13 @@ class Records(Dataset):
         return np.concatenate([self.splits[self.split[row]].load(self.index[row : row + 1]) for row in rows])
 
 
-class ShardWriter:
-    """Writes one .npy file record by record, under a temporary name until `close`."""
-
-    def __init__(self, path: Path, dtype: str, shape: tuple[int, ...]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.dtype, self.shape = path, np.dtype(dtype), shape
-        self.temporary = path.with_name(f".tmp-{path.name}")
-        self.file = self.temporary.open("wb")
-        self.digest, self.size = hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> None:
-        """Append bytes."""
-        self.file.write(data)
-        self.digest.update(data)
-        self.size += len(data)
-
-    def append(self, values: np.ndarray) -> None:
-        """Append records (B, …) in the file's dtype; raise UserError for values beyond it."""
-        with np.errstate(over="ignore"):
-            stored = values.astype(self.dtype)
-        if not np.isfinite(stored).all():
-            raise UserError(
-                f"{self.path}: values beyond {self.dtype}; cache with dtype=float32, or look at the encoder"
-            )
-        if self.size == 0:
-            header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape}
-            np.lib.format.write_array_header_1_0(self, header)  # through `write`, so that the hash covers it
-        self.write(stored.tobytes())
-
-    def close(self) -> dict[str, Any]:
-        """Force the file to disk and rename it; return its size and SHA-256."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self.temporary.replace(self.path)
-        return {"size": self.size, "sha256": self.digest.hexdigest()}
-
-    def abandon(self) -> None:
-        """Remove the temporary file."""
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
+def as_stored(values: np.ndarray, dtype: str, path: Path) -> np.ndarray:
+    """Return values in the dtype of a shard; raise UserError for values beyond it."""
+    with np.errstate(over="ignore"):
+        stored = values.astype(dtype)
+    finite = np.isfinite(stored).all()
+    require(bool(finite), f"{path}: values beyond {dtype}; cache with dtype=float32, or look at the encoder")
+    return stored
 
 
 def receipt_path(out: Path, shard: int) -> Path:
@@ -280,11 +246,11 @@ def shard_files(out: Path, shard: int, index: dict[str, Any]) -> dict[str, Any] 
     and they have their sizes.
     """
     try:
-        receipt = json.loads(receipt_path(out, shard).read_text())
+        receipt = read_record(receipt_path(out, shard))
         files = receipt["files"]
         complete = all((out / name).stat().st_size == file["size"] for name, file in files.items())
         return files if complete and receipt["cache"] == identity(index) else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -296,7 +262,8 @@ def disk_errors(out: Path) -> Iterator[None]:
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
         raise UserError(
-            f"{out}: cannot be written ({reason}); free the disk and run the same command again: finished shards stay"
+            f"{error.filename or out}: cannot be written ({reason}); free the disk and run the same command again: "
+            "finished shards stay"
         ) from error
 
 
@@ -312,11 +279,13 @@ def encode_shard(
     progress: tqdm,
 ) -> None:
     """Write one shard of `count` records, then its receipt."""
-    writers: dict[str, ShardWriter] = {}
+    paths = {name: shard_path(out, name, shard) for name in index["arrays"]}
     written = 0
-    try:
-        for name, array in index["arrays"].items():
-            writers[name] = ShardWriter(shard_path(out, name, shard), array["dtype"], (count, *array["shape"]))
+    with contextlib.ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(write_array(paths[name], array["dtype"], (count, *array["shape"])))
+            for name, array in index["arrays"].items()
+        }
         while written < count:
             pixels = next(batches)
             images = pixels.to(device)
@@ -326,16 +295,13 @@ def encode_shard(
             if target is not None:
                 values["features"] = torch.stack([target(view) for view in views], dim=1)  # (B, flips, N, F)
             for name, writer in writers.items():
-                writer.append(values[name].cpu().numpy())
+                writer.append(as_stored(values[name].cpu().numpy(), index["arrays"][name]["dtype"], paths[name]))
             written += len(pixels)
             progress.update(len(pixels))
-        files = {str(writer.path.relative_to(out)): writer.close() for writer in writers.values()}
-        receipt = receipt_path(out, shard)
-        receipt.parent.mkdir(exist_ok=True)
-        write_json(receipt, {"cache": identity(index), "files": files})
-    finally:
-        for writer in writers.values():
-            writer.abandon()
+    files = {str(paths[name].relative_to(out)): writer.record() for name, writer in writers.items()}
+    receipt = receipt_path(out, shard)
+    receipt.parent.mkdir(exist_ok=True)
+    write_json(receipt, {"cache": identity(index), "files": files})
 
 
 def complete(out: Path, index: dict[str, Any], manifest: list[Row], num_shards: int) -> None:
@@ -386,6 +352,9 @@ def cache_latents(
     # --- describe the cache, and compare it with the folder's
     out = Path(settings.out)
     rank, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    if rank == 0:
+        for folder in (out, *(path for path in out.iterdir() if path.is_dir())):
+            remove_temporary_files(folder)
     manifest = read_manifest(out)
     target = target and target.to(device)
     index = describe(settings, manifest, splits, autoencoder, target)

@@ -1,4 +1,4 @@
-"""Images encoded once: a folder of fixed-size records, read at random by memory map.
+"""Images encoded once: a folder of fixed-size records, read at random (`ddt.tensor_files`).
 
     index.json           shapes, sources and checksums; `complete` when all shards are written
     manifest.csv         path, label, split, size of each image, in the order of the records
@@ -36,8 +36,9 @@ from ddt.data.listing import class_count_hints
 from ddt.data.manifest import DAMAGED, Row, check_size, read_manifest
 from ddt.data.survey import spread
 from ddt.errors import UserError, first_line, require
-from ddt.files import sha256, write_json
+from ddt.files import read_record, sha256, write_json
 from ddt.objective.alignment import CachedFeatures
+from ddt.tensor_files import UnmappedArray, open_array
 
 log = logging.getLogger(__name__)
 CACHE_FORMAT_VERSION = 1
@@ -110,7 +111,7 @@ def read_index(root: Path) -> dict[str, Any]:
         f"data.root={root}: holds no latent cache (index.json); give the folder that scripts/cache_latents.py wrote",
     )
     try:
-        content = path.read_bytes()
+        content = path.read_bytes()  # not by `read_json`: many shards make it large
         index = json.loads(content)
         version = index["format_version"]
         if version == CACHE_FORMAT_VERSION:
@@ -158,13 +159,7 @@ def damaged_files(root: Path, files: dict[str, Any], again: bool = False) -> lis
 
     again: read those, too, that were verified before and have not changed since.
     """
-    known: dict[str, Any] = {}
-    if not again:
-        try:
-            known = json.loads((root / VERIFIED).read_bytes())
-            assert isinstance(known, dict)
-        except (OSError, ValueError, AssertionError):
-            known = {}
+    known = {} if again else read_record(root / VERIFIED)
     seals = {name: seal(root / name, file["sha256"]) for name, file in files.items()}
     unknown = [name for name in files if known.get(name) != seals[name]]
     if not unknown:
@@ -201,6 +196,18 @@ def seal(path: Path, digest: str) -> list[Any] | None:
     except OSError:
         return None
     return [digest, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def open_shard(path: Path, description: dict[str, Any]) -> np.ndarray | UnmappedArray:
+    """Return the array of a shard; raise UserError where it is missing or not as the index says."""
+    require(path.is_file(), problem_of(path, missing=True))
+    try:
+        stored = open_array(path)
+    except (ValueError, EOFError) as error:  # numpy's advice, to allow pickled objects, is not for a user
+        raise UserError(problem_of(path)) from error
+    intact = list(stored.shape[1:]) == description["shape"] and stored.dtype == description["dtype"]
+    require(intact, problem_of(path))
+    return stored
 
 
 class LatentCache(Images):
@@ -249,11 +256,11 @@ class LatentCache(Images):
         self.first = 0 if split == "train" else index["splits"]["train"]
         labels = np.load(self.root / "labels.npy", allow_pickle=False)
         self.labels = labels[self.first : self.first + index["splits"][split]]
-        self._maps: dict[Path, np.ndarray] = {}
+        self._open: dict[Path, np.ndarray | UnmappedArray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the memory maps: a loading process opens its own."""
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_open": {}}
 
     @property
     def fingerprint(self) -> str:
@@ -310,20 +317,11 @@ class LatentCache(Images):
         for shard in np.unique(shards):
             where = order[shards[order] == shard]
             path = shard_path(self.root, array, shard)
-            if path not in self._maps:
-                self._maps[path] = self._open(path, description)
-            stored = self._maps[path]
+            if path not in self._open:
+                self._open[path] = open_shard(path, description)
+            stored = self._open[path]
             result[where] = stored[rows[where]] if flipped is None else stored[rows[where], flipped[where].astype(int)]
         return result
-
-    def _open(self, path: Path, description: dict[str, Any]) -> np.ndarray:
-        try:
-            stored = np.load(path, mmap_mode="r", allow_pickle=False)
-            intact = list(stored.shape[1:]) == description["shape"] and stored.dtype == description["dtype"]
-        except (OSError, ValueError, EOFError):  # numpy's advice, to allow pickled objects, is not for a user
-            intact = False
-        require(intact, problem_of(path))
-        return stored
 
     def load_moments(self, indices: np.ndarray, flipped: np.ndarray) -> np.ndarray:
         """Return moments (B, M, h, w) in the stored dtype; `flipped` (B,) chooses mirror images."""

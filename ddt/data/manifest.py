@@ -24,7 +24,7 @@ from ddt.data.reading import Header, read_header, read_image
 from ddt.data.stream import lost_process
 from ddt.data.survey import Headers, header_hints, shortened
 from ddt.errors import UserError, require
-from ddt.files import sha256
+from ddt.files import atomic_file, sha256
 
 log = logging.getLogger(__name__)
 COLUMNS = ("path", "label", "split", "bytes", "width", "height", "mode", "rotated")
@@ -141,64 +141,68 @@ def make_manifest(
     if expected is not None:
         restore_manifest(out, splits, num_workers, expected)
         return
-    temporary = {name: out / f".tmp-{name}.csv" for name in ("manifest", "broken")}
-    headers, broken, first_broken, good_labels = Headers(), 0, "", set[int]()
-    with open_csv(temporary["manifest"], "w") as listed, open_csv(temporary["broken"], "w") as unreadable:
-        good, bad = csv.DictWriter(listed, COLUMNS), csv.DictWriter(unreadable, ("path", "reason"))
-        good.writeheader()
-        bad.writeheader()
+    with atomic_file(path) as temporary:
+        write_manifest(temporary, out / "broken.csv", splits, num_workers, skip_broken)
+
+
+def write_manifest(
+    path: Path, broken_path: Path, splits: dict[str, Images], num_workers: int, skip_broken: bool
+) -> None:
+    """Read every image once; write manifest.csv as `path`, and broken.csv where some are broken."""
+    total = sum(len(images.labels) for images in splits.values())
+    headers, unreadable, good_labels = Headers(), list[tuple[str, str]](), set[int]()
+    with open_csv(path, "w") as file:
+        listed = csv.DictWriter(file, COLUMNS)
+        listed.writeheader()
         for row in inspected_rows(splits, num_workers, decode=True):
             if "broken" in row:
-                first_broken = first_broken or f"{row['path']} ({row['broken']})"
-                broken += 1
-                bad.writerow({"path": row["path"], "reason": row["broken"]})
+                unreadable.append((row["path"], row["broken"]))
             else:
                 headers.add(Header((row["width"], row["height"]), row["mode"], bool(row["rotated"])))
                 good_labels.add(row["label"])
-                good.writerow(row)
+                listed.writerow(row)
+    broken = len(unreadable)
     if broken:
-        temporary["broken"].replace(out / "broken.csv")
+        with atomic_file(broken_path) as temporary, open_csv(temporary, "w") as file:
+            csv.writer(file).writerows([("path", "reason"), *unreadable])
     else:
-        temporary["broken"].unlink()
-        (out / "broken.csv").unlink(missing_ok=True)  # of an earlier call, before the files were replaced
+        broken_path.unlink(missing_ok=True)  # of an earlier call, before the files were replaced
     images = splits["train"]
     labels = np.unique(np.concatenate([split.labels for split in splits.values()]))
     lost = [images.class_names[label] for label in labels if label not in good_labels]
     if broken == total or (broken and not skip_broken):
-        temporary["manifest"].unlink()
+        name, problem = unreadable[0]
         raise UserError(
-            f"{out / 'broken.csv'}: {broken} of {total} images cannot be read, the first is {first_broken}; replace or "
+            f"{broken_path}: {broken} of {total} images cannot be read, the first is {name} ({problem}); replace or "
             "remove them, or leave them out with skip_broken=true"
         )
     if lost:
-        temporary["manifest"].unlink()
         raise UserError(
-            f"{out / 'broken.csv'}: none of the images of {shortened(lost)} can be read; replace them, or remove the "
+            f"{broken_path}: none of the images of {shortened(lost)} can be read; replace them, or remove the "
             "sub-folder"
         )
     if broken:
-        log.warning("%d images that cannot be read are left out: %s", broken, out / "broken.csv")
+        log.warning("%d images that cannot be read are left out: %s", broken, broken_path)
     if images.files_root is not None:
         for hint in header_hints(headers, images.image_size, images.channels, images.exif):
             log.info("hint: %s", hint)
-    temporary["manifest"].replace(path)
 
 
 def restore_manifest(out: Path, splits: dict[str, Images], num_workers: int, expected: str) -> None:
     """Write a missing manifest.csv again, without the images that broken.csv names; raise UserError
     where it is not the one of SHA-256 `expected`.
     """
-    temporary, broken = out / ".tmp-manifest.csv", read_broken(out)
-    with open_csv(temporary, "w") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(row for row in inspected_rows(splits, num_workers, decode=False) if row["path"] not in broken)
-    if sha256(temporary) != expected:
-        temporary.unlink()
-        raise UserError(
-            f"out={out}: was made of other images than the data holds now; give those, or choose another out="
+    broken = read_broken(out)
+    with atomic_file(out / "manifest.csv") as temporary:
+        with open_csv(temporary, "w") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            rows = inspected_rows(splits, num_workers, decode=False)
+            writer.writerows(row for row in rows if row["path"] not in broken)
+        require(
+            sha256(temporary) == expected,
+            f"out={out}: was made of other images than the data holds now; give those, or choose another out=",
         )
-    temporary.replace(out / "manifest.csv")
 
 
 def check_manifest(out: Path, manifest: list[Row], splits: dict[str, Images]) -> None:

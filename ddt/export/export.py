@@ -14,7 +14,6 @@ published key names (`ddt.checkpoint.published`).
 """
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from ddt.checkpoint import format as ckpt
 from ddt.checkpoint.published import SUFFIXES, check_releasable, write_released
 from ddt.errors import require
 from ddt.export.model_card import Card
-from ddt.files import atomic_folder, check_new, fsync, read_record, reset_permissions, sha256, write_json
+from ddt.files import atomic_folder, check_new, fsync, read_json, read_record, reset_permissions, sha256, write_json
 from ddt.generation.load import stored_autoencoder
 from ddt.generation.receipt import RECEIPT, is_receipt_of
 from ddt.hub import check_push, is_hub_id, push
@@ -251,7 +250,7 @@ def copy_autoencoder(autoencoder: Autoencoder, settings: dict[str, Any], folder:
 def tidy_saved(folder: Path) -> None:
     """Remove local paths from files that diffusers saved; give them the usual permissions."""
     for path in folder.rglob("*.json"):
-        values = json.loads(path.read_text())
+        values = read_json(path)
         if values.pop("_name_or_path", None) is not None:
             write_json(path, values)
     for path in folder.rglob("*"):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ddt.errors import require
-from ddt.files import find_record, read_record, sha256, write_json
+from ddt.files import find_record, read_json, read_record, sha256, write_json
 from ddt.generation.generator import Dtype, Generator
 from ddt.generation.image_set import ImageSet, write_numbers
 from ddt.generation.part_files import PARTS, remove_damaged, rows, sampled_numbers
@@ -124,7 +124,7 @@ def open_set(
         content = {"request": request, "recompute_steps": settings.recompute, "warnings": warnings}
         write_json(path, {**content, "checksum": plan_checksum(content)})
     remove_damaged(path.parent)
-    content = json.loads(path.read_text())
+    content = read_json(path)
     return Plan(content["recompute_steps"], content["warnings"], sampled_numbers(path.parent).tolist())
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ddt.config import did_you_mean
 from ddt.errors import UserError, require
+from ddt.files import read_json, write_text
 from ddt.metrics.ranking import is_number
 from ddt.tables import markdown_table
 
@@ -105,11 +106,11 @@ def compare_metrics(settings: CompareSettings) -> None:
     check_published(published, evaluations)
     text = side_by_side(paths, evaluations, published)
     if settings.out is not None:
-        content, file = f"{text}\n".encode(), Path(settings.out)
-        free = not file.exists() or (file.is_file() and file.read_bytes() == content)
+        file = Path(settings.out)
+        free = not file.exists() or (file.is_file() and file.read_bytes() == f"{text}\n".encode())
         require(free, f"out={file}: exists and says something else; choose another out=, or remove it")
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
+        write_text(file, f"{text}\n")
     log.info("%s", text)
 
 
@@ -124,9 +125,9 @@ def read_evaluation(entry: str) -> tuple[Path, dict[str, Any]]:
         """'metrics=["a,b/metrics.json",c]')""",
     )
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"metrics={path}: damaged or no JSON ({error}); evaluate again") from error
+        content = read_json(path)
+    except UserError as error:
+        raise UserError(f"metrics={error}, or evaluate again") from error
     require(is_evaluation(content), f"metrics={path}: is no evaluation; give a metrics.json of evaluate.py")
     return path.resolve(), content
 

@@ -23,7 +23,7 @@ from ddt.data import reading
 from ddt.data.images import Images
 from ddt.data.listing import IMAGE_SUFFIXES, layout_hints, list_folder
 from ddt.errors import UserError, brief, first_line, require
-from ddt.files import fsync, sha256
+from ddt.files import atomic_file, remove_temporary_files, sha256
 
 log = logging.getLogger(__name__)
 SAMPLES = "samples.npz"
@@ -353,8 +353,8 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray], images: Iterable[np.nda
     shape: (n, H, W, C) of all images; no `arr_0` where n = 0.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")  # the next call replaces what a kill leaves
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    remove_temporary_files(path.parent)  # of a killed call: they may be large
+    with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
@@ -364,5 +364,3 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray], images: Iterable[np.nda
                 np.lib.format.write_array_header_1_0(file, header)
                 for batch in images:
                     file.write(np.ascontiguousarray(batch).data)
-    fsync(temporary)
-    temporary.replace(path)

@@ -5,7 +5,6 @@ or a JSON file of `python -m scripts.studies.sharing.fit`. Shapes: N steps.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ddt.errors import UserError, require
-from ddt.files import write_json
+from ddt.files import read_json, write_json
 
 FORMAT_VERSION = 1
 FORMS = "write uniform:5, dp:50, a list of steps [0,5,10], a schedule file SOMETHING.json, or null"
@@ -109,13 +108,12 @@ def write_schedule(path: Path, content: dict[str, Any]) -> None:
 
 def read_schedule(path: Path) -> dict[str, Any]:
     """Return the content of a schedule file; UserError where it is none."""
+    require(path.is_file(), f"recompute={path}: no such file; {FIT} writes schedules")
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         steps, grid = content["recompute_steps"], content["time_grid"]
         valid = content["format_version"] == FORMAT_VERSION and all(type(step) is int for step in steps)
         valid = valid and all(isinstance(t, float) for t in grid) and isinstance(content["guidance"], dict)
-    except FileNotFoundError as error:
-        raise UserError(f"recompute={path}: no such file; {FIT} writes schedules") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"recompute={path}: is no schedule file; fit it again with {FIT}") from error
     require(valid, f"recompute={path}: is a schedule file of another version; fit it again with {FIT}")

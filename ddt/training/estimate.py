@@ -7,7 +7,6 @@ measured or assumed rate. Shapes: C H W latent, N tokens, D width; P parameters,
 
 import copy
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable
@@ -26,6 +25,8 @@ from ddt.data.images import Outline
 from ddt.data.stream import MAX_BATCH
 from ddt.data.survey import infer_settings
 from ddt.errors import MANY, UserError, require, require_count
+from ddt.files import read_json
+from ddt.metrics.ranking import is_number
 from ddt.model.cost import network_macs
 from ddt.model.layers import MAX_SIZES, PRODUCTS, BlockStack, Checkpointing, positions, token_grid
 from ddt.objective import Objective
@@ -236,12 +237,18 @@ def assumed_rate(device: str, share: float, memory_gb: float | None, dtype: str)
 
 
 def fastest(rows: list[dict[str, Any]], part: str, aligned: bool) -> dict[str, Any] | None:
-    """Return a benchmark's row of the most FLOP/s in a part, plain ways left out, or None.
+    """Return a benchmark's row of the most FLOP/s in a part, plain ways left out, or None; NaN and
+    infinite rates never win.
 
     aligned: training rows with, or without, the alignment's target are preferred: it has a higher
     rate than a small network.
     """
-    measured = [row for row in rows if row["part"] == part and "seconds" in row and not row["way"].startswith("plain")]
+    measured = [
+        row
+        for row in rows
+        if row["part"] == part and "seconds" in row and not row["way"].startswith("plain")
+        if is_number(row["flops"] / row["seconds"])
+    ]
     alike = [row for row in measured if part != "training" or ("aligned" in row["case"]) == aligned]
     return max(alike or measured, key=lambda row: row["flops"] / row["seconds"], default=None)
 
@@ -253,7 +260,7 @@ def measured_rate(path: str, memory_gb: float | None, dtype: str, model: str, al
     """
     require(Path(path).is_file(), f"measured={path}: no such file; give a benchmark.json of scripts/benchmark")
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = read_json(Path(path))
         rows, device, date = content["rows"], content["machine"]["device"], content["date"][:10]
         training, sampling = fastest(rows, "training", aligned), fastest(rows, "sampling", aligned)
         used, benchmarked = content["matmul"]["dtype"], content["settings"]["model"]

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from ddt.autoencoder import Autoencoder
-from ddt.files import write_json
+from ddt.files import read_record, write_json
 from ddt.generation.generator import Generator
 from ddt.generation.image_set import ImageSet, image_set
 from ddt.metrics.comparability import labels
@@ -132,7 +132,7 @@ class OnlineEvaluation:
     def write_receipt(self, path: Path) -> None:
         """Write the receipt; warn where that of an earlier start differs."""
         now = json.loads(json.dumps(without_paths(self.receipt())))
-        before = json.loads(path.read_text()) if path.is_file() else now
+        before = read_record(path) if path.is_file() else now
         if before != now:
             changed = [key for key in now if before.get(key) != now[key]]
             log.warning(

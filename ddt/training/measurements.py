@@ -19,6 +19,7 @@ from ddt.data.images import Images
 from ddt.data.stream import validation_batch
 from ddt.data.survey import spread
 from ddt.draws import Stream, random_generator
+from ddt.generation.generator import check_finite
 from ddt.model import Denoiser
 from ddt.objective import Objective
 from ddt.pictures import image_grid, readable, write_png
@@ -69,11 +70,11 @@ def missing_measurements(settings: TrainerSettings, held_out: Images, run_dir: P
 
 @contextlib.contextmanager
 def picture_or_warning(path: Path) -> Iterator[None]:
-    """Let a full disk cost an image grid, not the run."""
+    """Let a full disk and non-finite latents cost an image grid, not the run."""
     try:
         yield
-    except OSError as error:
-        log.warning("warning: %s: could not be written (%s)", path, error)
+    except (OSError, FloatingPointError) as error:
+        log.warning("warning: %s: is not written (%s)", path, error)
 
 
 class Measurements:
@@ -164,6 +165,7 @@ def write_training_images(
     of_class = [np.flatnonzero(images.labels == label)[:4] for label in np.unique(images.labels)[:10]]
     chosen = np.stack([np.resize(numbers, 4) for numbers in of_class], axis=1).ravel()  # row by row
     batch = to_latents(validation_batch(images, shape, chosen), autoencoder, accelerator)
+    check_finite(batch["latents"], advice="an autoencoder in float32")
     pictures = autoencoder.decode(batch["latents"])
     names = readable(images.class_names)
     write_png(path, image_grid(pictures.cpu(), len(of_class), [names[y] for y in batch["y"].tolist()]))
@@ -181,7 +183,8 @@ def write_preview(
     """Draw a grid of a network's samples to `path`: up to ten classes across, four seeds down,
     always the same noise.
 
-    `shape` is (C, H, W) of a latent; `sampler` says how. One process alone calls it.
+    `shape` is (C, H, W) of a latent; `sampler` says how. One process alone calls it. Raises
+    FloatingPointError for non-finite samples, which would be a constant picture.
     """
     columns = min(model.num_classes, 10)
     noise = np.stack(
@@ -190,5 +193,6 @@ def write_preview(
     y = torch.arange(columns, device=accelerator.device).repeat(4)
     with accelerator.autocast():
         latents = sample_latents(model, torch.from_numpy(noise).to(accelerator.device), y, sampler)
+        check_finite(latents, advice="a smaller optimizer.lr if the losses are large, too")
         images = autoencoder.decode(latents)
     write_png(path, image_grid(images.cpu(), columns))

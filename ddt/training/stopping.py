@@ -3,7 +3,6 @@
 Any process may have a reason; all agree on it and end after the same step.
 """
 
-import json
 import logging
 import os
 import signal
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddt.files import write_json
+from ddt.files import read_record, write_json
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +29,7 @@ State = Literal["running", "preempted", "done", "failed"]
 
 def read_status(run_dir: Path) -> dict[str, Any]:
     """Return a run's `status.json`, or {} where it has no readable one."""
-    try:
-        return json.loads((run_dir / "status.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    return read_record(run_dir / "status.json")
 
 
 def write_status(run_dir: Path, state: State, step: int, reason: str = "") -> None:

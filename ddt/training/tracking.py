@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddt.errors import first_line, require
+from ddt.files import read_json, write_text
 
 log = logging.getLogger(__name__)
 Mode = Literal["online", "offline", "disabled"]
 
 
-def read_rows(path: Path, key: str = "step") -> list[dict[str, Any]]:
-    """Return the rows of a JSON-lines file such as `metrics.jsonl`, each an object with a `key`.
+def read_rows(path: Path, key: str = "step", kind: type = int) -> list[dict[str, Any]]:
+    """Return the rows of a JSON-lines file such as `metrics.jsonl`, each an object with a `key` of
+    a kind.
 
     A last line that a kill cut short is left out with a warning; any other bad line is a UserError.
     """
@@ -24,11 +26,14 @@ def read_rows(path: Path, key: str = "step") -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             require(number == len(lines), f"{path}: line {number} is damaged ({first_line(error)}); remove it")
             log.warning("%s: the last line was cut short and is left out", path)
             continue
-        require(isinstance(row, dict) and key in row, f"{path}: line {number} is damaged (no {key}); remove it")
+        require(
+            isinstance(row, dict) and type(row.get(key)) is kind,
+            f"{path}: line {number} is damaged (no {key}); remove it",
+        )
         rows.append(row)
     return rows
 
@@ -38,7 +43,7 @@ def last_measurement(run_dir: Path) -> float | None:
     else of its validation loss, or else of its training loss; None where nothing was logged.
     """
     rows = read_rows(run_dir / "metrics.jsonl")
-    trainer = json.loads((run_dir / "config.json").read_text())["trainer"]
+    trainer = read_json(run_dir / "config.json")["trainer"]
     values = {key: float(value) for row in rows for key, value in row.items()}
     return next((values[key] for key in (trainer["keep_best"], "validation_loss", "loss") if key in values), None)
 
@@ -70,9 +75,7 @@ class JsonlTracker:
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
             rows = [row for row in read_rows(self.path) if row["step"] <= step and (ended or "partial" not in row)]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-            temporary.replace(self.path)
+            write_text(self.path, "".join(f"{json.dumps(row)}\n" for row in rows))
         self.file = self.path.open("ab", buffering=0)
         self.unwritten = b""  # while the disk is full
 
@@ -144,7 +147,7 @@ class WandbTracker(JsonlTracker):
             return
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+            write_text(id_file, secrets.token_hex(4))
         arguments: dict[str, Any] = {
             "project": project,
             "entity": entity,

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import itertools
-import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ddt.checkpoint import format as ckpt
+from ddt.files import read_json
 from ddt.generation.load import checkpoint_receipt, load_generator, stored_autoencoder
 from ddt.generation.sample_set import sample_set
 from ddt.sampling.settings import SamplerSettings
@@ -127,7 +127,7 @@ class Studio:
                 generator, request.images, batch_size, out, self.receipt, self.accelerator, png="all",
                 command=request.command, recompute_steps=self.fitted.get(str(request.sampler)),
             )  # fmt: skip
-            sets.append(SampledSet(request, out, json.loads((out / "receipt.json").read_text())))
+            sets.append(SampledSet(request, out, read_json(out / "receipt.json")))
         if sampler.parsed_recompute.kind == "dp":
             self.fitted[str(sampler)] = sets[0].receipt["recompute_steps"]
         shutil.make_archive(str(folder / "images"), "zip", folder, "png")

@@ -6,7 +6,6 @@ with a time limit. Errors of vectors are relative, ‖a − b‖ / ‖b‖. Shap
 
 import copy
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -29,6 +28,7 @@ from ddt.data.images import FASHION_ROOTS
 from ddt.data.photos import PHOTOS, photo
 from ddt.distributed.compile import compile_blocks
 from ddt.errors import UserError
+from ddt.files import read_json
 from ddt.objective import FlowMatching
 from ddt.training.stopping import read_status
 from ddt.training.tracking import read_rows
@@ -432,7 +432,7 @@ def sampling(place: Place) -> list[Finding]:
         common = (f"ckpt={uninterrupted(place)}", f"out={out}", "num_samples=16", "num_steps=10", "num_processes=1")
         call(place, "sample.py", *common, *settings, name=f"samples_{name}")
         images[name] = np.load(out / "samples.npz")["arr_0"].astype(int)
-        receipts[name] = json.loads((out / "receipt.json").read_text())
+        receipts[name] = read_json(out / "receipt.json")
     assert receipts["batches_of_8"]["cached_modulations_bytes"] > 0, "modulations are cached"
     expected, dtype = "bf16" if place.device.type == "cuda" else "fp32", receipts["default"]["request"]["dtype"]
     pairs = {
@@ -492,7 +492,7 @@ def benchmark(place: Place, name: str) -> list[Finding]:
         if not file.is_file():
             raise
         problem = str(error)
-    rows = json.loads(file.read_text())["rows"]
+    rows = read_json(file)["rows"]
     findings = [Finding(f"{row['part']}, {row['case']}, {row['way']}", speed(row)) for row in fastest(rows)]
     findings += [Finding(f"{row['part']}: not run: {row['not_run']}", "–") for row in rows if "not_run" in row]
     return findings + ([Finding(problem, 1, high=0)] if problem else [])

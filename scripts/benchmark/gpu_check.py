@@ -8,7 +8,6 @@ import datetime
 import functools
 import gc
 import importlib.metadata
-import json
 import logging
 import os
 import shutil
@@ -25,7 +24,7 @@ import torch
 
 from ddt.cli import command
 from ddt.errors import UserError, first_line, require
-from ddt.files import check_writable, write_json
+from ddt.files import check_writable, read_json, write_json, write_text
 from ddt.metrics.features import exact_arithmetic
 from ddt.receipts import command_line, revision
 from ddt.tables import markdown_table
@@ -91,7 +90,7 @@ def read_results(out: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())["stages"]
+        return read_json(path)["stages"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is not a result of this script; choose another out=") from error
 
@@ -173,7 +172,7 @@ def run_stage(stage: str, settings: GpuCheckSettings, place: Place) -> list[Row]
         rows += rows_of(title, check, place)
         stages = {**read_results(place.out), stage: {**origin, "rows": rows}}
         write_json(place.out / "gpu_check.json", {"kind": "gpu_check", "stages": stages})
-        (place.out / "gpu_check.md").write_text(report(stages))
+        write_text(place.out / "gpu_check.md", report(stages))
     return rows
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ddt.checkpoint import format as ckpt
-from ddt.data.cache_writer import ShardWriter, file_record
+from ddt.data.cache_writer import file_record
 from ddt.data.latent_cache import CACHE_FORMAT_VERSION, LatentCache, content_fingerprint, shard_path
 from ddt.distributed.compile import compile_blocks
 from ddt.distributed.prepare import prepare
@@ -36,6 +36,7 @@ from ddt.objective.alignment_target import Target
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.sample import sample_latents
 from ddt.sampling.settings import SamplerSettings
+from ddt.tensor_files import write_array
 from ddt.training.ema import EMA, ConstantDecay
 from ddt.training.loop import optimizer_step
 from ddt.training.optimizer import adamw
@@ -397,13 +398,13 @@ def write_stores(root: Path, records: int, latent_size: int) -> None:
     (root / "files").mkdir(parents=True)
     for shard, start in enumerate(range(0, records, shard_size)):
         count = min(shard_size, records - start)
-        writer = ShardWriter(shard_path(root / "cache", "moments", shard), "float16", (count, 1, *shape))
-        for row in range(count):
-            values = rng.standard_normal((1, 1, *shape), dtype=np.float32).astype(np.float16)
-            writer.append(values)
-            mean, logvar = torch.from_numpy(values[0, 0]).chunk(2)
-            torch.save({"mean": mean.clone(), "logvar": logvar.clone()}, root / "files" / f"{start + row}.pt")
-        shards.append({f"moments/{shard:05d}.npy": writer.close()})
+        with write_array(shard_path(root / "cache", "moments", shard), "float16", (count, 1, *shape)) as writer:
+            for row in range(count):
+                values = rng.standard_normal((1, 1, *shape), dtype=np.float32).astype(np.float16)
+                writer.append(values)
+                mean, logvar = torch.from_numpy(values[0, 0]).chunk(2)
+                torch.save({"mean": mean.clone(), "logvar": logvar.clone()}, root / "files" / f"{start + row}.pt")
+        shards.append({f"moments/{shard:05d}.npy": writer.record()})
     np.save(root / "cache" / "labels.npy", np.zeros(records, dtype=np.int64))
     (root / "cache" / "manifest.csv").touch()
     index: dict[str, Any] = {

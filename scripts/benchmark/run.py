@@ -21,7 +21,7 @@ from ddt.data.stream import MAX_BATCH
 from ddt.distributed.compile import compiles
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, first_line, require, require_count
-from ddt.files import check_new, write_json
+from ddt.files import check_new, write_json, write_text
 from ddt.flow import MAX_STEPS
 from ddt.pictures import pyplot, save_figure
 from ddt.receipts import command_line
@@ -215,7 +215,7 @@ def benchmark(settings: BenchmarkSettings) -> None:
         result["matmul"]["at_the_end"] = matmul_rate(*matmul)  # whether the machine is still as fast
     if out is not None:
         write_json(out / "benchmark.json", result)
-        (out / "benchmark.md").write_text(report(result))
+        write_text(out / "benchmark.md", report(result))
         draw([row for row in rows if "seconds" in row and row["way"] != row["base"]], out / "benchmark.png")
         log.info("written: %s", out / "benchmark.md")
     require(not any("failed" in row for row in rows), "parts failed: see the lines above")

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from ddt.errors import require
+from ddt.files import write_text
 
 Row = dict[str, Any]
 
@@ -195,7 +196,7 @@ def measure(
                 sort_by=f"self_{device.type}_time_total", row_limit=20, max_name_column_width=60
             )  # fmt: skip
             text = f"{case.part}, {case.name}, {name}".replace(" ", "_").replace(",", "")
-            (profiles / f"{text}.txt").write_text(table)
+            write_text(profiles / f"{text}.txt", table)
     return rows
 
 

@@ -19,7 +19,7 @@ from ddt.autoencoder import Autoencoder
 from ddt.checkpoint import format as ckpt
 from ddt.config import Choice
 from ddt.errors import require, require_count
-from ddt.files import find_record, lock_folder, read_record, write_json
+from ddt.files import find_record, lock_folder, read_record, remove_temporary_files, write_json, write_text
 from ddt.generation.settings import SamplerOverrides
 from ddt.metrics.features import Extractor, FeatureSettings
 from ddt.metrics.ranking import is_number
@@ -113,6 +113,7 @@ def working_folder(out: Path, name: str) -> Iterator[None]:
     """Lock `out`/`name` for one process (UserError); remove it when the study is complete."""
     message = f"out={out}: another command is sampling for this study; wait for it, or choose another out="
     with lock_folder(out / name, message):
+        remove_temporary_files(out / name)  # of a killed call
         yield
         shutil.rmtree(out / name)
 
@@ -136,8 +137,8 @@ def mean_sd(value: Spread | None, digits: int, sign: str = "") -> str:
 
 
 def number(value: float | None, digits: int) -> str:
-    """Return a number as text, – for None."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    """Return a number as text, – for null, NaN and infinite ones."""
+    return f"{value:.{digits}f}" if is_number(value) else "–"
 
 
 def write_numbers(path: Path, numbers: Row, device: torch.device) -> None:
@@ -149,7 +150,7 @@ def write_report(
     path: Path, numbers: Row, text: str, draw: Callable[[Path], None], device: torch.device, **origin: Any
 ) -> None:
     """Write PATH.md, PATH.png and, last, PATH.json, which makes the study complete."""
-    path.with_suffix(".md").write_text(text + "\n")
+    write_text(path.with_suffix(".md"), f"{text}\n")
     draw(path.with_suffix(".png"))
     origin = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), **origin}
     write_numbers(path.with_suffix(".json"), {**numbers, **origin}, device)

@@ -20,6 +20,7 @@ from ddt.data.images import ImageFolder
 from ddt.data.latent_cache import LatentCache, read_index
 from ddt.errors import UserError
 from ddt.files import lock_folder
+from ddt.tensor_files import ArrayWriter
 
 SCRIPT = ROOT / "scripts" / "cache_latents.py"
 
@@ -137,8 +138,8 @@ cache_latents.main()
 """
 MOMENTS_TO_DIE = {
     "while the files are looked at": ("ddt.data.manifest", "inspect_image", 7, False),
-    "with half a shard written": ("ddt.data.cache_writer", "ShardWriter.append", 7, False),
-    "with one of a shard's two files in place": ("ddt.data.cache_writer", "ShardWriter.close", 5, True),
+    "with half a shard written": ("ddt.tensor_files", "ArrayWriter.append", 7, False),
+    "with one of a shard's two files in place": ("pathlib", "Path.replace", 4, True),
     "before a shard's receipt": ("ddt.data.cache_writer", "receipt_path", 8, False),
     "before the last index": ("ddt.data.cache_writer", "sha256", 2, False),
 }
@@ -417,7 +418,7 @@ def test_a_disk_that_refuses_to_write_is_one_line_and_finished_shards_stay(
     folder, vae, tmp_path, monkeypatch, cache, number, text
 ):
     out, writes = tmp_path / "full", []
-    original = caching.ShardWriter.write
+    original = ArrayWriter.write
 
     def failing(self, data):
         writes.append(len(data))
@@ -426,7 +427,7 @@ def test_a_disk_that_refuses_to_write_is_one_line_and_finished_shards_stay(
         original(self, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(caching.ShardWriter, "write", failing)
+        patch.setattr(ArrayWriter, "write", failing)
         message = refusal("scripts.cache_latents", *arguments(folder, vae, out, "store_images=true"))
     assert text in message
     assert "run the same command again" in message

@@ -70,6 +70,18 @@ def test_records_come_in_the_order_of_their_indices(place):
     assert np.array_equal(held_out.load_moments(np.arange(5), straight[:5]), stored[17:])
 
 
+def test_records_are_the_same_on_a_file_system_without_mmap(place, request):
+    indices, flipped = np.array([9, 0, 3, 12]), np.array([True, False, True, True])
+    mapped = LatentCache(str(place / "mirrored")).load_moments(indices, flipped)
+    request.getfixturevalue("no_mmap")
+    cache = LatentCache(str(place / "mirrored"))
+    assert np.array_equal(cache.load_moments(indices, flipped), mapped)
+    assert len(pickle.dumps(cache)) < 20_000
+    half = LatentCache(str(place / "half"))
+    images = ImageFolder(str(place / "pictures"), 16, holdout_every=5)
+    assert np.array_equal(half.load(indices), images.load(indices))
+
+
 def test_a_cache_travels_to_loading_processes_without_its_maps(place):
     cache = LatentCache(str(place / "half"))
     cache.load(np.array([0, 5]))

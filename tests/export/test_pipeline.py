@@ -1,6 +1,8 @@
 """The diffusers pipeline samples the images of sample.py, and every argument has its effect."""
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from ddt.draws import noise_of
 from ddt.errors import UserError
 from ddt.export import ExportSettings, export
 from ddt.generation.generator import cast_weights
-from ddt.pipeline import DDTPipeline, DDTScheduler
+from ddt.pipeline import DDTPipeline, DDTScheduler, DDTTransformer2DModel
 from ddt.sampling.settings import SamplerSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,6 +70,28 @@ def test_the_images_of_sample_py_bit_for_bit(places, pipeline, tmp_path):
     assert np.array_equal(uint8(by_diffusers(**CALL).images), plain)
     pipeline.save_pretrained(tmp_path / "again")
     assert np.array_equal(uint8(DDTPipeline.from_pretrained(tmp_path / "again")(**CALL).images), plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"sample_size": [8]}, r"sample_size=\[8\]: give 2 values"),
+        ({"sample_size": "x"}, "sample_size=x: give a list"),
+        ({"sample_size": None}, "sample_size=null: give a list"),
+        ({"sample_size": [0, 8]}, "sample_size=.*: must lie in 1"),
+        ({"sample_size": [10**9, 8]}, "sample_size=.*: must lie in 1"),
+        ({"sample_size": [7, 8]}, "network.patch_size=2: does not divide the latents' 7"),
+        ({"settings": "x"}, "settings=x: give settings"),
+        ({"settings": {"_target_": "os.mkdir"}}, "model._target_=os.mkdir: unknown network"),
+    ],
+    ids=str,
+)
+def test_a_wrong_config_of_the_network_is_one_line(places, tmp_path, change, line):
+    folder = shutil.copytree(places[1] / "transformer", tmp_path / "transformer")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=f"^{line}"):
+        DDTTransformer2DModel.from_pretrained(folder)
 
 
 def test_a_model_of_pixels_has_no_vae(tmp_path):

@@ -310,7 +310,7 @@ def test_wrong_input_is_one_line_that_names_the_key(tmp_path):
         (f"metrics=[{good},{other}]", "outs=x.md"): "outs: no such setting; did you mean out",
         (): "metrics: not set",
     }
-    for name, content, message in (("cut", "{", "damaged or no JSON"), ("list", "[]", "is no evaluation")):
+    for name, content, message in (("cut", "{", "damaged or no JSON"), ("list", "[]", "holds no settings")):
         (tmp_path / f"{name}.json").write_text(content)
         cases[f"metrics=[{good},{tmp_path}/{name}.json]",] = rf"{name}\.json: {message}"
     for arguments, message in cases.items():

@@ -193,7 +193,8 @@ def test_a_killed_curve_resumes_to_the_same_table(curve, run_folder, tmp_path, m
     assert quality(out) == quality(curve)
 
 
-def test_missing_unshared_images_are_sampled_again(curve, run_folder, tmp_path):
+@pytest.mark.usefixtures("no_mmap")
+def test_missing_unshared_images_are_sampled_again_also_without_mmap(curve, run_folder, tmp_path):
     out = tmp_path / "cut"
     out.mkdir()
     (out / "plan.json").write_bytes((curve / "plan.json").read_bytes())

@@ -298,10 +298,12 @@ def damage(text):
     [
         ("metrics.jsonl", lambda path: path.unlink(), "is missing; restore it or move the run's folder away"),
         ("metrics.jsonl", damage('{"step": 1}\n{"loss": 3}\n'), "line 2 is damaged (no step); remove it"),
-        ("config.json", damage('{"seed": 1'), "damaged ("),
-        ("config.json", damage("3"), "damaged (no settings)"),
+        ("config.json", damage('{"seed": 1'), "damaged or no JSON ("),
+        ("metrics.jsonl", damage('{"step": NaN}\n'), "line 1 is damaged (no step); remove it"),
+        ("config.json", damage("3"), "holds no settings, but a int"),
+        ("config.json", damage("[" * 9999), "damaged or no JSON ("),
         ("config.json", damage('{"seed": 1}'), "has no model._target_, so it is no run's; move it out of the sweep"),
-        ("status.json", damage("{"), "damaged ("),
+        ("status.json", damage("{"), "damaged or no JSON ("),
     ],
 )
 def test_a_damaged_file_is_named(sweep, tmp_path, file, change, message):

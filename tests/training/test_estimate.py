@@ -327,6 +327,7 @@ def test_a_processor_that_was_measured_has_no_known_memory(tmp_path):
         ({"machine": {}}, "is no result of scripts/benchmark"),
         ({"rows": [{"part": "training", "way": "ours", "seconds": 0, "flops": 1}]}, "is no result of"),
         ({"rows": []}, "measured no training"),
+        ({"rows": [{"part": "training", "way": "ours", "case": "", "seconds": math.nan, "flops": 1}]}, "measured no"),
         ({"matmul": {"dtype": "fp32"}}, "was measured in fp32, this recipe computes in bf16"),
     ],
     ids=str,

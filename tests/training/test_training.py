@@ -21,7 +21,8 @@ from ddt.data.images import Digits
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError
 from ddt.objective import FlowMatching
-from ddt.training.measurements import validation_loss
+from ddt.sampling.settings import SamplerSettings
+from ddt.training.measurements import picture_or_warning, validation_loss, write_preview
 from ddt.training.settings import TrainerSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -437,3 +438,17 @@ def test_learning_rate_schedules():
 def test_impossible_settings_are_named(changes, message):
     with pytest.raises(UserError, match=message):
         TrainerSettings(**SETTINGS | changes)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_preview_of_non_finite_samples_is_a_warning_and_no_picture(tmp_path, caplog, bad):
+    network = small_ddt(in_channels=1)
+    path, accelerator = tmp_path / "previews" / "step_0000001.png", make_accelerator("no")
+    arguments = (path, network, Identity(), accelerator, (1, 8, 8), SamplerSettings(num_steps=2, last_step=None))
+    write_preview(*arguments)
+    path.unlink()
+    torch.nn.init.constant_(next(network.parameters()), bad)
+    with picture_or_warning(path):
+        write_preview(*arguments)
+    assert not path.exists()
+    assert f"warning: {path}: is not written (image 0 or one of the 19 after it is NaN or infinite" in caplog.text

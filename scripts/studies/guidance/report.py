@@ -156,7 +156,7 @@ def panel(axes: Any, own: list[Row], result: Row, scales: list[float], intervals
     for row in own:
         column = scales.index(row["cfg_scale"])
         place = slice(None) if row["cfg_scale"] == 1 else slice(i := intervals.index(row["cfg_interval"]), i + 1)
-        values[place, column] = np.nan if (value := row["metrics"][result["metric"]]) is None else value
+        values[place, column] = value if is_number(value := row["metrics"][result["metric"]]) else np.nan
         if row["label"] in (best, *others):
             top, height, _ = place.indices(len(intervals))
             style: Any = {"fill": False, "edgecolor": FRAME, "zorder": 3}

@@ -20,7 +20,7 @@ from ddt.data.images import Images
 from ddt.data.stream import validation_batch
 from ddt.data.survey import spread
 from ddt.draws import golden_sequence
-from ddt.errors import UserError, first_line, require
+from ddt.errors import UserError, require
 from ddt.flow import clean
 from ddt.generation.generator import Generator, check_finite
 from ddt.generation.image_set import ImageSet
@@ -217,10 +217,8 @@ def find_images(stored: dict[str, Any], root: str, autoencoder: Autoencoder) -> 
     if root != "checkpoint":
         require("root" in data, f"data.root={root}: this run's data have no folder; leave it out")
         data["root"] = root
-    try:
-        train, test = (stored_choice(data).build(split=split) for split in ("train", "test"))
-    except (ImportError, TypeError) as error:
-        raise UserError(f"the run's data are of an earlier version of the code ({first_line(error)})") from error
+    chosen = stored_choice(data, Images, "data", late="split")
+    train, test = (chosen.build(split=split) for split in ("train", "test"))
     require(
         train.fingerprint == fingerprint,
         f"data.root={data.get('root')}: holds other images than the run was trained on; give data.root=FOLDER",

@@ -19,6 +19,7 @@ from ddt.generation.image_set import ImageSet, Numbers, image_set
 from ddt.generation.load import checkpoint_receipt, load_generator, stored_autoencoder
 from ddt.generation.settings import SamplerOverrides
 from ddt.model import network_class
+from ddt.objective import Objective
 from ddt.pictures import readable
 from ddt.sampling.settings import SamplerSettings
 from scripts.studies.inside import report
@@ -91,6 +92,7 @@ def look_inside(settings: InsideSettings) -> None:
     data = None
     try:
         data = find_images(stored, settings.data_root, autoencoder)
+        chosen = stored_choice(stored["run"].get("objective"), Objective, "run.objective", late="denoiser")
     except UserError as error:
         left_out["loss_by_t"] = first_line(error).replace("data.root=", "data_root=")
         if settings.data_root != "checkpoint":
@@ -134,7 +136,7 @@ def look_inside(settings: InsideSettings) -> None:
         results["z_pca"] = {"steps": steps, "times": times, "variance_shown": report.numbers(shares)}
         figures["z_pca"] = functools.partial(report.draw_components, colours, times, names, shares)
     if data is not None:
-        objective = stored_choice(stored["run"]["objective"]).build(denoiser=model).for_validation(model)
+        objective = chosen.build(denoiser=model).for_validation(model)
         errors = loss_by_t(generator, objective, data, accelerator, settings.loss_images, settings.batch_size)
         results["loss_by_t"] = {
             "images": len(errors),

@@ -4,6 +4,7 @@ A rule is a kind of schedule with a forecast order of z, a budget the number of 
 Shapes: B batch, C H W latent (pixels: H W C).
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -21,7 +22,7 @@ from ddt.checkpoint import format as ckpt
 from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, require, require_count
-from ddt.files import atomic_file, write_json
+from ddt.files import write_json, write_text
 from ddt.generation.generator import Dtype, Generator, check_finite, default_dtype
 from ddt.generation.image_set import SEED_STRIDE, ImageSet, image_set
 from ddt.generation.load import load_generator, stored_autoencoder
@@ -35,6 +36,7 @@ from ddt.sampling.cost import sampling_macs
 from ddt.sampling.fitting import MAX_TEMPLATES, fit_schedule
 from ddt.sampling.schedules import optimal_schedule, uniform_schedule
 from ddt.sampling.settings import SamplerSettings
+from ddt.tensor_files import ArrayWriter, open_array, write_array
 from ddt.training.tracking import read_rows
 from scripts.studies.sharing.report import UNSHARED, draw, summarise, table
 from scripts.studies.study import (
@@ -190,9 +192,8 @@ class Curve:
     def run(self) -> list[dict[str, Any]]:
         """Sample the missing points and return the rows of all."""
         path = self.out / "points.jsonl"
-        stored = read_rows(path, key="rule") if path.exists() else []
-        with atomic_file(path, sync=False) as temporary:  # without a line that a kill cut short
-            temporary.write_text("".join(f"{json.dumps(row)}\n" for row in stored))
+        stored = read_rows(path, key="rule", kind=str) if path.exists() else []
+        write_text(path, "".join(f"{json.dumps(row)}\n" for row in stored))  # without a line that a kill cut short
         rows = {Point(row["rule"], row["budget"], row["repeat"]): row for row in stored}
         points = list(self.points())
         left = [point for point in points if point not in rows]
@@ -226,35 +227,33 @@ class Curve:
         images, count, size = self.images(point.repeat), self.settings.num_samples, self.settings.batch_size
         generator = dataclasses.replace(self.generator, settings=self.sampler(point.rule, point.budget))
         new = point.rule == UNSHARED
-        files = {name: self.unshared(point.repeat, name) for name in ("pixels", "latents")}
-        arrays, squares, sizes = {}, dict.fromkeys(files, 0.0), dict.fromkeys(files, 0)
+        files = {name: self.unshared(point.repeat, name) for name in ("latents", "pixels")}
+        compared = {} if new else {name: open_array(file) for name, file in files.items()}
+        writers: dict[str, ArrayWriter] = {}
+        squares, sizes = dict.fromkeys(files, 0.0), dict.fromkeys(files, 0)
         space = next(iter(self.extractor.distances.values()))
         moments, seconds = Moments(self.extractor.spaces[space], self.generator.device), 0.0
-        for start in range(0, count, size):
-            chosen = slice(start, min(start + size, count))
-            start_time = time.perf_counter()
-            latents, _ = generator.latents(images.classes[chosen], images.seeds[chosen])
-            pixels = generator.pixels(latents, None, None)  # on the CPU: a device sync
-            seconds += time.perf_counter() - start_time
-            check_finite(latents, start)
-            for name, values in {"pixels": pixels, "latents": latents.cpu().numpy()}.items():
-                if new and start == 0:
-                    temporary, shape = files[name].with_suffix(".tmp"), (count, *values.shape[1:])
-                    arrays[name] = np.lib.format.open_memmap(temporary, "w+", values.dtype, shape)
-                elif start == 0:
-                    arrays[name] = np.load(files[name], mmap_mode="r")
-                if new:
-                    arrays[name][chosen] = values
-                difference = values.astype(np.float64) - arrays[name][chosen]
-                squares[name] += float((difference**2).sum())
-                sizes[name] += difference.size
-            for part in np.split(pixels, range(self.extractor.batch_size, len(pixels), self.extractor.batch_size)):
-                moments.add(self.extractor(to_device(part, self.generator.device))[space])
-            if bar is not None:
-                bar.update(len(pixels))
-        arrays.clear()  # flushes to disk
-        for file in files.values() if new else ():  # latents last, for they mark both as complete
-            file.with_suffix(".tmp").replace(file)
+        with contextlib.ExitStack() as stack:  # the latents' file appears last, for it marks both as complete
+            for start in range(0, count, size):
+                chosen = np.arange(start, min(start + size, count))
+                start_time = time.perf_counter()
+                latents, _ = generator.latents(images.classes[start : start + size], images.seeds[start : start + size])
+                pixels = generator.pixels(latents, None, None)  # on the CPU: a device sync
+                seconds += time.perf_counter() - start_time
+                check_finite(latents, start)
+                for name, values in {"latents": latents.cpu().numpy(), "pixels": pixels}.items():
+                    if new and start == 0:
+                        whole = write_array(files[name], values.dtype, (count, *values.shape[1:]))
+                        writers[name] = stack.enter_context(whole)
+                    if new:
+                        writers[name].append(values)
+                    else:
+                        squares[name] += float(((values.astype(np.float64) - compared[name][chosen]) ** 2).sum())
+                    sizes[name] += values.size
+                for part in np.split(pixels, range(self.extractor.batch_size, len(pixels), self.extractor.batch_size)):
+                    moments.add(self.extractor(to_device(part, self.generator.device))[space])
+                if bar is not None:
+                    bar.update(len(pixels))
         rms = {name: (squares[name] / sizes[name]) ** 0.5 for name in files}
         return {
             "frechet_distance": self.prepared.main_distance(moments),

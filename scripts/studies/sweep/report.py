@@ -15,7 +15,7 @@ import torch
 
 from ddt.config import did_you_mean
 from ddt.errors import require
-from ddt.files import check_writable
+from ddt.files import atomic_file, check_writable, write_text
 from ddt.metrics.ranking import better, ranked
 from ddt.model import NETWORKS
 from ddt.pictures import pyplot, save_figure
@@ -159,11 +159,11 @@ def write_report(settings: SweepSettings) -> None:
         "means": [{**dataclasses.asdict(one), "seeds": len(one.values)} for one in means], "published": PUBLISHED,
     }  # fmt: skip
     write_numbers(out / "report.json", numbers, torch.device("cpu"))  # first: a later call knows the folder by it
-    with (out / "report.csv").open("w", newline="") as file:
+    with atomic_file(out / "report.csv", sync=False) as temporary, temporary.open("w", newline="") as file:
         table = csv.DictWriter(file, rows[0], lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-    (out / "report.md").write_text(report(runs, means, keys, names, left_out) + "\n")
+    write_text(out / "report.md", report(runs, means, keys, names, left_out) + "\n")
     draw(means, metric, x, out / "curve.png")
     log.info("%s\n%s", table_of_means(means, keys, names), out / "report.md")
     if left_out:

@@ -15,7 +15,8 @@ import torch
 
 from ddt.checkpoint.format import newest_checkpoint, read_config
 from ddt.config import flat
-from ddt.errors import UserError, require
+from ddt.errors import require
+from ddt.files import read_json
 from ddt.metrics.ranking import is_number
 from ddt.model import build_network
 from ddt.training.tracking import read_rows
@@ -73,16 +74,6 @@ class Run:
         return f"has {metric} at step {step}, not at its end" if is_number(value) else f"its {metric} is {value}"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON file's content; raise UserError where it is damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); restore it or move the run's folder away") from error
-    require(isinstance(content, dict), f"{path}: damaged (no settings); restore it or move the run's folder away")
-    return content
-
-
 def count_parameters(folder: Path) -> int | None:
     """Return the number of parameters of the newest checkpoint's network, None without one."""
     newest = newest_checkpoint(folder)
@@ -96,19 +87,21 @@ def count_parameters(folder: Path) -> int | None:
 def read_run(folder: Path) -> Run:
     """Read a run's settings, status and metrics; raise UserError for a missing or damaged file."""
     settings = flat(read_json(folder / "config.json"))
-    for key in ("seed", "model._target_", "trainer.max_steps"):
-        require(key in settings, f"{folder / 'config.json'}: has no {key}, so it is no run's; move it out of the sweep")
+    for key, kind in {"seed": int, "model._target_": str, "trainer.max_steps": int}.items():
+        ours = type(settings.get(key)) is kind
+        require(ours, f"{folder / 'config.json'}: has no {key}, so it is no run's; move it out of the sweep")
     path = folder / "metrics.jsonl"
     require(path.is_file(), f"{path}: is missing; restore it or move the run's folder away")
     rows = read_rows(path)
     status = read_json(folder / "status.json") if (folder / "status.json").is_file() else {}
     metrics = {key: (row["step"], row[key]) for row in rows for key in row if key not in NO_METRICS}
     measured = dict.fromkeys(key for row in rows if "lr" not in row for key in row if key not in NO_METRICS)
-    rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    rates = [rate for row in rows if is_number(rate := row.get("images_per_second"))]
+    last = status.get("step")
     return Run(
         folder=folder,
         settings=settings,
-        step=max([*(row["step"] for row in rows), status.get("step") or 0]),
+        step=max([*(row["step"] for row in rows), last if type(last) is int else 0]),
         state=status.get("state"),
         reason=status.get("reason"),
         metrics=metrics,
