@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 from ddt.errors import require
 from ddt.files import find_record, lock_folder, read_record, sha256, write_json
-from ddt.generation.generator import Dtype, Generator, check_finite
+from ddt.generation.generator import Generator, check_finite
 from ddt.generation.image_set import ImageSet, write_numbers
 from ddt.generation.parts import PARTS, merge_parts, remove_damaged, rows, sampled_numbers, write_part
 from ddt.generation.receipt import RECEIPT, SHA256, is_receipt_of
 from ddt.pictures import image_grid, readable, write_png, write_pngs
+from ddt.precision import Dtype
 from ddt.receipts import circumstances
 from ddt.sampling.fitting import resolve_recompute
 from ddt.sampling.settings import SamplerSettings

@@ -254,7 +254,7 @@ def loss_by_t(
         for start in range(0, count, batch_size):
             rows = slice(start, start + batch_size)
             batch = to_latents(
-                validation_batch(images, generator.shape, chosen[rows]), generator.autoencoder, accelerator
+                validation_batch(images, generator.shape, chosen[rows]), generator.autoencoder, accelerator.device
             )
             for k in range(T_BINS):
                 t = torch.from_numpy((k + within[rows]) / T_BINS)
