@@ -16,8 +16,8 @@ from accelerate import Accelerator
 
 from ddt.autoencoder import Autoencoder
 from ddt.data.images import Images
+from ddt.data.source import spread
 from ddt.data.stream import validation_batch
-from ddt.data.survey import spread
 from ddt.draws import Stream, random_generator
 from ddt.model import Denoiser
 from ddt.objective import Objective

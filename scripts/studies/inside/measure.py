@@ -17,8 +17,8 @@ from tqdm import tqdm
 from ddt.autoencoder import Autoencoder
 from ddt.config import stored_choice
 from ddt.data.images import Images
+from ddt.data.source import spread
 from ddt.data.stream import validation_batch
-from ddt.data.survey import spread
 from ddt.draws import golden_sequence
 from ddt.errors import UserError, first_line, require
 from ddt.flow import clean
