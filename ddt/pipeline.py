@@ -26,15 +26,16 @@ from ddt.config import convert, did_you_mean, parse
 from ddt.distributed.compile import allow_recompiles
 from ddt.draws import noise_of
 from ddt.errors import UserError, require
-from ddt.generation.generator import Dtype, Generator, check_finite
+from ddt.generation.generator import Generator, check_finite
 from ddt.generation.image_set import MAX_SEED
 from ddt.generation.settings import SamplerOverrides
 from ddt.model import Denoiser, build_network
+from ddt.precision import Dtype
 from ddt.sampling.fitting import resolve_recompute
 from ddt.sampling.settings import SamplerSettings
 
 Stored = Literal["checkpoint"]
-DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 OUTPUTS = ("pil", "np", "pt", "latent")
 # arguments of a call: name in diffusers → name in this project
 NAMES = {
@@ -52,7 +53,7 @@ class DDTTransformer2DModel(ModelMixin, ConfigMixin):
     raises UserError for wrong ones.
     """
 
-    # float32 as under autocast, so that weights loaded in bfloat16 give the bits of dtype=bf16
+    # float32 as under autocast, so that weights loaded in 16 bits give the bits of sample.py
     _keep_in_fp32_modules: ClassVar = ["norm", "norm1", "norm2", "q_norm", "k_norm", "embedding_table"]
     _repeated_blocks: ClassVar = ["Block"]
 
@@ -250,7 +251,8 @@ class DDTPipeline(DiffusionPipeline):
         """Return the precision of the network; raise UserError for an unsupported one."""
         dtype = self.transformer.dtype
         require(
-            dtype in DTYPES, f"torch_dtype={dtype}: the networks run in torch.float32 or torch.bfloat16; choose one"
+            dtype in DTYPES,
+            f"torch_dtype={dtype}: the networks run in {', '.join(map(str, DTYPES))}; choose one of them",
         )
         return DTYPES[dtype]
 
@@ -314,7 +316,7 @@ class DDTPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: names of the tensors it gets; there are "latents".
 
         Returns `ImagePipelineOutput`, or a tuple of the images if return_dict is False. Weights in
-        bfloat16 run under autocast, the solver in float32. Raises UserError, a ValueError, for
+        16 bits run under autocast, the solver in float32. Raises UserError, a ValueError, for
         invalid arguments, and FloatingPointError where an image is NaN or infinite.
         """
         require(

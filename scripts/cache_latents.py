@@ -24,7 +24,7 @@ def encode(settings: "CacheSettings", splits: "dict[str, Images]") -> None:
 
     while not (Path(settings.out) / "manifest.csv").is_file():  # under torchrun, process 0 is writing it
         time.sleep(0.5)
-    accelerator = make_accelerator("no")
+    accelerator = make_accelerator()
     target = None
     if settings.store_features:
         assert settings.alignment is not None

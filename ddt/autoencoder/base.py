@@ -24,7 +24,7 @@ class Autoencoder(Protocol):
 
     @property
     def encode_dtype(self) -> str | None:
-        """fp32 or bf16, which a latent cache must share; None for pixels."""
+        """fp32, bf16 or fp16, which a latent cache must share; None for pixels."""
 
     @property
     def fingerprint(self) -> str | None:

@@ -4,12 +4,13 @@ Shapes: B batch, C channels, H W pixels, h w latent.
 """
 
 import abc
+import contextlib
 import functools
 import logging
 import re
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ddt.autoencoder.base import from_uint8, to_uint8, weights_hash
 from ddt.errors import UserError, brief, first_line, reason, require, require_count
 from ddt.files import read_json
 from ddt.hub import is_hub_id, resolve
+from ddt.precision import Dtype, autocast, check_dtype
 from ddt.tensor_files import read_state_dict
 
 log = logging.getLogger(__name__)
@@ -135,7 +137,7 @@ class DiffusersAutoencoder(abc.ABC):
         source: hub name (owner/name) or local folder, of the autoencoder or of a pipeline with one.
         revision: commit on the hub, pinned so that the weights cannot change; unused for a folder.
         chunk_size: images encoded or decoded at once, which bounds the memory.
-        encode_dtype: "fp32", or "bf16" autocast when encoding.
+        encode_dtype: "fp32", or "bf16" or "fp16" autocast when encoding.
 
     Raises UserError where the weights cannot be loaded.
     """
@@ -151,12 +153,12 @@ class DiffusersAutoencoder(abc.ABC):
         source: str,
         revision: str | None = None,
         chunk_size: int = 16,
-        encode_dtype: Literal["fp32", "bf16"] = "fp32",
+        encode_dtype: Dtype = "fp32",
     ) -> None:
         require_count("autoencoder.chunk_size", chunk_size)
         self._hold(load_diffusers(self.kind, source, revision), chunk_size, encode_dtype)
 
-    def _hold(self, network: Any, chunk_size: int, encode_dtype: Literal["fp32", "bf16"]) -> None:
+    def _hold(self, network: Any, chunk_size: int, encode_dtype: Dtype) -> None:
         self.network, self.chunk_size, self.encode_dtype = network, chunk_size, encode_dtype
         config = network.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -174,7 +176,7 @@ class DiffusersAutoencoder(abc.ABC):
     def outline(
         cls,
         source: str,
-        encode_dtype: Literal["fp32", "bf16"] = "fp32",
+        encode_dtype: Dtype = "fp32",
         revision: str | None = None,
         chunk_size: int = 1,
     ) -> Self:
@@ -226,7 +228,7 @@ class DiffusersAutoencoder(abc.ABC):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Return moments, float32 (B, 2C or C, h, w), of uint8 images (B, 3, H, W)."""
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.encode_dtype == "bf16"):
+        with autocast(images.device, self.encode_dtype):
             return torch.cat([self._moments(from_uint8(c)).float() for c in images.split(self.chunk_size)])
 
     def sample(self, moments: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
@@ -244,7 +246,8 @@ class DiffusersAutoencoder(abc.ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return uint8 images (B, 3, H, W), under the caller's autocast.
+        """Return uint8 images (B, 3, H, W), under the caller's autocast; in float32 where that is
+        fp16, whose range a decoder may leave, and the images would be black.
 
         Raises UserError for latents of another number of channels.
         """
@@ -253,11 +256,15 @@ class DiffusersAutoencoder(abc.ABC):
             f"autoencoder: has {self.latent_channels} latent channels, the model {latents.shape[1]}; choose the "
             "model's own",
         )
-        chunks = (latents / self.scale + self.shift).split(self.chunk_size)
-        return torch.cat([to_uint8(self.network.decode(chunk).sample) for chunk in chunks])
+        kind = latents.device.type
+        in_fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        with autocast(latents.device, "fp32") if in_fp16 else contextlib.nullcontext():
+            chunks = (latents / self.scale + self.shift).split(self.chunk_size)
+            return torch.cat([to_uint8(self.network.decode(chunk).sample) for chunk in chunks])
 
     def to(self, device: torch.device) -> "DiffusersAutoencoder":
-        """Move to a device and return itself."""
+        """Move to a device and return itself; raise UserError where it has no `encode_dtype`."""
+        check_dtype("autoencoder.encode_dtype", self.encode_dtype, device)
         self.network.to(device)
         self.shift, self.scale = self.shift.to(device), self.scale.to(device)
         return self

@@ -209,8 +209,8 @@ class Records(Dataset):
     def check_size(self, row: int) -> None:
         """Raise UserError for a file that is not of its size in the manifest."""
         images = self.splits[self.split[row]]
-        if images.files_root is not None:
-            check_size(images.files_root / images.names[self.index[row]], int(self.bytes[row]))
+        if images.source is not None:
+            check_size(images.source, images.names[self.index[row]], int(self.bytes[row]))
 
     def __getitem__(self, rows: range) -> np.ndarray:
         """Return the images of `rows`; raise UserError for a file that has changed."""

@@ -12,10 +12,8 @@ import functools
 import gzip
 import hashlib
 import logging
-import os
 import zlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,15 +21,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from ddt.data.listing import list_folder
+from ddt.data.labels import FolderPlace
 from ddt.data.reading import Exif, center_crop, read_image
+from ddt.data.source import Source
 from ddt.data.survey import (
+    Place,
     header_hints,
     held_out,
     listing_hints,
     log_folder_summary,
     report_broken,
-    spread,
     survey,
 )
 from ddt.errors import MANY, UserError, require, require_count
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "test"]
-NUM_THREADS = 16  # that ask for the sizes of files, which takes a network's round trip each
-HASHED_IMAGES, HASHED_BYTES = 1_000, 2**16  # of a fingerprint: images, and bytes of each
 MAX_IMAGE_SIZE = 8192  # px per side
 
 
@@ -69,7 +66,8 @@ class Images(abc.ABC):
     inferable: tuple[str, ...] = ()  # settings that are inferred from the images where they are null …
     inferred: Mapping[str, Any] = MappingProxyType({})  # … and the inferred values
     reads_files = False  # files that may be damaged, and are looked at before training
-    files_root: Path | None = None  # the folder of the image files `names`; None in memory
+    source: Source | None = None  # where the files `names` lie …
+    files_root: Path | None = None  # … and its folder; None in memory
     hints: tuple[str, ...] = ()  # on the files' layout and number, a line each
     transform: str | None = None  # how files become images
     exif: Exif = "ignore"  # what becomes of an EXIF rotation
@@ -214,7 +212,7 @@ class FashionMNIST(ArrayImages):
 
 
 class FileImages(Images):
-    """Image files at `names`, relative to `root`, read as RGB (3 channels) or grey (1) and
+    """Images of the source at `names`, read as RGB (3 channels) or grey (1) and
     centre-cropped to `image_size` px.
 
     exif: whether an EXIF rotation is applied. skip_broken: let the next image of its class stand in
@@ -222,11 +220,12 @@ class FileImages(Images):
     """
 
     reads_files = True
+    source: Source
     files_root: Path
 
     def __init__(
         self,
-        root: Path,
+        source: Source,
         names: list[str],
         labels: np.ndarray,
         class_names: list[str],
@@ -235,7 +234,8 @@ class FileImages(Images):
         exif: Exif = "ignore",
         skip_broken: bool = False,
     ) -> None:
-        self.files_root, self.names, self.class_names, self.image_size = root, names, class_names, image_size
+        self.source, self.files_root, self.names = source, source.root, names
+        self.class_names, self.image_size = class_names, image_size
         self.labels, self.channels, self.exif, self.skips_broken = labels.astype(np.int64), channels, exif, skip_broken
         turned = ", EXIF rotation applied" if exif == "apply" else ""
         self.transform = f"RGB, ADM centre crop to {image_size} px{turned}"
@@ -243,18 +243,8 @@ class FileImages(Images):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the list of images, and one of the size of every file and the first 64 KiB of a
-        thousand, evenly spread.
-        """
-        digest = hashlib.sha256()
-        paths = [f"{self.files_root}/{name}" for name in self.names]
-        shares = [paths[k::NUM_THREADS] for k in range(NUM_THREADS)]
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
-            for sizes in pool.map(file_sizes, shares):
-                digest.update(repr(sizes).encode())
-            for start in pool.map(file_start, [paths[k] for k in spread(len(paths), HASHED_IMAGES)]):
-                digest.update(hashlib.sha256(start).digest())
-        return f"{super().fingerprint}-{digest.hexdigest()[:16]}"
+        """Hash of the list of images, and one of their contents, `Source.digest`."""
+        return f"{super().fingerprint}-{self.source.digest(self.names)}"
 
     def load(self, indices: np.ndarray) -> np.ndarray:
         """Return uint8 (B, C, H, W); raise UserError naming a file that cannot be read."""
@@ -263,10 +253,13 @@ class FileImages(Images):
             return np.stack([np.asarray(picture.convert("L")) for picture in pictures])[:, None]
         return np.stack([np.asarray(picture) for picture in pictures]).transpose(0, 3, 1, 2)
 
+    def _read_file(self, name: str) -> Image.Image:
+        return read_image(self.files_root / name, self.exif, self.source.open(name))
+
     def _read(self, index: int) -> Image.Image:
         """Return an image, or what stands in for it, which depends on the files alone."""
         try:
-            return read_image(self.files_root / self.names[index], self.exif)
+            return self._read_file(self.names[index])
         except UserError as error:
             if not self.skips_broken:
                 raise
@@ -274,7 +267,7 @@ class FileImages(Images):
         of_class = np.flatnonzero(self.labels == self.labels[index])
         for other in np.roll(of_class, -1 - int(np.searchsorted(of_class, index)))[:-1]:
             try:
-                image = read_image(self.files_root / self.names[other], self.exif)
+                image = self._read_file(self.names[other])
             except UserError:
                 continue
             if index not in self._reported:
@@ -284,46 +277,26 @@ class FileImages(Images):
         raise UserError(f"{problem}; no image of its class can be read")
 
 
-def file_sizes(paths: list[str]) -> list[int]:
-    """Return the bytes of files, −1 of one that is not there: reading it will name it."""
-    sizes = []
-    for path in paths:
-        try:
-            sizes.append(os.stat(path).st_size)
-        except OSError:
-            sizes.append(-1)
-    return sizes
-
-
-def file_start(path: str) -> bytes:
-    """Return the first bytes of a file, none of one that cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(HASHED_BYTES)
-    except OSError:
-        return b""
-
-
-class ImageFolder(FileImages):
-    """A folder with one sub-folder of images per class, or of images alone, which are one class.
+class ListedImages(FileImages):
+    """A split of the images of a place.
 
     Args:
         image_size: px per side; None is inferred from the images (`ddt.data.survey`).
         holdout_every: every so-many-th image is held out as "test"; 0: none.
         channels: 3 reads RGB, 1 grey; None is inferred.
-        num_classes: how many classes the folder should have, for a hint; None: any.
+        num_classes: how many classes there should be, for a hint; None: any.
         exif: whether an EXIF rotation is applied; ADM and the published models ignore it.
         horizontal_flip: train on mirror images, too, each with probability ½.
         skip_broken: let the next image of its class stand in for one that cannot be read.
 
-    Raises UserError as `list_folder` does.
+    Raises UserError as `Place.list` does.
     """
 
     inferable = ("image_size", "channels")
 
     def __init__(
         self,
-        root: str,
+        place: Place,
         image_size: int | None,
         split: Split = "train",
         holdout_every: int = 20,
@@ -338,29 +311,56 @@ class ImageFolder(FileImages):
             holdout_every == 0 or 2 <= holdout_every <= MANY,
             f"data.holdout_every={holdout_every}: must be 0 or at least 2, and at most {MANY:,}",
         )
-        listed = list_folder(root)
+        self.place, listed = place, place.list()
         sizes = {"image_size": image_size, "channels": channels}
-        self.inferred = {name: getattr(survey(root), name) for name, value in sizes.items() if value is None}
+        self.inferred = {name: getattr(survey(place), name) for name, value in sizes.items() if value is None}
         self.hints = tuple(listing_hints(listed, holdout_every, num_classes))
         self.flips = 2 if horizontal_flip else 1
         chosen = np.flatnonzero(held_out(len(listed.labels), holdout_every) == (split == "test"))
         names, labels = [listed.names[i] for i in chosen], listed.labels[chosen]
         super().__init__(
-            Path(root), names, labels, listed.class_names, **{**sizes, **self.inferred}, exif=exif,
+            listed.source, names, labels, listed.class_names, **{**sizes, **self.inferred}, exif=exif,
             skip_broken=skip_broken,
         )  # fmt: skip
 
     def log_summary(self, patch_size: int) -> None:
         if self.inferred:
-            log_folder_summary(str(self.files_root), self.image_size, self.channels, patch_size)
+            log_folder_summary(self.place, self.image_size, self.channels, patch_size)
 
     def log_hints(self) -> None:
         super().log_hints()
-        seen = survey(str(self.files_root))
+        seen = survey(self.place)
         if seen.num_opened < len(seen.listed.names):
             log.info("of %s images, evenly spread:", f"{seen.num_opened:,}")
         for hint in header_hints(seen.headers, self.image_size, self.channels, self.exif):
             log.info("hint: %s", hint)
 
     def check_contents(self, aligned: bool, pixels: bool) -> None:
-        report_broken(str(self.files_root), self.skips_broken)
+        report_broken(self.place, self.skips_broken)
+
+
+class ImageFolder(ListedImages):
+    """A folder with one sub-folder of images per class, or of images alone, which are one class.
+
+    labels, class_names: files that give the classes in place of the sub-folders, and their order
+    (`ddt.data.labels`). The other arguments are those of `ListedImages`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int | None,
+        split: Split = "train",
+        holdout_every: int = 20,
+        channels: Literal[1, 3] | None = 3,
+        num_classes: int | None = None,
+        exif: Exif = "ignore",
+        horizontal_flip: bool = False,
+        skip_broken: bool = False,
+        labels: str | None = None,
+        class_names: str | None = None,
+    ) -> None:
+        super().__init__(
+            FolderPlace(root, labels, class_names), image_size, split, holdout_every, channels, num_classes, exif,
+            horizontal_flip, skip_broken,
+        )  # fmt: skip

@@ -34,7 +34,7 @@ from ddt.autoencoder import Autoencoder
 from ddt.data.images import FileImages, Images, Split
 from ddt.data.listing import class_count_hints
 from ddt.data.manifest import DAMAGED, Row, check_size, read_manifest
-from ddt.data.survey import spread
+from ddt.data.source import Folder, spread
 from ddt.errors import UserError, first_line, require
 from ddt.files import read_record, sha256, write_json
 from ddt.objective.alignment import CachedFeatures
@@ -365,8 +365,9 @@ class LatentCache(Images):
             f"data.root={self.root}: holds no pixels, which the alignment target needs; cache with store_images=true",
         )
         root, rows = Path(self.source_root or stored), self._rows()
+        source = Folder(root)
         if root.is_dir():
             for k in spread(len(rows), 64):  # a sample is enough to notice another folder
-                check_size(root / rows[k].path, rows[k].bytes)
+                check_size(source, rows[k].path, rows[k].bytes)
         names, exif = [row.path for row in rows], self.index["source"].get("exif", "ignore")
-        return FileImages(root, names, self.labels, self.class_names, self.image_size, self.channels, exif)
+        return FileImages(source, names, self.labels, self.class_names, self.image_size, self.channels, exif)

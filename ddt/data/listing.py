@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import features
 
+from ddt.data.source import Folder, Source
 from ddt.errors import UserError, require
 
 OPTIONAL_SUFFIXES = {".webp": "webp", ".avif": "avif", ".jp2": "jpg_2000", ".j2k": "jpg_2000"}  # Pillow's features
@@ -35,7 +36,7 @@ class FolderList:
     """The images of a folder.
 
     left_out: number of entries that are not read, by suffix or by what they are. nested: names of
-    the sub-folders with images of each class that has no other images.
+    the sub-folders with images of each class that has no other images. source: where they lie.
     """
 
     class_names: list[str]
@@ -43,6 +44,7 @@ class FolderList:
     labels: np.ndarray  # (n,) int64
     left_out: Counter[str]
     nested: dict[str, list[str]]
+    source: Source
 
 
 def in_words(counts: Counter[str]) -> str:
@@ -64,6 +66,11 @@ def identity(path: str | Path) -> tuple[int, int]:
     """Return what is the same for all paths of a folder."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
+
+
+def folders_above(folder: Path) -> frozenset[tuple[int, int]]:
+    """Return the identities of a folder and of those that hold it."""
+    return frozenset(map(identity, (folder.resolve(), *folder.resolve().parents)))
 
 
 def read_folder(path: str, above: frozenset[tuple[int, int]], left_out: Counter[str]) -> tuple[list[str], list[str]]:
@@ -113,13 +120,12 @@ def list_folder(root: str, key: str = "data.root") -> FolderList:
     key: the setting of `root`, for messages. Raises UserError for a missing folder, one whose
     sub-folders are splits, images beside sub-folders, and a class without images.
     """
-    folder = Path(root)
+    folder, left_out = Path(root), Counter[str]()
     require(
         root != "" and folder.is_dir(),
         f"{key}={root}: no such folder; give the one with a sub-folder of images per class",
     )
-    left_out = Counter[str]()
-    above = frozenset(map(identity, (folder.resolve(), *folder.resolve().parents)))
+    above = folders_above(folder)
     classes, beside = read_folder(root, above, left_out)
     not_read = f" (not read: {in_words(left_out)})" if left_out else ""
     require(bool(classes or beside), f"{key}={root}: holds no images and no sub-folders of images{not_read}")
@@ -150,7 +156,18 @@ def list_folder(root: str, key: str = "data.root") -> FolderList:
     if len(classes) == 1 and classes[0] in nested:
         check_splits(folder / classes[0], key, nested[classes[0]])
     labels = np.repeat(np.arange(len(sizes)), sizes)
-    return FolderList(classes or [folder.resolve().name], names, labels, left_out, nested)
+    return FolderList(classes or [folder.resolve().name], names, labels, left_out, nested, Folder(folder))
+
+
+def walk_folder(root: str, key: str = "data.root") -> tuple[list[str], Counter[str]]:
+    """Return the images of a folder at any depth, in the order of their paths, and how many entries
+    are not read; raise UserError where there are none.
+    """
+    folder, left_out = Path(root), Counter[str]()
+    require(root != "" and folder.is_dir(), f"{key}={root}: no such folder; give the one with the images")
+    names = list(walk(root, folders_above(folder), left_out))
+    require(bool(names), f"{key}={root}: holds no images")
+    return names, left_out
 
 
 def check_splits(folder: Path, key: str, names: list[str]) -> None:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ddt.data.images import Images
 from ddt.data.reading import Header, read_header, read_image
+from ddt.data.source import Source
 from ddt.data.stream import lost_process
 from ddt.data.survey import Headers, header_hints, shortened
 from ddt.errors import UserError, require
@@ -68,17 +69,17 @@ def read_broken(out: Path) -> set[str]:
         return {row["path"] for row in csv.DictReader(file)}
 
 
-def inspect_image(root: Path, decode: bool, name: str) -> dict[str, Any]:
+def inspect_image(source: Source, decode: bool, name: str) -> dict[str, Any]:
     """Return the manifest columns of a file, or `broken`: why it cannot be read.
 
     decode: read the pixels too, for only that finds a file that was cut.
     """
-    path = root / name
+    path = source.root / name
     try:
-        size, header = path.stat().st_size, read_header(path)
+        size, header = source.size(name), read_header(path, source.open(name))
         if decode:
-            read_image(path)
-    except (OSError, UserError) as error:
+            read_image(path, file=source.open(name))
+    except UserError as error:
         return {"broken": str(error).removeprefix(f"{path}: ")}
     return {
         "bytes": size,
@@ -91,12 +92,12 @@ def inspect_image(root: Path, decode: bool, name: str) -> dict[str, Any]:
 
 def inspect_images(images: Images, num_workers: int, decode: bool) -> Iterator[dict[str, Any]]:
     """Yield the manifest columns of each image, in order."""
-    if images.files_root is None:  # images in memory
+    if images.source is None:  # images in memory
         side = images.image_size
         columns = {"bytes": images.channels * side**2, "width": side, "height": side, "mode": "", "rotated": 0}
         yield from itertools.repeat(columns, len(images.labels))
         return
-    inspect = functools.partial(inspect_image, images.files_root, decode)
+    inspect = functools.partial(inspect_image, images.source, decode)
     if num_workers == 0:
         yield from map(inspect, images.names)
         return
@@ -219,9 +220,10 @@ def check_manifest(out: Path, manifest: list[Row], splits: dict[str, Images]) ->
     )
 
 
-def check_size(path: Path, size: int) -> None:
-    """Raise UserError where a file is missing or not of its `size` in the manifest."""
+def check_size(source: Source, name: str, size: int) -> None:
+    """Raise UserError where an image is missing or not of its `size` in the manifest."""
     require(
-        path.is_file() and path.stat().st_size == size,
-        f"{path}: is not the file that manifest.csv was written of; give the right folder, or cache into another out=",
+        source.size(name) == size,
+        f"{source.root / name}: is not the file that manifest.csv was written of; give the right folder, or cache into "
+        "another out=",
     )

@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import re
 import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -26,12 +27,14 @@ UNREADABLE = (
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path, file: IO[bytes] | None = None) -> Iterator[Image.Image]:
     """Open an image, whose pixels are not decoded yet; raise UserError naming a file that cannot be
     read or used, by then or within the block.
+
+    file: its content, where `path` is only its name.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file or path) as image:
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise UserError(f"{path}: is {image.width}×{image.height}, too elongated to crop; replace or remove it")
             if image.mode in ("I", "F") and num_bits(image) != 16:
@@ -40,7 +43,8 @@ def opened(path: Path) -> Iterator[Image.Image]:
     except UserError:
         raise
     except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable image ({first_line(error)}); replace or remove it") from error
+        problem = re.sub(r" <[^>]*>", "", first_line(error))  # Pillow's name of a file in memory
+        raise UserError(f"{path}: not a readable image ({problem}); replace or remove it") from error
 
 
 def num_bits(image: Image.Image) -> int:
@@ -63,14 +67,14 @@ def is_rotated(image: Image.Image) -> bool:
         return False
 
 
-def read_image(path: Path, exif: Exif = "ignore") -> Image.Image:
+def read_image(path: Path, exif: Exif = "ignore", file: IO[bytes] | None = None) -> Image.Image:
     """Return a decoded image as RGB; raise UserError naming a file that cannot be read.
 
     Grey, palette and CMYK images are converted, deeper ones keep their upper 8 bits, transparency
     is dropped and, with exif="ignore", an EXIF rotation is not applied, as in ADM's reader: the
-    reference statistics are of the same pixels.
+    reference statistics are of the same pixels. file: as for `opened`.
     """
-    with opened(path) as image:
+    with opened(path, file) as image:
         bits, transparent = num_bits(image), "transparency" in image.info
         turned = ImageOps.exif_transpose(image) if exif == "apply" and is_rotated(image) else image
         if bits > 8:
@@ -104,11 +108,11 @@ class Header:
     rotated: bool
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, file: IO[bytes] | None = None) -> Header:
     """Return the header of an image; raise UserError naming a file that cannot be opened or used.
 
-    A file that was cut is only found by `read_image`.
+    A file that was cut is only found by `read_image`. file: as for `opened`.
     """
-    with opened(path) as image:
+    with opened(path, file) as image:
         mode = f"{image.mode}+transparency" if "transparency" in image.info else image.mode
         return Header(image.size, mode, is_rotated(image))

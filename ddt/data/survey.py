@@ -7,28 +7,23 @@ import functools
 import logging
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from ddt.config import Choice, locate
-from ddt.data.listing import FolderList, in_words, layout_hints, list_folder, shortened
+from ddt.data.listing import FolderList, in_words, layout_hints, shortened
 from ddt.data.reading import GREY_MODES, Exif, Header, read_header, read_image
+from ddt.data.source import spread
 from ddt.errors import UserError, require
 
 log = logging.getLogger(__name__)
-MAX_OPENED = 20_000  # images whose header is read, evenly spread over a larger folder
 MAX_PIXELS = 300e6  # of the images that are decoded, evenly spread: seconds
 SMALL = 64  # px per side: square images up to this keep their size
 USUAL_SIZE = 32  # px per side of all others: what two CPU cores learn something of in ten minutes
 MAX_GRID = 8  # patches per side, likewise
 PATCH_OF_LATENTS = 2
 FEW_IMAGES, FEW_OF_A_CLASS = 1_000, 20
-
-
-def spread(count: int, limit: int) -> np.ndarray:
-    """Return the indices of at most `limit` of `count` images, evenly spread."""
-    return np.linspace(0, count - 1, min(count, limit)).astype(np.int64)
 
 
 def held_out(count: int, holdout_every: int) -> np.ndarray:
@@ -51,8 +46,8 @@ class Headers:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """A folder's images, the headers of up to `MAX_OPENED` of them, and the problem of each that
-    cannot be read, by name. num_decoded: images whose pixels were read.
+    """A data set's images, the headers of up to `Source.max_surveyed` of them, and the problem of
+    each that cannot be read, by name. num_decoded: images whose pixels were read.
     """
 
     listed: FolderList
@@ -75,28 +70,41 @@ class Survey:
         return 1 if all(mode in GREY_MODES for mode in self.headers.modes) else 3
 
 
-@functools.cache
-def survey(root: str) -> Survey:
-    """Read headers of a folder's images, and pixels of as many as take seconds, once per process.
+class Place(Protocol):
+    """The settings that say which images there are. Hashable: a place is surveyed once."""
 
-    Raises UserError as `list_folder`, and where no image can be opened.
+    @property
+    def root(self) -> str: ...
+
+    def __hash__(self) -> int: ...
+
+    def list(self) -> FolderList:
+        """Return the images with their classes; UserError where there are none."""
+
+
+@functools.cache
+def survey(place: Place) -> Survey:
+    """Read headers of a data set's images, and pixels of as many as take seconds, once per process.
+
+    Raises UserError as `Place.list`, and where no image can be opened.
     """
-    listed, folder = list_folder(root), Path(root)
+    listed, root = place.list(), place.root
+    source = listed.source
 
     def header_or_problem(name: str) -> Header | str:
         try:
-            return read_header(folder / name)
+            return read_header(source.root / name, source.open(name))
         except UserError as error:
             return str(error)
 
     def problem(name: str) -> str | None:
         try:
-            read_image(folder / name)
+            read_image(source.root / name, file=source.open(name))
         except UserError as error:
             return str(error)
         return None
 
-    chosen = [listed.names[k] for k in spread(len(listed.names), MAX_OPENED)]
+    chosen = [listed.names[k] for k in spread(len(listed.names), source.max_surveyed)]
     headers, broken = Headers(), {}
     with ThreadPoolExecutor() as pool:
         found = dict(zip(chosen, pool.map(header_or_problem, chosen), strict=True))
@@ -153,9 +161,9 @@ def infer_settings(model: Choice, data: Choice, autoencoder: Choice) -> tuple[Ch
     )
 
 
-def log_folder_summary(root: str, image_size: int, channels: int, patch_size: int) -> None:
+def log_folder_summary(place: Place, image_size: int, channels: int, patch_size: int) -> None:
     """Log what a folder holds and what is trained on it."""
-    surveyed = survey(root)
+    surveyed, root = survey(place), place.root
     listed, sizes = surveyed.listed, surveyed.headers.sizes
     classes = len(listed.class_names)
     small, large = (pick(sizes, key=lambda size: size[0] * size[1]) for pick in (min, max))
@@ -168,11 +176,11 @@ def log_folder_summary(root: str, image_size: int, channels: int, patch_size: in
     )
 
 
-def report_broken(root: str, skip_broken: bool) -> None:
+def report_broken(place: Place, skip_broken: bool) -> None:
     """Raise UserError where the survey of a folder found images that cannot be read; with
     `skip_broken` warn.
     """
-    surveyed = survey(root)
+    surveyed = survey(place)
     if not surveyed.broken:
         return
     count, first = len(surveyed.broken), next(iter(surveyed.broken.values()))
@@ -188,19 +196,22 @@ def report_broken(root: str, skip_broken: bool) -> None:
 def listing_hints(listed: FolderList, holdout_every: int, num_classes: int | None) -> list[str]:
     """Return hints on a folder's layout and its number of images. num_classes: expected."""
     lines = layout_hints(listed, num_classes)
-    total, class_sizes = len(listed.names), np.bincount(listed.labels)
+    total, class_sizes = len(listed.names), np.bincount(listed.labels, minlength=len(listed.class_names))
     if total < FEW_IMAGES:
         lines.append(
             f"{total} images are few: the network will memorise them. Some thousand are a start; with fewer, begin "
             "from a trained model (experiment=finetune) and look at the nearest training images of its samples "
             "(nearest.png of evaluate.py)"
         )
-    few = [k for k in np.argsort(class_sizes, kind="stable") if class_sizes[k] < FEW_OF_A_CLASS]
+    empty = [listed.class_names[k] for k in np.flatnonzero(class_sizes == 0)]  # of a list of classes
+    if empty:
+        lines.append(f"{len(empty)} of {len(class_sizes)} classes have no images: {shortened(empty)}")
+    few = [k for k in np.argsort(class_sizes, kind="stable") if 0 < class_sizes[k] < FEW_OF_A_CLASS]
     if few and len(class_sizes) > 1:
         shown = shortened([f"{listed.class_names[k]} ({class_sizes[k]})" for k in few])
         lines.append(f"classes of fewer than {FEW_OF_A_CLASS} images: {shown}")
     trained = np.bincount(listed.labels[~held_out(total, holdout_every)], minlength=len(class_sizes))
-    untrained = [listed.class_names[k] for k in np.flatnonzero(trained == 0)]
+    untrained = [listed.class_names[k] for k in np.flatnonzero((trained == 0) & (class_sizes > 0))]
     if untrained:
         lines.append(
             f"{shortened(untrained)}: the only image is held out for validation; add images, or give "

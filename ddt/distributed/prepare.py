@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ddt.errors import UserError, require
@@ -25,10 +25,11 @@ Value = TypeVar("Value")
 FORWARD_METHODS = ("encode", "decode", "forward_with_hidden")
 
 
-def make_accelerator(mixed_precision: str, timeout: datetime.timedelta | None = None) -> Accelerator:
+def make_accelerator(timeout: datetime.timedelta | None = None) -> Accelerator:
     """Return the Accelerator of this process: its GPU, or the CPU (gloo between processes).
 
-    timeout: of processes that wait for each other; None: torch's default.
+    Precision is left to `ddt.precision`, which knows fp16 on a CPU too. timeout: of processes that
+    wait for each other; None: torch's default.
     """
     for name in ("USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "DYNAMO_BACKEND"):
         require(
@@ -36,10 +37,9 @@ def make_accelerator(mixed_precision: str, timeout: datetime.timedelta | None = 
             f"ACCELERATE_{name}: is not supported; take it out of Accelerate's configuration (to shard: "
             "trainer.parallelism=fsdp)",
         )
-    precision = "bf16" if mixed_precision == "bf16" else "no"
     handlers = [] if timeout is None else [InitProcessGroupKwargs(timeout=timeout)]
     return Accelerator(
-        mixed_precision=precision,
+        mixed_precision="no",
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=handlers,
         # the loop divides losses itself; as a plugin, the environment of accelerate launch does not
@@ -90,7 +90,7 @@ def broadcast_weights(module: nn.Module, accelerator: Accelerator) -> None:
 
 
 def prepare(objective: Any, accelerator: Accelerator, parallelism: Literal["ddp", "fsdp"]) -> nn.Module:
-    """Return the objective under DDP or FSDP2 and the run's autocast.
+    """Return the objective under DDP or FSDP2.
 
     Raises UserError where one process is to shard.
     """
@@ -101,28 +101,14 @@ def prepare(objective: Any, accelerator: Accelerator, parallelism: Literal["ddp"
         "trainer.parallelism=fsdp: needs several processes to shard among; set trainer.num_processes, or leave it out",
     )
     shard(objective.denoiser)  # from the CPU: one GPU may not hold the whole
-    fully_shard(objective)
-    return Autocast(objective, accelerator)
-
-
-class Autocast(nn.Module):
-    """Calls a sharded module under the run's autocast, as Accelerate does for DDP."""
-
-    def __init__(self, module: Any, accelerator: Accelerator) -> None:
-        super().__init__()
-        self.module, self.accelerator = module, accelerator
-
-    def forward(self, **batch: Any) -> dict[str, Tensor]:
-        """Return the losses of a batch."""
-        with self.accelerator.autocast():
-            return self.module(**batch)
+    return fully_shard(objective)
 
 
 @contextlib.contextmanager
 def micro_batch(model: nn.Module, accelerator: Accelerator, last: bool) -> Iterator[None]:
     """Context of a micro-batch's forward and backward; only a step's last exchanges gradients."""
-    if isinstance(model, Autocast):
-        model.module.set_requires_gradient_sync(last)
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
         yield
     else:
         with contextlib.nullcontext() if last else accelerator.no_sync(model):

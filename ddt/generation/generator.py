@@ -5,7 +5,6 @@ Shapes: B batch, C H W latent (latents) or image (pixels).
 
 import contextlib
 import dataclasses
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,25 +13,19 @@ from torch import Tensor, nn
 from ddt.autoencoder import Autoencoder
 from ddt.draws import noise_of
 from ddt.model import Denoiser
+from ddt.precision import HALF_TYPES, Dtype, autocast
 from ddt.sampling.sample import Observer, sample_latents
 from ddt.sampling.settings import SamplerSettings
 from ddt.sampling.sharing import CACHE_BYTES
 
-Dtype = Literal["bf16", "fp32"]
 
-
-def default_dtype(device: torch.device) -> Dtype:
-    """Return the default precision of networks on a device."""
-    return "bf16" if device.type == "cuda" else "fp32"
-
-
-def cast_weights(model: nn.Module) -> None:
-    """Cast linears and convolutions in place to bfloat16, as autocast does at every call: the same
-    bits under autocast in half the memory. Norms and embedding tables stay float32.
+def cast_weights(model: nn.Module, dtype: Dtype) -> None:
+    """Cast linears and convolutions in place to a 16-bit type, as autocast does at every call: the
+    same bits under autocast in half the memory. Norms and embedding tables stay float32.
     """
     for layer in model.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            layer.to(torch.bfloat16)
+        if isinstance(layer, nn.Linear | nn.Conv2d) and dtype in HALF_TYPES:
+            layer.to(HALF_TYPES[dtype])
 
 
 def check_finite(
@@ -56,7 +49,7 @@ class Generator:
     autoencoder: Autoencoder
     shape: tuple[int, int, int]  # (C, H, W) of a latent
     settings: SamplerSettings  # `recompute` resolved by `fitting.resolve_recompute` before sampling
-    dtype: Dtype  # bf16: networks and autoencoder run under autocast
+    dtype: Dtype  # bf16, fp16: networks and autoencoder run under autocast
     device: torch.device
     guide: Denoiser | None = None  # the weaker network of autoguidance
     cache_bytes: float = CACHE_BYTES
@@ -65,12 +58,12 @@ class Generator:
 
     def autocast(self) -> torch.autocast:
         """Return the autocast context of networks and autoencoder; each thread enters its own."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16")
+        return autocast(self.device, self.dtype)
 
     def exact(self) -> contextlib.AbstractContextManager[None]:
         """Return the context in which equal calls give equal bits, and fp32 means no TF32."""
         return torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=self.dtype == "bf16"
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=self.dtype in HALF_TYPES
         )
 
     def latents(self, classes: list[int], seeds: list[int]) -> tuple[Tensor, dict[str, int]]:

@@ -9,7 +9,8 @@ from ddt.autoencoder import Autoencoder, autoencoder_class, build_autoencoder
 from ddt.checkpoint import format as ckpt
 from ddt.distributed.compile import compile_blocks
 from ddt.errors import UserError, require
-from ddt.generation.generator import Dtype, Generator, cast_weights, default_dtype
+from ddt.generation.generator import Generator, cast_weights
+from ddt.precision import Dtype, choose_dtype
 from ddt.sampling.guidance import check_guided
 from ddt.sampling.settings import SamplerSettings
 
@@ -67,15 +68,14 @@ def load_generator(
 ) -> Generator:
     """Load a checkpoint's network and a guide's; `autoencoder` is of `stored_autoencoder`.
 
-    dtype None: the device's default. Raises UserError for files that are missing or damaged.
+    dtype: see `choose_dtype`. Raises UserError for files that are missing or damaged.
     """
+    dtype = choose_dtype(dtype, device)
     model = ckpt.load_model(folder, weights)
     guide_model = None if guide is None else ckpt.load_model(guide)
-    dtype = dtype or default_dtype(device)
     for network in filter(None, (model, guide_model)):
         network.to(device)
-        if dtype == "bf16":
-            cast_weights(network)
+        cast_weights(network, dtype)
         if compiled:
             compile_blocks(network, dynamic=True)  # batches of B and 2B, and a smaller last one
     return Generator(

@@ -44,7 +44,7 @@ def sample_share(
     settings: SampleSettings, folder: Path, guide: Path | None, sampler: SamplerSettings, images: ImageSet
 ) -> None:
     """Load the networks and sample this process's share of the images."""
-    accelerator = make_accelerator("no", timeout=datetime.timedelta(days=1))  # one GPU may be hours behind another
+    accelerator = make_accelerator(timeout=datetime.timedelta(days=1))  # one GPU may be hours behind another
     device = accelerator.device
     compile_default = device.type == "cuda" and len(images.seeds) >= COMPILE_FROM
     generator = load_generator(

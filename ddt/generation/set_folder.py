@@ -17,11 +17,12 @@ import torch
 
 from ddt.errors import require
 from ddt.files import find_record, read_json, read_record, sha256, write_json
-from ddt.generation.generator import Dtype, Generator
+from ddt.generation.generator import Generator
 from ddt.generation.image_set import ImageSet, write_numbers
 from ddt.generation.part_files import PARTS, remove_damaged, rows, sampled_numbers
 from ddt.generation.receipt import RECEIPT, is_receipt_of
 from ddt.pictures import image_grid, readable, write_png
+from ddt.precision import Dtype
 from ddt.sampling.fitting import resolve_recompute
 from ddt.sampling.settings import SamplerSettings
 
@@ -124,8 +125,8 @@ def open_set(
         content = {"request": request, "recompute_steps": settings.recompute, "warnings": warnings}
         write_json(path, {**content, "checksum": plan_checksum(content)})
     remove_damaged(path.parent)
-    content = read_json(path)
-    return Plan(content["recompute_steps"], content["warnings"], sampled_numbers(path.parent).tolist())
+    plan = read_json(path)
+    return Plan(plan["recompute_steps"], plan["warnings"], sampled_numbers(path.parent).tolist())
 
 
 def finish_set(out: Path, receipt: dict[str, Any], images: ImageSet, class_names: list[str]) -> None:

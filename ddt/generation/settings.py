@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from ddt.config import parse, shown
 from ddt.errors import UserError, require, require_count
-from ddt.generation.generator import Dtype
 from ddt.generation.image_set import SEED_STRIDE, ImageSet, Numbers, image_set
+from ddt.precision import Dtype
 from ddt.sampling.fitting import check_fitted
 from ddt.sampling.schedules import read_schedule
 from ddt.sampling.settings import LastStep, SamplerSettings

@@ -51,7 +51,7 @@ class EvaluateSettings:
 def run(settings: EvaluateSettings, data: Choice | None, samples: StoredImages) -> None:
     """Load everything, measure, and log the metrics; every process calls it."""
     assert settings.features is not None
-    accelerator = make_accelerator("no", timeout=datetime.timedelta(days=1))  # main's metrics may take hours
+    accelerator = make_accelerator(timeout=datetime.timedelta(days=1))  # main's metrics may take hours
     reference, extractor = load_reference(settings.reference, data, settings.features, accelerator.device)
     out = samples.default_out if settings.out is None else Path(settings.out)
     metrics = evaluate(samples, reference, extractor, out, accelerator, settings.pr_dtype)

@@ -57,7 +57,7 @@ class ReferenceStatisticsSettings:
 def write_reference_statistics(settings: ReferenceStatisticsSettings, command: str) -> None:
     """Measure the images on all processes and write the file. command: for its receipt."""
     assert settings.features is not None
-    accelerator = make_accelerator("no", timeout=datetime.timedelta(days=1))
+    accelerator = make_accelerator(timeout=datetime.timedelta(days=1))
     images, data = settings.data.build(split=settings.split), settings.choices["data"]
     images.require_pixels()
     require(images.flips == 1 or images.has_latents, "data.horizontal_flip=true: has no effect here; leave it out")

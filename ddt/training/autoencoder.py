@@ -21,8 +21,8 @@ from ddt.autoencoder import KLAutoencoder
 from ddt.autoencoder.base import from_uint8
 from ddt.config import Choice
 from ddt.data.images import Images
+from ddt.data.source import spread
 from ddt.data.stream import MAX_BATCH, TrainingStream
-from ddt.data.survey import spread
 from ddt.errors import MANY, require, require_count
 from ddt.files import atomic_folder, check_new, fsync, reset_permissions, write_json
 from ddt.pictures import image_grid, write_png

@@ -32,6 +32,7 @@ from ddt.model.layers import MAX_SIZES, PRODUCTS, BlockStack, Checkpointing, pos
 from ddt.objective import Objective
 from ddt.objective.alignment import REPA, Alignment, Dispersive
 from ddt.objective.alignment_target import Target
+from ddt.precision import HALF_TYPES
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.ema import ema_rules
@@ -131,9 +132,9 @@ class Recipe:
     num_samples: int
 
     @property
-    def bf16(self) -> bool:
-        """Whether the network computes in bf16."""
-        return self.trainer.mixed_precision == "bf16"
+    def half(self) -> bool:
+        """Whether the network computes in 16 bits."""
+        return self.trainer.mixed_precision in HALF_TYPES
 
     @property
     def checkpointing(self) -> Checkpointing:
@@ -216,23 +217,25 @@ def count(module: Any) -> int:
 
 def choose_rate(settings: EstimateSettings, recipe: Recipe) -> Rate:
     """Return the measured rate, or else an assumed one; never a mixture."""
-    memory, dtype = settings.memory_gb, "bf16" if recipe.bf16 else "fp32"
+    memory, dtype = settings.memory_gb, recipe.trainer.mixed_precision if recipe.half else "fp32"
     if settings.measured is None:
         return assumed_rate(settings.device or "H100", 0.4 if settings.share is None else settings.share, memory, dtype)
     return measured_rate(settings.measured, memory, dtype, settings.choices["model"] or "", recipe.target is not None)
 
 
 def assumed_rate(device: str, share: float, memory_gb: float | None, dtype: str) -> Rate:
-    """Return a share of the data-sheet rate in `throughput.PEAKS`, which is of bf16.
+    """Return a share of the data-sheet rate in `throughput.PEAKS`, which is of bf16 and
+    fp16.
 
     Raises UserError for another device or share.
     """
     require(device in PEAKS, f"device={device}: its rate is not known here; choose from {', '.join(PEAKS)}")
     require(0 < share <= 1, f"share={share:g}: must lie in 0..1, a share of the data sheet's rate such as 0.4")
     memory = MEMORY[device] if memory_gb is None else memory_gb * 1e9
-    if dtype != "bf16":
-        return Rate(None, None, memory, f"not known: {device}'s data sheet tells of bf16; give measured=FILE", False)
-    text = f"ASSUMED: {share:.0%} of {device}'s data-sheet rate ({si(PEAKS[device], 'FLOP/s')}, bf16); not measured"
+    if dtype not in HALF_TYPES:
+        text = f"not known: {device}'s data sheet tells of bf16 and fp16; give measured=FILE"
+        return Rate(None, None, memory, text, False)
+    text = f"ASSUMED: {share:.0%} of {device}'s data-sheet rate ({si(PEAKS[device], 'FLOP/s')}, {dtype}); not measured"
     return Rate(share * PEAKS[device], share * PEAKS[device], memory, text, False)
 
 
@@ -329,7 +332,7 @@ class Products(TorchDispatchMode):
         return out
 
 
-def saved_bytes(module: nn.Module, bf16: bool, make_inputs: Callable[[], tuple[Tensor, ...]], **others: Any) -> int:
+def saved_bytes(module: nn.Module, half: bool, make_inputs: Callable[[], tuple[Tensor, ...]], **others: Any) -> int:
     """Return the bytes that autograd saves in a forward of a module, weights and casts included.
 
     Nothing is computed: parameters and inputs are fake tensors. Operators are those of the CPU; a
@@ -346,13 +349,13 @@ def saved_bytes(module: nn.Module, bf16: bool, make_inputs: Callable[[], tuple[T
         parameters = {name: torch.empty(p.shape, requires_grad=True) for name, p in module.named_parameters()}
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+            torch.autocast("cpu", torch.bfloat16, enabled=half),
         ):
             torch.func.functional_call(module, parameters, make_inputs(), others)
     return sum(size for size, _ in saved.values())
 
 
-def activation_bytes(objective: Objective, shape: tuple[int, int, int], bf16: bool) -> int:
+def activation_bytes(objective: Objective, shape: tuple[int, int, int], half: bool) -> int:
     """Return the bytes per image held between forward and backward pass; shape: (C, H, W) latent.
 
     The difference of two batches, so what does not grow with the batch is left out. With activation
@@ -374,7 +377,7 @@ def activation_bytes(objective: Objective, shape: tuple[int, int, int], bf16: bo
             classes = torch.zeros(batch, dtype=torch.long)
             return latents, classes, latents, times, times, torch.empty(batch, tokens, channels)
 
-        return saved_bytes(objective, bf16, inputs)
+        return saved_bytes(objective, half, inputs)
 
     def of_block(batch: int, stack: BlockStack, products: bool) -> int:
         last, size = copy.deepcopy(stack.blocks[-1]), denoiser.hidden_size
@@ -382,7 +385,7 @@ def activation_bytes(objective: Objective, shape: tuple[int, int, int], bf16: bo
         per_token = denoiser.shares_encoder and stack is denoiser.stacks[-1]
         c = (batch, height * width if per_token else 1, size)
         with Products() as returned:
-            saved = saved_bytes(last, bf16, lambda: (torch.empty(batch, height * width, size), torch.empty(c)), at=at)
+            saved = saved_bytes(last, half, lambda: (torch.empty(batch, height * width, size), torch.empty(c)), at=at)
         return returned.bytes if products else saved
 
     def per_image(function: Callable[..., int], *arguments: Any) -> int:
@@ -415,10 +418,10 @@ def memory(recipe: Recipe) -> dict[str, float]:
         # DDP has buckets of its own; FSDP gathers the next block beside the present one
         "buckets of DDP": FLOAT * trained if recipe.gpus > 1 and not sharded else 0,
         "gathered by FSDP": FLOAT * (outside_blocks(recipe.objective) + 3 * block) if sharded else 0,
-        "bf16 copies of weights": HALF * sum(map(count, cast)) if recipe.bf16 else 0,
+        "16-bit copies of weights": HALF * sum(map(count, cast)) if recipe.half else 0,
         "alignment target": FLOAT * count(recipe.target and recipe.target.network),
         "autoencoder": FLOAT * count(recipe.autoencoder.network),
-        "activations": micro * activation_bytes(recipe.objective, recipe.shape, recipe.bf16),
+        "activations": micro * activation_bytes(recipe.objective, recipe.shape, recipe.half),
     }
     rounded = {name: math.ceil(size) for name, size in sizes.items()}
     return {**rounded, "total": sum(rounded.values())}
@@ -443,7 +446,7 @@ def ways_to_fit(recipe: Recipe, needed: dict[str, float], limit: float) -> str:
         ways.append(f"trainer.micro_batch_size={smaller}")
     kinds: dict[Checkpointing, tuple[Checkpointing, ...]] = {False: ("selective", True), "selective": (True,), True: ()}
     for kind in kinds[recipe.checkpointing]:
-        size = largest(activation_bytes(with_checkpointing(recipe.objective, kind), recipe.shape, recipe.bf16))
+        size = largest(activation_bytes(with_checkpointing(recipe.objective, kind), recipe.shape, recipe.half))
         if size:
             with_it = "" if size == micro else f" trainer.micro_batch_size={size}"
             ways.append(f"model.activation_checkpointing={str(kind).lower()}{with_it}")

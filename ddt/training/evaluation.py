@@ -24,6 +24,7 @@ from ddt.metrics.features import Extractor, extract
 from ddt.metrics.reference import Reference, check_reference
 from ddt.metrics.scores import Prepared, prepare, score
 from ddt.model import Denoiser
+from ddt.precision import Dtype
 from ddt.receipts import without_paths
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.settings import metric_suffix
@@ -75,7 +76,7 @@ class OnlineSamples:
     sampler: SamplerSettings
     num_samples: int
     batch_size: int
-    dtype: str
+    dtype: Dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ class OnlineEvaluation:
         """
         generator = Generator(
             model, self.samples.autoencoder, self.samples.shape, self.samples.sampler,
-            "bf16" if self.samples.dtype == "bf16" else "fp32", self.accelerator.device,
+            self.samples.dtype, self.accelerator.device,
         )  # fmt: skip
         images = image_set(model.num_classes, self.samples.num_samples)
         source = GeneratedImages(generator, images, self.samples.batch_size)

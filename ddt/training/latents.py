@@ -3,7 +3,7 @@
 Shapes: B batch, C H W latent.
 """
 
-from accelerate import Accelerator
+import torch
 from torch import Tensor
 
 from ddt.autoencoder import Autoencoder
@@ -13,15 +13,15 @@ from ddt.objective.alignment_target import Target
 def to_latents(
     batch: dict[str, Tensor],
     autoencoder: Autoencoder,
-    accelerator: Accelerator,
+    device: torch.device,
     target: Target | None = None,
 ) -> dict[str, Tensor]:
     """Move a batch to the device and turn its images or moments into latents: the arguments of
     `Objective.forward`.
 
-    With a `target` its features of the images are among them.
+    With a `target` its features of the images are among them, under the caller's autocast.
     """
-    moved = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     images, posterior_noise = moved.pop("images", None), moved.pop("posterior_noise", None)
     moments = moved.pop("moments", None)
     if moments is None:
@@ -30,6 +30,5 @@ def to_latents(
     moved["latents"] = autoencoder.sample(moments, posterior_noise)
     if target is not None:
         assert images is not None, "a target needs images"
-        with accelerator.autocast():
-            moved["features"] = target(images)
+        moved["features"] = target(images)
     return moved

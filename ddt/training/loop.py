@@ -7,21 +7,26 @@ come from `ddt.data.stream`, and nothing random happens in here.
 import logging
 from typing import Any
 
+import torch
+
 from ddt.checkpoint import format as ckpt
 from ddt.distributed.prepare import clip_gradients, gradient_norm, micro_batch
 from ddt.errors import Stopped
+from ddt.precision import autocast, check_dtype
 from ddt.training.latents import to_latents
 from ddt.training.measurements import due_measurements
 from ddt.training.run import Run, TrainSettings, build_run
 from ddt.training.start import Session, start
 from ddt.training.state import TrainingState
-from ddt.training.stopping import MAX_SKIPPED
+from ddt.training.stopping import max_skipped
 
 log = logging.getLogger(__name__)
 
 
 def train(settings: TrainSettings) -> None:
     """Build what the settings describe and train, on each process; see `run_training`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_dtype("trainer.mixed_precision", settings.trainer.mixed_precision, device)  # before images are listed
     run_training(build_run(settings))
 
 
@@ -69,12 +74,13 @@ def train_steps(run: Run, session: Session) -> str:
         for micro in range(session.num_micro):
             with clock.waiting():
                 batch = next(session.batches)
-            inputs = to_latents(
-                batch, run.autoencoder, accelerator, run.alignment.target if align else None
-            )  # (B, C, H, W)
             with micro_batch(model, accelerator, last=micro == session.num_micro - 1):
-                losses = model(**inputs, align=align)
-                accelerator.backward(losses["loss"] / session.num_micro)
+                with autocast(accelerator.device, settings.mixed_precision):
+                    inputs = to_latents(
+                        batch, run.autoencoder, accelerator.device, run.alignment.target if align else None
+                    )  # (B, C, H, W)
+                    losses = model(**inputs, align=align)
+                state.scaler.scale(losses["loss"] / session.num_micro).backward()
             state.meter.add(losses, 1 / session.num_micro)
         optimizer_step(state, settings.clip_norm)
         clock.steps += 1
@@ -82,7 +88,7 @@ def train_steps(run: Run, session: Session) -> str:
 
         # --- whether to continue, the same on all processes
         stopped, skipped_in_a_row = session.requests.agreed(state.skips.in_a_row)
-        if skipped_in_a_row >= MAX_SKIPPED:
+        if skipped_in_a_row >= max_skipped(settings.mixed_precision):
             raise diverged(
                 f"{skipped_in_a_row} steps in a row had non-finite gradients", run, state.step, skipped_in_a_row
             )
@@ -119,15 +125,18 @@ def optimizer_step(state: TrainingState, clip_norm: float | None) -> None:
     """Update weights and EMAs by the accumulated gradients, scaled down to `clip_norm` where their
     norm is larger.
 
-    Non-finite gradients change nothing but the counts. No device sync.
+    Non-finite gradients change nothing but the counts, and lower the loss scale of fp16. No device
+    sync.
     """
     parameters = list(state.objective.parameters())
+    state.scaler.unscale_(state.optimizer)
     norm = gradient_norm(parameters)
     skipped = state.skips.check(norm)  # 1 where a gradient is non-finite, and the step changes nothing
     if clip_norm is not None:
         clip_gradients(parameters, norm, clip_norm)
     state.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as GradScaler does for a fused optimizer
     state.optimizer.step()
+    state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     for ema in state.emas.values():

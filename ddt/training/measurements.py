@@ -16,13 +16,14 @@ from accelerate import Accelerator
 
 from ddt.autoencoder import Autoencoder
 from ddt.data.images import Images
+from ddt.data.source import spread
 from ddt.data.stream import validation_batch
-from ddt.data.survey import spread
 from ddt.draws import Stream, random_generator
 from ddt.generation.generator import check_finite
 from ddt.model import Denoiser
 from ddt.objective import Objective
 from ddt.pictures import image_grid, readable, write_png
+from ddt.precision import autocast
 from ddt.sampling.sample import sample_latents
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.evaluation import OnlineEvaluation
@@ -93,25 +94,28 @@ class Measurements:
         """Write a grid of training images, on process 0 alone, before the first step."""
         path = self.run_dir / "previews" / "training_images.png"
         with picture_or_warning(path):
-            write_training_images(path, images, self.run.autoencoder, self.accelerator, self.run.latent_shape)
+            write_training_images(path, images, self.run.autoencoder, self.accelerator.device, self.run.latent_shape)
             tracker.image(0, "training_images", path)
             log.info("training images: %s", path)
 
     def __call__(self, names: list[str], network: Denoiser, step: int, tracker: JsonlTracker | None) -> None:
-        """Measure what `names` say of the EMA weights. All processes call it together."""
-        run = self.run
+        """Measure what `names` say of the EMA weights, in the run's precision. All processes call
+        it together.
+        """
+        run, device, dtype = self.run, self.accelerator.device, self.run.settings.trainer.mixed_precision
         if "validation" in names:
-            loss = validation_loss(
-                run.objective.for_validation(network), run.held_out, run.autoencoder, self.accelerator,
-                run.latent_shape, self.batch_size,
-            )  # fmt: skip
+            with autocast(device, dtype):
+                loss = validation_loss(
+                    run.objective.for_validation(network), run.held_out, run.autoencoder, self.accelerator,
+                    run.latent_shape, self.batch_size,
+                )  # fmt: skip
             if tracker is not None:
                 tracker.log(step, {"validation_loss": loss})
         if "preview" in names and tracker is not None:
             path = preview_path(self.run_dir, step)
             first = not any(path.parent.glob("step_*.png"))
-            with picture_or_warning(path):
-                write_preview(path, network, run.autoencoder, self.accelerator, run.latent_shape, run.settings.sampler)
+            with picture_or_warning(path), autocast(device, dtype):
+                write_preview(path, network, run.autoencoder, device, run.latent_shape, run.settings.sampler)
                 tracker.image(step, "preview", path)
                 if first:
                     log.info("first samples: %s", path)
@@ -142,9 +146,8 @@ def validation_loss(
     total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     for start in range(0, len(mine), batch_size):
         indices = mine[start : start + batch_size]
-        batch = to_latents(validation_batch(images, shape, indices), autoencoder, accelerator)
-        with accelerator.autocast():
-            errors = objective(**batch)["errors"]
+        batch = to_latents(validation_batch(images, shape, indices), autoencoder, accelerator.device)
+        errors = objective(**batch)["errors"]
         total += errors.double().sum()
     return accelerator.reduce(total, reduction="sum").item() / len(chosen)
 
@@ -154,7 +157,7 @@ def write_training_images(
     path: Path,
     images: Images,
     autoencoder: Autoencoder,
-    accelerator: Accelerator,
+    device: torch.device,
     shape: tuple[int, int, int],
 ) -> None:
     """Draw training images as they come back from the autoencoder to `path`: what the network is to
@@ -164,7 +167,7 @@ def write_training_images(
     """
     of_class = [np.flatnonzero(images.labels == label)[:4] for label in np.unique(images.labels)[:10]]
     chosen = np.stack([np.resize(numbers, 4) for numbers in of_class], axis=1).ravel()  # row by row
-    batch = to_latents(validation_batch(images, shape, chosen), autoencoder, accelerator)
+    batch = to_latents(validation_batch(images, shape, chosen), autoencoder, device)
     check_finite(batch["latents"], advice="an autoencoder in float32")
     pictures = autoencoder.decode(batch["latents"])
     names = readable(images.class_names)
@@ -176,7 +179,7 @@ def write_preview(
     path: Path,
     model: Denoiser,
     autoencoder: Autoencoder,
-    accelerator: Accelerator,
+    device: torch.device,
     shape: tuple[int, int, int],
     sampler: SamplerSettings,
 ) -> None:
@@ -190,9 +193,8 @@ def write_preview(
     noise = np.stack(
         [random_generator(0, Stream.PREVIEW, k).standard_normal(shape, dtype=np.float32) for k in range(4 * columns)]
     )
-    y = torch.arange(columns, device=accelerator.device).repeat(4)
-    with accelerator.autocast():
-        latents = sample_latents(model, torch.from_numpy(noise).to(accelerator.device), y, sampler)
-        check_finite(latents, advice="a smaller optimizer.lr if the losses are large, too")
-        images = autoencoder.decode(latents)
+    y = torch.arange(columns, device=device).repeat(4)
+    latents = sample_latents(model, torch.from_numpy(noise).to(device), y, sampler)
+    check_finite(latents, advice="a smaller optimizer.lr if the losses are large, too")
+    images = autoencoder.decode(latents)
     write_png(path, image_grid(images.cpu(), columns))

@@ -27,6 +27,8 @@ FREE = (
     "model.activation_checkpointing",
     "data.root",
     "data.source_root",
+    "data.labels",
+    "data.class_names",
     "data.skip_broken",  # of the steps until now none read a broken image
     "autoencoder.source",
     "autoencoder.revision",

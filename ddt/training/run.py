@@ -267,7 +267,7 @@ def build_evaluation(run: Run, accelerator: Accelerator) -> OnlineEvaluation | N
         extractor,
         OnlineSamples(
             run.autoencoder, run.latent_shape, settings.sampler, settings.trainer.eval_samples, batch_size,
-            settings.trainer.mixed_precision,
+            "fp32" if settings.trainer.mixed_precision == "no" else settings.trainer.mixed_precision,
         ),
         accelerator,
     )  # fmt: skip

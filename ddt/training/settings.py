@@ -22,10 +22,11 @@ class TrainerSettings:
 
     max_steps: optimizer steps. global_batch_size: images per step over all processes.
     micro_batch_size: images per forward pass of a process (None: its share of the batch); gradients
-    are accumulated. mixed_precision: "bf16" autocast over float32 weights, or "fp32" ("no" is
-    Accelerate's name for it). num_processes: None uses every visible GPU, or one CPU process.
-    parallelism: "ddp" replicates the network, "fsdp" shards weights, EMAs and optimizer. compile:
-    the network's blocks (`ddt.distributed.compile`); None compiles on GPUs.
+    are accumulated. mixed_precision: "bf16" or "fp16" autocast over float32 weights, fp16 with
+    a loss scale (`torch.amp.GradScaler`), or "fp32" ("no" is Accelerate's name for it).
+    num_processes: None uses every visible GPU, or one CPU process. parallelism: "ddp" replicates
+    the network, "fsdp" shards weights, EMAs and optimizer. compile: the network's blocks
+    (`ddt.distributed.compile`); None compiles on GPUs.
 
     ema_decay: of the EMA weights. ema_decays: of further EMAs. ema_powers: relative standard
     deviations of power-function EMAs (EDM2), saved as a snapshot every `snapshot_every` steps, for
@@ -43,7 +44,7 @@ class TrainerSettings:
     max_steps: int
     global_batch_size: int
     micro_batch_size: int | None
-    mixed_precision: Literal["bf16", "fp32", "no"]
+    mixed_precision: Literal["bf16", "fp16", "fp32", "no"]
     num_processes: int | None
     ema_decay: float
     warmup_steps: int

@@ -25,6 +25,7 @@ from ddt.distributed.launch import check_same_on_all_processes
 from ddt.distributed.prepare import broadcast_weights, decide_on_main, make_accelerator, prepare
 from ddt.errors import Stopped, UserError, first_line, require
 from ddt.files import lock_folder, write_json
+from ddt.precision import autocast
 from ddt.training.ema import EMA, ema_rules
 from ddt.training.init_from import initialise
 from ddt.training.latents import to_latents
@@ -70,7 +71,7 @@ def start(run: Run) -> Iterator[Session | None]:
     """
     started = time.time()
     settings, trainer, run_dir = run.settings, run.settings.trainer, run.settings.run_dir
-    accelerator = make_accelerator(trainer.mixed_precision, WAIT_FOR_MAIN)
+    accelerator = make_accelerator(WAIT_FOR_MAIN)
     rank, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     require(
         trainer.num_processes in (None, num_processes),
@@ -151,8 +152,11 @@ def warm_up(run: Run, model: nn.Module, state: TrainingState, batch: dict[str, t
     clock starts.
     """
     align = run.alignment.end_step > 0
-    inputs = to_latents(batch, run.autoencoder, state.accelerator, run.alignment.target if align else None)
-    state.accelerator.backward(model(**inputs, align=align)["loss"])
+    device = state.accelerator.device
+    with autocast(device, run.settings.trainer.mixed_precision):
+        inputs = to_latents(batch, run.autoencoder, device, run.alignment.target if align else None)
+        losses = model(**inputs, align=align)
+    losses["loss"].backward()
     state.optimizer.zero_grad(set_to_none=True)
 
 
@@ -189,7 +193,7 @@ def resume_or_start(run: Run, accelerator: Accelerator, compiled: bool) -> tuple
     for ema in emas.values():
         ema.place(accelerator.device, sharded=trainer.parallelism == "fsdp")
     optimizer = settings.optimizer.build(named_parameters=objective.named_parameters())
-    state = TrainingState(objective, optimizer, emas, accelerator)
+    state = TrainingState(objective, optimizer, emas, accelerator, trainer.mixed_precision)
     if newest is not None:
         state.load(newest)
     accelerator.wait_for_everyone()  # no process writes before all have read

@@ -27,6 +27,8 @@ class TrainingState:
     """Weights, EMAs, optimizer, meters and counts of a run, after `step` steps.
 
     emas: by the name of their weights in a checkpoint; previews and evaluations sample with "ema".
+    mixed_precision: of the trainer. `scaler` scales the loss, so that gradients in fp16 do not
+    vanish; in other precisions it does nothing.
     """
 
     def __init__(
@@ -35,9 +37,11 @@ class TrainingState:
         optimizer: torch.optim.Optimizer,
         emas: dict[str, EMA[Denoiser]],
         accelerator: Accelerator,
+        mixed_precision: str = "fp32",
     ) -> None:
         self.objective, self.optimizer, self.emas, self.accelerator = objective, optimizer, emas, accelerator
         self.meter, self.skips = Meter(accelerator.device), Skips(accelerator.device)
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=mixed_precision == "fp16")
         self.step = 0
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -61,6 +65,8 @@ class TrainingState:
                 if value.ndim:
                     values[key] = shard_like(value, parameters[index])
         self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):  # of a checkpoint in fp16
+            self.scaler.load_state_dict(state["scaler"])
         accelerator = self.accelerator
         self.meter = Meter(accelerator.device, accelerator.process_index, accelerator.num_processes, state["meter"])
         self.skips, self.step = Skips(accelerator.device, state["skips"]), config["step"]
@@ -78,6 +84,7 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "meter": self.meter.state(self.accelerator),
             "skips": self.skips.state(),
+            "scaler": self.scaler.state_dict(),
         }
         if self.objective.alignment is not None:
             state["alignment"] = self.objective.alignment.state_dict()
@@ -120,6 +127,8 @@ class TrainingState:
         apart, norm = distances.sqrt().tolist()
         row["ema_distance"] = apart / norm
         row["skipped_steps"] = self.skips.total.item()
+        if self.scaler.is_enabled():
+            row["loss_scale"] = self.scaler.get_scale()
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         return row
 

@@ -24,6 +24,7 @@ SIGNALS = {signal.SIGTERM: 1, signal.SIGUSR1: 2, signal.SIGINT: 3}
 STOP_FILE, TIME_LIMIT = 4, 5
 MARGIN = 60  # seconds for the last save, plus twice the longest pause so far
 MAX_SKIPPED = 5  # steps in a row with non-finite gradients
+MAX_HALVINGS = 16  # of fp16's loss scale, from torch's initial 2^16 to 1, each by a skipped step
 State = Literal["running", "preempted", "done", "failed"]
 
 
@@ -47,6 +48,13 @@ def end_of_job(max_hours: float | None, started: float) -> float | None:
     if os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
         ends.append(float(os.environ["SLURM_JOB_END_TIME"]))
     return min(ends, default=None)
+
+
+def max_skipped(mixed_precision: str) -> int:
+    """Return how many steps in a row may be skipped before a run has diverged: in fp16 a loss scale
+    that is too large explains some.
+    """
+    return MAX_SKIPPED + (MAX_HALVINGS if mixed_precision == "fp16" else 0)
 
 
 class StopRequests:

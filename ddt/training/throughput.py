@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddt.model.cost import network_macs, num_tokens, weight_macs
 from ddt.objective import Objective
 from ddt.objective.alignment_target import Target
+from ddt.precision import HALF_TYPES
 
-# Dense bf16 FLOP/s of the makers' data sheets; in float32 no MFU is logged
+# Dense bf16 and fp16 FLOP/s of the makers' data sheets; in float32 no MFU is logged
 PEAKS = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
     "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "B200": 2250e12,
@@ -25,7 +26,7 @@ PEAKS = {
 
 
 def peak_of(device_name: str) -> float | None:
-    """Return a GPU's dense bf16 FLOP/s, or None where it is unknown."""
+    """Return a GPU's dense bf16 and fp16 FLOP/s, or None where it is unknown."""
     return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
@@ -66,7 +67,8 @@ class Clock:
     ) -> None:
         self.device, self.num_processes, self.images = device, num_processes, images_per_step
         self.flops, self.target_flops = flops, target_flops
-        self.peak = peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" and dtype == "bf16" else None
+        known = device.type == "cuda" and dtype in HALF_TYPES
+        self.peak = peak_of(torch.cuda.get_device_name(device)) if known else None
         self.longest_pause = 0.0
         self.start()
 

@@ -70,7 +70,7 @@ def main(settings: AppSettings) -> None:
     from scripts.app.studio import Studio
 
     with tempfile.TemporaryDirectory(prefix="ddt-app-") as root:
-        studio = Studio(settings, Path(root).resolve(), make_accelerator("no"))
+        studio = Studio(settings, Path(root).resolve(), make_accelerator())
         if settings.host not in ("127.0.0.1", "localhost"):
             log.warning(WARNING, settings.host, settings.port)
         serve(studio, settings)

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from ddt.errors import require, require_count
-from ddt.generation.generator import Dtype
+from ddt.precision import Dtype
 
 DEMO = "runs/demo"
 

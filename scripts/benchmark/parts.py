@@ -9,7 +9,7 @@ import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from ddt.model.layers import Attention
 from ddt.objective import FlowMatching
 from ddt.objective.alignment import REPA
 from ddt.objective.alignment_target import Target
+from ddt.precision import HALF_TYPES, Dtype, autocast
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.sample import sample_latents
 from ddt.sampling.settings import SamplerSettings
@@ -93,7 +94,7 @@ class Setup:
 
     make_model: Callable[..., Any]
     device: torch.device
-    dtype: Literal["bf16", "fp32"]
+    dtype: Dtype
     compile: bool
     latent_size: int
     batch_size: int
@@ -112,11 +113,11 @@ class Setup:
 
     def autocast(self) -> torch.autocast:
         """Return the context of the networks."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")
+        return autocast(self.device, self.dtype)
 
     def tolerance(self, fp32: float) -> float:
         """Return the relative difference that rounding may make."""
-        return max(fp32, 3e-2) if self.dtype == "bf16" else fp32
+        return max(fp32, 3e-2) if self.dtype in HALF_TYPES else fp32
 
     def network(self, **changes: Any) -> DDT:
         """Build the network with random weights."""
@@ -144,8 +145,7 @@ def forward(setup: Setup) -> Iterator[Case]:
     """One velocity, encoder and decoder, without gradients."""
     model = setup.network()
     plain = setup.plain(model)
-    if setup.dtype == "bf16":  # as sample.py does
-        cast_weights(model)
+    cast_weights(model, setup.dtype)  # as sample.py does
     networks: dict[str, Any] = {"plain": plain, "ours": model}
     if setup.compile:
         compile_blocks(model, dynamic=False)
@@ -173,8 +173,7 @@ def sampling(setup: Setup) -> Iterator[Case]:
     """Latents by Euler's method, with and without encoder sharing and guidance interval."""
     model = setup.network()
     plain = setup.plain(model)
-    if setup.dtype == "bf16":
-        cast_weights(model)
+    cast_weights(model, setup.dtype)
     macs = functools.partial(sampling_macs, model, setup.latent_size, setup.latent_size)
     if setup.compile:
         compile_blocks(model, dynamic=True)
@@ -239,21 +238,21 @@ class OurTraining:
                 model.hidden_size, target.num_features, target.grid, grid
             )
         self.objective = FlowMatching(model, alignment=loss).to(setup.device)
-        self.target, self.accelerator = target, setup.accelerator
+        self.target, self.autocast = target, setup.autocast
         ema = EMA(model, ConstantDecay(0.9999))
         ema.place(setup.device, sharded=False)
-        self.model = prepare(self.objective, self.accelerator, "ddp")
+        self.model = prepare(self.objective, setup.accelerator, "ddp")
         optimizer = adamw(self.objective.named_parameters(), **RECIPE)
-        self.state = TrainingState(self.objective, optimizer, {"ema": ema}, self.accelerator)
+        self.state = TrainingState(self.objective, optimizer, {"ema": ema}, setup.accelerator, setup.dtype)
 
     def backward(self, batch: dict[str, Tensor]) -> None:
         """Compute the gradients of a batch."""
         arguments = {key: value for key, value in batch.items() if key != "images"}
-        if self.target is not None:
-            with self.accelerator.autocast():
+        with self.autocast():
+            if self.target is not None:
                 arguments["features"] = self.target(batch["images"])
-        losses = self.model(**arguments)
-        self.accelerator.backward(losses["loss"])
+            losses = self.model(**arguments)
+        self.state.scaler.scale(losses["loss"]).backward()
         self.state.meter.add(losses, 1.0)
 
     def step(self, batch: dict[str, Tensor]) -> None:

@@ -24,6 +24,7 @@ from ddt.errors import UserError, first_line, require, require_count
 from ddt.files import check_new, write_json, write_text
 from ddt.flow import MAX_STEPS
 from ddt.pictures import pyplot, save_figure
+from ddt.precision import HALF_TYPES, Dtype, choose_dtype
 from ddt.receipts import command_line
 from ddt.tables import markdown_table
 from scripts.benchmark.parts import PARTS, OurTraining, Setup, check_model, plain_training, random_target
@@ -52,7 +53,7 @@ class BenchmarkSettings:
     ratios: list[float]
     align_depth: int
     records: int
-    dtype: Literal["bf16", "fp32"] | None
+    dtype: Dtype | None
     compile: bool | None
     threads: int | None
     repeats: int
@@ -135,8 +136,8 @@ def set_up(settings: BenchmarkSettings, folder: Path) -> Setup:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     cuda = torch.cuda.is_available()
-    dtype = settings.dtype or ("bf16" if cuda else "fp32")
-    accelerator = make_accelerator(dtype)
+    accelerator = make_accelerator()
+    dtype = choose_dtype(settings.dtype, accelerator.device)
 
     def make_model(**changes: Any) -> Any:
         return Choice(settings.model.target, {**settings.model.settings, **changes}).build()
@@ -191,7 +192,7 @@ def benchmark(settings: BenchmarkSettings) -> None:
         for output in filter(None, (out, profiles)):
             output.mkdir(parents=True, exist_ok=True)
         about, size = machine(setup.device), MATMUL_SIZE[setup.device.type]
-        matmul = setup.device, torch.bfloat16 if setup.dtype == "bf16" else torch.float32, size
+        matmul = setup.device, HALF_TYPES.get(setup.dtype, torch.float32), size
         rate = matmul_rate(*matmul)
         log.info("%s, %s: a product of matrices runs at %.3g TFLOP/s", about["device"], setup.dtype, rate / 1e12)
         resolved = {"model": settings.choices["model"], "batch_size": setup.batch_size, "dtype": setup.dtype,

@@ -11,6 +11,8 @@ from PIL import Image
 from ddt.config import Choice
 from ddt.data import survey as surveying
 from ddt.data.images import ImageFolder
+from ddt.data.labels import FolderPlace
+from ddt.data.source import Folder
 from ddt.data.survey import (
     header_hints,
     infer_settings,
@@ -34,7 +36,7 @@ def write(path, width, height, mode="RGB"):
 def test_small_squares_of_one_size_are_trained_on_as_they_are(tmp_path):
     for k in range(3):
         write(tmp_path / "a" / f"{k}.png", 28, 28, "L")
-    seen = survey(str(tmp_path))
+    seen = survey(FolderPlace(str(tmp_path)))
     assert (seen.image_size, seen.channels) == (28, 1)
     images = ImageFolder(str(tmp_path), None, holdout_every=0, channels=None)
     assert images.inferred == {"image_size": 28, "channels": 1}
@@ -43,7 +45,7 @@ def test_small_squares_of_one_size_are_trained_on_as_they_are(tmp_path):
     assert np.array_equal(images.load(np.array([1]))[0, 0], pixels)
     write(tmp_path / "b" / "0.png", 28, 28)
     survey.cache_clear()
-    assert survey(str(tmp_path)).channels == 3  # one coloured image makes all RGB
+    assert survey(FolderPlace(str(tmp_path))).channels == 3  # one coloured image makes all RGB
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_small_squares_of_one_size_are_trained_on_as_they_are(tmp_path):
 def test_other_sizes_are_brought_to_a_usual_one(tmp_path, sizes, expected):
     for k, (width, height) in enumerate(sizes):
         write(tmp_path / "a" / f"{k}.png", width, height)
-    assert survey(str(tmp_path)).image_size == expected
+    assert survey(FolderPlace(str(tmp_path))).image_size == expected
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_null_settings_are_inferred_and_others_kept(tmp_path):
 
 
 def hints(root, image_size, channels, holdout_every, exif="ignore"):
-    seen = survey(str(root))
+    seen = survey(FolderPlace(str(root)))
     return [
         *listing_hints(seen.listed, holdout_every, None),
         *header_hints(seen.headers, image_size, channels, exif),
@@ -110,7 +112,7 @@ def test_what_should_be_known_is_said(tmp_path, caplog):
     others = "\n".join(hints(tmp_path, 20, 1, 0))
     assert "26 images have colours, which data.channels=1 drops" in others
     assert "enlarged" not in others
-    log_folder_summary(str(tmp_path), 32, 3, 4)
+    log_folder_summary(FolderPlace(str(tmp_path)), 32, 3, 4)
     images = ImageFolder(str(tmp_path), 32)
     images.log_hints()
     line, *rest = caplog.messages
@@ -142,27 +144,27 @@ def test_nothing_is_said_where_nothing_needs_to(tmp_path, monkeypatch):
 def test_broken_and_elongated_images_are_found_before_training(tmp_path, monkeypatch, caplog):
     """Headers of all, pixels of as many as take seconds."""
     root = picture_folder(tmp_path, count=4)
-    report_broken(str(root), skip_broken=False)
+    report_broken(FolderPlace(str(root)), skip_broken=False)
     cut = root / "class0" / "02.png"
     cut.write_bytes(cut.read_bytes()[:-500])
     picture(0, 1, 101).save(root / "class1" / "01.png")
     survey.cache_clear()
-    seen = survey(str(root))
+    seen = survey(FolderPlace(str(root)))
     assert list(seen.broken) == ["class1/01.png", "class0/02.png"]
     assert (seen.num_opened, seen.num_decoded) == (8, 7)
     with pytest.raises(UserError, match=r"01\.png: is 1×101, too elongated.*2 of the 8 .*data\.skip_broken=true"):
-        report_broken(str(root), skip_broken=False)
-    report_broken(str(root), skip_broken=True)
+        report_broken(FolderPlace(str(root)), skip_broken=False)
+    report_broken(FolderPlace(str(root)), skip_broken=True)
     assert "2 of the 8 images looked at cannot be read" in caplog.text
     survey.cache_clear()
     monkeypatch.setattr(surveying, "MAX_PIXELS", 3 * 24 * 20)
-    assert survey(str(root)).num_decoded == 3  # the cut one may be among the others
+    assert survey(FolderPlace(str(root))).num_decoded == 3  # the cut one may be among the others
 
 
 def test_large_folders_are_known_by_some_of_their_pictures(tmp_path, monkeypatch):
     picture_folder(tmp_path, count=5)
-    monkeypatch.setattr(surveying, "MAX_OPENED", 4)
-    seen = survey(str(tmp_path))
+    monkeypatch.setattr(Folder, "max_surveyed", 4)
+    seen = survey(FolderPlace(str(tmp_path)))
     assert sum(seen.headers.sizes.values()) == seen.num_opened == 4
     assert len(seen.listed.names) == 10
 

@@ -14,7 +14,7 @@ from ddt.training.state import TrainingState
 def diverge(folder):
     """Start with other weights on each process, broadcast them, and change one on the second."""
     rank = int(os.environ["RANK"])
-    accelerator = make_accelerator("no")
+    accelerator = make_accelerator()
     torch.manual_seed(rank)
     sizes = {"patch_size": 2, "hidden_size": 8, "num_heads": 2, "depth": 2, "encoder_depth": 1}
     objective = FlowMatching(DDT(in_channels=1, num_classes=2, **sizes))

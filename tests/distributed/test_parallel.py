@@ -27,7 +27,7 @@ def test_processes_start_alike_and_notice_when_they_diverge(tmp_path, monkeypatc
 
 def test_one_process_agrees_with_itself():
     assert "RANK" not in os.environ
-    accelerator, objective = make_accelerator("no"), FlowMatching(small_ddt())
+    accelerator, objective = make_accelerator(), FlowMatching(small_ddt())
     emas = {"ema": EMA(objective.denoiser, ConstantDecay(0.9))}
     TrainingState(objective, torch.optim.AdamW(objective.parameters()), emas, accelerator).check_agreement()
     assert decide_on_main(accelerator, lambda: 3) == 3

@@ -356,7 +356,7 @@ def test_the_scheduler_holds_every_setting_of_the_sampler(pipeline, tmp_path):
 def test_bfloat16_is_that_of_sample_py(places, tmp_path):
     half = DDTPipeline.from_pretrained(places[1], torch_dtype=torch.bfloat16).transformer
     model = ddt.load_model(places[0])
-    cast_weights(model)
+    cast_weights(model, "bf16")
     expected = {name: value.dtype for name, value in model.state_dict().items()}
     assert {name: value.dtype for name, value in half.network.state_dict().items()} == expected
     assert set(expected.values()) == {torch.float32, torch.bfloat16}
@@ -365,5 +365,7 @@ def test_bfloat16_is_that_of_sample_py(places, tmp_path):
     assert np.array_equal(found, sampled(places[0], tmp_path / "half", "dtype=bf16"))
     fitted = uint8(pipeline(**CALL, recompute="dp:2").images)
     assert np.array_equal(fitted, sampled(places[0], tmp_path / "fitted", "dtype=bf16", "recompute=dp:2"))
-    with pytest.raises(UserError, match=r"torch_dtype=torch\.float16: the networks run in"):
-        DDTPipeline.from_pretrained(places[1], torch_dtype=torch.float16)(0)
+    fp16 = DDTPipeline.from_pretrained(places[1], torch_dtype={"transformer": torch.float16})
+    assert np.array_equal(uint8(fp16(**CALL).images), sampled(places[0], tmp_path / "fp16", "dtype=fp16"))
+    with pytest.raises(UserError, match=r"torch_dtype=torch\.float64: the networks run in"):
+        DDTPipeline.from_pretrained(places[1], torch_dtype=torch.float64)(0)

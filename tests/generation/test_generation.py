@@ -29,6 +29,7 @@ from ddt.generation.part_files import write_part
 from ddt.generation.sample_set import remaining_batches, sample_set
 from ddt.model import DiT
 from ddt.model.layers import Block
+from ddt.precision import autocast
 from ddt.sampling.schedules import write_schedule
 from ddt.sampling.settings import SamplerSettings
 
@@ -414,8 +415,8 @@ def test_a_set_finished_meanwhile_by_another_command_is_unchanged(tmp_path, monk
 
 
 @pytest.mark.parametrize("options", [{}, {"recompute": [0, 2]}, {"recompute": [0, 2], "cache_bytes": 30_000}])
-@pytest.mark.parametrize("kind", ["ddt", "conv", "dit"])
-def test_cast_weights_give_the_bits_of_autocast(kind, options):
+@pytest.mark.parametrize(("kind", "dtype"), [("ddt", "bf16"), ("ddt", "fp16"), ("conv", "bf16"), ("dit", "bf16")])
+def test_cast_weights_give_the_bits_of_autocast(kind, dtype, options):
     sizes = dict(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, num_classes=5)
     model = DiT(**sizes) if kind == "dit" else small_ddt(decoder_block="conv" if kind == "conv" else "attention")
     if kind == "dit":
@@ -425,12 +426,12 @@ def test_cast_weights_give_the_bits_of_autocast(kind, options):
             parameter.add_(0.05 * torch.randn_like(parameter))
     x, t, y = inputs()
     cast = copy.deepcopy(model)
-    cast_weights(cast)
+    cast_weights(cast, dtype)
     dtypes = {name: parameter.dtype for name, parameter in cast.named_parameters()}
     kept = [name for name, dtype in dtypes.items() if dtype == torch.float32]
     assert all("norm" in name or "embedding_table" in name for name in kept)
     assert len(kept) == (11 if kind == "conv" else 13)  # norms of blocks, q and k, and the table of classes
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast(torch.device("cpu"), dtype):
         assert torch.equal(model(x, t, y), cast(x, t, y))
         counts = {}, {}
         latents = [
@@ -552,7 +553,7 @@ def test_the_same_set_again_is_unchanged_and_another_is_refused(run_folder, tmp_
         ("num_steps=true", "num_steps=true: give a number"),
         ("recompute=uniform:5", "recompute=uniform:5: choose 1..num_steps=4 (uniform:1 shares nothing"),
         ("cfg_interval=[0.31,0.32]", "cfg_interval=[0.31,0.32]: guides none of the 4 steps, whose times are 0.000, "),
-        ("dtype=int8", "dtype=int8: give 'bf16' or 'fp32' or null"),
+        ("dtype=int8", "dtype=int8: give 'bf16', 'fp16' or 'fp32' or null"),
         ("num_stepz=4", "num_stepz: no such setting; did you mean num_steps?"),
         ("batch_size=0", "batch_size=0: must be at least 1"),
         ("num_processes=-1", "num_processes=-1: must be at least 1"),

@@ -54,7 +54,7 @@ def of_digits(path, out, epochs=10, prepared=None):
     train, test = Digits("train"), Digits("test")
     extractor = ClassifierSettings("digits", epochs).extractor(CPU, train)
     reference = data_reference("data:digits", train, test)
-    return evaluate(open_images(path, "samples"), reference, extractor, out, make_accelerator("no"), prepared=prepared)
+    return evaluate(open_images(path, "samples"), reference, extractor, out, make_accelerator(), prepared=prepared)
 
 
 @pytest.fixture(scope="module")
@@ -430,7 +430,7 @@ def test_samples_grouped_by_class_are_warned_of(tmp_path, caplog):
     np.savez_compressed(tmp_path / "reference.npz", **statistics)
     reference = read_reference(tmp_path / "reference.npz", {"fid": 8, "sfid": 12}, "inception")
     samples = NpzImages(tmp_path / "samples.npz", "samples")
-    metrics = evaluate(samples, reference, Cheap(), tmp_path / "out", make_accelerator("no"))
+    metrics = evaluate(samples, reference, Cheap(), tmp_path / "out", make_accelerator())
     assert metrics["inception_score"] < 0.7 * metrics["inception_score_shuffled"]
     assert any("depends on the order" in record.message for record in caplog.records)
     assert (metrics["sfid"], metrics["precision"], metrics["recall"]) == (None, None, None)
@@ -442,7 +442,7 @@ def test_the_reference_itself_is_no_result(tmp_path):
     random_set(tmp_path / "samples.npz", 60)
     reference = read_reference(tmp_path / "samples.npz", {"fid": 8, "sfid": 12}, "inception")
     samples = NpzImages(tmp_path / "samples.npz", "samples")
-    metrics = evaluate(samples, reference, Cheap(), tmp_path, make_accelerator("no"))
+    metrics = evaluate(samples, reference, Cheap(), tmp_path, make_accelerator())
     assert (metrics["precision"], metrics["recall"]) == (1, 1)
     assert (metrics["nearest_train_distance"], metrics["authenticity"]) == (0, 0)  # every sample is a copy
     assert (metrics["fid"], metrics["sfid"]) == (pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-6))
@@ -458,7 +458,7 @@ def test_copies_are_counted_and_reported(tmp_path):
     for name, chosen in {"distinct": np.arange(200), "copies": np.arange(200) // 5 * 5}.items():
         write(tmp_path / f"{name}.npz", arr_0=images[chosen])
         samples = NpzImages(tmp_path / f"{name}.npz", "samples")
-        found[name] = evaluate(samples, reference, Cheap(), tmp_path / name, make_accelerator("no"))
+        found[name] = evaluate(samples, reference, Cheap(), tmp_path / name, make_accelerator())
     distinct, copies = found["distinct"], found["copies"]
     assert (distinct["identical_samples"], copies["identical_samples"]) == (0, 160)
     assert copies["recall"] < 0.5 * distinct["recall"]
@@ -494,19 +494,19 @@ def test_features_that_cannot_be_measured_are_refused(tmp_path, value):
 
     random_set(tmp_path / "x.npz", 120)
     with pytest.raises(UserError, match=r"features=inception: the features of .*x.npz are NaN, infinite or too large"):
-        extract(NpzImages(tmp_path / "x.npz", "samples"), Broken(), make_accelerator("no"), "samples")
+        extract(NpzImages(tmp_path / "x.npz", "samples"), Broken(), make_accelerator(), "samples")
 
 
 def test_features_stand_in_the_order_of_the_set(tmp_path):
     images = random_set(tmp_path / "x.npz", 130, np.savez_compressed)
     extractor = Cheap()
     extractor.batch_size = 9
-    result = extract(NpzImages(tmp_path / "x.npz", "samples"), extractor, make_accelerator("no"), "samples")
+    result = extract(NpzImages(tmp_path / "x.npz", "samples"), extractor, make_accelerator(), "samples")
     flat = images.reshape(130, 12).astype(np.float32)
     assert np.array_equal(result.rows["pool"], flat[:, 3:11])
     np.testing.assert_allclose(result.moments["spatial"].mean, flat.mean(axis=0), rtol=1e-6)
     write(tmp_path / "reversed.npz", arr_0=images[::-1])
-    other = extract(NpzImages(tmp_path / "reversed.npz", "samples"), extractor, make_accelerator("no"), "samples")
+    other = extract(NpzImages(tmp_path / "reversed.npz", "samples"), extractor, make_accelerator(), "samples")
     for name in ("pool", "spatial"):
         ours, theirs = result.moments[name], other.moments[name]
         np.testing.assert_allclose(theirs.mean, ours.mean, rtol=1e-10)
@@ -533,7 +533,7 @@ def test_the_nearest_images_are_shown(tmp_path):
         patch.setattr("ddt.metrics.evaluate.image_grid", grid)
         evaluate(
             open_images(tmp_path, "samples"), reference, settings.extractor(CPU, images), tmp_path / "out",
-            make_accelerator("no"),
+            make_accelerator(),
         )  # fmt: skip
     assert np.array_equal(result["pixels"][[0, 1]], training[[33, 2]])
     assert np.array_equal(result["pixels"][[10, 11]], training[[33, 2]])
@@ -559,7 +559,7 @@ def test_reference_is_measured_once(evaluated, tmp_path, monkeypatch):
     train, test = Digits("train"), Digits("test")
     extractor = ClassifierSettings("digits", 10).extractor(CPU, train)
     reference = data_reference("data:digits", train, test)
-    accelerator = make_accelerator("no")
+    accelerator = make_accelerator()
     prepared = prepare(reference, extractor, accelerator)
     monkeypatch.setattr("ddt.metrics.evaluate.prepare", None)
     samples = shutil.copy(out / "samples.npz", tmp_path / "samples.npz")

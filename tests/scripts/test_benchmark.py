@@ -43,7 +43,7 @@ def setup_of(tmp_path, **changes):
     settings = dict(
         make_model=make_model, device=CPU, dtype="fp32", compile=False, latent_size=8, batch_size=3,
         sampling_batch_sizes=[2], num_steps=10, ratios=[0, 0.8], align_depth=1, records=8, folder=tmp_path,
-        accelerator=make_accelerator("fp32"),
+        accelerator=make_accelerator(),
     )  # fmt: skip
     return Setup(**{**settings, **changes})
 

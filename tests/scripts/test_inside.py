@@ -256,7 +256,7 @@ def test_the_loss_is_that_of_training_with_the_ema_weights(looked, run_folder):
 
 
 def test_the_loss_does_not_depend_on_the_batch():
-    maker, images, accelerator = generator(), Digits("test"), make_accelerator("no")
+    maker, images, accelerator = generator(), Digits("test"), make_accelerator()
     objective = FlowMatching(maker.model, time_distribution="uniform").for_validation(maker.model)
     one = loss_by_t(maker, objective, images, accelerator, 5, 2)
     assert np.allclose(one, loss_by_t(maker, objective, images, accelerator, 5, 64), rtol=1e-5)

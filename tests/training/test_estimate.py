@@ -356,7 +356,7 @@ def test_the_command_says_what_is_assumed_and_writes_a_file(tmp_path):
 def test_in_fp32_the_time_is_unknown():
     done = run_inside("scripts.estimate", "model=dit_nano")
     assert done.returncode == 0
-    assert "rate            not known: H100's data sheet tells of bf16; give measured=FILE" in done.stderr
+    assert "rate            not known: H100's data sheet tells of bf16 and fp16; give measured=FILE" in done.stderr
     assert "training        not known\n" in done.stderr
 
 

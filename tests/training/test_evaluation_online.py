@@ -123,7 +123,7 @@ def evaluation_of(num_samples, batch_size):
         data_reference("training images", train, test),
         extractor,
         OnlineSamples(Identity(), (1, 8, 8), SamplerSettings(num_steps=2), num_samples, batch_size, "fp32"),
-        make_accelerator("no"),
+        make_accelerator(),
     )
 
 

@@ -26,7 +26,7 @@ def losses(*errors, t=None):
 
 
 def test_means_are_over_steps_and_skipped_steps_do_not_count():
-    meter, accelerator = Meter(torch.device("cpu")), make_accelerator("no")
+    meter, accelerator = Meter(torch.device("cpu")), make_accelerator()
     for value, skipped in ((1.0, GOOD), (float("nan"), BAD), (3.0, GOOD)):
         meter.add(losses(value), 0.5)
         meter.add(losses(value + 1), 0.5)
@@ -43,14 +43,14 @@ def test_losses_stand_in_the_bin_of_their_time():
     meter = Meter(torch.device("cpu"))
     meter.add(losses(1.0, 2.0, 4.0, 8.0, t=[0.0, 0.09, 0.95, 1.0]), 1.0)
     meter.end_step(torch.tensor(1.0), None, GOOD)
-    means = meter.means(make_accelerator("no"))
+    means = meter.means(make_accelerator())
     assert means["fm_loss_by_t/0.0-0.1"] == 1.5
     assert means["fm_loss_by_t/0.9-1.0"] == 6.0
     assert not any(f"/0.{k}-" in key for key in means for k in range(1, 9))
 
 
 def test_a_meter_goes_on_where_it_was_and_with_fewer_processes():
-    meter, accelerator = Meter(torch.device("cpu")), make_accelerator("no")
+    meter, accelerator = Meter(torch.device("cpu")), make_accelerator()
     meter.add(losses(1.0), 1.0)
     meter.end_step(torch.tensor(1.0), None, GOOD)
     state = meter.state(accelerator)

@@ -201,9 +201,7 @@ def test_sharded_processes_train_what_whole_ones_do(pair):
             torch.testing.assert_close(value, expected[f"{name}.{key}"], rtol=0, atol=1e-5)
     assert (path / "previews" / "step_0000030.png").is_file()
     assert rows(path)[-1]["validation_loss"] == pytest.approx(
-        validation_loss(
-            validated(ddt.load_model(path)), Digits("test"), Identity(), make_accelerator("no"), (1, 8, 8), 64
-        ),
+        validation_loss(validated(ddt.load_model(path)), Digits("test"), Identity(), make_accelerator(), (1, 8, 8), 64),
         rel=1e-5,
     )
 
@@ -245,7 +243,7 @@ def test_validation_is_that_of_the_ema_weights_on_any_number_of_processes(folder
     path = pair / "validated2"
     values = {number: rows(run)[-1]["validation_loss"] for number, run in ((1, one), (2, path))}
     assert values[1] == pytest.approx(values[2], rel=1e-4)
-    arguments = (Digits("test"), Identity(), make_accelerator("no"), (1, 8, 8), 64)
+    arguments = (Digits("test"), Identity(), make_accelerator(), (1, 8, 8), 64)
     averaged = ddt.load_model(path)
     assert values[2] == pytest.approx(validation_loss(validated(averaged), *arguments), rel=1e-5)
     averaged.load_state_dict(load_file(path / "checkpoints" / "step_0000008" / "model.safetensors"))
@@ -388,7 +386,7 @@ def test_bf16_baseline_previews_validation_and_wandb_offline(folder):
 
 def test_validation_loss_depends_on_network_and_images_alone():
     objective = validated(small_ddt(in_channels=1, num_classes=10))
-    arguments = (Digits("test"), Identity(), make_accelerator("no"), (1, 8, 8))
+    arguments = (Digits("test"), Identity(), make_accelerator(), (1, 8, 8))
     first = validation_loss(objective, *arguments, batch_size=64)
     torch.manual_seed(5)
     assert validation_loss(objective, *arguments, batch_size=64) == first

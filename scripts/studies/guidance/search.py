@@ -22,7 +22,7 @@ from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require
 from ddt.files import write_json
-from ddt.generation.generator import Dtype, Generator, default_dtype
+from ddt.generation.generator import Generator
 from ddt.generation.image_set import ImageSet, image_set
 from ddt.generation.load import checkpoint_receipt, stored_autoencoder
 from ddt.generation.receipt import is_receipt_of
@@ -36,6 +36,7 @@ from ddt.metrics.ranking import ranked
 from ddt.metrics.reference import Reference
 from ddt.metrics.scores import Prepared, prepare
 from ddt.model import Denoiser
+from ddt.precision import Dtype, choose_dtype
 from ddt.receipts import circumstances, nested, without_paths
 from scripts.studies.guidance.report import draw, make_result, tables
 from scripts.studies.guidance.settings import Checkpoint, GuidanceSettings, Point, interval_text
@@ -166,9 +167,9 @@ def choose_metric(metric: str | None, reference: Reference, extractor: Extractor
 
 def search(settings: GuidanceSettings, data: Choice | None, checkpoints: list[Checkpoint], points: list[Point]) -> None:
     """Run both stages on each process and write the report. data: the reference's data set."""
-    accelerator = make_accelerator("no", timeout=datetime.timedelta(days=1))  # one GPU may be hours behind another
+    accelerator = make_accelerator(timeout=datetime.timedelta(days=1))  # one GPU may be hours behind another
     device, main, out = accelerator.device, accelerator.is_main_process, Path(settings.out)
-    dtype = settings.dtype or default_dtype(device)
+    dtype = choose_dtype(settings.dtype, device)
     plan: dict[str, Any] | None = None
     request: dict[str, Any] = {}
     if main:  # it alone reads files for their hashes

@@ -9,12 +9,12 @@ from typing import Any
 from ddt.checkpoint import format as ckpt
 from ddt.errors import require, require_count
 from ddt.files import sha256
-from ddt.generation.generator import Dtype
 from ddt.generation.image_set import SEED_STRIDE
 from ddt.generation.settings import SAMPLER_KEYS, SamplerOverrides, Stored
 from ddt.metrics.features import FeatureSettings, check_features
 from ddt.metrics.precision_recall import PrDtype
 from ddt.model import network_class
+from ddt.precision import Dtype
 from ddt.sampling.schedules import content_of
 from ddt.sampling.settings import SamplerSettings
 from scripts.studies.study import MAX_REPEATS, check_counts

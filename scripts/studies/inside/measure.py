@@ -17,8 +17,8 @@ from tqdm import tqdm
 from ddt.autoencoder import Autoencoder
 from ddt.config import stored_choice
 from ddt.data.images import Images
+from ddt.data.source import spread
 from ddt.data.stream import validation_batch
-from ddt.data.survey import spread
 from ddt.draws import golden_sequence
 from ddt.errors import UserError, require
 from ddt.flow import clean
@@ -252,7 +252,7 @@ def loss_by_t(
         for start in range(0, count, batch_size):
             rows = slice(start, start + batch_size)
             batch = to_latents(
-                validation_batch(images, generator.shape, chosen[rows]), generator.autoencoder, accelerator
+                validation_batch(images, generator.shape, chosen[rows]), generator.autoencoder, accelerator.device
             )
             for k in range(T_BINS):
                 t = torch.from_numpy((k + within[rows]) / T_BINS)

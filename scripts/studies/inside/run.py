@@ -14,13 +14,13 @@ from ddt.data.stream import MAX_BATCH
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, collect_errors, first_line, require
 from ddt.files import atomic_folder, check_new
-from ddt.generation.generator import Dtype
 from ddt.generation.image_set import ImageSet, Numbers, image_set
 from ddt.generation.load import checkpoint_receipt, load_generator, stored_autoencoder
 from ddt.generation.settings import SamplerOverrides
 from ddt.model import network_class
 from ddt.objective import Objective
 from ddt.pictures import readable
+from ddt.precision import Dtype
 from ddt.sampling.settings import SamplerSettings
 from scripts.studies.inside import report
 from scripts.studies.inside.measure import (
@@ -86,7 +86,7 @@ def look_inside(settings: InsideSettings) -> None:
     folder = ckpt.find_checkpoint(settings.ckpt)
     stored = ckpt.read_config(folder)
     sampler, images = settings.sampler_and_images(stored)
-    accelerator = make_accelerator("no")
+    accelerator = make_accelerator()
     autoencoder = stored_autoencoder(stored, settings.autoencoder)
     left_out: dict[str, str] = {}
     data = None

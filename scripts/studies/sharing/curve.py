@@ -23,7 +23,7 @@ from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, require, require_count
 from ddt.files import write_json, write_text
-from ddt.generation.generator import Dtype, Generator, check_finite, default_dtype
+from ddt.generation.generator import Generator, check_finite
 from ddt.generation.image_set import SEED_STRIDE, ImageSet, image_set
 from ddt.generation.load import load_generator, stored_autoencoder
 from ddt.generation.settings import SamplerOverrides
@@ -31,6 +31,7 @@ from ddt.metrics.comparability import title
 from ddt.metrics.features import Extractor, FeatureSettings, check_features, to_device
 from ddt.metrics.frechet import Moments
 from ddt.metrics.scores import Prepared, prepare
+from ddt.precision import Dtype, choose_dtype
 from ddt.receipts import circumstances
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.fitting import MAX_TEMPLATES, fit_schedule
@@ -267,9 +268,9 @@ def measure(settings: SharingSettings, data: Choice | None) -> None:
     """Fit the schedules, sample the points and write the report. data: the reference's data set."""
     folder, stored, sampler = unshared_sampler(settings, settings.ckpt)
     settings.check_budgets(sampler.num_steps)
-    accelerator, out = make_accelerator("no"), Path(settings.out)
+    accelerator, out = make_accelerator(), Path(settings.out)
     device = accelerator.device
-    dtype = settings.dtype or default_dtype(device)
+    dtype = choose_dtype(settings.dtype, device)
     request = {
         **settings.request(),
         "ema_sha256": ckpt.weights_sha256(folder, "ema"),

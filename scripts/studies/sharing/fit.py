@@ -8,7 +8,6 @@ import logging
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ddt.checkpoint import format as ckpt
 from ddt.cli import CONF, command
@@ -16,9 +15,9 @@ from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require
 from ddt.files import check_new
 from ddt.flow import MAX_STEPS
-from ddt.generation.generator import Dtype, default_dtype
 from ddt.generation.settings import SamplerOverrides
 from ddt.pictures import pyplot, save_figure
+from ddt.precision import Dtype, autocast, choose_dtype
 from ddt.receipts import circumstances
 from ddt.sampling.fitting import MAX_TEMPLATES, fit_schedule
 from ddt.sampling.schedules import write_schedule
@@ -52,10 +51,10 @@ def main(settings: FitSettings) -> None:
     folder, stored, sampler = unshared_sampler(settings, settings.ckpt)
     num_steps, out = sampler.num_steps, Path(settings.out)
     require(settings.budget <= num_steps, f"budget={settings.budget}: must lie in 1..num_steps={num_steps}")
-    device = make_accelerator("no").device
-    dtype = settings.dtype or default_dtype(device)
+    device = make_accelerator().device
+    dtype = choose_dtype(settings.dtype, device)
     model = ckpt.load_model(folder).to(device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16"):
+    with autocast(device, dtype):
         content = fit_schedule(
             model, tuple(stored["latent_shape"]), sampler, settings.budget, device, settings.templates,
             settings.batch_size,

@@ -1,0 +1,139 @@
+"""Classes of a folder's images from files: a list of class names, and a list of images with their
+labels, in place of a sub-folder per class.
+
+    class_names: a name a line; line k, from 0, is label k
+    labels:      CSV of two columns, path and class; or JSON {path: class, …}; or EDM's and ADM's
+                 dataset.json, {"labels": [[path, class], …]}
+
+A path is relative to the images' folder. A class is a name, or a number as label.
+"""
+
+import csv
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddt.data.listing import FolderList, list_folder, natural_order, shortened, walk_folder
+from ddt.data.source import Folder
+from ddt.errors import UserError, first_line, require
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderPlace:
+    """A folder of images, and the files that give their classes; see `ddt.data.survey.Place`."""
+
+    root: str
+    labels: str | None = None
+    class_names: str | None = None
+
+    def list(self) -> FolderList:
+        """Return the images of the folder with their classes; UserError where they do not fit."""
+        names = None if self.class_names is None else read_class_names(self.class_names)
+        if self.labels is not None:
+            return list_labelled(self.root, self.labels, names, self.class_names)
+        listed = list_folder(self.root)
+        if names is None:
+            return listed
+        return with_class_names(listed, names, f"data.class_names={self.class_names}")
+
+
+def read_text(path: str, key: str) -> str:
+    """Return the text of a file, UTF-8; raise UserError that names its setting."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        problem = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
+        raise UserError(f"{key}={path}: cannot be read ({problem}); give the path of a text file") from error
+
+
+def read_class_names(path: str) -> list[str]:
+    """Return the class names of a file, one a line; UserError where there are none, or twice."""
+    names = [line.strip() for line in read_text(path, "data.class_names").rstrip().splitlines()]
+    at = f"data.class_names={path}"
+    require(bool(names), f"{at}: is empty; give one name a line, line k for label k")
+    require("" not in names, f"{at}: line {names.index('') + 1 if '' in names else 0} is empty; give a name")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    require(not twice, f"{at}: names {shortened(twice)} twice; give each class one line")
+    return names
+
+
+def with_class_names(listed: FolderList, names: list[str], at: str) -> FolderList:
+    """Return a list whose labels are the places of its class names in `names`."""
+    numbers = {name: k for k, name in enumerate(names)}
+    unknown = [name for name in listed.class_names if name not in numbers]
+    require(not unknown, f"{at}: lacks the sub-folders {shortened(unknown)}; add a line for each, or move them away")
+    mapping = np.array([numbers[name] for name in listed.class_names])
+    return dataclasses.replace(listed, class_names=names, labels=mapping[listed.labels])
+
+
+def read_labels(path: str) -> dict[str, Any]:
+    """Return the class of each path in a file of labels; raise UserError for any other content."""
+    at = f"data.labels={path}"
+    text = read_text(path, "data.labels")
+    pairs: Any
+    if Path(path).suffix.lower() == ".json":
+        try:
+            pairs = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{at}: damaged or no JSON ({first_line(error)})") from error
+        if isinstance(pairs, dict) and isinstance(pairs.get("labels"), list | None) and "labels" in pairs:
+            pairs = pairs["labels"]
+        pairs = list(pairs.items()) if isinstance(pairs, dict) else pairs
+        require(bool(pairs), f'{at}: holds no labels; give {{"labels": [["a.png", 0], …]}} or {{"a.png": "cat", …}}')
+    else:
+        rows = [row for row in csv.reader(text.splitlines()) if row]
+        pairs = rows[1:] if rows and rows[0][0].strip().lower() in ("path", "file", "filename", "image") else rows
+        require(bool(pairs), f"{at}: holds no labels; give rows of path,class")
+    found: dict[str, Any] = {}
+    for number, pair in enumerate(pairs, start=1):
+        require(
+            isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str),
+            f"{at}: entry {number} is no pair of path and class",
+        )
+        name, label = pair
+        require(
+            isinstance(label, str) or (isinstance(label, int) and not isinstance(label, bool)),
+            f"{at}: {name} has the class {label!r}; give a name or a number",
+        )
+        name = name.strip().removeprefix("./").replace("\\", "/")
+        require(found.setdefault(name, label) == label, f"{at}: gives {name} two classes")
+    if all(isinstance(label, str) and label.strip().isdecimal() for label in found.values()):
+        return {name: int(label) for name, label in found.items()}  # numbers of a CSV
+    return found
+
+
+def list_labelled(root: str, path: str, class_names: list[str] | None, names_path: str | None) -> FolderList:
+    """Return the images of a folder at any depth with the labels of a file.
+
+    class_names: of the labels, or None: the file's names in natural order, or its numbers. Raises
+    UserError for an image without a label, a label without an image, and labels out of range.
+    """
+    names, left_out = walk_folder(root)
+    labels, at = read_labels(path), f"data.labels={path}"
+    present = set(names)
+    absent = [name for name in labels if name not in present]
+    require(not absent, f"{at}: names {shortened(absent, 3)}, which data.root={root} does not hold")
+    missing = [name for name in names if name not in labels]
+    require(not missing, f"{at}: gives no class to {shortened(missing, 3)} in data.root={root}; add or move them")
+    kinds = {isinstance(label, int) for label in labels.values()}
+    require(len(kinds) == 1, f"{at}: holds names and numbers of classes; give one kind")
+    if kinds == {True}:
+        if class_names is None:
+            class_names = [str(k) for k in range(max(labels.values()) + 1)]
+        top = len(class_names) - 1
+        limit = f"0..{top}" + ("" if names_path is None else f", the lines of data.class_names={names_path}")
+        wrong = [f"{name} ({label})" for name, label in labels.items() if not 0 <= label <= top]
+        require(not wrong, f"{at}: labels out of {limit}: {shortened(wrong, 3)}")
+        numbers = [labels[name] for name in names]
+    else:
+        given = sorted(set(labels.values()), key=natural_order)
+        class_names = given if class_names is None else class_names
+        place = {name: k for k, name in enumerate(class_names)}
+        unknown = [name for name in given if name not in place]
+        require(not unknown, f"{at}: the classes {shortened(unknown)} are not in data.class_names={names_path}")
+        numbers = [place[labels[name]] for name in names]
+    return FolderList(class_names, names, np.array(numbers, dtype=np.int64), left_out, {}, Folder(Path(root)))

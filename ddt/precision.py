@@ -1,0 +1,35 @@
+"""The precisions of networks: float32, or autocast to a 16-bit type over float32 weights."""
+
+from typing import Literal
+
+import torch
+
+from ddt.errors import require
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+HALF_TYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Return the autocast context of a precision, which for fp32 switches an outer one off."""
+    return torch.autocast(device.type, dtype=HALF_TYPES.get(dtype), enabled=dtype in HALF_TYPES)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether a device computes in bf16: GPUs before Ampere (V100, T4, 2080 Ti) do not."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def choose_dtype(dtype: Dtype | None, device: torch.device) -> Dtype:
+    """Return the precision to sample in: `dtype` or, where it is None, bf16 on GPUs that have it,
+    fp32 elsewhere. Raises UserError for a dtype that the device does not have.
+    """
+    if dtype is None:
+        return "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"
+    check_dtype("dtype", dtype, device)
+    return dtype
+
+
+def check_dtype(key: str, dtype: str, device: torch.device) -> None:
+    """Raise UserError where a device does not compute in the precision of setting `key`."""
+    require(dtype != "bf16" or has_bf16(device), f"{key}=bf16: this GPU has no bf16; give {key}=fp16, or fp32")

@@ -1,0 +1,49 @@
+"""Precisions: what a device does not have is refused in one line."""
+
+import pytest
+import torch
+from conftest import refusal
+
+from ddt.autoencoder.diffusers import KLAutoencoder
+from ddt.errors import UserError
+from ddt.precision import HALF_TYPES, autocast, check_dtype, choose_dtype
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def old_gpu(monkeypatch):
+    """A GPU that emulates bf16, as a T4 does."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+
+
+def test_bf16_is_refused_on_gpus_without_it(old_gpu):
+    with pytest.raises(UserError, match=r"^trainer.mixed_precision=bf16: .*; give trainer.mixed_precision=fp16"):
+        check_dtype("trainer.mixed_precision", "bf16", CUDA)
+    with pytest.raises(UserError, match=r"^dtype=bf16: .*dtype=fp16"):
+        choose_dtype("bf16", CUDA)
+    autoencoder = object.__new__(KLAutoencoder)  # without weights
+    autoencoder.encode_dtype = "bf16"
+    with pytest.raises(UserError, match=r"^autoencoder.encode_dtype=bf16"):
+        autoencoder.to(CUDA)
+    assert choose_dtype("bf16", CPU) == "bf16"
+    assert [choose_dtype(None, device) for device in (CPU, CUDA)] == ["fp32", "fp32"]
+
+
+def test_bf16_is_the_default_of_gpus_that_have_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert choose_dtype(None, CUDA) == "bf16"
+
+
+def test_train_refuses_before_it_lists_images(old_gpu, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "trainer.mixed_precision=fp16" in refusal("train", "trainer.mixed_precision=bf16", "name=x")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_autocast_computes_in_its_type_and_fp32_ends_an_outer_one(dtype):
+    x, outer = torch.ones(2, 2), torch.bfloat16
+    with torch.autocast("cpu", dtype=outer), autocast(CPU, dtype):
+        assert (x @ x).dtype == HALF_TYPES.get(dtype, torch.float32)
