@@ -22,7 +22,9 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from ddt.checkpoint import format as ckpt
+from ddt.generation import set_folder
 from ddt.model import DiT
+from ddt.sampling.fitting import resolve_recompute
 from scripts.app import __main__ as app
 from scripts.app import page as app_page
 from scripts.app import studio as app_studio
@@ -245,9 +247,9 @@ def test_a_wrong_value_is_reported_and_leaves_nothing(page, studio, changes, mes
 
 def test_a_schedule_is_fitted_once(studio, monkeypatch):
     fits, reports = [], []
-    names = app_studio.sample_set.__globals__
-    resolve = names["resolve_recompute"]
-    monkeypatch.setitem(names, "resolve_recompute", lambda *a: fits.append(a[2].recompute) or resolve(*a))
+    monkeypatch.setattr(
+        set_folder, "resolve_recompute", lambda *a: fits.append(a[2].recompute) or resolve_recompute(*a)
+    )
     values = {**asdict(studio.controls), "sharing": "dp", "budget": 4, "timeshift": 1.5}
     first, again = (studio.sample({**values, "seed": k}, lambda *r: reports.append(r[1]), bool)[0] for k in (0, 1))
     assert fits == ["dp:4"]
