@@ -28,7 +28,11 @@ class Autoencoder(Protocol):
 
     @property
     def fingerprint(self) -> str | None:
-        """SHA-256 of the weights; None without weights."""
+        """SHA-256 of weights and normalisation; None without weights."""
+
+    @property
+    def encoder_fingerprint(self) -> str | None:
+        """SHA-256 of what moments depend on, whatever normalises them; None without weights."""
 
     @property
     def latent_channels(self) -> int | None:

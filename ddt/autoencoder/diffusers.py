@@ -7,6 +7,7 @@ import abc
 import contextlib
 import functools
 import logging
+import math
 import re
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -126,6 +127,13 @@ def build_outline(kind: str, config: Mapping[str, Any], max_layers: int = 10_000
         raise UserError(f"its config.json makes no {kind} ({first_line(error)})") from error
 
 
+def normalisation(config: Any) -> tuple[Tensor, Tensor]:
+    """Return shift and scale, (C or 1, 1, 1), of a network's config."""
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    shift = torch.tensor(mean or [config.get("shift_factor") or 0.0]).reshape(-1, 1, 1)
+    return shift, float(config.scaling_factor) / torch.tensor(std or [1.0]).reshape(-1, 1, 1)
+
+
 class DiffusersAutoencoder(abc.ABC):
     """A frozen diffusers autoencoder.
 
@@ -138,8 +146,10 @@ class DiffusersAutoencoder(abc.ABC):
         revision: commit on the hub, pinned so that the weights cannot change; unused for a folder.
         chunk_size: images encoded or decoded at once, which bounds the memory.
         encode_dtype: "fp32", or "bf16" or "fp16" autocast when encoding.
+        latents_mean, latents_std: one number per channel, in place of the config's normalisation:
+            latents are `(sample − mean)/std`.
 
-    Raises UserError where the weights cannot be loaded.
+    Raises UserError where the weights cannot be loaded, or the statistics are not of its channels.
     """
 
     pixel_space = False
@@ -154,16 +164,34 @@ class DiffusersAutoencoder(abc.ABC):
         revision: str | None = None,
         chunk_size: int = 16,
         encode_dtype: Dtype = "fp32",
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
     ) -> None:
         require_count("autoencoder.chunk_size", chunk_size)
         self._hold(load_diffusers(self.kind, source, revision), chunk_size, encode_dtype)
+        if latents_mean is not None or latents_std is not None:
+            self._normalise(latents_mean, latents_std)
 
     def _hold(self, network: Any, chunk_size: int, encode_dtype: Dtype) -> None:
         self.network, self.chunk_size, self.encode_dtype = network, chunk_size, encode_dtype
-        config = network.config
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        self.shift = torch.tensor(mean or [config.get("shift_factor") or 0.0]).reshape(-1, 1, 1)  # (C or 1, 1, 1)
-        self.scale = float(config.scaling_factor) / torch.tensor(std or [1.0]).reshape(-1, 1, 1)
+        self.shift, self.scale = self.own_shift, self.own_scale = normalisation(network.config)
+
+    def _normalise(self, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:
+        """Normalise by these statistics; the network's config has them from now on, so that a copy
+        of it is this autoencoder.
+        """
+        for key, values in (("mean", mean), ("std", std)):
+            shown = None if values is None else list(values)
+            require(
+                values is not None and len(values) == self.latent_channels and all(map(math.isfinite, values)),
+                f"autoencoder.latents_{key}={shown}: give {self.latent_channels} numbers, one per channel, as "
+                "latent_statistics.json of a cache has them; or leave latents_mean and latents_std out",
+            )
+        assert mean is not None
+        assert std is not None
+        require(min(std) > 0, f"autoencoder.latents_std={list(std)}: each must be above 0")
+        self.network.register_to_config(latents_mean=list(mean), latents_std=list(std), scaling_factor=1.0)
+        self.shift, self.scale = normalisation(self.network.config)
 
     @classmethod
     def around(cls, network: Any, chunk_size: int) -> Self:
@@ -179,6 +207,8 @@ class DiffusersAutoencoder(abc.ABC):
         encode_dtype: Dtype = "fp32",
         revision: str | None = None,
         chunk_size: int = 1,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
     ) -> Self:
         """Build one on the meta device, without weights or a hub, to count its cost. The other
         arguments are unused.
@@ -201,6 +231,12 @@ class DiffusersAutoencoder(abc.ABC):
     def fingerprint(self) -> str:
         """SHA-256 of the weights and of the normalisation."""
         return weights_hash(self.network, shift=self.shift, scale=self.scale)
+
+    @functools.cached_property
+    def encoder_fingerprint(self) -> str:
+        """As `fingerprint`, of the normalisation that came with the weights."""
+        same = torch.equal(self.shift.cpu(), self.own_shift) and torch.equal(self.scale.cpu(), self.own_scale)
+        return self.fingerprint if same else weights_hash(self.network, shift=self.own_shift, scale=self.own_scale)
 
     @property
     def latent_channels(self) -> int:

@@ -14,6 +14,7 @@ class Identity:
     encode_dtype = None
     network = None
     fingerprint = None
+    encoder_fingerprint = None
     latent_channels = None
 
     @classmethod

@@ -30,6 +30,7 @@ from ddt.autoencoder import Autoencoder
 from ddt.config import Choice
 from ddt.data.images import Images
 from ddt.data.latent_cache import CACHE_FORMAT_VERSION, content_fingerprint, damaged_files, read_index, shard_path
+from ddt.data.latent_statistics import STATISTICS, write_statistics
 from ddt.data.manifest import Row, check_manifest, check_size, make_manifest, read_manifest
 from ddt.data.stream import MAX_BATCH, MAX_WORKERS, check_shared_memory, load_batches
 from ddt.errors import UserError, require, require_count
@@ -131,7 +132,7 @@ def describe(
         "image_size": images.image_size,
         "class_names": images.class_names,
         "transform": images.transform,
-        "autoencoder": {"settings": codec, "fingerprint": autoencoder.fingerprint},
+        "autoencoder": {"settings": codec, "fingerprint": autoencoder.encoder_fingerprint},
         "features": features,
         "source": {**settings.data.plain(), **images.inferred},
         "source_root": None if images.files_root is None else str(images.files_root.resolve()),
@@ -337,6 +338,19 @@ def verify(out: Path, index: dict[str, Any]) -> None:
         )
 
 
+def report_statistics(out: Path) -> None:
+    """Write the per-channel statistics of a complete cache, unless they are there, and log them."""
+    path, index = out / STATISTICS, read_index(out)
+    if index["splits"]["train"] == 0:
+        return
+    found = read_record(path) if path.is_file() else {}
+    if found.get("fingerprint") != index["fingerprint"]:
+        with disk_errors(out):
+            found = write_statistics(out)
+    mean, std = (",".join(f"{value:.4g}" for value in found[key]) for key in ("mean", "std"))
+    log.info("%s: latents before normalisation: mean [%s], std [%s] of each channel", path, mean, std)
+
+
 def cache_latents(
     settings: CacheSettings,
     splits: dict[str, Images],
@@ -373,6 +387,7 @@ def cache_latents(
                 records.check_size(row)
             verify(out, stored)
             log.info("%s: complete, %d images; every checksum is right", out, len(manifest))
+            report_statistics(out)
         return
     # --- this process's shards and their batches
     starts = range(0, len(manifest), settings.shard_size)
@@ -405,4 +420,5 @@ def cache_latents(
             encode_shard(out, shard, len(rows[shard]), index, batches, autoencoder, target, device, progress)
     if rank == 0:
         complete(out, index, manifest, len(rows))
+        report_statistics(out)
         log.info("%s: complete, %d images; train with data.root=%s", out, len(manifest), out)

@@ -3,6 +3,7 @@
     index.json           shapes, sources and checksums; `complete` when all shards are written
     manifest.csv         path, label, split, size of each image, in the order of the records
     labels.npy           (n,) int64
+    latent_statistics.json  mean and std of each channel (ddt/data/latent_statistics.py)
     moments/00000.npy    (records, flips, M, h, w) float16 or float32, of the autoencoder
     images/00000.npy     (records, C, S, S) uint8, optional: inputs of an alignment target
     features/00000.npy   (records, flips, N, F) float16, optional: outputs of an alignment target
@@ -295,10 +296,10 @@ class LatentCache(Images):
         """Raise UserError where the moments are those of another autoencoder than the run's."""
         stored, settings = self.index["autoencoder"]["fingerprint"], self.index["autoencoder"]["settings"]
         require(
-            stored == autoencoder.fingerprint,
+            stored == autoencoder.encoder_fingerprint,
             f"data.root={self.root}: was made by another autoencoder, {settings.get('source', 'identity')} (weights "
-            f"{str(stored)[:12]}), than the run's (weights {str(autoencoder.fingerprint)[:12]}); choose that one with "
-            "autoencoder=, or cache again",
+            f"{str(stored)[:12]}), than the run's (weights {str(autoencoder.encoder_fingerprint)[:12]}); choose that "
+            "one with autoencoder=, or cache again",
         )
         encode_dtype = settings.get("encode_dtype")
         require(

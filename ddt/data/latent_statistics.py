@@ -1,0 +1,84 @@
+"""Mean and standard deviation of each channel of a cache's latents, before the autoencoder's
+normalisation: what `autoencoder.latents_mean` and `latents_std` take.
+
+Of the training records alone, mirror images included. Where the cache holds a posterior they are
+those of latents sampled from it: the variance is that of the means plus the mean variance. Sums are
+float64, of blocks merged by Chan's update, so they depend on no division into shards beyond that.
+Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+variances", 1979.
+
+Shapes: B records, C channels, h w latent.
+"""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddt.autoencoder import autoencoder_class
+from ddt.data.latent_cache import NUM_HASHERS, read_index, shard_path
+from ddt.files import write_json
+from ddt.tensor_files import open_array
+
+STATISTICS = "latent_statistics.json"  # in the cache's folder
+BLOCK = 256  # records at once
+
+
+class Moments(NamedTuple):
+    """Of each channel: number of values, mean (C,), sum of squared differences from it (C,)."""
+
+    num_values: int
+    mean: np.ndarray
+    squares: np.ndarray
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Return the moments of both sets of values."""
+        total, apart = self.num_values + other.num_values, other.mean - self.mean
+        mean = self.mean + apart * (other.num_values / total)
+        between = apart**2 * (self.num_values * other.num_values / total)
+        return Moments(total, mean, self.squares + other.squares + between)
+
+
+def block_moments(stored: np.ndarray, stochastic: bool) -> Moments:
+    """Return the moments of records (B, flips, C or 2C, h, w); 2C: mean and logvar."""
+    values = stored.astype(np.float64)
+    mean, logvar = np.split(values, 2, axis=2) if stochastic else (values, None)
+    axes = (0, 1, 3, 4)
+    centre = mean.mean(axes)  # (C,)
+    squares = np.square(mean - centre[:, None, None]).sum(axes)
+    if logvar is not None:
+        squares += np.exp(logvar.clip(-30, 20)).sum(axes)  # as `sample` clamps it
+    return Moments(mean.size // len(centre), centre, squares)
+
+
+def latent_statistics(root: Path) -> dict[str, Any]:
+    """Return `mean` and `std` of each channel, lists of C, `count` of values, and the cache's
+    `fingerprint`; every moment of a complete cache is read once.
+    """
+    index = read_index(root)
+    stochastic = autoencoder_class(index["autoencoder"]["settings"]).stochastic
+    size, train = index["shard_size"], index["splits"]["train"]
+
+    def of_shard(shard: int) -> Moments:
+        stored = open_array(shard_path(root, "moments", shard))
+        rows = np.arange(min(stored.shape[0], train - shard * size))
+        blocks = (block_moments(stored[rows[k : k + BLOCK]], stochastic) for k in range(0, len(rows), BLOCK))
+        return list(itertools.accumulate(blocks, Moments.merge))[-1]
+
+    with ThreadPoolExecutor(NUM_HASHERS) as pool:
+        *_, total = itertools.accumulate(pool.map(of_shard, range(-(-train // size))), Moments.merge)
+    return {
+        "mean": total.mean.tolist(),
+        "std": np.sqrt(total.squares / total.num_values).tolist(),
+        "count": total.num_values,
+        "fingerprint": index["fingerprint"],
+    }
+
+
+def write_statistics(root: Path) -> dict[str, Any]:
+    """Write `latent_statistics.json` of a complete cache, and return its content."""
+    statistics = latent_statistics(root)
+    write_json(root / STATISTICS, statistics)
+    return statistics
