@@ -1,5 +1,6 @@
 """Loading a checkpoint for sampling: network, autoencoder, guide, and their part of the receipt."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from ddt.generation.generator import Generator, cast_weights
 from ddt.precision import Dtype, choose_dtype
 from ddt.sampling.guidance import check_guided
 from ddt.sampling.settings import SamplerSettings
+
+log = logging.getLogger(__name__)
 
 
 def check_guide_config(stored: dict[str, Any], guide: dict[str, Any], scale: float) -> None:
@@ -31,17 +34,18 @@ def stored_autoencoder(stored: dict[str, Any], chosen: str) -> Autoencoder:
 
     Raises UserError where it is missing, or has other weights than in training, or other latents.
     """
-    settings = stored["autoencoder"]
+    settings, expected = stored["autoencoder"], stored.get("autoencoder_fingerprint")
     if chosen != "checkpoint":
         pixels = autoencoder_class(settings).pixel_space
         require(not pixels, f"autoencoder={chosen}: this model samples pixels; leave it out")
         autoencoder = build_autoencoder({**settings, "source": chosen, "revision": None})
+        if expected not in (None, autoencoder.fingerprint):
+            log.warning("warning: autoencoder=%s: has other weights than the model was trained with", chosen)
     else:
         try:
             autoencoder = build_autoencoder(settings)
         except UserError as error:
             raise UserError(f"{error} (or sample with autoencoder=FOLDER)") from error
-        expected = stored.get("autoencoder_fingerprint")
         require(
             expected in (None, autoencoder.fingerprint),
             f"autoencoder.source={settings.get('source')}: holds other weights than the run was trained with; name the "

@@ -306,7 +306,7 @@ def test_another_number_of_classes_than_expected_is_a_hint(place):
     assert LatentCache(str(place / "half"), num_classes=2).hints == ()
 
 
-def test_an_autoencoder_that_changed_since_training_is_refused_when_sampling(place, tmp_path, monkeypatch):
+def test_an_autoencoder_that_changed_since_training_is_refused_when_sampling(place, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(place / "vae", tmp_path / "vae")
     succeed(
@@ -317,7 +317,11 @@ def test_an_autoencoder_that_changed_since_training_is_refused_when_sampling(pla
         codec.network.decoder.conv_out.bias += 1
     codec.network.save_pretrained(tmp_path / "vae")
     assert "holds other weights than the run was trained with" in refusal("sample", "ckpt=runs/run", "num_samples=2")
+    warning = "has other weights than the model was trained with"
     succeed("sample", "ckpt=runs/run", "num_samples=2", f"autoencoder={place / 'vae'}", "out=first")
+    assert warning not in caplog.text
+    succeed("sample", "ckpt=runs/run", "num_samples=2", f"autoencoder={tmp_path / 'vae'}", "out=second")
+    assert warning in caplog.text
     shutil.rmtree(tmp_path / "vae")
     assert "autoencoder.source=" in refusal("sample", "ckpt=runs/run", "num_samples=2")
     assert ddt.load_model("runs/run").in_channels == 3

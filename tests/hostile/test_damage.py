@@ -91,8 +91,7 @@ def make_latent_checkpoint(place):
 
 
 def sample_latents(place):
-    source = f"autoencoder={place / 'kept' / 'vae'}"
-    said = outcome("sample", f"ckpt={place / 'kept' / 'ckpt'}", source, "num_samples=2", f"out={place / 'out'}")
+    said = outcome("sample", f"ckpt={place / 'kept' / 'ckpt'}", "num_samples=2", f"out={place / 'out'}")
     return said, None if said else (place / "out" / "samples.npz").read_bytes()
 
 
