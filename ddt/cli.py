@@ -59,17 +59,17 @@ ECHO_SECONDS = 5  # to ask a launcher's store whether a message was printed
 
 
 def default_name(*, _root_: DictConfig) -> str:
-    """Return DATA_MODEL of the chosen files, with data=folder folder_NAME_MODEL of the folder; a
-    split, such as A/train, is named after its parent too: A_train.
+    """Return DATA_MODEL of the chosen files, with data=folder folder_NAME_MODEL of the folder (and
+    so with data=shards); a split, such as A/train, is named after its parent too: A_train.
     """
     # a sweep is laid out before Hydra takes its own part out of the configuration
     choices: Any = (_root_.hydra if "hydra" in _root_ else HydraConfig.get()).runtime.choices
-    if choices.data != "folder" or OmegaConf.is_missing(_root_.data, "root"):
+    if choices.data not in ("folder", "shards") or OmegaConf.is_missing(_root_.data, "root"):
         return f"{choices.data}_{choices.model}"
     path = Path(str(_root_.data.root)).expanduser().resolve()
     name = f"{path.parent.name}_{path.name}" if is_split(path.name) else path.name
     folder = re.sub(r"[^\w.+-]", "_", name)
-    return f"folder_{folder}_{choices.model}"
+    return f"{choices.data}_{folder}_{choices.model}"
 
 
 OmegaConf.register_new_resolver("default_name", default_name, replace=True)

@@ -40,8 +40,8 @@ CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONF /
 def root(*overrides):
     """A data root for those configurations that need one."""
     missing = dict.fromkeys(
-        ["data=folder", "data=folder_256", "data=in256", "data=in512", "data=latents", "data=in256_latents",
-         "data=in512_latents", "experiment=xl_512", "experiment=finetune"],
+        ["data=folder", "data=shards", "data=folder_256", "data=in256", "data=in512", "data=latents",
+         "data=in256_latents", "data=in512_latents", "experiment=xl_512", "experiment=finetune"],
         "data.root",
     ) | {"autoencoder=kl": "autoencoder.source"}  # fmt: skip
     deep = (

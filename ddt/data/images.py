@@ -23,6 +23,7 @@ from PIL import Image
 
 from ddt.data.labels import FolderPlace
 from ddt.data.reading import Exif, center_crop, read_image
+from ddt.data.shards import ShardsPlace
 from ddt.data.source import Source
 from ddt.data.survey import (
     Place,
@@ -362,5 +363,31 @@ class ImageFolder(ListedImages):
     ) -> None:
         super().__init__(
             FolderPlace(root, labels, class_names), image_size, split, holdout_every, channels, num_classes, exif,
+            horizontal_flip, skip_broken,
+        )  # fmt: skip
+
+
+class ImageShards(ListedImages):
+    """Images in tar or Parquet files (`ddt.data.shards`).
+
+    root: their folder, or FOLDER/PATTERN. class_names: a file with the names of the classes. The
+    other arguments are those of `ListedImages`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int | None,
+        split: Split = "train",
+        holdout_every: int = 20,
+        channels: Literal[1, 3] | None = 3,
+        num_classes: int | None = None,
+        exif: Exif = "ignore",
+        horizontal_flip: bool = False,
+        skip_broken: bool = False,
+        class_names: str | None = None,
+    ) -> None:
+        super().__init__(
+            ShardsPlace(root, class_names), image_size, split, holdout_every, channels, num_classes, exif,
             horizontal_flip, skip_broken,
         )  # fmt: skip

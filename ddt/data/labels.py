@@ -119,6 +119,19 @@ def list_labelled(root: str, path: str, class_names: list[str] | None, names_pat
     require(not absent, f"{at}: names {shortened(absent, 3)}, which data.root={root} does not hold")
     missing = [name for name in names if name not in labels]
     require(not missing, f"{at}: gives no class to {shortened(missing, 3)} in data.root={root}; add or move them")
+    ordered = {name: labels[name] for name in names}
+    class_names, numbers = number_classes(ordered, class_names, at, names_path)
+    return FolderList(class_names, names, numbers, left_out, {}, Folder(Path(root)))
+
+
+def number_classes(
+    labels: dict[str, Any], class_names: list[str] | None, at: str, names_path: str | None
+) -> tuple[list[str], np.ndarray]:
+    """Return class names and the label of each image, int64, of their classes: names, or numbers.
+
+    class_names: of the labels, or None: the names in natural order, or the numbers. at, names_path:
+    of messages. Raises UserError for both kinds together, and classes that `class_names` lacks.
+    """
     kinds = {isinstance(label, int) for label in labels.values()}
     require(len(kinds) == 1, f"{at}: holds names and numbers of classes; give one kind")
     if kinds == {True}:
@@ -128,12 +141,10 @@ def list_labelled(root: str, path: str, class_names: list[str] | None, names_pat
         limit = f"0..{top}" + ("" if names_path is None else f", the lines of data.class_names={names_path}")
         wrong = [f"{name} ({label})" for name, label in labels.items() if not 0 <= label <= top]
         require(not wrong, f"{at}: labels out of {limit}: {shortened(wrong, 3)}")
-        numbers = [labels[name] for name in names]
-    else:
-        given = sorted(set(labels.values()), key=natural_order)
-        class_names = given if class_names is None else class_names
-        place = {name: k for k, name in enumerate(class_names)}
-        unknown = [name for name in given if name not in place]
-        require(not unknown, f"{at}: the classes {shortened(unknown)} are not in data.class_names={names_path}")
-        numbers = [place[labels[name]] for name in names]
-    return FolderList(class_names, names, np.array(numbers, dtype=np.int64), left_out, {}, Folder(Path(root)))
+        return class_names, np.array([*labels.values()], dtype=np.int64)
+    given = sorted(set(labels.values()), key=natural_order)
+    class_names = given if class_names is None else class_names
+    place = {name: k for k, name in enumerate(class_names)}
+    unknown = [name for name in given if name not in place]
+    require(not unknown, f"{at}: the classes {shortened(unknown)} are not in data.class_names={names_path}")
+    return class_names, np.array([place[label] for label in labels.values()], dtype=np.int64)

@@ -35,7 +35,8 @@ from ddt.autoencoder import Autoencoder
 from ddt.data.images import FileImages, Images, Split
 from ddt.data.listing import class_count_hints
 from ddt.data.manifest import DAMAGED, Row, check_size, read_manifest
-from ddt.data.source import Folder, spread
+from ddt.data.shards import source_of
+from ddt.data.source import spread
 from ddt.errors import UserError, first_line, require
 from ddt.files import read_record, sha256, write_json
 from ddt.objective.alignment import CachedFeatures
@@ -366,9 +367,10 @@ class LatentCache(Images):
             f"data.root={self.root}: holds no pixels, which the alignment target needs; cache with store_images=true",
         )
         root, rows = Path(self.source_root or stored), self._rows()
-        source = Folder(root)
+        names = [row.path for row in rows]
+        source = source_of(root, names)
         if root.is_dir():
             for k in spread(len(rows), 64):  # a sample is enough to notice another folder
                 check_size(source, rows[k].path, rows[k].bytes)
-        names, exif = [row.path for row in rows], self.index["source"].get("exif", "ignore")
+        exif = self.index["source"].get("exif", "ignore")
         return FileImages(source, names, self.labels, self.class_names, self.image_size, self.channels, exif)
