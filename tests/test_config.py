@@ -52,6 +52,8 @@ def root(*overrides):
     )  # these align the 8th block of the encoder
     extra = [f"{key}=somewhere" for choice, key in missing.items() if choice in overrides and choice != "data=folder"]
     extra += [f"data.root={ROOT / 'docs' / 'images'}"] if "data=folder" in overrides else []  # it is looked at
+    if "data=shards" in overrides:  # so that they are not looked at
+        extra += ["data.image_size=32", "data.channels=3", "model.patch_size=4"]
     extra += ["model=b_8en4de"] if any(o.startswith(deep) for o in overrides) else []
     extra += ["alignment.weights=null"] if "alignment=repa_efficientnet_lite0" in overrides else []
     return [*overrides, *extra]

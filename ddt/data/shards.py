@@ -281,8 +281,11 @@ def find_shards(root: str) -> tuple[Path, list[Path], Counter[str]]:
     path, pattern = Path(root), "*"
     if not path.is_dir():
         path, pattern = path.parent, path.name
-    require(root != "" and path.is_dir(), f"data.root={root}: no such folder; give the one with the shards")
     found = [file for file in sorted(path.glob(pattern)) if not file.name.startswith(".") and file.is_file()]
+    require(
+        root != "" and (pattern == "*" or bool(found)),
+        f"data.root={root}: no such folder or files; give the folder with the shards, or FOLDER/train-*",
+    )
     shards = [file for file in found if file.suffix in SCANS]
     left_out = Counter(file.suffix or "without suffix" for file in found if file.suffix not in SCANS)
     kinds = sorted({file.suffix for file in shards})

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import tarfile
 
 import numpy as np
@@ -216,6 +217,9 @@ def test_a_damaged_parquet_and_other_columns_are_named(tmp_path, monkeypatch):
 
 
 def test_folders_without_shards_or_of_two_kinds_are_named(tmp_path):
+    for missing in ("no/such", "x-*", ""):
+        with pytest.raises(UserError, match=rf"^data.root={re.escape(missing)}: no such folder or files"):
+            ShardsPlace(missing).list()
     (tmp_path / "x.zip").write_text("x")
     with pytest.raises(UserError, match=r"^data.root=.*: holds no .tar or .parquet files \(not read: 1 .zip\)$"):
         ShardsPlace(str(tmp_path)).list()
