@@ -9,7 +9,7 @@ from ddt.version import __version__
 if TYPE_CHECKING:
     from ddt.checkpoint.format import load_model
     from ddt.checkpoint.published import load_released
-    from ddt.model import DDT, DiT
+    from ddt.model import DDT, DiT, DiTDH
     from ddt.sampling.sample import sample
     from ddt.sampling.schedules import optimal_schedule, uniform_schedule
     from ddt.sampling.settings import SamplerSettings
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DDT",
     "DiT",
+    "DiTDH",
     "SamplerSettings",
     "UserError",
     "__version__",
@@ -27,9 +28,9 @@ __all__ = [
     "uniform_schedule",
 ]
 HOMES = {
-    "DDT": "model", "DiT": "model", "SamplerSettings": "sampling.settings", "load_model": "checkpoint.format",
-    "load_released": "checkpoint.published", "optimal_schedule": "sampling.schedules", "sample": "sampling.sample",
-    "uniform_schedule": "sampling.schedules",
+    "DDT": "model", "DiT": "model", "DiTDH": "model", "SamplerSettings": "sampling.settings",
+    "load_model": "checkpoint.format", "load_released": "checkpoint.published",
+    "optimal_schedule": "sampling.schedules", "sample": "sampling.sample", "uniform_schedule": "sampling.schedules",
 }  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 t = 0 is noise, t = 1 is data. Shapes: B batch. Source: method.md 1 and 4.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from ddt.errors import require
 
 MAX_STEPS = 100_000  # so that a typo does not fill the memory
+SHIFT_BASE = 4096  # numbers of the latents that need no time shift
 TimeDistribution = Literal["lognorm", "uniform"]
 
 
@@ -54,26 +57,52 @@ def time_normals(t: Tensor, distribution: TimeDistribution) -> Tensor:
     return torch.logit(t) if distribution == "lognorm" else torch.special.ndtri(t)
 
 
-def time_grid(num_steps: int, last_step: float | None = None, timeshift: float = 1.0) -> list[float]:
-    """Return a solver's num_steps + 1 times: `linspace(0, 1 − last_step, num_steps)`, then 1.
+def dimension_timeshift(latent_shape: Sequence[int]) -> float:
+    """Return the time shift for latents (C, H, W): √(C·H·W / 4096), for training times and grids.
 
-    last_step: length of the last step before the shift; None means 1/num_steps. timeshift:
-    `t ← t / (t + (1 − t)·timeshift)`; above 1, more steps near the noise. Computed in float32 on
-    the CPU, returned as floats of exactly those values. Raises UserError. Source: method.md 4.
+    Source: arXiv 2510.11690, section 4.3. Raises UserError for latents of fewer numbers.
+    """
+    numbers = math.prod(latent_shape)
+    require(
+        numbers >= SHIFT_BASE,
+        f"timeshift: latents of {'×'.join(map(str, latent_shape))} have fewer than {SHIFT_BASE} numbers; give 1.0",
+    )
+    return math.sqrt(numbers / SHIFT_BASE)
+
+
+def time_grid(
+    num_steps: int, last_step: float | None = None, timeshift: float = 1.0, t_end: float = 1.0
+) -> list[float]:
+    """Return a solver's num_steps + 1 times: `linspace(0, 1 − last_step, num_steps)`, then 1; with
+    t_end < 1 `linspace(0, t_end, num_steps + 1)`.
+
+    last_step: length of the last step before the shift; None means 1/num_steps, and is all that
+    t_end < 1 knows. timeshift: `t ← t / (t + (1 − t)·timeshift)`; above 1, more steps near the
+    noise. Computed in float32 on the CPU, returned as floats of exactly those values. Raises
+    UserError. Source: method.md 4.
     """
     require(1 <= num_steps <= MAX_STEPS, f"num_steps={num_steps}: must lie in 1..{MAX_STEPS}")
-    last_step = 1 / num_steps if last_step is None else last_step
+    require(0 < t_end <= 1, f"t_end={t_end}: must lie above 0, and be at most 1 (DiT^DH: 0.999)")
     require(
-        0 < last_step < 1 or (num_steps == 1 and last_step == 1),
-        f"last_step={last_step}: must lie between 0 and 1 (published: 0.04), or be null for 1/num_steps",
+        t_end == 1 or last_step is None,
+        f"last_step={last_step}: has no effect with t_end={t_end}, where no step follows; give last_step=null, or "
+        "t_end=1",
+    )
+    last = 1 / num_steps if last_step is None else last_step
+    require(
+        0 < last < 1 or (num_steps == 1 and last == 1),
+        f"last_step={last}: must lie between 0 and 1 (published: 0.04), or be null for 1/num_steps",
     )
     require(timeshift > 0, f"timeshift={timeshift}: must be above 0 (published: 1.0)")
-    t = torch.linspace(0.0, 1.0 - last_step, num_steps, dtype=torch.float32, device="cpu")
-    t = torch.cat([t, torch.ones(1)])
+    if t_end < 1:
+        t = torch.linspace(0.0, t_end, num_steps + 1, dtype=torch.float32, device="cpu")
+    else:
+        t = torch.linspace(0.0, 1.0 - last, num_steps, dtype=torch.float32, device="cpu")
+        t = torch.cat([t, torch.ones(1)])
     t = t / (t + (1 - t) * timeshift)
+    end = f"last_step={last}" if t_end == 1 else f"t_end={t_end}"
     require(
         bool((t.diff() > 0).all()),
-        f"last_step={last_step}, timeshift={timeshift}: two of the {num_steps + 1} times are equal in float32; choose "
-        "less extreme ones",
+        f"{end}, timeshift={timeshift}: two of the {num_steps + 1} times are equal in float32; choose others",
     )
     return t.tolist()

@@ -54,7 +54,7 @@ class DDTTransformer2DModel(ModelMixin, ConfigMixin):
     """
 
     # float32 as under autocast, so that weights loaded in 16 bits give the bits of sample.py
-    _keep_in_fp32_modules: ClassVar = ["norm", "norm1", "norm2", "q_norm", "k_norm", "embedding_table"]
+    _keep_in_fp32_modules: ClassVar = ["norm", "norm1", "norm2", "q_norm", "k_norm", "embedding_table", "W"]
     _repeated_blocks: ClassVar = ["Block"]
 
     @register_to_config
@@ -293,6 +293,7 @@ class DDTPipeline(DiffusionPipeline):
         solver: str | Stored = "checkpoint",
         timeshift: float | Stored = "checkpoint",
         last_step: float | Stored | None = "checkpoint",
+        t_end: float | Stored = "checkpoint",
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
@@ -307,7 +308,8 @@ class DDTPipeline(DiffusionPipeline):
             num_inference_steps, guidance_scale, guidance_interval (None: guidance at all times),
                 recompute (None: the encoder at every step; "uniform:5"; "dp:10", fitted at each
                 call; a list of steps; a schedule file), forecast_order, solver, timeshift,
-                last_step (None: 1/num_inference_steps): as in sample.py; "checkpoint": as exported.
+                last_step (None: 1/num_inference_steps), t_end: as in sample.py; "checkpoint": as
+                exported.
             output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), float32 in [0, 1]; "latent"
                 (B, C, H, W).
             callback_on_step_end: called as (pipeline, step, t, {"latents": x}) with a copy of the
@@ -350,6 +352,7 @@ class DDTPipeline(DiffusionPipeline):
                 "solver": solver,
                 "timeshift": timeshift,
                 "last_step": last_step,
+                "t_end": t_end,
             }
         )
         classes = self._classes(class_labels, num_images_per_class)

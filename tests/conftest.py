@@ -76,15 +76,30 @@ def picture_folder(root, count=11, classes=2):
     return root
 
 
-def small_ddt(**changes):
-    """A network of a few thousand weights, all of them random, so that no zero hides an error."""
-    sizes = dict(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2, num_classes=5)
-    torch.manual_seed(0)
-    model = ddt.DDT(**(sizes | changes))
+SMALL = dict(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, encoder_depth=2, num_classes=5)
+WIDE = dict(decoder_hidden_size=48, decoder_num_heads=4)  # a decoder of another width and other heads
+# the networks whose encoder steps can share, by the name of a test's case
+SHARING = {"ddt": (ddt.DDT, {}), "wide ddt": (ddt.DDT, WIDE), "ditdh": (ddt.DiTDH, WIDE)}
+
+
+def randomised(model):
+    """The network with all its weights moved, so that no zero hides an error."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
+
+
+def small_ddt(**changes):
+    """A network of a few thousand weights, all of them random."""
+    return small_network("ddt", **changes)
+
+
+def small_network(case, **changes):
+    """A network of `SHARING`, with the sizes of `small_ddt`."""
+    kind, sizes = SHARING[case]
+    torch.manual_seed(0)
+    return randomised(kind(**(SMALL | sizes | changes)))
 
 
 def small_vae(folder, channels=4, levels=4, **config):

@@ -4,8 +4,9 @@ import dataclasses
 import logging
 from pathlib import Path
 
+from ddt.autoencoder import build_autoencoder
 from ddt.checkpoint.format import write_checkpoint
-from ddt.checkpoint.published import Part, find_released, read_released
+from ddt.checkpoint.published import Part, Released, find_released, read_released
 from ddt.config import Choice
 from ddt.errors import require
 from ddt.files import check_new, sha256
@@ -13,31 +14,60 @@ from ddt.pictures import imagenet_synsets
 from ddt.sampling.settings import SamplerSettings
 
 log = logging.getLogger(__name__)
-DOWNSAMPLING = 8  # of the autoencoder that all published models were trained with
-SAMPLERS = {256: SamplerSettings(), 512: SamplerSettings(cfg_scale=3.0)}  # by resolution: FID 1.26 and 1.28
+RESOLUTIONS = (256, 512)  # of all published models
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertSettings:
-    """See conf/convert_checkpoint.yaml. released: file, folder with one file, or hub id.
+    """See conf/convert_checkpoint.yaml. released: as of `find_released`.
 
-    encoder_depth (None: the undivided baseline) and patch_size are not in the file. resolution:
-    pixels per side. weights: those of the file to write.
+    encoder_depth, resolution (pixels per side), patch_size: None where the file says it.
+    encoder_depth of the undivided baseline is None. weights: those of the file to write.
     """
 
     released: str
-    encoder_depth: int | None
-    resolution: int
-    patch_size: int
     autoencoder: Choice
     out: str
+    encoder_depth: int | None = None
+    resolution: int | None = None
+    patch_size: int | None = None
     weights: Part = "ema"
 
     def __post_init__(self) -> None:
         require(
-            self.resolution in SAMPLERS,
-            f"resolution={self.resolution}: published models exist at {' and '.join(map(str, SAMPLERS))} px",
+            self.resolution in (None, *RESOLUTIONS),
+            f"resolution={self.resolution}: published models exist at {' and '.join(map(str, RESOLUTIONS))} px",
         )
+
+
+def latent_shape(released: Released, settings: ConvertSettings) -> tuple[int, int, int]:
+    """Return (C, H, W) of a published model's latents.
+
+    Raises UserError where the resolution is missing, or another than the file's, and where the
+    autoencoder has other latents than the file says.
+    """
+    channels, size = released.network["in_channels"], released.latent_size
+    if size is None:
+        require(
+            settings.resolution is not None,
+            f"resolution: {released.name} does not hold it; give {' or '.join(map(str, RESOLUTIONS))}",
+        )
+        assert settings.resolution is not None
+        size = settings.resolution // released.release.downsampling
+        return channels, size, size
+    resolution = size * released.release.downsampling
+    require(
+        settings.resolution in (None, resolution),
+        f"resolution={settings.resolution}: {released.name} is of {resolution} px; leave it out",
+    )
+    shape = channels, size, size
+    found = build_autoencoder(settings.autoencoder.plain(), outline=True).latent_shape(3, resolution)
+    require(
+        found == shape,
+        f"autoencoder: has latents of {'×'.join(map(str, found))} at {resolution} px, {released.name} is of "
+        f"{'×'.join(map(str, shape))}; give autoencoder={released.release.usual_autoencoder}, or another with these",
+    )
+    return shape
 
 
 def convert(settings: ConvertSettings) -> None:
@@ -50,18 +80,19 @@ def convert(settings: ConvertSettings) -> None:
     check_new(out)
     path = find_released(settings.released)
     released = read_released(path, settings.encoder_depth, settings.patch_size)
+    shape = latent_shape(released, settings)
     weights = released.weights(settings.weights)
     log.info(
         "%s: read strictly, %d parameters; writing %s", path, sum(value.numel() for value in weights.values()), out
     )
-    side, num_classes = settings.resolution // DOWNSAMPLING, released.network["num_classes"]
+    num_classes = released.network["num_classes"]
     synsets = imagenet_synsets()
     config = {
         "step": None,  # not in the file
         "network": released.network,
-        "latent_shape": [released.network["in_channels"], side, side],
+        "latent_shape": list(shape),
         "autoencoder": settings.autoencoder.plain(),
-        "sampler": dataclasses.asdict(SAMPLERS[settings.resolution]),
+        "sampler": dataclasses.asdict(SamplerSettings(**released.release.sampler(shape))),
         "class_names": synsets if num_classes == len(synsets) else [str(k) for k in range(num_classes)],
         "source": {"file": path.name, "sha256": sha256(path)},
     }

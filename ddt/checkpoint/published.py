@@ -1,7 +1,7 @@
 """Published checkpoints: Lightning `.ckpt` (`state_dict`, prefixes below) or `.safetensors`.
 
 Each network family's `release` (`ddt.model.published_names`) has the key names; `encoder_depth` and
-`patch_size` are not in the file. Source: method.md 6.
+`patch_size` of a DDT are not in the file. Source: method.md 6.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddt.errors import UserError, require
 from ddt.files import atomic_file, reset_permissions
-from ddt.hub import resolve
+from ddt.hub import fetch, is_hub_id, resolve
 from ddt.model import NETWORKS, Denoiser, build_network, load_network, network_class
 from ddt.model.published_names import Release
 from ddt.tensor_files import read_tensors, state_dict
@@ -24,15 +24,35 @@ PROJECTOR = "proj.0."  # of the trainer: the alignment's
 Part = Literal["ema", "model"]
 SUFFIXES = (".ckpt", ".safetensors")  # of the files that `write_released` writes
 READ_SUFFIXES = (*SUFFIXES, ".pt", ".pth")  # of those found in a folder; a named file may have any
+RAE = "nyu-visionx/RAE-collections:DiTs/Dinov2/wReg_base"
+# names of published files of a hub model that holds several; a guide beside each
+PUBLISHED = {
+    "ditdh-xl-256": f"{RAE}/ImageNet256/DiTDH-XL/stage2_model.pt",
+    "ditdh-s-256": f"{RAE}/ImageNet256/DiTDH-S_ep14/stage2_model.pt",
+    "ditdh-xl-512": f"{RAE}/ImageNet512/DiTDH-XL_ep400/stage2_model.pt",
+    "ditdh-s-512": f"{RAE}/ImageNet512/DiTDH-S_ep20/stage2_model.pt",
+}
+ADVICE = f"give a checkpoint's file, its folder, a hub id, owner/name:FILE of one, or {' or '.join(PUBLISHED)}"
 WEIGHTS: dict[Part, str] = {"ema": "EMA", "model": "raw"}
 
 
 def find_released(source: str, key: str = "released") -> Path:
-    """Return the weights file of `source`: itself, the only one in a folder, or that of a hub id.
+    """Return the weights file of `source`: itself, the only one in a folder or of a hub id, the
+    file of a hub id `owner/name:PATH`, or that of a name in `PUBLISHED`.
 
     key: the setting, for messages. Raises UserError where there is none, more than one, or the
     download fails.
     """
+    label = f"{key}={source}"
+    if not Path(source).exists():
+        repository, _, file = PUBLISHED.get(source, source).partition(":")
+        if file and is_hub_id(repository):
+
+            def named(names: list[str]) -> list[str]:
+                require(file in names, f"{label}: the hub's {repository} has no file {file}; give another")
+                return [file]
+
+            return fetch(repository, label, named, ADVICE) / file
 
     def only(names: list[str]) -> list[str]:
         found = [name for name in names if Path(name).suffix in READ_SUFFIXES and "/" not in name]
@@ -42,7 +62,7 @@ def find_released(source: str, key: str = "released") -> Path:
         )
         return found
 
-    path = resolve(source, f"{key}={source}", only, "give a checkpoint's file, its folder, or a hub id")
+    path = resolve(source, label, only, ADVICE)
     if path.is_dir():
         return path / only([file.name for file in path.iterdir() if file.is_file()])[0]
     return path
@@ -90,11 +110,18 @@ class Released:
     """A published checkpoint. name: of its file. network: settings for `build_network`.
 
     parts: its weights under the release's names; `weights` returns them under this project's.
+    latent_size: side of the latents, None where it is not in the file.
     """
 
     name: str
     network: dict[str, Any]
     parts: dict[str, dict[str, Tensor]]
+    latent_size: int | None = None
+
+    @property
+    def release(self) -> Release:
+        """The format of the network's family."""
+        return release_of(self.network)
 
     def weights(self, part: Part = "ema") -> dict[str, Tensor]:
         """Return a state dict of the network, float32.
@@ -107,12 +134,12 @@ class Released:
             bool(self.parts[part]),
             f"weights={part}: {self.name} holds no {WEIGHTS[part]} weights ({PREFIXES[part]}*); give {others}",
         )
-        release = release_of(self.network)
+        release = self.release
         with torch.device("meta"):
             shapes = {key: value.shape for key, value in build_network(self.network).state_dict().items()}
         names = {release.published_name(name, self.network): name for name in shapes}
         state = {}
-        for key, value in self.parts[part].items():
+        for key, value in release.read(self.parts[part], self.network, self.name).items():
             require(key in names, f"{self.name}: unknown key {key}")
             shape = shapes[names[key]]
             require(value.shape == shape, f"{self.name}: {key} has shape {tuple(value.shape)}, expected {tuple(shape)}")
@@ -128,30 +155,35 @@ class Released:
         return state
 
 
-def read_released(path: Path, encoder_depth: int | None, patch_size: int) -> Released:
+def read_released(path: Path, encoder_depth: int | None, patch_size: int | None) -> Released:
     """Read a published file: the network family from its keys, the rest from the shapes.
 
-    encoder_depth: None for the undivided baseline. Raises UserError for an unreadable file, an
-    unknown family, and an impossible encoder_depth or patch_size.
+    encoder_depth, patch_size: None where the file says, and for the undivided baseline. Raises
+    UserError for an unreadable file, an unknown family, and an impossible encoder_depth or
+    patch_size.
     """
     parts = read_file(path)
     state = parts["ema"] or parts["model"]
     for target, kind in NETWORKS.items():
         if kind.release is not None and kind.release.recognizes(state):
             settings = kind.release.settings(state, encoder_depth, patch_size, path.name)
-            return Released(path.name, {"_target_": target, **settings}, parts)
+            latent_size = kind.release.latent_size(state, settings, path.name)
+            return Released(path.name, {"_target_": target, **settings}, parts, latent_size)
     raise UserError(f"{path.name}: holds no DDT (no keys such as x_embedder.*)")
 
 
-def load_released(path: str | Path, encoder_depth: int | None, patch_size: int = 2, weights: Part = "ema") -> Denoiser:
-    """Load a published checkpoint as a `DDT`, or `DiT` (baseline): float32, on the CPU.
+def load_released(
+    path: str | Path, encoder_depth: int | None = None, patch_size: int | None = None, weights: Part = "ema"
+) -> Denoiser:
+    """Load a published checkpoint as a `DDT`, `DiT` (its baseline) or `DiTDH` (of RAE): float32, on
+    the CPU.
 
     Args:
         path: a Lightning checkpoint or a bare state dict with the release's key names, in torch's
             format or safetensors.
-        encoder_depth: blocks of the encoder, 1..depth−1 (22 for the published XL); None for the
-            undivided baseline.
-        patch_size: p, 2 for all published models.
+        encoder_depth: blocks of the encoder of a DDT, 1..depth−1 (22 for the published XL), and of
+            a DiTDH whose halves are equally wide; None for the others, which say it.
+        patch_size: p of a DDT, None: 2, as in all published models. A DiTDH file says it.
         weights: "ema", or "model" (raw). The weights of a bare state dict count as "ema".
 
     Raises UserError, a ValueError, naming an unknown or missing key, an impossible encoder_depth or
@@ -168,15 +200,23 @@ def check_releasable(network: dict[str, Any]) -> None:
     release_of(network).check(network)
 
 
-def write_released(path: Path, network: dict[str, Any], state: dict[str, Tensor]) -> None:
+def sizes_to_load(network: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `load_released` that a file of such a network needs."""
+    return {key: network.get(key) for key in release_of(network).unsaid(network)}
+
+
+def write_released(
+    path: Path, network: dict[str, Any], state: dict[str, Tensor], latent_shape: tuple[int, int, int]
+) -> None:
     """Write weights atomically under the release's names: `.safetensors`, or `.ckpt` with prefixes.
 
     network: settings of `build_network`. state: its float32 weights, which `load_released` reads
-    back bit for bit.
+    back bit for bit. latent_shape: (C, H, W), for the fixed tables that some files hold.
     """
     release = release_of(network)
     published = {release.published_name(name, network): value.contiguous() for name, value in state.items()}
     assert len(published) == len(state), "two weights have one published name"
+    published = {k: v.contiguous() for k, v in release.write(published, network, latent_shape).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         if path.suffix == ".safetensors":

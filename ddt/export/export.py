@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.checkpoint import format as ckpt
-from ddt.checkpoint.published import SUFFIXES, check_releasable, write_released
+from ddt.checkpoint.published import SUFFIXES, check_releasable, sizes_to_load, write_released
 from ddt.errors import require
 from ddt.export.model_card import Card
 from ddt.files import atomic_folder, check_new, fsync, read_json, read_record, reset_permissions, sha256, write_json
@@ -58,7 +58,7 @@ except ImportError as error:
 USAGE = {
     "hub": 'load with: ddt.load_model("{out}"), or sample with: python sample.py ckpt={out}',
     "diffusers": 'load with: ddt.pipeline.DDTPipeline.from_pretrained("{out}")',
-    "released": 'load with: ddt.load_released("{out}", encoder_depth={encoder_depth}, patch_size={patch_size})',
+    "released": 'load with: ddt.load_released("{out}"{sizes})',
 }
 
 
@@ -103,7 +103,8 @@ def export(settings: ExportSettings) -> None:
     source = open_source(folder, form, settings.weights, settings.autoencoder)
     network = source.stored["network"]
     if form == "released":
-        write_released(out, network, ckpt.read_weights(folder, settings.weights))
+        state = ckpt.read_weights(folder, settings.weights)
+        write_released(out, network, state, tuple(source.stored["latent_shape"]))
     else:
         places, metrics = [folder / "samples", Path(settings.ckpt) / "samples"], None
         if settings.metrics is not None:
@@ -117,8 +118,8 @@ def export(settings: ExportSettings) -> None:
                 write_hub(temporary, source, ckpt.read_weights(folder, settings.weights), card)
             else:
                 write_diffusers(temporary, source, card)
-    sizes = {key: network.get(key) for key in ("encoder_depth", "patch_size")}
-    log.info("%s: %s", out, USAGE[form].format(out=out, **sizes))
+    sizes = "".join(f", {key}={value}" for key, value in sizes_to_load(network).items()) if form == "released" else ""
+    log.info("%s: %s", out, USAGE[form].format(out=out, sizes=sizes))
     if settings.push is not None:
         log.info("%s (private; its settings there make it public)", push(out, settings.push))
 

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ddt.autoencoder import autoencoder_class
-from ddt.checkpoint.convert import DOWNSAMPLING
+from ddt.checkpoint.published import release_of
 from ddt.metrics.compare import numbers_of
 from ddt.pictures import imagenet_synsets, readable
 from ddt.tables import markdown_table
@@ -103,7 +103,7 @@ def image_size(config: dict[str, Any]) -> int | None:
     if autoencoder_class(config["autoencoder"]).pixel_space:
         return side
     stated = config.get("run", {}).get("data", {}).get("image_size")
-    return stated or (side * DOWNSAMPLING if "source" in config else None)
+    return stated or (side * release_of(config["network"]).downsampling if "source" in config else None)
 
 
 def dataset(config: dict[str, Any]) -> str | None:

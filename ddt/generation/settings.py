@@ -36,6 +36,7 @@ class SamplerOverrides:
     sde_diffusion: DiffusionName | Stored = "checkpoint"
     sde_last: LastStep | Stored = "checkpoint"
     tolerance: float | Stored = "checkpoint"
+    t_end: float | Stored = "checkpoint"
 
     def resolve(self, stored: dict[str, Any], shares_encoder: bool) -> SamplerSettings:
         """Return a checkpoint's sampler, `stored`, with these settings for its network.
@@ -57,6 +58,8 @@ SAMPLER_KEYS = [key for key in SamplerSettings.__dataclass_fields__ if key != "s
 
 def without_unused(values: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
     """Return a sampler's settings without stored ones that have no effect beside chosen ones."""
+    if chosen.get("t_end", 1) != 1 and "last_step" not in chosen:
+        values = {**values, "last_step": None}
     solver = SOLVERS.get(values.get("solver", SamplerSettings.solver))
     unused = set(option_users()) - set(solver.options if solver else ())
     if solver is not None and solver.adaptive:

@@ -10,10 +10,11 @@ from ddt.errors import brief, require
 from ddt.model.base import Denoiser
 from ddt.model.ddt import DDT
 from ddt.model.dit import DiT
+from ddt.model.ditdh import DiTDH
 
-__all__ = ["DDT", "NETWORKS", "Denoiser", "DiT", "build_network", "load_network", "network_class"]
+__all__ = ["DDT", "NETWORKS", "Denoiser", "DiT", "DiTDH", "build_network", "load_network", "network_class"]
 
-NETWORKS: dict[str, type[Denoiser]] = {f"ddt.model.{kind.__name__}": kind for kind in (DDT, DiT)}
+NETWORKS: dict[str, type[Denoiser]] = {f"ddt.model.{kind.__name__}": kind for kind in (DDT, DiT, DiTDH)}
 
 
 def network_class(settings: dict[str, Any]) -> type[Denoiser]:
@@ -55,4 +56,4 @@ def load_network(settings: dict[str, Any], weights: dict[str, Tensor]) -> Denois
     unknown = sorted(weights.keys() - expected.keys())
     require(not unknown, f"{brief(str(unknown[:1]), 80)}: the model has no such weights")
     model.load_state_dict(weights, strict=True, assign=True)
-    return model.eval().requires_grad_(True)
+    return model.eval()

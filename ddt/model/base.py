@@ -23,7 +23,7 @@ class Denoiser(nn.Module, abc.ABC):
     release: ClassVar[Release | None] = None  # names of its published weights
     in_channels: int  # C
     num_classes: int  # K; label K is the null label
-    hidden_size: int  # D of the blocks that alignment reads
+    hidden_size: int  # D of the blocks that alignment reads; a decoder may be wider
     patch_size: int  # p; H and W must be multiples of it
     label_table: ClassVar[str]  # name of the weights (K + 1, D) of the classes
 
@@ -44,7 +44,7 @@ class Denoiser(nn.Module, abc.ABC):
 
     @property
     def modulation_layers(self) -> list[nn.Module]:
-        """The decoder's layers that read z_t alone, in the order of `modulations`."""
+        """The decoder's layers that read `condition` alone, in the order of `modulations`."""
         return []
 
     @abc.abstractmethod
@@ -69,6 +69,10 @@ class Denoiser(nn.Module, abc.ABC):
         """Return the decoder's modulations by z_t (B, N, D): of the first layers, those that fit
         into max_bytes. UserError where there is no decoder.
         """
+        raise UserError(f"{type(self).__name__} has no separate decoder: call the model itself")
+
+    def condition(self, z_t: Tensor) -> Tensor:
+        """Return what the modulation layers read of z_t (B, N, D). UserError as `modulations`."""
         raise UserError(f"{type(self).__name__} has no separate decoder: call the model itself")
 
     @abc.abstractmethod

@@ -1,6 +1,7 @@
 """The Decoupled Diffusion Transformer: a condition encoder and a velocity decoder.
 
-Shapes: B batch, C latent channels, H W latent size, p patch size, N = H·W/p² tokens, D width.
+Shapes: B batch, C latent channels, H W latent size, p patch size, N = H·W/p² tokens, D width of the
+encoder, D_d of the decoder, which may be wider.
 It knows no paths, guidance or losses, and computes the same in train and eval mode.
 """
 
@@ -11,17 +12,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ddt.errors import UserError, require
+from ddt.errors import UserError
 from ddt.model.base import Denoiser
 from ddt.model.cost import NetworkMacs, modulation_macs, stack_macs, weight_macs
 from ddt.model.layers import (
+    DDT_STYLE,
     AdaLNInit,
     BlockStack,
     Checkpointing,
     LabelEmbedder,
     MixerName,
     OutputLayer,
+    Style,
     TimestepEmbedder,
+    check_halves,
+    check_heads,
     check_sizes,
 )
 from ddt.model.published_names import ReleasedDDT
@@ -29,6 +34,8 @@ from ddt.model.published_names import ReleasedDDT
 
 class Encoder(BlockStack):
     """The condition encoder: noisy latent, time and class → self-condition z_t (method.md 2)."""
+
+    time_embedder: ClassVar[type[nn.Module]] = TimestepEmbedder
 
     def __init__(
         self,
@@ -40,10 +47,11 @@ class Encoder(BlockStack):
         num_classes: int,
         adaln_init: AdaLNInit = "release",
         activation_checkpointing: Checkpointing = False,
+        style: Style = DDT_STYLE,
     ) -> None:
         sizes = (in_channels, patch_size, hidden_size, num_heads, depth)
-        super().__init__(*sizes, "attention", adaln_init, activation_checkpointing)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        super().__init__(*sizes, "attention", adaln_init, activation_checkpointing, style)
+        self.t_embedder = self.time_embedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int = 0) -> tuple[Tensor, Tensor]:
@@ -57,40 +65,53 @@ class Encoder(BlockStack):
 
 
 class Decoder(BlockStack):
-    """The velocity decoder: noisy latent and z_t → velocity; no other time input (method.md 2)."""
+    """The velocity decoder: noisy latent and z_t → velocity; no other time input (method.md 2).
+
+    encoder_size: D of z_t; where the decoder's width is another, a Linear is between.
+    """
 
     def __init__(
         self,
         in_channels: int,
         patch_size: int,
+        encoder_size: int,
         hidden_size: int,
         num_heads: int,
         depth: int,
         mixer: MixerName = "attention",
         adaln_init: AdaLNInit = "release",
         activation_checkpointing: Checkpointing = False,
+        style: Style = DDT_STYLE,
     ) -> None:
         sizes = (in_channels, patch_size, hidden_size, num_heads, depth)
-        super().__init__(*sizes, mixer, adaln_init, activation_checkpointing)
-        self.output = OutputLayer(hidden_size, patch_size, in_channels)
+        super().__init__(*sizes, mixer, adaln_init, activation_checkpointing, style)
+        wider = hidden_size != encoder_size
+        self.projector: nn.Module = nn.Linear(encoder_size, hidden_size) if wider else nn.Identity()
+        self.output = OutputLayer(hidden_size, patch_size, in_channels, style)
 
     @property
     def modulation_layers(self) -> list[nn.Linear]:
-        """The linears z_t → modulation, of the blocks, then of the output layer."""
+        """The linears condition → modulation, of the blocks, then of the output layer."""
         return [*(block.adaln for block in self.blocks), self.output.adaln]
 
+    def condition(self, z_t: Tensor) -> Tensor:
+        """Return what the modulation layers read of z_t (B, N, D): (B, N, D_d)."""
+        return self.projector(z_t)
+
     def modulations(self, z_t: Tensor, max_bytes: float = math.inf) -> list[Tensor]:
-        """Return the modulations by z_t (B, N, D): (B, N, 6D) of each block, then (B, N, 2D) of the
-        output layer; the first of them that fit into max_bytes. Source: method.md 4.
+        """Return the modulations by z_t (B, N, D): (B, N, 6D_d) of each block, then (B, N, 2D_d) of
+        the output layer; the first of them that fit into max_bytes. Source: method.md 4.
         """
         modulations: list[Tensor] = []
+        c: Tensor | None = None
         autocast = torch.is_autocast_enabled(z_t.device.type)
         dtype = torch.get_autocast_dtype(z_t.device.type) if autocast else self.output.adaln.weight.dtype
         for layer in self.modulation_layers:
             max_bytes -= z_t[..., 0].numel() * layer.out_features * dtype.itemsize
             if max_bytes < 0:
                 break
-            modulations.append(layer(z_t))
+            c = self.condition(z_t) if c is None else c
+            modulations.append(layer(c))
         return modulations
 
     def forward(self, x_t: Tensor, z_t: Tensor, modulations: Sequence[Tensor] = ()) -> Tensor:
@@ -98,32 +119,20 @@ class Decoder(BlockStack):
 
         modulations: of `modulations(z_t)`; the layers that it leaves out compute theirs.
         """
-        at = self.positions(x_t)
-        h, _ = self.run(x_t, z_t, at, modulations=modulations)
-        depth = len(self.blocks)
-        return self.output(h, z_t, at, modulations[depth] if len(modulations) > depth else None)
+        at, depth = self.positions(x_t), len(self.blocks)
+        complete = len(modulations) > depth
+        c = z_t if complete else self.condition(z_t)  # nothing reads it beside all modulations
+        h, _ = self.run(x_t, c, at, modulations=modulations)
+        return self.output(h, c, at, modulations[depth] if complete else None)
 
 
-class DDT(Denoiser):
-    """Decoupled Diffusion Transformer: `encoder_depth` encoder blocks, the rest decoder blocks.
-
-    Args:
-        in_channels: C, channels of the latent (of the pixels, with the identity autoencoder).
-        patch_size: p; H and W must be multiples of it.
-        hidden_size: D. num_heads: divides D into widths that are multiples of 4.
-        depth: blocks in all, constant over a sweep. encoder_depth: of the encoder, 1..depth−1.
-        num_classes: K; label K is the null label.
-        decoder_block: token mixer of the decoder: attention (published), conv or mlp (ablation).
-        adaln_init: "release" (torch's default, as published) or "zero" (AdaLN-Zero).
-        activation_checkpointing: True recomputes each block in the backward pass to save memory,
-            "selective" its elementwise work; same numbers.
-
-    Raises UserError for impossible sizes. Source: method.md 2; arXiv 2504.05741, section 3.
-    """
+class Decoupled(Denoiser):
+    """A network of two halves, `encoder` and `decoder`, that steps can share z_t of."""
 
     shares_encoder: ClassVar[bool] = True
-    release = ReleasedDDT()
     label_table = "encoder.y_embedder.embedding_table.weight"
+    encoder: Encoder
+    decoder: Decoder
 
     def __init__(
         self,
@@ -134,26 +143,21 @@ class DDT(Denoiser):
         depth: int,
         encoder_depth: int,
         num_classes: int,
-        decoder_block: MixerName = "attention",
-        adaln_init: AdaLNInit = "release",
-        activation_checkpointing: Checkpointing = False,
+        decoder_hidden_size: int | None,
+        decoder_num_heads: int | None,
     ) -> None:
         super().__init__()
         if patch_size is None:
             raise UserError("model.patch_size=null: is inferred from the images before; give a number")
         check_sizes(in_channels, patch_size, hidden_size, num_heads, depth, num_classes)
-        require(
-            1 <= encoder_depth <= depth - 1,
-            f"model.encoder_depth={encoder_depth} leaves no encoder or no decoder: "
-            f"with model.depth={depth} choose 1..{depth - 1}",
-        )
+        check_halves(depth, encoder_depth)
+        width = hidden_size if decoder_hidden_size is None else decoder_hidden_size
+        self.decoder_sizes = (width, num_heads if decoder_num_heads is None else decoder_num_heads)
+        check_heads(*self.decoder_sizes, "decoder_")
         self.in_channels = in_channels
         self.patch_size = patch_size
         self.hidden_size = hidden_size
         self.num_classes = num_classes
-        sizes = (in_channels, patch_size, hidden_size, num_heads)
-        self.encoder = Encoder(*sizes, encoder_depth, num_classes, adaln_init, activation_checkpointing)
-        self.decoder = Decoder(*sizes, depth - encoder_depth, decoder_block, adaln_init, activation_checkpointing)
 
     @property
     def stacks(self) -> list[BlockStack]:
@@ -169,6 +173,10 @@ class DDT(Denoiser):
     def modulation_layers(self) -> list[nn.Module]:
         """Those of the decoder."""
         return [*self.decoder.modulation_layers]
+
+    def condition(self, z_t: Tensor) -> Tensor:
+        """Return `Decoder.condition` of z_t (B, N, D)."""
+        return self.decoder.condition(z_t)
 
     def encode(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the self-condition z_t (B, N, D).
@@ -203,10 +211,56 @@ class DDT(Denoiser):
     def macs(self, num_tokens: int) -> NetworkMacs:
         """Count the MACs of one forward for one image of N = num_tokens."""
         encoder, decoder = self.encoder, self.decoder
-        modulations = num_tokens * (modulation_macs(decoder) + weight_macs([decoder.output.adaln]))
+        modulations = num_tokens * (modulation_macs(decoder) + weight_macs([decoder.projector, decoder.output.adaln]))
         output = num_tokens * weight_macs([decoder.output.linear])
         return NetworkMacs(
             encoder=stack_macs(encoder, num_tokens) + modulation_macs(encoder) + weight_macs([encoder.t_embedder]),
             decoder=stack_macs(decoder, num_tokens) + output + modulations,
             modulations=modulations,
         )
+
+
+class DDT(Decoupled):
+    """Decoupled Diffusion Transformer: `encoder_depth` encoder blocks, the rest decoder blocks.
+
+    Args:
+        in_channels: C, channels of the latent (of the pixels, with the identity autoencoder).
+        patch_size: p; H and W must be multiples of it.
+        hidden_size: D. num_heads: divides D into widths that are multiples of 4.
+        depth: blocks in all, constant over a sweep. encoder_depth: of the encoder, 1..depth−1.
+        num_classes: K; label K is the null label.
+        decoder_block: token mixer of the decoder: attention (published), conv or mlp (ablation).
+        adaln_init: "release" (torch's default, as published) or "zero" (AdaLN-Zero).
+        activation_checkpointing: True recomputes each block in the backward pass to save memory,
+            "selective" its elementwise work; same numbers.
+        decoder_hidden_size, decoder_num_heads: of the decoder, where they are others; a Linear
+            D → D_d is between, whose output the decoder's blocks read as z_t.
+
+    Raises UserError for impossible sizes. Source: method.md 2; arXiv 2504.05741, section 3.
+    """
+
+    release = ReleasedDDT()
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int | None,
+        hidden_size: int,
+        num_heads: int,
+        depth: int,
+        encoder_depth: int,
+        num_classes: int,
+        decoder_block: MixerName = "attention",
+        adaln_init: AdaLNInit = "release",
+        activation_checkpointing: Checkpointing = False,
+        decoder_hidden_size: int | None = None,
+        decoder_num_heads: int | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, patch_size, hidden_size, num_heads, depth, encoder_depth, num_classes, decoder_hidden_size,
+            decoder_num_heads,
+        )  # fmt: skip
+        sizes = (in_channels, self.patch_size, hidden_size)
+        others = (adaln_init, activation_checkpointing)
+        self.encoder = Encoder(*sizes, num_heads, encoder_depth, num_classes, *others)
+        self.decoder = Decoder(*sizes, *self.decoder_sizes, depth - encoder_depth, decoder_block, *others)

@@ -4,9 +4,10 @@ Shapes: B batch, C channels, H W latent size, p patch size, N = H·W/p² tokens,
 a head.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,6 +37,10 @@ PRODUCTS = {
 }
 
 
+# (width of a head, tokens down, tokens across) -> cosine and sine (N, d/2) of the rotation
+Rotation = Callable[[int, int, int], tuple[Tensor, Tensor]]
+
+
 class Positions(NamedTuple):
     """The token grid and its rotation tables, shared by all blocks of a forward pass."""
 
@@ -43,6 +48,7 @@ class Positions(NamedTuple):
     sin: Tensor  # (N, d/2)
     height: int  # tokens down
     width: int  # tokens across
+    table: Tensor | None = None  # (N, D), added to the tokens before the first block
 
 
 def token_grid(patch_size: int, height: int, width: int) -> tuple[int, int]:
@@ -70,23 +76,55 @@ def rope_table(head_dim: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
+def integer_rope_table(head_dim: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Compute cosine and sine of the rotary angles of a token grid at whole positions.
+
+    Frequencies are 10000^(−4i/d), i = 0..d/4−1. The first d/4 channel pairs turn by the row, the
+    others by the column. Returns two float32 tensors (N, d/2), tokens row by row.
+    """
+    half = head_dim // 2
+    frequencies = 1.0 / (10000.0 ** (torch.arange(0, half, 2, dtype=torch.float32) / half))  # (d/4,)
+    rows = torch.outer(torch.arange(height, dtype=torch.float32), frequencies)  # (H/p, d/4)
+    columns = torch.outer(torch.arange(width, dtype=torch.float32), frequencies)  # (W/p, d/4)
+    angles = torch.cat([rows.repeat_interleave(width, 0), columns.repeat(height, 1)], dim=-1)  # (N, d/2)
+    return angles.cos(), angles.sin()
+
+
+def sincos_table(dim: int, height: int, width: int) -> tuple[Tensor]:
+    """Compute the fixed embedding of a token grid's positions, float32 (N, dim), row by row.
+
+    `[sin(q·ω), cos(q·ω), sin(r·ω), cos(r·ω)]` of row r and column q, ω_i = 10000^(−i/(dim/4)).
+    """
+    omega = 1.0 / 10000.0 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    rows, columns = (torch.outer(torch.arange(n, dtype=torch.float64), omega) for n in (height, width))
+    r, q = rows.repeat_interleave(width, 0), columns.repeat(height, 1)  # (N, dim/4)
+    return (torch.cat([q.sin(), q.cos(), r.sin(), r.cos()], dim=-1).float(),)
+
+
 @functools.lru_cache(maxsize=64)
-def _tables(head_dim: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _cached(make: Callable[..., Any], device: torch.device, *sizes: int) -> tuple[Tensor, ...]:
     # On the CPU: every device turns by the same angles. Outside of inference mode: a table made
     # while sampling can be saved for a backward pass later.
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        cos, sin = rope_table(head_dim, height, width)
-    return cos.to(device), sin.to(device)
+        made = make(*sizes)
+    return tuple(table.to(device) for table in made)
 
 
-def positions(head_dim: int, height: int, width: int, device: torch.device) -> Positions:
-    """Return the `Positions` of a token grid; tables are cached, except in a compiled graph, which
-    may serve grids of any size.
+def tables(make: Callable[..., Any], device: torch.device, *sizes: int) -> tuple[Tensor, ...]:
+    """Return the tables `make(*sizes)` on a device. They are cached, except in a compiled graph,
+    which may serve grids of any size.
     """
     if torch.compiler.is_compiling():
-        cos, sin = rope_table(head_dim, height, width)
-        return Positions(cos.to(device), sin.to(device), height, width)
-    return Positions(*_tables(head_dim, height, width, device), height, width)
+        return tuple(table.to(device) for table in make(*sizes))
+    return _cached(make, device, *sizes)
+
+
+def positions(
+    head_dim: int, height: int, width: int, device: torch.device, rotation: Rotation = rope_table
+) -> Positions:
+    """Return the `Positions` of a token grid, without a table."""
+    cos, sin = tables(rotation, device, head_dim, height, width)
+    return Positions(cos, sin, height, width)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -176,16 +214,29 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
-class Attention(nn.Module):
-    """Softmax attention, RMSNorm over each head of q and k, 2-D RoPE; bias in `proj` alone."""
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """What the layers of the families do differently; by default as DDT's (method.md 2)."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    bias: bool = False  # in q, k, v and the SwiGLU
+    qk_norm: bool = True  # RMSNorm over each head of q and k
+    rms_output: bool = False  # the output layer's norm: RMSNorm with weight, or LayerNorm without
+    rotation: Rotation = rope_table
+
+
+DDT_STYLE = Style()
+
+
+class Attention(nn.Module):
+    """Softmax attention with 2-D RoPE; style: bias in qkv, RMSNorm over each head of q and k."""
+
+    def __init__(self, hidden_size: int, num_heads: int, style: Style = DDT_STYLE) -> None:
         super().__init__()
         self.num_heads = num_heads
         head_dim = hidden_size // num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.q_norm = RMSNorm(head_dim)
-        self.k_norm = RMSNorm(head_dim)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=style.bias)
+        self.q_norm = RMSNorm(head_dim) if style.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_dim) if style.qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, at: Positions) -> Tensor:
@@ -210,12 +261,17 @@ class ConvMixer(nn.Module):
         return self.conv(grid).flatten(2).transpose(1, 2)  # (B, N, D)
 
 
+def inner_size(hidden_size: int) -> int:
+    """Return the hidden width of a SwiGLU, int(2·4D/3)."""
+    return int(2 * 4 * hidden_size / 3)
+
+
 class SwiGLU(nn.Module):
-    """`w2(SiLU(w1 x)·w3 x)` without biases, hidden width int(2·4D/3) (method.md 2)."""
+    """`w2(SiLU(w1 x)·w3 x)` without biases (method.md 2)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        inner = int(2 * 4 * hidden_size / 3)
+        inner = inner_size(hidden_size)
         self.w1 = nn.Linear(hidden_size, inner, bias=False)
         self.w2 = nn.Linear(inner, hidden_size, bias=False)
         self.w3 = nn.Linear(hidden_size, inner, bias=False)
@@ -223,6 +279,21 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., D) for x (..., D)."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class FusedSwiGLU(nn.Module):
+    """`w3(SiLU(a)·b)`, (a, b) the halves of w12 x, with biases: DiT^DH's."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        inner = inner_size(hidden_size)
+        self.w12 = nn.Linear(hidden_size, 2 * inner)
+        self.w3 = nn.Linear(inner, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., D) for x (..., D)."""
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(a) * b)
 
 
 class MLPMixer(SwiGLU):
@@ -233,10 +304,10 @@ class MLPMixer(SwiGLU):
         return super().forward(x)
 
 
-def make_mixer(name: MixerName, hidden_size: int, num_heads: int) -> nn.Module:
+def make_mixer(name: MixerName, hidden_size: int, num_heads: int, style: Style) -> nn.Module:
     """Build a block's token mixer: attention, or one of the paper's decoder ablations."""
     if name == "attention":
-        return Attention(hidden_size, num_heads)
+        return Attention(hidden_size, num_heads, style)
     return ConvMixer(hidden_size) if name == "conv" else MLPMixer(hidden_size)
 
 
@@ -248,9 +319,9 @@ def keep_products(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpo
 class Block(nn.Module):
     """A transformer block: token mixer, then SwiGLU, each normalised, modulated and gated by adaLN.
 
-    Conditioning c, its SiLU already applied: one vector per sample, (B, 1, D), in the encoder; z_t,
-    (B, N, D), in the decoder. adaln_init: "release" is torch's default, as the published weights
-    were trained; "zero" is AdaLN-Zero, as the paper says. Source: method.md 2.
+    Conditioning c, its SiLU already applied: one vector per sample, (B, 1, D), in the encoder; per
+    token, (B, N, D), in the decoder. adaln_init: "release" is torch's default, as the published
+    weights were trained; "zero" is AdaLN-Zero, as the paper says. Source: method.md 2.
 
     activation_checkpointing: True saves only the block's inputs for the backward pass, "selective"
     products and attention too; same numbers. Inside the block, where a compiler sees it.
@@ -263,13 +334,14 @@ class Block(nn.Module):
         mixer: MixerName = "attention",
         adaln_init: AdaLNInit = "release",
         activation_checkpointing: Checkpointing = False,
+        style: Style = DDT_STYLE,
     ) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
         self.norm1 = RMSNorm(hidden_size)
-        self.mixer = make_mixer(mixer, hidden_size, num_heads)
+        self.mixer = make_mixer(mixer, hidden_size, num_heads, style)
         self.norm2 = RMSNorm(hidden_size)
-        self.mlp = SwiGLU(hidden_size)
+        self.mlp = FusedSwiGLU(hidden_size) if style.bias else SwiGLU(hidden_size)
         self.adaln = nn.Linear(hidden_size, 6 * hidden_size)
         if adaln_init == "zero":
             nn.init.zeros_(self.adaln.weight)
@@ -295,15 +367,16 @@ class Block(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """LayerNorm without affine, shift and scale from c, Linear, patches folded back to (H, W).
+    """Norm (of the style), shift and scale from c, Linear, patches folded back to (H, W).
 
     Both linears start at zero, so that a new network predicts zero velocity. Source: method.md 2.
     """
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, style: Style = DDT_STYLE) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        layer_norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm = RMSNorm(hidden_size) if style.rms_output else layer_norm
         self.adaln = nn.Linear(hidden_size, 2 * hidden_size)
         self.linear = nn.Linear(hidden_size, out_channels * patch_size**2)
         for layer in (self.adaln, self.linear):
@@ -335,18 +408,24 @@ class BlockStack(nn.Module):
         mixer: MixerName = "attention",
         adaln_init: AdaLNInit = "release",
         activation_checkpointing: Checkpointing = False,
+        style: Style = DDT_STYLE,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
+        self.hidden_size = hidden_size
         self.head_dim = hidden_size // num_heads
+        self.style = style
         self.input = PatchProjection(in_channels, patch_size, hidden_size)
-        sizes = (hidden_size, num_heads, mixer, adaln_init, activation_checkpointing)
+        sizes = (hidden_size, num_heads, mixer, adaln_init, activation_checkpointing, style)
         self.blocks: Sequence[Block] = nn.ModuleList(Block(*sizes) for _ in range(depth))  # type: ignore[assignment]
 
     def positions(self, x_t: Tensor) -> Positions:
         """Return the token grid of x_t (B, C, H, W); UserError where p does not divide H and W."""
-        height, width = token_grid(self.patch_size, *x_t.shape[-2:])
-        return positions(self.head_dim, height, width, x_t.device)
+        return self.grid_positions(*token_grid(self.patch_size, *x_t.shape[-2:]), x_t.device)
+
+    def grid_positions(self, height: int, width: int, device: torch.device) -> Positions:
+        """Return the `Positions` of a token grid."""
+        return positions(self.head_dim, height, width, device, self.style.rotation)
 
     def run(
         self, x_t: Tensor, c: Tensor, at: Positions, hidden_depth: int = 0, modulations: Sequence[Tensor] = ()
@@ -356,6 +435,8 @@ class BlockStack(nn.Module):
         x_t: (B, C, H, W); c: (B, 1 or N, D); modulations: of the first blocks, computed before.
         """
         h = self.input(x_t)  # (B, N, D)
+        if at.table is not None:
+            h = h + at.table
         hidden = h
         for number, block in enumerate(self.blocks, start=1):
             h = block(h, c, at, modulations[number - 1] if number <= len(modulations) else None)
@@ -368,14 +449,30 @@ def check_sizes(
     in_channels: int, patch_size: int, hidden_size: int, num_heads: int, depth: int, num_classes: int
 ) -> None:
     """Raise UserError for impossible sizes, naming the key and the fix."""
-    sizes = dict(in_channels=in_channels, patch_size=patch_size, hidden_size=hidden_size)
-    for key, value in {**sizes, "num_heads": num_heads, "depth": depth, "num_classes": num_classes}.items():
+    sizes = dict(in_channels=in_channels, patch_size=patch_size, depth=depth, num_classes=num_classes)
+    for key, value in sizes.items():
         require_count(f"model.{key}", value, 1, MAX_SIZES.get(key, MAX_SIZE))
+    check_heads(hidden_size, num_heads)
+
+
+def check_heads(hidden_size: int, num_heads: int, half: str = "") -> None:
+    """Raise UserError for impossible heads; half: "decoder_" where it has a width of its own."""
+    width, heads = f"model.{half}hidden_size", f"model.{half}num_heads"
+    require_count(width, hidden_size, 1, MAX_SIZE)
+    require_count(heads, num_heads, 1, MAX_SIZE)
     require(
-        hidden_size % num_heads == 0,
-        f"model.num_heads={num_heads} does not divide model.hidden_size={hidden_size}: choose a divisor",
+        hidden_size % num_heads == 0, f"{heads}={num_heads} does not divide {width}={hidden_size}: choose a divisor"
     )
     require(
         (hidden_size // num_heads) % 4 == 0,
-        f"model.num_heads={num_heads} gives heads of width {hidden_size // num_heads}: 2-D RoPE needs a multiple of 4",
+        f"{heads}={num_heads} gives heads of width {hidden_size // num_heads}: 2-D RoPE needs a multiple of 4",
+    )
+
+
+def check_halves(depth: int, encoder_depth: int) -> None:
+    """Raise UserError where a number of encoder blocks leaves one half empty."""
+    require(
+        1 <= encoder_depth <= depth - 1,
+        f"model.encoder_depth={encoder_depth} leaves no encoder or no decoder: "
+        f"with model.depth={depth} choose 1..{depth - 1}",
     )

@@ -3,9 +3,10 @@
 `ddt.checkpoint.published` reads and writes the files. Source: method.md 6.
 """
 
+import abc
 import re
 import warnings
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -16,20 +17,49 @@ PUBLISHED_ENCODER_DEPTHS = {(768, 12): (4, 6, 8, 10), (1024, 24): (10, 12, 16, 2
 State = dict[str, Tensor]  # weights by their published names
 
 
-class Release(Protocol):
-    """How published files hold the weights of a family of networks."""
+class Release(abc.ABC):
+    """How published files hold the weights of a family of networks, and how they were sampled."""
 
+    downsampling: ClassVar[int] = 8  # of the autoencoder: pixels per side of a latent cell
+    usual_autoencoder: ClassVar[str] = "sd_ft_ema"  # conf/autoencoder, whose latents they are of
+
+    @abc.abstractmethod
     def recognizes(self, state: State) -> bool:
         """Return whether weights are of this family."""
 
-    def settings(self, state: State, encoder_depth: int | None, patch_size: int, source: str) -> dict[str, Any]:
+    @abc.abstractmethod
+    def settings(self, state: State, encoder_depth: int | None, patch_size: int | None, source: str) -> dict[str, Any]:
         """Return the constructor arguments inferred from shapes; UserError names `source`."""
 
-    def check(self, settings: dict[str, Any]) -> None:
-        """Raise UserError for a network with weights that have no published names."""
-
+    @abc.abstractmethod
     def published_name(self, name: str, settings: dict[str, Any]) -> str:
         """Return the published name of one of the network's weights."""
+
+    def check(self, settings: dict[str, Any]) -> None:  # noqa: B027
+        """Raise UserError for a network with weights that have no published names."""
+
+    def read(self, state: State, settings: dict[str, Any], source: str) -> State:
+        """Return a file's weights, under its names, as the network has them: without fixed tables.
+
+        Raises UserError, which names `source`, for tables of other values than the network's.
+        """
+        return state
+
+    def write(self, state: State, settings: dict[str, Any], latent_shape: tuple[int, int, int]) -> State:
+        """Return the inverse of `read`. latent_shape: (C, H, W), which fixed tables depend on."""
+        return state
+
+    def latent_size(self, state: State, settings: dict[str, Any], source: str) -> int | None:
+        """Return the side of the latents that a file was trained on; None where it is not in it."""
+        return None
+
+    def unsaid(self, settings: dict[str, Any]) -> tuple[str, ...]:
+        """Return the arguments of the network that are not in a file of its weights."""
+        return ("encoder_depth", "patch_size")
+
+    def sampler(self, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
+        """Return the published sampler as arguments of `SamplerSettings`, without a guide."""
+        return {}
 
 
 def shape_of(state: State, key: str, ndim: int, source: str) -> tuple[int, ...]:
@@ -40,19 +70,37 @@ def shape_of(state: State, key: str, ndim: int, source: str) -> tuple[int, ...]:
     return shape
 
 
-def read_sizes(state: State, patch_size: int, source: str) -> dict[str, Any]:
-    """Return the constructor arguments that both families infer from shapes."""
-    rows, hidden_size = shape_of(state, "final_layer.linear.weight", 2, source)
-    require(
-        patch_size >= 1 and rows % patch_size**2 == 0,
-        f"patch_size={patch_size}: its square does not divide the {rows} output rows of {source}",
-    )
+def count_blocks(state: State, source: str) -> int:
+    """Return the number of blocks of a file; UserError where some are missing."""
     indices = {int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d{1,18}\.", key)}
     depth = len(indices)
     require(
         depth > 0 and max(indices) == depth - 1,
         f"{source}: {depth} blocks, numbered up to {max(indices, default=0)}: some are missing",
     )
+    return depth
+
+
+def check_depth(encoder_depth: int, depth: int, source: str) -> None:
+    """Raise UserError where a number of encoder blocks leaves one half empty."""
+    require(
+        1 <= encoder_depth < depth,
+        f"encoder_depth={encoder_depth}: {source} has {depth} blocks, choose 1..{depth - 1}",
+    )
+
+
+def read_sizes(state: State, patch_size: int | None, source: str) -> dict[str, Any]:
+    """Return the constructor arguments that DDT and its baseline infer from shapes.
+
+    patch_size: None means 2, as in all published models.
+    """
+    patch_size = 2 if patch_size is None else patch_size
+    rows, hidden_size = shape_of(state, "final_layer.linear.weight", 2, source)
+    require(
+        patch_size >= 1 and rows % patch_size**2 == 0,
+        f"patch_size={patch_size}: its square does not divide the {rows} output rows of {source}",
+    )
+    depth = count_blocks(state, source)
     return {
         "in_channels": rows // patch_size**2,
         "patch_size": patch_size,
@@ -73,40 +121,43 @@ def stack_name(name: str, input_name: str, first_block: int) -> str:
     return f"{ {'input': input_name, 'output': 'final_layer'}.get(head, head) }.{tail}"
 
 
-class ReleasedDiT:
+def is_ditdh(state: State) -> bool:
+    """Return whether weights are those of a DiT^DH: by keys that no other family has."""
+    return any(key in state for key in ("t_embedder.W", "pos_embed", "s_projector.weight"))
+
+
+class ReleasedDiT(Release):
     """The undivided baseline: one input projection."""
 
     def recognizes(self, state: State) -> bool:
         known = ("x_embedder.", "final_layer.", "blocks.")
-        return "s_embedder.proj.weight" not in state and any(key.startswith(known) for key in state)
+        return (
+            "s_embedder.proj.weight" not in state
+            and not is_ditdh(state)
+            and any(key.startswith(known) for key in state)
+        )
 
-    def settings(self, state: State, encoder_depth: int | None, patch_size: int, source: str) -> dict[str, Any]:
+    def settings(self, state: State, encoder_depth: int | None, patch_size: int | None, source: str) -> dict[str, Any]:
         problem = f"{source}: has no s_embedder, so it is the undivided baseline: give encoder_depth=null"
         require(encoder_depth is None, problem)
         return read_sizes(state, patch_size, source)
-
-    def check(self, settings: dict[str, Any]) -> None:
-        pass
 
     def published_name(self, name: str, settings: dict[str, Any]) -> str:
         return stack_name(name, "x_embedder", 0)
 
 
-class ReleasedDDT:
+class ReleasedDDT(Release):
     """DDT: an input projection for each half, blocks numbered through both."""
 
     def recognizes(self, state: State) -> bool:
-        return "s_embedder.proj.weight" in state
+        return "s_embedder.proj.weight" in state and not is_ditdh(state)
 
-    def settings(self, state: State, encoder_depth: int | None, patch_size: int, source: str) -> dict[str, Any]:
+    def settings(self, state: State, encoder_depth: int | None, patch_size: int | None, source: str) -> dict[str, Any]:
         require(encoder_depth is not None, f"{source}: is a DDT: give encoder_depth, which the file does not hold")
         assert encoder_depth is not None
         sizes = read_sizes(state, patch_size, source)
         width, depth = sizes["hidden_size"], sizes["depth"]
-        require(
-            1 <= encoder_depth < depth,
-            f"encoder_depth={encoder_depth}: {source} has {depth} blocks, choose 1..{depth - 1}",
-        )
+        check_depth(encoder_depth, depth, source)
         usual = PUBLISHED_ENCODER_DEPTHS.get((width, depth), (encoder_depth,))
         if encoder_depth not in usual:
             warnings.warn(
@@ -122,6 +173,16 @@ class ReleasedDDT:
             block == "attention",
             f"model.decoder_block={block}: the published format knows attention alone; choose format=hub or diffusers",
         )
+        for key in ("hidden_size", "num_heads"):
+            value = settings.get(f"decoder_{key}")
+            require(
+                value in (None, settings.get(key)),
+                f"model.decoder_{key}={value}: the published format knows that of the encoder alone; choose format=hub "
+                "or diffusers",
+            )
+
+    def sampler(self, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
+        return {"cfg_scale": 3.0} if latent_shape[-1] == 64 else {}  # 512 px: FID 1.28; 256 px: 1.26
 
     def published_name(self, name: str, settings: dict[str, Any]) -> str:
         half, _, rest = name.partition(".")

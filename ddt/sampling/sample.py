@@ -136,6 +136,7 @@ def sample(
     sde_diffusion: DiffusionName = "sigma",
     sde_last: LastStep = "mean",
     tolerance: float = 1e-3,
+    t_end: float = 1.0,
     guide: Denoiser | None = None,
     cache_bytes: float = CACHE_BYTES,
     counts: dict[str, int] | None = None,
@@ -144,11 +145,12 @@ def sample(
     """Sample latents from noise; return float32 (B, C, H, W).
 
     Args:
-        model: DDT, or with `recompute=None` also the undivided DiT.
+        model: DDT or DiTDH, or with `recompute=None` also the undivided DiT.
         noise: (B, C, H, W) float32, standard normal.
         y: classes (B,) int64 on the same device.
-        solver: a name of `solvers.SOLVERS`. num_steps, last_step (None: 1/num_steps), timeshift:
-            see `flow.time_grid`; for "adaptive", num_steps bounds its steps, tolerance their error.
+        solver: a name of `solvers.SOLVERS`. num_steps, last_step (None: 1/num_steps), timeshift,
+            t_end (below 1, with last_step=None: where sampling ends): see `flow.time_grid`; for
+            "adaptive", num_steps bounds its steps, tolerance their error.
         cfg_scale: guidance scale, 1 is none. cfg_interval: times between which it acts, None is
             always. cfg_steps: steps in which it acts, None is all.
         recompute: step indices at which the encoder runs, 0 among them; None is every step.
@@ -173,7 +175,7 @@ def sample(
     )
     settings = SamplerSettings(
         solver, num_steps, cfg_scale, cfg_interval, cfg_steps, last_step, timeshift, recompute, forecast_order,
-        sde_diffusion, sde_last, tolerance,
+        sde_diffusion, sde_last, tolerance, t_end,
     )  # fmt: skip
     return sample_latents(
         model, noise, y, settings, guide=guide, step_noise=step_noise, cache_bytes=cache_bytes, counts=counts,

@@ -36,11 +36,12 @@ class SamplerSettings:
     sde_diffusion: DiffusionName = "sigma"
     sde_last: LastStep = "mean"
     tolerance: float = 1e-3
+    t_end: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.solver in SOLVERS, f"solver={self.solver}: unknown solver, choose from {', '.join(SOLVERS)}")
         require_packages(SOLVERS[self.solver].packages, f"solver={self.solver}")
-        time_grid(self.num_steps, self.last_step, self.timeshift)
+        time_grid(self.num_steps, self.last_step, self.timeshift, self.t_end)
         self.guidance()
         wrong = [step for step in self.cfg_steps or () if not 0 <= step < self.num_steps]
         require(not wrong, f"cfg_steps={wrong[:3]}: steps are 0..{self.num_steps - 1}")
@@ -90,8 +91,8 @@ class SamplerSettings:
     def grid(self) -> list[float]:
         """Return the num_steps + 1 times of the run; of an adaptive solver, the ends."""
         if self.adaptive:
-            return [0.0, 1.0]
-        return time_grid(self.num_steps, self.last_step, self.timeshift)
+            return time_grid(1, None, self.timeshift, self.t_end)
+        return time_grid(self.num_steps, self.last_step, self.timeshift, self.t_end)
 
     def call_times(self) -> list[tuple[float, ...]]:
         """Return, for each step, the times at which the solver calls the velocity."""

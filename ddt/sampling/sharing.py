@@ -43,8 +43,9 @@ class Mixture(Sequence[Tensor]):
     """
 
     def __init__(self, model: Denoiser, kept: Sequence[Encoded], weights: Sequence[float], n: int) -> None:
-        self.layers = model.modulation_layers
+        self.model, self.layers = model, model.modulation_layers
         self.kept, self.weights, self.n = kept, weights, n
+        self.conditions: dict[float, Tensor] = {}  # by the time of z_t
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -59,7 +60,9 @@ class Mixture(Sequence[Tensor]):
         """Return the modulation (n, N, 6D or 2D) of layer i by one z_t."""
         if i < len(encoded.modulations):
             return encoded.modulations[i][: self.n]
-        return self.layers[i](encoded.z_t[: self.n])
+        if encoded.t not in self.conditions:
+            self.conditions[encoded.t] = self.model.condition(encoded.z_t[: self.n])
+        return self.layers[i](self.conditions[encoded.t])
 
 
 class SharedNetwork:

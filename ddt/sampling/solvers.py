@@ -142,7 +142,8 @@ def adaptive(
     solution = solver.solve(torchode.InitialValueProblem(y0=x.flatten(1), t_start=start, t_end=end))
     if bool((solution.status != torchode.Status.SUCCESS.value).any()):
         raise UserError(
-            f"solver=adaptive: t = 1 was not reached in num_steps={max_steps} steps; raise num_steps or tolerance"
+            f"solver=adaptive: t = {grid[-1]:g} was not reached in num_steps={max_steps} steps; raise num_steps or "
+            "tolerance"
         )
     return solution.ys[:, -1].view_as(x)
 
@@ -159,7 +160,7 @@ class Solver:
     calls: Callable[[float, float, bool], tuple[float, ...]] = lambda t, t_next, is_last: (t,)
     options: dict[str, str] = dataclasses.field(default_factory=dict)  # setting of its own → argument
     stochastic: bool = False  # `integrate` takes `noise` too
-    adaptive: bool = False  # chooses its own steps: the grid is [0, 1], and it takes `max_steps`
+    adaptive: bool = False  # chooses its own steps: the grid is its two ends, and it takes `max_steps`
     packages: tuple[str, ...] = ()  # that it needs
 
 

@@ -28,7 +28,7 @@ from ddt.errors import MANY, UserError, require, require_count
 from ddt.files import read_json
 from ddt.metrics.ranking import is_number
 from ddt.model.cost import network_macs
-from ddt.model.layers import MAX_SIZES, PRODUCTS, BlockStack, Checkpointing, positions, token_grid
+from ddt.model.layers import MAX_SIZES, PRODUCTS, BlockStack, Checkpointing, token_grid
 from ddt.objective import Objective
 from ddt.objective.alignment import REPA, Alignment, Dispersive
 from ddt.objective.alignment_target import Target
@@ -346,7 +346,9 @@ def saved_bytes(module: nn.Module, half: bool, make_inputs: Callable[[], tuple[T
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        parameters = {name: torch.empty(p.shape, requires_grad=True) for name, p in module.named_parameters()}
+        parameters = {
+            name: torch.empty(p.shape, requires_grad=p.requires_grad) for name, p in module.named_parameters()
+        }
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=half),
@@ -365,10 +367,10 @@ def activation_bytes(objective: Objective, shape: tuple[int, int, int], half: bo
     kind = objective.denoiser.all_blocks[0].activation_checkpointing
     if kind == "selective":
         objective = with_checkpointing(objective, True)
-    denoiser, alignment, first = objective.denoiser, objective.alignment, objective.denoiser.stacks[0]
-    height, width = shape[1] // first.patch_size, shape[2] // first.patch_size
-    # the cached table of positions must not be made of fake tensors
-    at = positions(first.head_dim, height, width, torch.device("cpu"))
+    denoiser, alignment = objective.denoiser, objective.alignment
+    height, width = token_grid(denoiser.patch_size, *shape[1:])
+    # the cached tables of positions must not be made of fake tensors
+    places = [stack.grid_positions(height, width, torch.device("cpu")) for stack in denoiser.stacks]
     tokens, channels = (alignment and alignment.features_shape) or (1, 1)
 
     def of_loss(batch: int) -> int:
@@ -380,7 +382,8 @@ def activation_bytes(objective: Objective, shape: tuple[int, int, int], half: bo
         return saved_bytes(objective, half, inputs)
 
     def of_block(batch: int, stack: BlockStack, products: bool) -> int:
-        last, size = copy.deepcopy(stack.blocks[-1]), denoiser.hidden_size
+        last, size = copy.deepcopy(stack.blocks[-1]), stack.hidden_size
+        at = places[denoiser.stacks.index(stack)]
         last.activation_checkpointing = False
         per_token = denoiser.shares_encoder and stack is denoiser.stacks[-1]
         c = (batch, height * width if per_token else 1, size)

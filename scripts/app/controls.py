@@ -111,7 +111,8 @@ def initial_controls(stored: dict[str, Any], settings: AppSettings) -> Controls:
     """Return the checkpoint's sampler, within the limits, and a few classes spread over all."""
     sampler = stored["sampler"]
     if sampler.get("solver") == "adaptive":
-        sampler = {key: sampler[key] for key in ("cfg_scale", "cfg_interval")}
+        kept = ("cfg_scale", "cfg_interval", "last_step", "t_end")
+        sampler = {key: sampler[key] for key in kept if key in sampler}
     own = SamplerSettings(**sampler)
     num_classes = stored["network"]["num_classes"]
     count = min(num_classes if num_classes <= 10 else 4, settings.max_images)

@@ -8,6 +8,7 @@ import gradio as gr
 import torch
 
 from ddt.errors import UserError, os_error_line
+from ddt.sampling.settings import SamplerSettings
 from scripts.app.controls import SOLVER_CHOICES, Controls, class_choices, sharing_choices
 from scripts.app.guard import GuardedBlocks
 from scripts.app.studio import Interrupted, Studio
@@ -59,8 +60,9 @@ def add_controls(studio: Studio) -> Fields:
             fields["timeshift"] = number("Time shift", own.timeshift, "above 1: early steps")
             length = "" if own.last_step is None else str(own.last_step)  # an empty gr.Number shows 0
             fields["last_step"] = gr.Textbox(
-                length, label="Last step", info="length in t", placeholder="1 / steps", min_width=100
-            )
+                length, label="Last step", info="length in t", placeholder="1 / steps", min_width=100,
+                visible=SamplerSettings(**studio.stored["sampler"]).t_end == 1,  # else none follows
+            )  # fmt: skip
     with gr.Group():
         fields["cfg_scale"] = number("Guidance", own.cfg_scale, "how strongly the class is followed; 1 is none")
         fields["limit_guidance"] = gr.Checkbox(own.limit_guidance, label="Guide only between two times")

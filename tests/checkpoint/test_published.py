@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import ddt
-from ddt.checkpoint.convert import SAMPLERS, ConvertSettings, convert
+from ddt.checkpoint.convert import ConvertSettings, convert
 from ddt.checkpoint.published import check_releasable, find_released, read_file, read_released, write_released
 from ddt.config import Choice, parse
 from ddt.errors import UserError
@@ -244,7 +244,7 @@ def test_weights_go_back_to_the_published_names(tmp_path, name, depth, suffix):
     golden = load_file(GOLDEN / f"{name}.weights.safetensors")
     released = read_released(GOLDEN / f"{name}.weights.safetensors", depth, 2)
     state, out = released.weights(), tmp_path / "new" / f"out{suffix}"
-    write_released(out, released.network, state)
+    write_released(out, released.network, state, (4, 8, 8))
     found = read_file(out)["ema"]
     assert found.keys() == golden.keys()
     assert all(torch.equal(found[key], golden[key]) for key in golden)
@@ -264,7 +264,9 @@ def test_what_the_release_has_no_names_for_is_refused():
         check_releasable({**network, "decoder_block": "conv"})
     assert ddt.DDT.release.published_name("decoder.blocks.1.mixer.qkv.weight", network) == "blocks.4.attn.qkv.weight"
     with pytest.raises(AssertionError, match="two weights have one published name"):
-        write_released(None, network, {f"{half}.t_embedder.w": torch.zeros(1) for half in ("encoder", "decoder")})
+        write_released(
+            None, network, {f"{half}.t_embedder.w": torch.zeros(1) for half in ("encoder", "decoder")}, (4, 8, 8)
+        )
 
 
 @pytest.mark.parametrize("resolution", [256, 512])
@@ -272,7 +274,8 @@ def test_published_samplers_are_those_of_conf(resolution):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         sampler = compose("train", overrides=[f"sampler=xl_{resolution}"]).sampler
     values = {key: value for key, value in OmegaConf.to_container(sampler).items() if key != "_target_"}
-    assert parse(SamplerSettings, values) == SAMPLERS[resolution]
+    published = ddt.DDT.release.sampler((4, resolution // 8, resolution // 8))
+    assert parse(SamplerSettings, values) == SamplerSettings(**published)
 
 
 def test_conversion_end_to_end(tmp_path):

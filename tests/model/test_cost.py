@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import ROOT, inputs, small_ddt
+from conftest import ROOT, SHARING, inputs, small_ddt, small_network
 from omegaconf import OmegaConf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,12 +40,18 @@ def network(name):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"decoder_block": "conv"}, {"decoder_block": "mlp"}, {"patch_size": 4}, {"depth": 5, "hidden_size": 40}],
+    ("case", "changes"),
+    [
+        *(("ddt", {"decoder_block": block}) for block in ("attention", "conv", "mlp")),
+        *(("ddt", changes) for changes in ({"patch_size": 4}, {"depth": 5, "hidden_size": 40})),
+        ("wide ddt", {}),
+        ("ditdh", {}),
+        ("ditdh", {"depth": 5, "patch_size": 1}),
+    ],
     ids=str,
 )
-def test_a_forward_costs_what_torch_counts(changes):
-    model = small_ddt(**changes)
+def test_a_forward_costs_what_torch_counts(case, changes):
+    model = small_network(case, **changes)
     x, t, y = inputs(batch=1, height=8, width=16)
     with counted() as encoder:
         z = model.encode(x, t, y)
@@ -149,13 +155,15 @@ RUNS = [
     SamplerSettings(num_steps=6, recompute="uniform:3", solver="heun"),
     SamplerSettings(num_steps=6, recompute="uniform:2", solver="midpoint", timeshift=2.0),
     SamplerSettings(num_steps=6, recompute="uniform:2", solver="sde"),
+    SamplerSettings(num_steps=6, recompute="uniform:2", last_step=None, t_end=0.9, timeshift=2.0),
 ]
 
 
 @pytest.mark.parametrize("settings", RUNS, ids=str)
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_run_costs_what_torch_counts(settings, cached):
-    model = small_ddt()
+@pytest.mark.parametrize("case", SHARING)
+def test_a_run_costs_what_torch_counts(case, settings, cached):
+    model = small_network(case)
     x, _, y = inputs(batch=1)
     with counted() as macs:
         sample_latents(model, x, y, settings, cache_bytes=2**30 if cached else 0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, inputs, small_ddt
+from conftest import GOLDEN, ROOT, SHARING, SMALL, inputs, small_ddt, small_network
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
@@ -79,8 +79,9 @@ def test_any_size_that_the_patch_divides():
         model(*inputs(height=5))
 
 
-def test_forward_is_decode_of_encode_in_either_mode_and_no_sample_sees_another():
-    model = small_ddt()
+@pytest.mark.parametrize("case", SHARING)
+def test_forward_is_decode_of_encode_in_either_mode_and_no_sample_sees_another(case):
+    model = small_network(case)
     x, t, y = inputs()
     v = model.train()(x, t, y)
     assert torch.equal(v, model.eval()(x, t, y))
@@ -89,13 +90,14 @@ def test_forward_is_decode_of_encode_in_either_mode_and_no_sample_sees_another()
     assert not [name for name, _ in model.decoder.named_parameters() if "embedder" in name]  # time only through z_t
 
 
-@pytest.mark.parametrize("model", ["ddt", "dit"])
+@pytest.mark.parametrize("model", [*SHARING, "dit"])
 def test_the_hidden_layer_is_the_output_of_the_block_counted_from_one(model):
-    network = small_ddt()
     if model == "dit":
         network = ddt.DiT(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, num_classes=5)
+    else:
+        network = small_network(model)
     x, t, y = inputs()
-    blocks, outputs = network.encoder.blocks if model == "ddt" else network.blocks, []
+    blocks, outputs = network.blocks if model == "dit" else network.encoder.blocks, []
     for block in blocks:
         block.register_forward_hook(lambda _, __, output: outputs.append(output))
     for depth in range(1, len(blocks) + 1):
@@ -105,7 +107,7 @@ def test_the_hidden_layer_is_the_output_of_the_block_counted_from_one(model):
         assert torch.equal(v, network(x, t, y))
 
 
-@pytest.mark.parametrize("kind", [ddt.DDT, ddt.DiT])
+@pytest.mark.parametrize("kind", [ddt.DDT, ddt.DiT, ddt.DiTDH])
 def test_stacks_hold_all_blocks_in_order_and_the_label_table_is_named(kind):
     """Sharding, compiling and the estimate see the blocks that a family names, and no others."""
     depths = {"encoder_depth": 2} if kind.shares_encoder else {}
@@ -115,13 +117,13 @@ def test_stacks_hold_all_blocks_in_order_and_the_label_table_is_named(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("block", ["attention", "conv"])
-def test_activation_checkpointing_gives_the_same_gradients(block, dtype):
+@pytest.mark.parametrize(("case", "changes"), [("ddt", {}), ("ddt", {"decoder_block": "conv"}), ("ditdh", {})], ids=str)
+def test_activation_checkpointing_gives_the_same_gradients(case, changes, dtype):
     x, t, y = inputs()
     noise = torch.randn_like(x)
     gradients, flops, norms = {}, {}, {}
     for checkpointing in (False, True, "selective"):
-        model = small_ddt(decoder_block=block, activation_checkpointing=checkpointing)
+        model = small_network(case, **changes, activation_checkpointing=checkpointing)
         norms[checkpointing] = 0
         for each in (*model.encoder.blocks, *model.decoder.blocks):
             each.norm1.register_forward_hook(lambda *_, key=checkpointing: norms.update({key: norms[key] + 1}))
@@ -129,7 +131,7 @@ def test_activation_checkpointing_gives_the_same_gradients(block, dtype):
             loss = velocity_loss(model(x, t, y), x, noise).mean()
         with FlopCounterMode(display=False) as counter:  # recomputation included
             loss.backward()
-        gradients[checkpointing] = [p.grad for p in model.parameters()]
+        gradients[checkpointing] = [p.grad for p in model.parameters() if p.requires_grad]
         flops[checkpointing] = counter.get_total_flops()
     for checkpointing in (True, "selective"):
         assert all(map(torch.equal, gradients[False], gradients[checkpointing]))
@@ -137,9 +139,17 @@ def test_activation_checkpointing_gives_the_same_gradients(block, dtype):
     assert flops["selective"] == flops[False] < flops[True]
 
 
-@pytest.mark.parametrize("block", ["attention", *(pytest.param(b, marks=pytest.mark.slow) for b in ("conv", "mlp"))])
-def test_compiles_as_one_graph(block):
-    model = small_ddt(decoder_block=block)
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        ("ddt", {}),
+        ("ditdh", {}),
+        *(pytest.param("ddt", {"decoder_block": block}, marks=pytest.mark.slow) for block in ("conv", "mlp")),
+    ],
+    ids=str,
+)
+def test_compiles_as_one_graph(case, changes):
+    model = small_network(case, **changes)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for height, width in ((8, 8), (12, 12), (4, 10)):
@@ -188,18 +198,23 @@ def test_new_network_predicts_zero_and_adaln_can_start_at_zero():
         ({"num_heads": 3}, r"model\.num_heads=3 does not divide model\.hidden_size=32"),
         ({"num_heads": 16}, r"model\.num_heads=16 gives heads of width 2"),
         ({"patch_size": 0}, r"model\.patch_size=0: must be at least 1"),
+        ({"decoder_hidden_size": 0}, r"model\.decoder_hidden_size=0: must be at least 1"),
+        ({"decoder_hidden_size": 33}, r"model\.decoder_num_heads=2 does not divide model\.decoder_hidden_size=33"),
+        ({"decoder_num_heads": 16}, r"model\.decoder_num_heads=16 gives heads of width 2"),
     ],
 )
 def test_impossible_sizes_are_named(changes, message):
-    with pytest.raises(UserError, match=message):
-        small_ddt(**changes)
+    for kind in (ddt.DDT, ddt.DiTDH):
+        with pytest.raises(UserError, match=message):
+            kind(**(SMALL | changes))
 
 
-@pytest.mark.parametrize("kind", ["ddt.model.DDT", "ddt.model.DiT"])
-def test_capabilities_of_a_network(kind):
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("kind", ["ddt.model.DDT", "ddt.model.DiT", "ddt.model.DiTDH"])
+def test_capabilities_of_a_network(kind, wide):
     """What sharing, alignment and cost read of a network, in place of its class."""
     sizes = dict(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, num_classes=5)
-    halves = {"encoder_depth": 2} if kind == "ddt.model.DDT" else {}
+    halves = {} if kind == "ddt.model.DiT" else {"encoder_depth": 2, "decoder_hidden_size": 48 if wide else None}
     model = build_network({"_target_": kind, **sizes, **halves})
     assert network_class({"_target_": kind}).shares_encoder == model.shares_encoder == bool(halves)
     assert model.num_alignable_blocks == (2 if halves else 3)
@@ -209,5 +224,7 @@ def test_capabilities_of_a_network(kind):
     z = torch.randn(3, 16, 32)
     computed = model.modulations(z)
     assert len(computed) == len(model.modulation_layers) == 2  # the decoder's block and its output layer
-    assert all(torch.equal(m, layer(z)) for m, layer in zip(computed, model.modulation_layers, strict=True))
+    c = model.condition(z)
+    assert torch.equal(c, z) == (kind == "ddt.model.DDT" and not wide)
+    assert all(torch.equal(m, layer(c)) for m, layer in zip(computed, model.modulation_layers, strict=True))
     assert len(model.modulations(z, max_bytes=computed[0].nbytes)) == 1

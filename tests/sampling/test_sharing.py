@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import inputs, small_ddt
+from conftest import SHARING, inputs, small_ddt, small_network
 
 import ddt
 from ddt.errors import UserError
@@ -19,9 +19,10 @@ SHARED = dict(num_steps=8, cfg_scale=2.0, cfg_interval=(0.5, 1.0), last_step=Non
 
 @pytest.mark.parametrize("interval", [None, (0.3, 1.0)])
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_recomputing_at_every_step_is_no_sharing(interval, order):
+@pytest.mark.parametrize("case", SHARING)
+def test_recomputing_at_every_step_is_no_sharing(case, interval, order):
     x, _, y = inputs()
-    model = small_ddt()
+    model = small_network(case)
     plain = ddt.sample(model, x, y, num_steps=6, cfg_interval=interval)
     every = dict(recompute=list(range(6)), forecast_order=order)
     torch.testing.assert_close(plain, ddt.sample(model, x, y, num_steps=6, cfg_interval=interval, **every))
@@ -65,15 +66,19 @@ def test_every_call_of_a_recompute_step_runs_the_encoder_and_no_other_call(solve
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "adams2", "sde_preserve"])
-@pytest.mark.parametrize("mixer", ["attention", "conv", "mlp"])
-def test_kept_modulations_change_nothing(solver, mixer):
-    model = small_ddt(decoder_block=mixer, depth=4)
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [*(("ddt", {"decoder_block": mixer}) for mixer in ("attention", "conv", "mlp")), ("wide ddt", {}), ("ditdh", {})],
+    ids=str,
+)
+def test_kept_modulations_change_nothing(solver, case, changes):
+    model = small_network(case, depth=4, **changes)
     x, _, y = inputs()
     counts, none = {}, {}
     kept = ddt.sample(model, x, y, solver=solver, counts=counts, **SHARED)
     plain = ddt.sample(model, x, y, solver=solver, counts=none, cache_bytes=0, **SHARED)
     torch.testing.assert_close(kept, plain, rtol=1e-5, atol=1e-5)
-    rows, tokens, width = 6, 16, 32
+    rows, tokens, width = 6, 16, 32 if case == "ddt" else 48
     assert counts.pop("cached_bytes") == rows * tokens * (2 * 6 * width + 2 * width) * 4
     assert none.pop("cached_bytes") == 0
     assert counts == none
@@ -159,9 +164,12 @@ def test_forecasts_decode_the_polynomial_through_the_last_z(order, cache_bytes):
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "midpoint", "adams3"])
 @pytest.mark.parametrize("order", [1, 2])
-def test_forecasts_come_closer_to_the_run_at_full_cost(solver, order):
+@pytest.mark.parametrize("case", ["ddt", "ditdh"])
+def test_forecasts_come_closer_to_the_run_at_full_cost(case, solver, order):
     """Recompute steps in a row, too, where Heun calls one time twice."""
-    model, (x, _, y) = small_ddt(), inputs()
+    model, (x, _, y) = small_network(case), inputs()
+    if case == "ditdh":
+        model.encoder.t_embedder.W.mul_(0.05)  # else z turns by radians from step to step
     settings = dict(solver=solver, num_steps=12, cfg_scale=2.0, cfg_interval=(0.3, 1.0), last_step=None)
     full = ddt.sample(model, x, y, **settings)
     shared = ddt.sample(model, x, y, recompute=[0, 1, 2, 5, 6, 8, 10], forecast_order=order, **settings)
@@ -169,10 +177,28 @@ def test_forecasts_come_closer_to_the_run_at_full_cost(solver, order):
     assert (shared - full).abs().mean() < 0.7 * (held - full).abs().mean()
 
 
+@pytest.mark.parametrize("case", ["wide ddt", "ditdh"])
+def test_forecasts_of_a_wider_decoder_are_of_what_its_layers_read(case):
+    """Of the condition, a function of z: with one SiLU more in a DiT^DH."""
+    model, (x, _, y) = small_network(case), inputs()
+    settings = dict(num_steps=3, cfg_scale=1.0, last_step=None, recompute=[0, 1])
+    grid = time_grid(3)
+    with torch.no_grad():
+        first = model.encode(x, torch.zeros(3), y)
+        x_1 = x + model.decode(x, first) * (grid[1] - grid[0])
+        second = model.encode(x_1, torch.full((3,), grid[1]), y)
+        x_2 = x_1 + model.decode(x_1, second) * (grid[2] - grid[1])
+        c = 2 * model.condition(second) - model.condition(first)  # on the line through both
+        v = model.decode(x_2, second, [layer(c) for layer in model.modulation_layers])
+    ours = ddt.sample(model, x, y, forecast_order=1, **settings)
+    torch.testing.assert_close(ours, x_2 + v * (grid[3] - grid[2]), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("order", [1, 2])
-def test_forecasts_are_the_same_however_much_is_cached(order):
+@pytest.mark.parametrize("case", SHARING)
+def test_forecasts_are_the_same_however_much_is_cached(case, order):
     """Bit for bit under bf16: how much is cached depends on the batch, the image must not."""
-    model, (x, _, y) = small_ddt(depth=4), inputs()
+    model, (x, _, y) = small_network(case, depth=4), inputs()
     settings = SHARED | {"cfg_interval": None, "forecast_order": order}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         images = [ddt.sample(model, x, y, cache_bytes=size, **settings) for size in (0, 100_000, 2**30)]

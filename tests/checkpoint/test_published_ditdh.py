@@ -1,0 +1,231 @@
+"""Published files of DiT^DH: recognised by their keys, their tables checked, read and written."""
+
+import re
+
+import pytest
+import torch
+from conftest import refusal, run_inside
+from rae import RAE, golden, network, weights
+from safetensors.torch import load_file, save_file
+
+import ddt
+import ddt.checkpoint.format as ckpt
+from ddt.checkpoint.convert import ConvertSettings, latent_shape
+from ddt.checkpoint.published import PUBLISHED, check_releasable, find_released, read_released, write_released
+from ddt.config import Choice
+from ddt.errors import UserError
+from ddt.export import ExportSettings, export
+from ddt.model.layers import integer_rope_table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def changed(tmp_path, change, name="network"):
+    state = weights(name)
+    change(state)
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "changed.safetensors")
+    return tmp_path / "changed.safetensors"
+
+
+def test_sizes_are_read_from_the_shapes(tmp_path):
+    model = network(tmp_path)
+    assert (model.in_channels, model.num_classes, model.patch_size) == (24, 7, 1)
+    assert (len(model.encoder.blocks), len(model.decoder.blocks)) == (3, 2)
+    assert (model.hidden_size, model.decoder.hidden_size) == (32, 64)
+    assert [stack.blocks[0].mixer.num_heads for stack in model.stacks] == [4, 4]
+    assert torch.equal(model.encoder.t_embedder.W, weights()["t_embedder.W"])
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert [name for name, value in trained.items() if not value] == ["encoder.t_embedder.W"]
+
+
+@pytest.mark.parametrize("form", ["bare", "ema", "ema, wrapped"])
+def test_the_ema_of_a_training_checkpoint_is_taken(tmp_path, form):
+    state, path = weights(), tmp_path / "stage2_model.pt"
+    prefix = "module." if "wrapped" in form else ""
+    ema = {f"{prefix}{key}": value for key, value in state.items()}
+    raw = {key: value + 1 if key == "s_projector.bias" else value for key, value in state.items()}
+    torch.save(ema if form == "bare" else {"ema": ema, "model": raw, "opt": {"lr": 2e-4}, "step": 9}, path)
+    assert torch.equal(ddt.load_released(path).decoder.projector.bias, state["s_projector.bias"])
+    if form != "bare":
+        assert torch.equal(ddt.load_released(path, weights="model").decoder.projector.bias, raw["s_projector.bias"])
+
+
+def turned(state):
+    """Rotation tables of columns first."""
+    for half, head_dim in (("enc", 8), ("dec", 16)):
+        for kind, table in zip(("cos", "sin"), integer_rope_table(head_dim, 4, 4), strict=True):
+            halves = table.chunk(2, dim=1)
+            state[f"{half}_feat_rope.freqs_{kind}"] = torch.cat(halves[::-1], 1).repeat_interleave(2, 1)
+
+
+def row_first(state):
+    halves = state["pos_embed"].chunk(2, dim=-1)
+    state["pos_embed"] = torch.cat(halves[::-1], -1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (turned, r"enc_feat_rope\.freqs_cos is another table of positions"),
+        (row_first, r"pos_embed is another table of positions"),
+        (lambda s: s["dec_feat_rope.freqs_sin"].mul_(1.001), r"dec_feat_rope\.freqs_sin is another table"),
+        (lambda s: s["pos_embed"].fill_(torch.nan), r"pos_embed is another table"),
+        (lambda s: s.pop("dec_feat_rope.freqs_cos"), r"key dec_feat_rope\.freqs_cos is missing"),
+        (lambda s: s.pop("pos_embed"), r"key pos_embed is missing"),
+        (lambda s: s.update(pos_embed=torch.zeros(1, 9, 32)), r"pos_embed has shape \(1, 9, 32\), expected \(1, 16"),
+        (lambda s: s.pop("t_embedder.W"), r"the weights for encoder\.t_embedder\.W are missing"),
+        (lambda s: s.update(extra=torch.zeros(1)), "unknown key extra"),
+        (lambda s: s.pop("s_projector.bias"), r"decoder\.projector\.bias are missing"),
+        (lambda s: s.update({"blocks.0.norm1.weight": torch.ones(64)}), "blocks of width 64, 32 are not an encoder's"),
+        (lambda s: s.update({"s_embedder.proj.weight": torch.ones(32, 24, 2, 2)}), "patches of 1×1"),
+        (lambda s: s.update({"s_embedder.proj.weight": torch.ones(32, 24)}), "expected 4 dimensions"),
+        (
+            lambda s: s.update({"enc_feat_rope.freqs_cos": torch.ones(15, 8)}),
+            "15 tokens are no square",
+        ),
+    ],
+)  # fmt: skip
+def test_every_key_is_used_checked_or_refused_by_name(tmp_path, change, message):
+    with pytest.raises(UserError, match=rf"changed\.safetensors: .*{message}|{message}"):
+        ddt.load_released(changed(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("network", {"encoder_depth": 2}, "encoder_depth=2: .* has 3 blocks of the encoder's width; leave it out"),
+        ("network", {"patch_size": 2}, "patch_size=2: .* leave it out"),
+        ("network_equal_width", {}, "both halves are 32 wide: give encoder_depth"),
+        ("network_equal_width", {"encoder_depth": 3}, r"encoder_depth=3: .* choose 1\.\.2"),
+    ],
+)
+def test_sizes_that_the_file_says_otherwise_or_not(tmp_path, name, arguments, message):
+    path = changed(tmp_path, lambda state: None, name)
+    with pytest.raises(UserError, match=message):
+        ddt.load_released(path, **arguments)
+    right = {"encoder_depth": 2, "patch_size": 1} if "equal" in name else {"encoder_depth": 3, "patch_size": 1}
+    assert isinstance(ddt.load_released(path, **right), ddt.DiTDH)
+
+
+@pytest.mark.parametrize(("name", "depth"), [("network", None), ("network_equal_width", 2)])
+def test_weights_go_back_to_the_published_names_bit_for_bit(tmp_path, name, depth):
+    path = changed(tmp_path, lambda state: None, name)
+    released = read_released(path, depth, None)
+    side = released.latent_size
+    out = tmp_path / "out.safetensors"
+    write_released(out, released.network, released.weights(), (released.network["in_channels"], side, side))
+    found, expected = load_file(out), weights(name)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value) or ("_rope" in key and torch.allclose(found[key], value)), key
+
+
+def test_networks_without_published_names_are_refused():
+    network = {"_target_": "ddt.model.DiTDH", "patch_size": 2}
+    with pytest.raises(UserError, match=r"model\.patch_size=2: the published format knows 1 alone"):
+        check_releasable(network)
+    network = {"_target_": "ddt.model.DDT", "hidden_size": 32, "num_heads": 4}
+    check_releasable({**network, "decoder_hidden_size": 32, "decoder_num_heads": None})
+    with pytest.raises(UserError, match=r"model\.decoder_hidden_size=64: the published format"):
+        check_releasable({**network, "decoder_hidden_size": 64})
+
+
+def test_conversion_writes_the_published_sampler(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = changed(tmp_path, lambda state: None)
+    line = refusal("scripts.convert_checkpoint", f"released={path}", "out=converted")
+    assert re.fullmatch(
+        r"autoencoder: has latents of 4×8×8 at 64 px, changed\.safetensors is of 24×4×4; give "
+        r"autoencoder=rae_dinov2_b, or another with these", line
+    )  # fmt: skip
+
+
+@pytest.fixture
+def latents(monkeypatch):
+    """An autoencoder of the golden network's latents, 24×4×4 at 64 px."""
+    monkeypatch.setattr(
+        "ddt.autoencoder.Identity.latent_shape", lambda self, channels, size: (24, size // 16, size // 16)
+    )
+    monkeypatch.setattr("ddt.model.published_ditdh.dimension_timeshift", lambda shape: 2.0)
+    return Choice("ddt.autoencoder.Identity", {})
+
+
+def convert(tmp_path, *arguments, name="converted", golden_name="network", prefix="model."):
+    path = tmp_path / f"{name}.safetensors"
+    save_file(weights(golden_name, prefix), path)
+    done = run_inside(
+        "scripts.convert_checkpoint", f"released={path}", f"out={tmp_path / name}", "autoencoder=identity", *arguments
+    )
+    assert done.returncode == 0, done.stderr
+    return tmp_path / name
+
+
+def test_a_converted_model_samples_with_its_guide_as_published(tmp_path, latents):
+    """Neither encoder depth nor resolution nor a sampler's setting is given."""
+    model = convert(tmp_path)
+    config = ckpt.read_config(model)
+    assert config["latent_shape"] == [24, 4, 4]
+    sampler = {"num_steps": 49, "cfg_scale": 1.0, "cfg_interval": None, "last_step": None, "t_end": 0.999}
+    assert config["sampler"].items() >= (sampler | {"timeshift": 2.0, "solver": "euler"}).items()
+    guide = convert(tmp_path, name="guide", golden_name="sampling", prefix="guide.")
+    io = golden("sampling")
+    settings = {key: config["sampler"][key] for key in ("timeshift", "t_end", "last_step", "cfg_interval")}
+    latents = ddt.sample(
+        ddt.load_model(model), io["noise"], io["labels"], cfg_scale=1.42, num_steps=7, guide=ddt.load_model(guide),
+        **settings,
+    )  # fmt: skip
+    torch.testing.assert_close(latents, io["autoguidance"], rtol=1e-4, atol=1e-5)
+    exported = tmp_path / "exported.safetensors"
+    export(ExportSettings(str(model), "released", str(exported)))
+    found, expected = load_file(exported), weights()
+    assert all(torch.equal(found[key], expected[key]) for key in expected if "_rope" not in key)
+    assert found.keys() == expected.keys()
+
+
+def test_a_resolution_that_the_file_says_otherwise(tmp_path, latents):
+    path = changed(tmp_path, lambda state: None)
+    settings = ConvertSettings(str(path), latents, str(tmp_path / "out"), resolution=256)
+    with pytest.raises(UserError, match=r"resolution=256: changed\.safetensors is of 64 px; leave it out"):
+        latent_shape(read_released(path, None, None), settings)
+
+
+def test_a_ddt_needs_its_resolution(tmp_path):
+    line = refusal(
+        "scripts.convert_checkpoint", f"released={RAE.parent / 'tiny.weights.safetensors'}", "encoder_depth=3",
+        f"out={tmp_path / 'out'}",
+    )  # fmt: skip
+    assert line == "resolution: tiny.weights.safetensors does not hold it; give 256 or 512"
+
+
+def test_names_of_published_files(tmp_path, monkeypatch):
+    """A name, or owner/name:FILE, is one file of a hub model that holds several."""
+    asked = []
+
+    def fetch(source, label, choose, advice):
+        asked.append((source, label))
+        choose(["DiTs/a.pt", *(entry.partition(":")[2] for entry in PUBLISHED.values())])
+        return tmp_path
+
+    monkeypatch.setattr("ddt.checkpoint.published.fetch", fetch)
+    monkeypatch.chdir(tmp_path)
+    for name, entry in PUBLISHED.items():
+        assert find_released(name) == tmp_path / entry.partition(":")[2]
+    assert set(asked) == {("nyu-visionx/RAE-collections", f"released={name}") for name in PUBLISHED}
+    assert find_released("a/b@main:DiTs/a.pt", "init_from") == tmp_path / "DiTs/a.pt"
+    assert asked[-1] == ("a/b@main", "init_from=a/b@main:DiTs/a.pt")
+    with pytest.raises(UserError, match=r"released=a/b:c\.pt: the hub's a/b has no file c\.pt"):
+        find_released("a/b:c.pt")
+    (tmp_path / "ditdh-xl-256").touch()
+    assert find_released("ditdh-xl-256").is_file()  # a path that exists is a path
+
+
+def test_a_published_file_begins_a_training(tmp_path):
+    from ddt.training.init_from import check_network, read_source
+
+    path = changed(tmp_path, lambda state: None)
+    settings = read_released(path, None, None).network
+    source = read_source(str(path), settings)
+    check_network(source, {**settings, "activation_checkpointing": True})
+    assert source.ema.keys() == ddt.load_released(path).state_dict().keys()
+    with pytest.raises(UserError, match="encoder_depth=4"):
+        read_source(str(path), {**settings, "encoder_depth": 4})
