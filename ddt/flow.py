@@ -69,7 +69,7 @@ def time_grid(num_steps: int, last_step: float | None = None, timeshift: float =
     )
     require(timeshift > 0, f"timeshift={timeshift}: must be above 0 (published: 1.0)")
     t = torch.linspace(0.0, 1.0 - last_step, num_steps, dtype=torch.float32, device="cpu")
-    t = torch.cat([t, torch.ones(1)])
+    t = torch.cat([t, torch.ones(1, device="cpu")])
     t = t / (t + (1 - t) * timeshift)
     require(
         bool((t.diff() > 0).all()),
