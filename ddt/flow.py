@@ -98,7 +98,7 @@ def time_grid(
         t = torch.linspace(0.0, t_end, num_steps + 1, dtype=torch.float32, device="cpu")
     else:
         t = torch.linspace(0.0, 1.0 - last, num_steps, dtype=torch.float32, device="cpu")
-        t = torch.cat([t, torch.ones(1)])
+        t = torch.cat([t, torch.ones(1, device="cpu")])
     t = t / (t + (1 - t) * timeshift)
     end = f"last_step={last}" if t_end == 1 else f"t_end={t_end}"
     require(

@@ -15,6 +15,7 @@ from ddt.cli import CONF
 from ddt.config import Choice, check_arguments, convert, parse, stored_choice
 from ddt.data.images import Images
 from ddt.errors import UserError
+from ddt.generation.settings import SamplerOverrides
 from ddt.model.layers import Block
 from ddt.objective import Objective
 from ddt.sampling.settings import SamplerSettings
@@ -312,6 +313,18 @@ def test_a_missing_package_is_told_before_anything_is_built(tmp_path, monkeypatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == package else find(name, *rest))
     assert refusal("train", *arguments) == f"{key}: needs the package {package}; run pip install -e {extra}"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stored_sampler_is_read_without_its_package(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "torchode" else find(name, *rest)
+    )
+    stored = {"solver": "adaptive"}
+    assert parse(SamplerSettings, stored).adaptive
+    assert SamplerOverrides(sampler="euler").resolve(stored, True).solver == "euler"
+    with pytest.raises(UserError, match=r"^sampler=adaptive: needs the package torchode; run pip install"):
+        SamplerOverrides().resolve(stored, True)
 
 
 def test_a_warm_up_that_does_not_end_is_told(caplog):

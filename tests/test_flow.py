@@ -43,6 +43,12 @@ def test_grids_are_those_of_the_release(golden):
         assert grid == case["timesteps"], name
 
 
+def test_grids_are_the_same_where_another_device_is_the_default():
+    with torch.device("meta"):
+        grid = time_grid(7, 0.04, 2.0)
+    assert grid == time_grid(7, 0.04, 2.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [

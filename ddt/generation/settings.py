@@ -48,6 +48,7 @@ class SamplerOverrides:
         try:
             settings = parse(SamplerSettings, without_unused(stored | chosen, chosen))
             check_chosen(settings, chosen, shares_encoder)
+            settings.check_packages()
         except UserError as error:
             raise UserError(str(error).replace("solver=", "sampler=")) from error
         return settings

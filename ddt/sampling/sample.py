@@ -94,6 +94,7 @@ def sample_latents(
         f"step_noise: the solver {settings.solver} takes no noise; leave it out",
     )
     check_inputs(model, noise, y)
+    settings.check_packages()
     if guide is not None:
         check_guide(model, guide, settings)
     guided = GuidedVelocity(model, y, settings, guide, cache_bytes)

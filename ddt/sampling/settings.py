@@ -40,7 +40,6 @@ class SamplerSettings:
 
     def __post_init__(self) -> None:
         require(self.solver in SOLVERS, f"solver={self.solver}: unknown solver, choose from {', '.join(SOLVERS)}")
-        require_packages(SOLVERS[self.solver].packages, f"solver={self.solver}")
         time_grid(self.num_steps, self.last_step, self.timeshift, self.t_end)
         self.guidance()
         wrong = [step for step in self.cfg_steps or () if not 0 <= step < self.num_steps]
@@ -77,6 +76,12 @@ class SamplerSettings:
             "worse than the last z; give forecast_order=0",
         )
         self.parsed_recompute  # noqa: B018  # raises UserError
+
+    def check_packages(self) -> None:
+        """Raise UserError where a package that the solver needs is missing; whoever only reads a
+        checkpoint needs none.
+        """
+        require_packages(SOLVERS[self.solver].packages, f"solver={self.solver}")
 
     @functools.cached_property
     def parsed_recompute(self) -> Schedule:

@@ -119,6 +119,7 @@ def check(settings: TrainSettings) -> None:
     if settings.trainer.num_processes is None:
         attempt(settings.trainer.micro_batches, default_processes())
     attempt(settings.sampler.schedule, prefix="sampler.")
+    attempt(settings.sampler.check_packages, prefix="sampler.")
     with torch.device("meta"):
         network = attempt(settings.model.build, in_channels=1, num_classes=1)
     if network is not None:

@@ -5,19 +5,25 @@ import json
 import math
 
 import pytest
-from conftest import refusal, succeed
+from conftest import refusal, small_checkpoint, small_ddt, succeed
 from matplotlib import pyplot as plt
 from PIL import Image
 
 from ddt.errors import UserError
 from ddt.metrics.ranking import better
 from scripts.studies.sweep.report import DEPTH, PUBLISHED, SweepSettings, draw, group_by_setting, write_report
-from scripts.studies.sweep.runs import default_metric, differing, find_runs
+from scripts.studies.sweep.runs import count_parameters, default_metric, differing, find_runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REPORT = "scripts.studies.sweep.__main__"
 DISTANCES = {1: [40.0, 44.0, 48.0], 3: [24.0, 26.0, 31.0]}  # by encoder depth, then seed
 BASELINE = [50.0, 52.0, 51.0]
+
+
+def test_parameters_are_those_of_the_newest_checkpoint(tmp_path):
+    assert count_parameters(tmp_path) is None
+    small_checkpoint(tmp_path / "checkpoints" / "step_0000007")
+    assert count_parameters(tmp_path) == sum(p.numel() for p in small_ddt(in_channels=1).parameters())
 
 
 def row(step, **values):

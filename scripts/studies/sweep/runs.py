@@ -79,8 +79,9 @@ def count_parameters(folder: Path) -> int | None:
     newest = newest_checkpoint(folder)
     if newest is None:
         return None
+    settings = read_config(newest)["network"]
     with torch.device("meta"):
-        network = build_network(read_config(newest)["network"])
+        network = build_network(settings)
     return sum(parameter.numel() for parameter in network.parameters())
 
 
