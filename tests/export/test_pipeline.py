@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import run_inside, small_checkpoint, small_vae
+from conftest import SMALL, WIDE, run_inside, small_checkpoint, small_network, small_vae
 from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
@@ -112,6 +112,21 @@ def test_the_undivided_baseline(tmp_path):
     assert np.array_equal(uint8(pipeline(**CALL).images)[..., None], sampled(checkpoint, tmp_path / "set"))
     with pytest.raises(UserError, match="this model has no encoder to share"):
         pipeline(0, recompute="uniform:2")
+
+
+def test_a_ditdh(tmp_path):
+    """Its frozen frequencies stay float32, and its grid ends where the checkpoint says."""
+    model = small_network("ditdh", in_channels=1)
+    network = {"_target_": "ddt.model.DiTDH", **SMALL, **WIDE, "in_channels": 1}
+    sampler = {"num_steps": 4, "cfg_interval": None, "last_step": None, "t_end": 0.9, "timeshift": 2.0}
+    checkpoint, folder = exported(tmp_path, model=model, network=network, sampler=sampler)
+    call = {**CALL, "recompute": "uniform:2"}
+    whole = uint8(DDTPipeline.from_pretrained(folder)(**call).images)[..., None]
+    assert np.array_equal(whole, sampled(checkpoint, tmp_path / "set", "recompute=uniform:2"))
+    half = DDTPipeline.from_pretrained(folder, torch_dtype={"transformer": torch.bfloat16})
+    assert half.transformer.network.encoder.t_embedder.W.dtype == torch.float32
+    found = uint8(half(**call).images)[..., None]
+    assert np.array_equal(found, sampled(checkpoint, tmp_path / "half", "recompute=uniform:2", "dtype=bf16"))
 
 
 def test_arguments_are_those_of_the_sampler(pipeline):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, inputs, refusal, run, small_checkpoint, small_ddt, small_vae, succeed
+from conftest import ROOT, inputs, refusal, run, small_checkpoint, small_ddt, small_network, small_vae, succeed
 from PIL import Image
 
 import ddt
@@ -414,11 +414,15 @@ def test_a_set_finished_meanwhile_by_another_command_is_unchanged(tmp_path, monk
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["grid.png", "receipt.json", "samples.npz"]
 
 
+KINDS = [("ddt", "bf16"), ("ddt", "fp16"), ("conv", "bf16"), ("dit", "bf16"), ("ditdh", "bf16")]
+
+
 @pytest.mark.parametrize("options", [{}, {"recompute": [0, 2]}, {"recompute": [0, 2], "cache_bytes": 30_000}])
-@pytest.mark.parametrize(("kind", "dtype"), [("ddt", "bf16"), ("ddt", "fp16"), ("conv", "bf16"), ("dit", "bf16")])
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
 def test_cast_weights_give_the_bits_of_autocast(kind, dtype, options):
     sizes = dict(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, num_classes=5)
     model = DiT(**sizes) if kind == "dit" else small_ddt(decoder_block="conv" if kind == "conv" else "attention")
+    model = small_network("ditdh") if kind == "ditdh" else model
     if kind == "dit":
         options = {}
     with torch.no_grad():
@@ -429,8 +433,10 @@ def test_cast_weights_give_the_bits_of_autocast(kind, dtype, options):
     cast_weights(cast, dtype)
     dtypes = {name: parameter.dtype for name, parameter in cast.named_parameters()}
     kept = [name for name, dtype in dtypes.items() if dtype == torch.float32]
-    assert all("norm" in name or "embedding_table" in name for name in kept)
-    assert len(kept) == (11 if kind == "conv" else 13)  # norms of blocks, q and k, and the table of classes
+    assert all("norm" in name or "embedding_table" in name or name.endswith(".W") for name in kept)
+    # norms of blocks, q and k, and the table of classes; of a DiT^DH, of blocks and output, and the
+    # frequencies
+    assert len(kept) == {"conv": 11, "ditdh": 9}.get(kind, 13)
     with autocast(torch.device("cpu"), dtype):
         assert torch.equal(model(x, t, y), cast(x, t, y))
         counts = {}, {}

@@ -7,7 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, composed, inputs, picture_folder, refusal, run_inside, small_ddt, small_vae
+from conftest import (
+    ROOT,
+    SHARING,
+    composed,
+    inputs,
+    picture_folder,
+    refusal,
+    run_inside,
+    small_ddt,
+    small_network,
+    small_vae,
+)
 
 from ddt.autoencoder import Identity, KLAutoencoder
 from ddt.config import Choice
@@ -156,8 +167,9 @@ def saved_bytes(objective, batch, bf16):
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_activations_are_what_autograd_saves(bf16):
-    objective = aligned(small_ddt())
+@pytest.mark.parametrize("case", SHARING)
+def test_activations_are_what_autograd_saves(case, bf16):
+    objective = aligned(small_network(case))
     expected = (saved_bytes(objective, 8, bf16) - saved_bytes(objective, 4, bf16)) / 4
     assert activation_bytes(objective.to("meta"), (2, 8, 8), bf16) == pytest.approx(expected, rel=1e-3)
     assert type(positions(16, 4, 4, torch.device("cpu")).cos) is torch.Tensor  # the kept table is a real one

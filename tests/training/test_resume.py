@@ -100,13 +100,15 @@ def assert_same_end(run, straight):
 
 
 @pytest.mark.parametrize("stop", [3, 11])
-@pytest.mark.parametrize("options", [[], ["trainer.micro_batch_size=6", "trainer.num_workers=1"]])
+@pytest.mark.parametrize(
+    "options", [[], ["trainer.micro_batch_size=6", "trainer.num_workers=1"], ["model=nano_ditdh"]], ids=str
+)
 def test_steps_and_a_resume_are_the_straight_run(folder, straight, stop, options):
     """Between log rows, in the middle of an epoch; with gradients accumulated and with other
-    workers.
+    workers; with weights that are never trained.
     """
     name = f"stopped_{stop}_{len(options)}"
-    if options:  # a sum over micro-batches has other last bits: it is compared with its like
+    if options:  # a sum over micro-batches has other last bits, too: it is compared with its like
         straight = train(f"{name}_straight", options[0])
     train(name, f"trainer.max_steps={stop}", *options[:1])
     assert_same_end(train(name, *options), straight)

@@ -161,10 +161,14 @@ def pair(folder):
     """
     whole = ["trainer.num_processes=2", "trainer.micro_batch_size=3"]
     sharded = [*whole, "trainer.parallelism=fsdp", "trainer.validate_every=30", "trainer.preview_every=30"]
+    ditdh = ["model=nano_ditdh", "trainer.log_every=3"]
     jobs = [
         ["name=two", *whole, "trainer.max_steps=30"],
         ["name=sharded", *sharded, "trainer.max_steps=17"],
         ["name=sharded", *sharded, "trainer.max_steps=30"],
+        ["name=ditdh_two", *ditdh, *whole, "trainer.max_steps=6"],
+        ["name=ditdh_sharded", *ditdh, *sharded, "trainer.max_steps=3"],
+        ["name=ditdh_sharded", *ditdh, *sharded, "trainer.max_steps=6"],
         ["name=validated2", "trainer.num_processes=2", *VALIDATED],
     ]
     with pytest.MonkeyPatch.context() as patch:
@@ -204,6 +208,18 @@ def test_sharded_processes_train_what_whole_ones_do(pair):
         validation_loss(validated(ddt.load_model(path)), Digits("test"), Identity(), make_accelerator(), (1, 8, 8), 64),
         rel=1e-5,
     )
+
+
+def test_a_ditdh_is_sharded_with_its_frozen_weights(pair):
+    """Stopped and resumed, as above."""
+    two, sharded = (pair / f"ditdh_{name}" for name in ("two", "sharded"))
+    for name in ("model", "ema"):
+        expected, found = (ckpt.read_weights(ckpt.newest_checkpoint(run), name) for run in (two, sharded))
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5)
+    initial = ckpt.read_weights(two / "checkpoints" / "step_0000006", "ema")["encoder.t_embedder.W"]
+    assert torch.equal(found["encoder.t_embedder.W"], initial)
 
 
 def test_accelerates_own_configuration_changes_nothing(folder, straight, monkeypatch):
