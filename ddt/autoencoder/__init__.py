@@ -5,11 +5,12 @@ from typing import Any
 from ddt.autoencoder.base import Autoencoder
 from ddt.autoencoder.diffusers import KLAutoencoder, TinyAutoencoder
 from ddt.autoencoder.identity import Identity
+from ddt.autoencoder.rae import RAE
 from ddt.config import parse
 from ddt.errors import UserError, brief
 
 AUTOENCODERS: dict[str, Any] = {
-    f"ddt.autoencoder.{kind.__name__}": kind for kind in (Identity, KLAutoencoder, TinyAutoencoder)
+    f"ddt.autoencoder.{kind.__name__}": kind for kind in (Identity, KLAutoencoder, TinyAutoencoder, RAE)
 }
 
 

@@ -20,7 +20,7 @@ class Autoencoder(Protocol):
 
     pixel_space: bool  # a class attribute: whether latents are the pixels themselves
     stochastic: bool  # moments are (mean, logvar), 2C channels, and latents need noise; else the mean alone
-    network: Any  # the frozen diffusers network, which exports include; None for pixels
+    network: Any  # the frozen network, with `encode` and `decode` of tensors; None for pixels
 
     @property
     def encode_dtype(self) -> str | None:
@@ -38,6 +38,10 @@ class Autoencoder(Protocol):
     def latent_channels(self) -> int | None:
         """Channels of the latents; None: those of the images."""
 
+    @property
+    def timeshift(self) -> float:
+        """Recommended shift of times in training and sampling; 1: none."""
+
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         """Return (C, H, W) of latents of images of `image_size` px; UserError where they misfit."""
 
@@ -51,7 +55,7 @@ class Autoencoder(Protocol):
         """
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return uint8 images of latents (B, C, H, W), under the caller's autocast."""
+        """Return uint8 images of latents (B, C, H, W), under the caller's autocast or its own."""
 
     def to(self, device: torch.device) -> "Autoencoder":
         """Move to a device and return itself."""

@@ -153,6 +153,7 @@ class DiffusersAutoencoder(abc.ABC):
     """
 
     pixel_space = False
+    timeshift = 1.0
     packages = ("diffusers",)
     kind: str
     stochastic: bool

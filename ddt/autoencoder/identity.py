@@ -16,6 +16,7 @@ class Identity:
     fingerprint = None
     encoder_fingerprint = None
     latent_channels = None
+    timeshift = 1.0
 
     @classmethod
     def outline(cls) -> "Identity":

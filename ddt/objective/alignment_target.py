@@ -3,7 +3,6 @@
 Shapes: B images of H W pixels; h·w tokens of F features.
 """
 
-import difflib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ddt.autoencoder.base import weights_hash
 from ddt.errors import UserError, reason, require
-from ddt.objective.timm_weights import pretrained_file, read_timm_weights
+from ddt.timm_weights import check_model, pretrained_file, read_timm_weights
 
 CELL = 16  # pixels per side of the image that one token of the target covers, whatever the target's own stride
 Extract = Callable[[Tensor], Tensor]
@@ -23,13 +22,7 @@ Extract = Callable[[Tensor], Tensor]
 
 def check_target(name: str, weights: str | None) -> None:
     """Raise UserError for a name unknown to timm, with close ones, or a missing weight file."""
-    import timm
-
-    known = {*timm.list_models(), *timm.list_models(include_tags=True)}
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
-        raise UserError(f"alignment.target={name}: timm has no model of this name; {hint}")
+    check_model("alignment.target", name)
     if weights is not None:
         require(Path(weights).is_file(), f"alignment.weights={weights}: no such file")
 

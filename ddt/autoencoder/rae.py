@@ -1,0 +1,298 @@
+"""Representation autoencoders: a frozen vision encoder's tokens as latents, and a ViT that decodes
+them.
+
+Shapes: B batch, C features, H W pixels, h w tokens.
+Source: Zheng et al., arXiv 2510.11690, as its published weights were trained.
+"""
+
+import functools
+import hashlib
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from ddt.autoencoder.base import weights_hash
+from ddt.autoencoder.rae_encoder import FrozenEncoder
+from ddt.autoencoder.vit_decoder import ViTDecoder, load_decoder
+from ddt.errors import UserError, reason, require, require_count
+from ddt.hub import is_hub_id, resolve
+from ddt.precision import Dtype, autocast, check_dtype
+from ddt.tensor_files import read_state_dict
+from ddt.timm_weights import pretrained_file
+
+EPS = 1e-5  # beside the variance
+SHIFT_BASE = 4096  # numbers of a latent whose recommended time shift is 1
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of an encoder on the hub, in transformers' layout
+PUBLISHED = "nyu-visionx/RAE-collections"
+# sizes of its decoders, by a part of their file's name
+PUBLISHED_SIZES = {
+    "ViTXL": {"width": 1152, "depth": 28, "mlp_width": 4096},
+    "ViTL": {"width": 1024, "depth": 24, "mlp_width": 4096},
+    "ViTB": {"width": 768, "depth": 12, "mlp_width": 3072},
+}
+
+
+def truncate(pixels: Tensor) -> Tensor:
+    """Map [0, 1] to uint8: clamped, times 255, truncated, not rounded. Source: RAE's samples."""
+    return (pixels.float().clamp(0, 1) * 255).to(torch.uint8)
+
+
+def find_file(name: str, source: str | None, revision: str | None, key: str) -> Path:
+    """Return the path of a file: one that is here, or that of `source`, a folder or hub model.
+
+    Raises UserError naming `autoencoder.<key>` where it is nowhere.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    label, advice = f"autoencoder.{key}={name}", "give a local file"
+    require(source is not None, f"{label}: no such file; {advice}")
+    assert source is not None
+
+    def choose(names: list[str]) -> list[str]:
+        require(name in names, f"{label}: autoencoder.source={source} holds no such file; {advice}")
+        return [name]
+
+    identifier = f"{source}@{revision}" if revision and is_hub_id(source) else source
+    path = resolve(identifier, f"autoencoder.source={source}", choose, f"{advice}: autoencoder.{key}=FILE") / name
+    require(path.is_file(), f"{label}: no such file here, nor in autoencoder.source={source}; {advice}")
+    return path
+
+
+def find_encoder(name: str, weights: str | None, source: str | None) -> Path:
+    """Return the file of an encoder's weights: a local one, one in a local folder `source`, one of
+    the hub, or (`weights` is None) timm's own. Raises UserError where there is none.
+    """
+    advice = "on a machine without a hub give autoencoder.encoder_weights=FILE"
+    if weights is None:
+        label = f"autoencoder.encoder={name}"
+        found = pretrained_file(name, label, advice)
+        require(found is not None, f"{label}: timm has no weights of it on the hub; give autoencoder.encoder_weights")
+        assert found is not None
+        return found
+    label = f"autoencoder.encoder_weights={weights}"
+
+    def choose(names: list[str]) -> list[str]:
+        known = [each for each in WEIGHTS if each in names]
+        require(bool(known), f"{label}: holds no {WEIGHTS[0]}; give the file itself")
+        return known[:1]
+
+    if source is not None and (Path(source) / weights).is_file():
+        return Path(source) / weights
+    path = resolve(weights, label, choose, advice)
+    return path if path.is_file() else path / choose([each.name for each in path.iterdir()])[0]
+
+
+def read_statistics(path: Path) -> dict[str, Tensor]:
+    """Return `mean` and `var`, float32 (C, H, W), of a file of statistics; either may be absent.
+
+    Raises UserError for a file with anything else in it.
+    """
+    label = f"autoencoder.statistics={path}"
+    advice = "give a file of mean and var, such as scripts/latent_statistics.py writes"
+    found = {name: value.float() for name, value in read_state_dict(path, label, advice).items()}
+    surplus = [name for name in found if name not in ("mean", "var")]
+    require(not surplus, f"{label}: holds {surplus[0] if surplus else ''}; {advice}")
+    for name, value in found.items():
+        require(value.ndim == 3, f"{label}: {name} is {tuple(value.shape)}, not (C, H, W); {advice}")
+        require(bool(value.isfinite().all()), f"{label}: {name} is not finite; {advice}")
+    require(len({value.shape for value in found.values()}) == 1, f"{label}: mean and var differ in shape; {advice}")
+    require("var" not in found or bool((found["var"] >= 0).all()), f"{label}: var is below 0; {advice}")
+    return found
+
+
+class RAENetwork(nn.Module):
+    """Encoder and decoder, from pixels to raw tokens and back, both in [0, 1]."""
+
+    def __init__(self, encoder: FrozenEncoder, decoder: ViTDecoder) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.config = SimpleNamespace(in_channels=3)  # of the images
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Return tokens (B, C, h, w) of pixels (B, 3, H, W)."""
+        return self.encoder(pixels)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Return pixels (B, 3, H, W), not clamped, of tokens (B, C, h, w)."""
+        return self.decoder(tokens) * self.encoder.std + self.encoder.mean
+
+
+class RAE:
+    """A representation autoencoder: deterministic, one latent position per 16×16 pixels.
+
+    Latents are `(tokens − mean)/sqrt(var + 1e-5)`, one number per channel and position. The size of
+    images follows from the decoder: it makes patches of `p` pixels of a fixed grid of tokens, which
+    is the latents' too.
+
+    Args:
+        encoder: name of a vision transformer of timm.
+        encoder_weights: its file, or hub name (owner/name or owner/name@revision), with the names
+            of timm, Meta or transformers; None: timm's own.
+        decoder: the decoder's file, here or in `source`.
+        decoder_heads: its attention heads, which no shape tells.
+        statistics: file of `mean` and `var`, here or in `source`; None: latents are the tokens.
+        source: hub name or local folder that holds the files that are not here.
+        revision: commit of `source` on the hub, pinned so that the weights cannot change.
+        chunk_size: images encoded or decoded at once, which bounds the memory.
+        encode_dtype, decode_dtype: "fp32", or "bf16" or "fp16" autocast. Decoding does not follow
+            the caller's autocast: the authors measured a worse FID in bf16.
+
+    Raises UserError where weights cannot be loaded or do not fit one another.
+    """
+
+    pixel_space = False
+    stochastic = False
+    packages = ("timm",)
+
+    def __init__(
+        self,
+        encoder: str,
+        decoder: str,
+        encoder_weights: str | None = None,
+        decoder_heads: int = 16,
+        statistics: str | None = None,
+        source: str | None = None,
+        revision: str | None = None,
+        chunk_size: int = 16,
+        encode_dtype: Dtype = "fp32",
+        decode_dtype: Dtype = "fp32",
+    ) -> None:
+        require_count("autoencoder.chunk_size", chunk_size)
+        file = find_file(decoder, source, revision, "decoder")
+        found = {} if statistics is None else read_statistics(find_file(statistics, source, revision, "statistics"))
+        shape = next((value.shape for value in found.values()), None)
+        label = f"autoencoder.decoder={file}"
+        try:
+            network = load_decoder(read_state_dict(file, label), decoder_heads, None if shape is None else shape[1])
+        except (UserError, RuntimeError) as error:  # RuntimeError: of names and shapes
+            raise UserError(f"{label}: {reason(error).removeprefix(f'{label}: ')}") from error
+        weights = find_encoder(encoder, encoder_weights, source)
+        self._hold(FrozenEncoder(encoder, network.grid, weights), network, found)
+        self.chunk_size, self.encode_dtype, self.decode_dtype = chunk_size, encode_dtype, decode_dtype
+        require(
+            shape is None or tuple(shape) == self._shape,
+            f"autoencoder.statistics={statistics}: is of latents {'×'.join(map(str, shape or ()))}, not of this "
+            f"autoencoder's {'×'.join(map(str, self._shape))}; choose the one of its encoder and size",
+        )
+
+    def _hold(self, encoder: FrozenEncoder, decoder: ViTDecoder, statistics: dict[str, Tensor]) -> None:
+        channels = encoder.num_features
+        require(
+            decoder.channels == channels,
+            f"autoencoder.decoder: is for tokens of {decoder.channels} features, but {encoder.name} has {channels}; "
+            "choose the one of this encoder",
+        )
+        self.network = RAENetwork(encoder, decoder)
+        self.mean = statistics.get("mean", torch.zeros(1, 1, 1))  # (C, h, w), or one number for all
+        self.var = statistics.get("var", torch.ones(1, 1, 1))
+
+    @classmethod
+    def outline(
+        cls,
+        encoder: str,
+        decoder: str,
+        encoder_weights: str | None = None,
+        decoder_heads: int = 16,
+        statistics: str | None = None,
+        source: str | None = None,
+        revision: str | None = None,
+        chunk_size: int = 1,
+        encode_dtype: Dtype = "fp32",
+        decode_dtype: Dtype = "fp32",
+    ) -> "RAE":
+        """Build one on the meta device, without weights or a hub, to count its cost. The arguments
+        of weights and precision are unused.
+
+        Raises UserError where `decoder` is neither a local file nor one of the published ones.
+        """
+        autoencoder = cls.__new__(cls)
+        published = next((size for name, size in PUBLISHED_SIZES.items() if f"/{name}_" in decoder), None)
+        local = next((path for path in (Path(decoder), Path(source or ".") / decoder) if path.is_file()), None)
+        require(
+            local is not None or (published is not None and source == PUBLISHED),
+            f"autoencoder.decoder={decoder}: its shape is not known here; give a local file",
+        )
+        stored = None if local is None else load_decoder(read_state_dict(local), decoder_heads).to("meta")
+        grid = int(match[1]) // 16 if (match := re.search(r"_i(\d+)/", decoder)) else 16
+        with torch.device("meta"):
+            network = FrozenEncoder(encoder, grid if stored is None else stored.grid, None)
+            if stored is None:
+                assert published is not None
+                channels = network.num_features
+                stored = ViTDecoder(channels, **published, num_heads=decoder_heads, grid=grid, patch_size=16)
+            autoencoder._hold(network, stored, {})
+        autoencoder.chunk_size, autoencoder.encode_dtype, autoencoder.decode_dtype = 1, encode_dtype, decode_dtype
+        return autoencoder
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latents."""
+        grid = self.network.decoder.grid
+        return self.latent_channels, grid, grid
+
+    @property
+    def latent_channels(self) -> int:
+        return self.network.encoder.num_features
+
+    @property
+    def timeshift(self) -> float:
+        """sqrt(C·h·w/4096)."""
+        return math.sqrt(math.prod(self._shape) / SHIFT_BASE)
+
+    def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
+        """Return (C, h, w); raise UserError for other images than the decoder makes."""
+        size = self.network.decoder.image_size
+        require(
+            (channels, image_size) == (3, size),
+            f"data: images of {channels} channels and {image_size} px do not fit this autoencoder, whose decoder makes "
+            f"3 channels and {size} px; give data.image_size={size}, or the decoder of that size",
+        )
+        return self._shape
+
+    @functools.cached_property
+    def encoder_fingerprint(self) -> str:
+        """SHA-256 of the encoder: neither decoder nor statistics change what is cached."""
+        return self.network.encoder.fingerprint
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of encoder, decoder and statistics."""
+        rest = weights_hash(self.network.decoder, latents_mean=self.mean, latents_var=self.var)
+        return hashlib.sha256(f"{self.encoder_fingerprint} {rest}".encode()).hexdigest()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Return moments, the raw tokens, float32 (B, C, h, w), of uint8 images (B, 3, H, W)."""
+        with autocast(images.device, self.encode_dtype):
+            return torch.cat([self.network.encode(c.float() / 255).float() for c in images.split(self.chunk_size)])
+
+    def sample(self, moments: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
+        """Return float32 latents (B, C, h, w) of moments (B, C, h, w); the noise is unused."""
+        return (moments.float() - self.mean) / torch.sqrt(self.var + EPS)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return uint8 images (B, 3, H, W) in `decode_dtype`, whatever the caller's autocast.
+
+        Raises UserError for latents of another shape.
+        """
+        channels, *_ = self._shape
+        require(
+            latents.shape[1] == channels,
+            f"autoencoder: has {channels} latent channels, the model {latents.shape[1]}; choose the model's own",
+        )
+        with autocast(latents.device, self.decode_dtype):
+            chunks = (latents.float() * torch.sqrt(self.var + EPS) + self.mean).split(self.chunk_size)
+            return torch.cat([truncate(self.network.decode(chunk)) for chunk in chunks])
+
+    def to(self, device: torch.device) -> "RAE":
+        """Move to a device and return itself; raise UserError where it lacks a dtype."""
+        check_dtype("autoencoder.encode_dtype", self.encode_dtype, device)
+        check_dtype("autoencoder.decode_dtype", self.decode_dtype, device)
+        self.network.to(device)
+        self.mean, self.var = self.mean.to(device), self.var.to(device)
+        return self
