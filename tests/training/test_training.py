@@ -457,8 +457,8 @@ def test_impossible_settings_are_named(changes, message):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_preview_of_non_finite_samples_is_a_warning_and_no_picture(tmp_path, caplog, bad):
     network = small_ddt(in_channels=1)
-    path, accelerator = tmp_path / "previews" / "step_0000001.png", make_accelerator("no")
-    arguments = (path, network, Identity(), accelerator, (1, 8, 8), SamplerSettings(num_steps=2, last_step=None))
+    path, device = tmp_path / "previews" / "step_0000001.png", torch.device("cpu")
+    arguments = (path, network, Identity(), device, (1, 8, 8), SamplerSettings(num_steps=2, last_step=None))
     write_preview(*arguments)
     path.unlink()
     torch.nn.init.constant_(next(network.parameters()), bad)
