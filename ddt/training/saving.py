@@ -187,8 +187,10 @@ class Saver:
             complete = (target / "manifest.json").is_file()
             if not (complete and ckpt.weights_sha256(target, "ema") == ckpt.weights_sha256(folder, "ema")):
                 export_ema(folder, target)
-        except (OSError, UserError) as error:
+        except OSError as error:
             log.warning("warning: %s: could not be written (%s)", target, error)
+        except UserError as error:  # a damaged file in it, which may be somebody's
+            log.warning("warning: %s: stays as it is (%s); remove it, and the next save writes it again", target, error)
 
     def restore_folder(self, step: int) -> None:
         """Restore the folder of a run that resumes after `step` to its state then.

@@ -171,6 +171,10 @@ def open_tracker(run: Run, step: int, stack: contextlib.ExitStack) -> JsonlTrack
         tracker.finish(failed=kind is not None)
 
     stack.push(close)
+    if tracker.last_step < step - step % run.settings.trainer.log_every:
+        log.warning(
+            "warning: %s: lacks the rows after step %d, though the run has trained on", tracker.path, tracker.last_step
+        )
     return tracker
 
 

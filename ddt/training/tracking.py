@@ -72,10 +72,11 @@ class JsonlTracker:
         """Raise UserError where its settings cannot work, before anything is built."""
 
     def __init__(self, run_dir: Path, step: int, config: dict[str, Any], ended: bool = False) -> None:
-        self.path = run_dir / "metrics.jsonl"
+        self.path, self.last_step = run_dir / "metrics.jsonl", 0  # of the rows that stay
         if self.path.exists():
             rows = [row for row in read_rows(self.path) if row["step"] <= step and (ended or "partial" not in row)]
             write_text(self.path, "".join(f"{json.dumps(row)}\n" for row in rows))
+            self.last_step = max((row["step"] for row in rows), default=0)
         self.file = self.path.open("ab", buffering=0)
         self.unwritten = b""  # while the disk is full
 

@@ -328,6 +328,18 @@ def test_snapshots_of_an_abandoned_stretch_do_not_stay():
     ]
 
 
+def test_what_a_damaged_log_or_export_lacks_is_said(caplog):
+    run = train("damaged_records", "trainer.max_steps=4", "trainer.save_every=2")
+    exported = (run / "export" / "ema.safetensors").read_bytes()
+    (run / "metrics.jsonl").write_text("")
+    (run / "export" / "manifest.json").write_text("{}")
+    train("damaged_records", "trainer.max_steps=6", "trainer.save_every=2")
+    assert "metrics.jsonl: lacks the rows after step 0" in caplog.text
+    assert "export: stays as it is" in caplog.text
+    assert "manifest.json" in caplog.text
+    assert (run / "export" / "ema.safetensors").read_bytes() == exported
+
+
 def test_the_export_holds_the_ema_weights_and_stays():
     run = train("exported", "trainer.save_every=4", "trainer.keep_last=2")
     assert sorted(path.name for path in (run / "export").iterdir()) == [
