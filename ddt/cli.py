@@ -32,7 +32,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ddt.config import Choice, convert, did_you_mean, flat, locate, parse
+from ddt.config import Choice, convert, did_you_mean, flat, locate, missing_package, parse
 from ddt.data.listing import is_split
 from ddt.errors import STOPPED_STATUS, Stopped, UserError, first_line, os_error_line, require
 from ddt.files import is_run_name, write_text
@@ -512,4 +512,7 @@ def mistake(error: Exception, arguments: list[str], folder: Path, config_name: s
         known = [".".join([*parents, str(k)]) for k in beside if str(k)[:1] != "_"]
         full = ".".join([*parents, str(name)])
         return f"{full}: no such setting{did_you_mean(full, known)}"
+    cause = error.__cause__ or error
+    if isinstance(cause, ModuleNotFoundError) and cause.name:  # of a launcher or a sweeper
+        return missing_package(cause.name, "hydra")
     return f"Hydra: {' '.join(str(error).split()) or type(error).__name__}"

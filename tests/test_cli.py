@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import refusal, run, train_settings
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from ddt.cli import CONF, LAUNCHER, PATHS, check_launcher, expand_paths, is_echo, quoted_path, wait_for
+from ddt.cli import CONF, LAUNCHER, PATHS, check_launcher, expand_paths, is_echo, mistake, quoted_path, wait_for
 from ddt.config import flat
 from ddt.errors import STOPPED_STATUS, UserError
 
@@ -265,6 +266,12 @@ def test_paths_of_a_sweep_are_quoted_one_by_one():
     parser = OverridesParser.create()
     (override,) = parser.parse_overrides([quoted_path("data.root=~/a b,plain/x,~c", is_sweep=True)])
     assert [getattr(value, "text", value) for value in override.sweep_iterator()] == ["~/a b", "plain/x", "~c"]
+
+
+def test_a_launcher_without_its_package_is_one_line():
+    error = HydraException("No module named 'submitit'")
+    error.__cause__ = ModuleNotFoundError(name="submitit")
+    assert mistake(error, [], CONF, "train") == "hydra: needs the package submitit; run pip install -e '.[slurm]'"
 
 
 @pytest.mark.parametrize("name", ["sample", "evaluate"])
