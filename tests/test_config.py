@@ -42,7 +42,8 @@ def root(*overrides):
     """A data root for those configurations that need one."""
     missing = dict.fromkeys(
         ["data=folder", "data=shards", "data=folder_256", "data=in256", "data=in512", "data=latents",
-         "data=in256_latents", "data=in512_latents", "experiment=xl_512", "experiment=finetune"],
+         "data=in256_latents", "data=in512_latents", "data=in256_rae", "data=in512_rae", "experiment=xl_512",
+         "experiment=finetune"],
         "data.root",
     ) | {"autoencoder=kl": "autoencoder.source"}  # fmt: skip
     deep = (

@@ -46,7 +46,7 @@ MEMORY = {
     "H200": 141e9, "H100 PCIe": 80e9, "H100 NVL": 94e9, "H100": 80e9, "A100": 80e9, "L40S": 48e9, "L4": 24e9,
     "A10": 24e9, "RTX 4090": 24e9, "B200": 180e9,
 }  # fmt: skip
-IMAGENET = ("in256", "in256_latents", "in512", "in512_latents")  # files of conf/data
+IMAGENET = ("in256", "in256_latents", "in256_rae", "in512", "in512_latents", "in512_rae")  # files of conf/data
 
 
 @dataclasses.dataclass(frozen=True)
