@@ -3,6 +3,7 @@
 t = 0 is noise, t = 1 is data. Shapes: B batch. Source: method.md 1 and 4.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -43,18 +44,52 @@ def clean(v: Tensor, x_t: Tensor, t: float) -> Tensor:
     return x_t + (1 - t) * v
 
 
-def training_times(normal: Tensor, distribution: TimeDistribution) -> Tensor:
-    """Map standard normal samples (B,) to training times (B,) in (0, 1).
+def shift_time(t: Tensor, timeshift: float) -> Tensor:
+    """Return `t / (t + (1 − t)·timeshift)`; 1/timeshift undoes it. Source: method.md 4."""
+    return t / (t + (1 - t) * timeshift)
 
-    "lognorm": sigmoid(n), as published; "uniform": Φ(n), the ablation's baseline, from the same n,
-    so that runs with either see the same noise. Source: method.md 1.
+
+@dataclasses.dataclass(frozen=True)
+class TrainingTimes:
+    """The distribution of training times: of standard normal samples n (B,) times t (B,).
+
+    distribution: "lognorm", sigmoid(n), as published; "uniform", Φ(n), the ablation's baseline,
+    from the same n, so that runs with either see the same noise. t_min: the distribution is
+    truncated to t ≥ t_min; DiT^DH 0.001. timeshift: applied to the truncated times; above 1, more
+    of them near the noise. Raises UserError for impossible ones. Source: method.md 1.
     """
-    return torch.sigmoid(normal) if distribution == "lognorm" else torch.special.ndtr(normal)
 
+    distribution: TimeDistribution = "lognorm"
+    t_min: float = 0.0
+    timeshift: float = 1.0
 
-def time_normals(t: Tensor, distribution: TimeDistribution) -> Tensor:
-    """Return the standard normal samples that `training_times` maps to times t (B,) in (0, 1)."""
-    return torch.logit(t) if distribution == "lognorm" else torch.special.ndtri(t)
+    def __post_init__(self) -> None:
+        require(0 <= self.t_min < 1, f"objective.t_min={self.t_min}: must lie in 0..1, below 1 (DiT^DH: 0.001)")
+        require(0 < self.timeshift < math.inf, f"objective.timeshift={self.timeshift}: must be above 0")
+
+    def of(self, normal: Tensor) -> Tensor:
+        """Return the times (B,) in (0, 1) of standard normal samples (B,)."""
+        if self.distribution == "uniform":
+            t = self.t_min + (1 - self.t_min) * torch.special.ndtr(normal)
+        elif self.t_min == 0:
+            t = torch.sigmoid(normal)
+        else:  # of the noise's share 1 − t, which is truncated above: its normal sample is −n
+            share = torch.special.ndtr(-normal) * self._kept(normal)
+            t = torch.sigmoid(-torch.special.ndtri(share)).clamp(min=self.t_min)
+        return t if self.timeshift == 1 else shift_time(t, self.timeshift)
+
+    def normals(self, t: Tensor) -> Tensor:
+        """Return the standard normal samples of which `of` makes times t (B,) in (t_min, 1)."""
+        t = t if self.timeshift == 1 else shift_time(t, 1 / self.timeshift)
+        if self.distribution == "uniform":
+            return torch.special.ndtri((t - self.t_min) / (1 - self.t_min))
+        if self.t_min == 0:
+            return torch.logit(t)
+        return -torch.special.ndtri(torch.special.ndtr(-torch.logit(t)) / self._kept(t))
+
+    def _kept(self, like: Tensor) -> Tensor:
+        """Return the probability of t ≥ t_min before the truncation."""
+        return torch.special.ndtr(-torch.logit(torch.tensor(self.t_min, dtype=like.dtype, device=like.device)))
 
 
 def dimension_timeshift(latent_shape: Sequence[int]) -> float:
@@ -99,7 +134,7 @@ def time_grid(
     else:
         t = torch.linspace(0.0, 1.0 - last, num_steps, dtype=torch.float32, device="cpu")
         t = torch.cat([t, torch.ones(1, device="cpu")])
-    t = t / (t + (1 - t) * timeshift)
+    t = shift_time(t, timeshift)
     end = f"last_step={last}" if t_end == 1 else f"t_end={t_end}"
     require(
         bool((t.diff() > 0).all()),

@@ -37,8 +37,6 @@ def shifted(tau, shift):
     return shift * tau / (1 + (shift - 1) * tau)
 
 
-def training_tau(u, shift):
-    """Times τ of uniform draws: a logit-normal that ends at 0.999, then the shift."""
-    end = torch.special.ndtr(torch.logit(torch.tensor(0.999, dtype=torch.float64)))
-    tau = torch.sigmoid(torch.special.ndtri(u.double() * end)).clamp(0, 0.999)
-    return shifted(tau, shift).float()
+def normal_of(u):
+    """The standard normal samples that become the times of uniform draws u."""
+    return -torch.special.ndtri(u.double()).float()

@@ -15,6 +15,7 @@ from ddt.cli import CONF
 from ddt.config import Choice, check_arguments, convert, parse, stored_choice
 from ddt.data.images import Images
 from ddt.errors import UserError
+from ddt.flow import dimension_timeshift
 from ddt.generation.settings import SamplerOverrides
 from ddt.model.layers import Block
 from ddt.objective import Objective
@@ -89,6 +90,25 @@ def test_default_run_is_the_nano_model_on_digits():
     assert settings.name == "digits_nano"
     assert (settings.model.settings["depth"], settings.model.settings["encoder_depth"]) == (6, 4)
     assert settings.data.target == "ddt.data.images.Digits"
+
+
+@pytest.mark.parametrize(("size", "side", "epochs"), [(256, 16, 800), (512, 32, 400)])
+def test_ditdh_on_rae_latents_is_the_published_recipe(size, side, epochs):
+    """method.md, "DiT^DH": every value of training and sampling; the shift is of the latents."""
+    settings = train_settings("model=xl_ditdh", f"data=in{size}_rae", "data.root=somewhere")
+    shift = pytest.approx(dimension_timeshift((768, side, side)), rel=1e-8)
+    objective, trainer, sampler = settings.objective.settings, settings.trainer, settings.sampler
+    assert (objective["time_distribution"], objective["t_min"], objective["label_dropout"]) == ("lognorm", 0.001, 0.1)
+    assert objective["timeshift"] == sampler.timeshift == shift
+    assert settings.alignment is None
+    optimizer = settings.optimizer.settings
+    assert (optimizer["lr"], optimizer["betas"], optimizer["weight_decay"]) == (2e-4, (0.9, 0.95), 0)
+    epoch = 1_281_167 // trainer.global_batch_size
+    assert (trainer.global_batch_size, trainer.max_steps) == (1024, epochs * epoch)
+    assert (trainer.decay_after, trainer.lr_end, trainer.lr_schedule) == (40 * epoch, 0.1, "linear")
+    assert (trainer.clip_norm, trainer.ema_decay, trainer.mixed_precision) == (1.0, 0.9995, "fp32")
+    assert settings.data.settings["horizontal_flip"] is True
+    assert (sampler.num_steps, sampler.t_end, sampler.last_step, sampler.cfg_scale) == (49, 0.999, None, 1.0)
 
 
 def test_xl_on_imagenet_is_the_published_recipe():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddt.errors import UserError
-from ddt.flow import interpolate, score, time_grid, training_times, velocity
+from ddt.flow import TrainingTimes, interpolate, score, time_grid, velocity
 
 
 def test_velocity_is_the_time_derivative_of_the_path():
@@ -30,11 +30,24 @@ def test_score_of_a_gaussian():
 
 def test_time_distributions():
     normal = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
-    uniform, lognorm = training_times(normal, "uniform"), training_times(normal, "lognorm")
+    uniform, lognorm = TrainingTimes("uniform").of(normal), TrainingTimes("lognorm").of(normal)
     quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
     torch.testing.assert_close(uniform.quantile(quantiles), quantiles, rtol=0, atol=0.01)
     expected = torch.special.ndtri(quantiles).sigmoid()
     torch.testing.assert_close(lognorm.quantile(quantiles), expected, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("distribution", ["lognorm", "uniform"])
+@pytest.mark.parametrize(("t_min", "timeshift"), [(0.0, 1.0), (0.001, 1.0), (0.1, 1.0), (0.001, 6.9), (0.0, 0.5)])
+def test_normals_are_those_that_make_the_times(distribution, t_min, timeshift):
+    times = TrainingTimes(distribution, t_min, timeshift)
+    normal = torch.linspace(-2.5, 3.0, 50, dtype=torch.float64)
+    t = times.of(normal)
+    assert bool((t.diff() > 0).all())
+    torch.testing.assert_close(times.normals(t), normal)
+    low, high = times.of(torch.tensor([-9.0, 9.0], dtype=torch.float64))
+    assert t_min / (t_min + (1 - t_min) * timeshift) <= low < 0.11
+    assert high > 0.99
 
 
 def test_grids_are_those_of_the_release(golden):

@@ -41,7 +41,7 @@ class TrainingStream(Dataset):
     - of `Images.load_inputs`: `images`, or `moments` (and `features`) of a latent cache
     - `y`: int64 (B,)
     - `noise`: float32 (B, *latent_shape), standard normal
-    - `time_normal`: float32 (B,), standard normal; `flow.training_times` turns it into t
+    - `time_normal`: float32 (B,), standard normal; `flow.TrainingTimes` turns it into t
     - `dropout_uniform`: float32 (B,) in [0, 1); below the dropout rate the label is dropped
     - `posterior_noise`: float32 (B, *latent_shape), only with `posterior` (stochastic autoencoders)
 

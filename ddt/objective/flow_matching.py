@@ -6,7 +6,7 @@ Shapes: B batch, C H W latent, N tokens, F features of the alignment target. Sou
 import torch
 from torch import Tensor
 
-from ddt.flow import TimeDistribution, interpolate, time_normals, training_times, velocity
+from ddt.flow import TimeDistribution, TrainingTimes, interpolate, velocity
 from ddt.model import Denoiser
 from ddt.objective.alignment import AlignmentLoss, DispersiveLoss
 from ddt.objective.base import Objective
@@ -22,7 +22,7 @@ class FlowMatching(Objective):
     """The flow-matching objective; see `Objective`.
 
     Args:
-        time_distribution: of the training times, "lognorm" (published) or "uniform".
+        time_distribution, t_min, timeshift: of the training times (`TrainingTimes`).
         label_dropout: published 0.1.
     """
 
@@ -32,9 +32,11 @@ class FlowMatching(Objective):
         time_distribution: TimeDistribution = "lognorm",
         label_dropout: float = 0.1,
         alignment: AlignmentLoss | DispersiveLoss | None = None,
+        t_min: float = 0.0,
+        timeshift: float = 1.0,
     ) -> None:
         super().__init__(denoiser, label_dropout, alignment)
-        self.time_distribution: TimeDistribution = time_distribution
+        self.times = TrainingTimes(time_distribution, t_min, timeshift)
 
     def forward(
         self,
@@ -47,7 +49,7 @@ class FlowMatching(Objective):
         align: bool = True,
     ) -> dict[str, Tensor]:
         """Return `loss`, `fm_loss`, the alignment's loss, `t` and `errors`; see `Objective`."""
-        t = training_times(time_normal, self.time_distribution)  # (B,)
+        t = self.times.of(time_normal)  # (B,)
         y = torch.where(dropout_uniform < self.label_dropout, self.denoiser.num_classes, y)
         x_t = interpolate(latents, noise, t)
         if self.alignment is None or not align:
@@ -67,7 +69,10 @@ class FlowMatching(Objective):
         return {"loss": loss, "fm_loss": fm_loss.detach(), **parts, "t": t, "errors": errors.detach()}
 
     def time_normal(self, t: Tensor) -> Tensor:
-        return time_normals(t, self.time_distribution)
+        return self.times.normals(t)
 
     def for_validation(self, denoiser: Denoiser) -> "FlowMatching":
-        return FlowMatching(denoiser, self.time_distribution, label_dropout=0.0)
+        times = self.times
+        return FlowMatching(
+            denoiser, times.distribution, label_dropout=0.0, t_min=times.t_min, timeshift=times.timeshift
+        )

@@ -16,7 +16,8 @@ from ddt.training.stopping import read_status
 log = logging.getLogger(__name__)
 FROZEN = ("model", "data", "autoencoder", "alignment", "objective", "optimizer", "seed", "init_from")
 FROZEN_TRAINER = (
-    "global_batch_size", "ema_decay", "ema_decays", "ema_powers", "warmup_steps", "lr_schedule", "clip_norm",
+    "global_batch_size", "ema_decay", "ema_decays", "ema_powers", "warmup_steps", "lr_schedule", "decay_after",
+    "lr_end", "clip_norm",
 )  # fmt: skip
 # what a run writes; a folder with one of them is no new one
 OUTPUTS = (

@@ -31,7 +31,8 @@ class TrainerSettings:
     ema_decay: of the EMA weights. ema_decays: of further EMAs. ema_powers: relative standard
     deviations of power-function EMAs (EDM2), saved as a snapshot every `snapshot_every` steps, for
     post-hoc EMA. warmup_steps: linear warm-up of the learning rate. lr_schedule: "constant", or a
-    "linear" or "cosine" decay to 0 at max_steps. clip_norm: largest gradient norm.
+    "linear" or "cosine" decay at max_steps to lr_end times the base learning rate, which begins
+    after decay_after steps (None: after the warm-up). clip_norm: largest gradient norm.
 
     Periods `_every` count steps; 0 is never, but the last step is always saved and logged.
     keep_last: checkpoints that stay (None: all), beside those of every `keep_every`-th step and
@@ -54,6 +55,8 @@ class TrainerSettings:
     validate_every: int
     preview_every: int
     num_workers: int
+    decay_after: int | None = None
+    lr_end: float = 0.0
     eval_every: int = 0
     eval_samples: int = 5_000
     parallelism: Literal["ddp", "fsdp"] = "ddp"
@@ -87,6 +90,7 @@ class TrainerSettings:
             self.max_hours is None or self.max_hours * 3600 > 2 * MARGIN,
             f"give more than {2 * MARGIN / 3600:.3f}, for the run stops {MARGIN} s and two saves before",
         )
+        self.check_decay()
         self.check_emas()
         self.check_retention()
         self.micro_batches(self.num_processes or 1)
@@ -95,6 +99,22 @@ class TrainerSettings:
         """Raise UserError("trainer.key=value: message") unless `valid`."""
         value = getattr(self, key)
         require(valid, f"trainer.{key}={list(value) if isinstance(value, tuple) else value}: {message}")
+
+    def check_decay(self) -> None:
+        """Raise UserError for a decay of the learning rate that cannot be, or is none."""
+        self.check("lr_end", 0 <= self.lr_end <= 1, "must lie in 0..1; it is a factor on optimizer.lr")
+        after = self.decay_after
+        self.check(
+            "decay_after",
+            after is None or (self.warmup_steps <= after < self.max_steps),
+            f"must lie in trainer.warmup_steps={self.warmup_steps}..{self.max_steps - 1}, or be null",
+        )
+        for key in ("decay_after", "lr_end"):
+            self.check(
+                key,
+                self.lr_schedule != "constant" or not getattr(self, key),
+                "has no effect with trainer.lr_schedule=constant; choose linear or cosine, or leave it out",
+            )
 
     def check_emas(self) -> None:
         """Raise UserError for invalid EMA settings."""
@@ -168,10 +188,12 @@ class TrainerSettings:
     def lr_factor(self, step: int) -> float:
         """Return the factor on the base learning rate in step `step`, counted from 0."""
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        if self.lr_schedule == "constant" or step < self.warmup_steps:
+        after = self.warmup_steps if self.decay_after is None else self.decay_after
+        if self.lr_schedule == "constant" or step < after:
             return warmup
-        left = (self.max_steps - step) / (self.max_steps - self.warmup_steps)
-        return left if self.lr_schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+        left = (self.max_steps - step) / (self.max_steps - after)
+        left = left if self.lr_schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+        return self.lr_end + (1 - self.lr_end) * left
 
     def due(self, every: int, step: int) -> bool:
         """Return whether a period of `every` steps (0: never) ends after `step`.

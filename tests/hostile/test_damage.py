@@ -269,4 +269,5 @@ def test_damage_is_named_or_changes_nothing(made, monkeypatch, caplog, case, dam
         warnings = "\n".join(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
         if not said and found != result and case not in UNCHECKED and name.name not in warnings:
             wrong.append(f"{name}: another result")
+    print(f"{case}, {damage}: {len(files)} files")
     assert not wrong, "\n".join(wrong)

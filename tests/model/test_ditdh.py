@@ -6,12 +6,13 @@ import pytest
 import torch
 from conftest import ROOT, inputs, small_network
 from omegaconf import OmegaConf
-from rae import CLOSE, RAE, golden, network, shifted, training_tau, weights
+from rae import CLOSE, RAE, golden, network, normal_of, shifted, weights
 
 import ddt
-from ddt.flow import dimension_timeshift, time_grid
+from ddt.flow import TrainingTimes, dimension_timeshift, time_grid
 from ddt.model import build_network
 from ddt.model.layers import integer_rope_table, sincos_table
+from ddt.objective import FlowMatching
 from ddt.sampling.settings import SamplerSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,17 +39,22 @@ def test_halves_of_equal_width(tmp_path):
 
 def test_loss_and_gradients(tmp_path):
     io, model = golden("training"), network(tmp_path)
-    tau = training_tau(io["u_loss"], 2.0)
-    t, target = 1 - tau, io["data"] - io["eps"]
-    x_t = ddt.flow.interpolate(io["data"], io["eps"], t)
-    loss = (model(x_t, t, io["labels"]) - target).square().mean(dim=(1, 2, 3))
-    torch.testing.assert_close(loss, io["loss"], **CLOSE)
-    loss.mean().backward()
+    objective = FlowMatching(model, label_dropout=0.0, t_min=0.001, timeshift=2.0)
+    found = objective(io["data"], io["labels"], io["eps"], normal_of(io["u_loss"]), torch.ones(3))
+    torch.testing.assert_close(found["errors"], io["loss"], **CLOSE)
+    found["loss"].backward()
     gradient = model.decoder.output.linear.weight.grad
     torch.testing.assert_close(gradient, io["grad_final_linear"], rtol=1e-4, atol=1e-6)
     gradient = model.encoder.input.proj.weight.grad
     torch.testing.assert_close(gradient, io["grad_s_embedder"].flatten(1), rtol=1e-4, atol=1e-6)
     assert model.encoder.t_embedder.W.grad is None  # frozen
+
+
+def test_training_times():
+    io = golden("training")
+    for name, distribution in (("", "lognorm"), ("_uniform", "uniform")):
+        t = TrainingTimes(distribution, 0.001, 2.0).of(normal_of(io[f"u{name}"]))
+        torch.testing.assert_close(1 - t, io[f"times{name}"], rtol=1e-4, atol=1e-6)
 
 
 def test_fixed_tables_are_those_of_the_files():

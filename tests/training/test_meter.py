@@ -5,7 +5,7 @@ import torch
 from conftest import inputs, small_ddt
 
 from ddt.distributed.prepare import make_accelerator
-from ddt.flow import training_times
+from ddt.flow import TrainingTimes
 from ddt.model import DDT
 from ddt.objective import FlowMatching
 from ddt.objective.alignment import REPA
@@ -75,7 +75,7 @@ def test_errors_by_sample_are_those_of_the_loss():
     generator = torch.Generator().manual_seed(3)
     noise, normal = torch.randn(x.shape, generator=generator), torch.randn(6, generator=generator)
     found = FlowMatching(model, label_dropout=0.0)(x, y, noise, normal, torch.ones(6))
-    t = training_times(normal, "lognorm")
+    t = TrainingTimes().of(normal)
     assert torch.equal(found["t"], t)
     assert found["loss"].item() == pytest.approx(found["errors"].mean().item())
     one = FlowMatching(model, label_dropout=0.0)(x[2:3], y[2:3], noise[2:3], normal[2:3], torch.ones(1))

@@ -418,6 +418,16 @@ def test_learning_rate_schedules():
     assert [cosine.lr_factor(s) for s in (0, 2, 6)] == pytest.approx([0.5, 1, 0.5])
     assert cosine.lr_factor(4) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
     assert TrainerSettings(**SETTINGS).lr_factor(0) == 1
+    late = {"max_steps": 10, "lr_schedule": "linear", "decay_after": 4, "lr_end": 0.1}
+    late = TrainerSettings(**SETTINGS | {"warmup_steps": 0} | late)
+    assert [late.lr_factor(s) for s in (0, 4, 7, 10)] == pytest.approx([1, 1, 0.55, 0.1])
+    for change, key in (
+        ({"lr_end": 0.1}, "lr_end"), ({"decay_after": 4}, "decay_after"),
+        ({"lr_schedule": "linear", "decay_after": 10}, "decay_after"),
+        ({"lr_schedule": "cosine", "lr_end": 2.0}, "lr_end"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"trainer.{key}="):
+            TrainerSettings(**SETTINGS | {"max_steps": 10} | change)
     short = TrainerSettings(**SETTINGS | {"max_steps": 2, "warmup_steps": 4, "lr_schedule": "linear"})
     assert [short.lr_factor(s) for s in range(2)] == [0.25, 0.5]  # a trial run ends within the warm-up
 
