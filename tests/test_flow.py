@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddt.errors import UserError
-from ddt.flow import TrainingTimes, interpolate, score, time_grid, velocity
+from ddt.flow import TrainingTimes, dimension_timeshift, interpolate, score, time_grid, velocity
 
 
 def test_velocity_is_the_time_derivative_of_the_path():
@@ -62,6 +62,24 @@ def test_grids_are_the_same_where_another_device_is_the_default():
     assert grid == time_grid(7, 0.04, 2.0)
 
 
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_a_grid_that_ends_before_one_has_equal_steps_before_the_shift(shift):
+    grid = torch.tensor(time_grid(7, None, shift, t_end=0.9))
+    plain = grid * shift / (1 + (shift - 1) * grid)  # the shift undone
+    torch.testing.assert_close(plain, torch.linspace(0, 0.9, 8))
+    assert time_grid(7, None, shift, t_end=1.0) == time_grid(7, None, shift)
+    whole = torch.linspace(0, 1, 8)
+    torch.testing.assert_close(torch.tensor(time_grid(7)), whole)
+
+
+def test_the_shift_of_a_latents_size():
+    sizes = {(768, 16, 16): 48, (768, 32, 32): 192, (384, 16, 16): 24, (1024, 16, 16): 64, (4, 32, 32): 1}
+    for shape, square in sizes.items():
+        assert dimension_timeshift(shape) == pytest.approx(square**0.5)
+    with pytest.raises(UserError, match="timeshift: latents of 1×8×8 have fewer than 4096 numbers"):
+        dimension_timeshift((1, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
@@ -71,6 +89,10 @@ def test_grids_are_the_same_where_another_device_is_the_default():
         ((4, None, 0.0), "timeshift=0"),
         ((250, 1e-9), "last_step=1e-09, timeshift=1.0: two of the 251 times are equal in float32"),
         ((250, 0.04, 1e-9), "two of the 251 times are equal in float32"),
+        ((4, None, 1.0, 0.0), "t_end=0.0: must lie above 0"),
+        ((4, None, 1.0, 1.1), "t_end=1.1: must lie above 0, and be at most 1"),
+        ((4, 0.04, 1.0, 0.9), "last_step=0.04: has no effect with t_end=0.9, .* give last_step=null"),
+        ((250, None, 1e-9, 0.9), "t_end=0.9, timeshift=1e-09: two of the 251 times are equal in float32"),
     ],
 )
 def test_impossible_grids_are_named(arguments, key):

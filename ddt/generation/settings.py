@@ -72,7 +72,7 @@ def without_unused(values: dict[str, Any], chosen: dict[str, Any]) -> dict[str, 
 
 def check_chosen(settings: SamplerSettings, chosen: dict[str, Any], shares_encoder: bool) -> None:
     """Raise UserError where a chosen setting does not suit the network, or has no effect."""
-    for key in ("last_step", "timeshift"):
+    for key in ("last_step", "timeshift") if settings.t_end == 1 else ("last_step",):
         require(
             not settings.adaptive or key not in chosen,
             f"{key}={chosen.get(key)}: solver=adaptive chooses its own steps; leave it out",

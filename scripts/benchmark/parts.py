@@ -56,8 +56,11 @@ INTERVALS = {"guided on (0.3, 1)": (0.3, 1.0), "guided always": None}
 def check_model(model: Any, align_depth: int) -> None:
     """Raise UserError for a network without a plain reference, or with a too short encoder."""
     require(
-        isinstance(model, DDT) and isinstance(model.decoder.blocks[0].mixer, Attention),
-        "model: the plain reference is a DDT whose decoder has attention; choose one, as b_8en4de",
+        isinstance(model, DDT)
+        and isinstance(model.decoder.blocks[0].mixer, Attention)
+        and (model.decoder.hidden_size, model.decoder.head_dim) == (model.hidden_size, model.encoder.head_dim),
+        "model: the plain reference is a DDT whose decoder has attention and the encoder's width; choose one, as "
+        "b_8en4de",
     )
     depth = len(model.encoder.blocks)
     require(align_depth <= depth, f"align_depth={align_depth}: the encoder has {depth} blocks, choose 1..{depth}")

@@ -43,6 +43,22 @@ def test_stored_settings_without_effect_beside_the_chosen_ones_are_ignored():
         SamplerOverrides(sampler="heun", sde_last="euler").resolve(STORED, True)
 
 
+def test_an_end_before_one_replaces_a_stored_last_step():
+    stored = {"num_steps": 4, "last_step": 0.04}
+    chosen = SamplerOverrides(t_end=0.9).resolve(stored, True)
+    assert (chosen.t_end, chosen.last_step) == (0.9, None)
+    assert SamplerOverrides(t_end=1.0).resolve(stored, True).last_step == 0.04
+    ending = {"num_steps": 4, "last_step": None, "t_end": 0.999, "timeshift": 2.0}
+    assert SamplerOverrides().resolve(ending, True) == SamplerSettings(**ending)
+    for last_step in (SamplerOverrides(last_step=0.04), SamplerOverrides(last_step=0.04, t_end=0.9)):
+        with pytest.raises(UserError, match=r"^last_step=0\.04: has no effect with t_end=0\.9"):
+            last_step.resolve(ending, True)
+    adaptive = SamplerOverrides(sampler="adaptive", timeshift=3.0).resolve(ending, True)
+    assert adaptive.grid() == [0.0, pytest.approx(0.999 / (0.999 + 0.001 * 3), rel=1e-6)]
+    with pytest.raises(UserError, match=r"^timeshift=3\.0: sampler=adaptive chooses its own steps"):
+        SamplerOverrides(sampler="adaptive", timeshift=3.0).resolve(stored, True)
+
+
 def test_all_problems_are_reported_at_once_by_the_names_of_the_command():
     with pytest.raises(UserError) as error:
         parse(SampleSettings, {"ckpt": "x", "num_steps": True, "cfg_scale": "much", "sampler": "heun"})

@@ -32,11 +32,11 @@ def counted():
     result.append(counter.get_total_flops() / 2)
 
 
-def network(name):
+def network(name, channels=4):
     """A published network, on the meta device."""
     settings = OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")
     with torch.device("meta"):
-        return build_network({**settings, "in_channels": 4, "num_classes": 1000})
+        return build_network({**settings, "in_channels": channels, "num_classes": 1000})
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,20 @@ def test_published_networks_have_their_published_size(name, total, encoder, deco
             torch.empty(1, dtype=torch.long, device="meta"),
         )
     assert whole == [macs.total]
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "decoder", "half", "most"),
+    [("s_ditdh", 6.1, 42.3, 1.28, 1.54), ("b_ditdh", 23.1, 42.5, 1.42, 1.89), ("xl_ditdh", 118.8, 42.7, 1.71, 2.99)],
+)
+def test_bounds_of_ditdh_are_those_of_the_docs(name, encoder, decoder, half, most):
+    model = network(name, 768)
+    macs = network_macs(model, 16, 16)
+    assert [round(each / 1e9, 1) for each in (macs.encoder, macs.decoder)] == [encoder, decoder]
+    found = [
+        macs.total / (macs.decoder + (1 - ratio) * macs.encoder - ratio * macs.modulations) for ratio in (0.5, 0.8)
+    ]
+    assert [round(each, 2) for each in found] == [half, most]
 
 
 def speeds(model, recompute):

@@ -44,6 +44,25 @@ def test_halving_the_step_shows_the_order(solver, timeshift):
     assert abs(measured - ORDERS[solver]) < 0.2
 
 
+@pytest.mark.parametrize("solver", [*ORDERS, "adaptive"])
+def test_sampling_ends_where_the_grid_does(solver, monkeypatch):
+    """And calls the network nowhere beyond."""
+    model, (x, _, y) = small_ddt(), inputs()
+    seen = []
+
+    def constant(x_t, t, y):
+        seen.append(t.max().item())
+        return torch.ones_like(x_t)
+
+    monkeypatch.setattr(model, "forward", constant)
+    settings = SamplerSettings(solver, 6, cfg_scale=1.0, last_step=None, timeshift=2.0, t_end=0.9)
+    latents = sample_latents(model, x, y, settings)
+    end = 0.9 / (0.9 + 0.1 * 2)
+    torch.testing.assert_close(latents, x + end, rtol=1e-5, atol=1e-5)
+    assert settings.grid()[-1] == pytest.approx(end, rel=1e-6)
+    assert max(seen) <= end + 1e-6
+
+
 @pytest.mark.parametrize("solver", ORDERS)
 def test_constant_fields_are_solved_exactly(solver):
     x = torch.randn(3, 2, dtype=torch.float64)

@@ -437,6 +437,8 @@ def test_classes_of_one_name_carry_their_label():
         ({"num_steps": 50, "recompute": "dp:30"}, {"num_steps": 20}, "dp:20"),
         ({"num_steps": 50, "recompute": "uniform:30"}, {"num_steps": 20}, "uniform:20"),
         ({"solver": "adaptive", "cfg_scale": 3.0}, {"solver": "euler", "cfg_scale": 3.0}, None),
+        ({"last_step": None, "t_end": 0.9, "timeshift": 2.0}, {"last_step": None, "timeshift": 2.0}, None),
+        ({"solver": "adaptive", "last_step": None, "t_end": 0.9}, {"solver": "euler", "last_step": None}, None),
     ],
 )
 def test_the_page_begins_with_the_checkpoints_sampler_within_the_limits(studio, sampler, expected, recompute):
@@ -446,6 +448,7 @@ def test_the_page_begins_with_the_checkpoints_sampler_within_the_limits(studio, 
     assert values["classes"] == [0, 1, 2, 3, 4]
     (request,) = make_requests(values, stored, studio.settings)
     assert request.sampler.recompute == recompute
+    assert request.sampler.t_end == sampler.get("t_end", 1.0)
     assert ("checkpoint" in sharing_choices(stored)) == isinstance(recompute, list)
 
 

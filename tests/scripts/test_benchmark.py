@@ -282,6 +282,8 @@ def test_parts_after_the_deadline_are_not_run(tmp_path):
         (["out=README.md"], "out=README.md: exists already and is not written over"),
         (["model=nano"], "align_depth=8: the encoder has 4 blocks, choose 1..4"),
         (["model=dit_b"], "model: the plain reference is a DDT whose decoder has attention"),
+        (["model=nano_ditdh"], "model: the plain reference is a DDT whose decoder has attention"),
+        (["model=nano", "model.decoder_hidden_size=128"], "model: the plain reference is a DDT whose decoder"),
     ],
 )
 def test_wrong_settings_of_the_benchmark_are_one_line(arguments, message):
