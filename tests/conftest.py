@@ -29,7 +29,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ddt
 import ddt.autoencoder
@@ -117,6 +117,23 @@ def small_vae(folder, channels=4, levels=4, **config):
     )
     AutoencoderKL(**{**settings, **config}).save_pretrained(folder)
     return str(folder)
+
+
+def small_rae(folder, grid=4, patch_size=4, **changes):
+    """Settings of an RAE with few, random weights, in local files: a timm network of 64 features, and
+    a decoder of grid·patch_size pixels.
+    """
+    import timm
+
+    from ddt.autoencoder.vit_decoder import ViTDecoder
+
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), folder / "encoder.safetensors")
+    decoder = ViTDecoder(64, 32, 2, 64, num_heads=2, grid=grid, patch_size=patch_size)
+    save_file(decoder.state_dict(), folder / "decoder.safetensors")
+    files = {"encoder_weights": str(folder / "encoder.safetensors"), "decoder": str(folder / "decoder.safetensors")}
+    return {"_target_": "ddt.autoencoder.RAE", "encoder": "test_vit", **files, "decoder_heads": 2, **changes}
 
 
 # what a checkpoint holds of its run's settings, as far as it is read

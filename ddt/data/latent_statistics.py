@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ddt.autoencoder import autoencoder_class
 from ddt.data.latent_cache import NUM_HASHERS, read_index, shard_path
@@ -24,14 +26,18 @@ from ddt.tensor_files import open_array
 
 STATISTICS = "latent_statistics.json"  # in the cache's folder
 BLOCK = 256  # records at once
+# dimensions of records (B, flips, C, h, w) over which statistics are taken
+OF_CHANNELS, OF_POSITIONS = (0, 1, 3, 4), (0, 1)
 
 
 class Moments(NamedTuple):
-    """Of each channel: number of values, mean (C,), sum of squared differences from it (C,)."""
+    """Of each channel, or position: number of values, their mean, sum of squared differences from it;
+    float64.
+    """
 
     num_values: int
-    mean: np.ndarray
-    squares: np.ndarray
+    mean: Tensor
+    squares: Tensor
 
     def merge(self, other: "Moments") -> "Moments":
         """Return the moments of both sets of values."""
@@ -40,17 +46,21 @@ class Moments(NamedTuple):
         between = apart**2 * (self.num_values * other.num_values / total)
         return Moments(total, mean, self.squares + other.squares + between)
 
+    @property
+    def variance(self) -> Tensor:
+        """The population variance."""
+        return self.squares / self.num_values
 
-def block_moments(stored: np.ndarray, stochastic: bool) -> Moments:
-    """Return the moments of records (B, flips, C or 2C, h, w); 2C: mean and logvar."""
-    values = stored.astype(np.float64)
-    mean, logvar = np.split(values, 2, axis=2) if stochastic else (values, None)
-    axes = (0, 1, 3, 4)
-    centre = mean.mean(axes)  # (C,)
-    squares = np.square(mean - centre[:, None, None]).sum(axes)
+
+def block_moments(stored: Tensor, stochastic: bool, axes: tuple[int, ...] = OF_CHANNELS) -> Moments:
+    """Return the moments of records (B, flips, C or 2C, h, w) over `axes`; 2C: mean and logvar."""
+    values = stored.double()
+    mean, logvar = values.chunk(2, dim=2) if stochastic else (values, None)
+    centre = mean.mean(axes, keepdim=True)
+    squares = (mean - centre).square().sum(axes)
     if logvar is not None:
-        squares += np.exp(logvar.clip(-30, 20)).sum(axes)  # as `sample` clamps it
-    return Moments(mean.size // len(centre), centre, squares)
+        squares += logvar.clamp(-30, 20).exp().sum(axes)  # as `sample` clamps it
+    return Moments(mean.numel() // centre.numel(), centre.squeeze(axes), squares)
 
 
 def latent_statistics(root: Path) -> dict[str, Any]:
@@ -64,14 +74,16 @@ def latent_statistics(root: Path) -> dict[str, Any]:
     def of_shard(shard: int) -> Moments:
         stored = open_array(shard_path(root, "moments", shard))
         rows = np.arange(min(stored.shape[0], train - shard * size))
-        blocks = (block_moments(stored[rows[k : k + BLOCK]], stochastic) for k in range(0, len(rows), BLOCK))
+        blocks = (
+            block_moments(torch.from_numpy(stored[rows[k : k + BLOCK]]), stochastic) for k in range(0, len(rows), BLOCK)
+        )
         return list(itertools.accumulate(blocks, Moments.merge))[-1]
 
     with ThreadPoolExecutor(NUM_HASHERS) as pool:
         *_, total = itertools.accumulate(pool.map(of_shard, range(-(-train // size))), Moments.merge)
     return {
         "mean": total.mean.tolist(),
-        "std": np.sqrt(total.squares / total.num_values).tolist(),
+        "std": total.variance.sqrt().tolist(),
         "count": total.num_values,
         "fingerprint": index["fingerprint"],
     }
