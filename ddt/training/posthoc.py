@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ddt.checkpoint import format as ckpt
 from ddt.errors import require
-from ddt.files import check_new, check_writable
+from ddt.files import atomic_file, check_new, check_writable
 from ddt.training.ema import MAX_STD, MIN_STD, Array, ConstantDecay, PowerFunction, Rule, ema_rules
 from ddt.training.resume import frozen_differences
 
@@ -276,7 +276,8 @@ def plot_profile(ema: Reconstruction, path: Path) -> None:
         axes.axvline(end, ymax=0.03, color="0.3", linewidth=0.8)
     axes.set(xlabel="step (bars: snapshots)", ylabel="share in the EMA", title=f"relative error {ema.residual:.2g}")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=100)
+    with atomic_file(path, sync=False) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
 
 
 def posthoc_ema(settings: PosthocSettings) -> None:
