@@ -4,7 +4,7 @@ the batch. Source: method.md 1.
 Shapes: B images; N tokens of width D in the denoiser; h·w tokens of F features in the target; P
 width of the projector.
 
-Settings (`REPA`, `Dispersive`) are what a config file names; they load nothing. Their `build` makes
+Settings (`REPA`, `Dispersive`; `IREPA` of irepa.py) are what a config file names; they load nothing. Their `build` makes
 an `Alignment`: the trained `AlignmentLoss` and the frozen `Target`, separate so that the target
 never enters a state dict, DDP or an EMA. To add one: settings and loss in a file here, and a file
 in conf/alignment.
@@ -72,11 +72,15 @@ class AlignmentLoss(nn.Module):
         """(h·w, F) of the features that it compares with."""
         return math.prod(self.grid), list(self.projector.parameters())[-1].numel()
 
+    def prepare(self, features: Tensor) -> Tensor:
+        """Return what of the target's features (B, h·w, F) is aligned to: all, as released."""
+        return features
+
     def forward(self, hidden: Tensor, features: Tensor) -> Tensor:
         """Return the unweighted loss in 0..2 of hidden (B, N, D) and features (B, h·w, F)."""
         projected = self.projector(hidden)  # (B, N, F)
         with torch.autocast(hidden.device.type, enabled=False):  # squares of half-precision values overflow
-            features = to_grid(features.float(), self.grid, self.token_grid)  # (B, N, F)
+            features = to_grid(self.prepare(features.float()), self.grid, self.token_grid)  # (B, N, F)
             return (1 - F.cosine_similarity(projected.float(), features, dim=-1)).mean()
 
     def readings(self, loss: float) -> dict[str, float]:
@@ -188,13 +192,12 @@ class AlignmentSettings:
 
 
 @dataclass(frozen=True)
-class REPA(AlignmentSettings):
-    """Settings of an alignment to a frozen feature extractor. Source: arXiv 2410.06940.
+class FeatureAlignment(AlignmentSettings):
+    """Settings of an alignment to a frozen feature extractor.
 
     Args:
         target: name of a timm model.
         weights: its local file; None takes timm's own from the hub.
-        projector_width: P; None is D, as released.
         compile: compile the target.
 
     Raises UserError for an unknown model, a missing file, or values out of range. Loads nothing.
@@ -205,7 +208,6 @@ class REPA(AlignmentSettings):
     align_depth: int = 8
     weight: float = 0.5
     until_step: int | None = None
-    projector_width: int | None = None
     compile: bool = False
 
     needs_target: ClassVar[bool] = True
@@ -213,7 +215,6 @@ class REPA(AlignmentSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_count("alignment.projector_width", self.projector_width, 1, MAX_SIZE, ", or null for the model's width")
         check_target(self.target, self.weights)
 
     def build_target(self, image_size: int, outline: bool = False) -> Target:
@@ -230,8 +231,7 @@ class REPA(AlignmentSettings):
         self, hidden_size: int, num_features: int, grid: tuple[int, int], token_grid: tuple[int, int]
     ) -> AlignmentLoss:
         """Build the trained side; the projector's weights come from the global random state."""
-        projector = Projector(hidden_size, self.projector_width or hidden_size, num_features)
-        return AlignmentLoss(projector, self.align_depth, self.weight, grid, token_grid)
+        raise NotImplementedError
 
     def check_cached(self, cached: CachedFeatures) -> None:
         """Raise UserError where cached features are not of this target and these weights."""
@@ -271,6 +271,23 @@ class REPA(AlignmentSettings):
 
 
 @dataclass(frozen=True)
+class REPA(FeatureAlignment):
+    """Settings of REPA. projector_width: P; None is D, as released. Source: arXiv 2410.06940."""
+
+    projector_width: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_count("alignment.projector_width", self.projector_width, 1, MAX_SIZE, ", or null for the model's width")
+
+    def build_loss(
+        self, hidden_size: int, num_features: int, grid: tuple[int, int], token_grid: tuple[int, int]
+    ) -> AlignmentLoss:
+        projector = Projector(hidden_size, self.projector_width or hidden_size, num_features)
+        return AlignmentLoss(projector, self.align_depth, self.weight, grid, token_grid)
+
+
+@dataclass(frozen=True)
 class Dispersive(AlignmentSettings):
     """Settings of the dispersive loss, which needs no target; see `DispersiveLoss`."""
 
@@ -297,5 +314,5 @@ class Dispersive(AlignmentSettings):
         cached: CachedFeatures | None = None,
         outline: bool = False,
     ) -> Alignment:
-        """Build the alignment; see `REPA.build`."""
+        """Build the alignment; see `FeatureAlignment.build`."""
         return Alignment(self.build_loss(), self.end_step)

@@ -31,6 +31,7 @@ from ddt.model.cost import network_macs
 from ddt.model.layers import MAX_SIZES, PRODUCTS, BlockStack, Checkpointing, token_grid
 from ddt.objective import Objective
 from ddt.objective.alignment import REPA, Alignment, Dispersive
+from ddt.objective.irepa import IREPA
 from ddt.objective.alignment_target import Target
 from ddt.precision import HALF_TYPES
 from ddt.sampling.cost import sampling_macs
@@ -56,7 +57,7 @@ class EstimateSettings:
     model: Choice
     data: Choice
     autoencoder: Choice
-    alignment: REPA | Dispersive | None
+    alignment: REPA | IREPA | Dispersive | None
     objective: Choice
     sampler: SamplerSettings
     trainer: TrainerSettings

@@ -24,6 +24,7 @@ from ddt.metrics.reference import data_reference, load_reference
 from ddt.model.layers import token_grid
 from ddt.objective import Objective
 from ddt.objective.alignment import REPA, Alignment, Dispersive
+from ddt.objective.irepa import IREPA
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.evaluation import OnlineEvaluation, OnlineSamples, online_evaluation
 from ddt.training.init_from import find_source
@@ -49,7 +50,7 @@ class TrainSettings:
     model: Choice
     data: Choice
     autoencoder: Choice
-    alignment: REPA | Dispersive | None
+    alignment: REPA | IREPA | Dispersive | None
     objective: Choice
     optimizer: Choice
     sampler: SamplerSettings

@@ -119,6 +119,19 @@ def test_a_row_that_spans_the_end_is_a_mean_over_the_aligned_steps(place, straig
     assert row["repa_loss"] == pytest.approx(sum(r["repa_loss"] for r in first) / 2, rel=1e-5)
 
 
+def test_a_run_with_irepa_resumes_with_its_convolution(place, monkeypatch):
+    monkeypatch.chdir(place)
+    chosen = ["alignment=irepa_dinov2_b" if "=repa" in option else option for option in options(place)]
+    for name, parts in (("irepa", (4,)), ("irepa_resumed", (2, 4))):
+        for steps in parts:
+            succeed("train", *chosen, f"name={name}", f"trainer.max_steps={steps}")
+    logged = rows(place / "runs/irepa")
+    assert logged == rows(place / "runs/irepa_resumed")
+    assert all(row["loss"] == pytest.approx(row["fm_loss"] + row["repa_loss"], rel=1e-5) for row in logged)
+    state = torch.load(place / "runs/irepa/checkpoints/step_0000004/train_state.pt", weights_only=True)
+    assert state["alignment"]["projector.conv.weight"].shape[2:] == (3, 3)
+
+
 def test_dispersive_loss_needs_no_target(place, monkeypatch):
     monkeypatch.chdir(place)
     data = options(place)[: len(SMALL) + 4]
