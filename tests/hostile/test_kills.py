@@ -72,9 +72,14 @@ def of_train(place):
 
 
 def of_sweep(place):
-    subdir = "hydra.sweep.subdir='seed=${seed}'"
-    sweep = [*TRAIN, "trainer.max_steps=20", "-m", "seed=0,1", "name=sweep", subdir]
-    return sweep, lambda: [weights(place / "runs" / "sweep" / f"seed={seed}") for seed in (0, 1)]
+    sweep = [*TRAIN, "trainer.max_steps=20", "-m", "seed=0,1", "name=sweep"]
+
+    def result():
+        runs = [path for path in sorted((place / "runs" / "sweep").iterdir()) if path.is_dir()]
+        assert len(runs) == 2
+        return [weights(run) for run in runs]
+
+    return sweep, result
 
 
 def of_sample(place):
