@@ -120,8 +120,8 @@ def small_vae(folder, channels=4, levels=4, **config):
 
 
 def small_rae(folder, grid=4, patch_size=4, **changes):
-    """Settings of an RAE with few, random weights, in local files: a timm network of 64 features, and
-    a decoder of grid·patch_size pixels.
+    """Settings of an RAE with few, random weights, in local files: a timm network of 64 features,
+    and a decoder of grid·patch_size pixels.
     """
     import timm
 

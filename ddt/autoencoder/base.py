@@ -9,6 +9,7 @@ other keys are the constructor's arguments.
 """
 
 import hashlib
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ class Autoencoder(Protocol):
     pixel_space: bool  # a class attribute: whether latents are the pixels themselves
     stochastic: bool  # moments are (mean, logvar), 2C channels, and latents need noise; else the mean alone
     network: Any  # the frozen network, with `encode` and `decode` of tensors; None for pixels
+    in_diffusers: bool  # a class attribute: whether diffusers' pipelines can hold the network
 
     @property
     def encode_dtype(self) -> str | None:
@@ -41,6 +43,17 @@ class Autoencoder(Protocol):
     @property
     def timeshift(self) -> float:
         """Recommended shift of times in training and sampling; 1: none."""
+
+    @classmethod
+    def on_hub(cls, settings: dict[str, Any]) -> bool:
+        """Return whether a name is enough to find every file of settings."""
+
+    @classmethod
+    def moved(cls, settings: dict[str, Any], source: str) -> dict[str, Any]:
+        """Return settings with the files of `source`: a hub name, or a folder as `save` writes."""
+
+    def save(self, folder: Path) -> None:
+        """Write the weights into a folder; without weights nothing."""
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         """Return (C, H, W) of latents of images of `image_size` px; UserError where they misfit."""

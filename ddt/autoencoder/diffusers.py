@@ -153,6 +153,7 @@ class DiffusersAutoencoder(abc.ABC):
     """
 
     pixel_space = False
+    in_diffusers = True
     timeshift = 1.0
     packages = ("diffusers",)
     kind: str
@@ -227,6 +228,20 @@ class DiffusersAutoencoder(abc.ABC):
         except UserError as error:
             raise of_source(source, error) from error
         return cls.around(network.requires_grad_(False), 1)
+
+    @classmethod
+    def on_hub(cls, settings: dict[str, Any]) -> bool:
+        """Return whether the source is a hub name."""
+        return is_hub_id(settings["source"])
+
+    @classmethod
+    def moved(cls, settings: dict[str, Any], source: str) -> dict[str, Any]:
+        """Return settings of another source."""
+        return {**settings, "source": source, "revision": None}
+
+    def save(self, folder: Path) -> None:
+        """Write a diffusers folder."""
+        self.network.save_pretrained(folder)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -1,5 +1,8 @@
 """Pixels as latents."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,7 @@ class Identity:
     stochastic = False
     encode_dtype = None
     network = None
+    in_diffusers = True  # a pipeline without one
     fingerprint = None
     encoder_fingerprint = None
     latent_channels = None
@@ -21,6 +25,19 @@ class Identity:
     @classmethod
     def outline(cls) -> "Identity":
         return cls()
+
+    @classmethod
+    def on_hub(cls, settings: dict[str, Any]) -> bool:
+        """Return True: there are no files."""
+        return True
+
+    @classmethod
+    def moved(cls, settings: dict[str, Any], source: str) -> dict[str, Any]:
+        """Return the settings; the source is unused."""
+        return settings
+
+    def save(self, folder: Path) -> None:
+        """Write nothing."""
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         return channels, image_size, image_size

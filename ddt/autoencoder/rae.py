@@ -11,8 +11,10 @@ import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddt.autoencoder.base import weights_hash
@@ -41,13 +43,20 @@ def truncate(pixels: Tensor) -> Tensor:
     return (pixels.float().clamp(0, 1) * 255).to(torch.uint8)
 
 
-def find_file(name: str, source: str | None, revision: str | None, key: str) -> Path:
-    """Return the path of a file: one that is here, or that of `source`, a folder or hub model.
+BUNDLE = {  # setting → its file in a folder that `save` writes
+    "encoder_weights": "encoder.safetensors",
+    "decoder": "decoder.safetensors",
+    "statistics": "statistics.safetensors",
+}
 
-    Raises UserError naming `autoencoder.<key>` where it is nowhere.
+
+def find_file(name: str, source: str | None, revision: str | None, key: str) -> Path:
+    """Return the path of a file: in `source`, where that is a folder with it, or here, or else in
+    the hub's model `source`. Raises UserError naming `autoencoder.<key>` where it is nowhere.
     """
-    if Path(name).is_file():
-        return Path(name)
+    local = [Path(source or ".") / name, Path(name)]
+    if found := [path for path in local if path.is_file()]:
+        return found[0]
     label, advice = f"autoencoder.{key}={name}", "give a local file"
     require(source is not None, f"{label}: no such file; {advice}")
     assert source is not None
@@ -57,9 +66,9 @@ def find_file(name: str, source: str | None, revision: str | None, key: str) -> 
         return [name]
 
     identifier = f"{source}@{revision}" if revision and is_hub_id(source) else source
-    path = resolve(identifier, f"autoencoder.source={source}", choose, f"{advice}: autoencoder.{key}=FILE") / name
-    require(path.is_file(), f"{label}: no such file here, nor in autoencoder.source={source}; {advice}")
-    return path
+    folder = resolve(identifier, f"autoencoder.source={source}", choose, f"{advice}: autoencoder.{key}=FILE")
+    require((folder / name).is_file(), f"{label}: no such file here, nor in autoencoder.source={source}; {advice}")
+    return folder / name
 
 
 def find_encoder(name: str, weights: str | None, source: str | None) -> Path:
@@ -132,10 +141,10 @@ class RAE:
         encoder: name of a vision transformer of timm.
         encoder_weights: its file, or hub name (owner/name or owner/name@revision), with the names
             of timm, Meta or transformers; None: timm's own.
-        decoder: the decoder's file, here or in `source`.
+        decoder: the decoder's file, in `source` or here.
         decoder_heads: its attention heads, which no shape tells.
-        statistics: file of `mean` and `var`, here or in `source`; None: latents are the tokens.
-        source: hub name or local folder that holds the files that are not here.
+        statistics: file of `mean` and `var`, in `source` or here; None: latents are the tokens.
+        source: hub name or local folder with these files; None: they are here.
         revision: commit of `source` on the hub, pinned so that the weights cannot change.
         chunk_size: images encoded or decoded at once, which bounds the memory.
         encode_dtype, decode_dtype: "fp32", or "bf16" or "fp16" autocast. Decoding does not follow
@@ -146,6 +155,7 @@ class RAE:
 
     pixel_space = False
     stochastic = False
+    in_diffusers = False
     packages = ("timm",)
 
     def __init__(
@@ -187,8 +197,8 @@ class RAE:
             "choose the one of this encoder",
         )
         self.network = RAENetwork(encoder, decoder)
-        self.mean = statistics.get("mean", torch.zeros(1, 1, 1))  # (C, h, w), or one number for all
-        self.var = statistics.get("var", torch.ones(1, 1, 1))
+        shape = next((value.shape for value in statistics.values()), (1, 1, 1))  # (C, h, w), or one number for all
+        self.mean, self.var = statistics.get("mean", torch.zeros(shape)), statistics.get("var", torch.ones(shape))
 
     @classmethod
     def outline(
@@ -227,6 +237,33 @@ class RAE:
             autoencoder._hold(network, stored, {})
         autoencoder.chunk_size, autoencoder.encode_dtype, autoencoder.decode_dtype = 1, encode_dtype, decode_dtype
         return autoencoder
+
+    @classmethod
+    def on_hub(cls, settings: dict[str, Any]) -> bool:
+        """Return whether the hub holds encoder, decoder and statistics."""
+        names = [settings["decoder"], settings.get("statistics")]
+        encoder, source = settings.get("encoder_weights"), settings.get("source")
+        local = [name for name in names if name is not None and Path(name).is_file()]
+        return not local and source is not None and is_hub_id(source) and (encoder is None or is_hub_id(encoder))
+
+    @classmethod
+    def moved(cls, settings: dict[str, Any], source: str) -> dict[str, Any]:
+        """Return settings of another source, with the files of `save` where it has them."""
+        there = {key: name for key, name in BUNDLE.items() if (Path(source) / name).is_file()}
+        return {**settings, **there, "source": source, "revision": None}
+
+    def save(self, folder: Path) -> None:
+        """Write encoder, decoder and statistics."""
+        folder.mkdir(parents=True, exist_ok=True)
+        encoder = self.network.encoder
+        weights = {
+            "encoder_weights": {**encoder.network.state_dict(), "pos_embed": encoder.positions},
+            "decoder": self.network.decoder.state_dict(),
+            "statistics": {"mean": self.mean, "var": self.var} if self.mean.numel() > 1 else {},
+        }
+        for key, tensors in weights.items():
+            if tensors:
+                save_file({name: value.contiguous() for name, value in tensors.items()}, folder / BUNDLE[key])
 
     @property
     def _shape(self) -> tuple[int, int, int]:

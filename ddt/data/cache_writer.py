@@ -40,6 +40,7 @@ from ddt.tensor_files import write_array
 
 log = logging.getLogger(__name__)
 RESERVE = 64 * 2**20  # bytes to leave free on the disk
+MOST_LOGGED = 32  # channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,6 +348,9 @@ def report_statistics(out: Path) -> None:
     if found.get("fingerprint") != index["fingerprint"]:
         with disk_errors(out):
             found = write_statistics(out)
+    if len(found["mean"]) > MOST_LOGGED:
+        log.info("%s: mean and std of each channel of the latents before normalisation", path)
+        return
     mean, std = (",".join(f"{value:.4g}" for value in found[key]) for key in ("mean", "std"))
     log.info("%s: latents before normalisation: mean [%s], std [%s] of each channel", path, mean, std)
 

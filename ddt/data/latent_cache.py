@@ -296,9 +296,10 @@ class LatentCache(Images):
     def check_autoencoder(self, autoencoder: Autoencoder) -> None:
         """Raise UserError where the moments are those of another autoencoder than the run's."""
         stored, settings = self.index["autoencoder"]["fingerprint"], self.index["autoencoder"]["settings"]
+        name = settings.get("encoder") or settings.get("source", "identity")
         require(
             stored == autoencoder.encoder_fingerprint,
-            f"data.root={self.root}: was made by another autoencoder, {settings.get('source', 'identity')} (weights "
+            f"data.root={self.root}: was made by another autoencoder, {name} (weights "
             f"{str(stored)[:12]}), than the run's (weights {str(autoencoder.encoder_fingerprint)[:12]}); choose that "
             "one with autoencoder=, or cache again",
         )

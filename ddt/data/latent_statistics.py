@@ -31,8 +31,8 @@ OF_CHANNELS, OF_POSITIONS = (0, 1, 3, 4), (0, 1)
 
 
 class Moments(NamedTuple):
-    """Of each channel, or position: number of values, their mean, sum of squared differences from it;
-    float64.
+    """Of each channel, or position: number of values, and float64 their mean and the sum of squared
+    differences from it.
     """
 
     num_values: int

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
-from ddt.autoencoder import Autoencoder, build_autoencoder
+from ddt.autoencoder import Autoencoder, autoencoder_class, build_autoencoder
 from ddt.checkpoint import format as ckpt
 from ddt.checkpoint.published import SUFFIXES, check_releasable, sizes_to_load, write_released
 from ddt.errors import require
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 Form = Literal["hub", "diffusers", "released"]
 # last names of a run's settings that hold paths
 PATHS = ("root", "source_root", "source", "init_from", "weights", "reference", "inception_weights")
+IN_SOURCE = ("encoder_weights", "decoder", "statistics")  # … and of an RAE, or a path in its source
 # importlib: diffusers warns of missing packages that the file imports, and means PyPI's other `ddt`
 PIPELINE = '''"""Lets diffusers find the pipeline of this model, whose code is an installed project's."""
 
@@ -167,13 +168,17 @@ def open_source(folder: Path, form: Form, weights: str = "ema", autoencoder: str
     if form == "released":
         check_releasable(stored["network"])
         return Source(folder, weights, stored, None)
-    source = stored["autoencoder"].get("source")
-    named = autoencoder == "checkpoint" and (source is None or is_hub_id(source))
+    kind = autoencoder_class(stored["autoencoder"])
+    require(
+        form != "diffusers" or kind.in_diffusers,
+        "format=diffusers: a pipeline holds diffusers' autoencoders alone, not this model's; give format=hub",
+    )
+    named = autoencoder == "checkpoint" and kind.on_hub(stored["autoencoder"])
     if named and form == "hub":
         return Source(folder, weights, stored, None)
     loaded = stored_autoencoder(stored, autoencoder)
     if autoencoder != "checkpoint":
-        chosen = {**stored["autoencoder"], "source": autoencoder, "revision": None}
+        chosen = kind.moved(stored["autoencoder"], autoencoder)
         stored = {**stored, "autoencoder": chosen, "autoencoder_fingerprint": loaded.fingerprint}
     return Source(folder, weights, stored, loaded)
 
@@ -182,9 +187,9 @@ def shorten_paths(values: Any) -> Any:
     """Return plain values with paths shortened to their last name; hub ids stay."""
 
     def last_name(key: str, value: Any) -> Any:
-        if key not in PATHS or not isinstance(value, str) or value == ckpt.BUNDLED or is_hub_id(value):
+        if not isinstance(value, str) or value == ckpt.BUNDLED or is_hub_id(value):
             return shorten_paths(value)
-        return Path(value).name
+        return Path(value).name if key in PATHS or (key in IN_SOURCE and Path(value).is_absolute()) else value
 
     return {key: last_name(key, value) for key, value in values.items()} if isinstance(values, dict) else values
 
@@ -230,9 +235,9 @@ def write_hub(folder: Path, source: Source, state: dict[str, Tensor], card: Card
     files = ckpt.write_files(folder, {"model": state})
     autoencoder = source.stored["autoencoder"]
     loaded = source.autoencoder
-    if loaded is not None and loaded.network is not None and not is_hub_id(autoencoder["source"]):
-        copy_autoencoder(loaded, autoencoder, folder / ckpt.AUTOENCODER)
-        autoencoder = {**autoencoder, "source": ckpt.BUNDLED, "revision": None}
+    if loaded is not None and not loaded.on_hub(autoencoder):
+        copied = copy_autoencoder(loaded, autoencoder, folder / ckpt.AUTOENCODER)
+        autoencoder = {**copied, "source": ckpt.BUNDLED}
         for path in sorted((folder / ckpt.AUTOENCODER).iterdir()):
             files[f"{ckpt.AUTOENCODER}/{path.name}"] = ckpt.manifest_entry(path)
     config = source.config(autoencoder) | {"export": source.receipt(files["model.safetensors"]["sha256"])}
@@ -240,12 +245,13 @@ def write_hub(folder: Path, source: Source, state: dict[str, Tensor], card: Card
     ckpt.write_manifest(folder, config, files, names={"model.safetensors": "ema.safetensors"})
 
 
-def copy_autoencoder(autoencoder: Autoencoder, settings: dict[str, Any], folder: Path) -> None:
-    """Save an autoencoder's network, load it again and compare the weights."""
-    autoencoder.network.save_pretrained(folder)
+def copy_autoencoder(autoencoder: Autoencoder, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Save an autoencoder, load it again and compare the weights; return the copy's settings."""
+    autoencoder.save(folder)
     tidy_saved(folder)
-    again = build_autoencoder({**settings, "source": str(folder), "revision": None})
-    assert again.fingerprint == autoencoder.fingerprint, f"{folder}: other weights than the autoencoder's"
+    copied = autoencoder.moved(settings, str(folder))
+    assert build_autoencoder(copied).fingerprint == autoencoder.fingerprint, f"{folder}: other weights"
+    return copied
 
 
 def tidy_saved(folder: Path) -> None:

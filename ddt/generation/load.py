@@ -38,7 +38,7 @@ def stored_autoencoder(stored: dict[str, Any], chosen: str) -> Autoencoder:
     if chosen != "checkpoint":
         pixels = autoencoder_class(settings).pixel_space
         require(not pixels, f"autoencoder={chosen}: this model samples pixels; leave it out")
-        autoencoder = build_autoencoder({**settings, "source": chosen, "revision": None})
+        autoencoder = build_autoencoder(autoencoder_class(settings).moved(settings, chosen))
         if expected not in (None, autoencoder.fingerprint):
             log.warning("warning: autoencoder=%s: has other weights than the model was trained with", chosen)
     else:

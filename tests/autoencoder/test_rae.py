@@ -3,19 +3,15 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, refusal, small_rae, succeed
-from safetensors import safe_open
+from conftest import GOLDEN, small_rae
 from safetensors.torch import load_file, save_file
 
 from ddt.autoencoder import RAE, build_autoencoder
 from ddt.autoencoder.rae import PUBLISHED_SIZES, RAENetwork, truncate
 from ddt.autoencoder.rae_encoder import FrozenEncoder
 from ddt.autoencoder.vit_decoder import ViTDecoder, load_decoder
-from ddt.data.images import Digits
-from ddt.data.latent_cache import LatentCache
 from ddt.data.latent_statistics import OF_POSITIONS, Moments, block_moments
 from ddt.errors import UserError
 
@@ -131,6 +127,12 @@ def test_encoder_input_and_latents_are_the_published():
     torch.testing.assert_close(rae.sample(as_map(expected["tokens"], 2)), expected["latent"], **CLOSE)
 
 
+def test_where_a_feature_is_constant_its_latent_stays_bounded():
+    """The 1e-5 lies beside the variance, under the root."""
+    rae = autoencoder_of(None, {"mean": torch.ones(3, 2, 2), "var": torch.zeros(3, 2, 2)})
+    torch.testing.assert_close(rae.sample(torch.full((1, 3, 2, 2), 2.0)), torch.full((1, 3, 2, 2), 1e-5**-0.5))
+
+
 def running(batches):
     """RAE's running statistics of batches (n, B, C, h, w): momentum 0.1 from mean 0, variance 1."""
     mean, var = torch.zeros(batches.shape[2:]), torch.ones(batches.shape[2:])
@@ -140,7 +142,7 @@ def running(batches):
 
 
 def test_moments_of_processes_merge_to_those_of_all_values():
-    """Per channel and position; and the published rule, which this code does not use, is understood."""
+    """Per channel and position. The published rule, which this code does not use, is other."""
     expected = golden("latents")
     ranks = [expected["rank0"], expected["rank1"]]  # (4, 5, C, h, w)
     batches = [block_moments(batch[:, None], False, OF_POSITIONS) for rank in ranks for batch in rank]
@@ -212,7 +214,7 @@ def test_older_and_wrapped_decoder_files_are_read():
     assert not read.pop("trainable_cls_token").any()
     for name, value in read.items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
-    with pytest.raises(UserError, match="grid is unknown; give autoencoder.statistics"):
+    with pytest.raises(UserError, match=r"grid is unknown; give autoencoder\.statistics"):
         load_decoder(old, 4)
     with pytest.raises(UserError, match="decoder_pos_embed is not the sine-cosine table"):
         load_decoder({**state, "decoder_pos_embed": state["decoder_pos_embed"].roll(1, dims=1)}, 4)

@@ -259,7 +259,12 @@ def test_the_card_shows_samples_of_these_weights_alone(tmp_path):
 
 def test_paths_are_shortened_to_their_last_name():
     values = {"data": {"root": "/home/me/birds", "size": 8}, "init_from": "MCG-NJU/DDT-XL", "name": "a/b", "x": ["/y"]}
-    expected = {**values, "data": {"root": "birds", "size": 8}}
+    values["autoencoder"] = {"decoder": "decoders/dinov2/model.pt", "statistics": "/home/me/stat.pt"}
+    expected = {
+        **values,
+        "data": {"root": "birds", "size": 8},
+        "autoencoder": {**values["autoencoder"], "statistics": "stat.pt"},
+    }
     assert shorten_paths(values) == expected
 
 

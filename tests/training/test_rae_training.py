@@ -1,0 +1,111 @@
+"""RAE latents from end to end: statistics, cache, training, samples, export."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture_folder, refusal, rows, run_inside, small_rae, succeed, train_settings
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ddt.autoencoder import build_autoencoder
+from ddt.data.images import ImageFolder
+from ddt.data.latent_cache import LatentCache
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+DATA = ["data=folder", "data.image_size=16", "data.holdout_every=5"]
+SMALL = [
+    "model.hidden_size=32", "model.depth=3", "model.encoder_depth=2", "model.patch_size=1", "sampler.num_steps=2",
+    "trainer.max_steps=4", "trainer.global_batch_size=4", "trainer.log_every=2", "trainer.preview_every=4",
+    "trainer.validate_every=0", "trainer.save_every=0", "trainer.warmup_steps=0", "data.holdout_every=5",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with pictures and an RAE."""
+    folder = tmp_path_factory.mktemp("rae")
+    picture_folder(folder / "pictures", 8)
+    small_rae(folder / "rae")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def autoencoder(place, **changes):
+    """What chooses it on the command line."""
+    settings = small_rae(place / "rae", **changes)
+    return ["autoencoder=rae_dinov2_b", "autoencoder.source=null", "autoencoder.statistics=null"] + [
+        f"autoencoder.{key}={value}" for key, value in settings.items() if key != "_target_"
+    ]
+
+
+def test_statistics_are_those_of_all_latents_of_images_or_a_cache(place):
+    data = [*DATA, f"data.root={place / 'pictures'}"]
+    arguments = [*autoencoder(place), "num_workers=0", "batch_size=3"]
+    succeed("scripts.latent_statistics", *data, *arguments, "data.horizontal_flip=true", "out=both.safetensors")
+    pixels = ImageFolder("pictures", 16, "train", holdout_every=5)
+    images = torch.from_numpy(pixels.load(np.arange(len(pixels.labels))))
+    codec = build_autoencoder(small_rae(place / "rae"))
+    values = codec.encode(torch.cat([images, images.flip(-1)])).double()
+    found = load_file("both.safetensors")
+    torch.testing.assert_close(found["mean"].double(), values.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["var"].double(), values.var(0, unbiased=False), rtol=1e-4, atol=1e-5)
+    with safe_open("both.safetensors", "pt") as file:
+        receipt = json.loads(file.metadata()["receipt"])
+    assert (receipt["images"], receipt["count"]) == (len(images), 2 * len(images))
+    assert receipt["encoder_sha256"] == codec.encoder_fingerprint
+    # latents that they normalise
+    normalised = build_autoencoder(small_rae(place / "rae", statistics="both.safetensors"))
+    latents = normalised.sample(values).double()
+    assert latents.mean(0).abs().max() < 1e-4
+    expected = (values.var(0, unbiased=False) / (values.var(0, unbiased=False) + 1e-5)).float()
+    torch.testing.assert_close(latents.var(0, unbiased=False).float(), expected, rtol=1e-3, atol=0)
+    # a cache says the same, up to float16
+    succeed("scripts.cache_latents", *data, *arguments, "flip=true", "out=mirrored", "shard_size=4")
+    cached = ["data=latents", "data.root=mirrored", *arguments, "out=cached.safetensors"]
+    succeed("scripts.latent_statistics", *cached)
+    for name, value in load_file("cached.safetensors").items():
+        torch.testing.assert_close(value, found[name], rtol=1e-2, atol=2e-3)
+    assert "exists already" in refusal("scripts.latent_statistics", *cached)
+    with_kl = [*data, "autoencoder=sd_ft_ema", "out=kl.safetensors"]
+    assert "takes no file of statistics" in refusal("scripts.latent_statistics", *with_kl)
+
+
+def test_training_from_a_cache_is_that_on_the_fly_then_samples_and_an_export(place):
+    data = [*DATA, f"data.root={place / 'pictures'}"]
+    chosen = autoencoder(place)
+    done = run_inside("scripts.cache_latents", *data, *chosen, "out=cache", "num_workers=0", "dtype=float32")
+    assert done.returncode == 0, done.stderr
+    assert "16 images to encode: moments 0.1 MB" in done.stderr
+    assert "mean and std of each channel" in done.stderr  # not 64 numbers
+    moments = LatentCache("cache").load_moments(np.arange(3), np.zeros(3, dtype=bool))
+    assert moments.shape == (3, 64, 4, 4)
+    small = [each for each in SMALL if not each.startswith("data.")]
+    succeed("train", "name=fly", *data, *chosen, *small)
+    succeed("train", "name=cached", "data=latents", "data.root=cache", *chosen, *small)
+    fly, cached = ([row["loss"] for row in rows(place / "runs" / name) if "loss" in row] for name in ("fly", "cached"))
+    assert fly == pytest.approx(cached, rel=1e-5)
+    succeed("sample", "ckpt=runs/cached", "num_samples=4", "out=samples", "batch_size=3")
+    with np.load("samples/samples.npz") as file:
+        images = file["arr_0"]
+    assert (images.shape, images.dtype) == ((4, 16, 16, 3), np.uint8)
+    # an export has the autoencoder's files, and samples the same
+    succeed("scripts.export", "ckpt=runs/cached", "out=hub", "format=hub")
+    names = {path.name for path in (place / "hub" / "autoencoder").iterdir()}
+    assert names == {"encoder.safetensors", "decoder.safetensors"}
+    succeed("sample", "ckpt=hub", "num_samples=4", "out=again", "batch_size=3")
+    with np.load("again/samples.npz") as file:
+        assert np.array_equal(file["arr_0"], images)
+    assert "format=diffusers" in refusal("scripts.export", "ckpt=runs/cached", "out=pipe", "format=diffusers")
+
+
+def test_data_in256_rae_is_on_the_fly_without_alignment():
+    settings = train_settings("data=in256_rae", "data.root=somewhere")
+    assert settings.alignment is None
+    assert settings.autoencoder.target == "ddt.autoencoder.RAE"
+    assert settings.data.settings["horizontal_flip"]
