@@ -48,7 +48,7 @@ PATHS = (
     "ckpt", "out", "samples", "reference", "inception_weights", "released", "run", "runs", "sweep", "init_from",
     "autoencoder", "guide", "recompute", "measured", "metrics", "features.weights",
     "data.root", "data.source_root", "data.labels", "data.class_names", "data_root", "autoencoder.source",
-    "alignment.weights",
+    "autoencoder.encoder_weights", "autoencoder.decoder", "autoencoder.statistics", "alignment.weights",
 )  # fmt: skip
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for each process
 WITH_VALUE = {  # options of Hydra that another word follows

@@ -191,7 +191,12 @@ class DiffusersAutoencoder(abc.ABC):
             )
         assert mean is not None
         assert std is not None
-        require(min(std) > 0, f"autoencoder.latents_std={list(std)}: each must be above 0")
+        limit = math.sqrt(torch.finfo(torch.float32).max)  # so that latents are finite in float32
+        require(
+            all(1 / limit < value < limit for value in std) and all(abs(value) < limit for value in mean),
+            f"autoencoder.latents_mean={list(mean)}, autoencoder.latents_std={list(std)}: each std must be above 0, and "
+            "no number extreme",
+        )
         self.network.register_to_config(latents_mean=list(mean), latents_std=list(std), scaling_factor=1.0)
         self.shift, self.scale = normalisation(self.network.config)
 

@@ -345,7 +345,8 @@ def report_statistics(out: Path) -> None:
     if index["splits"]["train"] == 0:
         return
     found = read_record(path) if path.is_file() else {}
-    if found.get("fingerprint") != index["fingerprint"]:
+    complete = all(isinstance(found.get(key), list) for key in ("mean", "std"))
+    if not complete or found.get("fingerprint") != index["fingerprint"]:
         with disk_errors(out):
             found = write_statistics(out)
     if len(found["mean"]) > MOST_LOGGED:

@@ -11,6 +11,7 @@ A path is relative to the images' folder. A class is a name, or a number as labe
 import csv
 import dataclasses
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import numpy as np
 
 from ddt.data.listing import FolderList, list_folder, natural_order, shortened, walk_folder
 from ddt.data.source import Folder
-from ddt.errors import UserError, first_line, require
+from ddt.errors import UserError, brief, first_line, require
+
+MAX_CLASSES = 1_000_000  # so that one wrong label does not fill the memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,7 @@ class FolderPlace:
 
 def read_text(path: str, key: str) -> str:
     """Return the text of a file, UTF-8; raise UserError that names its setting."""
+    require(Path(path).is_file(), f"{key}={path}: no such file; give the path of a text file")
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -77,15 +81,19 @@ def read_labels(path: str) -> dict[str, Any]:
     pairs: Any
     if Path(path).suffix.lower() == ".json":
         try:
-            pairs = json.loads(text)
+            pairs = json.loads(text, object_pairs_hook=lambda found: [tuple(pair) for pair in found])
         except (ValueError, RecursionError) as error:
             raise UserError(f"{at}: damaged or no JSON ({first_line(error)})") from error
-        if isinstance(pairs, dict) and isinstance(pairs.get("labels"), list | None) and "labels" in pairs:
-            pairs = pairs["labels"]
-        pairs = list(pairs.items()) if isinstance(pairs, dict) else pairs
-        require(bool(pairs), f'{at}: holds no labels; give {{"labels": [["a.png", 0], …]}} or {{"a.png": "cat", …}}')
+        form = f'{at}: holds no labels; give {{"labels": [["a.png", 0], …]}} or {{"a.png": "cat", …}}'
+        require(isinstance(pairs, list), form)
+        listed = [value for key, value in filter(is_member, pairs) if key == "labels" and isinstance(value, list)]
+        pairs = listed[0] if listed else pairs
+        require(bool(pairs), form)
     else:
-        rows = [row for row in csv.reader(text.splitlines()) if row]
+        try:
+            rows = [row for row in csv.reader(text.splitlines()) if row]
+        except csv.Error as error:
+            raise UserError(f"{at}: damaged or no CSV ({first_line(error)})") from error
         pairs = rows[1:] if rows and rows[0][0].strip().lower() in ("path", "file", "filename", "image") else rows
         require(bool(pairs), f"{at}: holds no labels; give rows of path,class")
     found: dict[str, Any] = {}
@@ -95,15 +103,21 @@ def read_labels(path: str) -> dict[str, Any]:
             f"{at}: entry {number} is no pair of path and class",
         )
         name, label = pair
+        label = label.strip() if isinstance(label, str) else label
         require(
-            isinstance(label, str) or (isinstance(label, int) and not isinstance(label, bool)),
-            f"{at}: {name} has the class {label!r}; give a name or a number",
+            label != "" and (isinstance(label, str) or (isinstance(label, int) and not isinstance(label, bool))),
+            f"{at}: {name} has the class {brief(repr(label), 40)}; give a name or a number",
         )
         name = name.strip().removeprefix("./").replace("\\", "/")
         require(found.setdefault(name, label) == label, f"{at}: gives {name} two classes")
-    if all(isinstance(label, str) and label.strip().isdecimal() for label in found.values()):
+    if all(isinstance(label, str) and re.fullmatch(r"[0-9]{1,18}", label) for label in found.values()):
         return {name: int(label) for name, label in found.items()}  # numbers of a CSV
     return found
+
+
+def is_member(pair: object) -> bool:
+    """Whether an entry of a JSON file is the member of an object, not that of a list."""
+    return isinstance(pair, tuple)
 
 
 def list_labelled(root: str, path: str, class_names: list[str] | None, names_path: str | None) -> FolderList:
@@ -136,7 +150,12 @@ def number_classes(
     require(len(kinds) == 1, f"{at}: holds names and numbers of classes; give one kind")
     if kinds == {True}:
         if class_names is None:
-            class_names = [str(k) for k in range(max(labels.values()) + 1)]
+            top = max(labels.values())
+            require(
+                top < MAX_CLASSES,
+                f"{at}: has the label {brief(str(top), 30)}; labels count from 0 to {MAX_CLASSES - 1} at most",
+            )
+            class_names = [str(k) for k in range(top + 1)]
         top = len(class_names) - 1
         limit = f"0..{top}" + ("" if names_path is None else f", the lines of data.class_names={names_path}")
         wrong = [f"{name} ({label})" for name, label in labels.items() if not 0 <= label <= top]

@@ -173,10 +173,24 @@ def scan_parquet(path: Path) -> Scan:
     for row, label in enumerate(labels):
         valid = isinstance(label, str | int) and not isinstance(label, bool) and label != "" and label != -1
         require(valid, f"{path}/{row}: has no label ({label!r}); images need one")
-    class_names = info.get("info", {}).get("features", {}).get("label", {}).get("names")
+    class_names = stored_names(info, path)
     sizes = (file.metadata.row_group(k).num_rows for k in range(file.metadata.num_row_groups))
     starts = [0, *itertools.accumulate(sizes)][:-1]
     return Scan({str(row): label for row, label in enumerate(labels)}, Counter(), class_names, starts)
+
+
+def stored_names(info: Any, path: Path) -> list[str] | None:
+    """Return the class names in the metadata that Hugging Face's datasets write, None without any.
+
+    Raises UserError for what is no list of different names.
+    """
+    for key in ("info", "features", "label", "names"):
+        info = info.get(key) if isinstance(info, dict) else None
+    if info is None:
+        return None
+    valid = isinstance(info, list) and all(isinstance(name, str) for name in info) and len(set(info)) == len(info)
+    require(valid, f"{path}: its metadata holds no list of different class names; give data.class_names=FILE")
+    return info
 
 
 @functools.lru_cache(maxsize=GROUPS_KEPT)
@@ -239,6 +253,8 @@ SOURCES: dict[str, Callable[[Path], Source]] = {".tar": TarShards, ".parquet": P
 def source_of(root: Path, names: list[str]) -> Source:
     """Return where images of these names lie: in the shards of a folder, or as its files."""
     shard = names[0].partition("/")[0] if names else ""
+    if Path(shard).suffix == ".parquet":
+        require_packages(("pyarrow",), f"{root / shard}")
     return SOURCES.get(Path(shard).suffix, Folder)(root) if (root / shard).is_file() else Folder(root)
 
 
@@ -267,6 +283,11 @@ class ShardsPlace:
         require(bool(labels), f"data.root={self.root}: its {len(shards)} {suffix} files hold no images")
         names = None if self.class_names is None else read_class_names(self.class_names)
         at = f"data.root={self.root}"
+        others = [shard for shard, scan in zip(shards, scans, strict=True) if scan.class_names != scans[0].class_names]
+        require(
+            not others or names is not None,
+            f"{others[0] if others else ''}: has other class names than {shards[0]}; give data.class_names=FILE",
+        )
         class_names, numbers = number_classes(labels, names or scans[0].class_names, at, self.class_names)
         for scan in scans:
             left_out += scan.left_out

@@ -41,7 +41,17 @@ from ddt.version import __version__
 log = logging.getLogger(__name__)
 Form = Literal["hub", "diffusers", "released"]
 # last names of a run's settings that hold paths
-PATHS = ("root", "source_root", "source", "init_from", "weights", "reference", "inception_weights")
+PATHS = (
+    "root",
+    "source_root",
+    "source",
+    "init_from",
+    "weights",
+    "reference",
+    "inception_weights",
+    "labels",
+    "class_names",
+)
 IN_SOURCE = ("encoder_weights", "decoder", "statistics")  # … and of an RAE, or a path in its source
 # importlib: diffusers warns of missing packages that the file imports, and means PyPI's other `ddt`
 PIPELINE = '''"""Lets diffusers find the pipeline of this model, whose code is an installed project's."""
@@ -202,8 +212,11 @@ def find_picture(places: Sequence[Path], weights_sha256: str) -> Path | None:
     for place in places:
         receipt, grid = place / RECEIPT, place / "grid.png"
         used = nested(read_record(receipt), "request", "checkpoint") if receipt.is_file() and grid.is_file() else None
-        if isinstance(used, dict) and weights_sha256 in used.values():
-            return grid
+        npz = place / "samples.npz"
+        if isinstance(used, dict) and weights_sha256 in used.values() and npz.is_file():
+            if is_receipt_of(read_record(receipt), sha256(npz)):
+                return grid
+            log.warning("warning: %s: is not the file of its receipt, so its grid.png is left out", npz)
     return None
 
 

@@ -140,6 +140,7 @@ def intended_classes(samples: ImageSource, extractor: Extractor) -> np.ndarray |
 def inputs_of(samples: ImageSource, reference: Reference, extractor: Extractor, pr_dtype: PrDtype) -> dict[str, Any]:
     """Return the receipt of the inputs; reads all files once, for their hashes."""
     sha256 = samples.sha256
+    sampling_receipt(Path(reference.name), reference.sha256)  # raises, where it is a set of another receipt
     return {
         "samples": {
             "path": samples.name,
@@ -155,7 +156,7 @@ def inputs_of(samples: ImageSource, reference: Reference, extractor: Extractor, 
 
 
 def sampling_receipt(samples: Path, sha256: str) -> dict[str, Any]:
-    """Return {"sampling": receipt} where sample.py wrote one beside these samples of a SHA-256.
+    """Return {"sampling": receipt} where sample.py wrote one beside this samples.npz of a SHA-256.
 
     Raises UserError for that of another set, and a damaged one.
     """

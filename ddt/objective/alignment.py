@@ -4,10 +4,10 @@ the batch. Source: method.md 1.
 Shapes: B images; N tokens of width D in the denoiser; h·w tokens of F features in the target; P
 width of the projector.
 
-Settings (`REPA`, `Dispersive`; `IREPA` of irepa.py) are what a config file names; they load nothing. Their `build` makes
-an `Alignment`: the trained `AlignmentLoss` and the frozen `Target`, separate so that the target
-never enters a state dict, DDP or an EMA. To add one: settings and loss in a file here, and a file
-in conf/alignment.
+Settings (`REPA`, `Dispersive`; `IREPA` of irepa.py) are what a config file names; they load
+nothing. Their `build` makes an `Alignment`: the trained `AlignmentLoss` and the frozen `Target`,
+separate so that the target never enters a state dict, DDP or an EMA. To add one: settings and loss
+in a file here, and a file in conf/alignment.
 """
 
 import contextlib

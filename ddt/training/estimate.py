@@ -31,8 +31,8 @@ from ddt.model.cost import network_macs
 from ddt.model.layers import MAX_SIZES, PRODUCTS, BlockStack, Checkpointing, token_grid
 from ddt.objective import Objective
 from ddt.objective.alignment import REPA, Alignment, Dispersive
-from ddt.objective.irepa import IREPA
 from ddt.objective.alignment_target import Target
+from ddt.objective.irepa import IREPA
 from ddt.precision import HALF_TYPES
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.settings import SamplerSettings

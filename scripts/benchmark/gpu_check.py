@@ -67,6 +67,10 @@ class GpuCheckSettings:
             self.device == "cpu" or torch.cuda.is_available(),
             "device=cuda: torch finds no GPU here; give device=cpu size=tiny to try the check itself",
         )
+        require(
+            (out / "gpu_check.json").is_file() or not (out / "gpu_check.md").exists(),
+            f"out={out}: holds gpu_check.md, but no gpu_check.json; choose another folder",
+        )
         there = set(read_results(out)) & set(self.stages)
         require(not there, f"out={out}: holds the result of stage={'/'.join(sorted(there))}; choose another folder")
 
