@@ -24,7 +24,7 @@ from ddt.errors import UserError, reason, require, require_count
 from ddt.hub import is_hub_id, resolve
 from ddt.precision import Dtype, autocast, check_dtype
 from ddt.tensor_files import read_state_dict
-from ddt.timm_weights import pretrained_file
+from ddt.timm_networks import pretrained_file
 
 EPS = 1e-5  # beside the variance
 SHIFT_BASE = 4096  # numbers of a latent whose recommended time shift is 1
@@ -138,7 +138,7 @@ class RAE:
     is the latents' too.
 
     Args:
-        encoder: name of a vision transformer of timm.
+        encoder: name of a timm model, a vision transformer or a convolutional network.
         encoder_weights: its file, or hub name (owner/name or owner/name@revision), with the names
             of timm, Meta or transformers; None: timm's own.
         decoder: the decoder's file, in `source` or here.
@@ -255,9 +255,8 @@ class RAE:
     def save(self, folder: Path) -> None:
         """Write encoder, decoder and statistics."""
         folder.mkdir(parents=True, exist_ok=True)
-        encoder = self.network.encoder
         weights = {
-            "encoder_weights": {**encoder.network.state_dict(), "pos_embed": encoder.positions},
+            "encoder_weights": self.network.encoder.weights(),
             "decoder": self.network.decoder.state_dict(),
             "statistics": {"mean": self.mean, "var": self.var} if self.mean.numel() > 1 else {},
         }

@@ -1,4 +1,4 @@
-"""The frozen encoder of a representation autoencoder: patch tokens of a vision transformer of timm.
+"""The frozen encoder of a representation autoencoder: a timm network's patch tokens or feature map.
 
 Shapes: B images of H W pixels, N = h·w tokens, C features.
 Source: Zheng et al., arXiv 2510.11690, as its published decoders were trained.
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ddt.autoencoder.base import weights_hash
 from ddt.errors import UserError, reason, require
-from ddt.timm_weights import check_model, read_timm_weights
+from ddt.timm_networks import check_model, extractor, find_stage, is_vit, read_timm_weights
 
+STRIDE = 16  # pixels of a convolutional network's input per position of its map
 # in files, beside the network: the final norm's weights, which are not used, and other parts of
 # whole models
 UNUSED = ("norm", "fc_norm", "mask_token", "head", "attn_pool", "decoder", "text_model", "logit_scale", "logit_bias")
@@ -59,7 +60,8 @@ def resample_positions(table: Tensor, prefix: int, grid: int, antialias: bool) -
 
 
 class FrozenEncoder(nn.Module):
-    """Patch tokens of a timm network after a final LayerNorm without weights, as a map.
+    """The feature map of a timm network after a LayerNorm without weights: a vision transformer's
+    patch tokens, or a convolutional network's last map of stride 16.
 
     Pixels of any size are resized (bicubic, not antialiased, not clamped) so that they make
     `grid`×`grid` tokens, then normalised by the network's mean and standard deviation. Class and
@@ -72,7 +74,7 @@ class FrozenEncoder(nn.Module):
             to count its cost.
         changes: of timm's constructor, for a network smaller than the named one.
 
-    Raises UserError for an unknown name, a network without patch tokens, or weights that are not
+    Raises UserError for an unknown name, a network without such a map, or weights that are not
     exactly the network's (those of the final norm, and of heads, are left out).
     """
 
@@ -83,39 +85,47 @@ class FrozenEncoder(nn.Module):
         import timm
 
         super().__init__()
+        label = f"autoencoder.encoder={name}"
         check_model("autoencoder.encoder", name)
         self.name, self.grid = name, grid
-        family = family_of(name)
+        family, settings = family_of(name), {**changes, "num_classes": 0}
         with torch.device("meta"):
-            outline = timm.create_model(name, **changes)
-            require(
-                isinstance(outline, timm.models.VisionTransformer),
-                f"autoencoder.encoder={name}: is no plain vision transformer of timm, which has patch tokens; choose "
-                "another",
-            )
-            stride = outline.patch_embed.patch_size[0]
-            self.side = grid * stride  # pixels per side that the network sees
-            settings = {**family.settings, **changes, "num_classes": 0, "global_pool": "", "img_size": self.side}
             network: Any = timm.create_model(name, **settings)
-        network.norm = nn.LayerNorm(network.num_features, eps=network.norm.eps, elementwise_affine=False)
-        self.prefix, self.num_features = network.num_prefix_tokens, network.num_features
-        self.positions: Tensor = network.pos_embed.detach()  # as stored, before they are resampled to the grid
+            stage = find_stage(network, STRIDE, label)
+            self.side = grid * network.feature_info[stage]["reduction"]  # pixels per side that the network sees
+            if is_vit(network):
+                plain = isinstance(network, timm.models.VisionTransformer)
+                require(plain, f"{label}: is no plain vision transformer of timm; choose another")
+                settings = {**settings, **family.settings, "global_pool": "", "img_size": self.side}
+                network = timm.create_model(name, **settings)
+        names = set(network.state_dict())
+        self.extract = extractor(network, stage)
+        self.num_features = network.feature_info[stage]["num_chs"]
+        self.norm = nn.LayerNorm(self.num_features, eps=1e-6, elementwise_affine=False)
+        if is_vit(network):
+            self.norm.eps = network.norm.eps
+            network.norm = nn.Identity()
+        self.stored: dict[str, Tensor] = {}  # weights as stored, where they are not as used
         if file is not None:
-            self.positions = load(network, file, family.antialias)
+            self.stored = load(network, file, names - set(network.state_dict()), family.antialias)
         self.network = network.eval().requires_grad_(False)
         for key in ("mean", "std"):
             values = torch.tensor(network.pretrained_cfg[key])[:, None, None]  # (3, 1, 1)
             self.register_buffer(key, values, persistent=False)
 
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights as stored, before positions are resampled to the grid."""
+        return {**self.network.state_dict(), **self.stored}
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the weights as stored, mean and standard deviation, and grid."""
         grid = torch.tensor(self.grid)
-        return weights_hash(self.network, pos_embed=self.positions, mean=self.mean, std=self.std, grid=grid)
+        return weights_hash(self.network, **self.stored, mean=self.mean, std=self.std, grid=grid)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return tokens (B, C, h, w), row by row, of RGB pixels (B, 3, H, W) in [0, 1]."""
-        tokens = self.network.forward_features(self.prepare(pixels))[:, self.prefix :]  # (B, N, C)
+        tokens = self.norm(self.extract(self.prepare(pixels)))  # (B, N, C)
         return tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
     def prepare(self, pixels: Tensor) -> Tensor:
@@ -126,19 +136,29 @@ class FrozenEncoder(nn.Module):
         return (pixels - self.mean) / self.std
 
 
-def load(network: Any, file: Path, antialias: bool) -> Tensor:
-    """Load a file into an encoder on the meta device; return the file's table of positions."""
+def load(network: Any, file: Path, removed: set[str], antialias: bool) -> dict[str, Tensor]:
+    """Load a file into an encoder on the meta device, without the weights that were `removed` from
+    it; return those that are stored otherwise than the network has them, its positions.
+    """
     label, advice = f"autoencoder.encoder_weights={file}", "give the file of this encoder"
-    stored = read_timm_weights(file, label, advice)
-    state = {name: value.float() for name, value in stored.items() if name.split(".")[0] not in UNUSED}
     kind = network.pretrained_cfg["architecture"]
+    classifier = network.pretrained_cfg.get("classifier") or "head"
+    unused = UNUSED if is_vit(network) else (classifier,)
+    state = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in read_timm_weights(file, label, advice).items()
+        if name not in removed and name.split(".")[0] not in unused
+    }
+    stored = {}
     try:
-        positions = state["pos_embed"]
-        prefix = 0 if network.no_embed_class else network.num_prefix_tokens
-        state["pos_embed"] = resample_positions(positions, prefix, network.patch_embed.grid_size[0], antialias)
+        if is_vit(network):
+            stored["pos_embed"] = state["pos_embed"]
+            prefix = 0 if network.no_embed_class else network.num_prefix_tokens
+            grid = network.patch_embed.grid_size[0]
+            state["pos_embed"] = resample_positions(stored["pos_embed"], prefix, grid, antialias)
         network.load_state_dict(state, assign=True)
     except KeyError as error:
         raise UserError(f"{label}: is not a file of {kind} (has no {error}); {advice}") from error
     except (RuntimeError, UserError) as error:
         raise UserError(f"{label}: is not a file of {kind} ({reason(error)}); {advice}") from error
-    return positions
+    return stored

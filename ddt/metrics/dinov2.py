@@ -20,7 +20,7 @@ from ddt.autoencoder.base import weights_hash
 from ddt.errors import UserError, reason, require
 from ddt.files import sha256
 from ddt.metrics.features import exact_arithmetic
-from ddt.timm_weights import pretrained_file, read_timm_weights
+from ddt.timm_networks import pretrained_file, read_timm_weights
 
 MODEL = "vit_large_patch14_dinov2.lvd142m"
 MODELS = "vit_*_patch14_dinov2*"  # those with registers follow another rule for positions

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddt.autoencoder.base import weights_hash
 from ddt.errors import UserError, reason, require
-from ddt.timm_weights import check_model, pretrained_file, read_timm_weights
+from ddt.timm_networks import check_model, extractor, find_stage, is_vit, pretrained_file, read_timm_weights
 
 CELL = 16  # pixels per side of the image that one token of the target covers, whatever the target's own stride
 Extract = Callable[[Tensor], Tensor]
@@ -51,16 +51,10 @@ def load_network(name: str, weights: str | None, image_size: int, pretrained: bo
     check_target(name, weights)
     with torch.device("meta"):  # its structure alone: the input size must be known before the weights are loaded
         outline = timm.create_model(name)
-    is_vit = hasattr(outline, "num_prefix_tokens") and hasattr(outline, "patch_embed")
-    strides = [stage["reduction"] for stage in outline.feature_info]
-    require(
-        is_vit or (CELL in strides and hasattr(outline, "forward_intermediates")),
-        f"alignment.target={name}: has no feature map of stride {CELL}, only {sorted(set(strides))}; choose another",
-    )
-    stage = len(strides) - 1 if is_vit else max(i for i, stride in enumerate(strides) if stride == CELL)
-    side = strides[stage] * image_size // CELL
+    stage = find_stage(outline, CELL, f"alignment.target={name}")
+    side = outline.feature_info[stage]["reduction"] * image_size // CELL
     settings: dict[str, Any] = {}
-    if is_vit or outline.pretrained_cfg.get("fixed_input_size", False):
+    if is_vit(outline) or outline.pretrained_cfg.get("fixed_input_size", False):
         settings["img_size"] = side
     if type(outline) is timm.models.VisionTransformer:
         settings["weight_init"] = "skip"  # every weight comes from the file; a billion random ones take minutes
@@ -81,21 +75,7 @@ def load_network(name: str, weights: str | None, image_size: int, pretrained: bo
         raise UserError(f"{label}: {problem} ({reason(error)}); {advice}") from error
     network.pretrained_cfg.pop("state_dict", None)  # else timm holds on to the file's weights
     network.eval().requires_grad_(False)
-    if is_vit:
-        network.reset_classifier(0)
-        prefix = network.num_prefix_tokens
-
-        def extract(pixels: Tensor) -> Tensor:
-            return network.forward_features(pixels)[:, prefix:]  # after the final norm, without class and registers
-
-    else:
-        pruned = network.prune_intermediate_layers([stage], prune_norm=True, prune_head=True)
-
-        def extract(pixels: Tensor) -> Tensor:
-            maps = network.forward_intermediates(pixels, indices=pruned, intermediates_only=True, output_fmt="NCHW")
-            return maps[0].flatten(2).transpose(1, 2)  # (B, h·w, F)
-
-    return network, extract, outline.feature_info[stage]["num_chs"], side
+    return network, extractor(network, stage), outline.feature_info[stage]["num_chs"], side
 
 
 class Target:

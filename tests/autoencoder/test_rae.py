@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from conftest import GOLDEN, small_rae
 from safetensors.torch import load_file, save_file
 
@@ -84,8 +86,7 @@ def test_files_of_whole_models_are_read(kind, change, tmp_path):
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_timms_own_names_are_read(kind, tmp_path):
     encoder = small_encoder(kind, stored(kind, tmp_path))
-    state = {**encoder.network.state_dict(), "pos_embed": encoder.positions, "norm.weight": torch.ones(32)}
-    save_file(state, tmp_path / "timm.safetensors")
+    save_file({**encoder.weights(), "norm.weight": torch.ones(32)}, tmp_path / "timm.safetensors")
     assert small_encoder(kind, tmp_path / "timm.safetensors").fingerprint == encoder.fingerprint
 
 
@@ -102,8 +103,32 @@ def test_another_networks_weights_are_refused(tmp_path):
             small_encoder("dinov2", path)
     with pytest.raises(UserError, match=r"^autoencoder\.encoder=vit_smal: timm has no model"):
         FrozenEncoder("vit_smal", 4, None)
-    with pytest.raises(UserError, match=r"^autoencoder\.encoder=tf_efficientnet_lite0: is no plain vision transf"):
-        FrozenEncoder("tf_efficientnet_lite0", 4, None)
+    with pytest.raises(
+        UserError, match=r"^autoencoder\.encoder=eva02_tiny_patch14_224: is no plain vision transformer"
+    ):
+        FrozenEncoder("eva02_tiny_patch14_224", 4, None)
+
+
+def test_a_convolutional_network_gives_its_map_of_stride_16(tmp_path):
+    torch.manual_seed(0)
+    name = "test_efficientnet"
+    network = timm.create_model(name).eval()
+    save_file(network.state_dict(), tmp_path / "whole.safetensors")
+    encoder = FrozenEncoder(name, 3, tmp_path / "whole.safetensors")
+    pixels = torch.rand(2, 3, 24, 24)
+    maps = network.forward_intermediates(encoder.prepare(pixels), intermediates_only=True)
+    (expected,) = [each for each in maps if each.shape[-1] == 3]  # of an input of 48 px
+    found = encoder(pixels)
+    assert (encoder.side, found.shape) == (48, (2, encoder.num_features, 3, 3))
+    normed = F.layer_norm(expected.movedim(1, -1), expected.shape[1:2], eps=1e-6).movedim(-1, 1)
+    torch.testing.assert_close(found, normed, **CLOSE)
+    save_file(encoder.weights(), tmp_path / "part.safetensors")
+    assert FrozenEncoder(name, 3, tmp_path / "part.safetensors").fingerprint == encoder.fingerprint
+    state = network.state_dict()
+    del state["conv_stem.weight"]
+    save_file(state, tmp_path / "lost.safetensors")
+    with pytest.raises(UserError, match=r"is not a file of test_efficientnet .*Missing.*conv_stem"):
+        FrozenEncoder(name, 3, tmp_path / "lost.safetensors")
 
 
 # --- latents

@@ -29,7 +29,7 @@ from ddt.objective.alignment import (
     to_grid,
 )
 from ddt.objective.alignment_target import Target
-from ddt.timm_weights import from_transformers
+from ddt.timm_networks import from_transformers
 
 DINOV2 = "vit_small_patch14_dinov2.lvd142m"
 REGISTERS = "vit_small_patch14_reg4_dinov2.lvd142m"

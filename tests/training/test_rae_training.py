@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import picture_folder, refusal, rows, run_inside, small_rae, succeed, train_settings
+from conftest import ROOT, picture_folder, refusal, rows, run, run_inside, small_rae, succeed, train_settings
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -74,6 +74,19 @@ def test_statistics_are_those_of_all_latents_of_images_or_a_cache(place):
     assert "exists already" in refusal("scripts.latent_statistics", *cached)
     with_kl = [*data, "autoencoder=sd_ft_ema", "out=kl.safetensors"]
     assert "takes no file of statistics" in refusal("scripts.latent_statistics", *with_kl)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_statistics_of_one(place):
+    data, chosen = [*DATA, "data.root=pictures"], autoencoder(place)
+    for name, more in (("one", []), ("two", ["num_processes=2", "batch_size=4", "num_workers=1"])):
+        done = run(
+            ROOT / "scripts" / "latent_statistics.py", *data, *chosen, f"out={name}.safetensors", *more, cwd=place
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = load_file("one.safetensors"), load_file("two.safetensors")
+    for key, value in one.items():
+        torch.testing.assert_close(value, two[key], rtol=1e-5, atol=1e-6)
 
 
 def test_training_from_a_cache_is_that_on_the_fly_then_samples_and_an_export(place):

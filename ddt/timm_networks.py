@@ -1,8 +1,13 @@
-"""Weights of timm's networks: from a local file of any layout, or from timm's model on the hub."""
+"""Networks of timm: their weights, from a local file of any layout or the hub, and feature maps.
+
+Shapes: B images of H W pixels; h·w tokens of F features.
+"""
 
 import difflib
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +104,43 @@ def check_model(key: str, name: str) -> None:
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
         raise UserError(f"{key}={name}: timm has no model of this name; {hint}")
+
+
+def is_vit(network: Any) -> bool:
+    """Return whether a network has patch tokens."""
+    return hasattr(network, "num_prefix_tokens") and hasattr(network, "patch_embed")
+
+
+def find_stage(network: Any, stride: int, key: str) -> int:
+    """Return the number of the stage in `feature_info` whose map is a ViT's patch tokens, or a
+    CNN's last of `stride`. Raises UserError, which begins with `key`, where there is none.
+    """
+    strides = [stage["reduction"] for stage in network.feature_info]
+    if is_vit(network):
+        return len(strides) - 1
+    require(
+        stride in strides and hasattr(network, "forward_intermediates"),
+        f"{key}: has no feature map of stride {stride}, only {sorted(set(strides))}; choose another",
+    )
+    return max(i for i, each in enumerate(strides) if each == stride)
+
+
+def extractor(network: Any, stage: int) -> Callable[[Tensor], Tensor]:
+    """Remove what lies behind a stage, and return the function from normalised images
+    (B, 3, H, W) to its map as tokens (B, h·w, F): of a ViT after the final norm, without class and
+    registers.
+    """
+    if is_vit(network):
+        network.reset_classifier(0)
+        prefix = network.num_prefix_tokens
+        return lambda pixels: network.forward_features(pixels)[:, prefix:]
+    pruned = network.prune_intermediate_layers([stage], prune_norm=True, prune_head=True)
+
+    def extract(pixels: Tensor) -> Tensor:
+        maps = network.forward_intermediates(pixels, indices=pruned, intermediates_only=True, output_fmt="NCHW")
+        return maps[0].flatten(2).transpose(1, 2)  # (B, h·w, F)
+
+    return extract
 
 
 def pretrained_file(name: str, label: str, advice: str) -> Path | None:
