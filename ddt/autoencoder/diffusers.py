@@ -194,8 +194,7 @@ class DiffusersAutoencoder(abc.ABC):
         limit = math.sqrt(torch.finfo(torch.float32).max)  # so that latents are finite in float32
         require(
             all(1 / limit < value < limit for value in std) and all(abs(value) < limit for value in mean),
-            f"autoencoder.latents_mean={list(mean)}, autoencoder.latents_std={list(std)}: each std must be above 0, and "
-            "no number extreme",
+            f"autoencoder.latents_std={list(std)}: each must be above 0, and neither they nor latents_mean extreme",
         )
         self.network.register_to_config(latents_mean=list(mean), latents_std=list(std), scaling_factor=1.0)
         self.shift, self.scale = normalisation(self.network.config)

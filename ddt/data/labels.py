@@ -86,7 +86,9 @@ def read_labels(path: str) -> dict[str, Any]:
             raise UserError(f"{at}: damaged or no JSON ({first_line(error)})") from error
         form = f'{at}: holds no labels; give {{"labels": [["a.png", 0], …]}} or {{"a.png": "cat", …}}'
         require(isinstance(pairs, list), form)
-        listed = [value for key, value in filter(is_member, pairs) if key == "labels" and isinstance(value, list)]
+        listed = [
+            value for key, value in filter(is_member, pairs) if key == "labels" and isinstance(value, list | None)
+        ]
         pairs = listed[0] if listed else pairs
         require(bool(pairs), form)
     else:

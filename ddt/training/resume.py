@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ddt.checkpoint.format import newest_checkpoint, read_config
+from ddt.checkpoint.format import read_config
 from ddt.config import flat
 from ddt.errors import require
 from ddt.files import find_record, read_record
@@ -107,7 +107,7 @@ def check_run_folder(run_dir: Path, config: dict[str, Any]) -> None:
     left = [name for name in ("export", "snapshots") if (run_dir / name).exists()]
     ended = read_status(run_dir).get("state") in ("done", "preempted")
     require(
-        newest_checkpoint(run_dir) is not None or not (left or ended),
+        any((run_dir / "checkpoints").glob("*")) or not (left or ended),
         f"{run_dir}: holds {' and '.join([*left, 'metrics.jsonl'])} of this training but no checkpoint of it; put "
         "checkpoints/ back, or give another name=",
     )

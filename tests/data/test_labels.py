@@ -86,6 +86,10 @@ def test_a_list_of_classes_orders_sub_folders_and_is_part_of_the_fingerprint(tmp
         ({"labels": [["0.png"]]}, None, r"data.labels=.*: entry 1 is no pair"),
         ({"labels": None}, None, r"data.labels=.*: holds no labels"),
         ("{", None, r"data.labels=.*: damaged or no JSON"),
+        ("5", None, r"data.labels=.*: holds no labels"),
+        ('{"0.png": "cat", "0.png": "dog"}', None, r"data.labels=.*: gives 0.png two classes"),
+        (dict.fromkeys(NAMES, " "), None, r"data.labels=.*: 0.png has the class ''"),
+        (dict.fromkeys(NAMES, 999_999_999), None, r"data.labels=.*: has the label 999999999; labels count from 0"),
         (dict.fromkeys(NAMES, 0), "a\n\nb\n", r"data.class_names=.*: line 2 is empty"),
         (dict.fromkeys(NAMES, 0), "a\na\n", r"data.class_names=.*: names a twice"),
         (dict.fromkeys(NAMES, 0), "", r"data.class_names=.*: is empty"),
@@ -99,11 +103,19 @@ def test_files_that_do_not_fit_are_one_line(folder, tmp_path, labels, names, mes
     assert "\n" not in str(error.value)
 
 
+def test_a_csv_is_read_without_the_blanks_around_its_names(folder, tmp_path):
+    lines = [f"{name},{'cat ' if k % 2 else ' cat'}" for k, name in enumerate(NAMES)]
+    assert labelled(folder, written(tmp_path / "labels.csv", "\n".join(lines))).class_names == ["cat"]
+    for content, message in (("a.png," + "x" * 200_000, "damaged or no CSV"), ("0.png,", "has the class ''")):
+        with pytest.raises(UserError, match=message):
+            labelled(folder, written(tmp_path / "labels.csv", content))
+
+
 def test_a_class_of_the_folder_that_the_list_lacks_is_named(tmp_path):
     root = picture_folder(tmp_path / "imgs", count=2)
     with pytest.raises(UserError, match=r"data.class_names=.*: lacks the sub-folders class1;"):
         labelled(root, class_names=written(tmp_path / "names.txt", "class0\n"))
-    with pytest.raises(UserError, match=r"data.class_names=nowhere: cannot be read"):
+    with pytest.raises(UserError, match=r"data.class_names=nowhere: no such file"):
         labelled(root, class_names="nowhere")
 
 

@@ -115,7 +115,7 @@ def test_a_copy_of_a_tiny_autoencoder_keeps_them(tmp_path):
 @pytest.mark.parametrize(
     ("mean", "std", "key"),
     [((0.0,), (1.0, 1.0, 1.0), "mean"), ((0.0,) * 3, None, "std"), ((0.0,) * 3, (1.0, 0.0, 1.0), "std"),
-     ((float("nan"),) * 3, (1.0,) * 3, "mean")],
+     ((float("nan"),) * 3, (1.0,) * 3, "mean"), ((1e38,) * 3, (1e-37,) * 3, "std")],
 )  # fmt: skip
 def test_other_numbers_are_refused(vae, mean, std, key):
     with pytest.raises(UserError, match=rf"^autoencoder.latents_{key}="):

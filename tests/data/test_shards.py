@@ -42,10 +42,10 @@ def sample(k, kind="cls", label=None):
     return [(f"imgs/{k:04d}.png", png(k)), (f"imgs/{k:04d}.{kind}", label.encode())]
 
 
-def write_parquet(path, numbers, labels=None):
+def write_parquet(path, numbers, labels=None, names=("cat", "dog", "owl")):
     images = [{"bytes": png(k), "path": f"{k}.png"} for k in numbers]
     table = pyarrow.table({"image": images, "label": labels or [LABELS[k] for k in numbers]})
-    features = {"info": {"features": {"label": {"names": ["cat", "dog", "owl"], "_type": "ClassLabel"}}}}
+    features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
     table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
     parquet.write_table(table, path, row_group_size=2)
 
@@ -214,6 +214,22 @@ def test_a_damaged_parquet_and_other_columns_are_named(tmp_path, monkeypatch):
         ImageShards(str(tmp_path / "bits.parquet"), 8, holdout_every=0).load(np.arange(4))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused("a.parquet", r"data.root=.*: needs the package pyarrow; run pip install -e '.\[parquet\]'")
+
+
+def test_shards_that_name_their_classes_otherwise_are_refused(tmp_path):
+    folder = tmp_path / "two"
+    folder.mkdir()
+    write_parquet(folder / "a.parquet", range(3))
+    write_parquet(folder / "b.parquet", range(3), names=["dog", "cat", "owl"])
+    with pytest.raises(UserError, match=r"b.parquet: has other class names than .*a.parquet; give data.class_names"):
+        ImageShards(str(folder), 8, holdout_every=0)
+    (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
+    given = ImageShards(str(folder), 8, holdout_every=0, class_names=str(tmp_path / "names.txt"))
+    assert given.class_names == ["cat", "dog", "owl"]
+    for names in (["cat", "cat", "owl"], "ab", {"0": "cat"}, [1, 2]):
+        write_parquet(tmp_path / "names.parquet", range(3), names=names)
+        with pytest.raises(UserError, match=r"names.parquet: its metadata holds no list of different class names"):
+            ImageShards(str(tmp_path / "names.parquet"), 8, holdout_every=0)
 
 
 def test_folders_without_shards_or_of_two_kinds_are_named(tmp_path):

@@ -18,6 +18,7 @@ from ddt.errors import UserError
 from ddt.export import ExportSettings, export
 from ddt.export.export import class_labels, find_picture, open_source, read_metrics, shorten_paths
 from ddt.export.model_card import Card
+from ddt.files import sha256
 from ddt.pictures import imagenet_synsets
 from ddt.sampling.schedules import write_schedule
 
@@ -75,7 +76,9 @@ def evaluation(folder, weights_sha256, **changes):
         },
     }
     (folder / "metrics.json").write_text(json.dumps({**content, **changes}))
-    (folder / "receipt.json").write_text(json.dumps({"request": request}))
+    (folder / "samples.npz").write_bytes(b"images")
+    receipt = {"request": request, "samples_sha256": sha256(folder / "samples.npz")}
+    (folder / "receipt.json").write_text(json.dumps(receipt))
     Image.new("RGB", (4, 4)).save(folder / "grid.png")
     return folder
 
@@ -252,6 +255,8 @@ def test_the_card_shows_samples_of_these_weights_alone(tmp_path):
     done = run_inside("scripts.export", f"ckpt={tmp_path / 'run'}", "format=hub", f"out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "samples.png").read_bytes() == (tmp_path / "run" / "samples" / "grid.png").read_bytes()
+    (tmp_path / "run" / "samples" / "samples.npz").write_bytes(b"others")
+    assert find_picture([tmp_path / "run" / "samples"], ckpt.weights_sha256(folder, "ema")) is None
     evaluation(tmp_path / "others", "0" * 64)
     places = [tmp_path / "nowhere", tmp_path / "others"]
     assert find_picture(places, ckpt.weights_sha256(folder, "ema")) is None

@@ -639,6 +639,10 @@ def test_a_folder_of_another_training_is_not_taken_over_without_its_checkpoints(
         "runs/archived: holds export and metrics.jsonl of this training but no checkpoint of it; put"
     )
     assert contents(run) == before
+    (run / "checkpoints").mkdir()  # and without what was in it
+    assert "but no checkpoint of it" in refusal("train", *arguments("archived"))
+    assert contents(run) == before
+    (run / "checkpoints").rmdir()
     (run.parent / "archive").rename(run / "checkpoints")
     assert_same_end(train("archived"), run)
 
