@@ -248,9 +248,17 @@ class RAE:
 
     @classmethod
     def moved(cls, settings: dict[str, Any], source: str) -> dict[str, Any]:
-        """Return settings of another source, with the files of `save` where it has them."""
-        there = {key: name for key, name in BUNDLE.items() if (Path(source) / name).is_file()}
-        return {**settings, **there, "source": source, "revision": None}
+        """Return settings of another source, with the files of `save`, or those of the last names,
+        where it has them.
+        """
+        result = {**settings, "source": source, "revision": None}
+        for key, saved in BUNDLE.items():
+            own = settings.get(key)
+            names = [saved, *([] if own is None else [Path(own).name])]
+            there = [name for name in names if (Path(source) / name).is_file()]
+            if there and (own is not None or key == "encoder_weights"):  # no statistics stay none
+                result[key] = there[0]
+        return result
 
     def save(self, folder: Path) -> None:
         """Write encoder, decoder and statistics."""

@@ -318,6 +318,23 @@ def test_fingerprints_say_what_a_cache_and_a_run_depend_on(settings, tmp_path):
     assert build_autoencoder({**settings, **moved}).encoder_fingerprint != first.encoder_fingerprint
 
 
+def test_files_that_were_moved_are_found_in_another_folder(settings, tmp_path):
+    first = build_autoencoder(settings)
+    moved = tmp_path / "moved"
+    first.save(moved)
+    assert build_autoencoder(RAE.moved(settings, str(moved))).fingerprint == first.fingerprint
+    (moved / "decoder.safetensors").rename(moved / "mine.safetensors")
+    gone = {**settings, "decoder": "/nowhere/mine.safetensors", "encoder_weights": None}
+    assert build_autoencoder(RAE.moved(gone, str(moved))).fingerprint == first.fingerprint
+    bare = build_autoencoder(RAE.moved({**gone, "statistics": None}, str(moved)))  # latents stay what they were
+    assert not bare.mean.any()
+    published = {"decoder": "decoders/x/model.pt", "statistics": "stats/x/stat.pt", "encoder_weights": "a/b"}
+    assert RAE.moved(published, "o/n") == {**published, "source": "o/n", "revision": None}
+    assert RAE.on_hub({**published, "source": "o/n"})
+    assert not RAE.on_hub({**published, "source": "o/n", "statistics": str(moved / "statistics.safetensors")})
+    assert not RAE.on_hub(settings)
+
+
 def test_what_does_not_fit_is_refused(settings, tmp_path):
     def refused(message, **changes):
         with pytest.raises(UserError, match=message) as error:
