@@ -8,7 +8,7 @@ from ddt.autoencoder import build_autoencoder
 from ddt.checkpoint.format import write_checkpoint
 from ddt.checkpoint.published import Part, Released, find_released, read_released
 from ddt.config import Choice
-from ddt.errors import require
+from ddt.errors import UserError, reason, require
 from ddt.files import check_new, sha256
 from ddt.pictures import imagenet_synsets
 from ddt.sampling.settings import SamplerSettings
@@ -61,11 +61,16 @@ def latent_shape(released: Released, settings: ConvertSettings) -> tuple[int, in
         f"resolution={settings.resolution}: {released.name} is of {resolution} px; leave it out",
     )
     shape = channels, size, size
-    found = build_autoencoder(settings.autoencoder.plain(), outline=True).latent_shape(3, resolution)
+    found: tuple[int, int, int] | None = None
+    try:
+        found = build_autoencoder(settings.autoencoder.plain(), outline=True).latent_shape(3, resolution)
+        problem = f"has latents of {'×'.join(map(str, found))}"
+    except UserError as error:  # it is of another size
+        problem = f"has no latents ({reason(error)})"
     require(
         found == shape,
-        f"autoencoder: has latents of {'×'.join(map(str, found))} at {resolution} px, {released.name} is of "
-        f"{'×'.join(map(str, shape))}; give autoencoder={released.release.usual_autoencoder}, or another with these",
+        f"autoencoder: {problem} at {resolution} px, {released.name} is of {'×'.join(map(str, shape))}; give "
+        f"autoencoder={released.release.usual_autoencoder}, or another with these",
     )
     return shape
 

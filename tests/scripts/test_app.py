@@ -474,7 +474,7 @@ def test_wrong_settings_are_one_line_before_anything_is_loaded(folder, tmp_path,
             ("host=", "host=: is empty; leave it out"),
             ("host=no.such.host.invalid", "host=no.such.host.invalid: no such address"),
             ("weights=model", "weights=model: "),
-            ("dtype=fp16", "dtype=fp16: "),
+            ("dtype=int8", "dtype=int8: "),
             ("share=true", "share: no such setting"),
         ):
             text = refusal("scripts.app.__main__", f"ckpt={folder}", change)
