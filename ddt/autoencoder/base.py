@@ -40,10 +40,6 @@ class Autoencoder(Protocol):
     def latent_channels(self) -> int | None:
         """Channels of the latents; None: those of the images."""
 
-    @property
-    def timeshift(self) -> float:
-        """Recommended shift of times in training and sampling; 1: none."""
-
     @classmethod
     def on_hub(cls, settings: dict[str, Any]) -> bool:
         """Return whether a name is enough to find every file of settings."""

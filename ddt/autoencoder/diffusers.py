@@ -154,7 +154,6 @@ class DiffusersAutoencoder(abc.ABC):
 
     pixel_space = False
     in_diffusers = True
-    timeshift = 1.0
     packages = ("diffusers",)
     kind: str
     stochastic: bool

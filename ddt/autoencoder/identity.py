@@ -20,7 +20,6 @@ class Identity:
     fingerprint = None
     encoder_fingerprint = None
     latent_channels = None
-    timeshift = 1.0
 
     @classmethod
     def outline(cls) -> "Identity":

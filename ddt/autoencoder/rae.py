@@ -7,7 +7,6 @@ Source: Zheng et al., arXiv 2510.11690, as its published weights were trained.
 
 import functools
 import hashlib
-import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,6 @@ from ddt.tensor_files import read_state_dict
 from ddt.timm_networks import pretrained_file
 
 EPS = 1e-5  # beside the variance
-SHIFT_BASE = 4096  # numbers of a latent whose recommended time shift is 1
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of an encoder on the hub, in transformers' layout
 PUBLISHED = "nyu-visionx/RAE-collections"
 # sizes of its decoders, by a part of their file's name
@@ -281,11 +279,6 @@ class RAE:
     @property
     def latent_channels(self) -> int:
         return self.network.encoder.num_features
-
-    @property
-    def timeshift(self) -> float:
-        """sqrt(C·h·w/4096)."""
-        return math.sqrt(math.prod(self._shape) / SHIFT_BASE)
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         """Return (C, h, w); raise UserError for other images than the decoder makes."""

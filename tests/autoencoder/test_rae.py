@@ -269,7 +269,6 @@ def test_it_is_an_autoencoder_like_others(settings, images):
     rae, outline = build_autoencoder(settings), build_autoencoder(settings, outline=True)
     assert (rae.pixel_space, rae.stochastic) == (False, False)
     assert rae.latent_shape(3, 16) == outline.latent_shape(3, 16) == (64, 4, 4)
-    assert rae.timeshift == (64 * 4 * 4 / 4096) ** 0.5
     sizes = [sum(p.numel() for p in each.network.parameters()) for each in (rae, outline)]
     assert sizes[0] == sizes[1]
     moments = rae.encode(images)
@@ -378,5 +377,4 @@ def test_the_published_files_are_outlined_without_a_hub(size, grid):
         source="nyu-visionx/RAE-collections",
     )
     assert outline.latent_shape(3, 16 * grid) == (768, grid, grid)
-    assert outline.timeshift == pytest.approx({16: 6.92820323, 32: 13.85640646}[grid])
     assert outline.network.encoder.side == 14 * grid
