@@ -73,13 +73,17 @@ def described(key: str, old: Any, new: Any) -> str:
 
 
 def check_place(run_dir: Path) -> None:
-    """Raise UserError for a run folder inside another run, or inside a checkpoint or an export."""
+    """Raise UserError for a run folder inside a checkpoint, an export or other outputs of a run.
+
+    Beside a run's outputs is room for the jobs of a sweep of its name.
+    """
     folder = run_dir.absolute()
     for outer in (folder, *folder.parents):
         checkpoint = (outer / "manifest.json").is_file()
-        run = outer != folder and (outer / "config.json").is_file() and (outer / "status.json").is_file()
-        kind = "a checkpoint" if checkpoint else "another run"
-        require(not checkpoint and not run, f"{run_dir}: lies inside {kind}, {outer}; give another name=")
+        run = (outer / "config.json").is_file() and (outer / "status.json").is_file()
+        output = run and folder.relative_to(outer).parts[:1] in [(name,) for name in OUTPUTS]
+        kind = "a checkpoint" if checkpoint else "the outputs of a run"
+        require(not checkpoint and not output, f"{run_dir}: lies inside {kind}, {outer}; give another name=")
 
 
 def check_same_training(path: Path, saved: dict[str, Any], config: dict[str, Any]) -> None:

@@ -682,8 +682,22 @@ def test_an_export_of_other_weights_is_not_replaced(straight):
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("name", ["straight/inner", "straight/checkpoints/step_0000012", "straight/export/a/b"])
-def test_no_run_lies_inside_another_or_a_checkpoint(straight, name):
+def test_the_jobs_of_a_sweep_lie_beside_the_outputs_of_a_run_of_its_name(straight):
+    before = contents(straight)
+    job = train("straight/seed1", "seed=1", "trainer.max_steps=1")
+    assert ckpt.newest_checkpoint(job) is not None
+    shutil.rmtree(job)
+    assert contents(straight) == before
+    job = train("alone/seed1", "seed=1", "trainer.max_steps=1")  # and the other way round
+    train("alone", "trainer.max_steps=1")
+    assert ckpt.newest_checkpoint(job) is not None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["straight/previews/x", "straight/checkpoints/x", "straight/checkpoints/step_0000012", "straight/export/a/b"],
+)
+def test_no_run_lies_inside_the_outputs_of_another_or_a_checkpoint(straight, name):
     before = contents(straight)
     said = refusal("train", *arguments(name))
     assert said.startswith(f"runs/{name}: lies inside ")
