@@ -29,6 +29,11 @@ def is_hub_id(source: str) -> bool:
     return named and not here and ".." not in source
 
 
+def pinned(source: str, revision: str | None) -> str:
+    """Return `source` at a commit where it is a hub id; a path has none."""
+    return f"{source}@{revision}" if revision and is_hub_id(source) else source
+
+
 def resolve(source: str, label: str, choose: Choose, advice: str) -> Path:
     """Return the path `source`, or the local folder of a hub model with the files of `choose`.
 

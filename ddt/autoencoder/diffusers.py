@@ -19,7 +19,7 @@ from torch import Tensor
 from ddt.autoencoder.base import from_uint8, to_uint8, weights_hash
 from ddt.errors import UserError, brief, first_line, reason, require, require_count
 from ddt.files import read_json
-from ddt.hub import is_hub_id, resolve
+from ddt.hub import is_hub_id, pinned, resolve
 from ddt.precision import Dtype, autocast, check_dtype
 from ddt.tensor_files import read_state_dict
 
@@ -64,8 +64,7 @@ def find_files(source: str, revision: str | None) -> tuple[Path, Path]:
     Raises UserError for a single file, and where there are none.
     """
     advice = "on a machine without a hub give a local folder"
-    identifier = f"{source}@{revision}" if revision and is_hub_id(source) else source
-    folder = resolve(identifier, f"autoencoder.source={source}", choose_files, advice)
+    folder = resolve(pinned(source, revision), f"autoencoder.source={source}", choose_files, advice)
     if folder.is_file():
         beside = (folder.parent / "config.json").is_file()
         problem = f"give its folder, {folder.parent}" if beside else "give the folder of a diffusers autoencoder"

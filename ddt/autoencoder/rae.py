@@ -20,7 +20,7 @@ from ddt.autoencoder.base import weights_hash
 from ddt.autoencoder.rae_encoder import FrozenEncoder
 from ddt.autoencoder.vit_decoder import ViTDecoder, load_decoder
 from ddt.errors import UserError, reason, require, require_count
-from ddt.hub import is_hub_id, resolve
+from ddt.hub import is_hub_id, pinned, resolve
 from ddt.precision import Dtype, autocast, check_dtype
 from ddt.tensor_files import read_state_dict
 from ddt.timm_networks import pretrained_file
@@ -63,8 +63,9 @@ def find_file(name: str, source: str | None, revision: str | None, key: str) -> 
         require(name in names, f"{label}: autoencoder.source={source} holds no such file; {advice}")
         return [name]
 
-    identifier = f"{source}@{revision}" if revision and is_hub_id(source) else source
-    folder = resolve(identifier, f"autoencoder.source={source}", choose, f"{advice}: autoencoder.{key}=FILE")
+    folder = resolve(
+        pinned(source, revision), f"autoencoder.source={source}", choose, f"{advice}: autoencoder.{key}=FILE"
+    )
     require((folder / name).is_file(), f"{label}: no such file here, nor in autoencoder.source={source}; {advice}")
     return folder / name
 

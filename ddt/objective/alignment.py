@@ -10,6 +10,7 @@ separate so that the target never enters a state dict, DDP or an EMA. To add one
 in a file here, and a file in conf/alignment.
 """
 
+import abc
 import contextlib
 import math
 from dataclasses import dataclass
@@ -192,7 +193,7 @@ class AlignmentSettings:
 
 
 @dataclass(frozen=True)
-class FeatureAlignment(AlignmentSettings):
+class FeatureAlignment(AlignmentSettings, abc.ABC):
     """Settings of an alignment to a frozen feature extractor.
 
     Args:
@@ -227,11 +228,11 @@ class FeatureAlignment(AlignmentSettings):
                 return Target(self.target, None, image_size, pretrained=False)
         return Target(self.target, self.weights, image_size, self.compile)
 
+    @abc.abstractmethod
     def build_loss(
         self, hidden_size: int, num_features: int, grid: tuple[int, int], token_grid: tuple[int, int]
     ) -> AlignmentLoss:
         """Build the trained side; the projector's weights come from the global random state."""
-        raise NotImplementedError
 
     def check_cached(self, cached: CachedFeatures) -> None:
         """Raise UserError where cached features are not of this target and these weights."""

@@ -81,7 +81,7 @@ def check_place(run_dir: Path) -> None:
     for outer in (folder, *folder.parents):
         checkpoint = (outer / "manifest.json").is_file()
         run = (outer / "config.json").is_file() and (outer / "status.json").is_file()
-        output = run and folder.relative_to(outer).parts[:1] in [(name,) for name in OUTPUTS]
+        output = run and not {*folder.relative_to(outer).parts[:1]}.isdisjoint(OUTPUTS)
         kind = "a checkpoint" if checkpoint else "the outputs of a run"
         require(not checkpoint and not output, f"{run_dir}: lies inside {kind}, {outer}; give another name=")
 

@@ -66,7 +66,7 @@ def test_fixed_tables_are_those_of_the_files():
 
 
 def test_tables_of_a_grid_that_is_no_square():
-    """Row and column are told apart: a token has the values of a square grid at its place."""
+    """Row and column are distinguished: a token has the values of a square grid at its place."""
     square, wide = sincos_table(16, 5, 5)[0].unflatten(0, (5, 5)), sincos_table(16, 3, 5)[0].unflatten(0, (3, 5))
     assert torch.equal(wide, square[:3])
     for whole, part in zip(integer_rope_table(8, 5, 5), integer_rope_table(8, 3, 5), strict=True):
