@@ -11,6 +11,7 @@ Shapes: B records, C channels, h w latent.
 """
 
 import itertools
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from ddt.files import write_json
 from ddt.tensor_files import open_array
 
 STATISTICS = "latent_statistics.json"  # in the cache's folder
-BLOCK = 256  # records at once
+BLOCK, BLOCK_BYTES = 256, 2**26  # records at once, and bytes of them in float64, of each thread
 # dimensions of records (B, flips, C, h, w) over which statistics are taken
 OF_CHANNELS, OF_POSITIONS = (0, 1, 3, 4), (0, 1)
 
@@ -70,13 +71,13 @@ def latent_statistics(root: Path) -> dict[str, Any]:
     index = read_index(root)
     stochastic = autoencoder_class(index["autoencoder"]["settings"]).stochastic
     size, train = index["shard_size"], index["splits"]["train"]
+    block = max(1, min(BLOCK, BLOCK_BYTES // (8 * math.prod(index["arrays"]["moments"]["shape"]))))
 
     def of_shard(shard: int) -> Moments:
         stored = open_array(shard_path(root, "moments", shard))
         rows = np.arange(min(stored.shape[0], train - shard * size))
-        blocks = (
-            block_moments(torch.from_numpy(stored[rows[k : k + BLOCK]]), stochastic) for k in range(0, len(rows), BLOCK)
-        )
+        parts = np.split(rows, range(block, len(rows), block))
+        blocks = (block_moments(torch.from_numpy(stored[part]), stochastic) for part in parts)
         return list(itertools.accumulate(blocks, Moments.merge))[-1]
 
     with ThreadPoolExecutor(NUM_HASHERS) as pool:
