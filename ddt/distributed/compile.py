@@ -56,9 +56,6 @@ def compiles(key: str, chosen: bool | None, default: bool, device: torch.device)
 
 def compile_block(block: nn.Module, dynamic: bool) -> None:
     """Compile one block in place; arguments and errors as of `compile_blocks`."""
-    for module in block.modules():
-        if hasattr(module, "fused"):
-            module.fused = True
     # otherwise torch chooses kernels by timing them: other last bits in each process
     block.compile(fullgraph=True, dynamic=dynamic, options={"deterministic": True})
 

@@ -130,11 +130,7 @@ def positions(
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate channel pairs (2k, 2k+1) of x (..., N, d) by cos, sin (N, d/2), in float32."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (..., N, d/2, 2)
-    if torch.compiler.is_compiling():  # no code for complex numbers, but one fused pass of this
-        even, odd = pairs.unbind(-1)
-        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
     return turned.flatten(-2).type_as(x)  # (..., N, d)
 
 
@@ -227,10 +223,21 @@ class Style:
 DDT_STYLE = Style()
 
 
+def turn(x: Tensor, norm: nn.Module, at: Positions) -> Tensor:
+    """Return `rotate(norm(x))` of queries or keys x (B, N, heads, d), in forms of which torch's
+    compiler makes less traffic: qkv's layout, sums of whole rows, no pairs, no complex numbers.
+    """
+    y = x.float()
+    if isinstance(norm, RMSNorm):
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.float()
+    cos = at.cos.repeat_interleave(2, -1)[:, None]  # (N, 1, d)
+    sin = torch.stack([-at.sin, at.sin], dim=-1).flatten(-2)[:, None]
+    swapped = y.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (y * cos + swapped * sin).type_as(x)
+
+
 class Attention(nn.Module):
     """Softmax attention with 2-D RoPE; style: bias in qkv, RMSNorm over each head of q and k."""
-
-    fused: bool = False  # by `ddt.model.kernels`
 
     def __init__(self, hidden_size: int, num_heads: int, style: Style = DDT_STYLE) -> None:
         super().__init__()
@@ -244,21 +251,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, at: Positions) -> Tensor:
         """Return (B, N, D) for x (B, N, D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
-        if self.fused and x.is_cuda and isinstance(self.q_norm, RMSNorm):
-            q, k, v = self.fused_queries(qkv, at)
+        if torch.compiler.is_compiling():
+            q, k, v = qkv.unbind(2)
+            q, k, v = (each.transpose(1, 2) for each in (turn(q, self.q_norm, at), turn(k, self.k_norm, at), v))
         else:
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, d) each
             q = rotate(self.q_norm(q), at.cos, at.sin)
             k = rotate(self.k_norm(k), at.cos, at.sin)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
-
-    def fused_queries(self, qkv: Tensor, at: Positions) -> tuple[Tensor, ...]:
-        """Return queries, keys and values (B, heads, N, d) of qkv (B, N, 3, heads, d) by a kernel."""
-        from ddt.model import kernels  # needs Triton
-
-        weights, gradients = (self.q_norm.weight, self.k_norm.weight), torch.is_grad_enabled()
-        q, k, v = kernels.turn(qkv, *weights, at.cos, at.sin, self.q_norm.eps, gradients)
-        return tuple(each.transpose(1, 2) for each in (q, k, v if gradients else qkv[:, :, 2]))
 
 
 class ConvMixer(nn.Module):
@@ -282,8 +282,6 @@ def inner_size(hidden_size: int) -> int:
 class SwiGLU(nn.Module):
     """`w2(SiLU(w1 x)·w3 x)` without biases (method.md 2)."""
 
-    fused: bool = False  # w1 and w3 as one product where gradients are wanted, whose backward pass it spares a sum
-
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         inner = inner_size(hidden_size)
@@ -293,9 +291,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., D) for x (..., D)."""
-        if self.fused and x.is_cuda and torch.is_grad_enabled():
-            a, b = F.linear(x, torch.cat([self.w1.weight, self.w3.weight])).chunk(2, dim=-1)
-            return self.w2(F.silu(a) * b)
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -343,11 +338,7 @@ class Block(nn.Module):
 
     activation_checkpointing: True saves only the block's inputs for the backward pass, "selective"
     products and attention too; same numbers. Inside the block, where a compiler sees it.
-
-    fused: set, here and in the block's layers, where the block is compiled; for tokens on a GPU.
     """
-
-    fused: bool = False  # by `ddt.model.kernels`
 
     def __init__(
         self,
@@ -384,13 +375,6 @@ class Block(nn.Module):
         """The block itself; `forward` chooses what the backward pass recomputes."""
         modulation = self.adaln(c) if modulation is None else modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        if self.fused and x.is_cuda:
-            from ddt.model import kernels  # needs Triton
-
-            h = kernels.norm(x, self.norm1.weight, shift1, scale1, self.norm1.eps)
-            branch = self.mixer(h, at)
-            x, h = kernels.add_norm(x, branch, gate1, self.norm2.weight, shift2, scale2, self.norm2.eps)
-            return x + gate2 * self.mlp(h)
         x = x + gate1 * self.mixer(modulate(self.norm1(x), shift1, scale1), at)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 

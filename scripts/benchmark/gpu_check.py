@@ -57,9 +57,13 @@ class GpuCheckSettings:
     device: Literal["cuda", "cpu"]
     size: Literal["full", "tiny"]
     minutes: float
+    only: list[str] | None
 
     def __post_init__(self) -> None:
         require(self.minutes > 0, f"minutes={self.minutes:g}: must be above 0")
+        known = [name for stage in self.stages for name in self.checks(stage)]
+        for name in self.only or ():
+            require(name in known, f"only={name}: no such check of stage={self.stage}; choose from {', '.join(known)}")
         out = Path(self.out)
         require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
         check_writable(out)
@@ -172,6 +176,8 @@ def run_stage(stage: str, settings: GpuCheckSettings, place: Place) -> list[Row]
         "command": command_line(), "size": settings.size, "machine": machine(place.device),
     }  # fmt: skip
     for title, check in settings.checks(stage).items():
+        if settings.only is not None and title not in settings.only:
+            continue
         log.info("%s …", title)
         rows += rows_of(title, check, place)
         stages = {**read_results(place.out), stage: {**origin, "rows": rows}}

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import rms_norm
 
 from ddt.errors import UserError
-from ddt.model.layers import RMSNorm, SwiGLU, positions, rope_table, rotate, timestep_embedding
+from ddt.model.layers import RMSNorm, SwiGLU, positions, rope_table, rotate, timestep_embedding, turn
 
 
 def test_rope_table_matches_the_release(golden):
@@ -28,6 +28,17 @@ def test_rotation_keeps_norms_and_depends_on_the_distance_alone():
     products = turned_q @ turned_k.T
     torch.testing.assert_close(products[0, 2], products[2, 4], rtol=1e-4, atol=1e-5)
     assert not torch.isclose(products[0, 1], products[0, 3])
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_the_compiled_form_turns_alike(normalised):
+    norm = RMSNorm(8) if normalised else torch.nn.Identity()
+    for parameter in norm.parameters():
+        torch.nn.init.uniform_(parameter, 0.5, 2)
+    at = positions(8, 2, 3, torch.device("cpu"))
+    x = torch.randn(2, 6, 5, 8, generator=torch.Generator().manual_seed(0))  # (B, N, heads, d)
+    expected = rotate(norm(x.transpose(1, 2)), at.cos, at.sin).transpose(1, 2)
+    torch.testing.assert_close(turn(x, norm, at), expected)
 
 
 def test_range_of_positions_does_not_depend_on_the_grid():

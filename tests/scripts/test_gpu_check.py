@@ -194,12 +194,24 @@ def test_a_process_that_fails_or_hangs_is_one_line(tmp_path):
         checks.call(place_in(tmp_path), str(hangs), name="hangs", seconds=1)
 
 
+def test_processes_find_packages_of_the_search_path(tmp_path, monkeypatch):
+    (tmp_path / "carried.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    script = tmp_path / "imports.py"
+    script.write_text("import carried, ddt")
+    checks.call(place_in(tmp_path), str(script), name="imports")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "device=cuda: torch finds no GPU here; give device=cpu size=tiny to try the check itself"),
         (["stage=bench", *TINY], "stage=bench: give 'check', 'benchmark' or 'all'"),
         (["minutes=0", *TINY], "minutes=0: must be above 0"),
+        (
+            ["only=[resume,speed]", "stage=benchmark", *TINY],
+            "only=resume: no such check of stage=benchmark; choose from benchmark b, short training",
+        ),
     ],
 )
 def test_wrong_settings_are_one_line(tmp_path, monkeypatch, arguments, message):
