@@ -349,12 +349,13 @@ def call(place: Place, entry: str, *arguments: str, name: str, seconds: float = 
         raise NotRun("out of time")
     seconds = min(seconds, place.seconds_left() + GRACE)
     program = [str(ROOT / entry)] if entry.endswith(".py") else ["-m", entry]
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]  # packages may lie in a folder of their own
+    packages = os.environ.get("PYTHONPATH")  # may lie in a folder of their own
+    path = str(ROOT) if packages is None else f"{ROOT}{os.pathsep}{packages}"
     with log.open("w") as file:
         try:
             done = subprocess.run(
                 [sys.executable, *program, *arguments], cwd=place.out, stdin=subprocess.DEVNULL, stdout=file,
-                stderr=subprocess.STDOUT, timeout=seconds, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                stderr=subprocess.STDOUT, timeout=seconds, check=False, env={**os.environ, "PYTHONPATH": path},
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise RuntimeError(f"{entry} took more than {seconds:.0f} s: {log.relative_to(place.out)}") from error
