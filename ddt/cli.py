@@ -255,10 +255,21 @@ def reference_data(reference: str) -> Choice | None:
         f"reference={reference}: {', '.join(missing)} would have to be known; write a file of its statistics by "
         f"scripts/reference_statistics.py data={name}, and give that",
     )
+    return as_choice(node, "data")
+
+
+def choice_of(config_name: str, group: str, name: str) -> Choice:
+    """Return the file `name` of a config group, as the command of `config_name` composes it."""
+    return as_choice(OmegaConf.masked_copy(compose_apart(CONF, config_name, [f"{group}={name}"]), [group]), group)
+
+
+def as_choice(node: DictConfig, group: str) -> Choice:
+    """Return the choice of a group in a composed config; raise UserError for wrong values."""
     values: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
-    data, problems = convert(values["data"], Choice, "data")
+    choice, problems = convert(values[group], Choice, group)
     require(not problems, "\n".join(problems))
-    return data
+    assert choice is not None
+    return choice
 
 
 def compose_apart(folder: Path, config_name: str, overrides: list[str], with_hydra: bool = False) -> DictConfig:

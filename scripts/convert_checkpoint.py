@@ -1,14 +1,14 @@
 """Convert a published checkpoint into this project's format.
 
 python scripts/convert_checkpoint.py released=FILE_OR_HUB_ID encoder_depth=22 resolution=256
-[autoencoder=sd_ft_ema] out=DIR
+[autoencoder=NAME] out=DIR
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ddt.cli import command
+from ddt.cli import choice_of, command
 
 if TYPE_CHECKING:
     from ddt.checkpoint.convert import ConvertSettings
@@ -19,7 +19,7 @@ def main(settings: ConvertSettings) -> None:
     """Check, read strictly, write."""
     from ddt.checkpoint.convert import convert
 
-    convert(settings)
+    convert(settings, lambda name: choice_of("convert_checkpoint", "autoencoder", name))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,32 @@
 #!/usr/bin/env bash
-# bash scripts/reproduce.sh xl_256|xl_512 REFERENCE_NPZ [key=value …]: from a published checkpoint to its numbers.
+# bash scripts/reproduce.sh MODEL REFERENCE_NPZ [key=value …]: from a published checkpoint to its numbers.
+# MODEL: xl_256, xl_512 (DDT), ditdh_xl_256, ditdh_xl_512 (DiT^DH with its guide; 256 px also without: guide=null cfg_scale=1).
 # Converts it, samples 50 images of each class, evaluates them against ADM's reference npz and compares with the paper.
-# The same command resumes. Keys: of sample.py, released and encoder_depth (of convert_checkpoint.py), inception_weights
-# and pr_dtype (of evaluate.py).
+# The same command resumes. Keys: of sample.py; released, released_guide and encoder_depth, for convert_checkpoint.py;
+# inception_weights and pr_dtype, of evaluate.py.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 usage() {
-    echo "usage: bash scripts/reproduce.sh xl_256|xl_512 REFERENCE_NPZ [key=value …]" >&2
+    echo "usage: bash scripts/reproduce.sh xl_256|xl_512|ditdh_xl_256|ditdh_xl_512 REFERENCE_NPZ [key=value …]" >&2
     exit 2
 }
 
-case ${1:-} in
-    xl_256) resolution=256 published='{fid:1.26,inception_score:310.6,precision:0.79,recall:0.65}' ;;
-    xl_512) resolution=512 published='{fid:1.28,inception_score:305.1,precision:0.80,recall:0.63}' ;;
+model=${1:-}
+resolution=${model##*_}
+conversion=() guide=null released_guide=''
+case $model in
+    xl_256) published='{fid:1.26,inception_score:310.6,precision:0.79,recall:0.65}' ;;
+    xl_512) published='{fid:1.28,inception_score:305.1,precision:0.80,recall:0.63}' ;;
+    ditdh_xl_256 | ditdh_xl_512) published='{fid:1.13}' ;;
     *) usage ;;
 esac
+if [[ $model == ditdh_* ]]; then # whose files say depth and resolution
+    released=ditdh-xl-$resolution released_guide=ditdh-s-$resolution
+    guide=checkpoints/published_ditdh_s_$resolution
+else
+    released=MCG-NJU/DDT-XL-22en6de-R$resolution conversion=(encoder_depth=22 "resolution=$resolution")
+fi
 [ $# -ge 2 ] && [[ $2 != *=* ]] || usage
 reference=$2
 if [ ! -e "$reference" ]; then
@@ -23,13 +34,14 @@ if [ ! -e "$reference" ]; then
     exit 1
 fi
 
-released=MCG-NJU/DDT-XL-22en6de-R$resolution encoder_depth=22
-ckpt=checkpoints/published_$1 out=samples/published_$1
+ckpt=checkpoints/published_$model out=samples/published_$model
 sampling=() evaluation=()
 for setting in "${@:3}"; do
     case $setting in
         released=*) released=${setting#*=} ;;
-        encoder_depth=*) encoder_depth=${setting#*=} ;;
+        released_guide=*) released_guide=${setting#*=} ;;
+        guide=*) guide=${setting#*=} ;;
+        encoder_depth=*) conversion=("$setting" "resolution=$resolution") ;;
         ckpt=*) ckpt=${setting#*=} ;;
         out=*) out=${setting#*=} ;;
         inception_weights=* | pr_dtype=*) evaluation+=("$setting") ;;
@@ -38,6 +50,9 @@ for setting in "${@:3}"; do
         *) usage ;;
     esac
 done
+if [[ $model == ditdh_xl_256 && $guide == null ]]; then
+    published='{fid:1.51}'
+fi
 
 python=${PYTHON:-$root/.venv/bin/python}
 if [ -z "${PYTHON:-}" ] && [ ! -x "$python" ]; then
@@ -45,11 +60,18 @@ if [ -z "${PYTHON:-}" ] && [ ! -x "$python" ]; then
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
-if [ ! -e "$ckpt/manifest.json" ]; then
-    "$python" "$root/scripts/convert_checkpoint.py" "released=$released" "encoder_depth=$encoder_depth" \
-        "resolution=$resolution" "out=$ckpt"
+convert() { # RELEASED OUT [key=value …]
+    if [ ! -e "$2/manifest.json" ]; then
+        "$python" "$root/scripts/convert_checkpoint.py" "released=$1" "${@:3}" "out=$2"
+    fi
+}
+
+convert "$released" "$ckpt" ${conversion[@]+"${conversion[@]}"}
+if [[ $guide != null && -n $released_guide ]]; then
+    convert "$released_guide" "$guide"
 fi
-"$python" "$root/sample.py" "experiment=published_$1" "ckpt=$ckpt" "out=$out" ${sampling[@]+"${sampling[@]}"}
+"$python" "$root/sample.py" "experiment=published_$model" "ckpt=$ckpt" "guide=$guide" "out=$out" \
+    ${sampling[@]+"${sampling[@]}"}
 "$python" "$root/evaluate.py" "samples=$out" "reference=$reference" features=inception \
     ${evaluation[@]+"${evaluation[@]}"}
 "$python" "$root/scripts/compare_metrics.py" "metrics=[\"$out\"]" "published=$published"

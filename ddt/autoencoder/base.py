@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ddt.precision import Dtype
+
 
 class Autoencoder(Protocol):
     """The interface of an autoencoder. Latents have about mean 0 and variance 1."""
@@ -23,6 +25,7 @@ class Autoencoder(Protocol):
     stochastic: bool  # moments are (mean, logvar), 2C channels, and latents need noise; else the mean alone
     network: Any  # the frozen network, with `encode` and `decode` of tensors; None for pixels
     in_diffusers: bool  # a class attribute: whether diffusers' pipelines can hold the network
+    sampling_dtype: Dtype | None  # a class attribute: of the denoiser where none is chosen; None: any
 
     @property
     def encode_dtype(self) -> str | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ddt.autoencoder.base import from_uint8, to_uint8
+from ddt.precision import Dtype
 
 
 class Identity:
@@ -17,6 +18,7 @@ class Identity:
     encode_dtype = None
     network = None
     in_diffusers = True  # a pipeline without one
+    sampling_dtype: Dtype | None = None
     fingerprint = None
     encoder_fingerprint = None
     latent_channels = None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from ddt.autoencoder import build_autoencoder
@@ -21,13 +22,14 @@ RESOLUTIONS = (256, 512)  # of all published models
 class ConvertSettings:
     """See conf/convert_checkpoint.yaml. released: as of `find_released`.
 
-    encoder_depth, resolution (pixels per side), patch_size: None where the file says it.
+    autoencoder: None for the published one. encoder_depth, resolution (pixels per side),
+    patch_size: None where the file says it.
     encoder_depth of the undivided baseline is None. weights: those of the file to write.
     """
 
     released: str
-    autoencoder: Choice
     out: str
+    autoencoder: Choice | None = None
     encoder_depth: int | None = None
     resolution: int | None = None
     patch_size: int | None = None
@@ -43,8 +45,7 @@ class ConvertSettings:
 def latent_shape(released: Released, settings: ConvertSettings) -> tuple[int, int, int]:
     """Return (C, H, W) of a published model's latents.
 
-    Raises UserError where the resolution is missing, or another than the file's, and where the
-    autoencoder has other latents than the file says.
+    Raises UserError where the resolution is missing, or another than the file's.
     """
     channels, size = released.network["in_channels"], released.latent_size
     if size is None:
@@ -60,24 +61,31 @@ def latent_shape(released: Released, settings: ConvertSettings) -> tuple[int, in
         settings.resolution in (None, resolution),
         f"resolution={settings.resolution}: {released.name} is of {resolution} px; leave it out",
     )
-    shape = channels, size, size
+    return channels, size, size
+
+
+def check_autoencoder(released: Released, autoencoder: Choice, shape: tuple[int, int, int], usual: str) -> None:
+    """Raise UserError where the autoencoder has other latents than a file that says its latents."""
+    if released.latent_size is None:
+        return
+    resolution = shape[-1] * released.release.downsampling
     found: tuple[int, int, int] | None = None
     try:
-        found = build_autoencoder(settings.autoencoder.plain(), outline=True).latent_shape(3, resolution)
+        found = build_autoencoder(autoencoder.plain(), outline=True).latent_shape(3, resolution)
         problem = f"has latents of {'×'.join(map(str, found))}"
     except UserError as error:  # it is of another size
         problem = f"has no latents ({reason(error)})"
     require(
         found == shape,
         f"autoencoder: {problem} at {resolution} px, {released.name} is of {'×'.join(map(str, shape))}; give "
-        f"autoencoder={released.release.usual_autoencoder}, or another with these",
+        f"autoencoder={usual}, or another with these",
     )
-    return shape
 
 
-def convert(settings: ConvertSettings) -> None:
+def convert(settings: ConvertSettings, choose_autoencoder: Callable[[str], Choice]) -> None:
     """Write a checkpoint with a published file's EMA (or raw) weights, its autoencoder and sampler.
 
+    choose_autoencoder: name of conf/autoencoder → its settings, where none are given.
     Strict: every key of the file is used, or refused by name. Raises UserError, also where `out`
     exists. Source: method.md 6.
     """
@@ -86,6 +94,9 @@ def convert(settings: ConvertSettings) -> None:
     path = find_released(settings.released)
     released = read_released(path, settings.encoder_depth, settings.patch_size)
     shape = latent_shape(released, settings)
+    usual = released.release.usual_autoencoder(shape[-1] * released.release.downsampling)
+    autoencoder = choose_autoencoder(usual) if settings.autoencoder is None else settings.autoencoder
+    check_autoencoder(released, autoencoder, shape, usual)
     weights = released.weights(settings.weights)
     log.info(
         "%s: read strictly, %d parameters; writing %s", path, sum(value.numel() for value in weights.values()), out
@@ -96,7 +107,7 @@ def convert(settings: ConvertSettings) -> None:
         "step": None,  # not in the file
         "network": released.network,
         "latent_shape": list(shape),
-        "autoencoder": settings.autoencoder.plain(),
+        "autoencoder": autoencoder.plain(),
         "sampler": dataclasses.asdict(SamplerSettings(**released.release.sampler(shape))),
         "class_names": synsets if num_classes == len(synsets) else [str(k) for k in range(num_classes)],
         "source": {"file": path.name, "sha256": sha256(path)},

@@ -72,9 +72,10 @@ def load_generator(
 ) -> Generator:
     """Load a checkpoint's network and a guide's; `autoencoder` is of `stored_autoencoder`.
 
-    dtype: see `choose_dtype`. Raises UserError for files that are missing or damaged.
+    dtype: None for the autoencoder's, see `choose_dtype`. Raises UserError for files that are
+    missing or damaged.
     """
-    dtype = choose_dtype(dtype, device)
+    dtype = choose_dtype(dtype or autoencoder.sampling_dtype, device)
     model = ckpt.load_model(folder, weights)
     guide_model = None if guide is None else ckpt.load_model(guide)
     for network in filter(None, (model, guide_model)):

@@ -21,7 +21,13 @@ class Release(abc.ABC):
     """How published files hold the weights of a family of networks, and how they were sampled."""
 
     downsampling: ClassVar[int] = 8  # of the autoencoder: pixels per side of a latent cell
-    usual_autoencoder: ClassVar[str] = "sd_ft_ema"  # conf/autoencoder, whose latents they are of
+
+    def usual_autoencoder(self, resolution: int) -> str:
+        """Return the name in conf/autoencoder of the latents that were trained on.
+
+        resolution: pixels per side.
+        """
+        return "sd_ft_ema"
 
     @abc.abstractmethod
     def recognizes(self, state: State) -> bool:

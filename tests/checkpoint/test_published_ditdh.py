@@ -12,10 +12,12 @@ import ddt
 import ddt.checkpoint.format as ckpt
 from ddt.checkpoint.convert import ConvertSettings, latent_shape
 from ddt.checkpoint.published import PUBLISHED, check_releasable, find_released, read_released, write_released
+from ddt.cli import choice_of
 from ddt.config import Choice
 from ddt.errors import UserError
 from ddt.export import ExportSettings, export
 from ddt.model.layers import integer_rope_table
+from ddt.model.published_ditdh import ReleasedDiTDH
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,7 +135,7 @@ def test_networks_without_published_names_are_refused():
 def test_conversion_writes_the_published_sampler(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = changed(tmp_path, lambda state: None)
-    line = refusal("scripts.convert_checkpoint", f"released={path}", "out=converted")
+    line = refusal("scripts.convert_checkpoint", f"released={path}", "out=converted", "autoencoder=sd_ft_ema")
     assert re.fullmatch(
         r"autoencoder: has latents of 4×8×8 at 64 px, changed\.safetensors is of 24×4×4; give "
         r"autoencoder=rae_dinov2_b, or another with these", line
@@ -180,6 +182,24 @@ def test_a_converted_model_samples_with_its_guide_as_published(tmp_path, latents
     found, expected = load_file(exported), weights()
     assert all(torch.equal(found[key], expected[key]) for key in expected if "_rope" not in key)
     assert found.keys() == expected.keys()
+
+
+def test_the_published_autoencoder_is_chosen(tmp_path, latents, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ReleasedDiTDH, "usual_autoencoder", lambda self, size: asked.append(size) or "identity")
+    path = changed(tmp_path, lambda state: None)
+    done = run_inside("scripts.convert_checkpoint", f"released={path}", f"out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert ckpt.read_config(tmp_path / "out")["autoencoder"] == {"_target_": "ddt.autoencoder.Identity"}
+    assert asked == [64]
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_published_autoencoders_have_the_latents_of_the_files(size):
+    choice = choice_of("convert_checkpoint", "autoencoder", ReleasedDiTDH().usual_autoencoder(size))
+    settings = choice.settings
+    assert (choice.target, "i512" in settings["decoder"]) == ("ddt.autoencoder.RAE", size == 512)
+    assert ("_512" in settings["statistics"]) == (size == 512)
 
 
 def test_a_resolution_that_the_file_says_otherwise(tmp_path, latents):

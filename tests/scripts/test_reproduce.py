@@ -1,5 +1,6 @@
 """From a published file to its numbers: scripts/reproduce.sh, and the sampler that it uses."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 
 from ddt.config import parse
 from ddt.generation.settings import SampleSettings
+from ddt.model.published_ditdh import ReleasedDiTDH
 from ddt.sampling.settings import SamplerSettings
 
 REFERENCE = "the reference é.npz"
@@ -78,7 +80,8 @@ def test_the_chain_and_what_a_second_call_repeats(place):
     released = "released=MCG-NJU/DDT-XL-22en6de-R512"
     convert = ["convert_checkpoint.py", released, "encoder_depth=22", "resolution=512", f"out={ckpt}"]
     others = [
-        ["sample.py", "experiment=published_xl_512", f"ckpt={ckpt}", f"out={out}", "num_processes=2", "batch_size=8"],
+        ["sample.py", "experiment=published_xl_512", f"ckpt={ckpt}", "guide=null", f"out={out}", "num_processes=2",
+         "batch_size=8"],
         ["evaluate.py", f"samples={out}", f"reference={REFERENCE}", "features=inception", "num_processes=2",
          "inception_weights=w.pth"],
         ["compare_metrics.py", f'metrics=["{out}"]',
@@ -87,6 +90,37 @@ def test_the_chain_and_what_a_second_call_repeats(place):
     assert calls(place) == [convert, *others]
     assert reproduce("xl_512", REFERENCE, *settings, cwd=place, PYTHON=str(place / "python")).returncode == 0
     assert calls(place) == others
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_the_chain_of_a_model_with_a_guide(place, guided):
+    unguided = [] if guided else ["guide=null", "cfg_scale=1"]
+    done = reproduce("ditdh_xl_256", REFERENCE, *unguided, cwd=place, PYTHON=str(place / "python"))
+    assert done.returncode == 0, done.stderr
+    ckpt, guide = "checkpoints/published_ditdh_xl_256", "checkpoints/published_ditdh_s_256"
+    out = "samples/published_ditdh_xl_256"
+    converted = [["convert_checkpoint.py", "released=ditdh-xl-256", f"out={ckpt}"]]
+    if guided:
+        converted.append(["convert_checkpoint.py", "released=ditdh-s-256", f"out={guide}"])
+    sample = ["sample.py", "experiment=published_ditdh_xl_256", f"ckpt={ckpt}"]
+    sample += [f"guide={guide}", f"out={out}"] if guided else ["guide=null", f"out={out}", "cfg_scale=1"]
+    evaluate = ["evaluate.py", f"samples={out}", f"reference={REFERENCE}", "features=inception"]
+    published = "published={fid:1.13}" if guided else "published={fid:1.51}"
+    assert calls(place) == [*converted, sample, evaluate, ["compare_metrics.py", f'metrics=["{out}"]', published]]
+
+
+@pytest.mark.parametrize(("size", "scale"), [(256, 1.42), (512, 1.5)])
+def test_the_presets_of_ditdh_are_the_published_sampler(size, scale):
+    with initialize_config_dir(str(ROOT / "conf" / "sample"), version_base="1.3"):
+        values = OmegaConf.to_container(compose("sample", overrides=[f"experiment=published_ditdh_xl_{size}"]))
+    settings = parse(SampleSettings, values)
+    anything_else = {"solver": "heun", "num_steps": 9, "cfg_scale": 7.0, "recompute": "uniform:3", "timeshift": 2.0}
+    published = SamplerSettings(**ReleasedDiTDH().sampler((768, size // 16, size // 16)))
+    found = settings.resolve(anything_else, shares_encoder=True)
+    assert found.timeshift == pytest.approx(published.timeshift, rel=1e-8)
+    assert dataclasses.replace(found, timeshift=1.0) == dataclasses.replace(published, cfg_scale=scale, timeshift=1.0)
+    assert (settings.dtype, settings.num_samples) == ("fp32", 50_000)
+    assert settings.guide == f"checkpoints/published_ditdh_s_{size}"
 
 
 def test_a_failure_ends_the_chain(place):
@@ -98,7 +132,7 @@ def test_a_failure_ends_the_chain(place):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "usage: bash scripts/reproduce.sh xl_256|xl_512 REFERENCE_NPZ"),
+        ([], "usage: bash scripts/reproduce.sh xl_256|xl_512|ditdh_xl_256|ditdh_xl_512 REFERENCE_NPZ"),
         (["xl_128", REFERENCE], "usage: "),
         (["xl_256"], "usage: "),
         (["xl_256", "num_samples=7"], "usage: "),
