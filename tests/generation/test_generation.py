@@ -417,7 +417,6 @@ def test_a_set_finished_meanwhile_by_another_command_is_unchanged(tmp_path, monk
 KINDS = [("ddt", "bf16"), ("ddt", "fp16"), ("conv", "bf16"), ("dit", "bf16"), ("ditdh", "bf16")]
 
 
-@pytest.mark.parametrize("options", [{}, {"recompute": [0, 2]}, {"recompute": [0, 2], "cache_bytes": 30_000}])
 def test_the_dtype_that_an_autoencoder_wants(run_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("ddt.autoencoder.Identity.sampling_dtype", "bf16")
     for name, arguments in {"wanted": [], "chosen": ["dtype=fp32"]}.items():
@@ -428,6 +427,7 @@ def test_the_dtype_that_an_autoencoder_wants(run_folder, tmp_path, monkeypatch):
     assert dtypes == ["bf16", "fp32"]
 
 
+@pytest.mark.parametrize("options", [{}, {"recompute": [0, 2]}, {"recompute": [0, 2], "cache_bytes": 30_000}])
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
 def test_cast_weights_give_the_bits_of_autocast(kind, dtype, options):
     sizes = dict(in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=3, num_classes=5)
