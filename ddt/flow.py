@@ -16,6 +16,8 @@ from ddt.errors import require
 MAX_STEPS = 100_000  # so that a typo does not fill the memory
 SHIFT_BASE = 4096  # numbers of the latents that need no time shift
 TimeDistribution = Literal["lognorm", "uniform"]
+Prediction = Literal["v", "x"]  # what a network's output is: the velocity, or the clean latent
+LEAST_NOISE = 0.05  # below this share 1 − t of noise, the distance to a clean latent is divided by it
 
 
 def per_sample(t: Tensor, like: Tensor) -> Tensor:
@@ -32,6 +34,18 @@ def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def velocity(x: Tensor, noise: Tensor) -> Tensor:
     """Return the target velocity `v_t = x − noise`, d/dt of `interpolate`. Source: method.md 1."""
     return x - noise
+
+
+def velocity_of(output: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+    """Return the velocity (B, ...) that a network's output means at x_t (B, ...) and t (B,).
+
+    "v": the output itself; "x": `(output − x_t) / max(1 − t, 0.05)`, of an output that is a clean
+    latent. Raises UserError for another prediction. Source: docs/method.md 1.
+    """
+    require(prediction in ("v", "x"), f"prediction={prediction}: give v or x")
+    if prediction == "v":
+        return output
+    return (output - x_t) / per_sample((1 - t).clamp(min=LEAST_NOISE), x_t)
 
 
 def score(v: Tensor, x_t: Tensor, t: float) -> Tensor:

@@ -26,6 +26,7 @@ from ddt.config import convert, did_you_mean, parse
 from ddt.distributed.compile import allow_recompiles
 from ddt.draws import noise_of
 from ddt.errors import UserError, require
+from ddt.flow import velocity_of
 from ddt.generation.generator import Generator, check_finite
 from ddt.generation.image_set import MAX_SEED
 from ddt.generation.settings import SamplerOverrides
@@ -73,7 +74,8 @@ class DDTTransformer2DModel(ModelMixin, ConfigMixin):
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
         """Return v_t (B, C, H, W) for x_t (B, C, H, W), t (B,) in [0, 1], 0 is noise, y (B,)."""
-        return self.network(hidden_states, timestep, class_labels)
+        output = self.network(hidden_states, timestep, class_labels)
+        return velocity_of(output, hidden_states, timestep, self.network.prediction)
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Compile each block in place, at its first call; arguments of `torch.compile`."""

@@ -196,8 +196,13 @@ def load_released(
 
 
 def check_releasable(network: dict[str, Any]) -> None:
-    """Raise UserError where a network with these settings has weights without published names."""
+    """Raise UserError where a published file cannot hold a network with these settings."""
     release_of(network).check(network)
+    prediction = network.get("prediction", "v")
+    require(
+        prediction == "v",
+        f"objective.prediction={prediction}: the published format knows v alone; choose format=hub or diffusers",
+    )
 
 
 def sizes_to_load(network: dict[str, Any]) -> dict[str, Any]:

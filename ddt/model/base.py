@@ -11,18 +11,24 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ddt.errors import UserError
+from ddt.flow import Prediction
 from ddt.model.cost import NetworkMacs
 from ddt.model.layers import Block, BlockStack
 from ddt.model.published_names import Release
 
 
 class Denoiser(nn.Module, abc.ABC):
-    """A network that predicts the velocity of x_t at time t for a class y."""
+    """A network that predicts the velocity of x_t at time t for a class y.
+
+    With `prediction` "x" its output is an estimate of the clean latent, called the velocity below
+    all the same: `decode` knows no time, so sampler and loss convert it (`ddt.flow.velocity_of`).
+    """
 
     shares_encoder: ClassVar[bool] = False  # has `encode`, `decode` and `modulations`; steps can share z_t
     release: ClassVar[Release | None] = None  # names of its published weights
     in_channels: int  # C
     num_classes: int  # K; label K is the null label
+    prediction: Prediction = "v"  # what the output is; an objective may set it
     hidden_size: int  # D of the blocks that alignment reads; a decoder may be wider
     patch_size: int  # p; H and W must be multiples of it
     label_table: ClassVar[str]  # name of the weights (K + 1, D) of the classes

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ddt.errors import UserError
+from ddt.flow import Prediction
 from ddt.model.base import Denoiser
 from ddt.model.cost import NetworkMacs, modulation_macs, stack_macs, weight_macs
 from ddt.model.layers import (
@@ -145,6 +146,7 @@ class Decoupled(Denoiser):
         num_classes: int,
         decoder_hidden_size: int | None,
         decoder_num_heads: int | None,
+        prediction: Prediction,
     ) -> None:
         super().__init__()
         if patch_size is None:
@@ -158,6 +160,7 @@ class Decoupled(Denoiser):
         self.patch_size = patch_size
         self.hidden_size = hidden_size
         self.num_classes = num_classes
+        self.prediction = prediction
 
     @property
     def stacks(self) -> list[BlockStack]:
@@ -235,6 +238,7 @@ class DDT(Decoupled):
             "selective" its elementwise work; same numbers.
         decoder_hidden_size, decoder_num_heads: of the decoder, where they are others; a Linear
             D → D_d is between, whose output the decoder's blocks read as z_t.
+        prediction: what the output is, see `Denoiser`.
 
     Raises UserError for impossible sizes. Source: method.md 2; arXiv 2504.05741, section 3.
     """
@@ -255,10 +259,11 @@ class DDT(Decoupled):
         activation_checkpointing: Checkpointing = False,
         decoder_hidden_size: int | None = None,
         decoder_num_heads: int | None = None,
+        prediction: Prediction = "v",
     ) -> None:
         super().__init__(
             in_channels, patch_size, hidden_size, num_heads, depth, encoder_depth, num_classes, decoder_hidden_size,
-            decoder_num_heads,
+            decoder_num_heads, prediction,
         )  # fmt: skip
         sizes = (in_channels, self.patch_size, hidden_size)
         others = (adaln_init, activation_checkpointing)

@@ -6,6 +6,7 @@ Shapes: B batch, C latent channels, H W latent size, N tokens, D width.
 from torch import Tensor, nn
 
 from ddt.errors import UserError
+from ddt.flow import Prediction
 from ddt.model.base import Denoiser
 from ddt.model.cost import NetworkMacs, modulation_macs, stack_macs, weight_macs
 from ddt.model.layers import (
@@ -40,6 +41,7 @@ class DiT(Denoiser, BlockStack):
         num_classes: int,
         adaln_init: AdaLNInit = "release",
         activation_checkpointing: Checkpointing = False,
+        prediction: Prediction = "v",
     ) -> None:
         if patch_size is None:
             raise UserError("model.patch_size=null: is inferred from the images before; give a number")
@@ -49,6 +51,7 @@ class DiT(Denoiser, BlockStack):
         self.in_channels = in_channels
         self.hidden_size = hidden_size
         self.num_classes = num_classes
+        self.prediction = prediction
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         self.output = OutputLayer(hidden_size, patch_size, in_channels)

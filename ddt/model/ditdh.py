@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddt.flow import Prediction
 from ddt.model.ddt import Decoder, Decoupled, Encoder
 from ddt.model.layers import Checkpointing, Positions, Style, integer_rope_table, sincos_table, tables
 from ddt.model.published_ditdh import ReleasedDiTDH
@@ -85,7 +86,7 @@ class DiTDH(Decoupled):
         num_classes: K; label K is the null label.
         decoder_hidden_size, decoder_num_heads: D_d and its heads; None: as in the encoder. A width
             of at least C is what the authors ask for.
-        activation_checkpointing: as of `DDT`.
+        activation_checkpointing, prediction: as of `DDT`.
 
     Raises UserError for impossible sizes. Source: arXiv 2510.11690, section 5.
     """
@@ -104,10 +105,11 @@ class DiTDH(Decoupled):
         decoder_hidden_size: int | None = None,
         decoder_num_heads: int | None = None,
         activation_checkpointing: Checkpointing = False,
+        prediction: Prediction = "v",
     ) -> None:
         super().__init__(
             in_channels, patch_size, hidden_size, num_heads, depth, encoder_depth, num_classes, decoder_hidden_size,
-            decoder_num_heads,
+            decoder_num_heads, prediction,
         )  # fmt: skip
         sizes = (in_channels, self.patch_size, hidden_size)
         self.encoder = DHEncoder(

@@ -6,16 +6,16 @@ Shapes: B batch, C H W latent, N tokens, F features of the alignment target. Sou
 import torch
 from torch import Tensor
 
-from ddt.flow import TimeDistribution, TrainingTimes, interpolate, velocity
+from ddt.errors import require
+from ddt.flow import Prediction, TimeDistribution, TrainingTimes, interpolate, velocity, velocity_of
 from ddt.model import Denoiser
 from ddt.objective.alignment import AlignmentLoss, DispersiveLoss
 from ddt.objective.base import Objective
 
 
-def velocity_loss(v_pred: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
+def velocity_loss(v_pred: Tensor, v_t: Tensor) -> Tensor:
     """Return `mean((v_pred − v_t)²)` of each sample, float32 (B,). Source: paper eq. 3."""
-    v_t = velocity(latents, noise)
-    return (v_pred.float() - v_t).square().flatten(1).mean(1)
+    return (v_pred - v_t).square().flatten(1).mean(1)
 
 
 class FlowMatching(Objective):
@@ -24,6 +24,11 @@ class FlowMatching(Objective):
     Args:
         time_distribution, t_min, timeshift: of the training times (`TrainingTimes`).
         label_dropout: published 0.1.
+        prediction: what the network learns to return, "v" as published; the network is marked with
+            it, so that sampling and checkpoints know. "x", the clean latent: output and target are
+            the velocities that `velocity_of` makes of it and of the latent.
+
+    Raises UserError for a network that predicts x, with another `prediction`.
     """
 
     def __init__(
@@ -34,8 +39,12 @@ class FlowMatching(Objective):
         alignment: AlignmentLoss | DispersiveLoss | None = None,
         t_min: float = 0.0,
         timeshift: float = 1.0,
+        prediction: Prediction = "v",
     ) -> None:
         super().__init__(denoiser, label_dropout, alignment)
+        known = denoiser.prediction
+        require(known in ("v", prediction), f"objective.prediction={prediction}: the network predicts {known}; give it")
+        denoiser.prediction = self.prediction = prediction
         self.times = TrainingTimes(time_distribution, t_min, timeshift)
 
     def forward(
@@ -53,10 +62,12 @@ class FlowMatching(Objective):
         y = torch.where(dropout_uniform < self.label_dropout, self.denoiser.num_classes, y)
         x_t = interpolate(latents, noise, t)
         if self.alignment is None or not align:
-            v_pred = self.denoiser(x_t, t, y)  # (B, C, H, W)
+            output = self.denoiser(x_t, t, y)  # (B, C, H, W)
         else:
-            v_pred, hidden = self.denoiser.forward_with_hidden(x_t, t, y, self.alignment.align_depth)
-        errors = velocity_loss(v_pred, latents, noise)  # (B,)
+            output, hidden = self.denoiser.forward_with_hidden(x_t, t, y, self.alignment.align_depth)
+        v_pred = velocity_of(output.float(), x_t, t, self.prediction)  # (B, C, H, W)
+        v_t = velocity(latents, noise) if self.prediction == "v" else velocity_of(latents, x_t, t, "x")
+        errors = velocity_loss(v_pred, v_t)  # (B,)
         loss = fm_loss = errors.mean()
         parts = {}
         if self.alignment is not None and align:
@@ -74,5 +85,6 @@ class FlowMatching(Objective):
     def for_validation(self, denoiser: Denoiser) -> "FlowMatching":
         times = self.times
         return FlowMatching(
-            denoiser, times.distribution, label_dropout=0.0, t_min=times.t_min, timeshift=times.timeshift
-        )
+            denoiser, times.distribution, label_dropout=0.0, t_min=times.t_min, timeshift=times.timeshift,
+            prediction=self.prediction,
+        )  # fmt: skip

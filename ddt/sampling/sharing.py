@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ddt.errors import UserError
+from ddt.flow import velocity_of
 from ddt.model import Denoiser
 from ddt.sampling.settings import SamplerSettings
 
@@ -110,17 +111,23 @@ class SharedNetwork:
     def velocity(self, x_t: Tensor, t: float | Tensor, copies: int) -> Tensor:
         """Return float32 velocities (copies·B, C, H, W) at x_t (B, C, H, W), by the kept z_t."""
         self.decoder_calls += copies
-        if not self.share:
+        both, times, labels = self._inputs(x_t, t, copies)
+        if self.share:
+            assert not isinstance(t, Tensor), "with a time for each image nothing is shared"
+            output = self._decode(both, t)
+        else:
             self.encoder_calls += copies
-            return self.model(*self._inputs(x_t, t, copies)).float()
-        assert not isinstance(t, Tensor), "with a time for each image nothing is shared"
-        n = copies * len(x_t)
-        both, last = x_t.repeat(copies, 1, 1, 1), self.kept[-1]
+            output = self.model(both, times, labels)
+        return velocity_of(output.float(), both, times, self.model.prediction)
+
+    def _decode(self, x_t: Tensor, t: float) -> Tensor:
+        """Return the decoder's output (n, C, H, W) at x_t (n, C, H, W), by the kept z_t."""
+        n, last = len(x_t), self.kept[-1]
         kept = list(itertools.takewhile(lambda encoded: len(encoded.z_t) >= n, reversed(self.kept)))[::-1]
         if t == last.t or len(kept) == 1:
-            return self.model.decode(both, last.z_t[:n], [m[:n] for m in last.modulations]).float()
+            return self.model.decode(x_t, last.z_t[:n], [m[:n] for m in last.modulations])
         weights = extrapolation_weights([encoded.t for encoded in kept], t)
-        return self.model.decode(both, last.z_t[:n], Mixture(self.model, kept, weights, n)).float()
+        return self.model.decode(x_t, last.z_t[:n], Mixture(self.model, kept, weights, n))
 
 
 def extrapolation_weights(times: Sequence[float], t: float) -> list[float]:

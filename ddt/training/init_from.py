@@ -94,7 +94,7 @@ def check_network(source: Source, network: dict[str, Any]) -> None:
     """Raise UserError where source and new run differ in more weights than the label table."""
     old, new = with_defaults(source.network), with_defaults(network)
     differing = [
-        f"model.{key} {old.get(key)} -> {new.get(key)}"
+        f"{'objective' if key == 'prediction' else 'model'}.{key} {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
         if key not in MAY_DIFFER and old.get(key) != new.get(key)
     ]

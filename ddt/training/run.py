@@ -125,7 +125,7 @@ def check(settings: TrainSettings) -> None:
         network = attempt(settings.model.build, in_channels=1, num_classes=1)
     if network is not None:
         attempt(check_memory, sum(parameter.numel() for parameter in network.parameters()))
-    attempt(settings.objective.build, denoiser=network)
+        attempt(settings.objective.build, denoiser=network)
     attempt(settings.optimizer.build, named_parameters=[("weight", nn.Parameter(torch.zeros(1)))])
     if settings.alignment is not None and network is not None:
         attempt(settings.alignment.check_depth, network.num_alignable_blocks)
@@ -228,6 +228,7 @@ def build_run(settings: TrainSettings) -> Run:
         alignment = settings.alignment.build(network.hidden_size, grid, images.image_size, images.cached_features)
     if alignment.target is not None:
         images.require_pixels()
+    objective = settings.objective.build(denoiser=network, alignment=alignment.loss)
     # what data and frozen weights are, wherever they lie: a resumed run must share it
     fingerprints = {
         "data": images.fingerprint,
@@ -238,7 +239,7 @@ def build_run(settings: TrainSettings) -> Run:
     for group, fingerprint in fingerprints.items():
         plain[group] = {**(plain[group] or {}), "fingerprint": fingerprint}
     config = {
-        "network": {**model.plain(), **sizes},
+        "network": {**model.plain(), **sizes, "prediction": network.prediction},
         "latent_shape": list(shape),
         "autoencoder": settings.autoencoder.plain(),
         "autoencoder_fingerprint": autoencoder.fingerprint,
@@ -246,7 +247,6 @@ def build_run(settings: TrainSettings) -> Run:
         "class_names": images.class_names,
         "run": plain,
     }
-    objective = settings.objective.build(denoiser=network, alignment=alignment.loss)
     return Run(settings, config, objective, autoencoder, images, held_out, alignment)
 
 

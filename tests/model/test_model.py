@@ -128,7 +128,7 @@ def test_activation_checkpointing_gives_the_same_gradients(case, changes, dtype)
         for each in (*model.encoder.blocks, *model.decoder.blocks):
             each.norm1.register_forward_hook(lambda *_, key=checkpointing: norms.update({key: norms[key] + 1}))
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            loss = velocity_loss(model(x, t, y), x, noise).mean()
+            loss = velocity_loss(model(x, t, y), x - noise).mean()
         with FlopCounterMode(display=False) as counter:  # recomputation included
             loss.backward()
         gradients[checkpointing] = [p.grad for p in model.parameters() if p.requires_grad]

@@ -14,6 +14,7 @@ class Recorder(torch.nn.Module):
     """Stands in for the network: records its inputs, returns a fixed velocity."""
 
     num_classes = 5
+    prediction = "v"
 
     def __init__(self, answer):
         super().__init__()
@@ -43,6 +44,41 @@ def test_loss_is_the_mean_squared_velocity_error_at_the_sampled_time(times, func
     assert torch.equal(network.y, y)
 
 
+def test_a_predicted_latent_is_compared_as_the_velocity_that_leads_to_it():
+    x, y, noise, _, uniform = (part.double() if part.is_floating_point() else part for part in batch(5))
+    t = torch.tensor([0.01, 0.5, 0.94, 0.96, 0.999], dtype=torch.float64)
+    output = torch.randn(x.shape, generator=torch.Generator().manual_seed(8))
+    network = Recorder(output)
+    losses = FlowMatching(network, label_dropout=0.0, prediction="x")(x, y, noise, torch.logit(t), uniform)
+    weights = torch.tensor([0.99, 0.5, 0.06, 0.05, 0.05], dtype=torch.float64) ** -2
+    expected = weights * (output.double() - x).square().mean((1, 2, 3))
+    torch.testing.assert_close(losses["errors"], expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(losses["loss"], expected.mean(), rtol=1e-9, atol=0)
+    exact = FlowMatching(Recorder(x.float()), prediction="x").for_validation(Recorder(x.float()))
+    assert exact(x.float(), y, noise.float(), torch.logit(t).float(), uniform)["loss"] == 0
+
+
+def test_a_target_below_the_floor_is_the_usual_velocity():
+    x, y, noise, time_normal, uniform = batch(4)
+    v = FlowMatching(Recorder(torch.zeros_like(x)), label_dropout=0.0)
+    inputs = x, y, noise, time_normal.clamp(max=2.9), uniform  # t ≤ 0.948
+    expected = v(*inputs)["errors"]
+    network = Recorder(None)
+    objective = FlowMatching(network, label_dropout=0.0, prediction="x")
+    network.forward = lambda x_t, t, y: x_t  # the clean latent that a velocity of zero means
+    torch.testing.assert_close(objective(*inputs)["errors"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_network_is_marked_with_its_prediction():
+    network = small_ddt()
+    assert network.prediction == "v"
+    objective = FlowMatching(network, prediction="x")
+    assert network.prediction == "x"
+    assert objective.for_validation(small_ddt(prediction="x")).prediction == "x"
+    with pytest.raises(UserError, match=r"^objective\.prediction=v: the network predicts x"):
+        FlowMatching(network)
+
+
 def test_labels_are_dropped_where_the_uniform_number_is_below_the_rate():
     x, y, noise, time_normal, _ = batch(4)
     network = Recorder(x)
@@ -64,7 +100,7 @@ def test_validation_is_the_objective_around_another_network_with_all_labels():
     objective = FlowMatching(trained, "uniform", 1.0, AlignmentLoss(torch.nn.Identity(), 1, 0.5, (2, 2), (2, 2)))
     losses = objective.for_validation(ema)(x, y, noise, time_normal, torch.zeros(4))
     assert torch.equal(ema.y, y)
-    assert torch.equal(losses["errors"], velocity_loss(ema.answer, x, noise))
+    assert torch.equal(losses["errors"], velocity_loss(ema.answer, x - noise))
     assert torch.equal(losses["t"], torch.special.ndtr(time_normal))
     assert objective.denoiser is trained
 

@@ -248,7 +248,7 @@ def test_the_loss_is_that_of_training_with_the_ema_weights(looked, run_folder):
             t = torch.tensor([(k + (row + 0.5) * (math.sqrt(5) - 1) / 2 % 1) / 10])
             with torch.no_grad():
                 v = model(interpolate(x, noise, t), t, torch.from_numpy(images.labels[chosen[row : row + 1]]))
-            errors[row, k] = velocity_loss(v, x, noise)
+            errors[row, k] = velocity_loss(v, velocity(x, noise))
     assert said["images"] == 7
     assert said["edges"] == [k / 10 for k in range(11)]
     assert np.allclose(said["mean"], errors.mean(0), rtol=1e-4)

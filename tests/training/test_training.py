@@ -68,7 +68,7 @@ def train(folder, name, *overrides):
 
 def validated(network, time_distribution="lognorm"):
     """The objective that validation calls, of a network."""
-    return FlowMatching(None, time_distribution).for_validation(network)
+    return FlowMatching(network, time_distribution).for_validation(network)
 
 
 @pytest.fixture(scope="module")
