@@ -263,7 +263,8 @@ class DDTPipeline(DiffusionPipeline):
         check_scheduler(self.scheduler)
         try:
             overrides = parse(SamplerOverrides, {NAMES.get(name, name): value for name, value in chosen.items()})
-            return overrides.resolve(self.scheduler.settings(), self.transformer.network.shares_encoder)
+            network = self.transformer.network
+            return overrides.resolve(self.scheduler.settings(), network.shares_encoder, network.base_depth)
         except UserError as error:
             text = str(error)
             for argument, name in NAMES.items():

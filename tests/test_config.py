@@ -155,6 +155,8 @@ def test_xl_on_imagenet_is_the_published_recipe():
         sde_last="mean",
         tolerance=1e-3,
         t_end=1.0,
+        internal_scale=1.0,
+        internal_interval=None,
     )
     assert dataclasses.asdict(settings.sampler) == published
     large = train_settings("model=xl_22en6de", "data=in512", "data.root=somewhere")

@@ -30,10 +30,11 @@ def sample_checkpoint(settings: SampleSettings) -> None:
     )
     folder = ckpt.find_checkpoint(settings.ckpt)
     stored = ckpt.read_config(folder)
+    network = stored["network"]
     ckpt.check_weights(folder, settings.weights)
     sampler, images = collect_errors(
-        lambda: settings.resolve(stored["sampler"], network_class(stored["network"]).shares_encoder),
-        lambda: settings.image_set(stored["network"]["num_classes"], stored["class_names"]),
+        lambda: settings.resolve(stored["sampler"], network_class(network).shares_encoder, network.get("base_depth")),
+        lambda: settings.image_set(network["num_classes"], stored["class_names"]),
     )
     if guide is not None:
         check_guide_config(stored, ckpt.read_config(guide), sampler.cfg_scale)

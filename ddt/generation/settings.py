@@ -11,7 +11,7 @@ from ddt.generation.image_set import SEED_STRIDE, ImageSet, Numbers, image_set
 from ddt.precision import Dtype
 from ddt.sampling.fitting import check_fitted
 from ddt.sampling.schedules import read_schedule
-from ddt.sampling.settings import LastStep, SamplerSettings
+from ddt.sampling.settings import LastStep, SamplerSettings, check_base_head
 from ddt.sampling.solvers import SOLVERS, DiffusionName, option_users
 
 Stored = Literal["checkpoint"]  # takes the value stored with the checkpoint
@@ -37,10 +37,13 @@ class SamplerOverrides:
     sde_last: LastStep | Stored = "checkpoint"
     tolerance: float | Stored = "checkpoint"
     t_end: float | Stored = "checkpoint"
+    internal_scale: float | Stored = "checkpoint"
+    internal_interval: tuple[float, float] | Stored | None = "checkpoint"
 
-    def resolve(self, stored: dict[str, Any], shares_encoder: bool) -> SamplerSettings:
+    def resolve(self, stored: dict[str, Any], shares_encoder: bool, base_depth: int | None = None) -> SamplerSettings:
         """Return a checkpoint's sampler, `stored`, with these settings for its network.
 
+        base_depth: of the network's base head, None: it has none.
         Raises UserError with a line for each setting that is impossible or has no effect.
         """
         values = {key: getattr(self, key) for key in SAMPLER_KEYS} | {"solver": self.sampler}
@@ -48,6 +51,7 @@ class SamplerOverrides:
         try:
             settings = parse(SamplerSettings, without_unused(stored | chosen, chosen))
             check_chosen(settings, chosen, shares_encoder)
+            check_base_head(settings, base_depth)
             settings.check_packages()
         except UserError as error:
             raise UserError(str(error).replace("solver=", "sampler=")) from error
@@ -67,6 +71,8 @@ def without_unused(values: dict[str, Any], chosen: dict[str, Any]) -> dict[str, 
         unused |= {"recompute", "cfg_steps", "forecast_order"}
     if values.get("recompute") is None:
         unused.add("forecast_order")
+    if values.get("internal_scale", 1) == 1:
+        unused.add("internal_interval")
     return {key: value for key, value in values.items() if key in chosen or key not in unused}
 
 
@@ -83,13 +89,16 @@ def check_chosen(settings: SamplerSettings, chosen: dict[str, Any], shares_encod
     )
     if settings.parsed_recompute.kind == "file":
         check_fitted(read_schedule(Path(str(settings.recompute))), settings, None)
-    guiding = [key for key in ("cfg_interval", "cfg_steps") if chosen.get(key) is not None]
-    if guiding and settings.cfg_scale != 1 and not settings.adaptive:
-        guidance, times = settings.guidance(), settings.call_times()
+    kinds = ((settings.guidance(), ("cfg_interval", "cfg_steps")), (settings.internal(), ("internal_interval",)))
+    for guidance, keys in kinds:
+        guiding = [key for key in keys if chosen.get(key) is not None]
+        if not guiding or guidance.scale == 1 or settings.adaptive:
+            continue
+        times = settings.call_times()
         require(
             any(guidance.active(t, step) for step, calls in enumerate(times) for t in calls),
             f"{guiding[0]}={shown(chosen[guiding[0]])}: guides none of the {settings.num_steps} steps, whose times are "
-            f"{', '.join(f'{calls[0]:.3f}' for calls in times[:3])}, …; choose others, or cfg_scale=1",
+            f"{', '.join(f'{calls[0]:.3f}' for calls in times[:3])}, …; choose others, or {guidance.name}_scale=1",
         )
 
 

@@ -31,6 +31,7 @@ class Denoiser(nn.Module, abc.ABC):
     prediction: Prediction = "v"  # what the output is; an objective may set it
     hidden_size: int  # D of the blocks that alignment reads; a decoder may be wider
     patch_size: int  # p; H and W must be multiples of it
+    base_depth: int | None = None  # block after which the base head is, None: it has none
     label_table: ClassVar[str]  # name of the weights (K + 1, D) of the classes
 
     @property
@@ -60,6 +61,14 @@ class Denoiser(nn.Module, abc.ABC):
     @abc.abstractmethod
     def forward_with_hidden(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int) -> tuple[Tensor, Tensor]:
         """Return the velocity (B, C, H, W) and the output (B, N, D) of block hidden_depth ≥ 1."""
+
+    def forward_with_base(
+        self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the velocity, that of the base head, both (B, C, H, W), and the output (B, N, D)
+        of block hidden_depth; UserError where there is no base head. Source: method.md 4.
+        """
+        raise UserError(f"{type(self).__name__} has no base head here: build it with base_depth=")
 
     def encode(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the self-condition z_t (B, N, D); UserError where there is no encoder."""

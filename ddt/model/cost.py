@@ -24,6 +24,7 @@ class NetworkMacs:
     encoder: int
     decoder: int
     modulations: int  # the part of `decoder` that depends on z_t alone
+    base: int = 0  # of the base head, which only training and internal guidance run
 
     @property
     def total(self) -> int:

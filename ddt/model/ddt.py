@@ -7,7 +7,7 @@ It knows no paths, guidance or losses, and computes the same in train and eval m
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,20 @@ from ddt.model.layers import (
     OutputLayer,
     Style,
     TimestepEmbedder,
+    check_base,
     check_halves,
     check_heads,
     check_sizes,
 )
 from ddt.model.published_names import ReleasedDDT
+
+
+class Encoding(NamedTuple):
+    """What the encoder makes of x_t, t and y."""
+
+    z_t: Tensor  # (B, N, D)
+    t_emb: Tensor  # (B, 1, D)
+    hidden: list[Tensor]  # (B, N, D) each, after the numbers of blocks that were asked for
 
 
 class Encoder(BlockStack):
@@ -55,14 +64,14 @@ class Encoder(BlockStack):
         self.t_embedder = self.time_embedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int = 0) -> tuple[Tensor, Tensor]:
-        """Return z_t = SiLU(t_emb + s), (B, N, D), and the tokens (B, N, D) after hidden_depth
-        blocks, for x_t (B, C, H, W), t (B,), y (B,).
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, depths: Sequence[int] = ()) -> Encoding:
+        """Return z_t = SiLU(t_emb + s), (B, N, D), t_emb, and the tokens (B, N, D) after each
+        number of blocks in depths, for x_t (B, C, H, W), t (B,), y (B,).
         """
         t_emb = self.t_embedder(t)[:, None]  # (B, 1, D)
         c = nn.functional.silu(t_emb + self.y_embedder(y)[:, None])  # (B, 1, D)
-        s, hidden = self.run(x_t, c, self.positions(x_t), hidden_depth)  # (B, N, D)
-        return nn.functional.silu(t_emb + s), hidden
+        s, hidden = self.run(x_t, c, self.positions(x_t), depths)  # (B, N, D)
+        return Encoding(nn.functional.silu(t_emb + s), t_emb, hidden)
 
 
 class Decoder(BlockStack):
@@ -161,6 +170,16 @@ class Decoupled(Denoiser):
         self.hidden_size = hidden_size
         self.num_classes = num_classes
         self.prediction = prediction
+        self.base_head: OutputLayer | None = None
+
+    def add_base_head(self, base_depth: int | None) -> None:
+        """Give the network its base head, after block base_depth of the encoder, unless None;
+        called last, so that the other weights start as without it.
+        """
+        if base_depth is not None:
+            check_base(base_depth, len(self.encoder.blocks))
+            sizes = (self.hidden_size, self.patch_size, self.in_channels)
+            self.base_depth, self.base_head = base_depth, OutputLayer(*sizes, self.encoder.style)
 
     @property
     def stacks(self) -> list[BlockStack]:
@@ -187,7 +206,7 @@ class Decoupled(Denoiser):
         x_t: noisy latents (B, C, H, W); t: times (B,) in [0, 1], 0 is noise; y: classes (B,) int64,
         `num_classes` is the null label. Source: paper eq. 7; method.md 2.
         """
-        return self.encoder(x_t, t, y)[0]
+        return self.encoder(x_t, t, y).z_t
 
     def decode(self, x_t: Tensor, z_t: Tensor, modulations: Sequence[Tensor] = ()) -> Tensor:
         """Return the velocity (B, C, H, W) from x_t (B, C, H, W) and z_t (B, N, D), perhaps of an
@@ -208,8 +227,24 @@ class Decoupled(Denoiser):
 
     def forward_with_hidden(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int) -> tuple[Tensor, Tensor]:
         """Return the velocity (B, C, H, W) and encoder block hidden_depth's output (B, N, D)."""
-        z_t, hidden = self.encoder(x_t, t, y, hidden_depth)
+        z_t, _, (hidden,) = self.encoder(x_t, t, y, [hidden_depth])
         return self.decode(x_t, z_t), hidden
+
+    def forward_with_base(
+        self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the velocity, that of the base head, both (B, C, H, W), and encoder block
+        hidden_depth's output (B, N, D); UserError where there is no base head.
+        """
+        if self.base_head is None or self.base_depth is None:
+            return super().forward_with_base(x_t, t, y, hidden_depth)
+        z_t, t_emb, (base, hidden) = self.encoder(x_t, t, y, [self.base_depth, hidden_depth])
+        z_b = nn.functional.silu(t_emb + base)  # (B, N, D)
+        return self.decode(x_t, z_t), self.base_velocity(self.base_head, x_t, z_b), hidden
+
+    def base_velocity(self, head: OutputLayer, x_t: Tensor, z_b: Tensor) -> Tensor:
+        """Return the base head's velocity (B, C, H, W) by z_b (B, N, D), which modulates itself."""
+        return head(z_b, z_b, self.encoder.positions(x_t))
 
     def macs(self, num_tokens: int) -> NetworkMacs:
         """Count the MACs of one forward for one image of N = num_tokens."""
@@ -220,6 +255,7 @@ class Decoupled(Denoiser):
             encoder=stack_macs(encoder, num_tokens) + modulation_macs(encoder) + weight_macs([encoder.t_embedder]),
             decoder=stack_macs(decoder, num_tokens) + output + modulations,
             modulations=modulations,
+            base=0 if self.base_head is None else num_tokens * weight_macs([self.base_head]),
         )
 
 
@@ -239,6 +275,8 @@ class DDT(Decoupled):
         decoder_hidden_size, decoder_num_heads: of the decoder, where they are others; a Linear
             D → D_d is between, whose output the decoder's blocks read as z_t.
         prediction: what the output is, see `Denoiser`.
+        base_depth: encoder block, 1..encoder_depth, after which the base head is, a second output
+            layer for internal guidance; None: no such head.
 
     Raises UserError for impossible sizes. Source: method.md 2; arXiv 2504.05741, section 3.
     """
@@ -260,6 +298,7 @@ class DDT(Decoupled):
         decoder_hidden_size: int | None = None,
         decoder_num_heads: int | None = None,
         prediction: Prediction = "v",
+        base_depth: int | None = None,
     ) -> None:
         super().__init__(
             in_channels, patch_size, hidden_size, num_heads, depth, encoder_depth, num_classes, decoder_hidden_size,
@@ -269,3 +308,4 @@ class DDT(Decoupled):
         others = (adaln_init, activation_checkpointing)
         self.encoder = Encoder(*sizes, num_heads, encoder_depth, num_classes, *others)
         self.decoder = Decoder(*sizes, *self.decoder_sizes, depth - encoder_depth, decoder_block, *others)
+        self.add_base_head(base_depth)

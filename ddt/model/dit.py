@@ -68,7 +68,7 @@ class DiT(Denoiser, BlockStack):
         """Both forwards; neither calls the other: FSDP2 gathers sharded weights in each."""
         at = self.positions(x_t)
         c = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))[:, None]  # (B, 1, D)
-        h, hidden = self.run(x_t, c, at, hidden_depth)
+        h, (hidden,) = self.run(x_t, c, at, [hidden_depth])
         return self.output(h, c, at), hidden
 
     @property

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddt.flow import Prediction
-from ddt.model.ddt import Decoder, Decoupled, Encoder
-from ddt.model.layers import Checkpointing, Positions, Style, integer_rope_table, sincos_table, tables
+from ddt.model.ddt import Decoder, Decoupled, Encoder, Encoding
+from ddt.model.layers import Checkpointing, OutputLayer, Positions, Style, integer_rope_table, sincos_table, tables
 from ddt.model.published_ditdh import ReleasedDiTDH
 
 NUM_FREQUENCIES = 256  # of the time embedding
@@ -53,15 +53,15 @@ class DHEncoder(Encoder):
         (table,) = tables(sincos_table, device, self.hidden_size, height, width)
         return super().grid_positions(height, width, device)._replace(table=table)
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int = 0) -> tuple[Tensor, Tensor]:
-        """Return z_t = SiLU(t_emb + s), (B, N, D), and the tokens (B, N, D) after hidden_depth
-        blocks, for x_t (B, C, H, W), t (B,), y (B,).
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, depths: Sequence[int] = ()) -> Encoding:
+        """Return z_t = SiLU(t_emb + s), (B, N, D), t_emb, and the tokens (B, N, D) after each
+        number of blocks in depths, for x_t (B, C, H, W), t (B,), y (B,).
         """
         t_emb = self.t_embedder(1 - t.float())[:, None]  # (B, 1, D)
         c = F.silu(t_emb + self.y_embedder(y)[:, None])  # (B, 1, D)
         # every adaLN of this family has a SiLU of its own, the same for all: a second one here
-        s, hidden = self.run(x_t, F.silu(c), self.positions(x_t), hidden_depth)  # (B, N, D)
-        return F.silu(t_emb + s), hidden
+        s, hidden = self.run(x_t, F.silu(c), self.positions(x_t), depths)  # (B, N, D)
+        return Encoding(F.silu(t_emb + s), t_emb, hidden)
 
 
 class DHDecoder(Decoder):
@@ -106,6 +106,7 @@ class DiTDH(Decoupled):
         decoder_num_heads: int | None = None,
         activation_checkpointing: Checkpointing = False,
         prediction: Prediction = "v",
+        base_depth: int | None = None,
     ) -> None:
         super().__init__(
             in_channels, patch_size, hidden_size, num_heads, depth, encoder_depth, num_classes, decoder_hidden_size,
@@ -118,3 +119,8 @@ class DiTDH(Decoupled):
         self.decoder = DHDecoder(
             *sizes, *self.decoder_sizes, depth - encoder_depth, "attention", "zero", activation_checkpointing, STYLE
         )
+        self.add_base_head(base_depth)
+
+    def base_velocity(self, head: OutputLayer, x_t: Tensor, z_b: Tensor) -> Tensor:
+        """Return the base head's velocity (B, C, H, W), with the SiLU and sign of this family."""
+        return -head(z_b, F.silu(z_b), self.encoder.positions(x_t))

@@ -441,21 +441,22 @@ class BlockStack(nn.Module):
         return positions(self.head_dim, height, width, device, self.style.rotation)
 
     def run(
-        self, x_t: Tensor, c: Tensor, at: Positions, hidden_depth: int = 0, modulations: Sequence[Tensor] = ()
-    ) -> tuple[Tensor, Tensor]:
-        """Return the tokens (B, N, D) after all blocks, and those after hidden_depth of them.
+        self, x_t: Tensor, c: Tensor, at: Positions, depths: Sequence[int] = (), modulations: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the tokens (B, N, D) after all blocks, and those after each number in depths of
+        them.
 
         x_t: (B, C, H, W); c: (B, 1 or N, D); modulations: of the first blocks, computed before.
         """
         h = self.input(x_t)  # (B, N, D)
         if at.table is not None:
             h = h + at.table
-        hidden = h
+        hidden = {0: h}
         for number, block in enumerate(self.blocks, start=1):
             h = block(h, c, at, modulations[number - 1] if number <= len(modulations) else None)
-            if number == hidden_depth:
-                hidden = h
-        return h, hidden
+            if number in depths:
+                hidden[number] = h
+        return h, [hidden[depth] for depth in depths]
 
 
 def check_sizes(
@@ -488,4 +489,13 @@ def check_halves(depth: int, encoder_depth: int) -> None:
         1 <= encoder_depth <= depth - 1,
         f"model.encoder_depth={encoder_depth} leaves no encoder or no decoder: "
         f"with model.depth={depth} choose 1..{depth - 1}",
+    )
+
+
+def check_base(base_depth: int, encoder_depth: int) -> None:
+    """Raise UserError where a base head is after no block of the encoder."""
+    require(
+        1 <= base_depth <= encoder_depth,
+        f"objective.base_depth={base_depth}: the encoder has {encoder_depth} blocks, choose 1..{encoder_depth}, or "
+        "null for no base head",
     )

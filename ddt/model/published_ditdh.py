@@ -76,6 +76,7 @@ class ReleasedDiTDH(Release):
         return published.replace("projector.", "s_projector.") if rest.startswith("projector.") else published
 
     def check(self, settings: dict[str, Any]) -> None:
+        super().check(settings)
         patch_size = settings["patch_size"]
         require(
             patch_size == 1,

@@ -41,8 +41,13 @@ class Release(abc.ABC):
     def published_name(self, name: str, settings: dict[str, Any]) -> str:
         """Return the published name of one of the network's weights."""
 
-    def check(self, settings: dict[str, Any]) -> None:  # noqa: B027
+    def check(self, settings: dict[str, Any]) -> None:
         """Raise UserError for a network with weights that have no published names."""
+        depth = settings.get("base_depth")
+        require(
+            depth is None,
+            f"objective.base_depth={depth}: the published format knows no base head; choose format=hub or diffusers",
+        )
 
     def read(self, state: State, settings: dict[str, Any], source: str) -> State:
         """Return a file's weights, under its names, as the network has them: without fixed tables.
@@ -174,6 +179,7 @@ class ReleasedDDT(Release):
         return {**sizes, "encoder_depth": encoder_depth}
 
     def check(self, settings: dict[str, Any]) -> None:
+        super().check(settings)
         block = settings.get("decoder_block", "attention")
         require(
             block == "attention",

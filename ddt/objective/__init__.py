@@ -6,7 +6,7 @@ To add an objective: a subclass of `Objective` (base.py) in a file here, its nam
 a file in conf/objective whose `_target_` is `ddt.objective.NAME`. Validation calls it.
 """
 
-from ddt.objective.base import Objective
+from ddt.objective.base import Objective, network_arguments
 from ddt.objective.flow_matching import FlowMatching
 
-__all__ = ["FlowMatching", "Objective"]
+__all__ = ["FlowMatching", "Objective", "network_arguments"]

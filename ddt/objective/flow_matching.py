@@ -27,8 +27,11 @@ class FlowMatching(Objective):
         prediction: what the network learns to return, "v" as published; the network is marked with
             it, so that sampling and checkpoints know. "x", the clean latent: output and target are
             the velocities that `velocity_of` makes of it and of the latent.
+        base_depth: encoder block of the denoiser's base head, whose loss is added; None: no head.
+        base_weight: of that loss.
 
-    Raises UserError for a network that predicts x, with another `prediction`.
+    Raises UserError for a network that predicts x, with another `prediction`, and for a weight
+    without effect.
     """
 
     def __init__(
@@ -40,11 +43,19 @@ class FlowMatching(Objective):
         t_min: float = 0.0,
         timeshift: float = 1.0,
         prediction: Prediction = "v",
+        base_depth: int | None = None,
+        base_weight: float = 1.0,
     ) -> None:
         super().__init__(denoiser, label_dropout, alignment)
         known = denoiser.prediction
         require(known in ("v", prediction), f"objective.prediction={prediction}: the network predicts {known}; give it")
         denoiser.prediction = self.prediction = prediction
+        require(base_weight > 0, f"objective.base_weight={base_weight}: must be above 0; base_depth=null has no head")
+        require(
+            base_depth is not None or base_weight == 1,
+            f"objective.base_weight={base_weight}: has no effect without objective.base_depth=; leave it out",
+        )
+        self.base_depth, self.base_weight = base_depth, base_weight
         self.times = TrainingTimes(time_distribution, t_min, timeshift)
 
     def forward(
@@ -57,26 +68,36 @@ class FlowMatching(Objective):
         features: Tensor | None = None,
         align: bool = True,
     ) -> dict[str, Tensor]:
-        """Return `loss`, `fm_loss`, the alignment's loss, `t` and `errors`; see `Objective`."""
+        """Return `loss`, `fm_loss`, `base_loss`, the alignment's loss, `t` and `errors`; see
+        `Objective`.
+        """
         t = self.times.of(time_normal)  # (B,)
         y = torch.where(dropout_uniform < self.label_dropout, self.denoiser.num_classes, y)
         x_t = interpolate(latents, noise, t)
-        if self.alignment is None or not align:
-            output = self.denoiser(x_t, t, y)  # (B, C, H, W)
+        hidden_depth = self.alignment.align_depth if self.alignment is not None and align else 0
+        base = None
+        if self.base_depth is not None:
+            output, base, hidden = self.denoiser.forward_with_base(x_t, t, y, hidden_depth)
+        elif hidden_depth:
+            output, hidden = self.denoiser.forward_with_hidden(x_t, t, y, hidden_depth)
         else:
-            output, hidden = self.denoiser.forward_with_hidden(x_t, t, y, self.alignment.align_depth)
+            output = self.denoiser(x_t, t, y)  # (B, C, H, W)
         v_pred = velocity_of(output.float(), x_t, t, self.prediction)  # (B, C, H, W)
         v_t = velocity(latents, noise) if self.prediction == "v" else velocity_of(latents, x_t, t, "x")
         errors = velocity_loss(v_pred, v_t)  # (B,)
         loss = fm_loss = errors.mean()
         parts = {}
+        if base is not None:
+            base_loss = velocity_loss(velocity_of(base.float(), x_t, t, self.prediction), v_t).mean()
+            loss = loss + self.base_weight * base_loss
+            parts["base_loss"] = base_loss.detach()
         if self.alignment is not None and align:
             alignment_loss = self.alignment(hidden, features)
-            loss = fm_loss + self.alignment.weight * alignment_loss
-            parts = {self.alignment.name: alignment_loss.detach()}
+            loss = loss + self.alignment.weight * alignment_loss
+            parts[self.alignment.name] = alignment_loss.detach()
         elif self.alignment is not None:
             # gradient zero keeps the projector in the graph: DDP waits for every weight's gradient
-            loss = fm_loss + 0 * sum(parameter.sum() for parameter in self.alignment.parameters())
+            loss = loss + 0 * sum(parameter.sum() for parameter in self.alignment.parameters())
         return {"loss": loss, "fm_loss": fm_loss.detach(), **parts, "t": t, "errors": errors.detach()}
 
     def time_normal(self, t: Tensor) -> Tensor:

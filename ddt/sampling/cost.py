@@ -3,7 +3,7 @@
 from ddt.errors import require
 from ddt.model import Denoiser
 from ddt.model.cost import network_macs
-from ddt.sampling.settings import SamplerSettings
+from ddt.sampling.settings import SamplerSettings, check_base_head
 from ddt.sampling.sharing import require_encoder, segments
 
 
@@ -24,13 +24,15 @@ def sampling_macs(
         skip_unconditional: the unconditional half runs only where needed; False runs both halves at
             every call, as the release does.
 
-    Raises UserError for the adaptive solver, a schedule yet to be fitted, and a schedule on a model
-    without an encoder. Source: method.md 4; `sharing.GuidedVelocity`.
+    Raises UserError for the adaptive solver, a schedule yet to be fitted, a schedule on a model
+    without an encoder, and internal guidance of one without a base head. Source: method.md 4;
+    `sharing.GuidedVelocity`.
     """
     require(
         not settings.adaptive, f"solver={settings.solver}: chooses its own steps, so their cost is not known beforehand"
     )
-    network, guidance = network_macs(model, height, width), settings.guidance()
+    check_base_head(settings, model.base_depth)
+    network, guidance, internal = network_macs(model, height, width), settings.guidance(), settings.internal()
     shared = segments(settings)
     if shared:
         require_encoder(model)
@@ -46,5 +48,5 @@ def sampling_macs(
                 encoded = 2 if both or not skip_unconditional else 1
                 total += encoded * (network.encoder + saved)
             decoded = 2 if guided or not skip_unconditional else 1
-            total += decoded * (network.decoder - saved)
+            total += decoded * (network.decoder - saved + (network.base if internal.active(t, step) else 0))
     return total

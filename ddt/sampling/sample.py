@@ -138,6 +138,8 @@ def sample(
     sde_last: LastStep = "mean",
     tolerance: float = 1e-3,
     t_end: float = 1.0,
+    internal_scale: float = 1.0,
+    internal_interval: tuple[float, float] | None = None,
     guide: Denoiser | None = None,
     cache_bytes: float = CACHE_BYTES,
     counts: dict[str, int] | None = None,
@@ -159,6 +161,8 @@ def sample(
             parabola through the last ones (`sharing.SharedNetwork`).
         step_noise: (steps, B, C, H, W) for a stochastic solver, whose last step needs none; None
             samples it (`step_noise_fn`). sde_diffusion, sde_last: see `solvers.sde`.
+        internal_scale: guidance away from the model's base head, 1 is none. internal_interval: the
+            times from lo to hi at which it acts, None is always.
         guide: a weaker network to guide away from (autoguidance); None guides away from the
             unconditional velocity (classifier-free guidance).
         cache_bytes: bound on cached decoder modulations, for each network; changes only the speed.
@@ -176,7 +180,7 @@ def sample(
     )
     settings = SamplerSettings(
         solver, num_steps, cfg_scale, cfg_interval, cfg_steps, last_step, timeshift, recompute, forecast_order,
-        sde_diffusion, sde_last, tolerance, t_end,
+        sde_diffusion, sde_last, tolerance, t_end, internal_scale, internal_interval,
     )  # fmt: skip
     return sample_latents(
         model, noise, y, settings, guide=guide, step_noise=step_noise, cache_bytes=cache_bytes, counts=counts,

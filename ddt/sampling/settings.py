@@ -37,11 +37,23 @@ class SamplerSettings:
     sde_last: LastStep = "mean"
     tolerance: float = 1e-3
     t_end: float = 1.0
+    internal_scale: float = 1.0
+    internal_interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         require(self.solver in SOLVERS, f"solver={self.solver}: unknown solver, choose from {', '.join(SOLVERS)}")
         time_grid(self.num_steps, self.last_step, self.timeshift, self.t_end)
         self.guidance()
+        self.internal()
+        require(
+            self.internal_interval is None or self.internal_scale != 1,
+            f"internal_interval={self.internal_interval}: has no effect with internal_scale=1; leave it out",
+        )
+        require(
+            self.internal_scale == 1 or self.recompute is None,
+            f"internal_scale={self.internal_scale}: guides away from the base head, which runs with the encoder at "
+            "every step; give recompute=null, or internal_scale=1",
+        )
         wrong = [step for step in self.cfg_steps or () if not 0 <= step < self.num_steps]
         require(not wrong, f"cfg_steps={wrong[:3]}: steps are 0..{self.num_steps - 1}")
         require(self.cfg_steps is None or len(self.cfg_steps) > 0, "cfg_steps=[]: names no step; give cfg_scale=1")
@@ -109,6 +121,10 @@ class SamplerSettings:
             self.cfg_scale, self.cfg_interval, None if self.cfg_steps is None else frozenset(self.cfg_steps)
         )
 
+    def internal(self) -> Guidance:
+        """Return when and how strongly the velocity is guided away from the base head's."""
+        return Guidance(self.internal_scale, self.internal_interval, name="internal", closed=True)
+
     def schedule(self) -> list[int] | None:
         """Return the steps at which the encoder runs, or None for every step.
 
@@ -128,3 +144,12 @@ class SamplerSettings:
     def as_receipt(self) -> dict[str, Any]:
         """Return the settings as plain values, a schedule file as its steps."""
         return {**dataclasses.asdict(self), "recompute": content_of(self.recompute)}
+
+
+def check_base_head(settings: SamplerSettings, base_depth: int | None) -> None:
+    """Raise UserError for internal guidance of a network without base head."""
+    require(
+        settings.internal_scale == 1 or base_depth is not None,
+        f"internal_scale={settings.internal_scale}: this model has no base head; train with objective.base_depth=, or "
+        "give 1",
+    )

@@ -16,9 +16,11 @@ from torch import Tensor
 from ddt.errors import UserError
 from ddt.flow import velocity_of
 from ddt.model import Denoiser
-from ddt.sampling.settings import SamplerSettings
+from ddt.sampling.guidance import Guidance
+from ddt.sampling.settings import SamplerSettings, check_base_head
 
 CACHE_BYTES = 4 * 2**30  # default bound on cached modulations
+UNGUIDED = Guidance()
 
 
 def require_encoder(model: Denoiser) -> None:
@@ -78,12 +80,21 @@ class SharedNetwork:
             Modulations are linear in z_t: theirs is the same polynomial, and cached ones still need
             no matrix product.
         cache_bytes: bound on cached modulations; those that do not fit are computed at each call.
+        internal: guidance away from the base head, of each half by itself; not with `share=True`.
     """
 
-    def __init__(self, model: Denoiser, labels: Tensor, share: bool, forecast_order: int, cache_bytes: float) -> None:
+    def __init__(
+        self,
+        model: Denoiser,
+        labels: Tensor,
+        share: bool,
+        forecast_order: int,
+        cache_bytes: float,
+        internal: Guidance = UNGUIDED,
+    ) -> None:
         if share:
             require_encoder(model)
-        self.model, self.labels, self.share = model, labels, share
+        self.model, self.labels, self.share, self.internal = model, labels, share, internal
         self.kept: deque[Encoded] = deque(maxlen=forecast_order + 1)  # z_t kept between steps, newest last
         self.cache_bytes = cache_bytes / (forecast_order + 1)  # for each run of the encoder
         self.encoder_calls = self.decoder_calls = 0  # network evaluations per image
@@ -117,8 +128,16 @@ class SharedNetwork:
             output = self._decode(both, t)
         else:
             self.encoder_calls += copies
-            output = self.model(both, times, labels)
+            output = self._run(t, both, times, labels)
         return velocity_of(output.float(), both, times, self.model.prediction)
+
+    def _run(self, t: float | Tensor, x_t: Tensor, times: Tensor, labels: Tensor) -> Tensor:
+        """Return the output (n, C, H, W) of the whole model, guided by its base head's."""
+        if not (self.internal.scale != 1 if isinstance(t, Tensor) else self.internal.active(t)):
+            return self.model(x_t, times, labels)
+        v, v_base, _ = self.model.forward_with_base(x_t, times, labels)
+        combined = self.internal.combine(v.float(), v_base.float())
+        return torch.where(self.internal.mask(times)[:, None, None, None], combined, v.float())
 
     def _decode(self, x_t: Tensor, t: float) -> Tensor:
         """Return the decoder's output (n, C, H, W) at x_t (n, C, H, W), by the kept z_t."""
@@ -175,7 +194,9 @@ class GuidedVelocity:
 
     Without a guide, a guided call runs both halves as one batch of 2B, another B alone. The encoder
     runs at every call of a recompute step and at no other (`segments`). Source: method.md 4.
-    Raises UserError for a schedule on a model without an encoder.
+    Internal guidance is of each half of the model, before they are combined; a guide has none.
+    Raises UserError for a schedule on a model without an encoder, and for internal guidance of one
+    without a base head.
     """
 
     def __init__(
@@ -189,7 +210,8 @@ class GuidedVelocity:
         self.guidance, self.segments = settings.guidance(), segments(settings)
         labels = y if guide else torch.cat([y, torch.full_like(y, model.num_classes)])
         share, order = settings.recompute is not None, settings.forecast_order
-        self.network = SharedNetwork(model, labels, share, order, cache_bytes)
+        check_base_head(settings, model.base_depth)
+        self.network = SharedNetwork(model, labels, share, order, cache_bytes, settings.internal())
         # a guide without an encoder runs whole
         self.guide = SharedNetwork(guide, y, share and guide.shares_encoder, order, cache_bytes) if guide else None
 

@@ -29,7 +29,7 @@ from ddt.files import read_json
 from ddt.metrics.ranking import is_number
 from ddt.model.cost import network_macs
 from ddt.model.layers import MAX_SIZES, PRODUCTS, BlockStack, Checkpointing, token_grid
-from ddt.objective import Objective
+from ddt.objective import Objective, network_arguments
 from ddt.objective.alignment import REPA, Alignment, Dispersive
 from ddt.objective.alignment_target import Target
 from ddt.objective.irepa import IREPA
@@ -181,7 +181,9 @@ def build_recipe(settings: EstimateSettings) -> Recipe:
     patch_size = model.settings["patch_size"]
     require(patch_size is not None, "model.patch_size: is inferred from the images; give it, or data.root=")
     with torch.device("meta"):
-        network = model.build(in_channels=shape[0], num_classes=outline.num_classes)
+        network = model.build(
+            in_channels=shape[0], num_classes=outline.num_classes, **network_arguments(settings.objective, model)
+        )
     grid = token_grid(patch_size, *shape[1:])
     try:
         sampling_macs(network, *shape[1:], sampler)  # UserError where the cost cannot be counted
@@ -299,11 +301,13 @@ def flops(recipe: Recipe) -> dict[str, float]:
     """
     denoiser, shape, trainer = recipe.objective.denoiser, recipe.shape, recipe.trainer
     network = recipe.autoencoder.network
-    forward = 2 * network_macs(denoiser, *shape[1:]).total
+    network_cost = network_macs(denoiser, *shape[1:])
+    forward = 2 * network_cost.total
     aligned, target = training_flops(recipe.objective, shape), target_flops(recipe.target, recipe.image_size)
     recomputed = forward if recipe.checkpointing is True else 0  # selective recomputes no matrix product
     steps = min(trainer.max_steps, recipe.align_until)
-    each = steps * (aligned + target + recomputed) + (trainer.max_steps - steps) * (3 * forward + recomputed)
+    unaligned = 3 * (forward + 2 * network_cost.base)
+    each = steps * (aligned + target + recomputed) + (trainer.max_steps - steps) * (unaligned + recomputed)
     encode = decode = 0
     if network is not None:
         pixels = torch.empty(1, network.config.in_channels, recipe.image_size, recipe.image_size, device="meta")

@@ -22,10 +22,10 @@ from ddt.files import MAX_NAME_BYTES, is_run_name
 from ddt.metrics.features import FeatureSettings, check_weights
 from ddt.metrics.reference import data_reference, load_reference
 from ddt.model.layers import token_grid
-from ddt.objective import Objective
+from ddt.objective import Objective, network_arguments
 from ddt.objective.alignment import REPA, Alignment, Dispersive
 from ddt.objective.irepa import IREPA
-from ddt.sampling.settings import SamplerSettings
+from ddt.sampling.settings import SamplerSettings, check_base_head
 from ddt.training.evaluation import OnlineEvaluation, OnlineSamples, online_evaluation
 from ddt.training.init_from import find_source
 from ddt.training.settings import TrainerSettings
@@ -122,7 +122,8 @@ def check(settings: TrainSettings) -> None:
     attempt(settings.sampler.schedule, prefix="sampler.")
     attempt(settings.sampler.check_packages, prefix="sampler.")
     with torch.device("meta"):
-        network = attempt(settings.model.build, in_channels=1, num_classes=1)
+        asked = attempt(network_arguments, settings.objective, settings.model)
+        network = attempt(settings.model.build, in_channels=1, num_classes=1, **(asked or {}))
     if network is not None:
         attempt(check_memory, sum(parameter.numel() for parameter in network.parameters()))
         attempt(settings.objective.build, denoiser=network)
@@ -137,6 +138,8 @@ def check(settings: TrainSettings) -> None:
         problems.append(
             f"sampler.recompute={settings.sampler.recompute}: this model has no encoder to share; give null"
         )
+    if network is not None and asked is not None:
+        attempt(check_base_head, settings.sampler, network.base_depth, prefix="sampler.")
     require(not problems, "\n".join(problems))
     trainer = settings.trainer
     if trainer.warmup_steps >= trainer.max_steps:
@@ -222,6 +225,7 @@ def build_run(settings: TrainSettings) -> Run:
     grid = token_grid(model.settings["patch_size"], *shape[1:])
     images.check_autoencoder(autoencoder)
     sizes = {"in_channels": shape[0], "num_classes": len(images.class_names)}
+    sizes |= network_arguments(settings.objective, model)
     network = model.build(**sizes)
     alignment = Alignment()
     if settings.alignment is not None:

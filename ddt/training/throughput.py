@@ -33,7 +33,8 @@ def peak_of(device_name: str) -> float | None:
 def training_flops(objective: Objective, shape: tuple[int, int, int]) -> int:
     """Return the FLOPs of an image in training, forward and backward; shape: latent (C, H, W)."""
     size = objective.denoiser, shape[1], shape[2]
-    macs = network_macs(*size).total
+    network = network_macs(*size)
+    macs = network.total + network.base
     if objective.alignment is not None:
         macs += num_tokens(*size) * weight_macs([objective.alignment])
     return 6 * macs  # two operations a MAC; the backward pass is twice the forward

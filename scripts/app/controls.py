@@ -149,7 +149,7 @@ def make_requests(values: dict[str, Any], stored: dict[str, Any], settings: AppS
     def request(one: Controls) -> Request:
         sample = one.sample_settings(settings, shares_encoder)
         sampler, images = collect_errors(
-            lambda: sample.resolve(stored["sampler"], shares_encoder),
+            lambda: sample.resolve(stored["sampler"], shares_encoder, stored["network"].get("base_depth")),
             lambda: sample.image_set(stored["network"]["num_classes"]),
         )
         return Request(sampler, images, as_command(sample))

@@ -62,7 +62,7 @@ def test_a_forward_costs_what_torch_counts(case, changes):
     with counted() as rest:
         model.decode(x, z, kept)
     macs = network_macs(model, 8, 16)
-    assert dataclasses.astuple(macs) == (*encoder, *decoder, *modulations)
+    assert dataclasses.astuple(macs) == (*encoder, *decoder, *modulations, 0)
     assert macs.total == encoder[0] + decoder[0]
     assert rest[0] == macs.decoder - macs.modulations
 
@@ -72,7 +72,7 @@ def test_the_baseline_costs_what_torch_counts():
     x, t, y = inputs(batch=1)
     with counted() as whole:
         model(x, t, y)
-    assert dataclasses.astuple(network_macs(model, 8, 8)) == (0, *whole, 0)
+    assert dataclasses.astuple(network_macs(model, 8, 8)) == (0, *whole, 0, 0)
     with counted() as macs:
         ddt.sample(model, x, y, num_steps=10)
     assert macs == [sampling_macs(model, 8, 8, SamplerSettings(num_steps=10))]
@@ -194,6 +194,24 @@ def test_plain_sampling_gives_the_same_and_costs_what_torch_counts(settings):
     with counted() as macs:
         plain_sample(plain, x[:1], y[:1], settings)
     assert macs == [sampling_macs(model, 8, 8, settings, cached=False, skip_unconditional=False)]
+
+
+@pytest.mark.parametrize(
+    "settings", [dataclasses.replace(run, internal_scale=1.5) for run in RUNS if not run.recompute]
+)
+@pytest.mark.parametrize("interval", [None, (0.1, 0.6)])
+@pytest.mark.parametrize("case", SHARING)
+def test_internal_guidance_costs_the_base_head_where_it_guides(case, settings, interval):
+    model = small_network(case, base_depth=1)
+    x, t, y = inputs(batch=1)
+    with counted() as whole:
+        model.forward_with_base(x, t, y)
+    cost = network_macs(model, 8, 8)
+    assert [cost.total + cost.base] == whole
+    settings = dataclasses.replace(settings, internal_interval=interval)
+    with counted() as macs:
+        sample_latents(model, x, y, settings)
+    assert macs == [sampling_macs(model, 8, 8, settings)]
 
 
 def test_cost_unknown_beforehand_is_refused():

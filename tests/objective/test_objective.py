@@ -108,3 +108,36 @@ def test_validation_is_the_objective_around_another_network_with_all_labels():
 def test_impossible_dropout_is_named():
     with pytest.raises(UserError, match=r"objective\.label_dropout=1\.5"):
         FlowMatching(small_ddt(), label_dropout=1.5)
+
+
+def test_the_loss_of_a_base_head_is_added():
+    x, y, noise, time_normal, _ = batch()
+    network, undropped = small_ddt(base_depth=1), torch.ones(3)
+    losses = FlowMatching(network, base_depth=1, base_weight=0.3)(x, y, noise, time_normal, undropped)
+    t = torch.sigmoid(time_normal)
+    x_t = t[:, None, None, None] * x + (1 - t)[:, None, None, None] * noise
+    final, base = (((v - (x - noise)) ** 2).mean() for v in network.forward_with_base(x_t, t, y)[:2])
+    torch.testing.assert_close(losses["loss"], final + 0.3 * base)
+    torch.testing.assert_close(losses["base_loss"], base)
+    torch.testing.assert_close(losses["errors"].mean(), final)
+    losses["loss"].backward()
+    assert all(p.grad is not None and p.grad.any() for p in network.base_head.parameters())
+    network.zero_grad()
+    losses = FlowMatching(network, base_depth=1)(x, y, noise, time_normal, undropped)
+    gradient = torch.autograd.grad(losses["loss"] - losses["fm_loss"], network.encoder.input.proj.weight)[0]
+    assert gradient.any(), "both train the encoder"
+
+
+def test_a_base_head_and_an_alignment_add_up():
+    x, y, noise, time_normal, uniform = batch()
+    network = small_ddt(base_depth=1)
+    alignment = AlignmentLoss(torch.nn.Identity(), 2, 0.5, (4, 4), (4, 4))
+    features = torch.randn(3, 16, network.hidden_size)
+    losses = FlowMatching(network, alignment=alignment, base_depth=1)(x, y, noise, time_normal, uniform, features)
+    total = losses["fm_loss"] + losses["base_loss"] + 0.5 * losses[alignment.name]
+    torch.testing.assert_close(losses["loss"].detach(), total)
+    alone = FlowMatching(network, base_depth=1)(x, y, noise, time_normal, uniform)
+    torch.testing.assert_close(alone["base_loss"], losses["base_loss"])
+    assert "base_loss" not in FlowMatching(network, base_depth=1).for_validation(network)(
+        x, y, noise, time_normal, uniform
+    )

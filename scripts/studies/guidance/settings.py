@@ -128,8 +128,9 @@ class GuidanceSettings(SamplerOverrides):
         others = {key: getattr(self, key) for key in ("sampler", *SAMPLER_KEYS) if key not in SAMPLER_AXES}
         if chosen["recompute"] is None and self.axis("recompute") != [None]:
             others["forecast_order"] = 0  # it is for the points that share
-        shares = network_class(checkpoint.stored["network"]).shares_encoder
-        settings = SamplerOverrides(**others, **chosen).resolve(checkpoint.stored["sampler"], shares)
+        stored, network = checkpoint.stored["sampler"], checkpoint.stored["network"]
+        overrides = SamplerOverrides(**others, **chosen)
+        settings = overrides.resolve(stored, network_class(network).shares_encoder, network.get("base_depth"))
         return dataclasses.replace(settings, cfg_interval=None) if settings.cfg_scale == 1 else settings
 
     def points(self, checkpoints: list[Checkpoint]) -> list[Point]:

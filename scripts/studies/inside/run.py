@@ -64,7 +64,7 @@ class InsideSettings(SamplerOverrides):
         """Return sampler and images, as sample.py does of the same settings."""
         network = stored["network"]
         sampler, images = collect_errors(
-            lambda: self.resolve(stored["sampler"], network_class(network).shares_encoder),
+            lambda: self.resolve(stored["sampler"], network_class(network).shares_encoder, network.get("base_depth")),
             lambda: image_set(
                 network["num_classes"], classes=self.classes, seeds=self.seeds, class_names=stored["class_names"]
             ),
