@@ -240,7 +240,8 @@ class Decoupled(Denoiser):
             return super().forward_with_base(x_t, t, y, hidden_depth)
         z_t, t_emb, (base, hidden) = self.encoder(x_t, t, y, [self.base_depth, hidden_depth])
         z_b = nn.functional.silu(t_emb + base)  # (B, N, D)
-        return self.decode(x_t, z_t), self.base_velocity(self.base_head, x_t, z_b), hidden
+        # not `decode`, behind which FSDP2 would shard the head's weights again
+        return self.decoder(x_t, z_t), self.base_velocity(self.base_head, x_t, z_b), hidden
 
     def base_velocity(self, head: OutputLayer, x_t: Tensor, z_b: Tensor) -> Tensor:
         """Return the base head's velocity (B, C, H, W) by z_b (B, N, D), which modulates itself."""
