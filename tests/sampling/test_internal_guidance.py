@@ -9,7 +9,7 @@ from conftest import SHARING, inputs, small_ddt, small_network
 
 import ddt
 from ddt.errors import UserError
-from ddt.flow import time_grid
+from ddt.flow import time_grid, velocity_of
 from ddt.generation.settings import SamplerOverrides
 from ddt.sampling.settings import SamplerSettings
 
@@ -102,3 +102,12 @@ def test_a_stored_sampler_with_chosen_scales():
         SamplerOverrides().resolve(stored, True)
     with pytest.raises(UserError, match=r"internal_interval=\[0\.995,1\.0\]: guides none of the 250 steps"):
         SamplerOverrides(internal_interval=(0.995, 1.0)).resolve(stored, True, 2)
+
+
+def test_outputs_that_are_clean_latents_are_guided_as_velocities():
+    model = small_ddt(base_depth=1, prediction="x")
+    x, _, y = inputs()
+    with torch.no_grad():
+        v, base = (velocity_of(o, x, torch.zeros(3), "x") for o in model.forward_with_base(x, torch.zeros(3), y)[:2])
+    guided = ddt.sample(model, x, y, num_steps=1, last_step=None, cfg_scale=1.0, internal_scale=1.7)
+    torch.testing.assert_close(guided, x + base + 1.7 * (v - base), rtol=1e-5, atol=1e-5)
