@@ -223,6 +223,11 @@ class Style:
 DDT_STYLE = Style()
 
 
+def runs_kernels(x: Tensor) -> bool:
+    """Whether a compiled block uses the kernels of `ddt.model.kernels` for tokens x."""
+    return x.is_cuda and torch.compiler.is_compiling()
+
+
 def turn(x: Tensor, norm: nn.Module, at: Positions) -> Tensor:
     """Return `rotate(norm(x))` of queries or keys x (B, N, heads, d), in forms of which torch's
     compiler makes less traffic: qkv's layout, sums of whole rows, no pairs, no complex numbers.
@@ -251,7 +256,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, at: Positions) -> Tensor:
         """Return (B, N, D) for x (B, N, D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
-        if torch.compiler.is_compiling():
+        if runs_kernels(x) and isinstance(self.q_norm, RMSNorm):
+            q, k, v = self.turned(qkv, at)
+        elif torch.compiler.is_compiling():
             q, k, v = qkv.unbind(2)
             q, k, v = (each.transpose(1, 2) for each in (turn(q, self.q_norm, at), turn(k, self.k_norm, at), v))
         else:
@@ -259,6 +266,14 @@ class Attention(nn.Module):
             q = rotate(self.q_norm(q), at.cos, at.sin)
             k = rotate(self.k_norm(k), at.cos, at.sin)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
+
+    def turned(self, qkv: Tensor, at: Positions) -> tuple[Tensor, ...]:
+        """Return `turn` of queries and keys, and values, (B, heads, N, d) each, by one kernel."""
+        from ddt.model import kernels  # needs Triton
+
+        weights, gradients = (self.q_norm.weight, self.k_norm.weight), torch.is_grad_enabled()
+        q, k, v = kernels.turn(qkv, *weights, at.cos, at.sin, self.q_norm.eps, gradients)
+        return tuple(each.transpose(1, 2) for each in (q, k, v if gradients else qkv[:, :, 2]))
 
 
 class ConvMixer(nn.Module):
@@ -279,6 +294,13 @@ def inner_size(hidden_size: int) -> int:
     return int(2 * 4 * hidden_size / 3)
 
 
+def padding(x: Tensor, width: int) -> int:
+    """Return by how many zeros a product's width is padded for tokens x: on a GPU to whole 16
+    bytes of bf16, which its fast kernels need.
+    """
+    return -width % 8 if x.is_cuda else 0
+
+
 class SwiGLU(nn.Module):
     """`w2(SiLU(w1 x)·w3 x)` without biases (method.md 2)."""
 
@@ -291,7 +313,11 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., D) for x (..., D)."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        rows = 0, 0, 0, padding(x, self.w2.in_features)
+        if not rows[-1]:
+            return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        a, b = (F.linear(x, F.pad(layer.weight, rows)) for layer in (self.w1, self.w3))
+        return F.linear(F.silu(a) * b, F.pad(self.w2.weight, (0, rows[-1])))
 
 
 class FusedSwiGLU(nn.Module):
@@ -305,8 +331,14 @@ class FusedSwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., D) for x (..., D)."""
-        a, b = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(a) * b)
+        more = padding(x, self.w3.in_features)
+        if not more:
+            a, b = self.w12(x).chunk(2, dim=-1)
+            return self.w3(F.silu(a) * b)
+        weight = F.pad(self.w12.weight.unflatten(0, (2, -1)), (0, 0, 0, more)).flatten(0, 1)
+        bias = F.pad(self.w12.bias.unflatten(0, (2, -1)), (0, more)).flatten()
+        a, b = F.linear(x, weight, bias).chunk(2, dim=-1)
+        return F.linear(F.silu(a) * b, F.pad(self.w3.weight, (0, more)), self.w3.bias)
 
 
 class MLPMixer(SwiGLU):
@@ -375,6 +407,13 @@ class Block(nn.Module):
         """The block itself; `forward` chooses what the backward pass recomputes."""
         modulation = self.adaln(c) if modulation is None else modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        if runs_kernels(x):
+            from ddt.model import kernels  # needs Triton
+
+            h = kernels.norm(x, self.norm1.weight, shift1, scale1, self.norm1.eps)
+            branch, weight, eps = self.mixer(h, at), self.norm2.weight, self.norm2.eps
+            x, h = kernels.add_norm(x, branch, gate1, weight, shift2, scale2, eps)
+            return x + gate2 * self.mlp(h)
         x = x + gate1 * self.mixer(modulate(self.norm1(x), shift1, scale1), at)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
