@@ -14,6 +14,7 @@ from ddt.autoencoder import Autoencoder
 from ddt.draws import noise_of
 from ddt.model import Denoiser
 from ddt.precision import HALF_TYPES, Dtype, autocast
+from ddt.sampling.graphs import Graphs
 from ddt.sampling.sample import Observer, sample_latents
 from ddt.sampling.settings import SamplerSettings
 from ddt.sampling.sharing import CACHE_BYTES
@@ -55,6 +56,7 @@ class Generator:
     cache_bytes: float = CACHE_BYTES
     compiled: bool = False  # whether the networks' blocks are, for the receipt
     observe: Observer | None = None  # see `ddt.sample`
+    graphs: Graphs = dataclasses.field(default_factory=Graphs)  # of the networks' calls, for few images
 
     def autocast(self) -> torch.autocast:
         """Return the autocast context of networks and autoencoder; each thread enters its own."""
@@ -78,7 +80,7 @@ class Generator:
         with self.autocast():
             latents = sample_latents(
                 self.model, noise, y, self.settings, guide=self.guide, cache_bytes=self.cache_bytes, counts=counts,
-                observe=self.observe,
+                observe=self.observe, call=self.graphs,
             )  # fmt: skip
         return latents, counts
 

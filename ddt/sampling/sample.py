@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddt.errors import require
 from ddt.model import Denoiser
+from ddt.sampling.graphs import Function, direct
 from ddt.sampling.guidance import check_guided
 from ddt.sampling.settings import LastStep, SamplerSettings
 from ddt.sampling.sharing import CACHE_BYTES, GuidedVelocity
@@ -82,11 +83,13 @@ def sample_latents(
     cache_bytes: float = CACHE_BYTES,
     counts: dict[str, int] | None = None,
     observe: Observer | None = None,
+    call: Function = direct,
 ) -> Tensor:
     """Sample latents from noise (B, C, H, W) and classes y (B,); return float32 (B, C, H, W).
 
     settings: `recompute` is None, a list of steps or uniform; `fitting.resolve_recompute` makes a
-    list of the other forms. The other arguments, guarantees and errors: see `sample`.
+    list of the other forms. call: how networks are called (`graphs.Graphs`). The other arguments,
+    guarantees and errors: see `sample`.
     """
     solver = SOLVERS[settings.solver]
     require(
@@ -97,7 +100,7 @@ def sample_latents(
     settings.check_packages()
     if guide is not None:
         check_guide(model, guide, settings)
-    guided = GuidedVelocity(model, y, settings, guide, cache_bytes)
+    guided = GuidedVelocity(model, y, settings, guide, cache_bytes, call)
 
     def velocity_fn(x_t: Tensor, t: float | Tensor, step: int) -> Tensor:
         v = guided(x_t, t, step)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ddt.errors import UserError
 from ddt.flow import velocity_of
 from ddt.model import Denoiser
+from ddt.sampling.graphs import Function, direct
 from ddt.sampling.guidance import Guidance
 from ddt.sampling.settings import SamplerSettings, check_base_head
 
@@ -81,6 +82,7 @@ class SharedNetwork:
             no matrix product.
         cache_bytes: bound on cached modulations; those that do not fit are computed at each call.
         internal: guidance away from the base head, of each half by itself; not with `share=True`.
+        call: how the network's functions are called, as `graphs.Graphs` does.
     """
 
     def __init__(
@@ -91,10 +93,11 @@ class SharedNetwork:
         forecast_order: int,
         cache_bytes: float,
         internal: Guidance = UNGUIDED,
+        call: Function = direct,
     ) -> None:
         if share:
             require_encoder(model)
-        self.model, self.labels, self.share, self.internal = model, labels, share, internal
+        self.model, self.labels, self.share, self.internal, self.call = model, labels, share, internal, call
         self.kept: deque[Encoded] = deque(maxlen=forecast_order + 1)  # z_t kept between steps, newest last
         self.cache_bytes = cache_bytes / (forecast_order + 1)  # for each run of the encoder
         self.encoder_calls = self.decoder_calls = 0  # network evaluations per image
@@ -112,9 +115,9 @@ class SharedNetwork:
             self.kept.pop()
         elif len(self.kept) == self.kept.maxlen:
             self.kept.popleft()  # free its memory first
-        z_t = self.model.encode(*self._inputs(x_t, t, copies))
+        z_t = self.call(self.model.encode, *self._inputs(x_t, t, copies))
         self.encoder_calls += copies
-        modulations = self.model.modulations(z_t, self.cache_bytes) if cache else []
+        modulations = self.call(self.model.modulations, z_t, self.cache_bytes) if cache else []
         self.kept.append(Encoded(t, z_t, modulations))
         cached = sum(m.nbytes for encoded in self.kept for m in encoded.modulations)
         self.cached_bytes = max(self.cached_bytes, cached)
@@ -134,8 +137,8 @@ class SharedNetwork:
     def _run(self, t: float | Tensor, x_t: Tensor, times: Tensor, labels: Tensor) -> Tensor:
         """Return the output (n, C, H, W) of the whole model, guided by its base head's."""
         if not (self.internal.scale != 1 if isinstance(t, Tensor) else self.internal.active(t)):
-            return self.model(x_t, times, labels)
-        v, v_base, _ = self.model.forward_with_base(x_t, times, labels)
+            return self.call(self.model, x_t, times, labels)
+        v, v_base, _ = self.call(self.model.forward_with_base, x_t, times, labels)
         combined = self.internal.combine(v.float(), v_base.float())
         return torch.where(self.internal.mask(times)[:, None, None, None], combined, v.float())
 
@@ -144,7 +147,7 @@ class SharedNetwork:
         n, last = len(x_t), self.kept[-1]
         kept = list(itertools.takewhile(lambda encoded: len(encoded.z_t) >= n, reversed(self.kept)))[::-1]
         if t == last.t or len(kept) == 1:
-            return self.model.decode(x_t, last.z_t[:n], [m[:n] for m in last.modulations])
+            return self.call(self.model.decode, x_t, last.z_t[:n], [m[:n] for m in last.modulations])
         weights = extrapolation_weights([encoded.t for encoded in kept], t)
         return self.model.decode(x_t, last.z_t[:n], Mixture(self.model, kept, weights, n))
 
@@ -190,7 +193,7 @@ class GuidedVelocity:
         y: classes (B,) int64.
         settings: guidance, schedule and forecasts of the sampler.
         guide: the weaker network of autoguidance; None guides away from the unconditional velocity.
-        cache_bytes: see `SharedNetwork`; for each network.
+        cache_bytes: see `SharedNetwork`; for each network. call: likewise.
 
     Without a guide, a guided call runs both halves as one batch of 2B, another B alone. The encoder
     runs at every call of a recompute step and at no other (`segments`). Source: method.md 4.
@@ -206,14 +209,17 @@ class GuidedVelocity:
         settings: SamplerSettings,
         guide: Denoiser | None = None,
         cache_bytes: float = CACHE_BYTES,
+        call: Function = direct,
     ) -> None:
         self.guidance, self.segments = settings.guidance(), segments(settings)
         labels = y if guide else torch.cat([y, torch.full_like(y, model.num_classes)])
         share, order = settings.recompute is not None, settings.forecast_order
         check_base_head(settings, model.base_depth)
-        self.network = SharedNetwork(model, labels, share, order, cache_bytes, settings.internal())
+        self.network = SharedNetwork(model, labels, share, order, cache_bytes, settings.internal(), call)
         # a guide without an encoder runs whole
-        self.guide = SharedNetwork(guide, y, share and guide.shares_encoder, order, cache_bytes) if guide else None
+        self.guide = None
+        if guide is not None:
+            self.guide = SharedNetwork(guide, y, share and guide.shares_encoder, order, cache_bytes, call=call)
 
     def __call__(self, x_t: Tensor, t: float | Tensor, step: int) -> Tensor:
         """Return the float32 velocity (B, C, H, W) at x_t (B, C, H, W) and time t in a step; where
