@@ -32,6 +32,7 @@ class Denoiser(nn.Module, abc.ABC):
     hidden_size: int  # D of the blocks that alignment reads; a decoder may be wider
     patch_size: int  # p; H and W must be multiples of it
     base_depth: int | None = None  # block after which the base head is, None: it has none
+    class_token: int = 0  # features of the class token that the latents carry; 0: they carry none
     label_table: ClassVar[str]  # name of the weights (K + 1, D) of the classes
 
     @property

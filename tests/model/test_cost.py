@@ -47,6 +47,7 @@ def network(name, channels=4):
         ("wide ddt", {}),
         ("ditdh", {}),
         ("ditdh", {"depth": 5, "patch_size": 1}),
+        *((case, {"patch_size": 1, "class_token": 40}) for case in ("ddt", "ditdh")),
     ],
     ids=str,
 )
