@@ -75,6 +75,12 @@ class Denoiser(nn.Module, abc.ABC):
         """Return the self-condition z_t (B, N, D); UserError where there is no encoder."""
         raise UserError(f"{type(self).__name__} has no encoder to share: use recompute=null, or a DDT model")
 
+    def encode_with_base(self, x_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z_t (B, N, D) and the base head's velocity (B, C, H, W); UserError where there
+        is none.
+        """
+        raise UserError(f"{type(self).__name__} has no base head here: build it with base_depth=")
+
     def decode(self, x_t: Tensor, z_t: Tensor, modulations: Sequence[Tensor] = ()) -> Tensor:
         """Return the velocity (B, C, H, W) from x_t (B, C, H, W) and z_t (B, N, D), perhaps of an
         earlier step. modulations: of `modulations(z_t)`. UserError where there is no decoder.

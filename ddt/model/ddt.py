@@ -251,6 +251,15 @@ class Decoupled(Denoiser):
         # not `decode`, behind which FSDP2 would shard the head's weights again
         return self.decoder(x_t, z_t), self.base_velocity(self.base_head, x_t, z_b), hidden
 
+    def encode_with_base(self, x_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z_t (B, N, D) and the base head's velocity (B, C, H, W); UserError where there
+        is none.
+        """
+        if self.base_head is None or self.base_depth is None:
+            return super().encode_with_base(x_t, t, y)
+        z_t, t_emb, (base,) = self.encoder(x_t, t, y, [self.base_depth])
+        return z_t, self.base_velocity(self.base_head, x_t, nn.functional.silu(t_emb + base))
+
     def base_velocity(self, head: OutputLayer, x_t: Tensor, z_b: Tensor) -> Tensor:
         """Return the base head's velocity (B, C, H, W) by z_b (B, N, D), which modulates itself."""
         return head(z_b, z_b, self.encoder.positions(x_t))
