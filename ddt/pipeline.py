@@ -291,6 +291,8 @@ class DDTPipeline(DiffusionPipeline):
         num_inference_steps: int | Stored = "checkpoint",
         guidance_scale: float | Stored = "checkpoint",
         guidance_interval: tuple[float, float] | Stored | None = "checkpoint",
+        internal_scale: float | Stored = "checkpoint",
+        internal_interval: tuple[float, float] | Stored | None = "checkpoint",
         recompute: str | Sequence[int] | None = "checkpoint",
         forecast_order: int | Stored = "checkpoint",
         solver: str | Stored = "checkpoint",
@@ -309,6 +311,7 @@ class DDTPipeline(DiffusionPipeline):
             seeds: one per image, as in sample.py. generator: torch's, one or one per image.
                 latents: the initial noise (B, C, H, W). None of them: torch's global generator.
             num_inference_steps, guidance_scale, guidance_interval (None: guidance at all times),
+                internal_scale, internal_interval (of a model with a base head; None: at all times),
                 recompute (None: the encoder at every step; "uniform:5"; "dp:10", fitted at each
                 call; a list of steps; a schedule file), forecast_order, solver, timeshift,
                 last_step (None: 1/num_inference_steps), t_end: as in sample.py; "checkpoint": as
@@ -350,6 +353,8 @@ class DDTPipeline(DiffusionPipeline):
                 "num_inference_steps": num_inference_steps,
                 "guidance_scale": guidance_scale,
                 "guidance_interval": guidance_interval,
+                "internal_scale": internal_scale,
+                "internal_interval": internal_interval,
                 "recompute": recompute,
                 "forecast_order": forecast_order,
                 "solver": solver,

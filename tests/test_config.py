@@ -60,6 +60,8 @@ def root(*overrides):
         extra += ["data.image_size=32", "data.channels=3", "model.patch_size=4"]
     extra += ["model=b_8en4de"] if any(o.startswith(deep) for o in overrides) else []
     extra += ["alignment.weights=null"] if "alignment=repa_efficientnet_lite0" in overrides else []
+    if "objective=reg" in overrides:
+        extra += ["autoencoder=rae_dinov2_b", "autoencoder.class_token=true", "model.patch_size=1"]
     return [*overrides, *extra]
 
 

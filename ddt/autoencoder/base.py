@@ -27,6 +27,8 @@ class Autoencoder(Protocol):
     in_diffusers: bool  # a class attribute: whether diffusers' pipelines can hold the network
     sampling_dtype: Dtype | None  # a class attribute: of the denoiser where none is chosen; None: any
 
+    class_token: int  # features of the class token that the latents carry (`ddt.model.class_token`); 0: none
+
     @property
     def encode_dtype(self) -> str | None:
         """fp32, bf16 or fp16, which a latent cache must share; None for pixels."""

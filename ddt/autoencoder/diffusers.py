@@ -152,6 +152,7 @@ class DiffusersAutoencoder(abc.ABC):
     """
 
     pixel_space = False
+    class_token = 0
     in_diffusers = True
     sampling_dtype: Dtype | None = None
     packages = ("diffusers",)

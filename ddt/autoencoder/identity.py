@@ -17,6 +17,7 @@ class Identity:
     stochastic = False
     encode_dtype = None
     network = None
+    class_token = 0
     in_diffusers = True  # a pipeline without one
     sampling_dtype: Dtype | None = None
     fingerprint = None

@@ -21,6 +21,7 @@ from ddt.autoencoder.rae_encoder import FrozenEncoder
 from ddt.autoencoder.vit_decoder import ViTDecoder, load_decoder
 from ddt.errors import UserError, reason, require, require_count
 from ddt.hub import is_hub_id, pinned, resolve
+from ddt.model.class_token import join_token, split_token, token_rows
 from ddt.precision import Dtype, autocast, check_dtype
 from ddt.tensor_files import read_state_dict
 from ddt.timm_networks import pretrained_file
@@ -146,6 +147,8 @@ class RAE:
         source: hub name or local folder with these files; None: they are here.
         revision: commit of `source` on the hub, pinned so that the weights cannot change.
         chunk_size: images encoded or decoded at once, which bounds the memory.
+        class_token: latents carry the encoder's class token, as REG denoises it
+            (`ddt.model.class_token`): after the final norm without weights, not scaled further.
         encode_dtype, decode_dtype: "fp32", or "bf16" or "fp16" autocast. Decoding does not follow
             the caller's autocast: the authors measured a worse FID in bf16.
 
@@ -154,6 +157,7 @@ class RAE:
 
     pixel_space = False
     stochastic = False
+    class_token = 0
     in_diffusers = False
     sampling_dtype: Dtype | None = "fp32"  # in bf16 the published FID is 0.1 worse
     packages = ("timm",)
@@ -170,6 +174,7 @@ class RAE:
         chunk_size: int = 16,
         encode_dtype: Dtype = "fp32",
         decode_dtype: Dtype = "fp32",
+        class_token: bool = False,
     ) -> None:
         require_count("autoencoder.chunk_size", chunk_size)
         file = find_file(decoder, source, revision, "decoder")
@@ -181,7 +186,7 @@ class RAE:
         except (UserError, RuntimeError) as error:  # RuntimeError: of names and shapes
             raise UserError(f"{label}: {reason(error).removeprefix(f'{label}: ')}") from error
         weights = find_encoder(encoder, encoder_weights, source)
-        self._hold(FrozenEncoder(encoder, network.grid, weights), network, found)
+        self._hold(FrozenEncoder(encoder, network.grid, weights), network, found, class_token)
         self.chunk_size, self.encode_dtype, self.decode_dtype = chunk_size, encode_dtype, decode_dtype
         require(
             shape is None or tuple(shape) == self._shape,
@@ -189,13 +194,20 @@ class RAE:
             f"autoencoder's {'×'.join(map(str, self._shape))}; choose the one of its encoder and size",
         )
 
-    def _hold(self, encoder: FrozenEncoder, decoder: ViTDecoder, statistics: dict[str, Tensor]) -> None:
+    def _hold(
+        self, encoder: FrozenEncoder, decoder: ViTDecoder, statistics: dict[str, Tensor], class_token: bool
+    ) -> None:
         channels = encoder.num_features
         require(
             decoder.channels == channels,
             f"autoencoder.decoder: is for tokens of {decoder.channels} features, but {encoder.name} has {channels}; "
             "choose the one of this encoder",
         )
+        require(
+            not class_token or encoder.has_class_token,
+            f"autoencoder.class_token=true: {encoder.name} has no class token; give false",
+        )
+        self.class_token = channels if class_token else 0
         self.network = RAENetwork(encoder, decoder)
         shape = next((value.shape for value in statistics.values()), (1, 1, 1))  # (C, h, w), or one number for all
         self.mean, self.var = statistics.get("mean", torch.zeros(shape)), statistics.get("var", torch.ones(shape))
@@ -213,6 +225,7 @@ class RAE:
         chunk_size: int = 1,
         encode_dtype: Dtype = "fp32",
         decode_dtype: Dtype = "fp32",
+        class_token: bool = False,
     ) -> "RAE":
         """Build one on the meta device, without weights or a hub, to count its cost. The arguments
         of weights and precision are unused.
@@ -234,7 +247,7 @@ class RAE:
                 assert published is not None
                 channels = network.num_features
                 stored = ViTDecoder(channels, **published, num_heads=decoder_heads, grid=grid, patch_size=16)
-            autoencoder._hold(network, stored, {})
+            autoencoder._hold(network, stored, {}, class_token)
         autoencoder.chunk_size, autoencoder.encode_dtype, autoencoder.decode_dtype = 1, encode_dtype, decode_dtype
         return autoencoder
 
@@ -274,7 +287,7 @@ class RAE:
 
     @property
     def _shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the latents."""
+        """(C, h, w) of the latents, without a class token."""
         grid = self.network.decoder.grid
         return self.latent_channels, grid, grid
 
@@ -283,19 +296,23 @@ class RAE:
         return self.network.encoder.num_features
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
-        """Return (C, h, w); raise UserError for other images than the decoder makes."""
+        """Return (C, h, w), with a class token (C, h + 1, w); raise UserError for other images than
+        the decoder makes.
+        """
         size = self.network.decoder.image_size
         require(
             (channels, image_size) == (3, size),
             f"data: images of {channels} channels and {image_size} px do not fit this autoencoder, whose decoder makes "
             f"3 channels and {size} px; give data.image_size={size}, or the decoder of that size",
         )
-        return self._shape
+        channels, height, width = self._shape
+        return channels, height + token_rows(self.class_token, channels, width), width
 
     @functools.cached_property
     def encoder_fingerprint(self) -> str:
         """SHA-256 of the encoder: neither decoder nor statistics change what is cached."""
-        return self.network.encoder.fingerprint
+        own = self.network.encoder.fingerprint
+        return hashlib.sha256(f"{own} class token".encode()).hexdigest() if self.class_token else own
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -307,15 +324,24 @@ class RAE:
     def encode(self, images: Tensor) -> Tensor:
         """Return moments, the raw tokens, float32 (B, C, h, w), of uint8 images (B, 3, H, W)."""
         with autocast(images.device, self.encode_dtype):
-            return torch.cat([self.network.encode(c.float() / 255).float() for c in images.split(self.chunk_size)])
+            return torch.cat([self._tokens(c.float() / 255).float() for c in images.split(self.chunk_size)])
+
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        """Return the moments of pixels (B, 3, H, W) in [0, 1]."""
+        if not self.class_token:
+            return self.network.encode(pixels)
+        return join_token(*self.network.encoder.with_class_token(pixels))
 
     def sample(self, moments: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
         """Return float32 latents (B, C, h, w) of moments (B, C, h, w); the noise is unused."""
-        return (moments.float() - self.mean) / torch.sqrt(self.var + EPS)
+        tokens, class_token = split_token(moments.float(), self.class_token)
+        latents = (tokens - self.mean) / torch.sqrt(self.var + EPS)
+        return join_token(latents, class_token) if self.class_token else latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return uint8 images (B, 3, H, W) in `decode_dtype`, whatever the caller's autocast.
+        """Return uint8 images (B, 3, H, W) of all but the class token, in `decode_dtype`, whatever
+        the caller's autocast.
 
         Raises UserError for latents of another shape.
         """
@@ -325,6 +351,7 @@ class RAE:
             f"autoencoder: has {channels} latent channels, the model {latents.shape[1]}; choose the model's own",
         )
         with autocast(latents.device, self.decode_dtype):
+            latents, _ = split_token(latents, self.class_token)
             chunks = (latents.float() * torch.sqrt(self.var + EPS) + self.mean).split(self.chunk_size)
             return torch.cat([truncate(self.network.decode(chunk)) for chunk in chunks])
 

@@ -128,6 +128,17 @@ class FrozenEncoder(nn.Module):
         tokens = self.norm(self.extract(self.prepare(pixels)))  # (B, N, C)
         return tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
+    def with_class_token(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens as `forward` does, and the class token (B, C) after the same norm."""
+        every = self.norm(self.network.forward_features(self.prepare(pixels)))  # (B, class + registers + N, C)
+        tokens = every[:, self.network.num_prefix_tokens :].transpose(1, 2)
+        return tokens.unflatten(2, (self.grid, self.grid)), every[:, 0]
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the network has a class token."""
+        return getattr(self.network, "cls_token", None) is not None
+
     def prepare(self, pixels: Tensor) -> Tensor:
         """Return the network's input (B, 3, side, side) of pixels (B, 3, H, W) in [0, 1]."""
         size = (self.side, self.side)

@@ -67,8 +67,11 @@ class StatisticsSettings:
         check_new(Path(self.out))
 
     def build_autoencoder(self) -> Autoencoder:
-        """Build the autoencoder without statistics, which do not exist yet."""
-        return dataclasses.replace(self.autoencoder, settings={**self.autoencoder.settings, "statistics": None}).build()
+        """Build the autoencoder without statistics, which do not exist yet, and are of the image's
+        latents alone.
+        """
+        changes = {"statistics": None, "class_token": False}
+        return dataclasses.replace(self.autoencoder, settings={**self.autoencoder.settings, **changes}).build()
 
 
 class Views(Dataset):

@@ -22,7 +22,7 @@ from ddt.model import Denoiser
 
 Network = TypeVar("Network", bound=nn.Module)
 Value = TypeVar("Value")
-FORWARD_METHODS = ("encode", "decode", "forward_with_hidden", "forward_with_base")
+FORWARD_METHODS = ("encode", "encode_with_base", "decode", "forward_with_hidden", "forward_with_base")
 
 
 def make_accelerator(timeout: datetime.timedelta | None = None) -> Accelerator:

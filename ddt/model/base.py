@@ -32,6 +32,7 @@ class Denoiser(nn.Module, abc.ABC):
     hidden_size: int  # D of the blocks that alignment reads; a decoder may be wider
     patch_size: int  # p; H and W must be multiples of it
     base_depth: int | None = None  # block after which the base head is, None: it has none
+    class_token: int = 0  # features of the class token that the latents carry; 0: they carry none
     label_table: ClassVar[str]  # name of the weights (K + 1, D) of the classes
 
     @property
@@ -73,6 +74,12 @@ class Denoiser(nn.Module, abc.ABC):
     def encode(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the self-condition z_t (B, N, D); UserError where there is no encoder."""
         raise UserError(f"{type(self).__name__} has no encoder to share: use recompute=null, or a DDT model")
+
+    def encode_with_base(self, x_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z_t (B, N, D) and the base head's velocity (B, C, H, W); UserError where there
+        is none.
+        """
+        raise UserError(f"{type(self).__name__} has no base head here: build it with base_depth=")
 
     def decode(self, x_t: Tensor, z_t: Tensor, modulations: Sequence[Tensor] = ()) -> Tensor:
         """Return the velocity (B, C, H, W) from x_t (B, C, H, W) and z_t (B, N, D), perhaps of an

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ddt.model.class_token import token_rows
 from ddt.model.layers import Attention, BlockStack, token_grid
 
 if TYPE_CHECKING:
@@ -48,13 +49,18 @@ def stack_macs(stack: BlockStack, num_tokens: int) -> int:
     modules = [block.get_submodule(name) for block in stack.blocks for name in ("mixer", "mlp")]
     attentions = [layer for layer in stack.modules() if isinstance(layer, Attention)]
     products = sum(2 * num_tokens**2 * layer.qkv.in_features for layer in attentions)  # q·k, weights·v: N²·D each
-    return num_tokens * weight_macs([stack.input, *modules]) + products
+    token = filter(None, [stack.token_input])
+    images = num_tokens - 1 if stack.class_token else num_tokens  # tokens of the image
+    return images * weight_macs([stack.input]) + weight_macs(token) + num_tokens * weight_macs(modules) + products
 
 
 def num_tokens(model: "Denoiser", height: int, width: int) -> int:
-    """Return N of latents (C, height, width); UserError where p does not divide them."""
+    """Return N of latents (C, height, width), a class token among them; UserError where p does not
+    divide them.
+    """
+    height -= token_rows(model.class_token, model.in_channels, width)
     rows, columns = token_grid(model.patch_size, height, width)
-    return rows * columns
+    return rows * columns + bool(model.class_token)
 
 
 def network_macs(model: "Denoiser", height: int, width: int) -> NetworkMacs:

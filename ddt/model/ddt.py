@@ -7,7 +7,7 @@ It knows no paths, guidance or losses, and computes the same in train and eval m
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from ddt.model.layers import (
     Style,
     TimestepEmbedder,
     check_base,
+    check_class_token,
     check_halves,
     check_heads,
     check_sizes,
@@ -58,9 +59,10 @@ class Encoder(BlockStack):
         adaln_init: AdaLNInit = "release",
         activation_checkpointing: Checkpointing = False,
         style: Style = DDT_STYLE,
+        class_token: int = 0,
     ) -> None:
         sizes = (in_channels, patch_size, hidden_size, num_heads, depth)
-        super().__init__(*sizes, "attention", adaln_init, activation_checkpointing, style)
+        super().__init__(*sizes, "attention", adaln_init, activation_checkpointing, style, class_token)
         self.t_embedder = self.time_embedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
 
@@ -92,12 +94,13 @@ class Decoder(BlockStack):
         adaln_init: AdaLNInit = "release",
         activation_checkpointing: Checkpointing = False,
         style: Style = DDT_STYLE,
+        class_token: int = 0,
     ) -> None:
         sizes = (in_channels, patch_size, hidden_size, num_heads, depth)
-        super().__init__(*sizes, mixer, adaln_init, activation_checkpointing, style)
+        super().__init__(*sizes, mixer, adaln_init, activation_checkpointing, style, class_token)
         wider = hidden_size != encoder_size
         self.projector: nn.Module = nn.Linear(encoder_size, hidden_size) if wider else nn.Identity()
-        self.output = OutputLayer(hidden_size, patch_size, in_channels, style)
+        self.output = OutputLayer(hidden_size, patch_size, in_channels, style, class_token)
 
     @property
     def modulation_layers(self) -> list[nn.Linear]:
@@ -156,6 +159,9 @@ class Decoupled(Denoiser):
         decoder_hidden_size: int | None,
         decoder_num_heads: int | None,
         prediction: Prediction,
+        base_depth: int | None,
+        class_token: int,
+        mixer: MixerName = "attention",
     ) -> None:
         super().__init__()
         if patch_size is None:
@@ -165,11 +171,13 @@ class Decoupled(Denoiser):
         width = hidden_size if decoder_hidden_size is None else decoder_hidden_size
         self.decoder_sizes = (width, num_heads if decoder_num_heads is None else decoder_num_heads)
         check_heads(*self.decoder_sizes, "decoder_")
+        check_class_token(class_token, patch_size, mixer, base_depth)
         self.in_channels = in_channels
         self.patch_size = patch_size
         self.hidden_size = hidden_size
         self.num_classes = num_classes
         self.prediction = prediction
+        self.class_token = class_token
         self.base_head: OutputLayer | None = None
 
     def add_base_head(self, base_depth: int | None) -> None:
@@ -243,6 +251,15 @@ class Decoupled(Denoiser):
         # not `decode`, behind which FSDP2 would shard the head's weights again
         return self.decoder(x_t, z_t), self.base_velocity(self.base_head, x_t, z_b), hidden
 
+    def encode_with_base(self, x_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z_t (B, N, D) and the base head's velocity (B, C, H, W); UserError where there
+        is none.
+        """
+        if self.base_head is None or self.base_depth is None:
+            return super().encode_with_base(x_t, t, y)
+        z_t, t_emb, (base,) = self.encoder(x_t, t, y, [self.base_depth])
+        return z_t, self.base_velocity(self.base_head, x_t, nn.functional.silu(t_emb + base))
+
     def base_velocity(self, head: OutputLayer, x_t: Tensor, z_b: Tensor) -> Tensor:
         """Return the base head's velocity (B, C, H, W) by z_b (B, N, D), which modulates itself."""
         return head(z_b, z_b, self.encoder.positions(x_t))
@@ -251,7 +268,10 @@ class Decoupled(Denoiser):
         """Count the MACs of one forward for one image of N = num_tokens."""
         encoder, decoder = self.encoder, self.decoder
         modulations = num_tokens * (modulation_macs(decoder) + weight_macs([decoder.projector, decoder.output.adaln]))
-        output = num_tokens * weight_macs([decoder.output.linear])
+        images = num_tokens - 1 if self.class_token else num_tokens  # tokens of the image
+        output = images * weight_macs([decoder.output.linear]) + weight_macs(
+            filter(None, [decoder.output.token_linear])
+        )
         return NetworkMacs(
             encoder=stack_macs(encoder, num_tokens) + modulation_macs(encoder) + weight_macs([encoder.t_embedder]),
             decoder=stack_macs(decoder, num_tokens) + output + modulations,
@@ -278,6 +298,8 @@ class DDT(Decoupled):
         prediction: what the output is, see `Denoiser`.
         base_depth: encoder block, 1..encoder_depth, after which the base head is, a second output
             layer for internal guidance; None: no such head.
+        class_token: F, features of the class token that the latents carry
+            (`ddt.model.class_token`), so that the tokens, and z_t, are one more; 0: none.
 
     Raises UserError for impossible sizes. Source: method.md 2; arXiv 2504.05741, section 3.
     """
@@ -300,13 +322,15 @@ class DDT(Decoupled):
         decoder_num_heads: int | None = None,
         prediction: Prediction = "v",
         base_depth: int | None = None,
+        class_token: int = 0,
     ) -> None:
         super().__init__(
             in_channels, patch_size, hidden_size, num_heads, depth, encoder_depth, num_classes, decoder_hidden_size,
-            decoder_num_heads, prediction,
+            decoder_num_heads, prediction, base_depth, class_token, decoder_block,
         )  # fmt: skip
         sizes = (in_channels, self.patch_size, hidden_size)
-        others = (adaln_init, activation_checkpointing)
-        self.encoder = Encoder(*sizes, num_heads, encoder_depth, num_classes, *others)
-        self.decoder = Decoder(*sizes, *self.decoder_sizes, depth - encoder_depth, decoder_block, *others)
+        others: Any = {"adaln_init": adaln_init, "activation_checkpointing": activation_checkpointing}
+        others["class_token"] = class_token
+        self.encoder = Encoder(*sizes, num_heads, encoder_depth, num_classes, **others)
+        self.decoder = Decoder(*sizes, *self.decoder_sizes, depth - encoder_depth, decoder_block, **others)
         self.add_base_head(base_depth)

@@ -86,7 +86,7 @@ class DiTDH(Decoupled):
         num_classes: K; label K is the null label.
         decoder_hidden_size, decoder_num_heads: D_d and its heads; None: as in the encoder. A width
             of at least C is what the authors ask for.
-        activation_checkpointing, prediction: as of `DDT`.
+        activation_checkpointing, prediction, base_depth, class_token: as of `DDT`.
 
     Raises UserError for impossible sizes. Source: arXiv 2510.11690, section 5.
     """
@@ -107,17 +107,26 @@ class DiTDH(Decoupled):
         activation_checkpointing: Checkpointing = False,
         prediction: Prediction = "v",
         base_depth: int | None = None,
+        class_token: int = 0,
     ) -> None:
         super().__init__(
             in_channels, patch_size, hidden_size, num_heads, depth, encoder_depth, num_classes, decoder_hidden_size,
-            decoder_num_heads, prediction,
+            decoder_num_heads, prediction, base_depth, class_token,
         )  # fmt: skip
         sizes = (in_channels, self.patch_size, hidden_size)
         self.encoder = DHEncoder(
-            *sizes, num_heads, encoder_depth, num_classes, "zero", activation_checkpointing, style=STYLE
+            *sizes, num_heads, encoder_depth, num_classes, "zero", activation_checkpointing, STYLE, class_token
         )
+        decoder_depth = depth - encoder_depth
         self.decoder = DHDecoder(
-            *sizes, *self.decoder_sizes, depth - encoder_depth, "attention", "zero", activation_checkpointing, STYLE
+            *sizes,
+            *self.decoder_sizes,
+            decoder_depth,
+            "attention",
+            "zero",
+            activation_checkpointing,
+            STYLE,
+            class_token,
         )
         self.add_base_head(base_depth)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ddt.errors import UserError, require, require_count
+from ddt.model.class_token import join_token, split_token, token_rows
 
 MixerName = Literal["attention", "conv", "mlp"]
 AdaLNInit = Literal["release", "zero"]
@@ -48,7 +49,12 @@ class Positions(NamedTuple):
     sin: Tensor  # (N, d/2)
     height: int  # tokens down
     width: int  # tokens across
-    table: Tensor | None = None  # (N, D), added to the tokens before the first block
+    table: Tensor | None = None  # (N, D), added to the image's tokens before the first block
+
+    def after_token(self) -> "Positions":
+        """Return the positions of N + 1 tokens: the first, a class token, does not turn."""
+        cos, sin = (F.pad(each, (0, 0, 1, 0), value=value) for each, value in ((self.cos, 1.0), (self.sin, 0.0)))
+        return self._replace(cos=cos, sin=sin)
 
 
 def token_grid(patch_size: int, height: int, width: int) -> tuple[int, int]:
@@ -203,6 +209,18 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x (..., dim) normalised, in the dtype it came in."""
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+class TokenInput(nn.Module):
+    """Project a class token of F features to a token of width D, RMS-normalised."""
+
+    def __init__(self, num_features: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj, self.norm = nn.Linear(num_features, hidden_size), RMSNorm(hidden_size)
+
+    def forward(self, token: Tensor) -> Tensor:
+        """Return (B, 1, D) for a token (B, F)."""
+        return self.norm(self.proj(token))[:, None]
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -422,33 +440,50 @@ class OutputLayer(nn.Module):
     """Norm (of the style), shift and scale from c, Linear, patches folded back to (H, W).
 
     Both linears start at zero, so that a new network predicts zero velocity. Source: method.md 2.
+    class_token: F, features of the class token before the image's tokens, which gets a Linear of
+    its own; 0: there is none.
     """
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, style: Style = DDT_STYLE) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        patch_size: int,
+        out_channels: int,
+        style: Style = DDT_STYLE,
+        class_token: int = 0,
+    ) -> None:
         super().__init__()
         self.patch_size = patch_size
         layer_norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.norm = RMSNorm(hidden_size) if style.rms_output else layer_norm
         self.adaln = nn.Linear(hidden_size, 2 * hidden_size)
         self.linear = nn.Linear(hidden_size, out_channels * patch_size**2)
-        for layer in (self.adaln, self.linear):
+        self.token_linear = nn.Linear(hidden_size, class_token) if class_token else None
+        for layer in filter(None, (self.adaln, self.linear, self.token_linear)):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, c: Tensor, at: Positions, modulation: Tensor | None = None) -> Tensor:
         """Return (B, C, H, W) for tokens x (B, N, D) and c (B, 1 or N, D); modulation: `adaln(c)`,
-        (B, 1 or N, 2D), where it was computed before.
+        (B, 1 or N, 2D), where it was computed before. With a class token N is one more, and r rows
+        of the result hold its output (`class_token.join_token`).
         """
         modulation = self.adaln(c) if modulation is None else modulation
         shift, scale = modulation.chunk(2, dim=-1)
-        patches = self.linear(modulate(self.norm(x), shift, scale))  # (B, N, C·p²)
+        x = modulate(self.norm(x), shift, scale)
+        patches = self.linear(x if self.token_linear is None else x[:, 1:])  # (B, N, C·p²)
         p = self.patch_size
         grid = patches.reshape(x.shape[0], at.height, at.width, -1, p, p).permute(0, 3, 1, 4, 2, 5)
-        return grid.reshape(x.shape[0], -1, at.height * p, at.width * p)  # (B, C, H, W)
+        image = grid.reshape(x.shape[0], -1, at.height * p, at.width * p)  # (B, C, H, W)
+        return image if self.token_linear is None else join_token(image, self.token_linear(x[:, 0]))
 
 
 class BlockStack(nn.Module):
-    """Input projection and transformer blocks, common to encoder, decoder and baseline."""
+    """Input projection and transformer blocks, common to encoder, decoder and baseline.
+
+    class_token: F, features of the class token that x_t carries (`ddt.model.class_token`); it is
+    the first of then N + 1 tokens. 0: x_t carries none.
+    """
 
     def __init__(
         self,
@@ -461,23 +496,37 @@ class BlockStack(nn.Module):
         adaln_init: AdaLNInit = "release",
         activation_checkpointing: Checkpointing = False,
         style: Style = DDT_STYLE,
+        class_token: int = 0,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.hidden_size = hidden_size
         self.head_dim = hidden_size // num_heads
         self.style = style
+        self.class_token = class_token
         self.input = PatchProjection(in_channels, patch_size, hidden_size)
+        self.token_input = TokenInput(class_token, hidden_size) if class_token else None
         sizes = (hidden_size, num_heads, mixer, adaln_init, activation_checkpointing, style)
         self.blocks: Sequence[Block] = nn.ModuleList(Block(*sizes) for _ in range(depth))  # type: ignore[assignment]
 
     def positions(self, x_t: Tensor) -> Positions:
         """Return the token grid of x_t (B, C, H, W); UserError where p does not divide H and W."""
-        return self.grid_positions(*token_grid(self.patch_size, *x_t.shape[-2:]), x_t.device)
+        _, channels, height, width = x_t.shape
+        height -= token_rows(self.class_token, channels, width)
+        at = self.grid_positions(*token_grid(self.patch_size, height, width), x_t.device)
+        return at.after_token() if self.class_token else at
 
     def grid_positions(self, height: int, width: int, device: torch.device) -> Positions:
         """Return the `Positions` of a token grid."""
         return positions(self.head_dim, height, width, device, self.style.rotation)
+
+    def tokens(self, x_t: Tensor, at: Positions) -> Tensor:
+        """Return the tokens (B, N, D) of x_t (B, C, H, W), a class token before the image's."""
+        image, token = split_token(x_t, self.class_token) if self.class_token else (x_t, x_t)
+        h = self.input(image)  # (B, N, D)
+        if at.table is not None:
+            h = h + at.table
+        return h if self.token_input is None else torch.cat([self.token_input(token), h], dim=1)
 
     def run(
         self, x_t: Tensor, c: Tensor, at: Positions, depths: Sequence[int] = (), modulations: Sequence[Tensor] = ()
@@ -487,9 +536,7 @@ class BlockStack(nn.Module):
 
         x_t: (B, C, H, W); c: (B, 1 or N, D); modulations: of the first blocks, computed before.
         """
-        h = self.input(x_t)  # (B, N, D)
-        if at.table is not None:
-            h = h + at.table
+        h = self.tokens(x_t, at)  # (B, N, D)
         hidden = {0: h}
         for number, block in enumerate(self.blocks, start=1):
             h = block(h, c, at, modulations[number - 1] if number <= len(modulations) else None)
@@ -538,3 +585,12 @@ def check_base(base_depth: int, encoder_depth: int) -> None:
         f"objective.base_depth={base_depth}: the encoder has {encoder_depth} blocks, choose 1..{encoder_depth}, or "
         "null for no base head",
     )
+
+
+def check_class_token(class_token: int, patch_size: int, mixer: MixerName, base_depth: int | None) -> None:
+    """Raise UserError for a class token in a network that cannot have one."""
+    require_count("model.class_token", class_token, 0, MAX_SIZE)
+    if class_token:
+        require(patch_size == 1, f"model.patch_size={patch_size}: with a class token in the latents it must be 1")
+        require(mixer != "conv", f"model.decoder_block={mixer}: a class token has no place on its grid; give attention")
+        require(base_depth is None, f"objective.base_depth={base_depth}: a class token has no base head; give null")

@@ -48,6 +48,10 @@ class Release(abc.ABC):
             depth is None,
             f"objective.base_depth={depth}: the published format knows no base head; choose format=hub or diffusers",
         )
+        require(
+            not settings.get("class_token"),
+            f"model.class_token={settings.get('class_token')}: the published format knows none; choose format=hub",
+        )
 
     def read(self, state: State, settings: dict[str, Any], source: str) -> State:
         """Return a file's weights, under its names, as the network has them: without fixed tables.

@@ -3,7 +3,7 @@ compiled as a whole.
 """
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -28,13 +28,16 @@ class Objective(nn.Module, abc.ABC):
         label_dropout: probability that a sample's label becomes the null label.
         alignment: the loss on the output of block `alignment.align_depth`, or None.
 
-    Raises UserError for a dropout outside [0, 1].
+    Raises UserError for a dropout outside [0, 1], and for an alignment that it does not take.
     """
+
+    takes_alignment: ClassVar[bool] = True
 
     def __init__(
         self, denoiser: Denoiser, label_dropout: float, alignment: AlignmentLoss | DispersiveLoss | None
     ) -> None:
         super().__init__()
+        check_alignment(type(self), alignment)
         require(0 <= label_dropout <= 1, f"objective.label_dropout={label_dropout}: must lie in 0..1 (published: 0.1)")
         self.denoiser = denoiser
         self.label_dropout = label_dropout
@@ -51,17 +54,28 @@ class Objective(nn.Module, abc.ABC):
         """
 
 
-def network_arguments(objective: Choice, model: Choice) -> dict[str, Any]:
-    """Return the arguments of a network that an objective asks for: where its base head is.
+def check_alignment(kind: type[Objective], alignment: Any) -> None:
+    """Raise UserError where a kind of objective takes no alignment, and there is one."""
+    require(
+        alignment is None or kind.takes_alignment,
+        f"alignment: {kind.__name__} aligns by the class token alone; give alignment=none",
+    )
+
+
+def network_arguments(objective: Choice, model: Choice, class_token: int) -> dict[str, Any]:
+    """Return the arguments of a network that objective and latents ask for: where its base head is,
+    and the features of a class token.
 
     Raises UserError for a network that can have none.
     """
-    depth = objective.settings.get("base_depth")
-    if depth is None:
-        return {}
-    kind = locate(model.target)
+    depth, kind = objective.settings.get("base_depth"), locate(model.target)
+    asked = {"base_depth": depth} if depth is not None else {}
     require(
-        kind.shares_encoder,
+        kind.shares_encoder or not asked,
         f"objective.base_depth={depth}: {kind.__name__} has no encoder for a base head; give null, or choose a DDT",
     )
-    return {"base_depth": depth}
+    require(
+        kind.shares_encoder or not class_token,
+        f"autoencoder.class_token=true: {kind.__name__} takes no class token; give false, or choose a DDT",
+    )
+    return asked | ({"class_token": class_token} if class_token else {})

@@ -3,6 +3,8 @@
 Shapes: B batch, C H W latent, N tokens, F features of the alignment target. Source: method.md 1.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,11 @@ class FlowMatching(Objective):
         base_depth: encoder block of the denoiser's base head, whose loss is added; None: no head.
         base_weight: of that loss.
 
-    Raises UserError for a network that predicts x, with another `prediction`, and for a weight
-    without effect.
+    Raises UserError for a network that predicts x, with another `prediction`, for a weight without
+    effect, and for latents with a class token, which `REG` is for.
     """
+
+    class_token: ClassVar[bool] = False  # whether the latents hold one
 
     def __init__(
         self,
@@ -47,6 +51,12 @@ class FlowMatching(Objective):
         base_weight: float = 1.0,
     ) -> None:
         super().__init__(denoiser, label_dropout, alignment)
+        require(
+            bool(denoiser.class_token) == self.class_token,
+            "objective: the latents hold a class token (autoencoder.class_token=true); give objective=reg"
+            if denoiser.class_token
+            else "objective=reg: the latents hold no class token; give autoencoder.class_token=true",
+        )
         known = denoiser.prediction
         require(known in ("v", prediction), f"objective.prediction={prediction}: the network predicts {known}; give it")
         denoiser.prediction = self.prediction = prediction
@@ -84,9 +94,12 @@ class FlowMatching(Objective):
             output = self.denoiser(x_t, t, y)  # (B, C, H, W)
         v_pred = velocity_of(output.float(), x_t, t, self.prediction)  # (B, C, H, W)
         v_t = velocity(latents, noise) if self.prediction == "v" else velocity_of(latents, x_t, t, "x")
-        errors = velocity_loss(v_pred, v_t)  # (B,)
+        errors, others = self.losses(v_pred, v_t)
         loss = fm_loss = errors.mean()
         parts = {}
+        for name, (weight, value) in others.items():
+            loss = loss + weight * value
+            parts[name] = value.detach()
         if base is not None:
             base_loss = velocity_loss(velocity_of(base.float(), x_t, t, self.prediction), v_t).mean()
             loss = loss + self.base_weight * base_loss
@@ -99,6 +112,12 @@ class FlowMatching(Objective):
             # gradient zero keeps the projector in the graph: DDP waits for every weight's gradient
             loss = loss + 0 * sum(parameter.sum() for parameter in self.alignment.parameters())
         return {"loss": loss, "fm_loss": fm_loss.detach(), **parts, "t": t, "errors": errors.detach()}
+
+    def losses(self, v_pred: Tensor, v_t: Tensor) -> tuple[Tensor, dict[str, tuple[float, Tensor]]]:
+        """Return the errors (B,) of velocities (B, C, H, W), and other losses by name, each with
+        the weight beside their mean; here there are none.
+        """
+        return velocity_loss(v_pred, v_t), {}
 
     def time_normal(self, t: Tensor) -> Tensor:
         return self.times.normals(t)

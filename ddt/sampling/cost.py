@@ -42,11 +42,13 @@ def sampling_macs(
         if segment is not None:
             saved = network.modulations if cached and segment.cache else 0
         for t in calls:
-            guided = guidance.active(t, step)
+            guided, with_base = guidance.active(t, step), internal.active(t, step)
             if segment is not None or not shared:
-                both = guided if segment is None else segment.both_halves
+                both = guided
+                if segment is not None:
+                    both, with_base = segment.both_halves, segment.with_base
                 encoded = 2 if both or not skip_unconditional else 1
-                total += encoded * (network.encoder + saved)
+                total += encoded * (network.encoder + saved + (network.base if with_base else 0))
             decoded = 2 if guided or not skip_unconditional else 1
-            total += decoded * (network.decoder - saved + (network.base if internal.active(t, step) else 0))
+            total += decoded * (network.decoder - saved)
     return total

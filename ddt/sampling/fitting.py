@@ -115,6 +115,8 @@ def guidance_of(settings: SamplerSettings) -> dict[str, Any]:
         "cfg_scale": settings.cfg_scale,
         "cfg_interval": None if interval is None else list(interval),
         "cfg_steps": None if steps is None else list(steps),
+        "internal_scale": settings.internal_scale,
+        "internal_interval": None if settings.internal_interval is None else list(settings.internal_interval),
     }
 
 

@@ -49,11 +49,6 @@ class SamplerSettings:
             self.internal_interval is None or self.internal_scale != 1,
             f"internal_interval={self.internal_interval}: has no effect with internal_scale=1; leave it out",
         )
-        require(
-            self.internal_scale == 1 or self.recompute is None,
-            f"internal_scale={self.internal_scale}: guides away from the base head, which runs with the encoder at "
-            "every step; give recompute=null, or internal_scale=1",
-        )
         wrong = [step for step in self.cfg_steps or () if not 0 <= step < self.num_steps]
         require(not wrong, f"cfg_steps={wrong[:3]}: steps are 0..{self.num_steps - 1}")
         require(self.cfg_steps is None or len(self.cfg_steps) > 0, "cfg_steps=[]: names no step; give cfg_scale=1")

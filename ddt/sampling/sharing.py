@@ -38,6 +38,7 @@ class Encoded(NamedTuple):
     t: float
     z_t: Tensor  # (n, N, D)
     modulations: list[Tensor]  # (n, N, 6D) each, of the first decoder layers
+    base: Tensor | None  # (n, C, H, W), the base head's output, where internal guidance reads it
 
 
 class Mixture(Sequence[Tensor]):
@@ -81,7 +82,8 @@ class SharedNetwork:
             Modulations are linear in z_t: theirs is the same polynomial, and cached ones still need
             no matrix product.
         cache_bytes: bound on cached modulations; those that do not fit are computed at each call.
-        internal: guidance away from the base head, of each half by itself; not with `share=True`.
+        internal: guidance away from the base head, of each half by itself. Between two runs of the
+            encoder its output stays, or is forecast, as z_t is.
         call: how the network's functions are called, as `graphs.Graphs` does.
     """
 
@@ -109,16 +111,22 @@ class SharedNetwork:
             t = torch.full((len(x_t),), t, dtype=torch.float32, device=x_t.device)
         return x_t.repeat(copies, 1, 1, 1), t.float().repeat(copies), self.labels[: copies * len(x_t)]
 
-    def encode(self, x_t: Tensor, t: float, copies: int, cache: bool) -> None:
-        """Compute and keep z_t for `copies` times the batch; with `cache` also its modulations."""
+    def encode(self, x_t: Tensor, t: float, copies: int, cache: bool, with_base: bool = False) -> None:
+        """Compute and keep z_t for `copies` times the batch; with `cache` also its modulations, and
+        with `with_base` the base head's output.
+        """
         if self.kept and (self.kept[-1].t == t or self.kept.maxlen == 1):  # Heun calls the same t twice
             self.kept.pop()
         elif len(self.kept) == self.kept.maxlen:
             self.kept.popleft()  # free its memory first
-        z_t = self.call(self.model.encode, *self._inputs(x_t, t, copies))
+        inputs, base = self._inputs(x_t, t, copies), None
+        if with_base:
+            z_t, base = self.call(self.model.encode_with_base, *inputs)
+        else:
+            z_t = self.call(self.model.encode, *inputs)
         self.encoder_calls += copies
         modulations = self.call(self.model.modulations, z_t, self.cache_bytes) if cache else []
-        self.kept.append(Encoded(t, z_t, modulations))
+        self.kept.append(Encoded(t, z_t, modulations, base))
         cached = sum(m.nbytes for encoded in self.kept for m in encoded.modulations)
         self.cached_bytes = max(self.cached_bytes, cached)
 
@@ -147,9 +155,17 @@ class SharedNetwork:
         n, last = len(x_t), self.kept[-1]
         kept = list(itertools.takewhile(lambda encoded: len(encoded.z_t) >= n, reversed(self.kept)))[::-1]
         if t == last.t or len(kept) == 1:
-            return self.call(self.model.decode, x_t, last.z_t[:n], [m[:n] for m in last.modulations])
-        weights = extrapolation_weights([encoded.t for encoded in kept], t)
-        return self.model.decode(x_t, last.z_t[:n], Mixture(self.model, kept, weights, n))
+            kept, weights = [last], [1.0]
+            output = self.call(self.model.decode, x_t, last.z_t[:n], [m[:n] for m in last.modulations])
+        else:
+            weights = extrapolation_weights([encoded.t for encoded in kept], t)
+            output = self.model.decode(x_t, last.z_t[:n], Mixture(self.model, kept, weights, n))
+        if not self.internal.active(t):
+            return output
+        bases = [weight * encoded.base[:n].float() for weight, encoded in zip(weights, kept, strict=True)
+                  if encoded.base is not None]  # fmt: skip
+        assert len(bases) == len(kept), "segments that are guided, or forecast from, have the base head's output"
+        return self.internal.combine(output.float(), torch.stack(bases).sum(0))
 
 
 def extrapolation_weights(times: Sequence[float], t: float) -> list[float]:
@@ -163,24 +179,32 @@ class Segment(NamedTuple):
 
     both_halves: bool  # for the unconditional half too
     cache: bool  # several calls read this z_t: the decoder's modulations are cached
+    with_base: bool  # for the base head too
 
 
 def segments(settings: SamplerSettings) -> dict[int, Segment]:
     """Return the segments of a sampler by their first steps; none where nothing is shared.
 
     The encoder runs for both halves where any call of the segment is guided, and in the segments
-    from which a guided one is forecast.
+    from which a guided one is forecast; likewise for the base head where one is guided internally.
     """
-    starts, times, guidance = settings.schedule(), settings.call_times(), settings.guidance()
+    starts, times = settings.schedule(), settings.call_times()
     if starts is None:
         return {}
     ends, order = [*starts[1:], len(times)], settings.forecast_order
-    guided = [
-        any(guidance.active(t, step) for step in range(start, end) for t in times[step])
-        for start, end in zip(starts, ends, strict=True)
-    ]
+    guided, internal = (
+        [
+            any(guidance.active(t, step) for step in range(start, end) for t in times[step])
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        for guidance in (settings.guidance(), settings.internal())
+    )
     return {
-        start: Segment(any(guided[i : i + 1 + order]), end - start > 1 or order > 0)
+        start: Segment(
+            both_halves=any(guided[i : i + 1 + order]),
+            cache=end - start > 1 or order > 0,
+            with_base=any(internal[i : i + 1 + order]),
+        )
         for i, (start, end) in enumerate(zip(starts, ends, strict=True))
     }
 
@@ -232,8 +256,8 @@ class GuidedVelocity:
         else:
             guided = self.guidance.active(t, step)
             if step in self.segments:
-                both_halves, cache = self.segments[step]
-                self.network.encode(x_t, t, 2 if both_halves and self.guide is None else 1, cache)
+                both_halves, cache, with_base = self.segments[step]
+                self.network.encode(x_t, t, 2 if both_halves and self.guide is None else 1, cache, with_base)
                 if self.guide is not None and self.guide.share and both_halves:
                     self.guide.encode(x_t, t, 1, cache)
         if not guided:

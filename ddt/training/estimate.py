@@ -181,9 +181,8 @@ def build_recipe(settings: EstimateSettings) -> Recipe:
     patch_size = model.settings["patch_size"]
     require(patch_size is not None, "model.patch_size: is inferred from the images; give it, or data.root=")
     with torch.device("meta"):
-        network = model.build(
-            in_channels=shape[0], num_classes=outline.num_classes, **network_arguments(settings.objective, model)
-        )
+        asked = network_arguments(settings.objective, model, autoencoder.class_token)
+        network = model.build(in_channels=shape[0], num_classes=outline.num_classes, **asked)
     grid = token_grid(patch_size, *shape[1:])
     try:
         sampling_macs(network, *shape[1:], sampler)  # UserError where the cost cannot be counted

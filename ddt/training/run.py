@@ -22,7 +22,7 @@ from ddt.files import MAX_NAME_BYTES, is_run_name
 from ddt.metrics.features import FeatureSettings, check_weights
 from ddt.metrics.reference import data_reference, load_reference
 from ddt.model.layers import token_grid
-from ddt.objective import Objective, network_arguments
+from ddt.objective import Objective, check_alignment, network_arguments
 from ddt.objective.alignment import REPA, Alignment, Dispersive
 from ddt.objective.irepa import IREPA
 from ddt.sampling.settings import SamplerSettings, check_base_head
@@ -122,12 +122,14 @@ def check(settings: TrainSettings) -> None:
     attempt(settings.sampler.schedule, prefix="sampler.")
     attempt(settings.sampler.check_packages, prefix="sampler.")
     with torch.device("meta"):
-        asked = attempt(network_arguments, settings.objective, settings.model)
+        token = int(bool(settings.autoencoder.settings.get("class_token")))  # its features are not known yet
+        asked = attempt(network_arguments, settings.objective, settings.model, token)
         network = attempt(settings.model.build, in_channels=1, num_classes=1, **(asked or {}))
     if network is not None:
         attempt(check_memory, sum(parameter.numel() for parameter in network.parameters()))
         attempt(settings.objective.build, denoiser=network)
     attempt(settings.optimizer.build, named_parameters=[("weight", nn.Parameter(torch.zeros(1)))])
+    attempt(check_alignment, locate(settings.objective.target), settings.alignment)
     if settings.alignment is not None and network is not None:
         attempt(settings.alignment.check_depth, network.num_alignable_blocks)
     attempt(check_evaluation, settings)
@@ -225,7 +227,7 @@ def build_run(settings: TrainSettings) -> Run:
     grid = token_grid(model.settings["patch_size"], *shape[1:])
     images.check_autoencoder(autoencoder)
     sizes = {"in_channels": shape[0], "num_classes": len(images.class_names)}
-    sizes |= network_arguments(settings.objective, model)
+    sizes |= network_arguments(settings.objective, model, autoencoder.class_token)
     network = model.build(**sizes)
     alignment = Alignment()
     if settings.alignment is not None:

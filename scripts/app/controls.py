@@ -44,6 +44,10 @@ class Controls:
     every: int = 5
     budget: int = 10
     forecast_order: int = 0
+    internal_scale: float = 1.0
+    limit_internal: bool = False  # to the times from internal_from to internal_to
+    internal_from: float = 0.0
+    internal_to: float = 1.0
     compare: bool = False  # with the same images without sharing
 
     def check_limits(self, settings: AppSettings) -> None:
@@ -64,8 +68,11 @@ class Controls:
         last = MAX_SEED - number
         require(0 <= self.seed <= last, f"seed={self.seed}: must lie in 0..{last}, so that {number} seeds follow")
 
-    def sample_settings(self, settings: AppSettings, shares_encoder: bool) -> SampleSettings:
-        """Return the settings of sample.py for the same set."""
+    def sample_settings(self, settings: AppSettings, shares_encoder: bool, has_base_head: bool) -> SampleSettings:
+        """Return the settings of sample.py for the same set; of the checkpoint where the network
+        has no such part.
+        """
+        internal = (self.internal_from, self.internal_to) if self.limit_internal else None
         recompute = {"off": None, "uniform": f"uniform:{self.every}", "dp": f"dp:{self.budget}"}
         return SampleSettings(
             **{key: getattr(settings, key) for key in ("ckpt", "weights", "autoencoder", "dtype", "batch_size")},
@@ -79,6 +86,8 @@ class Controls:
             timeshift=self.timeshift,
             recompute=recompute.get(self.sharing, "checkpoint") if shares_encoder else "checkpoint",
             forecast_order="checkpoint" if self.sharing == "off" else self.forecast_order,
+            internal_scale=self.internal_scale if has_base_head else "checkpoint",
+            internal_interval=internal if has_base_head and self.internal_scale != 1 else "checkpoint",
         )
 
 
@@ -98,6 +107,11 @@ def class_choices(class_names: list[str]) -> list[tuple[str, int]]:
     return [(f"{name} ({label})" if count[name] > 1 else name, label) for label, name in enumerate(names)]
 
 
+def has_base_head(stored: dict[str, Any]) -> bool:
+    """Return whether a checkpoint's network has a base head, for internal guidance."""
+    return stored["network"].get("base_depth") is not None
+
+
 def sharing_choices(stored: dict[str, Any]) -> list[str]:
     """Return the choices of `Controls.sharing` for a checkpoint, none without an encoder."""
     if not network_class(stored["network"]).shares_encoder:
@@ -111,7 +125,7 @@ def initial_controls(stored: dict[str, Any], settings: AppSettings) -> Controls:
     """Return the checkpoint's sampler, within the limits, and a few classes spread over all."""
     sampler = stored["sampler"]
     if sampler.get("solver") == "adaptive":
-        kept = ("cfg_scale", "cfg_interval", "last_step", "t_end")
+        kept = ("cfg_scale", "cfg_interval", "last_step", "t_end", "internal_scale", "internal_interval")
         sampler = {key: sampler[key] for key in kept if key in sampler}
     own = SamplerSettings(**sampler)
     num_classes = stored["network"]["num_classes"]
@@ -119,8 +133,10 @@ def initial_controls(stored: dict[str, Any], settings: AppSettings) -> Controls:
     steps = min(own.num_steps, settings.max_steps)
     kind, number = own.parsed_recompute.kind, own.parsed_recompute.number
     cfg_from, cfg_to = own.cfg_interval or (0.3, 1.0)
+    internal_from, internal_to = own.internal_interval or (0.0, 1.0)
+    same = ("solver", "cfg_scale", "timeshift", "last_step", "forecast_order", "internal_scale")
     return Controls(
-        **{key: getattr(own, key) for key in ("solver", "cfg_scale", "timeshift", "last_step", "forecast_order")},
+        **{key: getattr(own, key) for key in same},
         classes=[k * num_classes // count for k in range(count)],
         num_images=max(1, min(2, settings.max_images // count)),
         seed=0,
@@ -128,6 +144,9 @@ def initial_controls(stored: dict[str, Any], settings: AppSettings) -> Controls:
         limit_guidance=own.cfg_interval is not None,
         cfg_from=cfg_from,
         cfg_to=cfg_to,
+        limit_internal=own.internal_interval is not None,
+        internal_from=internal_from,
+        internal_to=internal_to,
         sharing={"all": "off", "steps": "checkpoint", "file": "checkpoint"}.get(kind, kind),
         every=min(number, steps) if kind == "uniform" else 5,
         budget=min(number, steps) if kind == "dp" else max(1, steps // 5),
@@ -147,7 +166,7 @@ def make_requests(values: dict[str, Any], stored: dict[str, Any], settings: AppS
     shares_encoder = network_class(stored["network"]).shares_encoder
 
     def request(one: Controls) -> Request:
-        sample = one.sample_settings(settings, shares_encoder)
+        sample = one.sample_settings(settings, shares_encoder, has_base_head(stored))
         sampler, images = collect_errors(
             lambda: sample.resolve(stored["sampler"], shares_encoder, stored["network"].get("base_depth")),
             lambda: sample.image_set(stored["network"]["num_classes"]),

@@ -9,7 +9,7 @@ import torch
 
 from ddt.errors import UserError, os_error_line
 from ddt.sampling.settings import SamplerSettings
-from scripts.app.controls import SOLVER_CHOICES, Controls, class_choices, sharing_choices
+from scripts.app.controls import SOLVER_CHOICES, Controls, class_choices, has_base_head, sharing_choices
 from scripts.app.guard import GuardedBlocks
 from scripts.app.studio import Interrupted, Studio
 from scripts.app.view import galleries, numbers, summary
@@ -70,8 +70,24 @@ def add_controls(studio: Studio) -> Fields:
             fields["cfg_from"] = number("From t", own.cfg_from, "0 is noise")
             fields["cfg_to"] = number("To t", own.cfg_to, "1 is the image")
     fields["limit_guidance"].change(lambda on: gr.Row(visible=on), fields["limit_guidance"], between, **PAGE_ONLY)
+    if has_base_head(studio.stored):
+        fields |= add_internal_controls(own)
     choices = sharing_choices(studio.stored)
     return fields | add_sharing_controls(own, choices) if choices else fields
+
+
+def add_internal_controls(own: Controls) -> Fields:
+    """Lay out the controls of internal guidance."""
+    fields = Fields()
+    with gr.Group():
+        fields["internal_scale"] = number("Internal guidance", own.internal_scale, "away from the base head; 1 is none")
+        limited = gr.Checkbox(own.limit_internal, label="Guide internally only between two times")
+        fields["limit_internal"] = limited
+        with gr.Row(equal_height=True, visible=own.limit_internal) as between:
+            fields["internal_from"] = number("Internal from t", own.internal_from, "0 is noise")
+            fields["internal_to"] = number("Internal to t", own.internal_to, "1 is the image")
+    limited.change(lambda on: gr.Row(visible=on), limited, between, **PAGE_ONLY)
+    return fields
 
 
 def add_sharing_controls(own: Controls, choices: list[str]) -> Fields:

@@ -52,10 +52,6 @@ def unshared_sampler(overrides: SamplerOverrides, path: str) -> tuple[Path, dict
     unshared = dataclasses.replace(overrides, recompute=None, forecast_order=0)
     settings = unshared.resolve(stored["sampler"], shares_encoder=True, base_depth=stored["network"].get("base_depth"))
     require(
-        settings.internal_scale == 1,
-        f"internal_scale={settings.internal_scale}: is not for a shared encoder; give internal_scale=1",
-    )
-    require(
         not settings.adaptive,
         "sampler=adaptive: chooses its own steps, so there is no schedule for it; choose another sampler",
     )

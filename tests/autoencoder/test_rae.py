@@ -16,6 +16,7 @@ from ddt.autoencoder.rae_encoder import FrozenEncoder
 from ddt.autoencoder.vit_decoder import ViTDecoder, load_decoder
 from ddt.data.latent_statistics import OF_POSITIONS, Moments, block_moments
 from ddt.errors import UserError
+from ddt.model.class_token import split_token
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 MEAN, STD = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -280,6 +281,33 @@ def test_it_is_an_autoencoder_like_others(settings, images):
     assert (decoded.shape, decoded.dtype) == (images.shape, torch.uint8)
     raw = truncate(rae.network.decode(moments))  # denormalised
     assert (decoded.int() - raw.int()).abs().max() <= 1
+
+
+def test_latents_may_carry_the_class_token(settings, images, tmp_path):
+    plain, rae = build_autoencoder(settings), build_autoencoder({**settings, "class_token": True})
+    outline = build_autoencoder({**settings, "class_token": True}, outline=True)
+    assert rae.latent_shape(3, 16) == outline.latent_shape(3, 16) == (64, 5, 4)
+    assert (plain.class_token, rae.class_token) == (0, 64)
+    moments = rae.encode(images)
+    latents, token = split_token(rae.sample(moments), 64)
+    torch.testing.assert_close(latents, plain.sample(plain.encode(images)))
+    network = rae.network.encoder.network
+    expected = network.forward_features(rae.network.encoder.prepare(images.float() / 255))[:, 0]  # its norm is removed
+    torch.testing.assert_close(token, F.layer_norm(expected, (64,), eps=rae.network.encoder.norm.eps))
+    assert torch.equal(rae.decode(rae.sample(moments)), plain.decode(latents))
+    assert rae.encoder_fingerprint != plain.encoder_fingerprint  # a cache of one is none of the other
+    save_file(timm.create_model("test_efficientnet").state_dict(), tmp_path / "cnn.safetensors")
+    cnn = {**settings, "encoder": "test_efficientnet", "encoder_weights": str(tmp_path / "cnn.safetensors")}
+    decoder = ViTDecoder(rae_features(cnn), 32, 2, 64, num_heads=2, grid=4, patch_size=4)
+    save_file(decoder.state_dict(), tmp_path / "decoder.safetensors")
+    cnn |= {"decoder": str(tmp_path / "decoder.safetensors"), "statistics": None}
+    build_autoencoder(cnn)
+    with pytest.raises(UserError, match=r"^autoencoder\.class_token=true: test_efficientnet has no class token"):
+        build_autoencoder({**cnn, "class_token": True})
+
+
+def rae_features(settings):
+    return FrozenEncoder(settings["encoder"], 4, None).num_features
 
 
 def test_decoding_leaves_the_callers_autocast_and_bounds_its_memory(settings):

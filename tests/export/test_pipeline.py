@@ -129,6 +129,23 @@ def test_a_ditdh(tmp_path):
     assert np.array_equal(found, sampled(checkpoint, tmp_path / "half", "recompute=uniform:2", "dtype=bf16"))
 
 
+def test_internal_guidance_of_a_model_with_base_head(pipeline, tmp_path):
+    network = {"_target_": "ddt.model.DDT", **SMALL, "in_channels": 1, "base_depth": 1}
+    model = small_network("ddt", in_channels=1, base_depth=1)
+    checkpoint, folder = exported(tmp_path, model=model, network=network)
+    loaded = DDTPipeline.from_pretrained(folder)
+    plain = uint8(loaded(**CALL).images)[..., None]
+    guided = uint8(loaded(**CALL, internal_scale=1.7, internal_interval=(0.0, 0.6)).images)[..., None]
+    settings = ("internal_scale=1.7", "internal_interval=[0.0,0.6]")
+    assert np.array_equal(guided, sampled(checkpoint, tmp_path / "set", *settings))
+    assert not np.array_equal(guided, plain)
+    for wrong in ({"internal_scale": -1.0}, {"internal_scale": 2.0, "internal_interval": (0.9, 0.1)}):
+        with pytest.raises(UserError, match=f"^{list(wrong)[-1]}="):
+            loaded(0, **wrong)
+    with pytest.raises(UserError, match=r"^internal_scale=1\.7: this model has no base head"):
+        pipeline(0, internal_scale=1.7)
+
+
 def test_arguments_are_those_of_the_sampler(pipeline):
     settings = dict(num_steps=5, cfg_scale=3.0, cfg_interval=None, recompute=[0, 2], forecast_order=1, solver="heun",
                     timeshift=2.0, last_step=0.1)  # fmt: skip

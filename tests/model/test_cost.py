@@ -47,6 +47,7 @@ def network(name, channels=4):
         ("wide ddt", {}),
         ("ditdh", {}),
         ("ditdh", {"depth": 5, "patch_size": 1}),
+        *((case, {"patch_size": 1, "class_token": 40}) for case in ("ddt", "ditdh")),
     ],
     ids=str,
 )
@@ -196,9 +197,7 @@ def test_plain_sampling_gives_the_same_and_costs_what_torch_counts(settings):
     assert macs == [sampling_macs(model, 8, 8, settings, cached=False, skip_unconditional=False)]
 
 
-@pytest.mark.parametrize(
-    "settings", [dataclasses.replace(run, internal_scale=1.5) for run in RUNS if not run.recompute]
-)
+@pytest.mark.parametrize("settings", [dataclasses.replace(run, internal_scale=1.5) for run in RUNS])
 @pytest.mark.parametrize("interval", [None, (0.1, 0.6)])
 @pytest.mark.parametrize("case", SHARING)
 def test_internal_guidance_costs_the_base_head_where_it_guides(case, settings, interval):

@@ -1,5 +1,6 @@
 """The bookkeeping of CUDA graphs, with a stand-in for the capture, which needs a GPU."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -75,6 +76,10 @@ def test_calls_of_a_guide_and_of_a_base_head_are_told_apart(replays: list[int]) 
     expected = sample_latents(model, noise, y, settings, guide=guide)
     assert torch.equal(sample_latents(model, noise, y, settings, guide=guide, call=call), expected)
     assert replays
+    shared = dataclasses.replace(settings, recompute=[0, 2, 4])
+    expected = sample_latents(model, noise, y, shared, guide=guide)
+    for _ in range(2):
+        assert torch.equal(sample_latents(model, noise, y, shared, guide=guide, call=call), expected)
 
 
 def test_a_graph_reads_weights_where_they_lie_and_inputs_anew(replays: list[int]) -> None:

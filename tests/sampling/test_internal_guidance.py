@@ -80,7 +80,6 @@ def test_a_time_for_each_image_is_guided_where_it_is_inside():
         ({"internal_scale": -1.0}, r"internal_scale=-1\.0: must be"),
         ({"internal_scale": 2.0, "internal_interval": (0.6, 0.2)}, r"internal_interval=\[0\.6,0\.2\]: needs"),
         ({"internal_interval": (0.1, 0.5)}, "internal_interval=.* has no effect with internal_scale=1"),
-        ({"internal_scale": 1.5, "recompute": "uniform:2"}, r"internal_scale=1\.5: .*give recompute=null"),
     ],
 )
 def test_impossible_settings_are_named(changes, message):
@@ -111,3 +110,54 @@ def test_outputs_that_are_clean_latents_are_guided_as_velocities():
         v, base = (velocity_of(o, x, torch.zeros(3), "x") for o in model.forward_with_base(x, torch.zeros(3), y)[:2])
     guided = ddt.sample(model, x, y, num_steps=1, last_step=None, cfg_scale=1.0, internal_scale=1.7)
     torch.testing.assert_close(guided, x + base + 1.7 * (v - base), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("case", SHARING)
+def test_sharing_at_every_step_is_none(case, order, solver):
+    model, (x, _, y) = small_network(case, base_depth=1), inputs()
+    settings = dict(num_steps=6, solver=solver, internal_scale=1.7, internal_interval=(0.2, 0.7), cfg_scale=2.0)
+    plain = ddt.sample(model, x, y, **settings)
+    shared = ddt.sample(model, x, y, recompute=range(6), forecast_order=order, **settings)
+    torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["v", "x"])
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("case", SHARING)
+def test_the_base_stays_or_is_forecast_with_z(case, order, prediction):
+    """By hand, with both halves; the interval begins inside a segment and ends in the next one."""
+    model, (x, _, y) = small_network(case, base_depth=1, prediction=prediction), inputs()
+    settings = dict(num_steps=8, last_step=None, cfg_scale=2.0, cfg_interval=None, recompute=[0, 3, 5])
+    internal = dict(internal_scale=1.7, internal_interval=(0.5, 0.75))
+    ours = ddt.sample(model, x, y, forecast_order=order, **settings, **internal)
+    labels, past = torch.cat([y, torch.full_like(y, model.num_classes)]), []
+    with torch.no_grad():
+        for step, (t, t_next) in enumerate(itertools.pairwise(time_grid(8, None))):
+            both, times = x.repeat(2, 1, 1, 1), torch.full((6,), t)
+            if step in settings["recompute"]:
+                _, base, _ = model.forward_with_base(both, times, labels)
+                past = [*past, (t, model.condition(model.encode(both, times, labels)), base)][-order - 1 :]
+            c, base = past[-1][1:]
+            if len(past) == 2 and t != past[1][0]:
+                (t0, c0, b0), (t1, c1, b1) = past
+                share = (t - t1) / (t1 - t0)
+                c, base = c1 + (c1 - c0) * share, b1 + (b1 - b0) * share
+            z = torch.zeros(6, 16, 32)  # unused beside all modulations
+            v = model.decode(both, z, [layer(c) for layer in model.modulation_layers])
+            v = base + 1.7 * (v - base) if 0.5 <= t <= 0.75 else v
+            v, v_null = velocity_of(v, both, times, prediction).chunk(2)
+            x = x + (v_null + 2 * (v - v_null)) * (t_next - t)
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_base_head_runs_where_a_segment_reads_it():
+    model, (x, _, y) = small_ddt(base_depth=1), inputs()
+    runs = []
+    model.base_head.register_forward_hook(lambda *_: runs.append(1))
+    settings = dict(num_steps=8, last_step=None, cfg_scale=1.0, recompute=[0, 2, 4, 6])
+    for order, expected in ((0, 1), (1, 2)):  # a forecast reads the base of the segment before
+        runs.clear()
+        ddt.sample(model, x, y, internal_scale=1.7, internal_interval=(0.5, 0.7), forecast_order=order, **settings)
+        assert len(runs) == expected

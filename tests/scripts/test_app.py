@@ -17,7 +17,7 @@ import gradio as gr
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from conftest import refusal, run_inside, small_checkpoint, succeed
+from conftest import SMALL, refusal, run_inside, small_checkpoint, small_ddt, succeed
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
@@ -334,6 +334,35 @@ def test_a_model_without_encoder_is_not_offered_sharing(tmp_path, monkeypatch):
     result = press(page)
     assert "recompute" not in result.command
     assert "saved" not in result.numbers
+
+
+def test_a_model_with_base_head_is_offered_internal_guidance(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    sizes = SMALL | {"in_channels": 1, "base_depth": 1}
+    sampler = SAMPLER | {"internal_scale": 1.5, "internal_interval": [0.2, 0.7]}
+    folder = small_checkpoint(
+        tmp_path / "model", model=small_ddt(in_channels=1, base_depth=1), sampler=sampler, class_names=CLASSES,
+        network={"_target_": "ddt.model.DDT", **sizes},
+    )  # fmt: skip
+    page = build_page(open_studio(folder, tmp_path))
+    own = pressed(page)
+    assert "internal_scale=1.5" in own.command
+    assert "'internal_interval=[0.2,0.7]'" in own.command
+    for label, value, changed in (
+        ("Internal guidance", 2, {"internal_scale": "2.0"}),
+        ("Guide internally only between two times", False, {"internal_interval": "null"}),
+        ("Internal from t", 0.6, {"internal_interval": "[0.6,0.7]"}),
+        ("Internal to t", 1, {"internal_interval": "[0.2,1.0]"}),
+    ):
+        result = press(page, **{label: value})
+        old = settings(own.command)
+        assert {k: v for k, v in settings(result.command).items() if old.get(k) != v} == changed
+        assert not np.array_equal(array(own.files["samples.npz"]), array(result.files["samples.npz"]))
+    unguided = press(page, **{"Internal guidance": 1})
+    assert json.loads(unguided.files["receipt.json"].read_text())["request"]["sampler"]["internal_scale"] == 1
+    with pytest.raises(gr.Error) as error:
+        press(page, **{"Internal from t": 0.9})
+    assert "internal_interval=[0.9,0.7]: needs 0 &lt;= lo" in error.value.message
 
 
 def test_the_page_has_one_endpoint_and_calls_nobody(page):

@@ -1,6 +1,7 @@
 """RAE latents from end to end: statistics, cache, training, samples, export."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -122,3 +123,48 @@ def test_data_in256_rae_is_on_the_fly_without_alignment():
     assert settings.alignment is None
     assert settings.autoencoder.target == "ddt.autoencoder.RAE"
     assert settings.data.settings["horizontal_flip"]
+
+
+REG = ["objective=reg", "autoencoder.class_token=true"]
+
+
+def test_reg_trains_samples_shares_and_exports(place):
+    data, small = [*DATA, "data.root=pictures"], [each for each in SMALL if not each.startswith("data.")]
+    small += ["trainer.validate_every=2", "optimizer.lr=0.01"]
+    chosen = [*autoencoder(place), *REG]
+    succeed("scripts.cache_latents", *data, *autoencoder(place), "autoencoder.class_token=true", "out=with_token",
+            "num_workers=0", "dtype=float32")  # fmt: skip
+    small += ["model=nano_ditdh", "model.decoder_hidden_size=48"]
+    succeed("train", "name=reg", *data, *chosen, *small)
+    succeed("train", "name=reg_cached", "data=latents", "data.root=with_token", *chosen, *small)
+    fly, cached = (
+        [row for row in rows(place / "runs" / name) if "token_loss" in row] for name in ("reg", "reg_cached")
+    )
+    for a, b in zip(fly, cached, strict=True):
+        assert a["loss"] == pytest.approx(a["fm_loss"] + 0.03 * a["token_loss"], rel=1e-5)
+        assert a["token_loss"] == pytest.approx(b["token_loss"], rel=1e-5)
+    assert sum("validation_loss" in row for row in rows(place / "runs" / "reg")) == 2
+    shared = ["num_samples=4", "recompute=uniform:2", "cfg_scale=2.0"]
+    succeed("sample", "ckpt=runs/reg", "out=reg", *shared)
+    with np.load("reg/samples.npz") as file:
+        images = file["arr_0"]
+    assert images.shape == (4, 16, 16, 3)
+    succeed("scripts.export", "ckpt=runs/reg", "out=reg_hub", "format=hub")
+    succeed("sample", "ckpt=reg_hub", "out=reg_again", *shared)
+    with np.load("reg_again/samples.npz") as file:
+        assert np.array_equal(file["arr_0"], images)
+    for form, line in (("released", "class_token=64: the published format"), ("diffusers", "format=diffusers")):
+        assert line in refusal("scripts.export", "ckpt=runs/reg", f"out={form}.safetensors", f"format={form}")
+    without = [*data, *autoencoder(place), *small]
+    undivided = [each for each in without if not re.match(r"model(=|\.encoder|\.decoder)", each)] + ["model=dit_nano"]
+    aligned = ["alignment=dispersive", "alignment.align_depth=1"]
+    for name, wrong, line in (
+        ("a", [*without, "objective=reg"], "objective=reg: the latents hold no class token; give autoencoder.class_"),
+        ("b", [*without, "autoencoder.class_token=true"], "the latents hold a class token .*; give objective=reg"),
+        ("c", [*undivided, *REG], "autoencoder.class_token=true: DiT takes no class token; give false"),
+        ("d", [*without, *REG, "model.patch_size=2"], "model.patch_size=2: with a class token"),
+        ("e", [*without, *REG, "objective.token_weight=0"], "objective.token_weight=0.0: must be above 0"),
+        ("f", [*without, *REG, *aligned], "alignment: REG aligns by the class"),
+        ("g", ["data=latents", "data.root=with_token", *autoencoder(place), *small], "made by another autoencoder"),
+    ):
+        assert re.search(line, refusal("train", f"name=wrong_{name}", *wrong))

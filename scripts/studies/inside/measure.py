@@ -147,9 +147,11 @@ def z_colours(generator: Generator, path: Trajectory, y: list[int], steps: list[
     with tqdm(range(count), unit="step", desc="components of z", mininterval=1.0) as progress:
         mean, components, variances = principal_components(encode(step).flatten(0, 1) for step in progress)
     projected = torch.stack([(encode(step).double() - mean) @ components.T for step in steps])  # (K, B, N, 3)
-    height, width = (size // model.encoder.patch_size for size in path.x_t.shape[-2:])
+    at = model.encoder.positions(path.x_t[0])
+    height, width = at.height, at.width
     spread = variances[:COLOURS].sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-    colours = (0.5 + projected / (4 * spread)).clamp(0, 1).unflatten(2, (height, width))
+    colours = (0.5 + projected / (4 * spread)).clamp(0, 1)
+    colours = colours[:, :, -height * width :].unflatten(2, (height, width))  # without a class token
     return colours.cpu().numpy(), (variances[:COLOURS] / variances.sum()).tolist()
 
 
