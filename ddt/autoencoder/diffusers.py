@@ -153,6 +153,7 @@ class DiffusersAutoencoder(abc.ABC):
 
     pixel_space = False
     in_diffusers = True
+    trains_decoder = False
     sampling_dtype: Dtype | None = None
     packages = ("diffusers",)
     kind: str

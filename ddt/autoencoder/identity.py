@@ -18,6 +18,7 @@ class Identity:
     encode_dtype = None
     network = None
     in_diffusers = True  # a pipeline without one
+    trains_decoder = False
     sampling_dtype: Dtype | None = None
     fingerprint = None
     encoder_fingerprint = None

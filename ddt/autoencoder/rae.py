@@ -155,6 +155,7 @@ class RAE:
     pixel_space = False
     stochastic = False
     in_diffusers = False
+    trains_decoder = True
     sampling_dtype: Dtype | None = "fp32"  # in bf16 the published FID is 0.1 worse
     packages = ("timm",)
 
@@ -188,6 +189,18 @@ class RAE:
             f"autoencoder.statistics={statistics}: is of latents {'×'.join(map(str, shape or ()))}, not of this "
             f"autoencoder's {'×'.join(map(str, self._shape))}; choose the one of its encoder and size",
         )
+
+    @classmethod
+    def around(cls, encoder: FrozenEncoder, decoder: ViTDecoder, settings: dict[str, Any]) -> "RAE":
+        """Return one of these networks, without statistics; settings: of which `chunk_size` and the
+        precisions are read.
+        """
+        autoencoder = cls.__new__(cls)
+        autoencoder._hold(encoder, decoder, {})
+        autoencoder.chunk_size = settings.get("chunk_size", 16)
+        autoencoder.encode_dtype = settings.get("encode_dtype", "fp32")
+        autoencoder.decode_dtype = settings.get("decode_dtype", "fp32")
+        return autoencoder
 
     def _hold(self, encoder: FrozenEncoder, decoder: ViTDecoder, statistics: dict[str, Tensor]) -> None:
         channels = encoder.num_features

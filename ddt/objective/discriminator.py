@@ -6,7 +6,6 @@ Source: Zheng et al., arXiv 2510.11690 (RAE), after Sauer et al., arXiv 2301.095
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,13 +71,13 @@ class FrozenDINO:
         )
 
 
-def load_dino(file: str) -> FrozenDINO:
+def load_dino(file: str | None) -> FrozenDINO:
     """Return the network of a file; raise UserError, which names the setting, where there is none
     or it is another's.
     """
     key = "reconstruction.dino_weights"
-    check_file(key, file, DINO_FILE)
-    return FrozenDINO(read_state_dict(Path(file), f"{key}={file}"), label=f"{key}={file}")
+    path = check_file(key, file, DINO_FILE)
+    return FrozenDINO(read_state_dict(path, f"{key}={file}"), label=f"{key}={file}")
 
 
 class NormedConv(nn.Sequential):

@@ -38,10 +38,14 @@ def vgg_stages() -> nn.ModuleList:
     return stages
 
 
-def check_file(key: str, file: str | None, source: str) -> None:
-    """Raise UserError where a file of frozen weights is not given or not there; source: of it."""
+def check_file(key: str, file: str | None, source: str) -> Path:
+    """Return the path of a file of frozen weights; raise UserError where it is not given or not
+    there. source: where it comes from.
+    """
     require(file is not None, f"{key}: not set; give {source}")
-    require(Path(str(file)).is_file(), f"{key}={file}: no such file; give {source}")
+    path = Path(str(file))
+    require(path.is_file(), f"{key}={file}: no such file; give {source}")
+    return path
 
 
 def load_strictly(network: nn.Module, state: dict[str, Tensor], label: str, source: str) -> None:
@@ -65,22 +69,19 @@ class LPIPS:
     Raises UserError, which names the setting, for files that are missing or do not fit exactly.
     """
 
-    def __init__(self, vgg_weights: str, linear_weights: str) -> None:
-        for key, file, source in (
-            ("vgg_weights", vgg_weights, VGG_FILE),
-            ("lpips_weights", linear_weights, LINEAR_FILE),
-        ):
-            check_file(f"reconstruction.{key}", file, source)
+    def __init__(self, vgg_weights: str | None, linear_weights: str | None) -> None:
+        vgg_file = check_file("reconstruction.vgg_weights", vgg_weights, VGG_FILE)
+        linear_file = check_file("reconstruction.lpips_weights", linear_weights, LINEAR_FILE)
         with torch.device("meta"):
             self.stages = vgg_stages()
             self.linear = nn.ModuleList(nn.Conv2d(widths[-1], 1, 1, bias=False) for widths in STAGES)
         label = f"reconstruction.vgg_weights={vgg_weights}"
-        vgg = read_state_dict(Path(vgg_weights), label)
+        vgg = read_state_dict(vgg_file, label)
         numbers = {name: f"{k}.{name}" for k, stage in enumerate(self.stages) for name in stage.state_dict()}
         features = {name.removeprefix("features."): v for name, v in vgg.items() if name.startswith("features.")}
         load_strictly(self.stages, {numbers.get(name, name): v for name, v in features.items()}, label, VGG_FILE)
         label = f"reconstruction.lpips_weights={linear_weights}"
-        stored = read_state_dict(Path(linear_weights), label)
+        stored = read_state_dict(linear_file, label)
         linear = {name.replace(".model.1.", ".").removeprefix("lin"): value for name, value in stored.items()}
         load_strictly(self.linear, linear, label, LINEAR_FILE)
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))  # (3, 1, 1)

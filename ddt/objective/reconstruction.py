@@ -131,7 +131,7 @@ class Reconstruction(nn.Module):
         deviation = (self.settings.noise * noise_uniform)[:, None, None, None]
         pixels = self.reconstruct(tokens + deviation * noise)
         losses = self.errors(pixels, targets)
-        loss = losses["reconstruction"]
+        loss = losses.pop("reconstruction")
         if discriminator is not None:
             assert augment_uniform is not None
             gan = generator_loss(discriminator(augment(2 * pixels - 1, augment_uniform)).float())
