@@ -29,7 +29,8 @@ class FrozenDINO:
     nn.Module, so nothing trains or saves it.
 
     Args:
-        state: its weights; the keys' biases are replaced by 0.
+        state: its weights. RAE sets the keys' biases to 0, which changes nothing: a softmax over
+            keys does not see them.
         name: of the network; depths: blocks, counted from 1; changes: of timm's constructor.
         label: of the file, in messages.
 
@@ -48,10 +49,6 @@ class FrozenDINO:
 
         with torch.device("meta"):
             network: Any = timm.create_model(name, num_classes=0, act_layer="gelu_tanh", img_size=SIDE, **changes)
-        state = dict(state)
-        for key in [key for key in state if key.endswith("attn.qkv.bias")]:
-            q, k, v = state[key].chunk(3)
-            state[key] = torch.cat([q, torch.zeros_like(k), v])
         load_strictly(network, state, label, DINO_FILE)
         self.network, self.width, self.indices = network, network.embed_dim, [depth - 1 for depth in depths]
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))  # (3, 1, 1)

@@ -17,7 +17,7 @@ from ddt.data.reading import random_crop
 from ddt.data.stream import ReconstructionStream
 from ddt.objective.discriminator import FrozenDINO
 from ddt.objective.lpips import STAGES, vgg_stages
-from ddt.training.decoder.run import build_decoder, build_run
+from ddt.training.decoder.run import build_decoder, build_run, check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = "ddt.training.decoder.run.DecoderSettings"
@@ -176,6 +176,14 @@ def test_the_learning_rates_are_those_of_the_public_code():
     assert [settings.lr_factor(step) for step in range(60)] == pytest.approx(
         golden("stage1")["lr_cosine"][:60].tolist()
     )
+
+
+def test_the_small_choices_fit_one_another():
+    chosen = ("autoencoder=rae_efficientnet_lite0", "decoder=vit_nano", "reconstruction=l1", "recipe=rae_decoder_small")
+    settings = composed("train_autoencoder", SETTINGS, *chosen)
+    assert settings.name == "photos_rae_efficientnet_lite0"
+    check(settings)
+    assert build_decoder(settings, 112, 8).image_size == settings.data.settings["image_size"]
 
 
 def test_the_published_recipe_is_the_default():
