@@ -130,7 +130,7 @@ class RAENetwork(nn.Module):
 
 
 class RAE:
-    """A representation autoencoder: deterministic, one latent position per 16×16 pixels.
+    """A representation autoencoder: deterministic, one latent position per patch of pixels.
 
     Latents are `(tokens − mean)/sqrt(var + 1e-5)`, one number per channel and position. The size of
     images follows from the decoder: it makes patches of `p` pixels of a fixed grid of tokens, which

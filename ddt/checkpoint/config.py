@@ -186,7 +186,7 @@ def read_config(path: Path, of_decoder: bool = False) -> dict[str, Any]:
         require(
             of_decoder,
             f"{path.parent}: is an autoencoder's decoder, which samples nothing; train in its latents, with "
-            f"autoencoder.source={path.parent}",
+            f"autoencoder.decoder={path.parent / 'ema.safetensors'}",
         )
         return check_decoder_config(values)
     except UserError as error:

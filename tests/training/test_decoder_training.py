@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import composed, picture_folder, refusal, rows, run_inside, small_rae, succeed
+from decoders import small_dino, train_with_small_dino
 from PIL import Image
 from rae import golden
 from safetensors.torch import load_file, save_file
@@ -15,7 +16,7 @@ from ddt.autoencoder import RAE
 from ddt.data.images import ImageFolder
 from ddt.data.reading import random_crop
 from ddt.data.stream import ReconstructionStream
-from ddt.objective.discriminator import FrozenDINO
+from ddt.distributed.launch import launch
 from ddt.objective.lpips import STAGES, vgg_stages
 from ddt.training.decoder.run import build_decoder, build_run, check
 
@@ -42,7 +43,7 @@ def place(tmp_path_factory):
         folder / "vgg16.safetensors",
     )
     torch.save({f"lin{k}.model.1.weight": torch.rand(1, w[-1], 1, 1) for k, w in enumerate(STAGES)}, folder / "vgg.pth")
-    (folder / "dino.safetensors").touch()  # `small_dino` stands in for it
+    (folder / "dino.safetensors").touch()  # `with_small_dino` stands in for it
     return folder
 
 
@@ -52,11 +53,8 @@ def inside(place, monkeypatch):
 
 
 @pytest.fixture
-def small_dino(monkeypatch):
-    """A discriminator on four small blocks, where ViT-S/8 takes seconds an image."""
-    state = {key.removeprefix("dino."): v for key, v in golden("stage1").items() if key.startswith("dino.")}
-    sizes = dict(depths=(2, 4), depth=4, patch_size=56, embed_dim=16, num_heads=2)
-    monkeypatch.setattr("ddt.training.decoder.run.load_dino", lambda file: FrozenDINO(state, **sizes))
+def with_small_dino(monkeypatch):
+    monkeypatch.setattr("ddt.training.decoder.run.load_dino", small_dino)
 
 
 def arguments(name, *more, steps=6):
@@ -83,7 +81,7 @@ def equal(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def test_a_killed_run_resumes_to_the_same_bits(place, small_dino):
+def test_a_killed_run_resumes_to_the_same_bits(place, with_small_dino):
     train("straight", *GAN)
     straight, killed = place / "runs" / "straight", place / "runs" / "killed"
     shutil.copytree(straight, killed)
@@ -108,7 +106,22 @@ def test_a_killed_run_resumes_to_the_same_bits(place, small_dino):
     assert "complete at step 6" in said
 
 
-def test_each_loss_begins_at_its_step_and_the_discriminator_counts_its_own(place, small_dino):
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(place, with_small_dino):
+    """Until the discriminator's first update: its spectral norms move once for each micro-batch."""
+    train("one", *GAN)
+    settings = composed("train_autoencoder", SETTINGS, *arguments("two_processes", *GAN, "trainer.num_processes=2"))
+    launch(train_with_small_dino, 2, settings)
+    one, two = rows(place / "runs" / "one"), rows(place / "runs" / "two_processes")
+    assert [row.keys() for row in one] == [row.keys() for row in two]
+    for a, b in zip(one, two, strict=True):
+        close = 1e-4 if a["step"] <= 2 else 0.05
+        for key in ("loss", "l1", "validation_psnr", "discriminator_loss"):
+            if key in a:
+                assert a[key] == pytest.approx(b[key], rel=close), (key, a["step"])
+
+
+def test_each_loss_begins_at_its_step_and_the_discriminator_counts_its_own(place, with_small_dino):
     more = ("reconstruction.gan_start=3", "trainer.lr_schedule=cosine", "trainer.lr_end=0.1", "trainer.save_every=1")
     train("starts", *GAN, *more)
     logged = [row for row in rows(place / "runs" / "starts") if "loss" in row]
