@@ -49,6 +49,7 @@ PATHS = (
     "autoencoder", "guide", "recompute", "measured", "metrics", "features.weights",
     "data.root", "data.source_root", "data.labels", "data.class_names", "data_root", "autoencoder.source",
     "autoencoder.encoder_weights", "autoencoder.decoder", "autoencoder.statistics", "alignment.weights",
+    "reconstruction.vgg_weights", "reconstruction.lpips_weights", "reconstruction.dino_weights",
 )  # fmt: skip
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for each process
 WITH_VALUE = {  # options of Hydra that another word follows
@@ -60,29 +61,35 @@ ECHO_SECONDS = 5  # to ask a launcher's store whether a message was printed
 
 def default_name(*, _root_: DictConfig) -> str:
     """Return DATA_MODEL of the chosen files, with data=folder folder_NAME_MODEL of the folder (and
-    so with data=shards); a split, such as A/train, is named after its parent too: A_train.
+    so with data=shards); a split, such as A/train, is named after its parent too: A_train. Of a
+    decoder's training it is DATA_AUTOENCODER.
     """
     # a sweep is laid out before Hydra takes its own part out of the configuration
     choices: Any = (_root_.hydra if "hydra" in _root_ else HydraConfig.get()).runtime.choices
+    trained = choices.autoencoder if "decoder" in choices else choices.model
     if choices.data not in ("folder", "shards") or OmegaConf.is_missing(_root_.data, "root"):
-        return f"{choices.data}_{choices.model}"
+        return f"{choices.data}_{trained}"
     path = Path(str(_root_.data.root)).expanduser().resolve()
     name = f"{path.parent.name}_{path.name}" if is_split(path.name) else path.name
     folder = re.sub(r"[^\w.+-]", "_", name)
-    return f"{choices.data}_{folder}_{choices.model}"
+    return f"{choices.data}_{folder}_{trained}"
 
 
 OmegaConf.register_new_resolver("default_name", default_name, replace=True)
 
 
 def command(
-    config_name: str, settings: str, folder: Path = CONF, outcome: Callable[[Path], float | None] | None = None
+    config_name: str,
+    settings: str | Callable[[DictConfig], str],
+    folder: Path = CONF,
+    outcome: Callable[[Path], float | None] | None = None,
 ) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Make a command of a function of its settings.
 
     config_name: the primary config, `folder/config_name.yaml`. settings: dotted name of the
-    dataclass that the composed values are parsed to (`ddt.config.parse`); a field `choices` gets
-    the names of the chosen files by group.
+    dataclass that the composed values are parsed to (`ddt.config.parse`), or a function that
+    returns it, of the composed values; a field `choices` gets the names of the chosen files by
+    group.
     outcome: what a sweeper may minimise, from the folder of a job of a sweep; None: `-m` is
     refused.
 
@@ -106,7 +113,7 @@ def command(
 
             def parsed() -> Any:
                 try:
-                    return typed(cfg, settings)
+                    return typed(cfg, settings if isinstance(settings, str) else settings(cfg))
                 except (HydraException, OmegaConfBaseException) as error:
                     raise UserError(mistake(error, arguments, folder, config_name)) from error
 

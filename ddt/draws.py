@@ -16,6 +16,7 @@ class Stream(enum.IntEnum):
     VALIDATION = 2
     PREVIEW = 3
     CLASSES = 4  # classes=random of sample.py
+    RECONSTRUCTION = 5
     CLASSIFIER = 16
     PHOTOS_TRAIN = 17
     PHOTOS_TEST = 18

@@ -1,31 +1,32 @@
-"""Train a small KL autoencoder on a data set, for latents without a published one.
+"""Train an autoencoder: the decoder of a frozen encoder (RAE), or a small KL autoencoder.
 
+python scripts/train_autoencoder.py autoencoder=rae_… data=NAME [name=…]    the same command resumes
 python scripts/train_autoencoder.py data=photos out=runs/photos_autoencoder
 """
 
-import logging
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ddt.cli import command
 
 if TYPE_CHECKING:
     from ddt.training.autoencoder import CommandSettings
+    from ddt.training.decoder.run import DecoderSettings
 
-log = logging.getLogger(__name__)
+
+def settings_of(cfg: Any) -> str:
+    """Return the class of the settings: those of a decoder, where `autoencoder=` chooses an encoder
+    that one is trained for.
+    """
+    from ddt.config import locate
+
+    of_decoder = locate(cfg.autoencoder._target_).trains_decoder
+    return "ddt.training.decoder.run.DecoderSettings" if of_decoder else "ddt.training.autoencoder.CommandSettings"
 
 
-@command("train_autoencoder", settings="ddt.training.autoencoder.CommandSettings")
-def main(settings: "CommandSettings") -> None:
+@command("train_autoencoder", settings=settings_of)
+def main(settings: "CommandSettings | DecoderSettings") -> None:
     """Compose, check, train, write."""
-    from ddt.training.autoencoder import train_autoencoder
-
-    out, name = settings.out, settings.choices["data"]
-    images, held_out = (settings.data.build(split=split) for split in ("train", "test"))
-    data = {"name": name, **settings.data.settings, **images.inferred}
-    report = train_autoencoder(images, held_out, settings.own, Path(out), data)
-    log.info("%s: PSNR %.2f dB on held-out images, %.0f s", out, report["psnr"], report["seconds"])
-    log.info("train in its latents with: python train.py data=%s autoencoder=kl autoencoder.source=%s …", name, out)
+    settings.train()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ class Autoencoder(Protocol):
     stochastic: bool  # moments are (mean, logvar), 2C channels, and latents need noise; else the mean alone
     network: Any  # the frozen network, with `encode` and `decode` of tensors; None for pixels
     in_diffusers: bool  # a class attribute: whether diffusers' pipelines can hold the network
+    trains_decoder: bool  # a class attribute: whether a decoder is trained for a frozen encoder
     sampling_dtype: Dtype | None  # a class attribute: of the denoiser where none is chosen; None: any
 
     class_token: int  # features of the class token that the latents carry (`ddt.model.class_token`); 0: none

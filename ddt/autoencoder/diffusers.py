@@ -154,6 +154,7 @@ class DiffusersAutoencoder(abc.ABC):
     pixel_space = False
     class_token = 0
     in_diffusers = True
+    trains_decoder = False
     sampling_dtype: Dtype | None = None
     packages = ("diffusers",)
     kind: str

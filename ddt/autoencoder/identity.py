@@ -19,6 +19,7 @@ class Identity:
     network = None
     class_token = 0
     in_diffusers = True  # a pipeline without one
+    trains_decoder = False
     sampling_dtype: Dtype | None = None
     fingerprint = None
     encoder_fingerprint = None

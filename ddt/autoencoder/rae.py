@@ -131,7 +131,7 @@ class RAENetwork(nn.Module):
 
 
 class RAE:
-    """A representation autoencoder: deterministic, one latent position per 16×16 pixels.
+    """A representation autoencoder: deterministic, one latent position per patch of pixels.
 
     Latents are `(tokens − mean)/sqrt(var + 1e-5)`, one number per channel and position. The size of
     images follows from the decoder: it makes patches of `p` pixels of a fixed grid of tokens, which
@@ -159,6 +159,7 @@ class RAE:
     stochastic = False
     class_token = 0
     in_diffusers = False
+    trains_decoder = True
     sampling_dtype: Dtype | None = "fp32"  # in bf16 the published FID is 0.1 worse
     packages = ("timm",)
 
@@ -193,6 +194,18 @@ class RAE:
             f"autoencoder.statistics={statistics}: is of latents {'×'.join(map(str, shape or ()))}, not of this "
             f"autoencoder's {'×'.join(map(str, self._shape))}; choose the one of its encoder and size",
         )
+
+    @classmethod
+    def around(cls, encoder: FrozenEncoder, decoder: ViTDecoder, settings: dict[str, Any]) -> "RAE":
+        """Return one of these networks, without statistics; settings: of which `chunk_size` and the
+        precisions are read.
+        """
+        autoencoder = cls.__new__(cls)
+        autoencoder._hold(encoder, decoder, {}, class_token=False)
+        autoencoder.chunk_size = settings.get("chunk_size", 16)
+        autoencoder.encode_dtype = settings.get("encode_dtype", "fp32")
+        autoencoder.decode_dtype = settings.get("decode_dtype", "fp32")
+        return autoencoder
 
     def _hold(
         self, encoder: FrozenEncoder, decoder: ViTDecoder, statistics: dict[str, Tensor], class_token: bool

@@ -76,6 +76,17 @@ class Config:
         require(self.step is not None or self.run is None, "step=null: a run of training has its step")
 
 
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """config.json of a training of an autoencoder's decoder: what resuming needs."""
+
+    step: int
+    latent_shape: tuple[int, int, int]
+    autoencoder: dict[str, Any]
+    decoder: dict[str, Any]
+    run: dict[str, Any]
+
+
 # of a run's settings, those that are read from a checkpoint
 RUN: dict[str, Any] = {
     "seed": int,
@@ -157,10 +168,27 @@ def check_config(values: dict[str, Any]) -> dict[str, Any]:
     return {key: found[key] for key in values if key not in optional or found[key] is not None}
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Return the content of a checked config.json; UserError names the file."""
+def check_decoder_config(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a decoder's config.json, checked; raise UserError for anything else."""
+    config = parse(DecoderConfig, values)
+    return dataclasses.asdict(config) | {"latent_shape": list(config.latent_shape), "run": check_run(config.run)}
+
+
+def read_config(path: Path, of_decoder: bool = False) -> dict[str, Any]:
+    """Return the content of a checked config.json; UserError names the file.
+
+    of_decoder: it may be that of an autoencoder's decoder, which samples nothing.
+    """
+    values = read_json(path)
     try:
-        return check_config(read_json(path))
+        if "decoder" not in values:
+            return check_config(values)
+        require(
+            of_decoder,
+            f"{path.parent}: is an autoencoder's decoder, which samples nothing; train in its latents, with "
+            f"autoencoder.decoder={path.parent / 'ema.safetensors'}",
+        )
+        return check_decoder_config(values)
     except UserError as error:
         raise named(path, error) from error
 
@@ -182,6 +210,6 @@ def read_manifest(path: Path) -> Manifest:
 def named(path: Path, error: UserError) -> UserError:
     """Return an error as one line that begins with the file's name."""
     text = str(error)
-    if text.startswith(str(path)):
+    if text.startswith((str(path), f"{path.parent}:")):
         return error
     return UserError(f"{path}: {reason(error)}; it is damaged, or not written by this project")

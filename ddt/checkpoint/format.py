@@ -249,6 +249,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_training(folder: Path) -> dict[str, Any]:
+    """Return the checked config.json of a checkpoint that training resumes from, whatever it
+    trains.
+    """
+    return contents.read_config(verify_file(folder, "config.json"), of_decoder=True)
+
+
 def shard_files(folder: Path, name: str) -> list[str]:
     """Return the files of `name`, such as "ema.safetensors": the one, or its shards in order."""
     stem, suffix = name.rsplit(".", 1)

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from ddt.data.labels import FolderPlace
-from ddt.data.reading import Exif, center_crop, read_image
+from ddt.data.reading import Exif, center_crop, random_crop, read_image
 from ddt.data.shards import ShardsPlace
 from ddt.data.source import Source
 from ddt.data.survey import (
@@ -86,6 +86,12 @@ class Images(abc.ABC):
     @abc.abstractmethod
     def load(self, indices: np.ndarray) -> np.ndarray:
         """Return the images at `indices` as uint8 (B, C, H, W)."""
+
+    def load_crops(self, indices: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        """Return crops of the images at `indices`, uint8 (B, C, H, W), whose places are uniform
+        (B, 2) in [0, 1): of files, which are larger. Others are returned as they are.
+        """
+        return self.load(indices)
 
     def load_inputs(self, indices: np.ndarray, flipped: np.ndarray, aligned: bool) -> dict[str, np.ndarray]:
         """Return the inputs of a training step: `images`, uint8 (B, C, H, W), or `moments` and,
@@ -249,7 +255,13 @@ class FileImages(Images):
 
     def load(self, indices: np.ndarray) -> np.ndarray:
         """Return uint8 (B, C, H, W); raise UserError naming a file that cannot be read."""
-        pictures = [center_crop(self._read(int(i)), self.image_size) for i in indices]
+        return self._stacked([center_crop(self._read(int(i)), self.image_size) for i in indices])
+
+    def load_crops(self, indices: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        pairs = zip(indices, uniform, strict=True)
+        return self._stacked([random_crop(self._read(int(i)), self.image_size, place) for i, place in pairs])
+
+    def _stacked(self, pictures: list[Image.Image]) -> np.ndarray:
         if self.channels == 1:
             return np.stack([np.asarray(picture.convert("L")) for picture in pictures])[:, None]
         return np.stack([np.asarray(picture) for picture in pictures]).transpose(0, 3, 1, 2)

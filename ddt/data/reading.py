@@ -96,6 +96,17 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def random_crop(image: Image.Image, size: int, uniform: np.ndarray) -> Image.Image:
+    """Resize the shorter side to 1.5·`size`, bicubic, and cut a square; uniform: (2,) in [0, 1), of
+    the row and the column where it begins. Source: RAE's stage 1.
+    """
+    shorter = size * 3 // 2
+    width, height = (shorter * side // min(image.size) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    top, left = (int(u * (side - size + 1)) for u, side in zip(uniform, image.size[::-1], strict=True))
+    return image.crop((left, top, left + size, top + size))
+
+
 # --- what is found in a file without its pixels
 
 

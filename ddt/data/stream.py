@@ -33,7 +33,24 @@ SHARED_MEMORY = Path("/dev/shm")  # where loading processes put their batches
 SHARED_MEMORY_FIX = "start the container with more (docker run --shm-size=8g), or give fewer num_workers"
 
 
-class TrainingStream(Dataset):
+class ImageOrder(Dataset):
+    """The endless order of training images: each epoch is a permutation, a function of the seed."""
+
+    def __init__(self, images: Images, seed: int) -> None:
+        require(len(images.labels) > 0, "data: there are no training images")
+        self.images, self.seed = images, seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def index(self, position: int) -> int:
+        """Return the index of the image at a position."""
+        epoch, offset = divmod(position, len(self.images.labels))
+        if epoch != self._epoch:
+            order = random_generator(self.seed, Stream.PERMUTATION, epoch).permutation(len(self.images.labels))
+            self._epoch, self._order = epoch, order
+        return int(self._order[offset])
+
+
+class TrainingStream(ImageOrder):
     """The endless training stream, addressed by position: `stream[positions]` returns a batch.
 
     A batch is a dict of tensors:
@@ -57,18 +74,8 @@ class TrainingStream(Dataset):
         posterior: bool = False,
         aligned_until: float = 0,
     ) -> None:
-        require(len(images.labels) > 0, "data: there are no training images")
-        self.images, self.seed, self.latent_shape, self.posterior = images, seed, latent_shape, posterior
-        self.aligned_until = aligned_until
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
-    def index(self, position: int) -> int:
-        """Return the index of the image at a position; each epoch is a permutation."""
-        epoch, offset = divmod(position, len(self.images.labels))
-        if epoch != self._epoch:
-            order = random_generator(self.seed, Stream.PERMUTATION, epoch).permutation(len(self.images.labels))
-            self._epoch, self._order = epoch, order
-        return int(self._order[offset])
+        super().__init__(images, seed)
+        self.latent_shape, self.posterior, self.aligned_until = latent_shape, posterior, aligned_until
 
     def __getitem__(self, positions: list[int]) -> dict[str, Tensor]:
         """Return the batch at `positions`, in that order."""
@@ -99,6 +106,41 @@ class TrainingStream(Dataset):
         if self.posterior:
             batch["posterior_noise"] = posterior
         return {key: torch.from_numpy(value) for key, value in batch.items()}
+
+
+class ReconstructionStream(ImageOrder):
+    """The endless stream of images for a decoder: `stream[positions]` returns a batch.
+
+    A batch is a dict of tensors:
+
+    - `images`: uint8 (B, C, H, W), random crops (`Images.load_crops`)
+    - `noise`: float32 (B, *latent_shape), standard normal
+    - `noise_uniform`: float32 (B,) in [0, 1), of the noise's deviation
+    - `augment_uniform`: float32 (3, 5, B) in [0, 1), of the discriminator's inputs: for fakes when
+      the decoder learns, then for fakes and for images when the discriminator does
+
+    Where the data set has mirror images, each is chosen with probability ½.
+    """
+
+    def __init__(self, images: Images, seed: int, latent_shape: tuple[int, int, int]) -> None:
+        super().__init__(images, seed)
+        self.latent_shape = latent_shape
+
+    def __getitem__(self, positions: list[int]) -> dict[str, Tensor]:
+        """Return the batch at `positions`, in that order."""
+        generators = [random_generator(self.seed, Stream.RECONSTRUCTION, position) for position in positions]
+        uniform = np.stack([generator.random(4 + 3 * 5, dtype=np.float32) for generator in generators])  # (B, 19)
+        noise = np.stack([generator.standard_normal(self.latent_shape, dtype=np.float32) for generator in generators])
+        images = self.images.load_crops(np.array([self.index(p) for p in positions]), uniform[:, :2])
+        if self.images.flips == 2:
+            images = np.where(uniform[:, 2, None, None, None] < 0.5, images[..., ::-1], images)
+        augmentation = uniform[:, 4:].reshape(-1, 3, 5).transpose(1, 2, 0)
+        return {
+            "images": torch.from_numpy(np.ascontiguousarray(images)),
+            "noise": torch.from_numpy(noise),
+            "noise_uniform": torch.from_numpy(uniform[:, 3].copy()),
+            "augment_uniform": torch.from_numpy(augmentation.copy()),
+        }
 
 
 def micro_batch_positions(

@@ -128,8 +128,8 @@ def gather_network(network: nn.Module, outline: Network) -> Network:
 
 @torch.no_grad()
 def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load full tensors into a module, sharded or not; names and shapes must match."""
-    own = dict(module.named_parameters())
+    """Load full tensors into a module, sharded or not, buffers too; names and shapes must match."""
+    own = module.state_dict(keep_vars=True)
     assert own.keys() == state.keys(), "a checkpoint's names are those of the module"
     for name, parameter in own.items():
         assert parameter.shape == state[name].shape, f"{name}: {tuple(state[name].shape)}"

@@ -43,6 +43,11 @@ class Objective(nn.Module, abc.ABC):
         self.label_dropout = label_dropout
         self.alignment = alignment
 
+    @property
+    def network(self) -> Denoiser:
+        """What is trained: the denoiser."""
+        return self.denoiser
+
     @abc.abstractmethod
     def time_normal(self, t: Tensor) -> Tensor:
         """Return the `time_normal` (B,) of which `forward` makes the times t (B,) in (0, 1)."""

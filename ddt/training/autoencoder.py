@@ -6,6 +6,7 @@ Shapes: B batch, C H W images, c h w latents.
 
 import dataclasses
 import datetime
+import logging
 import math
 import platform
 import time
@@ -28,6 +29,7 @@ from ddt.files import atomic_folder, check_new, fsync, reset_permissions, write_
 from ddt.pictures import image_grid, write_png
 from ddt.version import __version__
 
+log = logging.getLogger(__name__)
 MAX_IMAGES = 2048  # for the latents' statistics and the held-out PSNR
 MAX_CHANNELS, MAX_LEVELS = 4096, 10
 MAX_GRADIENT_NORM = 1.0
@@ -85,7 +87,9 @@ class AutoencoderSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommandSettings(AutoencoderSettings):
-    """The settings of scripts/train_autoencoder.py. data: train.py's group. out: the folder."""
+    """The settings of scripts/train_autoencoder.py for a small KL autoencoder. data: train.py's
+    group. out: the folder.
+    """
 
     data: Choice
     out: str
@@ -95,6 +99,15 @@ class CommandSettings(AutoencoderSettings):
     def own(self) -> AutoencoderSettings:
         """The settings without the command's."""
         return AutoencoderSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(AutoencoderSettings)})
+
+    def train(self) -> None:
+        """Open the data, train, write, and log what came of it."""
+        out, name = self.out, self.choices["data"]
+        images, held_out = (self.data.build(split=split) for split in ("train", "test"))
+        data = {"name": name, **self.data.settings, **images.inferred}
+        report = train_autoencoder(images, held_out, self.own, Path(out), data)
+        log.info("%s: PSNR %.2f dB on held-out images, %.0f s", out, report["psnr"], report["seconds"])
+        log.info("train in its latents with: python train.py data=%s autoencoder=kl autoencoder.source=%s …", name, out)
 
 
 def build_network(settings: AutoencoderSettings, channels: int, image_size: int) -> Any:

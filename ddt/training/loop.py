@@ -5,9 +5,12 @@ come from `ddt.data.stream`, and nothing random happens in here.
 """
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ddt.checkpoint import format as ckpt
 from ddt.distributed.prepare import clip_gradients, gradient_norm, micro_batch
@@ -15,10 +18,10 @@ from ddt.errors import Stopped
 from ddt.precision import autocast, check_dtype
 from ddt.training.latents import to_latents
 from ddt.training.measurements import due_measurements
-from ddt.training.run import Run, TrainSettings, build_run
+from ddt.training.run import BaseRun, Run, TrainSettings, build_run
 from ddt.training.start import Session, start
 from ddt.training.state import TrainingState
-from ddt.training.stopping import max_skipped
+from ddt.training.stopping import Skips, max_skipped
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +30,18 @@ def train(settings: TrainSettings) -> None:
     """Build what the settings describe and train, on each process; see `run_training`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_dtype("trainer.mixed_precision", settings.trainer.mixed_precision, device)  # before images are listed
-    run_training(build_run(settings))
+    run = build_run(settings)
+    run_training(run, start(run), lambda session: training_step(run, session))
 
 
-def run_training(run: Run) -> None:
+def run_training(
+    run: BaseRun, started: AbstractContextManager[Session | None], step: Callable[[Session], None]
+) -> None:
     """Train until `trainer.max_steps`, resuming from the newest intact checkpoint of the run's
     folder, if any.
 
-    The folder gets `config.json`, `status.json`, `metrics.jsonl`, `checkpoints/`, `export/`,
+    started: what the loop works with, or None where the run is complete. step: takes one optimizer
+    step. The folder gets `config.json`, `status.json`, `metrics.jsonl`, `checkpoints/`, `export/`,
     `previews/`.
 
     Raises UserError where a setting is impossible or the checkpoint belongs to another training,
@@ -42,14 +49,14 @@ def run_training(run: Run) -> None:
     gradients stay non-finite, OSError when checkpoints cannot be written.
     """
     run_dir = run.settings.run_dir
-    with start(run) as session:
+    with started as session:
         if session is None:
             return
         if session.missing:  # a run may be killed between its checkpoint and its measurements
             session.measure(session.missing, session.state.ema.network(), session.state.step, session.tracker)
             session.clock.start()
         session.saver.prune()  # after the measurements, which say which checkpoint is the best
-        stopped = train_steps(run, session)
+        stopped = train_steps(run, session, step)
         state = session.state
         if session.accelerator.is_main_process:
             (run_dir / "STOP").unlink(missing_ok=True)  # it has been obeyed, or came too late
@@ -57,37 +64,40 @@ def run_training(run: Run) -> None:
             raise Stopped(f"{run_dir}: stopped by {stopped} at step {state.step}; the same command resumes from there")
     if session.accelerator.is_main_process:
         log.info("trained to step %d: %s", state.step, ckpt.checkpoint_folder(run_dir, state.step))
-        log.info("sample images with: python sample.py ckpt=%s", run_dir)
+        log.info(run.what_next)
 
 
-def train_steps(run: Run, session: Session) -> str:
+def training_step(run: Run, session: Session) -> None:
+    """Take one optimizer step: gradients summed over micro-batches, averaged over processes."""
+    settings, state, accelerator = run.settings.trainer, session.state, session.accelerator
+    set_lr(state.optimizer, settings.lr_factor(state.step))
+    align = state.step < run.alignment.end_step
+    target = run.alignment.target if align else None
+    for micro in range(session.num_micro):
+        with session.clock.waiting():
+            batch = next(session.batches)
+        with micro_batch(session.model, accelerator, last=micro == session.num_micro - 1):
+            with autocast(accelerator.device, settings.mixed_precision):
+                inputs = to_latents(batch, run.autoencoder, accelerator.device, target)  # (B, C, H, W)
+                losses = session.model(**inputs, align=align)
+            state.scaler.scale(losses["loss"] / session.num_micro).backward()
+        state.meter.add(losses, 1 / session.num_micro)
+    optimizer_step(state, settings.clip_norm)
+    session.clock.with_target = target is not None
+
+
+def train_steps(run: BaseRun, session: Session, step: Callable[[Session], None]) -> str:
     """Take the optimizer steps of a run; return why it stopped before the last one, "" if it did
     not.
     """
-    settings, state, accelerator = run.settings.trainer, session.state, session.accelerator
-    model, clock, stopped = session.model, session.clock, ""
+    settings, state, clock, stopped = run.settings.trainer, session.state, session.clock, ""
     while state.step < settings.max_steps and not stopped:
-        # --- one optimizer step: gradients summed over micro-batches, averaged over processes
-        for group in state.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * settings.lr_factor(state.step)
-        align = state.step < run.alignment.end_step
-        for micro in range(session.num_micro):
-            with clock.waiting():
-                batch = next(session.batches)
-            with micro_batch(model, accelerator, last=micro == session.num_micro - 1):
-                with autocast(accelerator.device, settings.mixed_precision):
-                    inputs = to_latents(
-                        batch, run.autoencoder, accelerator.device, run.alignment.target if align else None
-                    )  # (B, C, H, W)
-                    losses = model(**inputs, align=align)
-                state.scaler.scale(losses["loss"] / session.num_micro).backward()
-            state.meter.add(losses, 1 / session.num_micro)
-        optimizer_step(state, settings.clip_norm)
+        step(session)
         clock.steps += 1
         session.progress.update(settings.global_batch_size)
 
         # --- whether to continue, the same on all processes
-        stopped, skipped_in_a_row = session.requests.agreed(state.skips.in_a_row)
+        stopped, skipped_in_a_row = session.requests.agreed(state.skipped_in_a_row)
         if skipped_in_a_row >= max_skipped(settings.mixed_precision):
             raise diverged(
                 f"{skipped_in_a_row} steps in a row had non-finite gradients", run, state.step, skipped_in_a_row
@@ -96,7 +106,7 @@ def train_steps(run: Run, session: Session) -> str:
 
         # --- log
         if last or state.step % settings.log_every == 0:
-            log_row(session, settings.log_every, with_target=align and run.alignment.target is not None)
+            log_row(session, settings.log_every)
 
         # --- save, before anything that could fail; then measure the EMA weights
         saves = last or bool(stopped) or settings.due(settings.save_every, state.step)
@@ -121,33 +131,57 @@ def train_steps(run: Run, session: Session) -> str:
     return stopped
 
 
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set the learning rates to their base times a factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
 def optimizer_step(state: TrainingState, clip_norm: float | None) -> None:
-    """Update weights and EMAs by the accumulated gradients, scaled down to `clip_norm` where their
-    norm is larger.
+    """Update weights and EMAs by the accumulated gradients, and end the step."""
+    norm, skipped = update(state, clip_norm)
+    state.meter.end_step(norm, clip_norm, skipped)
+
+
+def update(state: TrainingState, clip_norm: float | None) -> tuple[Tensor, Tensor]:
+    """Update weights and EMAs by the accumulated gradients; see `update_weights`."""
+    norm, skipped = update_weights(state.objective, state.optimizer, state.scaler, state.skips, clip_norm)
+    state.step += 1
+    for ema in state.emas.values():
+        ema.update(state.objective.network, state.step, skipped)
+    return norm, skipped
+
+
+def update_weights(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    skips: Skips,
+    clip_norm: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Update weights by the accumulated gradients, scaled down to `clip_norm` where their norm is
+    larger; return the norm, and 1 where the step was skipped, scalars.
 
     Non-finite gradients change nothing but the counts, and lower the loss scale of fp16. No device
     sync.
     """
-    parameters = list(state.objective.parameters())
-    state.scaler.unscale_(state.optimizer)
+    parameters = list(module.parameters())
+    scaler.unscale_(optimizer)
     norm = gradient_norm(parameters)
-    skipped = state.skips.check(norm)  # 1 where a gradient is non-finite, and the step changes nothing
+    skipped = skips.check(norm)  # 1 where a gradient is non-finite, and the step changes nothing
     if clip_norm is not None:
         clip_gradients(parameters, norm, clip_norm)
-    state.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as GradScaler does for a fused optimizer
-    state.optimizer.step()
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    for ema in state.emas.values():
-        ema.update(state.objective.denoiser, state.step, skipped)
-    state.meter.end_step(norm, clip_norm, skipped)
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as GradScaler does for a fused optimizer
+    optimizer.step()
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, skipped
 
 
-def log_row(session: Session, log_every: int, with_target: bool) -> None:
+def log_row(session: Session, log_every: int) -> None:
     """Log the means since the last row. All processes call it together; a device sync."""
     state = session.state
-    row: dict[str, Any] = state.row() | session.clock.row(with_target)
+    row: dict[str, Any] = state.row() | session.clock.row()
     if state.step % log_every == 0:
         state.meter.reset()
     else:
@@ -159,7 +193,7 @@ def log_row(session: Session, log_every: int, with_target: bool) -> None:
     session.clock.start()
 
 
-def diverged(problem: str, run: Run, step: int, skipped_in_a_row: int) -> FloatingPointError:
+def diverged(problem: str, run: BaseRun, step: int, skipped_in_a_row: int) -> FloatingPointError:
     """Return the error that ends a diverged run, with the last checkpoint from before its gradients
     became non-finite: the weights of a later one are finite, but led there.
 

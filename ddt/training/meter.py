@@ -31,11 +31,15 @@ class Meter:
             self.sums[key], self.counts[key] = (value.to(device) for value in mine)
 
     def add(self, losses: dict[str, Tensor], weight: float) -> None:
-        """Add what `Objective.forward` returned for a micro-batch that is `weight` of a step."""
+        """Add the losses of a micro-batch that is `weight` of a step; with times `t`, `errors` by
+        t.
+        """
         for key, value in losses.items():
             if key not in ("t", "errors"):
                 value = weight * value.detach().float()
                 self.step.append((key, value, torch.full_like(value, weight)))
+        if "t" not in losses:
+            return
         bins = torch.arange(T_BINS, device=losses["t"].device)
         # a matrix product: adding at indices is not deterministic on a GPU
         inside = ((losses["t"] * T_BINS).long().clamp(max=T_BINS - 1)[:, None] == bins).float()

@@ -7,14 +7,17 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ddt.checkpoint.format import read_config
+from ddt.checkpoint.format import read_training
 from ddt.config import flat
 from ddt.errors import require
 from ddt.files import find_record, read_record
 from ddt.training.stopping import read_status
 
 log = logging.getLogger(__name__)
-FROZEN = ("model", "data", "autoencoder", "alignment", "objective", "optimizer", "seed", "init_from")
+FROZEN = (
+    "model", "data", "autoencoder", "alignment", "objective", "optimizer", "seed", "init_from",
+    "decoder", "reconstruction",
+)  # fmt: skip
 FROZEN_TRAINER = (
     "global_batch_size", "ema_decay", "ema_decays", "ema_powers", "warmup_steps", "lr_schedule", "decay_after",
     "lr_end", "clip_norm",
@@ -38,6 +41,9 @@ FREE = (
     "autoencoder.revision",
     "autoencoder.chunk_size",
     "alignment.weights",
+    "reconstruction.vgg_weights",
+    "reconstruction.lpips_weights",
+    "reconstruction.dino_weights",
     "alignment.compile",
 )
 
@@ -122,7 +128,7 @@ def check_checkpoint(checkpoint: Path, config: dict[str, Any]) -> None:
 
     config: what the run's checkpoints hold.
     """
-    saved = read_config(checkpoint)
+    saved = read_training(checkpoint)
     require("run" in saved, f"{checkpoint}: was not written by training; give this one another name=")
     check_same_training(checkpoint, saved["run"], config["run"])
     for key, (old, new) in differences(saved["run"], config["run"]).items():

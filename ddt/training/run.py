@@ -35,28 +35,20 @@ FLOAT_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainSettings:
-    """The settings of `train.py`; see conf/train.yaml. choices: the chosen file of each config
-    group.
+class RunSettings:
+    """The settings that every training has, whatever it trains. choices: the chosen file of each
+    config group.
 
     Raises UserError for values that cannot be.
     """
 
     name: str
     seed: int
-    init_from: str | None
-    reference: str | None
-    inception_weights: str | None
-    model: Choice
     data: Choice
     autoencoder: Choice
-    alignment: REPA | IREPA | Dispersive | None
-    objective: Choice
     optimizer: Choice
-    sampler: SamplerSettings
     trainer: TrainerSettings
     tracker: Choice
-    features: FeatureSettings | None
     choices: dict[str, str | None]
 
     def __post_init__(self) -> None:
@@ -87,6 +79,20 @@ class TrainSettings:
         return json.loads(json.dumps(values))
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainSettings(RunSettings):
+    """The settings of `train.py`; see conf/train.yaml."""
+
+    init_from: str | None
+    reference: str | None
+    inception_weights: str | None
+    model: Choice
+    alignment: REPA | IREPA | Dispersive | None
+    objective: Choice
+    sampler: SamplerSettings
+    features: FeatureSettings | None
+
+
 def infer(settings: TrainSettings) -> TrainSettings:
     """Return settings whose nulls are inferred from the images, where they can be."""
     model, data = infer_settings(settings.model, settings.data, settings.autoencoder)
@@ -94,17 +100,24 @@ def infer(settings: TrainSettings) -> TrainSettings:
 
 
 def inspect(settings: TrainSettings) -> None:
-    """Look at the files of the data set before they are trained on, on one process: log hints,
-    raise UserError for broken ones.
-    """
-    if os.environ.get("RANK", "0") != "0" or not locate(settings.data.target).reads_files:
-        return
-    images = settings.data.build(split="train")
-    images.log_hints()
-    images.check_contents(
+    """Look at the files of the data set before they are trained on; see `inspect_data`."""
+    inspect_data(
+        settings.data,
         aligned=settings.alignment is not None and settings.alignment.needs_target,
         pixels=settings.features is not None and settings.reference is None,
     )
+
+
+def inspect_data(data: Choice, aligned: bool, pixels: bool) -> None:
+    """Look at the files of a data set, on one process: log hints, raise UserError for broken ones.
+
+    aligned, pixels: as for `Images.check_contents`.
+    """
+    if os.environ.get("RANK", "0") != "0" or not locate(data.target).reads_files:
+        return
+    images = data.build(split="train")
+    images.log_hints()
+    images.check_contents(aligned=aligned, pixels=pixels)
 
 
 def check(settings: TrainSettings) -> None:
@@ -194,27 +207,46 @@ def check_evaluation(settings: TrainSettings) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """What a process trains, and with what.
+class BaseRun:
+    """What every training has, whatever it trains.
 
-    config: what checkpoints carry inside: `network`, `latent_shape`, `autoencoder`, `sampler`,
-    `class_names`, and under `run` all settings, which a resumed run is compared with. objective:
-    the denoiser with its loss, initialised alike on all processes. held_out: validation images,
-    possibly none. alignment: of a hidden layer, with its frozen target.
+    config: what checkpoints carry inside: `latent_shape`, `autoencoder`, what is needed to use the
+    weights, and under `run` all settings, which a resumed run is compared with. held_out:
+    validation images, possibly none.
     """
 
-    settings: TrainSettings
+    settings: RunSettings
     config: dict[str, Any]
-    objective: Objective
-    autoencoder: Autoencoder
     images: Images
     held_out: Images
-    alignment: Alignment
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a latent."""
         return tuple(self.config["latent_shape"])
+
+    @property
+    def what_next(self) -> str:
+        """What to do with the trained weights, a line."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(BaseRun):
+    """What a process trains, and with what.
+
+    config: `network`, `sampler` and `class_names`, too. objective: the denoiser with its loss,
+    initialised alike on all processes. alignment: of a hidden layer, with its frozen target.
+    """
+
+    settings: TrainSettings
+    objective: Objective
+    autoencoder: Autoencoder
+    alignment: Alignment
+
+    @property
+    def what_next(self) -> str:
+        return f"sample images with: python sample.py ckpt={self.settings.run_dir}"
 
 
 def build_run(settings: TrainSettings) -> Run:
@@ -253,7 +285,7 @@ def build_run(settings: TrainSettings) -> Run:
         "class_names": images.class_names,
         "run": plain,
     }
-    return Run(settings, config, objective, autoencoder, images, held_out, alignment)
+    return Run(settings, config, images, held_out, objective, autoencoder, alignment)
 
 
 def build_evaluation(run: Run, accelerator: Accelerator) -> OnlineEvaluation | None:

@@ -8,7 +8,7 @@ import datetime
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from ddt.training.init_from import initialise
 from ddt.training.latents import to_latents
 from ddt.training.measurements import Measurements, missing_measurements
 from ddt.training.resume import check_checkpoint, check_place, check_run_folder
-from ddt.training.run import Run, build_evaluation
+from ddt.training.run import BaseRun, Run, build_evaluation
 from ddt.training.saving import Saver, remove_leftovers
 from ddt.training.state import TrainingState
 from ddt.training.stopping import StopRequests, end_of_job, read_status, write_status
@@ -50,9 +50,9 @@ class Session:
 
     accelerator: Accelerator
     model: nn.Module
-    state: TrainingState
+    state: Any  # TrainingState
     saver: Saver
-    measure: Measurements
+    measure: Callable[[list[str], Any, int, JsonlTracker | None], None]
     missing: list[str]
     requests: StopRequests
     tracker: JsonlTracker | None
@@ -71,13 +71,8 @@ def start(run: Run) -> Iterator[Session | None]:
     """
     started = time.time()
     settings, trainer, run_dir = run.settings, run.settings.trainer, run.settings.run_dir
-    accelerator = make_accelerator(WAIT_FOR_MAIN)
+    accelerator = agreed_processes(run)
     rank, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    require(
-        trainer.num_processes in (None, num_processes),
-        f"trainer.num_processes={trainer.num_processes}, but {num_processes} processes run: launch as many",
-    )
-    check_same_on_all_processes(accelerator, {"run folder": str(run_dir.resolve()), **run.config["run"]})
     micro_batch_size, num_micro = trainer.micro_batches(num_processes)
     compiled = compiles("trainer.compile", trainer.compile, device.type == "cuda", device)
 
@@ -92,16 +87,12 @@ def start(run: Run) -> Iterator[Session | None]:
         )
         model, state = resume_or_start(run, accelerator, compiled)
         saver = Saver(run_dir, trainer, run.config, accelerator)
-        saver.restore_folder(state.step)
-        missing = decide_on_main(accelerator, lambda: missing_measurements(trainer, run.held_out, run_dir, state.step))
+        missing = restore(run, state, saver)
         if state.step >= trainer.max_steps and not missing:
             longer = "raise trainer.max_steps" if trainer.lr_schedule == "constant" else "start another with init_from="
-            log.info("%s: complete at step %d; %s to train longer", run_dir, state.step, longer)
-            if rank == 0 and read_status(run_dir).get("state") != "done":  # killed between its end and this line
-                write_status(run_dir, "done", state.step)
+            log_complete(run_dir, state, longer)
             yield None
             return
-        saver.check_space(state)
         layout = trainer.global_batch_size, micro_batch_size, rank, num_processes
         align_until = run.alignment.end_step * trainer.global_batch_size if run.alignment.needs_features else 0
         stream = TrainingStream(run.images, settings.seed, run.latent_shape, run.autoencoder.stochastic, align_until)
@@ -110,30 +101,12 @@ def start(run: Run) -> Iterator[Session | None]:
             check_shared_memory(stream, first, trainer.num_workers, "trainer.num_workers")
         evaluation = build_evaluation(run, accelerator)
         measure = Measurements(run, micro_batch_size, evaluation, accelerator)
-        if rank == 0:
-            log.info(
-                "%s: %s to step %d", run_dir, f"resuming at step {state.step}" if state.step else "training",
-                trainer.max_steps,
-            )  # fmt: skip
-            write_json(run_dir / "config.json", {**run.config["run"], "num_processes": num_processes})
-            if evaluation is not None:
-                evaluation.write_receipt(run_dir / "evaluation.json")
-        stack.enter_context(reported_status(run_dir, state))
-        stack.enter_context(logging_redirect_tqdm())  # log lines go above the bar
-        requests = stack.enter_context(
-            StopRequests(run_dir, end_of_job(trainer.max_hours, started), device, rank, num_processes)
-        )
-        tracker = open_tracker(run, state.step, stack) if rank == 0 else None
+        requests, tracker, progress = announce(run, state, started, stack)
+        if rank == 0 and evaluation is not None:
+            evaluation.write_receipt(run_dir / "evaluation.json")
 
         positions = micro_batch_positions(state.step, trainer.max_steps, *layout)
         batches = load_batches(stream, positions, trainer.num_workers, pin_memory=device.type == "cuda")
-        size = trainer.global_batch_size
-        progress = stack.enter_context(
-            tqdm(
-                total=trainer.max_steps * size, initial=state.step * size, unit="img", unit_scale=True,
-                desc=run_dir.name, disable=rank != 0, mininterval=1.0,
-            )
-        )  # fmt: skip
         if state.step < trainer.max_steps and (num_processes > 1 or compiled):
             warm_up(run, model, state, stream[next(micro_batch_positions(0, 1, *layout))])
         if tracker is not None and state.step == 0:
@@ -142,6 +115,71 @@ def start(run: Run) -> Iterator[Session | None]:
         yield Session(
             accelerator, model, state, saver, measure, missing, requests, tracker, batches, clock, progress, num_micro
         )
+
+
+def agreed_processes(run: BaseRun) -> Accelerator:
+    """Return the Accelerator of this process; raise UserError where other processes run than were
+    asked for, or with other settings.
+    """
+    accelerator, trainer = make_accelerator(WAIT_FOR_MAIN), run.settings.trainer
+    require(
+        trainer.num_processes in (None, accelerator.num_processes),
+        f"trainer.num_processes={trainer.num_processes}, but {accelerator.num_processes} processes run: launch as many",
+    )
+    folder = str(run.settings.run_dir.resolve())
+    check_same_on_all_processes(accelerator, {"run folder": folder, **run.config["run"]})
+    return accelerator
+
+
+def restore(run: BaseRun, state: TrainingState, saver: Saver) -> list[str]:
+    """Restore a run's folder to its state after the present step; return what was not measured of
+    it. Raises UserError without room for another checkpoint, where one is to come.
+    """
+    saver.restore_folder(state.step)
+    trainer, run_dir = run.settings.trainer, run.settings.run_dir
+    missing = decide_on_main(
+        state.accelerator, lambda: missing_measurements(trainer, run.held_out, run_dir, state.step)
+    )
+    if state.step < trainer.max_steps or missing:
+        saver.check_space(state)
+    return missing
+
+
+def log_complete(run_dir: Path, state: TrainingState, longer: str) -> None:
+    """Log that a run is complete, and how to train longer."""
+    log.info("%s: complete at step %d; %s to train longer", run_dir, state.step, longer)
+    main = state.accelerator.is_main_process
+    if main and read_status(run_dir).get("state") != "done":  # killed between its end and this line
+        write_status(run_dir, "done", state.step)
+
+
+def announce(
+    run: BaseRun, state: TrainingState, started: float, stack: contextlib.ExitStack
+) -> tuple[StopRequests, JsonlTracker | None, tqdm]:
+    """Say that a run begins, in its folder too; return what listens for requests to stop, its
+    tracker (on process 0 alone) and its progress bar, all of which end with the stack.
+
+    started: when the command began, in s since the epoch.
+    """
+    accelerator, trainer, run_dir = state.accelerator, run.settings.trainer, run.settings.run_dir
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    if rank == 0:
+        begins = f"resuming at step {state.step}" if state.step else "training"
+        log.info("%s: %s to step %d", run_dir, begins, trainer.max_steps)
+        write_json(run_dir / "config.json", {**run.config["run"], "num_processes": num_processes})
+    stack.enter_context(reported_status(run_dir, state))
+    stack.enter_context(logging_redirect_tqdm())  # log lines go above the bar
+    end = end_of_job(trainer.max_hours, started)
+    requests = stack.enter_context(StopRequests(run_dir, end, accelerator.device, rank, num_processes))
+    tracker = open_tracker(run, state.step, stack) if rank == 0 else None
+    size = trainer.global_batch_size
+    progress = stack.enter_context(
+        tqdm(
+            total=trainer.max_steps * size, initial=state.step * size, unit="img", unit_scale=True,
+            desc=run_dir.name, disable=rank != 0, mininterval=1.0,
+        )
+    )  # fmt: skip
+    return requests, tracker, progress
 
 
 def warm_up(run: Run, model: nn.Module, state: TrainingState, batch: dict[str, torch.Tensor]) -> None:
@@ -160,7 +198,7 @@ def warm_up(run: Run, model: nn.Module, state: TrainingState, batch: dict[str, t
     state.optimizer.zero_grad(set_to_none=True)
 
 
-def open_tracker(run: Run, step: int, stack: contextlib.ExitStack) -> JsonlTracker:
+def open_tracker(run: BaseRun, step: int, stack: contextlib.ExitStack) -> JsonlTracker:
     """Return the run's tracker, which is closed with the stack, as failed if an error passes."""
     tracker: JsonlTracker = run.settings.tracker.build(
         run_dir=run.settings.run_dir, step=step, config=run.config["run"],
@@ -204,7 +242,7 @@ def resume_or_start(run: Run, accelerator: Accelerator, compiled: bool) -> tuple
     return model, state
 
 
-def find_start(run: Run) -> Path | None:
+def find_start(run: BaseRun) -> Path | None:
     """Return the checkpoint that a run resumes from, None where it starts, on process 0 alone.
 
     Raises UserError where its folder is of another training, before anything in it changes.

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddt.checkpoint import format as ckpt
 from ddt.distributed.prepare import load_weights, local_part, shard_like
-from ddt.model import Denoiser
 from ddt.objective import Objective
+from ddt.objective.reconstruction import Reconstruction
 from ddt.training.ema import EMA
 from ddt.training.meter import Meter
 from ddt.training.stopping import Skips
@@ -33,9 +33,9 @@ class TrainingState:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Objective | Reconstruction,
         optimizer: torch.optim.Optimizer,
-        emas: dict[str, EMA[Denoiser]],
+        emas: dict[str, EMA[Any]],
         accelerator: Accelerator,
         mixed_precision: str = "fp32",
     ) -> None:
@@ -47,14 +47,19 @@ class TrainingState:
             group["initial_lr"] = group["lr"]
 
     @property
-    def ema(self) -> EMA[Denoiser]:
+    def ema(self) -> EMA[Any]:
         """The EMA that previews and evaluations sample with."""
         return self.emas["ema"]
 
-    def load(self, folder: Path) -> None:
-        """Resume from a checkpoint that training wrote."""
-        config, state = ckpt.read_config(folder), ckpt.read_train_state(folder)
-        load_weights(self.objective.denoiser, ckpt.read_weights(folder, "model"))
+    @property
+    def skipped_in_a_row(self) -> Tensor:
+        """Steps until now that were skipped in a row, on the device."""
+        return self.skips.in_a_row
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Resume from a checkpoint that training wrote; return its train state."""
+        config, state = ckpt.read_training(folder), ckpt.read_train_state(folder)
+        load_weights(self.objective.network, ckpt.read_weights(folder, "model"))
         for name, ema in self.emas.items():
             load_weights(ema.model, ckpt.read_weights(folder, name))
         if self.objective.alignment is not None:
@@ -70,13 +75,14 @@ class TrainingState:
         accelerator = self.accelerator
         self.meter = Meter(accelerator.device, accelerator.process_index, accelerator.num_processes, state["meter"])
         self.skips, self.step = Skips(accelerator.device, state["skips"]), config["step"]
+        return state
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """Return the state dicts of a checkpoint by name, of this process's parts where they are
         sharded.
         """
         emas = {name: ema.model.state_dict() for name, ema in self.emas.items()}
-        return local_parts({**emas, "model": self.objective.denoiser.state_dict()})
+        return local_parts({**emas, "model": self.objective.network.state_dict()})
 
     def train_state(self) -> dict[str, Any]:
         """Return the rest of a checkpoint, in the same parts. All processes call it together."""
@@ -92,8 +98,11 @@ class TrainingState:
 
     def tensors(self) -> list[Tensor]:
         """Return all weights and EMAs, of this process's parts where they are sharded."""
-        modules = [self.objective, *(ema.model for ema in self.emas.values())]
-        return [local_part(parameter) for module in modules for parameter in module.parameters()]
+        return [local_part(parameter) for module in self.modules() for parameter in module.parameters()]
+
+    def modules(self) -> list[nn.Module]:
+        """Return all that holds weights or EMAs."""
+        return [self.objective, *(ema.model for ema in self.emas.values())]
 
     def finite(self) -> bool:
         """Return whether all weights and EMAs are finite. All processes call it together."""
@@ -121,7 +130,7 @@ class TrainingState:
         alignment = self.objective.alignment
         if alignment is not None and alignment.name in row:  # it may have ended
             row |= alignment.readings(row[alignment.name])
-        distances = self.ema.distance(self.objective.denoiser)
+        distances = self.ema.distance(self.objective.network)
         if self.ema.outline is not None:  # each process knows its parts
             distances = self.accelerator.reduce(distances, reduction="sum")
         apart, norm = distances.sqrt().tolist()

@@ -59,8 +59,8 @@ def target_flops(target: Target | None, image_size: int) -> int:
 class Clock:
     """Measures images per second, the share of time spent waiting for data, and MFU.
 
-    images_per_step: of all processes. flops, target_flops: per image. dtype: the run's mixed
-    precision.
+    images_per_step: of all processes. flops, target_flops: per image; 0 where they are not
+    counted. dtype: the run's mixed precision. `with_target`: the target runs in these steps.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Clock:
         self.flops, self.target_flops = flops, target_flops
         known = device.type == "cuda" and dtype in HALF_TYPES
         self.peak = peak_of(torch.cuda.get_device_name(device)) if known else None
-        self.longest_pause = 0.0
+        self.longest_pause, self.with_target = 0.0, False
         self.start()
 
     def start(self) -> None:
@@ -95,19 +95,17 @@ class Clock:
         self.paused += seconds
         self.longest_pause = max(self.longest_pause, seconds)
 
-    def row(self, aligned: bool) -> dict[str, float]:
-        """Return the values of a log row. aligned: the target ran. Needs a finished device."""
+    def row(self) -> dict[str, float]:
+        """Return the values of a log row. Needs a finished device."""
         seconds = time.perf_counter() - self.start_time - self.paused
         rate = self.steps * self.images / seconds
         each = rate / self.num_processes
-        row = {
-            "images_per_second": rate,
-            "data_wait": self.waited / seconds,
-            "tflops_per_process": each * self.flops / 1e12,
-        }
-        if self.peak is not None:
+        row = {"images_per_second": rate, "data_wait": self.waited / seconds}
+        if self.flops:
+            row["tflops_per_process"] = each * self.flops / 1e12
+        if self.flops and self.peak is not None:
             row["mfu"] = each * self.flops / self.peak
-            if self.target_flops and aligned:
+            if self.target_flops and self.with_target:
                 row["mfu_with_target"] = each * (self.flops + self.target_flops) / self.peak
         if self.device.type == "cuda":
             row["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
