@@ -70,16 +70,20 @@ def place(module: Module) -> Module:
     return module
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: None = None, dropout_p: float = 0.0, is_causal: bool = False
+) -> Tensor:
     """Return attention (B, heads, N, d) by the kernel that torch chooses on an H100: cuDNN's, or in
     float32 the memory-efficient one.
     """
+    assert attn_mask is None and dropout_p == 0 and not is_causal, "no network here asks for these"
     if torch.is_autocast_enabled("cuda"):
-        q, k, v = (each.to(torch.get_autocast_dtype("cuda")) for each in (q, k, v))
+        dtype = torch.get_autocast_dtype("cuda")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     for_backward, aten = torch.is_grad_enabled(), torch.ops.aten
-    if q.dtype == torch.float32:
-        return aten._scaled_dot_product_efficient_attention(q, k, v, None, for_backward)[0]
-    return aten._scaled_dot_product_cudnn_attention(q, k, v, None, for_backward)[0]
+    if query.dtype == torch.float32:
+        return aten._scaled_dot_product_efficient_attention(query, key, value, None, for_backward)[0]
+    return aten._scaled_dot_product_cudnn_attention(query, key, value, None, for_backward)[0]
 
 
 # --- gradients
