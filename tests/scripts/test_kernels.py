@@ -11,7 +11,7 @@ from scripts.benchmark.traffic import compiled_blocks
 
 KERNELS = "scripts.benchmark.kernels"
 BATCH, TOKENS, WIDTH = 64, 256, 1152
-# MB of element-wise traffic and launches, 64 images in bf16: torch 2.11; 2.14 needs less in training
+# MB of element-wise traffic and launches, 64 images in bf16: torch 2.11; 2.14 trains with less
 TRAINING = {("encoder", "training"): (3_414, 53), ("decoder", "training"): (4_614, 52)}
 SAMPLING = {
     ("encoder", "sampling"): (872, 13),
