@@ -197,7 +197,7 @@ def emitted_graphs() -> Iterator[list[Graph]]:
     try:
         import triton
     except ImportError:
-        require(False, "the kernels: need Triton, which is not installed; pip install triton")
+        require(False, "the kernels are Triton's, which is not installed: pip install triton")
     import torch._functorch.config
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import compile_fx, config, scheduler
