@@ -102,14 +102,18 @@ def fitted(gradient: Tensor | None, wanted: Any) -> Tensor | None:
 
 
 def run_node(node: Node, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """Return the gradients that a node of the graph makes of those of its outputs."""
-    if isinstance(node, torch.autograd.function.BackwardCFunction):  # written in Python
-        zeros = [torch.zeros(tuple(m.shape), dtype=m.dtype, device=m.device) for m in node._input_metadata]
-        grads = [zero if grad is None else grad for grad, zero in zip(grads, zeros, strict=True)]
-        made = node.apply(*grads)
-    else:
+    """Return the gradients that a node of the graph makes of those of its outputs, one for each of
+    its `next_functions`.
+    """
+    if not isinstance(node, torch.autograd.function.BackwardCFunction):
         made = node(*grads)
-    return made if isinstance(made, tuple) else (made,)
+        return made if isinstance(made, tuple) else (made,)
+    # written in Python: it answers for arguments that are no tensors too
+    zeros = [torch.zeros(tuple(m.shape), dtype=m.dtype, device=m.device) for m in node._input_metadata]
+    made = node.apply(*(zero if grad is None else grad for grad, zero in zip(grads, zeros, strict=True)))
+    made = made if isinstance(made, tuple) else (made,)
+    wanted = iter([grad for grad, needed in zip(made, node.needs_input_grad, strict=True) if needed])
+    return [None if child is None else next(wanted) for child, _ in node.next_functions]
 
 
 @torch.no_grad()

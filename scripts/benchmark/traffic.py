@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import math
 import re
 import subprocess
 import tempfile
@@ -306,11 +307,11 @@ def by_hand(lowering: Any) -> list[int]:
     """Return the bytes of the tensors of each launch of a kernel written by hand, in order."""
     from torch._inductor import ir
 
+    sizes = lowering.sizevars
+    example = getattr(sizes, "optimization_hint", None) or sizes.size_hint  # torch 2.11 has the second alone
+
     def numel(buffer: Any) -> int:
-        count = 1
-        for side in buffer.get_size():
-            count *= hint(lowering.sizevars.shape_env.size_hint(side) if hasattr(side, "free_symbols") else side)
-        return count
+        return math.prod(int(example(side)) for side in buffer.get_size())
 
     launches = [node.node for node in lowering.scheduler.nodes if isinstance(node.node, ir.UserDefinedTritonKernel)]
     return [

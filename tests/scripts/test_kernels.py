@@ -11,12 +11,12 @@ from scripts.benchmark.traffic import compiled_blocks
 
 KERNELS = "scripts.benchmark.kernels"
 BATCH, TOKENS, WIDTH = 64, 256, 1152
-# MB of element-wise traffic and launches, 64 images in bf16: torch 2.11; 2.14 trains with less
-TRAINING = {("encoder", "training"): (3_414, 53), ("decoder", "training"): (4_614, 52)}
+# MB of element-wise traffic and launches, products' too; 64 images in bf16
+TRAINING = {("encoder", "training"): (2_581, 62), ("decoder", "training"): (3_552, 57)}
 SAMPLING = {
-    ("encoder", "sampling"): (872, 13),
-    ("decoder", "sampling"): (1_134, 12),
-    ("decoder", "sampling, kept modulations"): (1_285, 13),
+    ("encoder", "sampling"): (795, 13),
+    ("decoder", "sampling"): (907, 12),
+    ("decoder", "sampling, kept modulations"): (907, 11),
 }
 
 
@@ -43,7 +43,7 @@ def check(cases, limits):
     assert cases.keys() == limits.keys()
     for use, (most_mb, most_launches) in limits.items():
         case = cases[use]
-        assert 0.8e6 * most_mb < case.bytes < 1e6 * most_mb, use
+        assert 0.9e6 * most_mb < case.bytes < 1e6 * most_mb, use
         assert case.launches <= most_launches, use
         assert sum(product.flops for product in case.graphs[0].products) == block_flops(use)
 
@@ -61,13 +61,8 @@ def test_a_sampling_block_moves_no_more_bytes_and_its_kernels_compile():
 
 
 @pytest.mark.slow
-def test_a_copy_in_the_block_is_seen(monkeypatch):
-    turn = layers.turn
-
-    def copying(x, norm, at):  # the layout of the heads
-        return turn(x.transpose(1, 2).clone().transpose(1, 2), norm, at).flip(1).flip(-1)
-
-    monkeypatch.setattr(layers, "turn", copying)
+def test_a_block_without_its_kernels_is_seen(monkeypatch):
+    monkeypatch.setattr(layers, "runs_kernels", lambda x: False)
     with pytest.raises(AssertionError, match="encoder"):
         check(compiled(training=True), TRAINING)
 

@@ -3,6 +3,7 @@ and nothing waits for the device.
 """
 
 import contextlib
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ from ddt.model import layers
 from ddt.sampling.sample import sample_latents
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.ema import EMA, ConstantDecay
-from ddt.training.loop import train_steps
+from ddt.training.loop import train_steps, training_step
 from ddt.training.meter import Meter
 from ddt.training.run import build_run
 from ddt.training.state import TrainingState
@@ -122,7 +123,7 @@ def train(folder, parts):
     """Take three steps, the last two without waits."""
     with on_fake_gpu(folder, parts) as (run, session, no_waits):
         with no_waits, pytest.raises(Enough):
-            train_steps(run, session)
+            train_steps(run, session, functools.partial(training_step, run))
         assert session.state.step == 3
         everything = [
             *run.objective.parameters(),
