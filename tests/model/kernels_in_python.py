@@ -1,4 +1,4 @@
-"""Compare the kernels with plain float64, on a CPU: run by test_kernels.py in a process in which
+"""Compare the kernels with plain float64, on a CPU: run by test_triton_kernels.py in a process in which
 Triton interprets them. Prints the largest relative error of outputs and gradients by case.
 """
 
