@@ -1,5 +1,5 @@
-"""Compare the kernels with plain float64, on a CPU: run by test_triton_kernels.py in a process in which
-Triton interprets them. Prints the largest relative error of outputs and gradients by case.
+"""Compare the kernels with plain float64, on a CPU. test_triton_kernels.py runs this in a process
+in which Triton interprets them. Prints the largest relative error of outputs and gradients by case.
 """
 
 import os
