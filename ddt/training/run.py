@@ -1,5 +1,6 @@
 """The settings of a training run, checked before anything is loaded, and what is built of them."""
 
+import abc
 import dataclasses
 import json
 import logging
@@ -207,7 +208,7 @@ def check_evaluation(settings: TrainSettings) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class BaseRun:
+class BaseRun(abc.ABC):
     """What every training has, whatever it trains.
 
     config: what checkpoints carry inside: `latent_shape`, `autoencoder`, what is needed to use the
@@ -226,9 +227,9 @@ class BaseRun:
         return tuple(self.config["latent_shape"])
 
     @property
+    @abc.abstractmethod
     def what_next(self) -> str:
         """What to do with the trained weights, a line."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -93,22 +94,17 @@ def start(run: Run) -> Iterator[Session | None]:
             log_complete(run_dir, state, longer)
             yield None
             return
-        layout = trainer.global_batch_size, micro_batch_size, rank, num_processes
         align_until = run.alignment.end_step * trainer.global_batch_size if run.alignment.needs_features else 0
         stream = TrainingStream(run.images, settings.seed, run.latent_shape, run.autoencoder.stochastic, align_until)
-        if state.step < trainer.max_steps:
-            first = next(micro_batch_positions(state.step, trainer.max_steps, *layout))
-            check_shared_memory(stream, first, trainer.num_workers, "trainer.num_workers")
+        batches = open_batches(run, stream, state)
         evaluation = build_evaluation(run, accelerator)
         measure = Measurements(run, micro_batch_size, evaluation, accelerator)
         requests, tracker, progress = announce(run, state, started, stack)
         if rank == 0 and evaluation is not None:
             evaluation.write_receipt(run_dir / "evaluation.json")
 
-        positions = micro_batch_positions(state.step, trainer.max_steps, *layout)
-        batches = load_batches(stream, positions, trainer.num_workers, pin_memory=device.type == "cuda")
         if state.step < trainer.max_steps and (num_processes > 1 or compiled):
-            warm_up(run, model, state, stream[next(micro_batch_positions(0, 1, *layout))])
+            warm_up(run, model, state, stream[next(positions(run, accelerator, 0))])
         if tracker is not None and state.step == 0:
             measure.show_training_images(run.images, tracker)
         clock = Clock(device, num_processes, trainer.global_batch_size, *flops, trainer.mixed_precision)
@@ -143,6 +139,27 @@ def restore(run: BaseRun, state: TrainingState, saver: Saver) -> list[str]:
     if state.step < trainer.max_steps or missing:
         saver.check_space(state)
     return missing
+
+
+def positions(run: BaseRun, accelerator: Accelerator, step: int) -> Iterator[list[int]]:
+    """Yield the positions of each micro-batch of this process, from a step to the last one."""
+    trainer, num_processes = run.settings.trainer, accelerator.num_processes
+    micro_batch_size, _ = trainer.micro_batches(num_processes)
+    return micro_batch_positions(
+        step, trainer.max_steps, trainer.global_batch_size, micro_batch_size, accelerator.process_index, num_processes
+    )
+
+
+def open_batches(run: BaseRun, stream: Dataset, state: TrainingState) -> Iterator[dict[str, torch.Tensor]]:
+    """Return the micro-batches of the steps to come, loaded from the first that is asked for on;
+    raise UserError at once where the shared memory has no room for them.
+    """
+    trainer, accelerator = run.settings.trainer, state.accelerator
+    if state.step < trainer.max_steps:
+        first = next(positions(run, accelerator, state.step))
+        check_shared_memory(stream, first, trainer.num_workers, "trainer.num_workers")
+    coming = positions(run, accelerator, state.step)
+    return load_batches(stream, coming, trainer.num_workers, pin_memory=accelerator.device.type == "cuda")
 
 
 def log_complete(run_dir: Path, state: TrainingState, longer: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ddt.data.stream import ReconstructionStream, check_shared_memory, load_batches, micro_batch_positions
+from ddt.data.stream import ReconstructionStream
 from ddt.distributed.prepare import broadcast_weights, decide_on_main, micro_batch
 from ddt.objective.discriminator import judging
 from ddt.precision import autocast, check_dtype
@@ -24,7 +24,16 @@ from ddt.training.decoder.state import DecoderState
 from ddt.training.ema import EMA, ema_rules
 from ddt.training.loop import run_training, set_lr, update, update_weights
 from ddt.training.saving import Saver
-from ddt.training.start import Session, agreed_processes, announce, find_start, locked, log_complete, restore
+from ddt.training.start import (
+    Session,
+    agreed_processes,
+    announce,
+    find_start,
+    locked,
+    log_complete,
+    open_batches,
+    restore,
+)
 from ddt.training.throughput import Clock
 
 
@@ -98,7 +107,7 @@ def start(run: DecoderRun) -> Iterator[Session | None]:
     started = time.time()
     settings, trainer, run_dir = run.settings, run.settings.trainer, run.settings.run_dir
     accelerator = agreed_processes(run)
-    rank, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    num_processes, device = accelerator.num_processes, accelerator.device
     micro_batch_size, num_micro = trainer.micro_batches(num_processes)
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(run_dir, accelerator))
@@ -110,15 +119,10 @@ def start(run: DecoderRun) -> Iterator[Session | None]:
             log_complete(run_dir, state, "raise trainer.max_steps" if constant else "start another, of another name=,")
             yield None
             return
-        layout = trainer.global_batch_size, micro_batch_size, rank, num_processes
         stream = ReconstructionStream(run.images, settings.seed, run.latent_shape)
-        if state.step < trainer.max_steps:
-            first = next(micro_batch_positions(state.step, trainer.max_steps, *layout))
-            check_shared_memory(stream, first, trainer.num_workers, "trainer.num_workers")
+        batches = open_batches(run, stream, state)
         measure = DecoderMeasurements(run, micro_batch_size, accelerator)
         requests, tracker, progress = announce(run, state, started, stack)
-        positions = micro_batch_positions(state.step, trainer.max_steps, *layout)
-        batches = load_batches(stream, positions, trainer.num_workers, pin_memory=device.type == "cuda")
         clock = Clock(device, num_processes, trainer.global_batch_size, 0, 0, trainer.mixed_precision)
         yield Session(
             accelerator, model, state, saver, measure, missing, requests, tracker, batches, clock, progress, num_micro
