@@ -68,7 +68,7 @@ class ReconstructionSettings:
         )
 
     def check_files(self) -> None:
-        """Raise UserError, with a line for each, where files that are needed are missing."""
+        """Raise UserError for the first file that is needed and missing."""
         if self.lpips_weight:
             check_file("reconstruction.vgg_weights", self.vgg_weights, VGG_FILE)
             check_file("reconstruction.lpips_weights", self.lpips_weights, LINEAR_FILE)

@@ -453,6 +453,7 @@ def report(settings: KernelSettings) -> None:
     steps = estimates(network, cases, settings, card)
     log.info("\n%s", step_table(steps))
     if settings.out is not None:
+        Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(settings.out), {
             "kind": "kernels", "torch": torch.__version__, "command": command_line(),
             "settings": {**{key: value for key, value in vars(settings).items() if key != "choices"},
