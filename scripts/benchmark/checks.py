@@ -29,20 +29,21 @@ from ddt.data.photos import PHOTOS, photo
 from ddt.distributed.compile import compile_blocks
 from ddt.errors import UserError
 from ddt.files import read_json
+from ddt.metrics.features import exact_arithmetic
 from ddt.objective import FlowMatching
 from ddt.training.stopping import read_status
 from ddt.training.tracking import read_rows
 from scripts.benchmark import golden
 from scripts.benchmark.parts import CHANNELS, CLASSES, random_batch, without_zeros
+from scripts.benchmark.timing import Row
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOAT32 = 1e-4  # rounding through a deep network; TF32 gives 1e-3
 BF16 = (1e-3, 3e-2)  # below it nothing was rounded to bf16, above it more than operands
 BF16_LATENTS = (1e-4, 3e-2)  # which are for the most part the noise
 BF16_LOSS = 1e-2  # two halves of a batch round to bf16 in other places
-TRAINING_MINUTES = 2  # of the benchmark stage, for the short training
-GRACE = 30  # seconds past the deadline that a process started before it may take
 Dtype = Literal["fp32", "bf16"]
+Latent = tuple[int, int]  # channels, side
 
 
 class NotRun(Exception):
@@ -51,12 +52,13 @@ class NotRun(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A value with its bounds; None: no bound."""
+    """A value with its bounds; None: no bound. row: what was timed, as scripts.benchmark has it."""
 
     what: str
     value: float | str
     low: float | None = None
     high: float | None = None
+    row: Row | None = None
 
     @property
     def result(self) -> Literal["measured", "passed", "failed"]:
@@ -79,56 +81,64 @@ class Size:
     image_size: int  # of the autoencoder's and the target's images
     vae: dict[str, Any]  # changes to SD-VAE's configuration
     target: str  # a timm model
-    run: tuple[str, ...]  # settings of the runs of train.py on digits, of 2 · `steps` steps
+    run: tuple[str, ...]  # settings of the runs of train.py, of 2 · `steps` steps
     steps: int
-    benchmarks: dict[str, tuple[float, tuple[str, ...]]]  # name → share of the time, settings
     short: tuple[str, ...]  # settings of the short training
-    digits_alone: bool  # the short training looks for no larger images
+    digits_alone: bool  # training looks for no larger images
+    sustained: float  # seconds of products in a row
+    copied: int  # bytes of a copy
+    repeats: int  # timed training steps
+    trained: dict[str, tuple[tuple[str, Latent, tuple[int, ...]], ...]]  # check → model, latent, numbers of images
+    sampled: dict[str, tuple[tuple[str, Latent, int], ...]]  # check → model, latent, images
+    beside_plain: tuple[str, Latent, int, int]  # model, latent, images trained, images sampled
+    small_batches: tuple[str, Latent, tuple[int, ...]]  # model, latent, numbers of images
+    vae_images: int  # encoded and decoded for the time
 
 
-FAST = ("dtype=bf16", "compile=true", "batch_size=max")
-FEW = ("parts=[sampling,training]", "sampling_batch_sizes=[32]", "num_steps=20", "ratios=[0,0.8]", "repeats=3")
-MOST = "parts=[training,forward,sampling,ema,optimizer,activations]"
-TINY = ("parts=[forward,optimizer]", "align_depth=1", "repeats=1", "latent_size=8", "batch_size=2")
 SMALL = {"hidden_size": 32, "num_heads": 2, "depth": 2, "encoder_depth": 1}
 SMALL_RUN = ("model.patch_size=4", *(f"model.{key}={value}" for key, value in SMALL.items()))
+KL, KL_512, RAE, TINY = (CHANNELS, 32), (CHANNELS, 64), (768, 16), (CHANNELS, 8)
 SIZES = {
     "full": Size(
         models=("b_8en4de", "xl_22en6de"), changes={}, latent_size=32, batch_size=4, image_size=256, vae={},
         target="vit_base_patch14_dinov2.lvd142m", run=("trainer.global_batch_size=64",), steps=10,
-        benchmarks={
-            "xl": (0.5, ("model=xl_22en6de", *FAST, *FEW)),
-            "b": (0.3, ("model=b_8en4de", *FAST, "sampling_batch_sizes=[1,32]", MOST)),
-            "l": (0.2, ("model=l_20en4de", *FAST, *FEW)),
-        },
         short=("trainer.max_steps=1000", "trainer.warmup_steps=100"), digits_alone=False,
+        sustained=2, copied=2**32, repeats=8,
+        trained={
+            "XL": (("xl_22en6de", KL, (128, 64, 32, 16)),),
+            "others": (("l_20en4de", KL, (128,)), ("xl_ditdh", RAE, (64,)), ("b_8en4de", KL, (256,)),
+                       ("xl_22en6de", KL_512, (16,))),
+        },
+        sampled={"XL": (("xl_22en6de", KL, 32),), "others": (("xl_ditdh", RAE, 32),)},
+        beside_plain=("xl_22en6de", KL, 64, 32), small_batches=("xl_22en6de", KL, (1, 4, 16)), vae_images=32,
     ),
     "tiny": Size(
         models=("nano", "nano"), changes=SMALL, latent_size=8, batch_size=2, image_size=32,
         vae={"block_out_channels": [8] * 4, "norm_num_groups": 4}, target="vit_tiny_patch16_224.augreg_in21k",
         run=("trainer.global_batch_size=8", *SMALL_RUN), steps=2,
-        benchmarks={"b": (1, ("model=nano", "dtype=fp32", "compile=false", *TINY))},
         short=("trainer.max_steps=40", "trainer.warmup_steps=0", *SMALL_RUN), digits_alone=True,
+        sustained=0, copied=2**16, repeats=1,
+        trained={"XL": (("nano", TINY, (2, 1)),), "others": (("nano", TINY, (3,)),)},
+        sampled={"XL": (("nano", TINY, 2),), "others": (("nano", TINY, 1),)},
+        beside_plain=("nano", TINY, 2, 2), small_batches=("nano", TINY, (1,)), vae_images=2,
     ),
 }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a check runs. out: folder of all results. scratch: folder removed at the end.
-
-    minutes: of the stage. deadline: its end, by `time.monotonic`.
+    """Where a check runs. out: folder of all results. scratch: folder removed at the end. deadline:
+    the end of the call, by `time.monotonic`.
     """
 
     out: Path
     scratch: Path
     device: torch.device
     size: Size
-    minutes: float
     deadline: float
 
     def seconds_left(self) -> float:
-        """Return the seconds that the stage has left."""
+        """Return the seconds that are left."""
         return self.deadline - time.monotonic()
 
 
@@ -215,6 +225,7 @@ def golden_case(device: torch.device, name: str, number: int) -> tuple[float, fl
     )
 
 
+@exact_arithmetic()
 def golden_numbers(place: Place) -> list[Finding]:
     """Compare the device's float32 numbers with those of the release."""
     cases = [golden_case(place.device, *case) for case in golden.CASES]
@@ -237,6 +248,7 @@ def golden_numbers(place: Place) -> list[Finding]:
     ]
 
 
+@exact_arithmetic()
 def device_against_cpu(place: Place) -> list[Finding]:
     """Compare the small model's float32 velocity, gradients and samples with those of the CPU."""
     cpu = torch.device("cpu")
@@ -251,6 +263,7 @@ def device_against_cpu(place: Place) -> list[Finding]:
     ]
 
 
+@exact_arithmetic()
 def bf16_against_fp32(place: Place) -> list[Finding]:
     """Compare bf16 autocast with float32: velocity, latents and gradients of both models."""
     findings, batch = [], random_batch(place.size.batch_size, place.size.latent_size, place.device)
@@ -267,6 +280,7 @@ def bf16_against_fp32(place: Place) -> list[Finding]:
     return findings
 
 
+@exact_arithmetic()
 def compiled_against_eager(place: Place) -> list[Finding]:
     """Compare compiled blocks with eager ones in both dtypes; report the seconds to compile."""
     findings, batch = [], random_batch(place.size.batch_size, place.size.latent_size, place.device)
@@ -299,29 +313,38 @@ def randomize(network: nn.Module) -> nn.Module:
     return network
 
 
-def frozen_networks(place: Place) -> list[Finding]:
-    """Compare autoencoder and alignment target, with random weights, with those of the CPU."""
+def random_vae(place: Place) -> Any:
+    """Return SD-VAE with random weights, loaded as training loads it; NotRun without diffusers."""
     try:
         import diffusers
     except ImportError as error:
         raise NotRun("diffusers is missing") from error
+    from ddt.autoencoder import KLAutoencoder
+    from ddt.autoencoder.diffusers import SD_VAE
+
+    torch.manual_seed(0)
+    folder = place.scratch / "vae"
+    if not folder.exists():
+        diffusers.AutoencoderKL.from_config(SD_VAE | place.size.vae).save_pretrained(folder)
+    return KLAutoencoder(str(folder))
+
+
+@exact_arithmetic()
+def frozen_networks(place: Place) -> list[Finding]:
+    """Compare autoencoder and alignment target, with random weights, with those of the CPU."""
     import timm
     from safetensors.torch import save_file
 
-    from ddt.autoencoder import KLAutoencoder
-    from ddt.autoencoder.diffusers import SD_VAE
     from ddt.objective.alignment_target import Target
 
-    torch.manual_seed(0)
-    size, cpu = place.size, torch.device("cpu")
-    diffusers.AutoencoderKL.from_config(SD_VAE | size.vae).save_pretrained(place.scratch / "vae")
+    size, cpu, autoencoder = place.size, torch.device("cpu"), random_vae(place)
     save_file(randomize(timm.create_model(size.target)).state_dict(), place.scratch / "target.safetensors")
     outputs: list[list[Tensor]] = []
     for device in (place.device, cpu):
         generator = torch.Generator().manual_seed(2)
         images = torch.randint(256, (2, 3, size.image_size, size.image_size), generator=generator)
         pixels = images.to(torch.uint8).to(device)
-        autoencoder = KLAutoencoder(str(place.scratch / "vae")).to(device)
+        autoencoder = autoencoder.to(device)
         side = autoencoder.latent_shape(3, size.image_size)[1]
         latents = torch.randn(2, CHANNELS, side, side, generator=generator).to(device)
         target = Target(size.target, str(place.scratch / "target.safetensors"), size.image_size).to(device)
@@ -338,27 +361,20 @@ def frozen_networks(place: Place) -> list[Finding]:
 # --- entry points
 
 
-def call(place: Place, entry: str, *arguments: str, name: str, seconds: float = 300) -> None:
-    """Run an entry point (a file or module) in `Place.out`, its output in runs/logs/NAME.txt.
+def call(place: Place, entry: str, *arguments: str, name: str) -> None:
+    """Run an entry point (a file) in `Place.out`, its output in runs/logs/NAME.txt.
 
-    Raises RuntimeError where it fails or takes too long, NotRun after the deadline.
+    Raises RuntimeError where it fails.
     """
     log = place.out / "runs" / "logs" / f"{name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    if place.seconds_left() <= 0:
-        raise NotRun("out of time")
-    seconds = min(seconds, place.seconds_left() + GRACE)
-    program = [str(ROOT / entry)] if entry.endswith(".py") else ["-m", entry]
     packages = os.environ.get("PYTHONPATH")  # may lie in a folder of their own
     path = str(ROOT) if packages is None else f"{ROOT}{os.pathsep}{packages}"
     with log.open("w") as file:
-        try:
-            done = subprocess.run(
-                [sys.executable, *program, *arguments], cwd=place.out, stdin=subprocess.DEVNULL, stdout=file,
-                stderr=subprocess.STDOUT, timeout=seconds, check=False, env={**os.environ, "PYTHONPATH": path},
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise RuntimeError(f"{entry} took more than {seconds:.0f} s: {log.relative_to(place.out)}") from error
+        done = subprocess.run(
+            [sys.executable, str(ROOT / entry), *arguments], cwd=place.out, stdin=subprocess.DEVNULL, stdout=file,
+            stderr=subprocess.STDOUT, check=False, env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
     if done.returncode:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise RuntimeError(f"{entry}: status {done.returncode}: {lines[-1] if lines else 'no output'}")
@@ -371,18 +387,33 @@ def train(place: Place, name: str, *overrides: str) -> Path:
     return place.out / "runs" / name
 
 
-def on_digits(place: Place, name: str, steps: int, *overrides: str) -> Path:
-    """Train on digits in bf16, at a constant rate, so that a run's end can be moved."""
+def images(place: Place) -> tuple[str, tuple[str, ...]]:
+    """Return name and settings of the images to train on: Fashion-MNIST, photos or digits."""
+    if place.size.digits_alone:
+        return "digits", ("data=digits",)
+    for root in FASHION_ROOTS:
+        if any(root.glob("train-images-idx3-ubyte*")):
+            return "fashion_mnist", ("experiment=fashion_mnist", f"data.root={root.absolute()}")
+    try:
+        for name in PHOTOS:
+            photo(name)
+    except UserError:  # scikit-image is missing
+        return "digits", ("data=digits",)
+    return "photos", ("data=photos", "model.patch_size=4")  # 256 tokens
+
+
+def briefly(place: Place, name: str, steps: int, *overrides: str) -> Path:
+    """Train some steps in bf16, at a constant rate, so that a run's end can be moved."""
     constant = ("trainer.lr_schedule=constant", "trainer.warmup_steps=0", "trainer.log_every=1")
-    settings = ("data=digits", "trainer.mixed_precision=bf16", f"trainer.max_steps={steps}", *constant)
-    return train(place, name, *settings, *place.size.run, *overrides)
+    settings = ("trainer.mixed_precision=bf16", f"trainer.max_steps={steps}", *constant)
+    return train(place, name, *images(place)[1], *settings, *place.size.run, *overrides)
 
 
 def uninterrupted(place: Place) -> Path:
     """Return the run without interruption, which several checks compare with."""
     folder = place.out / "runs" / "uninterrupted"
     if read_status(folder).get("state") != "done":
-        on_digits(place, "uninterrupted", 2 * place.size.steps, "trainer.num_processes=1")
+        briefly(place, "uninterrupted", 2 * place.size.steps, "trainer.num_processes=1")
     return folder
 
 
@@ -400,7 +431,7 @@ def resume(place: Place) -> list[Finding]:
     """Compare k steps, a stop and k more with 2k steps: weights, EMA, optimizer, bit for bit."""
     steps = place.size.steps
     for end in (steps, 2 * steps):
-        run = on_digits(place, "resumed", end, "trainer.num_processes=1")
+        run = briefly(place, "resumed", end, "trainer.num_processes=1")
     resumed, expected = tensors(run, 2 * steps), tensors(uninterrupted(place), 2 * steps)
     assert resumed.keys() == expected.keys(), "the same tensors"
     differ = sum(not torch.equal(resumed[key], value) for key, value in expected.items())
@@ -412,7 +443,7 @@ def two_processes(place: Place) -> list[Finding]:
     if place.device.type == "cuda" and torch.cuda.device_count() < 2:
         raise NotRun("one GPU")
     steps = 2 * place.size.steps
-    runs = on_digits(place, "two_processes", steps, "trainer.num_processes=2"), uninterrupted(place)
+    runs = briefly(place, "two_processes", steps, "trainer.num_processes=2"), uninterrupted(place)
     losses = [[row["loss"] for row in read_rows(folder / "metrics.jsonl")] for folder in runs]
     assert len(losses[1]) == steps, "a row per step"
     errors = [abs(a - b) / b for a, b in zip(*losses, strict=True)]
@@ -456,7 +487,7 @@ def rate(row: dict[str, Any]) -> str:
 def speed(row: dict[str, Any]) -> str:
     """Return a benchmark row's rate, share of a product's rate and speed against the plain ways."""
     parts = [rate(row)]
-    if row["share_of_matmul"] is not None:
+    if row.get("share_of_matmul") is not None:
         parts.append(f"{row['share_of_matmul']:.0%} of a product's rate")
     if row["way"] != row["base"]:
         parts.append(f"× {row['ratio']:.2f} of {row['base']}")
@@ -465,59 +496,9 @@ def speed(row: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the fastest row by part; of training and sampling by case and ratio, without plain."""
-    result: dict[tuple[str, ...], dict[str, Any]] = {}
-    for row in rows:
-        if not row.get("images_per_second"):  # not run, or of no images, as the optimizer's step
-            continue
-        key: tuple[str, ...] = (row["part"],)
-        if row["part"] in ("training", "sampling"):
-            if row["way"].startswith("plain"):
-                continue
-            key += (row["case"], row["base"])
-        if key not in result or row["images_per_second"] > result[key]["images_per_second"]:
-            result[key] = row
-    return list(result.values())
-
-
-def benchmark(place: Place, name: str) -> list[Finding]:
-    """Run scripts.benchmark and return the fastest way of each part."""
-    out = place.out / f"benchmark_{name}"
-    share, settings = place.size.benchmarks[name]
-    minutes = share * max(place.minutes - TRAINING_MINUTES, 1)
-    arguments = (*settings, f"minutes={minutes:g}", f"out={out}")
-    file, problem = out / "benchmark.json", ""
-    try:
-        call(place, "scripts.benchmark", *arguments, name=f"benchmark_{name}", seconds=60 * minutes + GRACE)
-    except RuntimeError as error:  # what was measured before is reported
-        if not file.is_file():
-            raise
-        problem = str(error)
-    rows = read_json(file)["rows"]
-    findings = [Finding(f"{row['part']}, {row['case']}, {row['way']}", speed(row)) for row in fastest(rows)]
-    findings += [Finding(f"{row['part']}: not run: {row['not_run']}", "–") for row in rows if "not_run" in row]
-    return findings + ([Finding(problem, 1, high=0)] if problem else [])
-
-
-def short_training_data(place: Place) -> tuple[str, tuple[str, ...]]:
-    """Return name and settings of the short training's data: Fashion-MNIST, photos or digits."""
-    if place.size.digits_alone:
-        return "digits", ("data=digits",)
-    for root in FASHION_ROOTS:
-        if any(root.glob("train-images-idx3-ubyte*")):
-            return "fashion_mnist", ("experiment=fashion_mnist", f"data.root={root.absolute()}")
-    try:
-        for name in PHOTOS:
-            photo(name)
-    except UserError:  # scikit-image is missing
-        return "digits", ("data=digits",)
-    return "photos", ("data=photos", "model.patch_size=8")
-
-
 def short_training(place: Place) -> list[Finding]:
     """Train on real images in bf16 and sample a grid, OUT/grid.png."""
-    name, settings = short_training_data(place)
+    name, settings = images(place)
     common = ("trainer.mixed_precision=bf16", "trainer.num_processes=1", "trainer.log_every=10", *place.size.short)
     run = train(place, "training", *settings, *common)
     rows = read_rows(run / "metrics.jsonl")

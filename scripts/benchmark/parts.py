@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,11 @@ def without_zeros(model: Any) -> Any:
     return model
 
 
-def random_batch(batch_size: int, latent_size: int, device: torch.device) -> dict[str, Tensor]:
+def random_batch(
+    batch_size: int, latent_size: int, device: torch.device, channels: int = CHANNELS
+) -> dict[str, Tensor]:
     """Return the arguments of `FlowMatching.forward`: latents, noise (B, C, H, W), others (B,)."""
-    generator, shape = torch.Generator().manual_seed(1), (batch_size, CHANNELS, latent_size, latent_size)
+    generator, shape = torch.Generator().manual_seed(1), (batch_size, channels, latent_size, latent_size)
     values = {
         "latents": torch.randn(shape, generator=generator),
         "noise": torch.randn(shape, generator=generator),
@@ -280,9 +282,9 @@ def plain_training(setup: Setup, ours: OurTraining) -> PlainTraining:
     return PlainTraining(setup.plain(ours.objective.denoiser), setup.dtype, loss, ours.target, depth)
 
 
-def plain_gradients(plain: PlainTraining, batch: dict[str, Tensor], network: Any = None) -> Tensor:
+def plain_gradients(plain: PlainTraining, batch: dict[str, Tensor]) -> Tensor:
     """Return `gradients` of a batch."""
-    plain.loss(batch, network).backward()
+    plain.loss(batch).backward()
     modules = torch.nn.ModuleDict({"denoiser": plain.model})
     if plain.projector is not None:
         modules["alignment"] = torch.nn.ModuleDict({"projector": plain.projector})
@@ -301,24 +303,21 @@ def random_target(setup: Setup) -> Target:
     return Target(TARGET, str(file), setup.image_size).to(setup.device)
 
 
-def training(setup: Setup) -> Iterator[Case]:
+def training(setup: Setup, alignments: Sequence[bool] = (True, False)) -> Iterator[Case]:
     """A training step: losses, gradients, optimizer, EMA; aligned and not."""
     n, batch = setup.batch_size, setup.batch(setup.batch_size)
-    for aligned in (True, False):
+    for aligned in alignments:
         target = random_target(setup) if aligned else None
         ours = OurTraining(setup, setup.network(), target)
         plain = plain_training(setup, ours)
         shape = (CHANNELS, setup.latent_size, setup.latent_size)
         flops = n * (training_flops(ours.objective, shape) + target_flops(target, setup.image_size))
+        step, check = functools.partial(plain.step, batch), functools.partial(plain_gradients, plain, batch)
+        ways = {"plain": Way(step, flops, context=eager, check=check)}
         if setup.compile:
             compile_blocks(ours.objective.denoiser, dynamic=False)
-        networks = {"plain": plain.model}
-        if setup.compile:
-            networks["plain compiled"] = torch.compile(plain.model, dynamic=False)
-        ways = {}
-        for name, network in networks.items():
-            check = functools.partial(plain_gradients, plain, batch, network)
-            ways[name] = Way(functools.partial(plain.step, batch, network), flops, check=check)
+            plain.model.compile_blocks()
+            ways["plain compiled"] = Way(step, flops, check=check)
         step, check = (functools.partial(f, batch) for f in (ours.step, ours.gradients))
         ways["ours"] = Way(step, flops, context=eager, check=check)
         if setup.compile:

@@ -195,6 +195,11 @@ class PlainDDT(nn.Module):
         z, hidden = self.encode(x_t, t, y, align_depth)
         return self.decode(x_t, z), hidden
 
+    def compile_blocks(self) -> None:
+        """Compile each block for batches of one size: as one graph XL takes minutes to compile."""
+        for block in (*self.encoder.blocks, *self.decoder.blocks):
+            block.compile(fullgraph=True, dynamic=False)
+
 
 @torch.no_grad()
 def plain_sample(model: PlainDDT, noise: Tensor, y: Tensor, settings: SamplerSettings) -> Tensor:
@@ -245,17 +250,14 @@ class PlainTraining:
         parameters = [*model.parameters(), *(() if self.projector is None else self.projector.parameters())]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
-    def loss(self, batch: dict[str, Tensor], network: Any = None) -> Tensor:
-        """Return the loss of the arguments of `FlowMatching.forward` and `images` (B, 3, S, S).
-
-        network: the compiled model, None for the eager one.
-        """
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the loss of the arguments of `FlowMatching.forward` and `images` (B, 3, S, S)."""
         latents, noise = batch["latents"], batch["noise"]
         t = torch.sigmoid(batch["time_normal"])
         y = torch.where(batch["dropout_uniform"] < 0.1, self.model.num_classes, batch["y"])
         x_t = t[:, None, None, None] * latents + (1 - t)[:, None, None, None] * noise
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
-            v, hidden = (self.model if network is None else network)(x_t, t, y, self.align_depth)
+            v, hidden = self.model(x_t, t, y, self.align_depth)
             if self.projector is not None:
                 with torch.no_grad():
                     features = plain_features(self.target.network, batch["images"], self.target.mean, self.target.std)
@@ -266,9 +268,9 @@ class PlainTraining:
             loss = loss + self.weight * (1 - cosine).mean()
         return loss
 
-    def step(self, batch: dict[str, Tensor], network: Any = None) -> None:
+    def step(self, batch: dict[str, Tensor]) -> None:
         """Take a training step."""
-        self.loss(batch, network).backward()
+        self.loss(batch).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.update_ema()

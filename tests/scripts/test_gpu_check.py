@@ -20,21 +20,9 @@ from scripts.benchmark.checks import SIZES, Finding, NotRun, Place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = ["device=cpu", "size=tiny"]
-BENCHMARK = """
-import json, pathlib, sys
-given = dict(argument.split("=") for argument in sys.argv[1:])
-out = pathlib.Path(given["out"])
-out.mkdir()
-rows = [("training", "ours", 3.0, 0.25), ("training", "ours compiled", 5.0, 0.5), ("training", "plain", 9.0, 0.125),
-        ("optimizer", "ours", 0, None)]
-keys = ("part", "way", "images_per_second", "share_of_matmul")
-others = {"case": given["model"], "base": "plain", "first": "plain", "ratio": 1.5, "ratio_to_first": 1.5}
-rows = [{**dict(zip(keys, row)), **others} for row in rows] + [{"part": "sampling", "not_run": "out of time"}]
-(out / "benchmark.json").write_text(json.dumps({"kind": "benchmark", "rows": rows, "given": given}))
-"""
 
 
-def call_inside(place, entry, *arguments, name, seconds=300):
+def call_inside(place, entry, *arguments, name):
     """Call an entry point as `checks.call` does, but in this process."""
     state = Singleton.get_state()
     GlobalHydra.instance().clear()
@@ -50,19 +38,12 @@ def call_inside(place, entry, *arguments, name, seconds=300):
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """Leave out what is slow on a CPU: processes, C++ kernels, and the benchmark."""
-    call, compile_blocks = checks.call, torch.nn.Module.compile
-    (tmp_path / "benchmark.py").write_text(BENCHMARK)
-
-    def quick_call(place, entry, *arguments, **options):
-        if entry == "scripts.benchmark":
-            call(place, str(tmp_path / "benchmark.py"), *arguments, **options)
-        else:
-            call_inside(place, entry, *arguments, **options)
-
-    monkeypatch.setattr(checks, "call", quick_call)
+    """Leave out what is slow on a CPU: processes and C++ kernels."""
+    compile_blocks = torch.nn.Module.compile
+    monkeypatch.setattr(checks, "call", call_inside)
     cheap = {"backend": "aot_eager"}
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_blocks(self, **options | cheap))
+    monkeypatch.setattr("scripts.benchmark.run.MATMUL_SIZE", {"cpu": 256})
     monkeypatch.chdir(tmp_path)
 
 
@@ -72,35 +53,76 @@ def table(text):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
+def calls_in(out):
+    return json.loads((out / "gpu_check.json").read_text())["calls"]
+
+
 @pytest.mark.slow
 def test_the_whole_check_passes_at_tiny_sizes(quick, tmp_path):
     out = tmp_path / "out"
     done = run_inside("scripts.benchmark.gpu_check", f"out={out}", *TINY)
-    content = json.loads((out / "gpu_check.json").read_text())["stages"]
-    rows = [row for stage in content.values() for row in stage["rows"]]
+    (call,) = calls_in(out)
+    rows = call["rows"]
     assert done.returncode == 0, rows
-    results = {row["check"]: row["result"] for row in rows}
-    assert list(content) == ["check", "benchmark"]
-    assert set(results) == {*gpu_check.CHECKS, "benchmark b", "short training"}
+    assert list(dict.fromkeys(row["check"] for row in rows)) == list(gpu_check.CHECKS)
     assert {row["result"] for row in rows} == {"passed", "measured"}
     assert all(row["low"] is not None or row["high"] is not None for row in rows if row["result"] == "passed")
-    measured, missing = [row for row in rows if row["check"] == "benchmark b"]
-    # the fastest way of the part that is not plain
-    assert measured["value"] == "5 images/s, 50% of a product's rate, × 1.50 of plain"
-    assert missing["what"] == "sampling: not run: out of time"
-    given = json.loads((out / "benchmark_b" / "benchmark.json").read_text())["given"]
-    assert (given["model"], given["minutes"], given["batch_size"]) == ("nano", "7", "2")
     assert done.stderr.endswith((out / "gpu_check.md").read_text() + "\n")  # the table comes last
-    assert len(table((out / "gpu_check.md").read_text())) == len(rows) + 2
-    machine = content["check"]["machine"]
+    assert len(table((out / "gpu_check.md").read_text())) == len(rows) + 1
+    machine = call["machine"]
     assert (machine["torch"], machine["packages"]["torch"][:4]) == (torch.__version__, torch.__version__[:4])
     assert len(machine["revision"] or 40 * "0") == 40
     assert (out / "grid.png").is_file()
     assert not list(out.glob(".scratch*"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark.py", "out"]  # nothing lies elsewhere
-    assert "holds the result of stage=benchmark" in refusal(
-        "scripts.benchmark.gpu_check", f"out={out}", "stage=benchmark", *TINY
-    )
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing lies elsewhere
+    assert "holds the results of all these checks" in refusal("scripts.benchmark.gpu_check", f"out={out}", *TINY)
+
+
+def test_timings_are_rows_of_a_benchmark(quick, tmp_path):
+    out, timed = tmp_path / "out", ["training XL", "sampling XL", "XL beside plain", "small batches"]
+    assert run_inside("scripts.benchmark.gpu_check", f"out={out}", f"checks={timed}", *TINY).returncode == 0
+    (call,) = calls_in(out)
+    rows = {name: [row["row"] for row in call["rows"] if row["check"] == name] for name in timed}
+    assert [row["images"] for row in rows["training XL"]] == [2, 1]
+    for row in rows["training XL"] + rows["sampling XL"]:
+        assert row["model"] == "nano"
+        assert row["images_per_second"] == pytest.approx(row["images"] / row["seconds"])
+    plain, shared = rows["sampling XL"][2:]  # guided always
+    assert plain["flops"] > 1.1 * shared["flops"]
+    beside = {(row["part"], row["way"]) for row in rows["XL beside plain"]}
+    assert {
+        ("training", "plain"),
+        ("training", "ours"),
+        ("sampling", "plain 0.80"),
+        ("sampling", "ours 0.80"),
+    } <= beside
+    assert [row["result"] for row in call["rows"] if row["check"] == "small batches"] == ["passed", "measured"] * 2
+
+
+def test_a_second_call_goes_on(quick, tmp_path, monkeypatch):
+    out, done = tmp_path / "out", []
+
+    def check(name):
+        return lambda place: done.append(name) or iter([Finding(name, 1, 1, 1)])
+
+    def slow(place):
+        yield Finding("one", 1)
+        while True:
+            time.sleep(0.01)
+
+    chosen = {"first": (check("first"), 9), "slow": (slow, 0.2), "last": (check("last"), 9)}
+    monkeypatch.setattr(gpu_check, "CHECKS", chosen)
+    start = time.monotonic()
+    first = run_inside("scripts.benchmark.gpu_check", f"out={out}", "checks=[first,slow]", *TINY)
+    assert time.monotonic() - start < 9  # cut
+    assert first.returncode == 0
+    assert f"not run: slow; the same command goes on with them, if out={out} is kept" in first.stderr
+    assert [row["result"] for row in calls_in(out)[0]["rows"]] == ["passed", "measured", "not run"]
+    monkeypatch.setitem(chosen, "slow", (check("slow"), 9))
+    assert run_inside("scripts.benchmark.gpu_check", f"out={out}", *TINY).returncode == 0
+    assert done == ["first", "slow", "last"]
+    assert [[row["check"] for row in call["rows"]] for call in calls_in(out)][1:] == [["slow", "last"]]
+    assert {"first", "slow", "last"} <= {row[0] for row in table((out / "gpu_check.md").read_text())}
 
 
 def broken(place):
@@ -115,12 +137,12 @@ def test_an_error_is_reported_and_the_other_checks_run(quick, tmp_path, monkeypa
         "not finite": lambda place: [Finding("loss", float("nan"), high=1)],
         "device against CPU": checks.device_against_cpu,
     }
-    monkeypatch.setattr(gpu_check, "CHECKS", chosen)
+    monkeypatch.setattr(gpu_check, "CHECKS", {name: (function, 60) for name, function in chosen.items()})
     monkeypatch.setattr("ddt.model.layers.rotate", lambda x, cos, sin: x)  # on every device, so that these agree
     out = tmp_path / "out"
-    done = run_inside("scripts.benchmark.gpu_check", f"out={out}", "stage=check", *TINY)
+    done = run_inside("scripts.benchmark.gpu_check", f"out={out}", *TINY)
     assert done.returncode == 1
-    rows = json.loads((out / "gpu_check.json").read_text())["stages"]["check"]["rows"]
+    rows = calls_in(out)[0]["rows"]
     found = {row["check"]: row["result"] for row in reversed(rows)}
     assert found == {
         "breaks": "failed",
@@ -132,21 +154,14 @@ def test_an_error_is_reported_and_the_other_checks_run(quick, tmp_path, monkeypa
     text = (out / "gpu_check.md").read_text()
     assert ["breaks", "ValueError: the first line", "", "", "failed"] in [row[:5] for row in table(text)]
     assert ["two processes", "one GPU", "", "", "not run"] in [row[:5] for row in table(text)]
-    before = json.loads((out / "gpu_check.json").read_text())["stages"]["check"]
-    fine = {"fine": lambda place: [Finding("one", 1, 1, 1)]}
-    monkeypatch.setattr(gpu_check.GpuCheckSettings, "checks", lambda self, stage: fine)
-    assert run_inside("scripts.benchmark.gpu_check", f"out={out}", "stage=benchmark", *TINY).returncode == 0
-    content = json.loads((out / "gpu_check.json").read_text())["stages"]
-    assert content["check"] == before  # the second stage repeats the first
-    assert {"breaks", "fine"} <= {row[0] for row in table((out / "gpu_check.md").read_text())}
 
 
 def place_in(folder, seconds=60):
-    return Place(folder, folder, torch.device("cpu"), SIZES["tiny"], 1, time.monotonic() + seconds)
+    return Place(folder, folder, torch.device("cpu"), SIZES["tiny"], time.monotonic() + seconds)
 
 
 def test_no_check_starts_after_the_deadline(tmp_path):
-    (row,) = gpu_check.rows_of("late", broken, place_in(tmp_path, seconds=0))
+    (row,) = gpu_check.rows_of("late", (broken, 60), place_in(tmp_path, seconds=0))
     assert (row["result"], row["what"]) == ("not run", "out of time")
 
 
@@ -171,7 +186,7 @@ def test_each_difference_is_noticed(tmp_path, monkeypatch):
 
 def test_runs_that_differ_are_noticed(tmp_path, monkeypatch):
     place, zero = place_in(tmp_path), torch.zeros(3)
-    monkeypatch.setattr(checks, "on_digits", lambda place, name, *_: Path(name))
+    monkeypatch.setattr(checks, "briefly", lambda place, name, *_: Path(name))
     monkeypatch.setattr(checks, "uninterrupted", lambda place: Path("uninterrupted"))
     monkeypatch.setattr(checks, "tensors", lambda run, step: {"a": zero, "b": zero + (run.name == "resumed") * 1e-7})
     assert checks.resume(place) == [Finding("tensors of 2 that differ", 1, high=0)]
@@ -184,14 +199,17 @@ def test_runs_that_differ_are_noticed(tmp_path, monkeypatch):
     assert found.result == "failed"
 
 
-def test_a_process_that_fails_or_hangs_is_one_line(tmp_path):
+def test_a_process_that_fails_is_one_line_and_one_that_hangs_is_ended(tmp_path):
     fails, hangs = tmp_path / "fails.py", tmp_path / "hangs.py"
     fails.write_text("import sys; print('why'); sys.exit(3)")
     with pytest.raises(RuntimeError, match=r"fails.py: status 3: why$"):
         checks.call(place_in(tmp_path), str(fails), name="fails")
     hangs.write_text("import time; time.sleep(60)")
-    with pytest.raises(RuntimeError, match=r"hangs.py took more than 1 s: runs/logs/hangs.txt$"):
-        checks.call(place_in(tmp_path), str(hangs), name="hangs", seconds=1)
+    start = time.monotonic()
+    hanging = lambda place: checks.call(place, str(hangs), name="hangs")  # noqa: E731
+    (row,) = gpu_check.rows_of("hangs", (hanging, 0.5), place_in(tmp_path))
+    assert (row["result"], row["what"]) == ("not run", "cut after 0.5 s, the most that it may take")
+    assert time.monotonic() - start < 30
 
 
 def test_processes_find_packages_of_the_search_path(tmp_path, monkeypatch):
@@ -206,12 +224,8 @@ def test_processes_find_packages_of_the_search_path(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         ([], "device=cuda: torch finds no GPU here; give device=cpu size=tiny to try the check itself"),
-        (["stage=bench", *TINY], "stage=bench: give 'check', 'benchmark' or 'all'"),
         (["minutes=0", *TINY], "minutes=0: must be above 0"),
-        (
-            ["only=[resume,speed]", "stage=benchmark", *TINY],
-            "only=resume: no such check of stage=benchmark; choose from benchmark b, short training",
-        ),
+        (["checks=[resume,speed]", *TINY], f"checks=speed: no such check; choose from {', '.join(gpu_check.CHECKS)}"),
     ],
 )
 def test_wrong_settings_are_one_line(tmp_path, monkeypatch, arguments, message):
@@ -254,6 +268,5 @@ def test_the_script_names_missing_packages_and_how_to_carry_them(tmp_path):
 def test_the_script_passes_its_arguments_on(tmp_path):
     echo = 'echo "$HF_HUB_OFFLINE $@"'
     assert shell(tmp_path, python=echo).returncode == 2
-    for given, stage, rest in (([], "all", ""), (["check"], "check", ""), (["size=tiny"], "all", " size=tiny")):
-        done = shell(tmp_path, "my out", *given, python=echo)
-        assert done.stdout.splitlines()[-1] == f"1 -m scripts.benchmark.gpu_check out=my out stage={stage}{rest}"
+    done = shell(tmp_path, "my out", "size=tiny", python=echo)
+    assert done.stdout.splitlines()[-1] == "1 -m scripts.benchmark.gpu_check out=my out size=tiny"
