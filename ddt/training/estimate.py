@@ -99,7 +99,8 @@ class EstimateSettings:
 class Rate:
     """Speed of a device. training, sampling: FLOP/s; memory: bytes; None: unknown.
 
-    source: of the FLOP/s, in words. measured: or assumed.
+    source: of the FLOP/s, in words. measured: or assumed. activations: measured bytes an image that
+    compiled blocks hold between forward and backward, None: counted as eager ones.
     """
 
     training: float | None
@@ -107,6 +108,7 @@ class Rate:
     memory: float | None
     source: str
     measured: bool
+    activations: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +224,9 @@ def choose_rate(settings: EstimateSettings, recipe: Recipe) -> Rate:
     memory, dtype = settings.memory_gb, recipe.trainer.mixed_precision if recipe.half else "fp32"
     if settings.measured is None:
         return assumed_rate(settings.device or "H100", 0.4 if settings.share is None else settings.share, memory, dtype)
-    return measured_rate(settings.measured, memory, dtype, settings.choices["model"] or "", recipe.target is not None)
+    model, aligned = settings.choices["model"] or "", recipe.target is not None
+    batch, _ = recipe.trainer.micro_batches(recipe.gpus)
+    return measured_rate(settings.measured, memory, dtype, model, aligned, recipe.shape, batch)
 
 
 def assumed_rate(device: str, share: float, memory_gb: float | None, dtype: str) -> Rate:
@@ -241,40 +245,78 @@ def assumed_rate(device: str, share: float, memory_gb: float | None, dtype: str)
     return Rate(share * PEAKS[device], share * PEAKS[device], memory, text, False)
 
 
-def fastest(rows: list[dict[str, Any]], part: str, aligned: bool) -> dict[str, Any] | None:
-    """Return a benchmark's row of the most FLOP/s in a part, plain ways left out, or None; NaN and
-    infinite rates never win.
-
-    aligned: training rows with, or without, the alignment's target are preferred: it has a higher
-    rate than a small network.
+def timed_rows(content: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """Return what a benchmark.json or gpu_check.json timed, each row with its `model`, and the
+    dtype.
     """
-    measured = [
+    if content["kind"] == "benchmark":
+        model = content["settings"]["model"]
+        return [{"model": model, **row} for row in content["rows"] if "seconds" in row], content["matmul"]["dtype"]
+    rows = [row["row"] for call in content["calls"] for row in call["rows"] if row.get("row") is not None]
+    return rows, "bf16"
+
+
+def fastest(rows: list[dict[str, Any]], part: str, model: str, aligned: bool, batch: int) -> dict[str, Any] | None:
+    """Return the row of the most FLOP/s in a part, plain ways left out, or None; NaN and infinite
+    rates never win.
+
+    Rows of the model are preferred, and of training those with, or without, an alignment's target
+    (it has a higher rate than a small network) and those of the numbers of images nearest to
+    `batch`, a device's: few images leave a GPU waiting for the host.
+    """
+    found = [
         row
         for row in rows
-        if row["part"] == part and "seconds" in row and not row["way"].startswith("plain")
-        if is_number(row["flops"] / row["seconds"])
+        if row["part"] == part and not row["way"].startswith("plain") and is_number(row["flops"] / row["seconds"])
     ]
-    alike = [row for row in measured if part != "training" or ("aligned" in row["case"]) == aligned]
-    return max(alike or measured, key=lambda row: row["flops"] / row["seconds"], default=None)
+    found = [row for row in found if row["model"] == model] or found
+    if part == "training":
+        found = [row for row in found if ("aligned" in row["case"]) == aligned] or found
+        nearest = min((abs(math.log(row["images"] / batch)) for row in found), default=0.0)
+        found = [row for row in found if abs(math.log(row["images"] / batch)) == nearest]
+    return max(found, key=lambda row: row["flops"] / row["seconds"], default=None)
 
 
-def measured_rate(path: str, memory_gb: float | None, dtype: str, model: str, aligned: bool) -> Rate:
-    """Return the rate in a `benchmark.json` of scripts/benchmark, for conf/model/`model`.
-
-    aligned: whether an alignment's target runs. Raises UserError for another file or dtype.
+def measured_activations(rows: list[dict[str, Any]], model: str, shape: tuple[int, int, int]) -> float | None:
+    """Return the bytes an image by which the memory of compiled training steps grows with the
+    batch, or None where fewer than two batches of this model and latent (C, H, W) were measured.
     """
-    require(Path(path).is_file(), f"measured={path}: no such file; give a benchmark.json of scripts/benchmark")
+    peaks = {
+        row["images"]: row["peak_bytes"]
+        for row in rows
+        if (row["part"], row["way"], row["model"]) == ("training", "ours compiled", model)
+        and row.get("latent") == [shape[0], shape[1]]
+    }
+    if len(peaks) < 2:
+        return None
+    few, many = min(peaks), max(peaks)
+    return float((peaks[many] - peaks[few]) / (many - few))
+
+
+def measured_rate(
+    path: str, memory_gb: float | None, dtype: str, model: str, aligned: bool, shape: tuple[int, int, int], batch: int
+) -> Rate:
+    """Return the rate in a `benchmark.json` of scripts/benchmark or a `gpu_check.json` of
+    scripts/gpu_check.sh, for conf/model/`model` on latents of `shape` (C, H, W).
+
+    aligned: whether an alignment's target runs. batch: images a device trains on at once. Raises
+    UserError for another file or dtype.
+    """
+    both = "give a benchmark.json of scripts/benchmark or a gpu_check.json of scripts/gpu_check.sh"
+    require(Path(path).is_file(), f"measured={path}: no such file; {both}")
     try:
         content = read_json(Path(path))
-        rows, device, date = content["rows"], content["machine"]["device"], content["date"][:10]
-        training, sampling = fastest(rows, "training", aligned), fastest(rows, "sampling", aligned)
-        used, benchmarked = content["matmul"]["dtype"], content["settings"]["model"]
+        rows, used = timed_rows(content)
+        origin = content if content["kind"] == "benchmark" else content["calls"][0]
+        device, date = origin["machine"]["device"], origin["date"][:10]
+        training, sampling = (fastest(rows, part, model, aligned, batch) for part in ("training", "sampling"))
         rates = [None if row is None else row["flops"] / row["seconds"] for row in (training, sampling)]
         cases = [f"{row['part']} {row['case']}, {row['way']}" for row in (training, sampling) if row is not None]
-        valid = content["kind"] == "benchmark" and all(rate is None or rate > 0 for rate in rates)
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        activations = measured_activations(rows, model, shape)
+        valid = content["kind"] in ("benchmark", "gpu_check") and all(rate is None or rate > 0 for rate in rates)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError):
         valid = False
-    require(valid, f"measured={path}: is no result of scripts/benchmark; give its benchmark.json")
+    require(valid, f"measured={path}: is no result of these; {both}")
     require(
         training is not None,
         f"measured={path}: measured no training; run python -m scripts.benchmark parts=[training,sampling]",
@@ -285,8 +327,12 @@ def measured_rate(path: str, memory_gb: float | None, dtype: str, model: str, al
     )
     known = next((size for name, size in MEMORY.items() if peak_of(device) and re.search(rf"\b{name}\b", device)), None)
     memory = known if memory_gb is None else memory_gb * 1e9
-    other = "" if benchmarked == model else f"; of {benchmarked}, ASSUMED for {model} too"
-    return Rate(rates[0], rates[1], memory, f"measured: {device}, {date} ({'; '.join(cases)}){other}", True)
+    other = [
+        f"{row['part']} of {row['model']}" for row in (training, sampling) if row is not None and row["model"] != model
+    ]
+    assumed = f"; {' and '.join(other)}, ASSUMED for {model} too" if other else ""
+    source = f"measured: {device}, {date} ({'; '.join(cases)}){assumed}"
+    return Rate(rates[0], rates[1], memory, source, True, activations)
 
 
 # --- FLOPs
@@ -406,8 +452,10 @@ def activation_bytes(objective: Objective, shape: tuple[int, int, int], half: bo
     return total
 
 
-def memory(recipe: Recipe) -> dict[str, float]:
-    """Return the bytes on each device at the end of a forward pass, by kind.
+def memory(recipe: Recipe, measured: float | None = None) -> dict[str, float]:
+    """Return the bytes on each device at the end of a forward pass, by kind. measured: bytes an
+    image of activations without checkpointing (`Rate.activations`); None counts those of eager
+    blocks.
 
     Weights, gradients, optimizer and EMA are float32. Not included: workspace of kernels and the
     allocator, the CUDA context, encoding and decoding (no activations are held then).
@@ -417,6 +465,8 @@ def memory(recipe: Recipe) -> dict[str, float]:
     cast = [layer for layer in recipe.objective.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     block = max(map(count, recipe.objective.denoiser.all_blocks))
     micro, _ = recipe.trainer.micro_batches(recipe.gpus)
+    if measured is None or recipe.checkpointing:
+        measured = activation_bytes(recipe.objective, recipe.shape, recipe.half)
     sizes = {
         "weights": FLOAT * trained / parts,
         "gradients": FLOAT * trained / parts,
@@ -428,7 +478,7 @@ def memory(recipe: Recipe) -> dict[str, float]:
         "16-bit copies of weights": HALF * sum(map(count, cast)) if recipe.half else 0,
         "alignment target": FLOAT * count(recipe.target and recipe.target.network),
         "autoencoder": FLOAT * count(recipe.autoencoder.network),
-        "activations": micro * activation_bytes(recipe.objective, recipe.shape, recipe.half),
+        "activations": micro * measured,
     }
     rounded = {name: math.ceil(size) for name, size in sizes.items()}
     return {**rounded, "total": sum(rounded.values())}
@@ -520,7 +570,7 @@ def estimate(recipe: Recipe, rate: Rate) -> dict[str, Any]:
     """Return the cost of a recipe as plain values: counts, FLOPs, bytes, hours."""
     denoiser, trainer, gpus = recipe.objective.denoiser, recipe.trainer, recipe.gpus
     encoder = count(denoiser.stacks[0]) if denoiser.shares_encoder else 0
-    work, held = flops(recipe), memory(recipe)
+    work, held = flops(recipe), memory(recipe, rate.activations)
     images = trainer.max_steps * trainer.global_batch_size
     fits = None if rate.memory is None else held["total"] <= rate.memory
     hours = {

@@ -286,6 +286,9 @@ def test_a_target_without_weights_is_a_target():
     assert all(parameter.is_meta for parameter in outline.network.parameters())
 
 
+SHAPE = (4, 32, 32)
+
+
 def benchmark_file(tmp_path, **changes):
     """A result of scripts/benchmark."""
     common = {"images": 8, "case": "b_8en4de, batch 8"}
@@ -308,7 +311,7 @@ def benchmark_file(tmp_path, **changes):
 
 
 def test_a_measured_rate_is_the_fastest_row_that_is_ours(tmp_path):
-    speed = measured_rate(str(benchmark_file(tmp_path)), None, "bf16", "b_8en4de", False)
+    speed = measured_rate(str(benchmark_file(tmp_path)), None, "bf16", "b_8en4de", False, SHAPE, 8)
     assert (speed.training, speed.sampling, speed.memory, speed.measured) == (3e12, 5e12, 80e9, True)
     found = estimate(small_recipe(), speed)
     assert found["time"]["training_hours"] == found["flops"]["all_training"] / 3e12 / 3600
@@ -316,16 +319,66 @@ def test_a_measured_rate_is_the_fastest_row_that_is_ours(tmp_path):
     said = report(found)
     assert "measured: NVIDIA A100-SXM4-80GB, 2026-01-02 (training b_8en4de, batch 8, compiled; sampling" in said
     assert "ASSUMED" not in said
-    other = measured_rate(str(benchmark_file(tmp_path)), None, "bf16", "xl_22en6de", True)
+    other = measured_rate(str(benchmark_file(tmp_path)), None, "bf16", "xl_22en6de", True, SHAPE, 8)
     assert (other.training, other.sampling) == (7e12, 5e12)
-    assert other.source.endswith("; of b_8en4de, ASSUMED for xl_22en6de too")
+    assert other.source.endswith("; training of b_8en4de and sampling of b_8en4de, ASSUMED for xl_22en6de too")
+
+
+def gpu_check_file(tmp_path, **changes):
+    """A result of scripts/gpu_check.sh."""
+    common = {"part": "training", "case": "no alignment", "way": "ours compiled", "latent": [4, 32]}
+    timed = [
+        {"model": "b_8en4de", "images": 64, "seconds": 1.0, "flops": 3e12, "peak_bytes": 30e9, **common},
+        {"model": "b_8en4de", "images": 32, "seconds": 1.0, "flops": 2e12, "peak_bytes": 20e9, **common},
+        {
+            "model": "b_8en4de",
+            "images": 16,
+            "seconds": 1.0,
+            "flops": 1e12,
+            "peak_bytes": 90e9,
+            **common,
+            "way": "plain",
+        },
+        {"model": "xl_22en6de", "images": 64, "seconds": 1.0, "flops": 8e12, "peak_bytes": 70e9, **common},
+        {"model": "xl_22en6de", "part": "sampling", "case": "guided", "way": "ours", "seconds": 1.0, "flops": 6e12},
+    ]
+    rows = [{"check": "training", "row": row} for row in timed] + [{"check": "golden numbers", "row": None}]
+    machine = {"device": "NVIDIA A100-SXM4-80GB"}
+    content = {
+        "kind": "gpu_check",
+        "calls": [
+            {"date": "2026-01-02T03:04:05+00:00", "machine": machine, "rows": rows[:3]},
+            {"date": "2026-01-02T03:14:05+00:00", "machine": machine, "rows": rows[3:]},
+        ],
+        **changes,
+    }
+    path = tmp_path / "gpu_check.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_a_gpu_check_tells_rates_and_the_activations_of_compiled_blocks(tmp_path):
+    path = gpu_check_file(tmp_path)
+    speed = measured_rate(path, None, "bf16", "b_8en4de", False, SHAPE, 100)
+    assert (speed.training, speed.sampling, speed.memory) == (3e12, 6e12, 80e9)
+    assert measured_rate(path, None, "bf16", "b_8en4de", False, SHAPE, 20).training == 2e12  # the nearest batch
+    assert speed.activations == 10e9 / 32
+    assert speed.source.endswith("sampling guided, ours); sampling of xl_22en6de, ASSUMED for b_8en4de too")
+    recipe = small_recipe()
+    assert memory(recipe, speed.activations)["activations"] == 10e9 / 32 * recipe.trainer.micro_batches(1)[0]
+    for model, shape in (("xl_22en6de", SHAPE, 8), ("b_8en4de", (4, 64, 64))):  # one batch; another latent
+        assert measured_rate(path, None, "bf16", model, False, shape, 8).activations is None
+    for wrong in ({"calls": []}, {"calls": [{"rows": []}]}, {"kind": "else"}):
+        with pytest.raises(UserError, match="is no result of these; give a benchmark"):
+            measured_rate(gpu_check_file(tmp_path, **wrong), None, "bf16", "b_8en4de", False, SHAPE, 8)
 
 
 def test_a_processor_that_was_measured_has_no_known_memory(tmp_path):
     path = benchmark_file(tmp_path, machine={"device": "AMD EPYC"}, matmul={"dtype": "fp32"})
     said = report(
         estimate(
-            small_recipe(trainer={"mixed_precision": "fp32"}), measured_rate(str(path), None, "fp32", "b_8en4de", False)
+            small_recipe(trainer={"mixed_precision": "fp32"}),
+            measured_rate(str(path), None, "fp32", "b_8en4de", False, SHAPE, 8),
         )
     )
     assert "device unknown: give memory_gb=" in said
@@ -334,9 +387,9 @@ def test_a_processor_that_was_measured_has_no_known_memory(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "sharing"}, "is no result of scripts/benchmark"),
-        ({"rows": None}, "is no result of scripts/benchmark"),
-        ({"machine": {}}, "is no result of scripts/benchmark"),
+        ({"kind": "sharing"}, "is no result of these"),
+        ({"rows": None}, "is no result of these"),
+        ({"machine": {}}, "is no result of these"),
         ({"rows": [{"part": "training", "way": "ours", "seconds": 0, "flops": 1}]}, "is no result of"),
         ({"rows": []}, "measured no training"),
         ({"rows": [{"part": "training", "way": "ours", "case": "", "seconds": math.nan, "flops": 1}]}, "measured no"),
@@ -346,7 +399,7 @@ def test_a_processor_that_was_measured_has_no_known_memory(tmp_path):
 )
 def test_files_that_are_no_benchmark_are_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        measured_rate(str(benchmark_file(tmp_path, **changes)), None, "bf16", "b_8en4de", False)
+        measured_rate(str(benchmark_file(tmp_path, **changes)), None, "bf16", "b_8en4de", False, SHAPE, 8)
 
 
 def test_the_command_says_what_is_assumed_and_writes_a_file(tmp_path):
