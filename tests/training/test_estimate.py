@@ -366,7 +366,7 @@ def test_a_gpu_check_tells_rates_and_the_activations_of_compiled_blocks(tmp_path
     assert speed.source.endswith("sampling guided, ours); sampling of xl_22en6de, ASSUMED for b_8en4de too")
     recipe = small_recipe()
     assert memory(recipe, speed.activations)["activations"] == 10e9 / 32 * recipe.trainer.micro_batches(1)[0]
-    for model, shape in (("xl_22en6de", SHAPE, 8), ("b_8en4de", (4, 64, 64))):  # one batch; another latent
+    for model, shape in (("xl_22en6de", SHAPE), ("b_8en4de", (4, 64, 64))):  # one batch; another latent
         assert measured_rate(path, None, "bf16", model, False, shape, 8).activations is None
     for wrong in ({"calls": []}, {"calls": [{"rows": []}]}, {"kind": "else"}):
         with pytest.raises(UserError, match="is no result of these; give a benchmark"):
