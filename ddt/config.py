@@ -31,7 +31,7 @@ WORDS = {  # beginnings of pydantic's kinds of errors
     "string_": "text",
 }
 # of pyproject.toml, by package
-EXTRAS = {"torchode": "adaptive", "gradio": "app", "skimage": "photos", "pyarrow": "parquet", "submitit": "slurm"}
+EXTRAS = {"gradio": "app", "skimage": "photos", "pyarrow": "parquet", "submitit": "slurm"}
 LEAST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38  # of normal float32 numbers
 MOST_NAMES = 60  # in a line
 CONVERSION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
