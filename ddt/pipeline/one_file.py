@@ -195,18 +195,28 @@ class Merge:
             definition, others = read(home).definitions[name], read(home).others
             for each in (definition.used | definition.annotated) & others.keys():
                 found |= others[each]
-        packages = {text: text.split()[1].partition(".")[0] for text in found}
-        bound = [text.split()[-1] for text in found if text.startswith("from ")]
+        imported: dict[str, list[str]] = {}  # by module
+        for text in sorted(text for text in found if text.startswith("from ")):
+            _, package, _, name = text.split(maxsplit=3)
+            imported.setdefault(package, []).append(name)
+        bound = [name.split()[-1] for names in imported.values() for name in names]
         twice = {name for name in bound if bound.count(name) > 1}
         assert not twice, f"{twice}: is imported from two packages"
-        return sorted(found, key=lambda text: (packages[text] not in sys.stdlib_module_names, text.split()[1:]))
+        texts = sorted(text for text in found if text.startswith("import "))
+        texts += [f"from {package} import {', '.join(names)}" for package, names in imported.items()]
+        of_python = [text.split()[1].partition(".")[0] in sys.stdlib_module_names for text in texts]
+        first, second = (
+            [text for text, each in zip(texts, of_python, strict=True) if each == mine] for mine in (True, False)
+        )
+        return [*first, "", *second]
 
     def sections(self) -> Iterator[tuple[str, list[str]]]:
         """Yield each module and the text of its definitions."""
         names = [name for _, name in self.kept]
         twice = {name for name in names if names.count(name) > 1} | (self.types & set(names))
         assert not twice, f"{twice}: two modules define it; rename one"
-        for module in graphlib.TopologicalSorter(self.before).static_order():
+        before = {module: sorted(self.before[module]) for module in sorted(self.before)}
+        for module in graphlib.TopologicalSorter(before).static_order():
             texts = {CHANGED.get(name, each.text): None for name, each in read(module).definitions.items()
                      if (module, name) in self.kept}  # fmt: skip
             yield module, list(texts)
@@ -221,10 +231,12 @@ def merge(module: str, name: str, version: str = "") -> str:
     """
     merged = Merge(module, name)
     parts = [f'"""{read(module).docstring}\n\n{NOTE.format(version=version and f" {version}")}"""\n']
-    parts.append("\n".join(merged.imports()))
+    parts += merged.imports()
     if merged.types:
-        parts.append("# types of arguments that have their code elsewhere")
-        parts.append("\n".join(f"{each} = Any" for each in sorted(merged.types)))
+        parts += ["", "# types of arguments that have their code elsewhere"]
+        parts += [f"{each} = Any" for each in sorted(merged.types)]
     for source, texts in merged.sections():
-        parts += [f"\n# --- {source}\n", *texts]
-    return "\n".join([*parts, TAIL.format(name=name)])
+        parts += ["", "", f"# --- {source}"]
+        for text in texts:
+            parts += ["", "", text] if "\n" in text else ["", text]
+    return "\n".join([*parts, "", TAIL.format(name=name)])
