@@ -408,3 +408,14 @@ def test_bfloat16_is_that_of_sample_py(places, tmp_path):
     assert np.array_equal(uint8(fp16(**CALL).images), sampled(places[0], tmp_path / "fp16", "dtype=fp16"))
     with pytest.raises(UserError, match=r"torch_dtype=torch\.float64: the networks run in"):
         DDTPipeline.from_pretrained(places[1], torch_dtype=torch.float64)(0)
+
+
+def test_the_installed_class_runs_no_code_of_a_folder(places, tmp_path):
+    folder = shutil.copytree(places[1], tmp_path / "folder")
+    for path in folder.rglob("*.py"):
+        path.write_text("raise SystemExit")
+    loaded = DDTPipeline.from_pretrained(folder)
+    assert [type(loaded.transformer), type(loaded.scheduler)] == [DDTTransformer2DModel, DDTScheduler]
+    loaded.save_pretrained(tmp_path / "again")  # with the code of this project
+    for path in places[1].rglob("*.py"):
+        assert (tmp_path / "again" / path.relative_to(places[1])).read_text() == path.read_text()
