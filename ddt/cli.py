@@ -38,8 +38,7 @@ from ddt.errors import STOPPED_STATUS, Stopped, UserError, first_line, os_error_
 from ddt.files import is_run_name, write_text
 from ddt.logs import logging_setup
 
-ROOT = Path(__file__).resolve().parent.parent
-CONF = ROOT / "conf"
+CONF = (Path(__file__).parent / "conf").resolve()  # of the repository, or of an installed package
 # Logging and output folders are ours.
 HYDRA = ("hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.run.dir=.")
 # Settings whose values are paths, or lists of them. They may begin with ~, and hold characters that

@@ -10,12 +10,14 @@ import importlib.util
 import inspect
 import typing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 from ddt.errors import UserError, brief
+from ddt.version import DISTRIBUTION
 
 Kind = typing.TypeVar("Kind")
 
@@ -31,7 +33,7 @@ WORDS = {  # beginnings of pydantic's kinds of errors
     "string_": "text",
 }
 # of pyproject.toml, by package
-EXTRAS = {"torchode": "adaptive", "gradio": "app", "skimage": "photos", "pyarrow": "parquet", "submitit": "slurm"}
+EXTRAS = {"gradio": "app", "skimage": "photos", "pyarrow": "parquet", "submitit": "slurm"}
 LEAST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38  # of normal float32 numbers
 MOST_NAMES = 60  # in a line
 CONVERSION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
@@ -61,8 +63,11 @@ def require_packages(packages: typing.Iterable[str], key: str) -> None:
 
 def missing_package(package: str, key: str) -> str:
     """Return the line on a missing package: the setting that needs it, and how to install it."""
-    what = f"'.[{EXTRAS[package]}]'" if package in EXTRAS else "."
-    return f"{key}: needs the package {package}; run pip install -e {what}"
+    extra = f"[{EXTRAS[package]}]" if package in EXTRAS else ""
+    checkout = (Path(__file__).parent.parent / "pyproject.toml").is_file()
+    what = f"{'.' if checkout else DISTRIBUTION}{extra}"
+    what = f"'{what}'" if extra else what
+    return f"{key}: needs the package {package}; run pip install {'-e ' if checkout else ''}{what}"
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

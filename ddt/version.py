@@ -1,1 +1,2 @@
 __version__ = "0.1.0"
+DISTRIBUTION = "ddt-diffusion"  # that installs this package; PyPI's ddt is another project

@@ -3,13 +3,16 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import venv
+from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, run
+from conftest import ROOT, copy_repository, run
 
 import ddt
 
@@ -115,3 +118,57 @@ def test_public_names_are_those_of_their_modules():
     assert set(ddt.HOMES) == set(ddt.__all__) - {"UserError", "__version__"}
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = ddt.nothing
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The commands of a wheel of this repository, installed beside the packages that it needs."""
+    folder = tmp_path_factory.mktemp("wheel")
+    copy_repository(folder / "repository")
+    build = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    offline = ["--quiet", "--no-deps", "--no-index"]
+    wheel = ["wheel", *offline, "--no-build-isolation", "-w", folder / "dist", folder / "repository"]
+    subprocess.run([*build, *wheel], check=True, cwd=folder)
+    shutil.rmtree(folder / "repository")
+    venv.create(folder / "environment", with_pip=False, symlinks=True)
+    (packages,) = (folder / "environment").glob("lib/python*/site-packages")
+    (packages / "needed.pth").write_text(str(Path(pytest.__file__).parent.parent))
+    install = ["--python", folder / "environment" / "bin" / "python", "install", *offline, *(folder / "dist").iterdir()]
+    subprocess.run([*build, *install], check=True, cwd=folder)
+    return folder / "environment" / "bin"
+
+
+def run_installed(program, *arguments, cwd):
+    """Run a program outside the repository; it must end without an error."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(
+        [program, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_wheel_has_commands_and_settings(installed, tmp_path):
+    assert {path.name for path in installed.glob("ddt-*")} == {"ddt-app", "ddt-evaluate", "ddt-sample", "ddt-train"}
+    assert "ddt.data.images.Digits" in run_installed(installed / "ddt-train", "--cfg", "job", cwd=tmp_path)
+    where = (
+        "import ddt.cli as c, sys; assert str(c.CONF).startswith(sys.prefix), c.CONF; print(*c.CONF.rglob('*.yaml'))"
+    )
+    needed = "from ddt.config import missing_package as f; print(f('gradio', 'x'))"
+    said = run_installed(installed / "python", "-c", needed, cwd=tmp_path)
+    assert said == "x: needs the package gradio; run pip install 'ddt-diffusion[app]'\n"
+    found = run_installed(installed / "python", "-c", where, cwd=tmp_path).split()
+    ours = [path for path in (ROOT / "conf").glob("**/*.yaml") if not path.parent.is_symlink()]
+    assert {Path(path).name for path in found} == {path.name for path in ours}
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_the_steps_of_the_demo(installed, tmp_path):
+    """As `bash scripts/demo.sh` does, outside the repository, with a shorter training."""
+    run_installed(installed / "ddt-train", "name=demo", "trainer.max_steps=20", cwd=tmp_path)
+    samples = ["ckpt=runs/demo", "num_samples=20", "batch_size=10", "out=runs/demo/samples"]
+    run_installed(installed / "ddt-sample", *samples, cwd=tmp_path)
+    evaluation = ["samples=runs/demo/samples", "reference=data:digits", "features=digits"]
+    run_installed(installed / "ddt-evaluate", *evaluation, cwd=tmp_path)
+    assert (tmp_path / "runs" / "demo" / "samples" / "grid.png").is_file()
+    assert (tmp_path / "runs" / "demo" / "samples" / "metrics.json").is_file()

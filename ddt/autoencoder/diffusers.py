@@ -133,7 +133,46 @@ def normalisation(config: Any) -> tuple[Tensor, Tensor]:
     return shift, float(config.scaling_factor) / torch.tensor(std or [1.0]).reshape(-1, 1, 1)
 
 
-class DiffusersAutoencoder(abc.ABC):
+class LatentDecoder:
+    """Decodes latents by a loaded diffusers autoencoder, which stays where it is.
+
+    chunk_size: latents decoded at once, which bounds the memory.
+    """
+
+    def __init__(self, network: Any, chunk_size: int) -> None:
+        self.network, self.chunk_size = network, chunk_size
+        self.shift, self.scale = normalisation(network.config)
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.network.config.latent_channels)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return uint8 images (B, 3, H, W), under the caller's autocast; in float32 where that is
+        fp16, whose range a decoder may leave, and the images would be black.
+
+        Raises UserError for latents of another number of channels.
+        """
+        require(
+            latents.shape[1] == self.latent_channels,
+            f"autoencoder: has {self.latent_channels} latent channels, the model {latents.shape[1]}; choose the "
+            "model's own",
+        )
+        kind = latents.device.type
+        in_fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        with autocast(latents.device, "fp32") if in_fp16 else contextlib.nullcontext():
+            chunks = (latents / self.scale + self.shift).split(self.chunk_size)
+            return torch.cat([to_uint8(self.network.decode(chunk).sample) for chunk in chunks])
+
+    def to(self, device: torch.device) -> Self:
+        """Move to a device and return itself."""
+        self.network.to(device)
+        self.shift, self.scale = self.shift.to(device), self.scale.to(device)
+        return self
+
+
+class DiffusersAutoencoder(LatentDecoder, abc.ABC):
     """A frozen diffusers autoencoder.
 
     Channels, downsampling and normalisation come from its config: latents are `(sample −
@@ -176,8 +215,8 @@ class DiffusersAutoencoder(abc.ABC):
             self._normalise(latents_mean, latents_std)
 
     def _hold(self, network: Any, chunk_size: int, encode_dtype: Dtype) -> None:
-        self.network, self.chunk_size, self.encode_dtype = network, chunk_size, encode_dtype
-        self.shift, self.scale = self.own_shift, self.own_scale = normalisation(network.config)
+        super().__init__(network, chunk_size)
+        self.encode_dtype, self.own_shift, self.own_scale = encode_dtype, self.shift, self.scale
 
     def _normalise(self, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:
         """Normalise by these statistics; the network's config has them from now on, so that a copy
@@ -260,10 +299,6 @@ class DiffusersAutoencoder(abc.ABC):
         return self.fingerprint if same else weights_hash(self.network, shift=self.own_shift, scale=self.own_scale)
 
     @property
-    def latent_channels(self) -> int:
-        return int(self.network.config.latent_channels)
-
-    @property
     def downsampling(self) -> int:
         """Pixels a side per latent position: one halving between two levels."""
         return 2 ** (len(self.network.config[self.levels]) - 1)
@@ -301,30 +336,10 @@ class DiffusersAutoencoder(abc.ABC):
             moments = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior_noise
         return (moments - self.shift) * self.scale
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return uint8 images (B, 3, H, W), under the caller's autocast; in float32 where that is
-        fp16, whose range a decoder may leave, and the images would be black.
-
-        Raises UserError for latents of another number of channels.
-        """
-        require(
-            latents.shape[1] == self.latent_channels,
-            f"autoencoder: has {self.latent_channels} latent channels, the model {latents.shape[1]}; choose the "
-            "model's own",
-        )
-        kind = latents.device.type
-        in_fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-        with autocast(latents.device, "fp32") if in_fp16 else contextlib.nullcontext():
-            chunks = (latents / self.scale + self.shift).split(self.chunk_size)
-            return torch.cat([to_uint8(self.network.decode(chunk).sample) for chunk in chunks])
-
-    def to(self, device: torch.device) -> "DiffusersAutoencoder":
-        """Move to a device and return itself; raise UserError where it has no `encode_dtype`."""
+    def to(self, device: torch.device) -> Self:
+        """As `LatentDecoder.to`; raises UserError where the device has no `encode_dtype`."""
         check_dtype("autoencoder.encode_dtype", self.encode_dtype, device)
-        self.network.to(device)
-        self.shift, self.scale = self.shift.to(device), self.scale.to(device)
-        return self
+        return super().to(device)
 
 
 class KLAutoencoder(DiffusersAutoencoder):

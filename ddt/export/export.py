@@ -8,9 +8,9 @@ format=hub: a checkpoint of this project under the file names of a hub:
     README.md           the model card; samples.png where there are samples of these weights
     manifest.json       size and SHA-256 of each file that loading reads
 
-format=diffusers: `DDTPipeline.save_pretrained`, the card, `ddt.json` (the config.json above) and
-`pipeline.py`, by which diffusers finds the class. format=released: one file of weights under the
-published key names (`ddt.checkpoint.published`).
+format=diffusers: `DDTPipeline.save_pretrained`, which writes the code too, the card and `ddt.json`
+(the config.json above). format=released: one file of weights under the published key names
+(`ddt.checkpoint.published`).
 """
 
 import dataclasses
@@ -53,22 +53,9 @@ PATHS = (
     "class_names",
 )
 IN_SOURCE = ("encoder_weights", "decoder", "statistics")  # … and of an RAE, or a path in its source
-# importlib: diffusers warns of missing packages that the file imports, and means PyPI's other `ddt`
-PIPELINE = '''"""Lets diffusers find the pipeline of this model, whose code is an installed project's."""
-
-import importlib
-
-try:
-    DDTPipeline = importlib.import_module("ddt.pipeline").DDTPipeline
-except ImportError as error:
-    raise ImportError(
-        "this model needs the DDT project that exported it (see README.md; PyPI's package ddt is another one): "
-        f"{error}"
-    ) from error
-'''
 USAGE = {
     "hub": 'load with: ddt.load_model("{out}"), or sample with: python sample.py ckpt={out}',
-    "diffusers": 'load with: ddt.pipeline.DDTPipeline.from_pretrained("{out}")',
+    "diffusers": 'load with: diffusers.DiffusionPipeline.from_pretrained("{out}", trust_remote_code=True)',
     "released": 'load with: ddt.load_released("{out}"{sizes})',
 }
 
@@ -289,8 +276,8 @@ def write_diffusers(folder: Path, source: Source, card: Card) -> None:
         autoencoder = {**autoencoder, "source": "./vae", "revision": None}
     model = ckpt.load_model(source.folder, source.weights)
     config = source.config(autoencoder)
-    build_pipeline(model, config, source.autoencoder, class_labels(config["class_names"])).save_pretrained(folder)
-    (folder / "pipeline.py").write_text(PIPELINE)
+    labels = class_labels(config["class_names"])
+    build_pipeline(model, config, source.autoencoder.network, labels).save_pretrained(folder)
     config["export"] = source.receipt(sha256(folder / "transformer" / "diffusion_pytorch_model.safetensors"))
     write_json(folder / "ddt.json", config)
     card.write(folder, "diffusers", config, sum(p.numel() for p in model.parameters()))

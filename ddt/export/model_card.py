@@ -1,6 +1,7 @@
 """The model card of an export: README.md with hub metadata, network, training, metrics, receipt."""
 
 import dataclasses
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from ddt.checkpoint.published import release_of
 from ddt.metrics.compare import numbers_of
 from ddt.pictures import imagenet_synsets, readable
 from ddt.tables import markdown_table
+from ddt.version import DISTRIBUTION
 
 DATASETS = {"ddt.data.images.FashionMNIST": "zalando-datasets/fashion_mnist"}  # names on the hub
 IMAGENET = "ILSVRC/imagenet-1k"
@@ -35,11 +37,15 @@ A Decoupled Diffusion Transformer ([paper](https://arxiv.org/abs/2504.05741)) th
 ## Use
 {% if library_name == "diffusers" %}
 ```python
-from ddt.pipeline import DDTPipeline
+from diffusers import DiffusionPipeline
 
-pipeline = DDTPipeline.from_pretrained("{{ name }}")  # this folder, or owner/name on the hub
+pipeline = DiffusionPipeline.from_pretrained("{{ name }}", trust_remote_code=True)  # or owner/name
 images = pipeline(class_labels=[0, 1], seeds=[0, 1]).images
 ```
+
+`pip install torch diffusers safetensors` is all it needs: the code is in this folder
+(`pipeline.py`, `transformer/`, `scheduler/`, MIT licence), and `trust_remote_code=True` runs it. It
+was made of {{ project }}.
 {% else %}
 ```python
 import ddt
@@ -50,10 +56,9 @@ model = ddt.load_model("{{ name }}")  # this folder, or owner/name on the hub
 ```bash
 python sample.py ckpt={{ name }} num_samples=16 out=samples
 ```
-{% endif %}
-The code is that of the project that exported this model (`pip install` its repository; the package
-`ddt` of PyPI is another one).
 
+The code is {{ project }} (PyPI's package `ddt` is another project's).
+{% endif %}
 ## Network
 
 {{ network }}
@@ -95,6 +100,18 @@ Not measured for this card.
 {% if license %}`{{ license }}`, as stated by whoever exported this model.
 {%- else %}Not stated: ask whoever shared this model.{% endif %}
 """
+
+
+def project() -> str:
+    """Return the project's name, as a link where its package has an address: `Repository` of
+    [project.urls] in pyproject.toml.
+    """
+    try:
+        urls = importlib.metadata.metadata(DISTRIBUTION).get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        urls = []
+    addresses = dict(url.split(", ", 1) for url in urls)
+    return f"[the project DDT]({addresses['Repository']})" if "Repository" in addresses else "the project DDT"
 
 
 def image_size(config: dict[str, Any]) -> int | None:
@@ -202,6 +219,7 @@ class Card:
             data,
             template_str=TEMPLATE,
             name=self.name,
+            project=project(),
             picture=None if self.picture is None else PICTURE,
             resolution=resolution,
             num_classes=len(config["class_names"]),

@@ -1,7 +1,8 @@
 """`SampleSettings` of sample.py, and `SamplerOverrides` of a checkpoint's sampler."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,16 +50,33 @@ class SamplerOverrides:
         values = {key: getattr(self, key) for key in SAMPLER_KEYS} | {"solver": self.sampler}
         chosen = {key: value for key, value in values.items() if value != "checkpoint"}
         try:
-            settings = parse(SamplerSettings, without_unused(stored | chosen, chosen))
-            check_chosen(settings, chosen, shares_encoder)
-            check_base_head(settings, base_depth)
-            settings.check_packages()
+            return resolve_sampler(
+                stored, chosen, shares_encoder, base_depth, functools.partial(parse, SamplerSettings)
+            )
         except UserError as error:
             raise UserError(str(error).replace("solver=", "sampler=")) from error
-        return settings
 
 
 SAMPLER_KEYS = [key for key in SamplerSettings.__dataclass_fields__ if key != "solver"]
+
+
+def resolve_sampler(
+    stored: dict[str, Any],
+    chosen: dict[str, Any],
+    shares_encoder: bool,
+    base_depth: int | None,
+    make: Callable[[dict[str, Any]], SamplerSettings] = lambda values: SamplerSettings(**values),
+) -> SamplerSettings:
+    """Return a network's sampler, `stored`, with chosen settings in place of its own; arguments of
+    `SamplerSettings`, which `make` builds.
+
+    Raises UserError for settings that are impossible or have no effect.
+    """
+    settings = make(without_unused(stored | chosen, chosen))
+    check_chosen(settings, chosen, shares_encoder)
+    check_base_head(settings, base_depth)
+    settings.check_packages()
+    return settings
 
 
 def without_unused(values: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,14 @@ from ddt.model.base import Denoiser
 from ddt.model.ddt import DDT
 from ddt.model.dit import DiT
 from ddt.model.ditdh import DiTDH
+from ddt.model.published_ditdh import ReleasedDiTDH
+from ddt.model.published_names import ReleasedDDT, ReleasedDiT
 
 __all__ = ["DDT", "NETWORKS", "Denoiser", "DiT", "DiTDH", "build_network", "load_network", "network_class"]
 
 NETWORKS: dict[str, type[Denoiser]] = {f"ddt.model.{kind.__name__}": kind for kind in (DDT, DiT, DiTDH)}
+# here, for a network that is loaded from a shared folder knows no files
+DDT.release, DiT.release, DiTDH.release = ReleasedDDT(), ReleasedDiT(), ReleasedDiTDH()
 
 
 def network_class(settings: dict[str, Any]) -> type[Denoiser]:

@@ -25,7 +25,7 @@ class Denoiser(nn.Module, abc.ABC):
     """
 
     shares_encoder: ClassVar[bool] = False  # has `encode`, `decode` and `modulations`; steps can share z_t
-    release: ClassVar[Release | None] = None  # names of its published weights
+    release: ClassVar[Release | None] = None  # names of its published weights; set where it is registered
     in_channels: int  # C
     num_classes: int  # K; label K is the null label
     prediction: Prediction = "v"  # what the output is; an objective may set it

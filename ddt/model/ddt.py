@@ -32,7 +32,6 @@ from ddt.model.layers import (
     check_heads,
     check_sizes,
 )
-from ddt.model.published_names import ReleasedDDT
 
 
 class Encoding(NamedTuple):
@@ -303,8 +302,6 @@ class DDT(Decoupled):
 
     Raises UserError for impossible sizes. Source: method.md 2; arXiv 2504.05741, section 3.
     """
-
-    release = ReleasedDDT()
 
     def __init__(
         self,

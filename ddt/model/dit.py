@@ -18,7 +18,6 @@ from ddt.model.layers import (
     TimestepEmbedder,
     check_sizes,
 )
-from ddt.model.published_names import ReleasedDiT
 
 
 class DiT(Denoiser, BlockStack):
@@ -28,7 +27,6 @@ class DiT(Denoiser, BlockStack):
     z_t to share. Arguments as in `DDT`. Source: method.md 2, baseline.
     """
 
-    release = ReleasedDiT()
     label_table = "y_embedder.embedding_table.weight"
 
     def __init__(

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ddt.flow import Prediction
 from ddt.model.ddt import Decoder, Decoupled, Encoder, Encoding
 from ddt.model.layers import Checkpointing, OutputLayer, Positions, Style, integer_rope_table, sincos_table, tables
-from ddt.model.published_ditdh import ReleasedDiTDH
 
 NUM_FREQUENCIES = 256  # of the time embedding
 
@@ -90,8 +89,6 @@ class DiTDH(Decoupled):
 
     Raises UserError for impossible sizes. Source: arXiv 2510.11690, section 5.
     """
-
-    release = ReleasedDiTDH()
 
     def __init__(
         self,

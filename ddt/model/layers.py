@@ -25,6 +25,8 @@ Checkpointing = bool | Literal["selective"]
 MAX_SIZE = 65_536  # of channels and widths: a wrong digit, or the file of others, ends here
 MAX_SIZES = {"patch_size": 1_024, "depth": 1_000, "num_classes": 10_000_000}
 
+USES_KERNELS = True  # of `ddt.model.kernels`; the code in a shared folder has none (`ddt.pipeline.one_file`)
+
 aten = torch.ops.aten
 PRODUCTS = {
     aten.mm.default,
@@ -243,7 +245,7 @@ DDT_STYLE = Style()
 
 def runs_kernels(x: Tensor) -> bool:
     """Whether a compiled block uses the kernels of `ddt.model.kernels` for tokens x."""
-    return x.is_cuda and torch.compiler.is_compiling()
+    return USES_KERNELS and x.is_cuda and torch.compiler.is_compiling()
 
 
 def turn(x: Tensor, norm: nn.Module, at: Positions) -> Tensor:

@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from ddt.config import require_packages
 from ddt.errors import require
 from ddt.flow import time_grid
 from ddt.sampling.guidance import Guidance
@@ -88,7 +88,9 @@ class SamplerSettings:
         """Raise UserError where a package that the solver needs is missing; whoever only reads a
         checkpoint needs none.
         """
-        require_packages(SOLVERS[self.solver].packages, f"solver={self.solver}")
+        for package in SOLVERS[self.solver].packages:
+            found = importlib.util.find_spec(package) is not None
+            require(found, f"solver={self.solver}: needs the package {package}; run pip install {package}")
 
     @functools.cached_property
     def parsed_recompute(self) -> Schedule:

@@ -7,6 +7,7 @@ for each image), and the step's index, by which a shared encoder runs; it return
 
 import dataclasses
 import functools
+import importlib
 import itertools
 import math
 from collections import deque
@@ -130,7 +131,8 @@ def adaptive(
     So no image depends on its batch. tolerance: absolute and relative error of a step; max_steps:
     bound on an image's steps. Raises UserError at that bound.
     """
-    import torchode
+    # no statement: diffusers imports, and misses, whatever a pipeline's file imports anywhere
+    torchode = importlib.import_module("torchode")
 
     def flat_velocity(t: Tensor, flat: Tensor) -> Tensor:
         return velocity_fn(flat.view_as(x), t, 0).flatten(1)

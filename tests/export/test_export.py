@@ -1,5 +1,6 @@
 """Exports: all that sampling needs, a model card, written atomically."""
 
+import email.message
 import json
 import re
 import shutil
@@ -21,6 +22,7 @@ from ddt.export.model_card import Card
 from ddt.files import sha256
 from ddt.pictures import imagenet_synsets
 from ddt.sampling.schedules import write_schedule
+from ddt.version import DISTRIBUTION
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RUN = {
@@ -214,7 +216,7 @@ def test_the_card_describes_the_model(tmp_path):
             "| precision | fp32 |",
             "| num_steps | 4 |",
             f"| parameters | {parameters:,} |",
-            f'("{form}")',
+            f'("{form}"',
             f'"made_from_sha256": "{sha256}"',
             "![samples of this model](samples.png)",
         ):
@@ -226,6 +228,18 @@ def test_the_card_describes_the_model(tmp_path):
     assert "Not stated: ask whoever shared this model." in plain.text
     assert "Not measured for this card." in plain.text
     assert "samples.png" not in plain.text
+
+
+def test_the_card_links_to_the_repository(tmp_path, monkeypatch):
+    config = {**CARD, "class_names": list("ab"), "latent_shape": [1, 8, 8], "autoencoder": PIXELS}
+    described = email.message.Message()
+    for url in ("Paper, https://arxiv.org/abs/2504.05741", "Repository, https://example.org/ddt"):
+        described["Project-URL"] = url
+    for form in ("ddt", "diffusers"):
+        assert "example.org" not in Card("x").render(form, config, 1).text
+        with monkeypatch.context() as patch:
+            patch.setattr("importlib.metadata.metadata", {DISTRIBUTION: described}.__getitem__)
+            assert "[the project DDT](https://example.org/ddt)" in Card("x").render(form, config, 1).text
 
 
 def test_the_card_names_imagenet(tmp_path):

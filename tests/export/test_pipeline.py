@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, WIDE, run_inside, small_checkpoint, small_network, small_vae
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 import ddt
@@ -60,14 +60,12 @@ def uint8(images):
 
 
 def test_the_images_of_sample_py_bit_for_bit(places, pipeline, tmp_path):
-    checkpoint, folder = places
+    checkpoint, _ = places
     plain = uint8(pipeline(**CALL).images)
     assert np.array_equal(plain, sampled(checkpoint, tmp_path / "plain"))
     shared = uint8(pipeline(**CALL, **SHARED).images)
     assert np.array_equal(shared, sampled(checkpoint, tmp_path / "shared", "recompute=uniform:2", "forecast_order=1"))
     assert not np.array_equal(plain, shared)
-    by_diffusers = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
-    assert np.array_equal(uint8(by_diffusers(**CALL).images), plain)
     pipeline.save_pretrained(tmp_path / "again")
     assert np.array_equal(uint8(DDTPipeline.from_pretrained(tmp_path / "again")(**CALL).images), plain)
 
@@ -75,13 +73,14 @@ def test_the_images_of_sample_py_bit_for_bit(places, pipeline, tmp_path):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"sample_size": [8]}, r"sample_size=\[8\]: give 2 values"),
-        ({"sample_size": "x"}, "sample_size=x: give a list"),
-        ({"sample_size": None}, "sample_size=null: give a list"),
+        ({"sample_size": [8]}, r"sample_size=\[8\]: give two whole numbers"),
+        ({"sample_size": "x"}, "sample_size=x: give two whole numbers"),
+        ({"sample_size": None}, "sample_size=None: give two whole numbers"),
         ({"sample_size": [0, 8]}, "sample_size=.*: must lie in 1"),
         ({"sample_size": [10**9, 8]}, "sample_size=.*: must lie in 1"),
         ({"sample_size": [7, 8]}, "network.patch_size=2: does not divide the latents' 7"),
-        ({"settings": "x"}, "settings=x: give settings"),
+        ({"settings": "x"}, "settings=x: give _target_ and arguments"),
+        ({"settings": {"_target_": "ddt.model.DDT", "width": 8}}, "settings: .*'width'"),
         ({"settings": {"_target_": "os.mkdir"}}, "model._target_=os.mkdir: unknown network"),
     ],
     ids=str,
@@ -363,6 +362,14 @@ def test_names_of_classes(pipeline):
         ({"callback_on_step_end": 3}, "callback_on_step_end=3: is no function"),
         ({"output_type": "jpeg"}, "output_type=jpeg: choose from"),
         ({"guidance_interval": (0.9, 0.1)}, "^guidance_interval="),
+        ({"guidance_interval": 0.5}, "^guidance_interval=0.5: give two numbers"),
+        ({"guidance_interval": ("a", 1)}, "^guidance_interval=a: give a finite number"),
+        ({"guidance_scale": "4"}, "^guidance_scale=4: give a finite number"),
+        ({"guidance_scale": None}, "^guidance_scale=None: give a finite number"),
+        ({"timeshift": float("nan")}, "^timeshift=nan: give a finite number"),
+        ({"num_inference_steps": 5.5}, "^num_inference_steps=5.5: give a whole number"),
+        ({"solver": 3}, "^solver=3: give text"),
+        ({"recompute": 3.5}, "^recompute=3.5: give a whole number"),
         ({"num_inference_steps": 0}, "^num_inference_steps=0"),
         ({"solver": "runge"}, "^solver=runge"),
         ({"recompute": [1]}, "recompute="),
@@ -401,3 +408,14 @@ def test_bfloat16_is_that_of_sample_py(places, tmp_path):
     assert np.array_equal(uint8(fp16(**CALL).images), sampled(places[0], tmp_path / "fp16", "dtype=fp16"))
     with pytest.raises(UserError, match=r"torch_dtype=torch\.float64: the networks run in"):
         DDTPipeline.from_pretrained(places[1], torch_dtype=torch.float64)(0)
+
+
+def test_the_installed_class_runs_no_code_of_a_folder(places, tmp_path):
+    folder = shutil.copytree(places[1], tmp_path / "folder")
+    for path in folder.rglob("*.py"):
+        path.write_text("raise SystemExit")
+    loaded = DDTPipeline.from_pretrained(folder)
+    assert [type(loaded.transformer), type(loaded.scheduler)] == [DDTTransformer2DModel, DDTScheduler]
+    loaded.save_pretrained(tmp_path / "again")  # with the code of this project
+    for path in places[1].rglob("*.py"):
+        assert (tmp_path / "again" / path.relative_to(places[1])).read_text() == path.read_text()

@@ -1,106 +1,48 @@
-"""`DDTPipeline`: the model as a diffusers pipeline, with network and sampler as components.
+"""`DDTPipeline`: classes and seeds to images, by the steps of `ddt.sample`.
 
 A thin layer over `ddt.generation`: its images are those of sample.py. Shapes: B images, C H W.
 """
 
 import dataclasses
-import inspect
+import json
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from ddt.autoencoder import Autoencoder, Identity, KLAutoencoder, TinyAutoencoder
-from ddt.autoencoder.diffusers import DiffusersAutoencoder
-from ddt.checkpoint.config import check_sides
-from ddt.config import convert, did_you_mean, parse
-from ddt.distributed.compile import allow_recompiles
+from ddt.autoencoder.diffusers import LatentDecoder
+from ddt.autoencoder.identity import Identity
+from ddt.config import did_you_mean
 from ddt.draws import noise_of
 from ddt.errors import UserError, require
-from ddt.flow import velocity_of
 from ddt.generation.generator import Generator, check_finite
 from ddt.generation.image_set import MAX_SEED
-from ddt.generation.settings import SamplerOverrides
-from ddt.model import Denoiser, build_network
+from ddt.generation.settings import Stored, resolve_sampler
+from ddt.pipeline.scheduler import DDTScheduler
+from ddt.pipeline.transformer import DDTTransformer2DModel
 from ddt.precision import Dtype
 from ddt.sampling.fitting import resolve_recompute
 from ddt.sampling.settings import SamplerSettings
 
-Stored = Literal["checkpoint"]
 DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 OUTPUTS = ("pil", "np", "pt", "latent")
-# arguments of a call: name in diffusers → name in this project
-NAMES = {
-    "num_inference_steps": "num_steps",
-    "guidance_scale": "cfg_scale",
-    "guidance_interval": "cfg_interval",
-    "solver": "sampler",
+# components with code of their own in a shared folder: name → file, class
+PARTS = {
+    "transformer": ("transformer_ddt", "DDTTransformer2DModel"),
+    "scheduler": ("scheduler_ddt", "DDTScheduler"),
 }
-
-
-class DDTTransformer2DModel(ModelMixin, ConfigMixin):
-    """A network of `ddt.model` as a diffusers model.
-
-    sample_size: H and W of the latents. settings: of `build_network`. Both come from config.json;
-    raises UserError for wrong ones.
-    """
-
-    # float32 as under autocast, so that weights loaded in 16 bits give the bits of sample.py
-    _keep_in_fp32_modules: ClassVar = ["norm", "norm1", "norm2", "q_norm", "k_norm", "embedding_table", "W"]
-    _repeated_blocks: ClassVar = ["Block"]
-
-    @register_to_config
-    def __init__(self, sample_size: tuple[int, int] | None = None, settings: dict[str, Any] | None = None) -> None:
-        super().__init__()
-        size, problems = convert(sample_size, tuple[int, int], "sample_size")
-        network, others = convert(settings, dict[str, Any], "settings")
-        require(not problems + others, "; ".join(problems + others))
-        self.network: Denoiser = build_network(network)
-        check_sides("sample_size", size, self.network.patch_size)
-
-    @apply_forward_hook
-    def denoiser(self) -> Denoiser:
-        """Return the network, moved to its device by diffusers' offloading."""
-        return self.network
-
-    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        """Return v_t (B, C, H, W) for x_t (B, C, H, W), t (B,) in [0, 1], 0 is noise, y (B,)."""
-        output = self.network(hidden_states, timestep, class_labels)
-        return velocity_of(output, hidden_states, timestep, self.network.prediction)
-
-    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Compile each block in place, at its first call; arguments of `torch.compile`."""
-        allow_recompiles()
-        super().compile_repeated_blocks(*args, **kwargs)
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As `compile_repeated_blocks`: the pipeline calls encoder and decoder, not this module."""
-        self.compile_repeated_blocks(*args, **kwargs)
-
-
-class DDTScheduler(SchedulerMixin, ConfigMixin):
-    """`SamplerSettings` as a diffusers component; `ddt.sampling.sample` takes the steps."""
-
-    def __init__(self, **settings: Any) -> None:
-        arguments = inspect.signature(SamplerSettings).bind(**settings)
-        arguments.apply_defaults()
-        self.register_to_config(**arguments.arguments)
-
-    # by which diffusers knows what a config may hold
-    __init__.__signature__ = inspect.signature(SamplerSettings.__init__)  # type: ignore[attr-defined]
-
-    def settings(self) -> dict[str, Any]:
-        """Return the arguments of `SamplerSettings`."""
-        return {name: self.config[name] for name in SamplerSettings.__dataclass_fields__}
+# arguments of a call that have another name in this project
+NAMES = {"num_inference_steps": "num_steps", "guidance_scale": "cfg_scale", "guidance_interval": "cfg_interval"}
 
 
 class Interrupted(Exception):
@@ -156,6 +98,7 @@ class DDTPipeline(DiffusionPipeline):
         decode_chunk_size: latents decoded at once; bounds the memory.
     """
 
+    code: ClassVar[Callable[[], str]]  # returns the text of pipeline.py in a shared folder
     model_cpu_offload_seq = "transformer->vae"
     _optional_components: ClassVar = ["vae"]
     _callback_tensor_inputs: ClassVar = ["latents"]
@@ -173,6 +116,24 @@ class DDTPipeline(DiffusionPipeline):
         check_scheduler(scheduler)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label, decode_chunk_size=decode_chunk_size)
+
+    def to_json_string(self) -> str:
+        """Return model_index.json, which names the files of code that `save_config` writes."""
+        values = json.loads(super().to_json_string())
+        return (
+            json.dumps(values | {"_class_name": ["pipeline", "DDTPipeline"], **PARTS}, indent=2, sort_keys=True) + "\n"
+        )
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write model_index.json and the code of pipeline, network and scheduler, so that the
+        folder loads without this project; arguments of diffusers.
+        """
+        folder = Path(save_directory)
+        files = {folder / name / f"{file}.py": type(getattr(self, name)) for name, (file, _) in PARTS.items()}
+        for path, kind in {folder / "pipeline.py": type(self), **files}.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(kind.code(), encoding="utf-8")
+        super().save_config(save_directory, push_to_hub, **kwargs)
 
     @property
     def interrupt(self) -> bool:
@@ -261,24 +222,25 @@ class DDTPipeline(DiffusionPipeline):
     def _settings(self, chosen: dict[str, Any]) -> SamplerSettings:
         """Return the scheduler's settings with the values of a call, unless "checkpoint"."""
         check_scheduler(self.scheduler)
+        given = {name: value for name, value in chosen.items() if not isinstance(value, str) or value != "checkpoint"}
+        values = {NAMES.get(name, name): KINDS[NAMES.get(name, name)](name, value) for name, value in given.items()}
+        stored = {name: KINDS[name](f"scheduler.{name}", value) for name, value in self.scheduler.settings().items()}
+        network = self.transformer.network
         try:
-            overrides = parse(SamplerOverrides, {NAMES.get(name, name): value for name, value in chosen.items()})
-            network = self.transformer.network
-            return overrides.resolve(self.scheduler.settings(), network.shares_encoder, network.base_depth)
+            return resolve_sampler(stored, values, network.shares_encoder, network.base_depth)
         except UserError as error:
             text = str(error)
             for argument, name in NAMES.items():
                 text = text.replace(f"{name}=", f"{argument}=")
             raise UserError(text) from error
 
-    def _autoencoder(self) -> Autoencoder:
-        """Return the autoencoder around the `vae` component."""
+    def _autoencoder(self) -> Any:
+        """Return the decoder around the `vae` component."""
         if self.vae is None:
             return Identity()
         name = type(self.vae).__name__
-        kinds: dict[str, type[DiffusersAutoencoder]] = {kind.kind: kind for kind in (KLAutoencoder, TinyAutoencoder)}
-        require(name in kinds, f"vae: is a {name}; give an {' or an '.join(kinds)}")
-        return kinds[name].around(self.vae, self.config.decode_chunk_size).to(self._execution_device)
+        require(name in AUTOENCODERS, f"vae: is a {name}; give an {' or an '.join(AUTOENCODERS)}")
+        return LatentDecoder(self.vae, self.config.decode_chunk_size).to(self._execution_device)
 
     @torch.no_grad()
     def __call__(
@@ -399,7 +361,7 @@ class DDTPipeline(DiffusionPipeline):
 def check_scheduler(scheduler: Any) -> None:
     """Raise UserError for a scheduler of another sampler."""
     require(
-        isinstance(scheduler, DDTScheduler),
+        callable(getattr(scheduler, "settings", None)),
         f"scheduler: {type(scheduler).__name__} takes other steps than this model's; give a DDTScheduler, and choose "
         "by solver=",
     )
@@ -423,14 +385,60 @@ def whole_numbers(name: str, values: Any) -> list[int]:
     return numbers
 
 
-def build_pipeline(
-    model: Denoiser, stored: dict[str, Any], autoencoder: Autoencoder, id2label: dict[str, str]
-) -> DDTPipeline:
-    """Return the pipeline of a network and its checkpoint's config; the network is not copied."""
-    settings = {key: value for key, value in stored["network"].items() if key != "activation_checkpointing"}
-    with torch.device("meta"):
-        transformer = DDTTransformer2DModel(stored["latent_shape"][1:], settings)
-    transformer.network = model
-    scheduler = DDTScheduler(**stored["sampler"])
-    chunk_size = stored["autoencoder"].get("chunk_size", 16)
-    return DDTPipeline(transformer.eval(), autoencoder.network, scheduler, id2label, chunk_size)
+def whole_number(name: str, value: Any) -> int:
+    """Return a whole number; UserError for several, and for anything else."""
+    numbers = whole_numbers(name, value)
+    require(len(numbers) == 1, f"{name}={value}: give one whole number")
+    return numbers[0]
+
+
+def real_number(name: str, value: Any) -> float:
+    """Return a number; UserError for anything else, and for NaN and infinite ones."""
+    try:
+        require(not isinstance(value, bool | str) and math.isfinite(value), f"{name}={value}: give a finite number")
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name}={value}: give a finite number") from error
+
+
+def bounds(name: str, value: Any) -> tuple[float, float]:
+    """Return two numbers; UserError for anything else."""
+    values = as_list(value)
+    require(len(values) == 2, f"{name}={value}: give two numbers, as in {name}=(0.1, 1.0), or None")
+    return real_number(name, values[0]), real_number(name, values[1])
+
+
+def text(name: str, value: Any) -> str:
+    """Return a text; UserError for anything else."""
+    require(isinstance(value, str), f"{name}={value}: give text")
+    return str(value)
+
+
+def steps(name: str, value: Any) -> str | list[int]:
+    """Return a recompute schedule as it is written; UserError for anything else."""
+    return value if isinstance(value, str) else whole_numbers(name, value)
+
+
+def optional(kind: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """Return the function that also lets None pass."""
+    return lambda name, value: None if value is None else kind(name, value)
+
+
+# `SamplerSettings` → function that returns a value of the right type; UserError names the argument
+KINDS: dict[str, Callable[[str, Any], Any]] = {
+    "solver": text,
+    "num_steps": whole_number,
+    "cfg_scale": real_number,
+    "cfg_interval": optional(bounds),
+    "cfg_steps": optional(whole_numbers),
+    "last_step": optional(real_number),
+    "timeshift": real_number,
+    "recompute": optional(steps),
+    "forecast_order": whole_number,
+    "sde_diffusion": text,
+    "sde_last": text,
+    "tolerance": real_number,
+    "t_end": real_number,
+    "internal_scale": real_number,
+    "internal_interval": optional(bounds),
+}
