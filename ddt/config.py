@@ -33,7 +33,7 @@ WORDS = {  # beginnings of pydantic's kinds of errors
     "string_": "text",
 }
 # of pyproject.toml, by package
-EXTRAS = {"gradio": "app", "skimage": "photos", "pyarrow": "parquet", "submitit": "slurm"}
+EXTRAS = {"gradio": "app", "skimage": "photos", "pyarrow": "parquet", "submitit": "slurm", "tensorboard": "tensorboard"}
 LEAST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38  # of normal float32 numbers
 MOST_NAMES = 60  # in a line
 CONVERSION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)

@@ -1,4 +1,4 @@
-"""Log lines and progress bars, all on stderr: plain messages, whose loss ends nothing."""
+"""Log lines and progress, all on stderr: plain messages, whose loss ends nothing."""
 
 import contextlib
 import logging
@@ -6,6 +6,10 @@ import os
 import sys
 import warnings
 from typing import Any
+
+from tqdm import tqdm
+
+LINE_SECONDS = 30  # between two lines of progress where there is no terminal
 
 
 class SteadyStream:
@@ -29,6 +33,37 @@ class SteadyStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+class Lines:
+    """Makes a line of each state of a progress bar, which would be written over the one before."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        """Write a line, if there is anything to say."""
+        if text.strip():
+            self.stream.write(f"{text.strip()}\n")
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self.stream.flush()
+
+
+def on_terminal() -> bool:
+    """Whether someone watches: bars move on a terminal, and a log gets lines."""
+    return sys.stderr.isatty()
+
+
+def progress_bar(**options: Any) -> tqdm:
+    """Return a tqdm bar; where stderr is no terminal it is a line each half minute."""
+    if on_terminal():
+        return tqdm(mininterval=1.0, **options)
+    seen = "{percentage:.0f}% of {total_fmt}" if options.get("total") else "{n_fmt}"
+    form = "{desc}: " + seen + "{unit}, {rate_fmt}, {elapsed}" + (", {remaining} left" if options.get("total") else "")
+    # no line before the first half minute: short work is over by then
+    return tqdm(file=Lines(sys.stderr), mininterval=LINE_SECONDS, delay=LINE_SECONDS, bar_format=form, **options)
 
 
 def logging_setup() -> None:

@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 from ddt.files import atomic_file, remove_temporary_files
+from ddt.logs import progress_bar
 
 PADDING = 2
 FIGURE_STYLE: Any = {
@@ -97,7 +97,7 @@ def write_pngs(folder: Path, images: Iterable[np.ndarray], count: int) -> None:
 
     remove_temporary_files(folder)
     images = itertools.islice(images, count)
-    with ThreadPoolExecutor() as pool, tqdm(total=count, unit="img", desc="png", mininterval=1.0) as progress:
+    with ThreadPoolExecutor() as pool, progress_bar(total=count, unit="img", desc="png") as progress:
         for start in range(0, count, 256):  # images in memory at once
             batch = list(itertools.islice(images, 256))
             list(pool.map(write, range(start, start + len(batch)), batch))

@@ -35,6 +35,7 @@ from ddt.data.manifest import Row, check_manifest, check_size, make_manifest, re
 from ddt.data.stream import MAX_BATCH, MAX_WORKERS, check_shared_memory, load_batches
 from ddt.errors import UserError, require, require_count
 from ddt.files import atomic_file, find_record, fsync, read_record, remove_temporary_files, sha256, write_json
+from ddt.logs import progress_bar
 from ddt.objective.alignment_target import Target
 from ddt.tensor_files import write_array
 
@@ -413,12 +414,11 @@ def cache_latents(
     batches = load_batches(records, parts, num_workers)
     # --- encode
     autoencoder = autoencoder.to(device)
-    progress = tqdm(
+    progress = progress_bar(
         total=sum(len(rows[shard]) for shard in mine),
         unit="img",
         desc=f"encoding (process 1 of {num_processes})" if num_processes > 1 else "encoding",
         disable=rank != 0,
-        mininterval=1.0,
     )
     with progress, disk_errors(out):
         for shard in mine:

@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
-from tqdm import tqdm
 
 from ddt.autoencoder import Autoencoder
 from ddt.data.images import FileImages, Images, Split
@@ -39,6 +38,7 @@ from ddt.data.shards import source_of
 from ddt.data.source import spread
 from ddt.errors import UserError, first_line, require
 from ddt.files import read_record, sha256, write_json
+from ddt.logs import progress_bar
 from ddt.objective.alignment import CachedFeatures
 from ddt.tensor_files import UnmappedArray, open_array
 
@@ -174,7 +174,7 @@ def damaged_files(root: Path, files: dict[str, Any], again: bool = False) -> lis
             return False
 
     gigabytes = sum(files[name]["size"] for name in unknown) / 1e9
-    progress = tqdm(unit="file", desc=f"verifying {gigabytes:.1f} GB", total=len(unknown), mininterval=1.0)
+    progress = progress_bar(unit="file", desc=f"verifying {gigabytes:.1f} GB", total=len(unknown))
     damaged = []
     with progress, ThreadPoolExecutor(NUM_HASHERS) as pool:
         for name, intact in zip(unknown, pool.map(is_intact, unknown), strict=True):

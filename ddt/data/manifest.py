@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
-from tqdm import tqdm
 
 from ddt.data.images import Images
 from ddt.data.reading import Header, read_header, read_image
@@ -26,6 +25,7 @@ from ddt.data.stream import lost_process
 from ddt.data.survey import Headers, header_hints, shortened
 from ddt.errors import UserError, require
 from ddt.files import atomic_file, sha256
+from ddt.logs import progress_bar
 
 log = logging.getLogger(__name__)
 COLUMNS = ("path", "label", "split", "bytes", "width", "height", "mode", "rotated")
@@ -112,7 +112,7 @@ def inspected_rows(splits: dict[str, Images], num_workers: int, decode: bool) ->
     """Yield the manifest's row of each image, with `broken` where it cannot be read."""
     total = sum(len(images.labels) for images in splits.values())
     what = "reading every image once" if decode else "reading the headers"
-    with tqdm(total=total, unit="img", desc=what, mininterval=1.0) as progress:
+    with progress_bar(total=total, unit="img", desc=what) as progress:
         for split, images in splits.items():
             inspected = inspect_images(images, num_workers, decode)
             for name, label, columns in zip(images.names, images.labels, inspected, strict=True):

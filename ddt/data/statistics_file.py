@@ -21,7 +21,6 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ddt.autoencoder import Autoencoder
 from ddt.config import Choice
@@ -31,6 +30,7 @@ from ddt.data.stream import MAX_BATCH, MAX_WORKERS, check_shared_memory, load_ba
 from ddt.distributed.prepare import decide_on_main, make_accelerator
 from ddt.errors import require, require_count
 from ddt.files import atomic_file, check_new
+from ddt.logs import progress_bar
 from ddt.receipts import circumstances
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def write_latent_statistics(settings: StatisticsSettings, command: str) -> None:
         check_shared_memory(views, mine[0], num_workers, "num_workers")
     # --- encode
     autoencoder = autoencoder.to(device)
-    progress = tqdm(total=sum(map(len, mine)), unit="img", desc="encoding", disable=rank != 0, mininterval=1.0)
+    progress = progress_bar(total=sum(map(len, mine)), unit="img", desc="encoding", disable=rank != 0)
 
     def each_batch() -> Iterator[Moments]:
         for batch in load_batches(views, mine, num_workers):

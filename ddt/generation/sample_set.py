@@ -29,6 +29,7 @@ from ddt.generation.image_set import ImageSet
 from ddt.generation.part_files import merge_parts, rows, write_part
 from ddt.generation.receipt import SHA256
 from ddt.generation.set_folder import check_complete, finish_set, open_set, set_request, set_state
+from ddt.logs import progress_bar
 from ddt.pictures import write_pngs
 from ddt.receipts import circumstances
 
@@ -82,7 +83,7 @@ def sample_rest(
     """Sample what is not `done` on all processes, with a progress bar; return the seconds of it."""
     first, total, processes = accelerator.is_main_process, len(images.seeds), accelerator.num_processes
     batches, started = remaining_batches(total, batch_size, done), time.perf_counter()
-    bar = tqdm(total=total, initial=len(done), unit="img", desc="sampling", disable=not first, mininterval=1.0)
+    bar = progress_bar(total=total, initial=len(done), unit="img", desc="sampling", disable=not first)
     with generator.exact(), bar as progress:
         sample_batches(generator, images, batches[accelerator.process_index :: processes], parts, progress, processes)
     accelerator.wait_for_everyone()

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ddt.autoencoder.base import from_uint8, weights_hash
 from ddt.data.images import Images
 from ddt.draws import Stream, random_generator
 from ddt.errors import require, require_count
+from ddt.logs import progress_bar
 from ddt.metrics.features import exact_arithmetic
 
 NUM_FEATURES = 64
@@ -85,7 +85,7 @@ def train_classifier(settings: ClassifierSettings, train: Images) -> SmallClassi
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     count, step = len(train.labels), 0
     num_steps = settings.epochs * -(-count // settings.batch_size)
-    progress = tqdm(total=settings.epochs * count, unit="img", unit_scale=True, desc="classifier", mininterval=1.0)
+    progress = progress_bar(total=settings.epochs * count, unit="img", unit_scale=True, desc="classifier")
     with torch.enable_grad(), progress:
         for epoch in range(settings.epochs):
             order = random_generator(0, Stream.CLASSIFIER, epoch).permutation(count)

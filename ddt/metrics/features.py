@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from ddt.data.images import Images
 from ddt.errors import UserError, require
+from ddt.logs import progress_bar
 from ddt.metrics.frechet import Moments
 from ddt.metrics.images import ImageBatches, ImageSource
 
@@ -131,7 +131,7 @@ def extract(
     batches = images.batches(batch_size, rank, world)
     batches = prefetch(batches) if images.on_disk else batches
     start = 0
-    with tqdm(total=count, unit="img", desc=desc, mininterval=1.0, disable=not main) as progress:
+    with progress_bar(total=count, unit="img", desc=desc, disable=not main) as progress:
         for _ in range(0, count, batch_size * world):
             batch = next(batches, None)
             features = None if batch is None else extractor(to_device(batch, device))

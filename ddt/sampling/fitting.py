@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ddt.draws import noise_of
 from ddt.errors import require, require_count
+from ddt.logs import progress_bar
 from ddt.model import Denoiser
 from ddt.sampling.sample import sample_latents
 from ddt.sampling.schedules import optimal_schedule, read_schedule
@@ -93,7 +93,7 @@ def fit_schedule(
     steps = settings.num_steps
     require(1 <= budget <= steps, f"budget={budget}: must lie in 1..num_steps={steps}")
     similarity = np.zeros((steps, steps))
-    with tqdm(total=num_templates, unit="img", desc="templates", mininterval=1.0) as progress:
+    with progress_bar(total=num_templates, unit="img", desc="templates") as progress:
         for noise, y in templates(model, shape, num_templates, batch_size, device):
             similarity += z_similarity(model, noise, y, settings) * (len(y) / num_templates)
             progress.update(len(y))

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ddt.autoencoder import KLAutoencoder
 from ddt.autoencoder.base import from_uint8
@@ -26,6 +25,7 @@ from ddt.data.source import spread
 from ddt.data.stream import MAX_BATCH, TrainingStream
 from ddt.errors import MANY, require, require_count
 from ddt.files import atomic_folder, check_new, fsync, reset_permissions, write_json
+from ddt.logs import progress_bar
 from ddt.pictures import image_grid, write_png
 from ddt.version import __version__
 
@@ -157,7 +157,7 @@ def fit(network: Any, images: Images, settings: AutoencoderSettings, device: tor
     side = images.image_size // settings.downsampling
     stream = TrainingStream(images, settings.seed, (settings.latent_channels, side, side), posterior=True)
     errors, size = [], settings.batch_size
-    progress = tqdm(total=settings.steps * size, unit="img", unit_scale=True, desc="autoencoder", mininterval=1.0)
+    progress = progress_bar(total=settings.steps * size, unit="img", unit_scale=True, desc="autoencoder")
     for step in range(settings.steps):
         batch = stream[list(range(step * size, (step + 1) * size))]
         pixels, noise = from_uint8(batch["images"]).to(device), batch["posterior_noise"].to(device)

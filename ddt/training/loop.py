@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ddt.checkpoint import format as ckpt
 from ddt.distributed.prepare import clip_gradients, gradient_norm, micro_batch
 from ddt.errors import Stopped
+from ddt.logs import on_terminal
 from ddt.precision import autocast, check_dtype
 from ddt.training.latents import to_latents
 from ddt.training.measurements import due_measurements
 from ddt.training.run import BaseRun, Run, TrainSettings, build_run
+from ddt.training.settings import TrainerSettings
 from ddt.training.start import Session, start
 from ddt.training.state import TrainingState
 from ddt.training.stopping import Skips, max_skipped
@@ -106,7 +109,7 @@ def train_steps(run: BaseRun, session: Session, step: Callable[[Session], None])
 
         # --- log
         if last or state.step % settings.log_every == 0:
-            log_row(session, settings.log_every)
+            log_row(session, settings)
 
         # --- save, before anything that could fail; then measure the EMA weights
         saves = last or bool(stopped) or settings.due(settings.save_every, state.step)
@@ -178,19 +181,31 @@ def update_weights(
     return norm, skipped
 
 
-def log_row(session: Session, log_every: int) -> None:
+def log_row(session: Session, settings: TrainerSettings) -> None:
     """Log the means since the last row. All processes call it together; a device sync."""
     state = session.state
     row: dict[str, Any] = state.row() | session.clock.row()
-    if state.step % log_every == 0:
+    if state.step % settings.log_every == 0:
         state.meter.reset()
     else:
         row["partial"] = True  # a longer run will log the whole interval
-    if "loss" in row:
-        session.progress.set_postfix(step=state.step, loss=f"{row['loss']:.4f}")
+    show_row(session, row, settings.max_steps)
     if session.tracker is not None:
         session.tracker.log(state.step, row)
     session.clock.start()
+
+
+def show_row(session: Session, row: dict[str, Any], max_steps: int) -> None:
+    """Show a row beside the progress bar, or on a line of a log."""
+    if "loss" not in row:  # all steps were skipped
+        return
+    progress, step, loss = session.progress, session.state.step, f"{row['loss']:.4f}"
+    if on_terminal():
+        progress.set_postfix(step=step, loss=loss)
+    elif session.accelerator.is_main_process:
+        rate = row["images_per_second"]
+        left = tqdm.format_interval((max_steps - step) * session.clock.images / rate)
+        log.info("step %d of %d: loss %s, %.4g images/s, %s left", step, max_steps, loss, rate, left)
 
 
 def diverged(problem: str, run: BaseRun, step: int, skipped_in_a_row: int) -> FloatingPointError:

@@ -111,6 +111,7 @@ class Measurements:
                 )  # fmt: skip
             if tracker is not None:
                 tracker.log(step, {"validation_loss": loss})
+                log.info("step %d: validation loss %.4f", step, loss)
         if "preview" in names and tracker is not None:
             path = preview_path(self.run_dir, step)
             first = not any(path.parent.glob("step_*.png"))
@@ -123,6 +124,7 @@ class Measurements:
             metrics = self.evaluation(network, step)
             if tracker is not None:
                 tracker.log(step, metrics)
+                log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
 @torch.no_grad()

@@ -231,6 +231,11 @@ class BaseRun(abc.ABC):
     def what_next(self) -> str:
         """What to do with the trained weights, a line."""
 
+    @property
+    @abc.abstractmethod
+    def trained(self) -> dict[str, nn.Module]:
+        """The parts that are trained, by name."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Run(BaseRun):
@@ -248,6 +253,13 @@ class Run(BaseRun):
     @property
     def what_next(self) -> str:
         return f"sample images with: python sample.py ckpt={self.settings.run_dir}"
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        denoiser = self.objective.denoiser
+        names = ("encoder", "decoder") if denoiser.shares_encoder else ("network",)
+        parts: dict[str, nn.Module] = dict(zip(names, denoiser.stacks, strict=True))
+        return parts if self.alignment.loss is None else {**parts, "alignment's projector": self.alignment.loss}
 
 
 def build_run(settings: TrainSettings) -> Run:

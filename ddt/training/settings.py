@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Literal
 
 from ddt.data.stream import MAX_BATCH, MAX_WORKERS
@@ -9,6 +10,8 @@ from ddt.errors import MANY, require, require_count
 from ddt.metrics.comparability import short
 from ddt.training.ema import MAX_STD, MIN_STD
 from ddt.training.stopping import MARGIN
+
+METRIC_SUFFIX = re.compile(r"_[\d.]+[kmb]?$")  # of all numbers of samples
 
 
 def metric_suffix(num_samples: int) -> str:

@@ -26,6 +26,7 @@ from ddt.distributed.launch import check_same_on_all_processes
 from ddt.distributed.prepare import broadcast_weights, decide_on_main, make_accelerator, prepare
 from ddt.errors import Stopped, UserError, first_line, require
 from ddt.files import lock_folder, write_json
+from ddt.logs import on_terminal, progress_bar
 from ddt.precision import autocast
 from ddt.training.ema import EMA, ema_rules
 from ddt.training.init_from import initialise
@@ -182,7 +183,8 @@ def announce(
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     if rank == 0:
         begins = f"resuming at step {state.step}" if state.step else "training"
-        log.info("%s: %s to step %d", run_dir, begins, trainer.max_steps)
+        log.info("%s: %s to step %d; the same command resumes it", run_dir, begins, trainer.max_steps)
+        log.info("%s", "\n".join(header(run, accelerator)))
         write_json(run_dir / "config.json", {**run.config["run"], "num_processes": num_processes})
     stack.enter_context(reported_status(run_dir, state))
     stack.enter_context(logging_redirect_tqdm())  # log lines go above the bar
@@ -190,13 +192,33 @@ def announce(
     requests = stack.enter_context(StopRequests(run_dir, end, accelerator.device, rank, num_processes))
     tracker = open_tracker(run, state.step, stack) if rank == 0 else None
     size = trainer.global_batch_size
-    progress = stack.enter_context(
-        tqdm(
-            total=trainer.max_steps * size, initial=state.step * size, unit="img", unit_scale=True,
-            desc=run_dir.name, disable=rank != 0, mininterval=1.0,
-        )
+    bar = progress_bar(
+        total=trainer.max_steps * size, initial=state.step * size, unit="img", unit_scale=True, desc=run_dir.name,
+        disable=rank != 0 or not on_terminal(),  # a log gets a line with each row
     )  # fmt: skip
-    return requests, tracker, progress
+    return requests, tracker, stack.enter_context(bar)
+
+
+def header(run: BaseRun, accelerator: Accelerator) -> list[str]:
+    """Return the lines that a run begins with: what is trained, on what, where."""
+    trainer, choices, (c, h, w) = run.settings.trainer, run.settings.choices, run.latent_shape
+    counts = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in run.trained.items()}
+    split = " + ".join(f"{name} {number / 1e6:.1f}M" for name, number in counts.items())
+    n, device = accelerator.num_processes, accelerator.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    compiled = any(block._compiled_call_impl is not None for part in run.trained.values() for block in part.modules())
+    images, held_out = len(run.images.labels), len(run.held_out.labels)
+    micro, num_micro = trainer.micro_batches(n)
+    epochs = trainer.max_steps * trainer.global_batch_size / images
+    parts = f"{n} process{'es' * (n > 1)} × {num_micro} micro-batch{'es' * (num_micro > 1)} × {micro} images"
+    lines = {
+        "parameters": f"{sum(counts.values()) / 1e6:.1f}M: {split}",
+        "device": f"{n} × {where}, {trainer.mixed_precision}{', compiled' if compiled else ''}",
+        "data": f"{choices['data']}: {images:,} images, {held_out:,} held out, {len(run.images.class_names)} classes",
+        "latents": f"{c}×{h}×{w} of {run.images.image_size}×{run.images.image_size} px, {choices['autoencoder']}",
+        "batch": f"{trainer.global_batch_size} = {parts}; {epochs:.4g} epochs in all",
+    }
+    return [f"{name:<11} {line}" for name, line in lines.items()]
 
 
 def warm_up(run: Run, model: nn.Module, state: TrainingState, batch: dict[str, torch.Tensor]) -> None:

@@ -56,6 +56,11 @@ def target_flops(target: Target | None, image_size: int) -> int:
     return counted_flops(target, image)
 
 
+PERF_NAMES = (
+    "images_per_second", "data_wait", "tflops_per_process", "mfu", "mfu_with_target", "gpu_memory_gib",
+)  # fmt: skip  # of a log row, in the order of `Clock.row`
+
+
 class Clock:
     """Measures images per second, the share of time spent waiting for data, and MFU.
 

@@ -1,4 +1,8 @@
-"""Loggers of a run: `metrics.jsonl` in its folder, and Weights & Biases beside it."""
+"""Loggers of a run: `metrics.jsonl` in its folder, and beside it Weights & Biases or TensorBoard.
+
+The file has flat names (`loss`, `validation_loss`, `fid_50k`); dashboards get them in groups
+(`train/loss`, `val/loss`, `eval/fid_50k`, `perf/images_per_second`).
+"""
 
 import json
 import logging
@@ -8,8 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from PIL import Image
+
 from ddt.errors import first_line, require
 from ddt.files import read_json, write_text
+from ddt.training.settings import METRIC_SUFFIX
+from ddt.training.throughput import PERF_NAMES
 
 log = logging.getLogger(__name__)
 Mode = Literal["online", "offline", "disabled"]
@@ -55,6 +64,15 @@ def configured_mode() -> Any:
     import wandb
 
     return wandb.setup(wandb.Settings(silent=True)).settings.mode
+
+
+def dashboard_name(name: str) -> str:
+    """Return the name of a value on a dashboard: that of `metrics.jsonl` in its group."""
+    if name == "validation_loss":
+        return "val/loss"
+    if name in PERF_NAMES:
+        return f"perf/{name}"
+    return f"eval/{name}" if METRIC_SUFFIX.search(name) else f"train/{name}"
 
 
 class JsonlTracker:
@@ -173,6 +191,10 @@ class WandbTracker(JsonlTracker):
         if self.run is not None:
             self.run.define_metric("*", step_metric="step")  # W&B's own axis cannot go back on resume
 
+        if self.run is not None:
+            later = f"offline; later: wandb sync {Path(self.run.dir).parent}"
+            log.info("W&B: %s", later if self.run.offline else self.run.url)
+
     def _send(self, values: dict[str, Any]) -> None:
         if self.run is None:
             return
@@ -185,11 +207,11 @@ class WandbTracker(JsonlTracker):
     def log(self, step: int, values: dict[str, float]) -> None:
         """Log a step's values to both."""
         super().log(step, values)
-        self._send({"step": step, **values})
+        self._send({"step": step, **{dashboard_name(name): value for name, value in values.items()}})
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Log an image file."""
-        self._send({"step": step, name: self.wandb.Image(str(path))})
+        self._send({"step": step, f"images/{name}": self.wandb.Image(str(path))})
 
     def finish(self, failed: bool = False) -> None:
         """Close both; the W&B run is then finished or failed."""
@@ -199,3 +221,34 @@ class WandbTracker(JsonlTracker):
                 self.run.finish(exit_code=int(failed))
             except Exception as error:  # as above
                 log.warning("W&B did not finish (%s); metrics.jsonl is complete", error)
+
+
+class TensorBoardTracker(JsonlTracker):
+    """Logs to `metrics.jsonl` and, with images, to TensorBoard's files in `tensorboard/` of the run
+    folder: `tensorboard --logdir runs` shows all runs. A resumed run hides what it logs again.
+    """
+
+    packages = ("tensorboard",)
+
+    def __init__(self, run_dir: Path, step: int, config: dict[str, Any], ended: bool = False) -> None:
+        super().__init__(run_dir, step, config, ended)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        log.info("TensorBoard: tensorboard --logdir %s", run_dir)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Log a step's values to both."""
+        super().log(step, values)
+        for name, value in values.items():
+            self.writer.add_scalar(dashboard_name(name), value, step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Log an image file."""
+        with Image.open(path) as picture:
+            self.writer.add_image(f"images/{name}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def finish(self, failed: bool = False) -> None:
+        """Close both."""
+        super().finish()
+        self.writer.close()

@@ -4,17 +4,21 @@ import json
 import math
 
 import pytest
+import torch
 from conftest import refusal, succeed
 from PIL import Image
 
 from ddt.errors import UserError
-from ddt.training.tracking import JsonlTracker, WandbTracker, last_measurement
+from ddt.training.throughput import Clock
+from ddt.training.tracking import JsonlTracker, TensorBoardTracker, WandbTracker, dashboard_name, last_measurement
 
 CONFIG = {"name": "run"}
 
 
 class Run:
     """A W&B run whose every call fails."""
+
+    offline, url, dir = False, "https://wandb.ai/run", "wandb/offline-run-1-x/files"
 
     def fail(self, *args, **kwargs):
         raise ConnectionResetError("no network")
@@ -115,6 +119,53 @@ def test_without_a_login_nothing_starts_and_nobody_is_asked(tmp_path, monkeypatc
     message = refusal("train", "tracker=wandb", "tracker.mode=online")
     assert message.startswith("tracker=wandb: no login of W&B on this machine; run wandb login, or give tracker.mode=")
     assert not list(tmp_path.iterdir())
+
+
+def test_dashboards_get_names_in_groups(tmp_path, monkeypatch, caplog):
+    named = {
+        "loss": "train/loss", "fm_loss_by_t/0.0-0.1": "train/fm_loss_by_t/0.0-0.1", "lr": "train/lr",
+        "validation_loss": "val/loss", "fid_50k": "eval/fid_50k", "fd_digits_500": "eval/fd_digits_500",
+        "precision_1.5k": "eval/precision_1.5k", "images_per_second": "perf/images_per_second", "mfu": "perf/mfu",
+    }  # fmt: skip
+    assert {name: dashboard_name(name) for name in named} == named
+    row = Clock(torch.device("cpu"), 1, 4, 10, 0, "fp32").row()
+    assert {dashboard_name(name).partition("/")[0] for name in row} == {"perf"}
+
+    class Online(Run):
+        def log(self, values):
+            sent.append(values)
+
+    sent = []
+    monkeypatch.setattr("wandb.init", lambda **_: Online())
+    with caplog.at_level("INFO"):
+        WandbTracker(tmp_path, 0, CONFIG, mode="online").log(3, {"loss": 1.0, "validation_loss": 2.0})
+    assert sent == [{"step": 3, "train/loss": 1.0, "val/loss": 2.0}]
+    assert rows(tmp_path) == [{"step": 3, "loss": 1.0, "validation_loss": 2.0}]  # the file's names are flat
+    assert caplog.messages == ["W&B: https://wandb.ai/run"]
+    monkeypatch.setattr(Online, "offline", True)
+    with caplog.at_level("INFO"):
+        WandbTracker(tmp_path, 0, CONFIG, mode="offline")
+    assert caplog.messages[-1] == "W&B: offline; later: wandb sync wandb/offline-run-1-x"
+
+
+def test_tensorboard_shows_values_and_pictures_and_hides_what_a_resume_logs_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Image.new("RGB", (5, 3), (255, 0, 0)).save(tmp_path / "grid.png")
+    tracker = TensorBoardTracker(tmp_path, 0, CONFIG)
+    for step in (1, 2, 3):
+        tracker.log(step, {"loss": step / 2})
+    tracker.image(2, "preview", tmp_path / "grid.png")
+    tracker.finish()
+    tracker = TensorBoardTracker(tmp_path, 2, CONFIG)  # the checkpoint of step 2
+    tracker.log(3, {"loss": 9.0, "fid_1k": 4.0})
+    tracker.finish()
+    seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in seen.Scalars("train/loss")] == [(1, 0.5), (2, 1.0), (3, 9.0)]
+    assert [event.value for event in seen.Scalars("eval/fid_1k")] == [4.0]
+    (picture,) = seen.Images("images/preview")
+    assert (picture.step, picture.width, picture.height) == (2, 5, 3)
+    assert rows(tmp_path)[-1] == {"step": 3, "loss": 9.0, "fid_1k": 4.0}
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,29 @@ def test_resume_between_log_rows_keeps_the_means(folder):
     assert equal(weights(path, 12), weights(whole, 12))
 
 
+def test_a_log_tells_what_is_trained_and_how_it_goes(folder):
+    path, done = train(folder, "told", *VALIDATED, "trainer.log_every=4", "trainer.num_processes=1")
+    lines = done.stderr.splitlines()
+    assert "\r" not in done.stderr
+    assert lines[0] == "runs/told: training to step 8; the same command resumes it"
+    said = dict(line.split(maxsplit=1) for line in lines[1:6])
+    assert list(said) == ["parameters", "device", "data", "latents", "batch"]
+    network = torch.load(path / "checkpoints" / "step_0000008" / "train_state.pt", weights_only=True) and weights(
+        path, 8
+    )
+    count = sum(value.numel() for key, value in weights(path, 8).items() if key.startswith("model.")) / 1e6
+    assert said["parameters"].startswith(f"{count:.1f}M: encoder ")
+    assert said["device"].startswith("1 × CPU, ")
+    assert said["data"] == "digits: 1,497 images, 300 held out, 10 classes"
+    first, second = (row for row in rows(path) if "loss" in row)
+    (validated,) = [row["validation_loss"] for row in rows(path) if "validation_loss" in row]
+    (line,) = [line for line in lines if line.startswith("step 4 of 8: ")]
+    assert line.startswith(f"step 4 of 8: loss {first['loss']:.4f}, ")
+    assert line.endswith(" left")
+    assert f"step 8: validation loss {validated:.4f}" in lines
+    assert [line for line in lines if line.startswith(f"step 8 of 8: loss {second['loss']:.4f}, ")]
+
+
 def test_a_complete_run_says_so_and_is_left_alone(folder, straight):
     before = {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
     _, done = train(folder, "straight", "trainer.max_steps=30")

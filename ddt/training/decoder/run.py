@@ -134,6 +134,11 @@ class DecoderRun(BaseRun):
             "scripts/latent_statistics.py with autoencoder.statistics=null"
         )
 
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        parts: dict[str, nn.Module] = {"decoder": self.objective.network}
+        return parts if self.discrimination is None else {**parts, "discriminator": self.discrimination}
+
 
 def build_run(settings: DecoderSettings) -> DecoderRun:
     """Build data, encoder, decoder and losses; raise UserError where they do not fit."""

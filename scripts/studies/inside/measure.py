@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from ddt.autoencoder import Autoencoder
 from ddt.config import stored_choice
@@ -24,6 +23,7 @@ from ddt.errors import UserError, require
 from ddt.flow import clean
 from ddt.generation.generator import Generator, check_finite
 from ddt.generation.image_set import ImageSet
+from ddt.logs import progress_bar
 from ddt.objective import Objective
 from ddt.sampling.fitting import fit_schedule, resolve_recompute
 from ddt.sampling.schedules import uniform_schedule
@@ -67,7 +67,7 @@ def walk(generator: Generator, images: ImageSet) -> Trajectory:
             progress.update()
 
     with (
-        tqdm(total=generator.settings.num_steps, unit="step", desc="sampling", mininterval=1.0) as progress,
+        progress_bar(total=generator.settings.num_steps, unit="step", desc="sampling") as progress,
         generator.exact(),
     ):
         latents, _ = dataclasses.replace(generator, observe=record).latents(images.classes, images.seeds)
@@ -144,7 +144,7 @@ def z_colours(generator: Generator, path: Trajectory, y: list[int], steps: list[
             return model.encode(path.x_t[step].to(device), t, labels).float()  # (B, N, D)
 
     count = len(path.times)
-    with tqdm(range(count), unit="step", desc="components of z", mininterval=1.0) as progress:
+    with progress_bar(iterable=range(count), unit="step", desc="components of z") as progress:
         mean, components, variances = principal_components(encode(step).flatten(0, 1) for step in progress)
     projected = torch.stack([(encode(step).double() - mean) @ components.T for step in steps])  # (K, B, N, 3)
     at = model.encoder.positions(path.x_t[0])
@@ -250,7 +250,7 @@ def loss_by_t(
     count = len(chosen)
     within = golden_sequence(np.arange(count))
     errors = np.empty((count, T_BINS))
-    with tqdm(total=count, unit="img", desc="loss by t", mininterval=1.0) as progress:
+    with progress_bar(total=count, unit="img", desc="loss by t") as progress:
         for start in range(0, count, batch_size):
             rows = slice(start, start + batch_size)
             batch = to_latents(

@@ -31,9 +31,9 @@ def main(settings: Settings) -> None:
     """Crop and write."""
     import numpy as np
     from PIL import Image
-    from tqdm import tqdm
 
     from ddt.data.photos import Photos
+    from ddt.logs import progress_bar
 
     folder = Path(settings.out)
     try:
@@ -43,7 +43,7 @@ def main(settings: Settings) -> None:
     with atomic_folder(folder) as temporary:
         for name in photos.class_names:
             (temporary / name).mkdir()
-        for k in tqdm(range(len(photos.labels)), unit="img", desc="writing", mininterval=1.0):
+        for k in progress_bar(iterable=range(len(photos.labels)), unit="img", desc="writing"):
             pixels = photos.load(np.array([k]))[0].transpose(1, 2, 0)  # (H, W, C)
             Image.fromarray(pixels).save(temporary / photos.class_names[photos.labels[k]] / f"{k:04d}.jpg", quality=95)
     log.info("%s: %d images in %d sub-folders", folder, len(photos.labels), len(photos.class_names))

@@ -27,6 +27,7 @@ from ddt.generation.generator import Generator, check_finite
 from ddt.generation.image_set import SEED_STRIDE, ImageSet, image_set
 from ddt.generation.load import load_generator, stored_autoencoder
 from ddt.generation.settings import SamplerOverrides
+from ddt.logs import progress_bar
 from ddt.metrics.comparability import title
 from ddt.metrics.features import Extractor, FeatureSettings, check_features, to_device
 from ddt.metrics.frechet import Moments
@@ -199,7 +200,7 @@ class Curve:
         points = list(self.points())
         left = [point for point in points if point not in rows]
         total, done = (count * self.settings.num_samples for count in (len(points), len(points) - len(left)))
-        bar = tqdm(total=total, initial=done, unit="img", desc="curve", mininterval=1.0)
+        bar = progress_bar(total=total, initial=done, unit="img", desc="curve")
         with path.open("a") as file, bar, self.generator.exact():
             if left:
                 self.warm_up()
