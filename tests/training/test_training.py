@@ -140,9 +140,6 @@ def test_a_log_tells_what_is_trained_and_how_it_goes(folder):
     assert lines[0] == "runs/told: training to step 8; the same command resumes it"
     said = dict(line.split(maxsplit=1) for line in lines[1:6])
     assert list(said) == ["parameters", "device", "data", "latents", "batch"]
-    network = torch.load(path / "checkpoints" / "step_0000008" / "train_state.pt", weights_only=True) and weights(
-        path, 8
-    )
     count = sum(value.numel() for key, value in weights(path, 8).items() if key.startswith("model.")) / 1e6
     assert said["parameters"].startswith(f"{count:.1f}M: encoder ")
     assert said["device"].startswith("1 × CPU, ")
