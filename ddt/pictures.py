@@ -37,11 +37,16 @@ def imagenet_synsets() -> list[str]:
     return imagenet_info().label_names()
 
 
-def readable(class_names: list[str]) -> list[str]:
-    """Return class names with ImageNet's synsets replaced by their first name in timm."""
+def synonyms(class_names: list[str]) -> list[list[str]]:
+    """Return the names in timm of each class that is a synset of ImageNet; of others none."""
     info = imagenet_info()
     synsets = {name: info.label_name_to_description(name, detailed=False) for name in info.label_names()}
-    return [synsets[name].split(",")[0] if name in synsets else name for name in class_names]
+    return [synsets[name].split(", ") if name in synsets else [] for name in class_names]
+
+
+def readable(class_names: list[str]) -> list[str]:
+    """Return class names with ImageNet's synsets replaced by their first name in timm."""
+    return [names[0] if names else name for name, names in zip(class_names, synonyms(class_names), strict=True)]
 
 
 def enlarge(images: Tensor, min_side: int) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ddt.config import did_you_mean, shown
 from ddt.draws import Stream, random_generator
 from ddt.errors import UserError, require
+from ddt.pictures import synonyms
 
 log = logging.getLogger(__name__)
 NUMBERS = re.compile(r"\s*(-?\d+)(?:\s*-\s*(\d+))?\s*")  # 7 or 0-49
@@ -45,10 +46,32 @@ def read_numbers(key: str, value: Numbers) -> list[int]:
     return numbers
 
 
+def named_class(name: str, class_names: Sequence[str], start: str) -> int:
+    """Return the number of a class by its name, one of ImageNet's English names of its synset, or a
+    unique beginning of one, in upper or lower case.
+
+    start: of the message. Raises UserError for an unknown name, and for one of several classes.
+    """
+    words = synonyms(list(class_names))
+    names: dict[str, set[int]] = {}
+    for k, (own, others) in enumerate(zip(class_names, words, strict=True)):
+        for word in (own, *others):
+            names.setdefault(word.lower(), set()).add(k)
+    exact = {k for k, own in enumerate(class_names) if own == name} or names.get(name.lower())
+    begun = {k for word, numbers in names.items() if word.startswith(name.lower()) for k in numbers}
+    found = sorted(exact or begun)
+    told = ", ".join(f"{k} ({words[k][0] if words[k] else class_names[k]})" for k in found[:4])
+    require(len(found) > 0, f"{start} no class and no whole number{did_you_mean(name.lower(), names)}")
+    require(len(found) == 1, f"{start} the name of {len(found)} classes, {told}; give more of it, or a number")
+    if not exact:
+        log.info("%s class %s", start, told)
+    return found[0]
+
+
 def read_classes(value: Numbers, class_names: Sequence[str]) -> list[int]:
-    """Return the class numbers of a setting: numbers as `read_numbers` takes them, and names of
-    `class_names`. What is a number, or a range, is never a name, and a warning says so where it
-    could be one.
+    """Return the class numbers of a setting: numbers as `read_numbers` takes them, and names as
+    `named_class` does. What is a number, or a range, is never a name, and a warning says so where
+    it could be one.
 
     Raises UserError for an unknown name, and for one that several classes have.
     """
@@ -57,19 +80,15 @@ def read_classes(value: Numbers, class_names: Sequence[str]) -> list[int]:
         whole = str(piece) in class_names  # a name may hold a comma
         for word in [str(piece)] if whole else str(piece).split(","):
             name = word.strip()
-            known = class_names.count(name)
             if NUMBERS.fullmatch(word):
                 numbers.append(word)
-                if known and name.isdecimal() and class_names.index(name) != int(name) < len(class_names):
+                if name.isdecimal() and name in class_names and class_names.index(name) != int(name) < len(class_names):
                     log.warning(
                         "warning: classes=%s: numbers count the classes from 0, so %s is the class named %s; the one "
                         "named %s is %d", shown(value), name, class_names[int(name)], name, class_names.index(name),
                     )  # fmt: skip
                 continue
-            start = f"classes={shown(value)}: {name} is"
-            require(known > 0, f"{start} no class and no whole number{did_you_mean(name, class_names)}")
-            require(known == 1, f"{start} the name of {known} classes; give the number of one")
-            numbers.append(class_names.index(name))
+            numbers.append(named_class(name, class_names, f"classes={shown(value)}: {name} is"))
     return read_numbers("classes", numbers)
 
 

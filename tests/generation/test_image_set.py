@@ -6,6 +6,7 @@ import torch
 from ddt.draws import noise_of
 from ddt.errors import UserError
 from ddt.generation.image_set import image_set, read_numbers, write_numbers
+from ddt.pictures import imagenet_synsets
 
 
 def test_num_samples_interleaves_the_classes():
@@ -97,6 +98,26 @@ def test_classes_are_names_or_numbers(value, classes):
     assert image_set(len(NAMES), 5, classes=value, class_names=NAMES).classes[: len(classes)] == classes
 
 
+def test_classes_of_imagenet_are_named_in_english_or_by_a_unique_beginning(caplog):
+    def chosen(*names):
+        return image_set(1000, 1, classes=list(names), class_names=imagenet_synsets()).classes[0]
+
+    for name in ("golden retriever", "Golden Retriever", "n02099601"):
+        assert chosen(name) == 207
+    assert chosen("Tinca tinca") == 0  # the second name of the tench
+    assert not caplog.messages
+    with caplog.at_level("INFO"):
+        assert chosen("golden ret") == 207
+    assert caplog.messages == ["classes=[golden ret]: golden ret is class 207 (golden retriever)"]
+    for name, message in (
+        ("crane", r"crane is the name of 2 classes, 134 \(crane\), 517 \(crane\)"),
+        ("goldf", r"goldf is the name of 2 classes, 1 \(goldfish\), 11 \(goldfinch\); give more of it"),
+        ("goldem retriever", r"no class and no whole number; did you mean golden retriever\?"),
+    ):
+        with pytest.raises(UserError, match=message):
+            chosen(name)
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -105,7 +126,7 @@ def test_classes_are_names_or_numbers(value, classes):
             ["cat", "rhinoceros"],
             r"classes=\[cat,rhinoceros\]: rhinoceros is no class and no whole number; choose from ",
         ),
-        ("twin", "classes=twin: twin is the name of 2 classes; give the number of one"),
+        ("twin", r"classes=twin: twin is the name of 2 classes, 6 \(twin\), 7 \(twin\); give more of it, or a number"),
         (["cat", 0], "names a number twice"),
         (10, r"classes=\[10\]: the model has classes 0\.\.7 \(they are counted from 0, whatever their names\)"),
     ],
