@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import RUN, picture_folder, refusal, small_checkpoint, small_ddt, succeed
+from PIL import Image
 
 from ddt import DiT
 from ddt.autoencoder import Identity
@@ -45,7 +46,7 @@ SCRIPT = "scripts.studies.inside.__main__"
 SAMPLER = {"solver": "euler", "num_steps": 6, "cfg_scale": 2.0, "cfg_interval": (0.3, 1.0), "last_step": None}
 DIGITS = {"_target_": "ddt.data.images.Digits", "fingerprint": Digits().fingerprint}
 OBJECTIVE = {"_target_": "ddt.objective.FlowMatching", "time_distribution": "lognorm", "label_dropout": 0.1}
-PICTURES = ["denoising.png", "inside.json", "loss_by_t.png", "similarity.png", "z_pca.png"]
+PICTURES = ["denoising.png", "inside.json", "loss_by_t.png", "sampling.gif", "similarity.png", "z_pca.png"]
 IMAGES = ("classes=[1,8]", "seeds=4-5")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,7 +98,7 @@ def found(out):
 def test_figures_and_numbers_are_written(looked, run_folder):
     assert sorted(path.name for path in looked.iterdir()) == PICTURES
     for name in PICTURES:
-        assert name.endswith(".json") or (looked / name).read_bytes()[:4] == b"\x89PNG"
+        assert name.endswith(".json") or (looked / name).read_bytes()[:3] in (b"\x89PN", b"GIF")
     said = found(looked)
     request = said["request"]
     assert request["checkpoint"]["ema_sha256"] == ckpt.weights_sha256(ckpt.find_checkpoint(run_folder), "ema")
@@ -268,7 +269,7 @@ def test_the_loss_does_not_depend_on_the_batch():
 
 def test_what_cannot_be_measured_is_left_out_and_reported(tmp_path, caplog):
     folder = write_run(tmp_path / "run", data=None, target="ddt.model.DiT")
-    succeed(SCRIPT, f"ckpt={folder}", f"out={tmp_path / 'out'}", "num_steps=2", "columns=1", "seeds=0")
+    succeed(SCRIPT, f"ckpt={folder}", f"out={tmp_path / 'out'}", "num_steps=2", "columns=1", "seeds=0", "frames=0")
     reasons = {
         "loss_by_t": "the checkpoint was not trained here and names no data",
         "similarity": "DiT has no encoder, so no z",
@@ -278,6 +279,24 @@ def test_what_cannot_be_measured_is_left_out_and_reported(tmp_path, caplog):
         assert f"{name}.png is left out: {why}" in caplog.text
     assert found(tmp_path / "out")["left_out"] == reasons
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["denoising.png", "inside.json"]
+
+
+def test_the_animation_ends_with_the_samples(tmp_path):
+    maker = generator(recompute=None)
+    strip = decode_film(maker, walk(maker, ImageSet([1, 8], [4, 5])), [0, 2, 5])
+    inside_report.write_animation(strip, tmp_path / "x.gif")
+    with Image.open(tmp_path / "x.gif") as moving:
+        assert moving.n_frames == 4
+        frames, times = [], []
+        for k in range(4):
+            moving.seek(k)
+            frames.append(np.asarray(moving.convert("L"), dtype=float))
+            times.append(moving.info["duration"])
+    assert times == [80, 80, 80, 2000]
+    above, below = ([frame[start : start + 64] for frame in frames] for start in (2, 68))
+    assert np.abs(above[3] - below[3]).max() <= 1  # the samples, twice
+    assert np.abs(above[0] - below[0]).max() > 50  # a prediction above noise
+    assert np.abs(above[2] - above[3]).max() <= 2  # Euler's last step is the prediction
 
 
 def test_moved_data_are_read_from_data_root(tmp_path):

@@ -4,12 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
 
-from ddt.pictures import pyplot, save_figure
+from ddt.pictures import image_grid, pyplot, save_figure
 from scripts.studies.inside.measure import EDGES, Film, Similarity, standard_error
 from scripts.studies.study import draw_similarity
 
 CELL = 0.85  # side of a small image, inches
+SIDE = 64  # of an image of the animation at least, px
+FRAME, PAUSE = 80, 2000  # milliseconds
 
 
 def draw_similarities(z: Similarity, path: Path) -> None:
@@ -65,6 +69,19 @@ def draw_film(film: Film, times: list[float], names: list[str], path: Path) -> N
     pictures = np.stack(strips, axis=1).reshape(-1, *strips[0].shape[1:])  # image by image, prediction above x_t
     rows = [name for each in names for name in (f"{each}\npredicted", "x_t")]
     draw_grid(pictures, [*at(times), "sample"], rows, "the predicted clean image, and x_t", path)
+
+
+def write_animation(film: Film, path: Path) -> None:
+    """Write a GIF: predicted clean images above x_t, a frame per time, then the samples, which stay
+    for two seconds.
+    """
+    ends = [np.concatenate([film.samples] * 2)]
+    frames = [np.concatenate(pair) for pair in zip(film.predicted, film.noisy, strict=True)] + ends  # (2B, H, W, C)
+    columns = len(film.samples)
+    grids = [image_grid(torch.from_numpy(frame).permute(0, 3, 1, 2), columns, min_cell=SIDE) for frame in frames]
+    pictures = [Image.fromarray(grid).quantize() for grid in grids]
+    milliseconds = [FRAME] * (len(pictures) - 1) + [PAUSE]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
 
 
 def draw_losses(errors: np.ndarray, path: Path) -> None:

@@ -12,7 +12,7 @@ from ddt.checkpoint import format as ckpt
 from ddt.config import stored_choice
 from ddt.data.stream import MAX_BATCH
 from ddt.distributed.prepare import make_accelerator
-from ddt.errors import UserError, collect_errors, first_line, require
+from ddt.errors import UserError, collect_errors, first_line, require, require_count
 from ddt.files import atomic_folder, check_new
 from ddt.generation.image_set import ImageSet, Numbers, image_set
 from ddt.generation.load import checkpoint_receipt, load_generator, stored_autoencoder
@@ -50,6 +50,7 @@ class InsideSettings(SamplerOverrides):
     classes: Numbers | None
     seeds: Numbers | None
     columns: int
+    frames: int
     loss_images: int
     batch_size: int
     data_root: str
@@ -57,6 +58,7 @@ class InsideSettings(SamplerOverrides):
     dtype: Dtype | None
 
     def __post_init__(self) -> None:
+        require_count("frames", self.frames, 0, 1000, ", or 0 for no animation")
         check_counts(self, columns=100, loss_images=MAX_BATCH, batch_size=MAX_BATCH)
         check_new(Path(self.out))
 
@@ -116,7 +118,7 @@ def look_inside(settings: InsideSettings) -> None:
             "similarity_to_z_in_use": {name: z.to_z_in_use(name) for name in z.schedules},
             "similarity": report.numbers(z.values),
         }
-        figures["similarity"] = functools.partial(report.draw_similarities, z)
+        figures["similarity.png"] = functools.partial(report.draw_similarities, z)
         generator = dataclasses.replace(generator, settings=dataclasses.replace(sampler, recompute=z.chosen))
     path = walk(generator, images)
     steps = shown_steps(len(path.times), settings.columns)
@@ -130,11 +132,14 @@ def look_inside(settings: InsideSettings) -> None:
         "rms_to_sample": report.numbers(distances(path)),
         "samples_sha256": hashlib.sha256(film.samples.tobytes()).hexdigest(),
     }
-    figures["denoising"] = functools.partial(report.draw_film, film, times, names)
+    figures["denoising.png"] = functools.partial(report.draw_film, film, times, names)
+    if settings.frames:
+        moving = decode_film(generator, path, shown_steps(len(path.times), settings.frames))
+        figures["sampling.gif"] = functools.partial(report.write_animation, moving)
     if model.shares_encoder:
         colours, shares = z_colours(generator, path, images.classes, steps)
         results["z_pca"] = {"steps": steps, "times": times, "variance_shown": report.numbers(shares)}
-        figures["z_pca"] = functools.partial(report.draw_components, colours, times, names, shares)
+        figures["z_pca.png"] = functools.partial(report.draw_components, colours, times, names, shares)
     if data is not None:
         objective = chosen.build(denoiser=model).for_validation(model)
         errors = loss_by_t(generator, objective, data, accelerator, settings.loss_images, settings.batch_size)
@@ -144,7 +149,7 @@ def look_inside(settings: InsideSettings) -> None:
             "mean": report.numbers(errors.mean(0)),
             "standard_error": report.numbers(standard_error(errors)),
         }
-        figures["loss_by_t"] = functools.partial(report.draw_losses, errors)
+        figures["loss_by_t.png"] = functools.partial(report.draw_losses, errors)
 
     request = {
         "checkpoint": checkpoint_receipt(folder, "ema", autoencoder),
@@ -157,7 +162,7 @@ def look_inside(settings: InsideSettings) -> None:
     out = Path(settings.out)
     with atomic_folder(out) as folder:
         for name, draw in figures.items():
-            draw(folder / f"{name}.png")
+            draw(folder / name)
         write_numbers(folder / "inside.json", {"request": request, "left_out": left_out, **results}, accelerator.device)
     for name in figures:
-        log.info("%s", out / f"{name}.png")
+        log.info("%s", out / name)
