@@ -19,7 +19,8 @@ from hydra import compose, initialize_config_dir
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-# At the end of a line, or as the first line of a block: the command is not run by the test.
+# At the end of a line, on the line above it, or as the first line of a block, for all of it: these
+# commands are not run by the test.
 MARK = r"# (needs|takes) \w"
 PLACEHOLDER = r"[A-Z][A-Z_]+\d*\b"  # NAME, PATH, IMAGENET/train: what a reader replaces
 
@@ -98,11 +99,13 @@ def commands_of(page):
     """
     commands = []
     for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M):
+        lines = block.replace("\\\n", " ").splitlines()
         whole = re.match(MARK, block) is not None
-        for line in block.replace("\\\n", " ").splitlines():
+        for above, line in zip(["", *lines], lines, strict=False):
             if line.strip() and not line.startswith("#"):
                 before, _, comment = line.partition("  #")
-                commands.append((before.strip(), whole or re.match(MARK, f"#{comment}") is not None))
+                marked = any(re.match(MARK, text) for text in (above, f"#{comment}"))
+                commands.append((" ".join(before.split()), whole or marked))
     return commands
 
 
