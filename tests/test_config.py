@@ -103,7 +103,7 @@ IMAGENET = 1_281_167  # training images
 
 @pytest.mark.parametrize(("size", "epochs"), [(256, 800), (512, 400)])
 def test_ditdh_on_rae_latents_is_the_published_recipe(size, epochs):
-    """method.md, "DiT^DH": every value of training and sampling."""
+    """docs/rae.md: every value of training and sampling."""
     settings = train_settings("model=xl_ditdh", f"data=in{size}_rae", "data.root=somewhere")
     objective, sampler = settings.objective.settings, settings.sampler
     trainer = in_steps(settings.trainer, IMAGENET, settings.trainer.global_batch_size, "trainer")
@@ -151,7 +151,7 @@ def test_the_time_shift_of_training_and_sampling_is_that_of_the_latents(tmp_path
 
 
 def test_epochs_are_steps_of_the_images_and_the_global_batch():
-    """method_rae.md 7: 1,251 steps an epoch; constant for 40 epochs, linear to 0.1 at epoch 800."""
+    """docs/rae.md: 1,251 steps an epoch; constant for 40 epochs, linear to 0.1 at epoch 800."""
 
     def trainer(*overrides, images=IMAGENET):
         found = train_settings("data=in256_rae", "data.root=x", *overrides).trainer
