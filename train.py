@@ -21,10 +21,11 @@ def main(settings: "TrainSettings") -> None:
     """Check what can be checked without weights, then train on all processes."""
     from ddt.distributed.launch import launch
     from ddt.training.loop import train
-    from ddt.training.run import check, infer, inspect
+    from ddt.training.run import check, count_steps, infer, inspect
 
     settings = infer(settings)
     check(settings)
+    settings = count_steps(settings)
     inspect(settings)
     launch(train, settings.trainer.num_processes, settings)
 

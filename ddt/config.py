@@ -30,6 +30,7 @@ WORDS = {  # beginnings of pydantic's kinds of errors
     "tuple_type": "a list such as [a,b]",
     "is_instance_of": "a list such as [a,b]",
     "dict_type": "settings such as {a:1}",
+    "string_pattern": "epochs such as 80epochs",
     "string_": "text",
 }
 # of pyproject.toml, by package
@@ -150,7 +151,7 @@ def check_arguments(
     missing are not a problem here: some are known only at run time.
     """
     parameters = inspect.signature(function).parameters
-    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
     converted: dict[str, Any] = {}
     problems: list[str] = []
     for name, value in arguments.items():

@@ -14,7 +14,7 @@ from torch import Tensor
 from ddt.errors import require
 
 MAX_STEPS = 100_000  # so that a typo does not fill the memory
-SHIFT_BASE = 4096  # numbers of the latents that need no time shift
+SHIFT_BASE = 4096  # numbers of latents up to which there is no time shift
 TimeDistribution = Literal["lognorm", "uniform"]
 Prediction = Literal["v", "x"]  # what a network's output is: the velocity, or the clean latent
 LEAST_NOISE = 0.05  # below this share 1 − t of noise, the distance to a clean latent is divided by it
@@ -107,16 +107,10 @@ class TrainingTimes:
 
 
 def dimension_timeshift(latent_shape: Sequence[int]) -> float:
-    """Return the time shift for latents (C, H, W): √(C·H·W / 4096), for training times and grids.
-
-    Source: arXiv 2510.11690, section 4.3. Raises UserError for latents of fewer numbers.
+    """Return the time shift for latents (C, H, W): √(C·H·W / 4096), at least 1, for training times
+    and grids. Source: arXiv 2510.11690, section 4.3.
     """
-    numbers = math.prod(latent_shape)
-    require(
-        numbers >= SHIFT_BASE,
-        f"timeshift: latents of {'×'.join(map(str, latent_shape))} have fewer than {SHIFT_BASE} numbers; give 1.0",
-    )
-    return math.sqrt(numbers / SHIFT_BASE)
+    return math.sqrt(max(math.prod(latent_shape) / SHIFT_BASE, 1.0))
 
 
 def time_grid(

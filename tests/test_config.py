@@ -10,17 +10,20 @@ from typing import Literal
 import pytest
 import torch
 from conftest import ROOT, refusal, run, succeed, train_settings
+from safetensors.torch import save_file
 
+from ddt.autoencoder import KLAutoencoder, build_autoencoder
+from ddt.autoencoder.vit_decoder import ViTDecoder
 from ddt.cli import CONF
 from ddt.config import Choice, check_arguments, convert, parse, stored_choice
 from ddt.data.images import Images
+from ddt.epochs import in_steps
 from ddt.errors import UserError
-from ddt.flow import dimension_timeshift
 from ddt.generation.settings import SamplerOverrides
 from ddt.model.layers import Block
 from ddt.objective import Objective
 from ddt.sampling.settings import SamplerSettings
-from ddt.training.run import check, infer
+from ddt.training.run import check, infer, with_timeshift
 from ddt.training.settings import TrainerSettings
 
 MODELS = [path.stem for path in sorted((CONF / "model").glob("*.yaml"))]
@@ -95,23 +98,82 @@ def test_default_run_is_the_nano_model_on_digits():
     assert settings.data.target == "ddt.data.images.Digits"
 
 
-@pytest.mark.parametrize(("size", "side", "epochs"), [(256, 16, 800), (512, 32, 400)])
-def test_ditdh_on_rae_latents_is_the_published_recipe(size, side, epochs):
-    """method.md, "DiT^DH": every value of training and sampling; the shift is of the latents."""
+IMAGENET = 1_281_167  # training images
+
+
+@pytest.mark.parametrize(("size", "epochs"), [(256, 800), (512, 400)])
+def test_ditdh_on_rae_latents_is_the_published_recipe(size, epochs):
+    """docs/rae.md: every value of training and sampling."""
     settings = train_settings("model=xl_ditdh", f"data=in{size}_rae", "data.root=somewhere")
-    shift = pytest.approx(dimension_timeshift((768, side, side)), rel=1e-8)
-    objective, trainer, sampler = settings.objective.settings, settings.trainer, settings.sampler
+    objective, sampler = settings.objective.settings, settings.sampler
+    trainer = in_steps(settings.trainer, IMAGENET, settings.trainer.global_batch_size, "trainer")
     assert (objective["time_distribution"], objective["t_min"], objective["label_dropout"]) == ("lognorm", 0.001, 0.1)
-    assert objective["timeshift"] == sampler.timeshift == shift
     assert settings.alignment is None
     optimizer = settings.optimizer.settings
     assert (optimizer["lr"], optimizer["betas"], optimizer["weight_decay"]) == (2e-4, (0.9, 0.95), 0)
-    epoch = 1_281_167 // trainer.global_batch_size
-    assert (trainer.global_batch_size, trainer.max_steps) == (1024, epochs * epoch)
-    assert (trainer.decay_after, trainer.lr_end, trainer.lr_schedule) == (40 * epoch, 0.1, "linear")
+    assert (trainer.global_batch_size, trainer.max_steps) == (1024, epochs * 1_251)
+    assert (trainer.decay_after, trainer.decay_end) == (50_040, 1_000_800)
+    assert (trainer.lr_end, trainer.lr_schedule) == (0.1, "linear")
     assert (trainer.clip_norm, trainer.ema_decay, trainer.mixed_precision) == (1.0, 0.9995, "fp32")
     assert settings.data.settings["horizontal_flip"] is True
     assert (sampler.num_steps, sampler.t_end, sampler.last_step, sampler.cfg_scale) == (49, 0.999, None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "root"),
+    [
+        (["data=in256_rae", "data.root=x"], 48),
+        (["data=in512_rae", "data.root=x"], 192),
+        (["data=in256_rae", "data.root=x", "autoencoder=rae_dinov2_s"], 24),
+        (["data=in256_rae", "data.root=x", "autoencoder=rae_dinov2_l"], 64),
+        (["data=in256_rae", "data.root=x", "autoencoder=rae_dinov2_b_512", "data.image_size=512"], 192),
+        (["data=photos", "autoencoder=rae_efficientnet_lite0"], 112 / 64),
+        (["model=xl_22en6de", "data=in256", "data.root=x"], 1),
+        (["data=digits"], 1),
+    ],
+)
+def test_the_time_shift_of_training_and_sampling_is_that_of_the_latents(tmp_path, overrides, root):
+    settings = train_settings(*overrides)
+    assert (settings.objective.settings["timeshift"], settings.sampler.timeshift) == (None, None)
+    plain = settings.autoencoder.plain()
+    if "efficientnet" in str(plain.get("encoder")):  # the decoder's file says its size
+        save_file(ViTDecoder(112, 4, 1, 4, 1, grid=8, patch_size=8).state_dict(), tmp_path / "decoder.safetensors")
+        plain |= {"decoder": str(tmp_path / "decoder.safetensors"), "decoder_heads": 1}
+    if plain["_target_"].endswith("KLAutoencoder"):
+        timeshift = KLAutoencoder.timeshift
+    else:
+        timeshift = build_autoencoder(plain, outline=True).timeshift
+    objective, sampler = with_timeshift(settings.objective, settings.sampler, timeshift)
+    assert objective.settings["timeshift"] == sampler.timeshift == pytest.approx(root**0.5, rel=1e-12)
+    given = train_settings(*overrides, "objective.timeshift=3", "sampler.timeshift=4")
+    objective, sampler = with_timeshift(given.objective, given.sampler, timeshift)
+    assert (objective.settings["timeshift"], sampler.timeshift) == (3, 4)
+
+
+def test_epochs_are_steps_of_the_images_and_the_global_batch():
+    """docs/rae.md: 1,251 steps an epoch; constant for 40 epochs, linear to 0.1 at epoch 800."""
+
+    def trainer(*overrides, images=IMAGENET):
+        found = train_settings("data=in256_rae", "data.root=x", *overrides).trainer
+        return in_steps(found, images, found.global_batch_size, "trainer")
+
+    published, of_80, guide = trainer(), trainer("trainer.max_steps=80epochs"), trainer("trainer.max_steps=14epochs")
+    assert (of_80.max_steps, guide.max_steps) == (100_080, 17_514)
+    assert guide == trainer("trainer.max_steps=17514")
+    assert {guide.lr_factor(step) for step in (0, 9_000, 17_513)} == {1.0}
+    for each in (published, of_80):  # the published 80 epochs are the first of the 800
+        assert [each.lr_factor(1_251 * epoch) for epoch in (0, 40)] == [1, 1]
+        assert each.lr_factor(75_060) == pytest.approx(1 - 0.9 * 20 / 760)
+        assert each.lr_factor(100_080) == pytest.approx(1 - 0.9 * 40 / 760)
+    assert published.lr_factor(1_000_800) == pytest.approx(0.1)
+    longer = trainer("trainer.max_steps=900epochs")
+    assert longer.lr_factor(1_100_000) == pytest.approx(0.1)
+    small = trainer("trainer.global_batch_size=256", "trainer.max_steps=0.5epochs")
+    assert (small.max_steps, small.decay_after, small.decay_end) == (2_502, 40 * 5_004, 800 * 5_004)
+    with pytest.raises(UserError, match=r"^trainer\.max_steps=800epochs: 1,000 images fill no batch of .*; give steps"):
+        trainer(images=1_000)
+    with pytest.raises(UserError, match=r"^trainer\.decay_after=900epochs: must lie in|^trainer\.decay_after=1125900"):
+        trainer("trainer.decay_after=900epochs")
 
 
 def test_xl_on_imagenet_is_the_published_recipe():
@@ -149,7 +211,7 @@ def test_xl_on_imagenet_is_the_published_recipe():
         cfg_scale=2.0,
         cfg_interval=(0.3, 1.0),
         last_step=0.04,
-        timeshift=1.0,
+        timeshift=None,  # 1 of these latents
         recompute=None,
         cfg_steps=None,
         forecast_order=0,
@@ -190,7 +252,10 @@ def test_the_command_line_wins_over_the_data():
         (["+model.foo=1"], "model.foo: no such setting"),
         (["modle=nano"], "modle: no such setting; did you mean model?"),
         (["model=nanoo"], "model=nanoo: no such choice; did you mean nano?"),
-        (["trainer.max_steps=abc"], "trainer.max_steps=abc: give a whole number"),
+        (["trainer.max_steps=abc"], "trainer.max_steps=abc: give a whole number or epochs such as 80epochs"),
+        (["trainer.max_steps=-1epochs"], "trainer.max_steps=-1epochs: give a whole number or epochs"),
+        (["trainer.max_steps=1e8epochs"], "trainer.max_steps=1e8epochs: give a whole number or epochs"),
+        (["trainer.max_steps=99999999epochs"], "trainer.max_steps=99999999epochs: too many; give fewer"),
         (["trainer.log_every=2.5"], "trainer.log_every=2.5: give a whole number"),
         (
             ["model.encoder_depth=6"],

@@ -28,6 +28,7 @@ class Autoencoder(Protocol):
     trains_decoder: bool  # a class attribute: whether a decoder is trained for a frozen encoder
     sampling_dtype: Dtype | None  # a class attribute: of the denoiser where none is chosen; None: any
 
+    timeshift: float  # of training times and grids, that suits the latents; 1: none
     class_token: int  # features of the class token that the latents carry (`ddt.model.class_token`); 0: none
 
     @property

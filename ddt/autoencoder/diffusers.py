@@ -191,6 +191,7 @@ class DiffusersAutoencoder(LatentDecoder, abc.ABC):
     """
 
     pixel_space = False
+    timeshift = 1.0
     class_token = 0
     in_diffusers = True
     trains_decoder = False

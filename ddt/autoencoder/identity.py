@@ -17,6 +17,7 @@ class Identity:
     stochastic = False
     encode_dtype = None
     network = None
+    timeshift = 1.0
     class_token = 0
     in_diffusers = True  # a pipeline without one
     trains_decoder = False

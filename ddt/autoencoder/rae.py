@@ -20,6 +20,7 @@ from ddt.autoencoder.base import weights_hash
 from ddt.autoencoder.rae_encoder import FrozenEncoder
 from ddt.autoencoder.vit_decoder import ViTDecoder, load_decoder
 from ddt.errors import UserError, reason, require, require_count
+from ddt.flow import dimension_timeshift
 from ddt.hub import is_hub_id, pinned, resolve
 from ddt.model.class_token import join_token, split_token, token_rows
 from ddt.precision import Dtype, autocast, check_dtype
@@ -307,6 +308,11 @@ class RAE:
     @property
     def latent_channels(self) -> int:
         return self.network.encoder.num_features
+
+    @property
+    def timeshift(self) -> float:
+        """The time shift for latents of this size, whether or not they carry a class token."""
+        return dimension_timeshift(self._shape)
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         """Return (C, h, w), with a class token (C, h + 1, w); raise UserError for other images than

@@ -1,7 +1,7 @@
 """DiT^DH, the DDT of RAE latents: a wide, shallow decoder ("head") on a narrower encoder.
 
 Shapes: B batch, C latent channels, H W latent size, p patch size, N = H·W/p² tokens, D width of the
-encoder, D_d of the decoder, d width of a head. Source: arXiv 2510.11690; docs/method.md, "DiT^DH".
+encoder, D_d of the decoder, d width of a head. Source: arXiv 2510.11690; docs/rae.md.
 
 Its authors write τ = 1 − t, 0 is data, and predict ε − x; here t and v = x − ε are this project's.
 Weights keep their published values: the sign is turned behind the output layer.

@@ -1,5 +1,5 @@
 """Published weights of DiT^DH: key names, settings inferred from shapes, and fixed tables, which
-the files hold and the network computes. Source: docs/method.md, "DiT^DH".
+the files hold and the network computes. Source: docs/rae.md.
 """
 
 import math

@@ -24,7 +24,8 @@ class FlowMatching(Objective):
     """The flow-matching objective; see `Objective`.
 
     Args:
-        time_distribution, t_min, timeshift: of the training times (`TrainingTimes`).
+        time_distribution, t_min, timeshift: of the training times (`TrainingTimes`). In settings
+            None is the time shift of the latents, which training puts in its place.
         label_dropout: published 0.1.
         prediction: what the network learns to return, "v" as published; the network is marked with
             it, so that sampling and checkpoints know. "x", the clean latent: output and target are
@@ -45,7 +46,7 @@ class FlowMatching(Objective):
         label_dropout: float = 0.1,
         alignment: AlignmentLoss | DispersiveLoss | None = None,
         t_min: float = 0.0,
-        timeshift: float = 1.0,
+        timeshift: float | None = 1.0,
         prediction: Prediction = "v",
         base_depth: int | None = None,
         base_weight: float = 1.0,
@@ -66,6 +67,8 @@ class FlowMatching(Objective):
             f"objective.base_weight={base_weight}: has no effect without objective.base_depth=; leave it out",
         )
         self.base_depth, self.base_weight = base_depth, base_weight
+        require(timeshift is not None, "objective.timeshift=null: is of latents that are not known here; give a number")
+        assert timeshift is not None
         self.times = TrainingTimes(time_distribution, t_min, timeshift)
 
     def forward(

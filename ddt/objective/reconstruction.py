@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddt.autoencoder.vit_decoder import ViTDecoder
+from ddt.epochs import Steps, are_steps
 from ddt.errors import MANY, require, require_count
 from ddt.objective.augmentation import augment
 from ddt.objective.discriminator import (
@@ -31,7 +32,8 @@ class ReconstructionSettings:
     from 0. lpips_weight: of LPIPS beside L1; 0: none. vgg_weights, lpips_weights: its files.
     gan_weight: of the GAN's loss, times the adaptive weight; 0: none. dino_weights: file of the
     discriminator's frozen network. discriminator_start, gan_start: steps from which on the
-    discriminator learns and the decoder minimises the GAN's loss.
+    discriminator learns and the decoder minimises the GAN's loss; epochs, until
+    `ddt.epochs.in_steps`.
 
     Raises UserError for values out of range, or without effect.
     """
@@ -39,8 +41,8 @@ class ReconstructionSettings:
     noise: float
     lpips_weight: float
     gan_weight: float
-    discriminator_start: int
-    gan_start: int
+    discriminator_start: Steps
+    gan_start: Steps
     vgg_weights: str | None = None
     lpips_weights: str | None = None
     dino_weights: str | None = None
@@ -49,7 +51,8 @@ class ReconstructionSettings:
         for key in ("noise", "lpips_weight", "gan_weight"):
             require(getattr(self, key) >= 0, f"reconstruction.{key}={getattr(self, key)}: must be at least 0")
         for key in ("discriminator_start", "gan_start"):
-            require_count(f"reconstruction.{key}", getattr(self, key), 0, MANY)
+            if are_steps(getattr(self, key)):
+                require_count(f"reconstruction.{key}", getattr(self, key), 0, MANY)
         for weight, keys in (
             ("lpips_weight", ("vgg_weights", "lpips_weights")),
             ("gan_weight", ("dino_weights", "discriminator_start", "gan_start")),
@@ -62,7 +65,7 @@ class ReconstructionSettings:
                     "choose reconstruction=l1",
                 )
         require(
-            self.discriminator_start <= self.gan_start,
+            not are_steps(self.discriminator_start, self.gan_start) or self.discriminator_start <= self.gan_start,
             f"reconstruction.gan_start={self.gan_start}: is before reconstruction.discriminator_start="
             f"{self.discriminator_start}; an untrained discriminator teaches nothing",
         )

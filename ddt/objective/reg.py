@@ -36,7 +36,7 @@ class REG(FlowMatching):
         label_dropout: float = 0.1,
         alignment: AlignmentLoss | DispersiveLoss | None = None,
         t_min: float = 0.0,
-        timeshift: float = 1.0,
+        timeshift: float | None = 1.0,
         prediction: Prediction = "v",
         token_weight: float = 0.03,
     ) -> None:

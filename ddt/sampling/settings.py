@@ -20,8 +20,9 @@ MAX_FORECAST_ORDER = 2
 class SamplerSettings:
     """How latents are sampled from noise, by the argument names of `ddt.sample`.
 
-    recompute: as written (`ddt.sampling.schedules`); `fitting.resolve_recompute` makes a list of
-    "dp:50" and of files. Raises UserError for impossible values, or without effect.
+    timeshift: None is that of the latents, until they are known. recompute: as written
+    (`ddt.sampling.schedules`); `fitting.resolve_recompute` makes a list of "dp:50" and of files.
+    Raises UserError for impossible values, or without effect.
     """
 
     solver: str = "euler"
@@ -30,7 +31,7 @@ class SamplerSettings:
     cfg_interval: tuple[float, float] | None = (0.3, 1.0)
     cfg_steps: Sequence[int] | None = None
     last_step: float | None = 0.04
-    timeshift: float = 1.0
+    timeshift: float | None = 1.0
     recompute: str | Sequence[int] | None = None
     forecast_order: int = 0
     sde_diffusion: DiffusionName = "sigma"
@@ -42,7 +43,8 @@ class SamplerSettings:
 
     def __post_init__(self) -> None:
         require(self.solver in SOLVERS, f"solver={self.solver}: unknown solver, choose from {', '.join(SOLVERS)}")
-        time_grid(self.num_steps, self.last_step, self.timeshift, self.t_end)
+        timeshift = 1.0 if self.timeshift is None else self.timeshift
+        time_grid(self.num_steps, self.last_step, timeshift, self.t_end)
         self.guidance()
         self.internal()
         require(
@@ -104,6 +106,8 @@ class SamplerSettings:
 
     def grid(self) -> list[float]:
         """Return the num_steps + 1 times of the run; of an adaptive solver, the ends."""
+        require(self.timeshift is not None, "timeshift=null: is of latents that are not known here; give a number")
+        assert self.timeshift is not None
         if self.adaptive:
             return time_grid(1, None, self.timeshift, self.t_end)
         return time_grid(self.num_steps, self.last_step, self.timeshift, self.t_end)

@@ -26,7 +26,8 @@ from ddt.data.stream import MAX_BATCH, TrainingStream
 from ddt.errors import MANY, require, require_count
 from ddt.files import atomic_folder, check_new, fsync, reset_permissions, write_json
 from ddt.logs import progress_bar
-from ddt.pictures import image_grid, write_png
+from ddt.metrics.reconstruct import comparison, psnr
+from ddt.pictures import write_png
 from ddt.version import __version__
 
 log = logging.getLogger(__name__)
@@ -191,27 +192,6 @@ def normalise(network: Any, images: Images) -> None:
         count += mean.numel()
     shift = total / count
     network.register_to_config(shift_factor=shift, scaling_factor=1 / math.sqrt(squares / count - shift**2))
-
-
-def psnr(originals: Tensor, reconstructions: Tensor) -> float:
-    """Return the mean PSNR in dB of uint8 images (B, C, H, W)."""
-    error = (originals.double() - reconstructions.double()).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
-    return float((10 * torch.log10(255**2 / error)).mean())
-
-
-def comparison(originals: Tensor, reconstructions: Tensor) -> np.ndarray:
-    """Return a grid (H', W', 3) of up to 16 images in rows of up to 8, originals above
-    reconstructions.
-
-    Both are uint8 (n, C, H, W); the choice of images is random, but always the same.
-    """
-    columns = min(len(originals), 8)
-    count = min(len(originals) // columns, 2) * columns
-    chosen = torch.randperm(len(originals), generator=torch.Generator().manual_seed(0))[:count]
-    pairs = torch.stack([originals[chosen], reconstructions[chosen]]).unflatten(
-        1, (-1, columns)
-    )  # (2, rows, columns, …)
-    return image_grid(pairs.transpose(0, 1).flatten(0, 2), columns)
 
 
 def train_autoencoder(

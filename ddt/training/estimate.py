@@ -24,6 +24,7 @@ from ddt.config import Choice, locate
 from ddt.data.images import Outline
 from ddt.data.stream import MAX_BATCH
 from ddt.data.survey import infer_settings
+from ddt.epochs import in_epochs, in_steps
 from ddt.errors import MANY, UserError, require, require_count
 from ddt.files import read_json
 from ddt.metrics.ranking import is_number
@@ -37,6 +38,7 @@ from ddt.precision import HALF_TYPES
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.ema import ema_rules
+from ddt.training.run import with_timeshift
 from ddt.training.settings import TrainerSettings
 from ddt.training.throughput import PEAKS, counted_flops, peak_of, target_flops, training_flops
 
@@ -178,7 +180,13 @@ def build_recipe(settings: EstimateSettings) -> Recipe:
         model, data = infer_settings(model, data, settings.autoencoder)
     outline = data_outline(data, settings.choices["data"] or "", settings.num_classes)
     assert outline.image_size is not None
+    trainer, num_images = settings.trainer, outline.num_images
+    for name in in_epochs(trainer):
+        length = f"trainer.{name}={getattr(trainer, name)}"
+        require(num_images is not None, f"{length}: how many images an epoch has, data does not tell; give steps")
+    trainer = in_steps(trainer, num_images or 0, trainer.global_batch_size, "trainer")
     autoencoder = build_autoencoder(settings.autoencoder.plain(), outline=True)
+    objective, sampler = with_timeshift(settings.objective, sampler, autoencoder.timeshift)
     shape = autoencoder.latent_shape(outline.channels, outline.image_size)
     patch_size = model.settings["patch_size"]
     require(patch_size is not None, "model.patch_size: is inferred from the images; give it, or data.root=")
@@ -195,10 +203,10 @@ def build_recipe(settings: EstimateSettings) -> Recipe:
         alignment.check_depth(network.num_alignable_blocks)
         aligned = alignment.build(network.hidden_size, grid, outline.image_size, outline=True)
     return Recipe(
-        objective=settings.objective.build(denoiser=network, alignment=aligned.loss), target=aligned.target,
+        objective=objective.build(denoiser=network, alignment=aligned.loss), target=aligned.target,
         autoencoder=autoencoder, shape=shape, image_size=outline.image_size, num_images=outline.num_images,
         align_until=aligned.end_step,
-        cached=locate(data.target).has_latents, trainer=settings.trainer, sampler=sampler, gpus=settings.gpus,
+        cached=locate(data.target).has_latents, trainer=trainer, sampler=sampler, gpus=settings.gpus,
         num_samples=settings.num_samples,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ FROZEN = (
 )  # fmt: skip
 FROZEN_TRAINER = (
     "global_batch_size", "ema_decay", "ema_decays", "ema_powers", "warmup_steps", "lr_schedule", "decay_after",
-    "lr_end", "clip_norm",
+    "decay_end", "lr_end", "clip_norm",
 )  # fmt: skip
 # what a run writes; a folder with one of them is no new one
 OUTPUTS = (
@@ -57,7 +57,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 def frozen_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the differences between two runs' configs that make them different trainings."""
     trainer = [f"trainer.{key}" for key in FROZEN_TRAINER]
-    if new["trainer"]["lr_schedule"] != "constant":
+    if new["trainer"]["lr_schedule"] != "constant" and new["trainer"]["decay_end"] is None:
         trainer.append("trainer.max_steps")  # the learning rate depends on it
     return {
         key: pair

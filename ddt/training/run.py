@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +18,7 @@ from ddt.config import Choice, locate
 from ddt.data.images import Images
 from ddt.data.survey import infer_settings
 from ddt.distributed.launch import default_processes
+from ddt.epochs import are_steps, epoch_steps, in_epochs, in_steps
 from ddt.errors import UserError, require, require_count
 from ddt.files import MAX_NAME_BYTES, is_run_name
 from ddt.metrics.features import FeatureSettings, check_weights
@@ -33,6 +34,7 @@ from ddt.training.settings import TrainerSettings
 
 log = logging.getLogger(__name__)
 FLOAT_BYTES = 4
+Settings = TypeVar("Settings", bound="RunSettings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,36 @@ def infer(settings: TrainSettings) -> TrainSettings:
     return dataclasses.replace(settings, model=model, data=data)
 
 
+def count_steps(settings: Settings) -> Settings:
+    """Return settings whose lengths in epochs are steps, and log them; without any nothing is
+    opened.
+
+    Raises UserError as the data set does, and for a schedule that cannot be.
+    """
+    groups = [group for group in ("trainer", "reconstruction") if hasattr(settings, group)]
+    if not any(in_epochs(getattr(settings, group)) for group in groups):
+        return settings
+    count, size = len(settings.data.build(split="train").labels), settings.trainer.global_batch_size
+    changed = {group: in_steps(getattr(settings, group), count, size, group) for group in groups}
+    steps = [
+        f"{group}.{name}={getattr(changed[group], name)}"
+        for group in groups
+        for name in in_epochs(getattr(settings, group))
+    ]
+    epoch = epoch_steps(count, size)
+    log.info("an epoch of %s images is %s step%s: %s", f"{count:,}", f"{epoch:,}", "s" * (epoch > 1), ", ".join(steps))
+    return dataclasses.replace(settings, **changed)
+
+
+def with_timeshift(objective: Choice, sampler: SamplerSettings, timeshift: float) -> tuple[Choice, SamplerSettings]:
+    """Return an objective and a sampler whose null time shifts are this one, of their latents."""
+    if objective.settings.get("timeshift", timeshift) is None:
+        objective = Choice(objective.target, {**objective.settings, "timeshift": timeshift})
+    if sampler.timeshift is None:
+        sampler = dataclasses.replace(sampler, timeshift=timeshift)
+    return objective, sampler
+
+
 def inspect(settings: TrainSettings) -> None:
     """Look at the files of the data set before they are trained on; see `inspect_data`."""
     inspect_data(
@@ -141,7 +173,7 @@ def check(settings: TrainSettings) -> None:
         network = attempt(settings.model.build, in_channels=1, num_classes=1, **(asked or {}))
     if network is not None:
         attempt(check_memory, sum(parameter.numel() for parameter in network.parameters()))
-        attempt(settings.objective.build, denoiser=network)
+        attempt(with_timeshift(settings.objective, settings.sampler, 1.0)[0].build, denoiser=network)
     attempt(settings.optimizer.build, named_parameters=[("weight", nn.Parameter(torch.zeros(1)))])
     attempt(check_alignment, locate(settings.objective.target), settings.alignment)
     if settings.alignment is not None and network is not None:
@@ -158,7 +190,7 @@ def check(settings: TrainSettings) -> None:
         attempt(check_base_head, settings.sampler, network.base_depth, prefix="sampler.")
     require(not problems, "\n".join(problems))
     trainer = settings.trainer
-    if trainer.warmup_steps >= trainer.max_steps:
+    if are_steps(trainer.warmup_steps, trainer.max_steps) and trainer.warmup_steps >= trainer.max_steps:
         log.info(
             "hint: trainer.warmup_steps=%d is not below trainer.max_steps=%d: the learning rate rises to the end",
             trainer.warmup_steps, trainer.max_steps,
@@ -267,6 +299,8 @@ def build_run(settings: TrainSettings) -> Run:
     torch.manual_seed(settings.seed)  # the initial weights; nothing later uses the global state
     images, held_out = (settings.data.build(split=split) for split in ("train", "test"))
     autoencoder = settings.autoencoder.build()
+    objective, sampler = with_timeshift(settings.objective, settings.sampler, autoencoder.timeshift)
+    settings = dataclasses.replace(settings, objective=objective, sampler=sampler)
     shape = autoencoder.latent_shape(images.channels, images.image_size)
     model = settings.model
     grid = token_grid(model.settings["patch_size"], *shape[1:])
@@ -279,7 +313,7 @@ def build_run(settings: TrainSettings) -> Run:
         alignment = settings.alignment.build(network.hidden_size, grid, images.image_size, images.cached_features)
     if alignment.target is not None:
         images.require_pixels()
-    objective = settings.objective.build(denoiser=network, alignment=alignment.loss)
+    loss = settings.objective.build(denoiser=network, alignment=alignment.loss)
     # what data and frozen weights are, wherever they lie: a resumed run must share it
     fingerprints = {
         "data": images.fingerprint,
@@ -298,7 +332,7 @@ def build_run(settings: TrainSettings) -> Run:
         "class_names": images.class_names,
         "run": plain,
     }
-    return Run(settings, config, images, held_out, objective, autoencoder, alignment)
+    return Run(settings, config, images, held_out, loss, autoencoder, alignment)
 
 
 def build_evaluation(run: Run, accelerator: Accelerator) -> OnlineEvaluation | None:

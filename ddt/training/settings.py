@@ -6,6 +6,7 @@ import re
 from typing import Literal
 
 from ddt.data.stream import MAX_BATCH, MAX_WORKERS
+from ddt.epochs import Steps, are_steps
 from ddt.errors import MANY, require, require_count
 from ddt.metrics.comparability import short
 from ddt.training.ema import MAX_STD, MIN_STD
@@ -34,8 +35,9 @@ class TrainerSettings:
     ema_decay: of the EMA weights. ema_decays: of further EMAs. ema_powers: relative standard
     deviations of power-function EMAs (EDM2), saved as a snapshot every `snapshot_every` steps, for
     post-hoc EMA. warmup_steps: linear warm-up of the learning rate. lr_schedule: "constant", or a
-    "linear" or "cosine" decay at max_steps to lr_end times the base learning rate, which begins
-    after decay_after steps (None: after the warm-up). clip_norm: largest gradient norm.
+    "linear" or "cosine" decay to lr_end times the base learning rate, from step decay_after (None:
+    the end of the warm-up) to step decay_end (None: max_steps). clip_norm: largest gradient norm.
+    Fields of type `Steps` may be epochs, until `ddt.epochs.in_steps`.
 
     Periods `_every` count steps; 0 is never, but the last step is always saved and logged.
     keep_last: checkpoints that stay (None: all), beside those of every `keep_every`-th step and
@@ -45,20 +47,21 @@ class TrainerSettings:
     Raises UserError for values that are invalid or would have no effect.
     """
 
-    max_steps: int
+    max_steps: Steps
     global_batch_size: int
     micro_batch_size: int | None
     mixed_precision: Literal["bf16", "fp16", "fp32", "no"]
     num_processes: int | None
     ema_decay: float
-    warmup_steps: int
+    warmup_steps: Steps
     lr_schedule: Literal["constant", "linear", "cosine"]
     save_every: int
     log_every: int
     validate_every: int
     preview_every: int
     num_workers: int
-    decay_after: int | None = None
+    decay_after: Steps | None = None
+    decay_end: Steps | None = None
     lr_end: float = 0.0
     eval_every: int = 0
     eval_samples: int = 5_000
@@ -80,7 +83,8 @@ class TrainerSettings:
             ("snapshot_every", 0, MANY), ("keep_every", 0, MANY), ("global_batch_size", 1, MAX_BATCH),
             ("num_workers", 0, MAX_WORKERS),
         ):  # fmt: skip
-            require_count(f"trainer.{key}", getattr(self, key), least, most)
+            if are_steps(getattr(self, key)):
+                require_count(f"trainer.{key}", getattr(self, key), least, most)
         for key in ("micro_batch_size", "num_processes"):
             require_count(f"trainer.{key}", getattr(self, key), 1, MAX_BATCH, ", or null")
         for key in ("clip_norm", "max_hours"):
@@ -106,13 +110,20 @@ class TrainerSettings:
     def check_decay(self) -> None:
         """Raise UserError for a decay of the learning rate that cannot be, or is none."""
         self.check("lr_end", 0 <= self.lr_end <= 1, "must lie in 0..1; it is a factor on optimizer.lr")
-        after = self.decay_after
-        self.check(
-            "decay_after",
-            after is None or (self.warmup_steps <= after < self.max_steps),
-            f"must lie in trainer.warmup_steps={self.warmup_steps}..{self.max_steps - 1}, or be null",
-        )
-        for key in ("decay_after", "lr_end"):
+        after, end = self.decay_after, self.decay_end
+        if are_steps(self.warmup_steps, after, end, self.max_steps):
+            self.check(
+                "decay_end",
+                end is None or self.warmup_steps < end <= MANY,
+                f"must lie after trainer.warmup_steps={self.warmup_steps}, or be null",
+            )
+            last = (self.max_steps if end is None else end) - 1
+            self.check(
+                "decay_after",
+                after is None or (self.warmup_steps <= after <= last),
+                f"must lie in trainer.warmup_steps={self.warmup_steps}..{last}, or be null",
+            )
+        for key in ("decay_after", "decay_end", "lr_end"):
             self.check(
                 key,
                 self.lr_schedule != "constant" or not getattr(self, key),
@@ -194,9 +205,15 @@ class TrainerSettings:
         after = self.warmup_steps if self.decay_after is None else self.decay_after
         if self.lr_schedule == "constant" or step < after:
             return warmup
-        left = (self.max_steps - step) / (self.max_steps - after)
+        end = self.max_steps if self.decay_end is None else self.decay_end
+        left = max(end - step, 0) / (end - after)
         left = left if self.lr_schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
         return self.lr_end + (1 - self.lr_end) * left
+
+    @property
+    def may_end_later(self) -> bool:
+        """Whether max_steps can be raised without another learning rate in the steps before."""
+        return self.lr_schedule == "constant" or self.decay_end is not None
 
     def due(self, every: int, step: int) -> bool:
         """Return whether a period of `every` steps (0: never) ends after `step`.

@@ -24,6 +24,7 @@ from ddt.data.stream import TrainingStream, check_shared_memory, load_batches, m
 from ddt.distributed.compile import compile_blocks, compiles
 from ddt.distributed.launch import check_same_on_all_processes
 from ddt.distributed.prepare import broadcast_weights, decide_on_main, make_accelerator, prepare
+from ddt.epochs import epoch_steps
 from ddt.errors import Stopped, UserError, first_line, require
 from ddt.files import lock_folder, write_json
 from ddt.logs import on_terminal, progress_bar
@@ -91,7 +92,7 @@ def start(run: Run) -> Iterator[Session | None]:
         saver = Saver(run_dir, trainer, run.config, accelerator)
         missing = restore(run, state, saver)
         if state.step >= trainer.max_steps and not missing:
-            longer = "raise trainer.max_steps" if trainer.lr_schedule == "constant" else "start another with init_from="
+            longer = "raise trainer.max_steps" if trainer.may_end_later else "start another with init_from="
             log_complete(run_dir, state, longer)
             yield None
             return
@@ -183,7 +184,9 @@ def announce(
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     if rank == 0:
         begins = f"resuming at step {state.step}" if state.step else "training"
-        log.info("%s: %s to step %d; the same command resumes it", run_dir, begins, trainer.max_steps)
+        epoch = epoch_steps(len(run.images.labels), trainer.global_batch_size)
+        epochs = f" ({trainer.max_steps / epoch:.4g} epochs)" if epoch else ""
+        log.info("%s: %s to step %d%s; the same command resumes it", run_dir, begins, trainer.max_steps, epochs)
         log.info("%s", "\n".join(header(run, accelerator)))
         write_json(run_dir / "config.json", {**run.config["run"], "num_processes": num_processes})
     stack.enter_context(reported_status(run_dir, state))

@@ -17,6 +17,7 @@ from ddt.autoencoder.vit_decoder import ViTDecoder, load_decoder
 from ddt.data.latent_statistics import OF_POSITIONS, Moments, block_moments
 from ddt.errors import UserError
 from ddt.model.class_token import split_token
+from ddt.objective.reconstruction import Reconstruction, ReconstructionSettings
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 MEAN, STD = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -153,6 +154,23 @@ def test_encoder_input_and_latents_are_the_published():
     torch.testing.assert_close(rae.sample(as_map(expected["tokens"], 2)), expected["latent"], **CLOSE)
 
 
+def test_noise_on_tokens_is_the_published_augmentation():
+    """Of stage 1: on raw tokens, of deviation 0.8 times each image's uniform number."""
+    expected, seen = golden("latents"), []
+
+    class Decoder(torch.nn.Module):
+        def forward(self, tokens):
+            seen.append(tokens)
+            return torch.zeros(len(tokens), 3, 4, 4)
+
+    settings = ReconstructionSettings(noise=0.8, lpips_weight=0, gan_weight=0, discriminator_start=0, gan_start=0)
+    tokens, noise = (as_map(expected[name], 2) for name in ("tokens", "noise_n"))
+    objective = Reconstruction(Decoder(), MEAN, STD, settings, None)
+    objective(tokens, torch.zeros(2, 3, 4, 4), noise, expected["noise_u"])
+    found = autoencoder_of(None, expected).sample(seen[0])
+    torch.testing.assert_close(found, expected["latent_noised"], **CLOSE)
+
+
 def test_where_a_feature_is_constant_its_latent_stays_bounded():
     """The 1e-5 lies beside the variance, under the root."""
     rae = autoencoder_of(None, {"mean": torch.ones(3, 2, 2), "var": torch.zeros(3, 2, 2)})
@@ -180,6 +198,7 @@ def test_moments_of_processes_merge_to_those_of_all_values():
     torch.testing.assert_close(merged.mean, values.mean(0), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(merged.variance, values.var(0, unbiased=False), rtol=1e-12, atol=1e-12)
     (mean0, var0), (mean1, var1) = map(running, ranks)
+    torch.testing.assert_close((mean0, var0), (expected["mean0"], expected["var0"]), **CLOSE)
     mean = (mean0 + mean1) / 2
     var = (var0 + var1) / 2 + (mean0**2 + mean1**2) / 2 - mean**2
     torch.testing.assert_close((mean, var), (expected["mean"], expected["var"]), **CLOSE)

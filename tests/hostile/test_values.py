@@ -52,6 +52,7 @@ VALID = {  # a short command line, by the name of its config
     ],
     "reference_statistics": [*PICTURES, "out=new.npz", "features=dinov2"],
     "latent_statistics": [*PICTURES, "autoencoder=rae_mae_b", "out=new.safetensors"],
+    "reconstruct": [*PICTURES, "autoencoder=identity", "split=train", "out=new"],
     "compare_metrics": ["metrics=metrics.json", "published={fid:1}"],
     "estimate": ["out=new.json"],
     "train_autoencoder": ["out=new", "steps=1", "batch_size=2", "block_out_channels=[8]", *PICTURES],

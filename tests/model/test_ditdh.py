@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, inputs, small_network
+from conftest import ROOT, inputs, small_network, train_settings
 from omegaconf import OmegaConf
 from rae import CLOSE, RAE, golden, network, normal_of, shifted, weights
 
@@ -14,6 +14,7 @@ from ddt.model import build_network
 from ddt.model.layers import integer_rope_table, sincos_table
 from ddt.objective import FlowMatching
 from ddt.sampling.settings import SamplerSettings
+from ddt.training.run import with_timeshift
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEYS = json.loads((RAE / "published_keys.json").read_text())
@@ -107,6 +108,30 @@ def test_published_sizes_and_names(name, parameters, files):
         assert (found["in_channels"], found["num_classes"]) == (768, 1000)
 
 
+@pytest.mark.slow
+def test_a_training_step_of_s_at_true_size():
+    """DiT^DH-S on two latents of 768×16×16, by the settings of the published recipe."""
+    settings = train_settings("model=s_ditdh", "data=in256_rae", "data.root=x")
+    objective, _ = with_timeshift(settings.objective, settings.sampler, dimension_timeshift((768, 16, 16)))
+    torch.manual_seed(0)
+    model = settings.model.build(in_channels=768, num_classes=1000)
+    built = objective.build(denoiser=model)
+    assert built.times.timeshift == pytest.approx(48**0.5)
+    optimizer = settings.optimizer.build(named_parameters=built.named_parameters())
+    frequencies = model.encoder.t_embedder.W.clone()
+    data, noise = torch.randn(2, 2, 768, 16, 16)
+    batch = (data, torch.tensor([3, 999]), noise, torch.randn(2), torch.tensor([0.05, 0.95]))  # one label is dropped
+    before = built(*batch)
+    torch.testing.assert_close(before["loss"], (data - noise).square().mean())  # a new network predicts 0
+    before["loss"].backward()
+    moving = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moving == {"decoder.output.linear.weight", "decoder.output.linear.bias"}  # all else is behind a 0
+    assert torch.nn.utils.clip_grad_norm_(model.parameters(), settings.trainer.clip_norm).isfinite()
+    optimizer.step()
+    assert built(*batch)["loss"] < before["loss"]
+    assert torch.equal(model.encoder.t_embedder.W, frequencies)
+
+
 def test_a_new_network_predicts_zero_and_its_frequencies_are_frozen():
     model = ddt.DiTDH(2, 2, 32, 2, 3, 2, 5, 48, 4)
     assert not model(*inputs()).any()
@@ -141,6 +166,8 @@ def test_trajectories(tmp_path, recompute):
     common = dict(SAMPLING, recompute=recompute)
     plain = ddt.sample(model, noise, y, cfg_scale=1.0, **common)
     torch.testing.assert_close(plain, io["plain"], **CLOSE)
+    first = {**SAMPLING, "num_steps": 1, "t_end": 0.999 / 7}
+    torch.testing.assert_close(ddt.sample(model, noise, y, cfg_scale=1.0, **first), io["plain_step1"], **CLOSE)
     cfg = ddt.sample(model, noise, y, cfg_scale=1.7, cfg_interval=(0.1, 0.8), **common)
     torch.testing.assert_close(cfg, io["cfg"], **CLOSE)
     auto = ddt.sample(model, noise, y, cfg_scale=1.42, cfg_interval=None, guide=guide, **common)

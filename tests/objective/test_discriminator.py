@@ -71,6 +71,27 @@ def test_augmentation_rounding_and_the_adaptive_weight_are_those_of_the_public_c
     (reconstruction + weight * gan).backward()  # both graphs are still there
 
 
+@pytest.mark.parametrize(
+    ("of_reconstruction", "of_gan", "expected"), [(1.0, 1e-6, 1e4), (1e-3, 0.0, 1e3), (1.0, 3e-6, 2.5e5), (2.0, 0.5, 4)]
+)
+def test_the_adaptive_weight_is_at_most_10000_and_bounded_where_the_gan_has_no_gradient(
+    of_reconstruction, of_gan, expected
+):
+    w = torch.ones(1, requires_grad=True)
+    found = adaptive_weight((of_reconstruction * w).sum(), (of_gan * w).sum(), w)
+    assert found.item() == pytest.approx(min(expected, 1e4), rel=1e-5)
+
+
+def test_the_heads_norms_have_their_published_eps(discriminator):
+    """Of tokens that hardly differ: variance 1e-6 beside eps 1e-6 leaves half of it."""
+    tokens = 1e-3 * torch.tensor([1.0, -1.0] * 8).expand(1, 16, 16)
+    for head in discriminator.heads:
+        for block in (head.first, head.second):
+            norm = block[1]
+            plain = (norm(tokens) - norm.bias[:, None]) / norm.weight[:, None]
+            torch.testing.assert_close(plain.square().mean(), torch.tensor(0.5), rtol=1e-3, atol=0)
+
+
 def test_an_image_is_augmented_by_its_own_numbers(stage1):
     images, uniform = stage1["real"], stage1["diffaug_uniform"]
     both = augment(images, uniform)

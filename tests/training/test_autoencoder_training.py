@@ -13,13 +13,12 @@ from ddt.autoencoder import KLAutoencoder
 from ddt.autoencoder.base import from_uint8
 from ddt.data.images import ArrayImages, Digits
 from ddt.errors import UserError
+from ddt.metrics.reconstruct import psnr
 from ddt.training.autoencoder import (
     AutoencoderSettings,
     autoencoder_loss,
     build_network,
-    comparison,
     fit,
-    psnr,
     train_autoencoder,
 )
 
@@ -118,23 +117,6 @@ def test_training_follows_the_learning_rate(monkeypatch):
     fit(network, Digits("train"), dataclasses.replace(SMALL, steps=2), torch.device("cpu"))
     before = build_network(SMALL, 1, 8).state_dict()
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-
-
-def test_psnr():
-    dark = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
-    other = dark.clone()
-    other[0] = 255  # 0 dB
-    other[1, 0, 0, 0] = 204  # mean square 0.8²/16: 13.98 dB
-    assert psnr(dark, other) == pytest.approx(13.979 / 2, abs=1e-3)
-    assert 100 < psnr(dark, dark) < 200
-
-
-def test_originals_stand_above_their_reconstructions():
-    for count, rows in ((1, 2), (3, 2), (8, 2), (11, 2), (16, 4), (40, 4)):
-        images = torch.zeros(count, 3, 48, 48, dtype=torch.uint8)
-        picture = comparison(images, images + 255)
-        assert picture.shape == (rows * 50 + 2, min(count, 8) * 50 + 2, 3)
-        assert picture[25::50, 25::50].mean(axis=(1, 2)).tolist() == [0, 255] * (rows // 2)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training():

@@ -17,6 +17,7 @@ from ddt.data.images import ImageFolder
 from ddt.data.reading import random_crop
 from ddt.data.stream import ReconstructionStream
 from ddt.distributed.launch import launch
+from ddt.epochs import in_steps
 from ddt.objective.lpips import STAGES, vgg_stages
 from ddt.training.decoder.run import build_decoder, build_run, check
 
@@ -64,8 +65,8 @@ def arguments(name, *more, steps=6):
         "autoencoder.encoder_weights=rae/encoder.safetensors", "autoencoder.decoder_heads=2",
         "decoder.width=32", "decoder.depth=2", "decoder.mlp_width=64", "decoder.patch_size=4", "optimizer.lr=2e-3",
         f"trainer.max_steps={steps}", "trainer.global_batch_size=4", "trainer.micro_batch_size=2",
-        "trainer.warmup_steps=2", "trainer.ema_decay=0.9", "trainer.log_every=1", "trainer.save_every=2",
-        "trainer.validate_every=3", "trainer.preview_every=6", "trainer.num_workers=0", *more,
+        "trainer.warmup_steps=2", "trainer.decay_end=null", "trainer.ema_decay=0.9", "trainer.log_every=1",
+        "trainer.save_every=2", "trainer.validate_every=3", "trainer.preview_every=6", "trainer.num_workers=0", *more,
     )  # fmt: skip
 
 
@@ -184,11 +185,28 @@ def test_the_decoder_learns_and_is_the_autoencoders(place):
 
 
 def test_the_learning_rates_are_those_of_the_public_code():
-    settings = composed("train_autoencoder", SETTINGS, "autoencoder=rae_dinov2_b", "trainer.max_steps=60",
-                        "trainer.warmup_steps=20", "reconstruction=l1").trainer  # fmt: skip
-    assert [settings.lr_factor(step) for step in range(60)] == pytest.approx(
-        golden("stage1")["lr_cosine"][:60].tolist()
-    )
+    """A decay from step 20, of the cosine after a warm-up, to step 60."""
+    common = ("autoencoder=rae_dinov2_b", "trainer.max_steps=70", "trainer.decay_end=60", "reconstruction=l1")
+    for schedule, start in (("cosine", ["trainer.warmup_steps=20"]),
+                            ("linear", ["trainer.warmup_steps=0", "trainer.decay_after=20"])):  # fmt: skip
+        chosen = (*common, f"trainer.lr_schedule={schedule}", *start)
+        trainer = composed("train_autoencoder", SETTINGS, *chosen).trainer
+        expected = golden("stage1")[f"lr_{schedule}"].tolist()
+        assert [trainer.lr_factor(step) for step in range(len(expected))] == pytest.approx(expected, rel=1e-6)
+
+
+def test_epochs_of_stage_1_are_steps_of_its_images(place, with_small_dino):
+    epochs = ("trainer.max_steps=2epochs", "trainer.warmup_steps=1epoch", "trainer.decay_end=2epochs")
+    starts = ("reconstruction.discriminator_start=1epoch", "reconstruction.gan_start=1.5epochs")
+    given = [each for each in GAN if "_start" not in each]
+    said = run_inside("scripts.train_autoencoder", *arguments("epochs", *given, *epochs, *starts)).stderr
+    assert "an epoch of 12 images is 3 steps: trainer.max_steps=6, trainer.warmup_steps=3, trainer.decay_end=6" in said
+    assert "training to step 6 (2 epochs)" in said
+    config = json.loads((place / "runs" / "epochs" / "config.json").read_text())
+    assert (config["reconstruction"]["discriminator_start"], config["reconstruction"]["gan_start"]) == (3, 4)
+    assert (config["trainer"]["max_steps"], config["trainer"]["warmup_steps"]) == (6, 3)
+    never = (*given, *epochs, *starts[:1], "reconstruction.gan_start=2epochs")
+    assert refusal("scripts.train_autoencoder", *arguments("never", *never)).startswith("reconstruction.gan_start=6: ")
 
 
 def test_the_small_choices_fit_one_another():
@@ -201,12 +219,13 @@ def test_the_small_choices_fit_one_another():
 
 def test_the_published_recipe_is_the_default():
     settings = composed("train_autoencoder", SETTINGS, "autoencoder=rae_dinov2_b", "data=in256", "data.root=x")
-    trainer, epoch = settings.trainer, 2_502
+    trainer, epoch = in_steps(settings.trainer, 1_281_167, 512, "trainer"), 2_502
     assert (trainer.max_steps, trainer.global_batch_size, trainer.warmup_steps) == (16 * epoch, 512, epoch)
-    assert (trainer.lr_schedule, trainer.lr_end, trainer.decay_after) == ("cosine", 0.1, None)
+    assert (trainer.lr_schedule, trainer.lr_end) == ("cosine", 0.1)
+    assert (trainer.decay_after, trainer.decay_end) == (None, 16 * epoch)
     assert (trainer.ema_decay, trainer.clip_norm, trainer.mixed_precision) == (0.9978, None, "fp32")
     assert settings.optimizer.settings == {"lr": 2e-4, "betas": (0.9, 0.95), "weight_decay": 0.0}
-    given = settings.reconstruction
+    given = in_steps(settings.reconstruction, 1_281_167, 512, "reconstruction")
     assert (given.noise, given.lpips_weight, given.gan_weight) == (0.8, 1.0, 0.75)
     assert (given.discriminator_start, given.gan_start) == (6 * epoch, 8 * epoch)
     assert not settings.data.settings["horizontal_flip"]

@@ -1,7 +1,9 @@
 """The EMA weights."""
 
 import torch
+from conftest import small_network
 
+from ddt.autoencoder.vit_decoder import ViTDecoder
 from ddt.training.ema import EMA, ConstantDecay
 
 
@@ -16,6 +18,21 @@ def test_average_has_its_closed_form():
         ema.update(model, k)
     expected = (1 - decay) * sum(decay ** (n - k) * k for k in range(1, n + 1))
     torch.testing.assert_close(ema.model.weight.item(), expected, rtol=1e-5, atol=0)
+
+
+def test_all_named_parameters_are_averaged_and_buffers_are_those_of_the_start():
+    """As the published EMA: frozen parameters too, such as the frequencies of DiT^DH."""
+    for model in (small_network("ditdh"), ViTDecoder(6, 16, 1, 32, num_heads=2, grid=3, patch_size=4)):
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        ema = EMA(model, ConstantDecay(0.75))
+        for value in model.state_dict().values():
+            value.add_(1.0)
+        ema.update(model, 1)
+        parameters = dict(model.named_parameters())
+        for name, value in ema.model.state_dict().items():
+            expected = start[name] + (0.25 if name in parameters else 0)
+            torch.testing.assert_close(value, expected, msg=name)
+    assert "decoder_pos_embed" in start.keys() - parameters.keys()
 
 
 def test_average_is_float32_apart_and_without_gradients():

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from ddt.autoencoder import build_autoencoder
 from ddt.data.images import ImageFolder
 from ddt.data.latent_cache import LatentCache
+from ddt.training.run import build_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = ["data=folder", "data.image_size=16", "data.holdout_every=5"]
@@ -116,6 +117,34 @@ def test_training_from_a_cache_is_that_on_the_fly_then_samples_and_an_export(pla
     with np.load("again/samples.npz") as file:
         assert np.array_equal(file["arr_0"], images)
     assert "format=diffusers" in refusal("scripts.export", "ckpt=runs/cached", "out=pipe", "format=diffusers")
+
+
+def test_epochs_become_steps_and_null_shifts_those_of_the_latents(place):
+    """12 images, 2 steps of 6 an epoch; latents of 64×16×16 are four times 4,096 numbers."""
+    small = [each for each in SMALL if "=4" not in each and not each.startswith("data.")]
+    small += ["trainer.global_batch_size=6", "trainer.log_every=1", "trainer.preview_every=0", "model.depth=3"]
+    epochs = ["trainer.max_steps=2epochs", "trainer.lr_schedule=linear", "trainer.decay_after=0.5epochs"]
+    shape = autoencoder(place / "large", grid=16, patch_size=1)
+    command = ["name=epochs", *DATA, "data.root=pictures", *shape, *small, *epochs, "optimizer.lr=1"]
+    said = run_inside("train", *command).stderr
+    assert "an epoch of 12 images is 2 steps: trainer.max_steps=4, trainer.decay_after=1" in said
+    assert "training to step 4 (2 epochs)" in said
+    folder = place / "runs" / "epochs"
+    assert [row["lr"] for row in rows(folder) if "lr" in row] == pytest.approx([1, 1, 2 / 3, 1 / 3])
+    run_config = json.loads((folder / "config.json").read_text())
+    stored = json.loads((folder / "checkpoints" / "step_0000004" / "config.json").read_text())
+    shifts = run_config["objective"]["timeshift"], run_config["sampler"]["timeshift"], stored["sampler"]["timeshift"]
+    assert shifts == (2, 2, 2)
+    assert run_config["trainer"]["max_steps"] == 4
+    built = build_run(train_settings(*command, "trainer.max_steps=4", "trainer.decay_after=1"))
+    assert (built.objective.times.timeshift, built.settings.sampler.timeshift) == (2, 2)
+    assert "complete at step 4" in run_inside("train", *command).stderr
+    # where the decay ends is its own number: a longer training is the same one
+    longer = [each for each in command if "max_steps" not in each] + ["name=longer", "trainer.decay_end=2epochs"]
+    succeed("train", *longer, "trainer.max_steps=4")
+    succeed("train", *longer, "trainer.max_steps=3epochs")
+    factors = [row["lr"] for row in rows(place / "runs" / "longer") if "lr" in row]
+    assert factors == pytest.approx([1, 1, 2 / 3, 1 / 3, 0, 0])
 
 
 def test_data_in256_rae_is_on_the_fly_without_alignment():

@@ -611,12 +611,16 @@ def test_what_cannot_be_removed_costs_nothing(monkeypatch, caplog, straight):
 
 
 def test_what_a_resumed_run_must_share():
-    trainer = {"lr_schedule": "constant", "max_steps": 10, "save_every": 5}
+    trainer = {"lr_schedule": "constant", "decay_end": None, "max_steps": 10, "save_every": 5}
     old = {"model": {"depth": 6}, "seed": 0, "trainer": trainer}
     new = {"model": {"depth": 7}, "seed": 0, "trainer": {**trainer, "max_steps": 20, "save_every": 1}}
     assert frozen_differences(old, new) == {"model.depth": (6, 7)}
     new["trainer"]["lr_schedule"] = old["trainer"]["lr_schedule"] = "linear"
     assert frozen_differences(old, new) == {"model.depth": (6, 7), "trainer.max_steps": (10, 20)}
+    new["trainer"]["decay_end"] = old["trainer"]["decay_end"] = 10  # the learning rate no longer depends on max_steps
+    assert frozen_differences(old, new) == {"model.depth": (6, 7)}
+    new["trainer"]["decay_end"] = 20
+    assert frozen_differences(old, new) == {"model.depth": (6, 7), "trainer.decay_end": (10, 20)}
 
 
 # --- whose folder

@@ -2,6 +2,7 @@
 micro-batches.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -441,9 +442,14 @@ def test_learning_rate_schedules():
     late = {"max_steps": 10, "lr_schedule": "linear", "decay_after": 4, "lr_end": 0.1}
     late = TrainerSettings(**SETTINGS | {"warmup_steps": 0} | late)
     assert [late.lr_factor(s) for s in (0, 4, 7, 10)] == pytest.approx([1, 1, 0.55, 0.1])
+    for max_steps in (3, 7, 20):  # where it ends is its own number
+        ending = dataclasses.replace(late, max_steps=max_steps, decay_end=10)
+        assert [ending.lr_factor(s) for s in (0, 4, 7, 10, 19)] == pytest.approx([1, 1, 0.55, 0.1, 0.1])
     for change, key in (
         ({"lr_end": 0.1}, "lr_end"), ({"decay_after": 4}, "decay_after"),
-        ({"lr_schedule": "linear", "decay_after": 10}, "decay_after"),
+        ({"lr_schedule": "linear", "decay_after": 10}, "decay_after"), ({"decay_end": 4}, "decay_end"),
+        ({"lr_schedule": "linear", "decay_after": 4, "decay_end": 4}, "decay_after"),
+        ({"lr_schedule": "linear", "warmup_steps": 4, "decay_end": 4}, "decay_end"),
         ({"lr_schedule": "cosine", "lr_end": 2.0}, "lr_end"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"trainer.{key}="):

@@ -115,8 +115,8 @@ def start(run: DecoderRun) -> Iterator[Session | None]:
         saver = Saver(run_dir, trainer, run.config, accelerator)
         missing = restore(run, state, saver)
         if state.step >= trainer.max_steps and not missing:
-            constant = trainer.lr_schedule == "constant"
-            log_complete(run_dir, state, "raise trainer.max_steps" if constant else "start another, of another name=,")
+            longer = "raise trainer.max_steps" if trainer.may_end_later else "start another, of another name=,"
+            log_complete(run_dir, state, longer)
             yield None
             return
         stream = ReconstructionStream(run.images, settings.seed, run.latent_shape)

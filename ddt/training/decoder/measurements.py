@@ -12,10 +12,10 @@ from ddt.autoencoder import RAE
 from ddt.autoencoder.vit_decoder import ViTDecoder
 from ddt.data.images import Images
 from ddt.data.source import spread
+from ddt.metrics.reconstruct import comparison, psnr
 from ddt.objective.reconstruction import Reconstruction
 from ddt.pictures import write_png
 from ddt.precision import autocast
-from ddt.training.autoencoder import comparison, psnr
 from ddt.training.decoder.run import DecoderRun
 from ddt.training.measurements import MAX_VALIDATION_IMAGES, picture_or_warning, preview_path
 from ddt.training.tracking import JsonlTracker

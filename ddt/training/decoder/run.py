@@ -17,11 +17,12 @@ from ddt.autoencoder.rae_encoder import FrozenEncoder
 from ddt.autoencoder.vit_decoder import ViTDecoder
 from ddt.config import locate
 from ddt.distributed.launch import default_processes
+from ddt.epochs import are_steps
 from ddt.errors import UserError, require, require_count
 from ddt.objective.discriminator import Discriminator, load_dino
 from ddt.objective.lpips import LPIPS
 from ddt.objective.reconstruction import Discrimination, Reconstruction, ReconstructionSettings
-from ddt.training.run import BaseRun, RunSettings, check_memory, inspect_data
+from ddt.training.run import BaseRun, RunSettings, check_memory, count_steps, inspect_data
 
 log = logging.getLogger(__name__)
 MAX_SIZE = 65_536
@@ -68,10 +69,10 @@ class DecoderSettings(RunSettings):
             value = getattr(trainer, key)
             shown = str(list(value) if isinstance(value, tuple) else value).lower()
             require(value in known, f"trainer.{key}={shown}: not for an autoencoder's decoder; leave it out")
-        reconstruction = self.reconstruction
+        reconstruction, start = self.reconstruction, self.reconstruction.gan_start
         require(
-            not reconstruction.gan_weight or reconstruction.gan_start < trainer.max_steps,
-            f"reconstruction.gan_start={reconstruction.gan_start}: is never reached with trainer.max_steps="
+            not (reconstruction.gan_weight and are_steps(start, trainer.max_steps)) or start < trainer.max_steps,
+            f"reconstruction.gan_start={start}: is never reached with trainer.max_steps="
             f"{trainer.max_steps}; lower it, or give reconstruction=l1",
         )
 
@@ -81,8 +82,9 @@ class DecoderSettings(RunSettings):
         from ddt.training.decoder.loop import train
 
         check(self)
-        inspect_data(self.data, aligned=False, pixels=True)
-        launch(train, self.trainer.num_processes, self)
+        settings = count_steps(self)
+        inspect_data(settings.data, aligned=False, pixels=True)
+        launch(train, settings.trainer.num_processes, settings)
 
 
 def check(settings: DecoderSettings) -> None:
