@@ -6,8 +6,8 @@ from ddt.autoencoder.base import Autoencoder
 from ddt.autoencoder.diffusers import KLAutoencoder, TinyAutoencoder
 from ddt.autoencoder.identity import Identity
 from ddt.autoencoder.rae import RAE
-from ddt.config import parse
-from ddt.errors import UserError, brief
+from ddt.config import check_call, parse
+from ddt.errors import UserError, brief, require
 
 AUTOENCODERS: dict[str, Any] = {
     f"ddt.autoencoder.{kind.__name__}": kind for kind in (Identity, KLAutoencoder, TinyAutoencoder, RAE)
@@ -31,4 +31,8 @@ def build_autoencoder(settings: dict[str, Any], outline: bool = False) -> Autoen
     """
     kind = autoencoder_class(settings)
     arguments = {key: value for key, value in settings.items() if key != "_target_"}
-    return parse(kind.outline if outline else kind, arguments, "autoencoder")
+    if not outline:
+        return parse(kind, arguments, "autoencoder")
+    arguments, problems = check_call(kind, arguments, "autoencoder")
+    require(not problems, "\n".join(problems))
+    return kind.outline(arguments)

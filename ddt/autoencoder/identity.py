@@ -25,8 +25,10 @@ class Identity:
     encoder_fingerprint = None
     latent_channels = None
 
+    latents_by: tuple[str, ...] = ()
+
     @classmethod
-    def outline(cls) -> "Identity":
+    def outline(cls, settings: dict[str, Any]) -> "Identity":
         return cls()
 
     @classmethod
@@ -44,6 +46,9 @@ class Identity:
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         return channels, image_size, image_size
+
+    def image_size(self, latent_shape: tuple[int, int, int]) -> int:
+        return latent_shape[-1]
 
     def encode(self, images: Tensor) -> Tensor:
         """Return float32 pixels in [−1, 1], (B, C, H, W), of uint8 images."""

@@ -126,7 +126,10 @@ def stored_config(step, **sizes):
 
 def run_config(network, autoencoder=None):
     class_names = ["0"] * network["num_classes"]
-    return {"network": network, "autoencoder_fingerprint": autoencoder, "class_names": class_names}
+    pixels = {"_target_": "ddt.autoencoder.Identity"}
+    return {
+        "network": network, "autoencoder": pixels, "autoencoder_fingerprint": autoencoder, "class_names": class_names,
+    }  # fmt: skip
 
 
 def objective(**sizes):
