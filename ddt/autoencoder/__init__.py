@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from ddt.autoencoder.base import Autoencoder
 from ddt.autoencoder.diffusers import KLAutoencoder, TinyAutoencoder
 from ddt.autoencoder.identity import Identity
@@ -21,6 +23,12 @@ def autoencoder_class(settings: dict[str, Any]) -> Any:
         known = ", ".join(AUTOENCODERS)
         raise UserError(f"autoencoder._target_={brief(str(target), 60)}: unknown, choose from {known}")
     return AUTOENCODERS[target]
+
+
+def part_of_autoencoder(state: dict[str, Tensor]) -> str | None:
+    """Return what weights are, where they are a known part of an autoencoder, and its setting."""
+    parts = (part for kind in AUTOENCODERS.values() for part in kind.parts)
+    return next((what for name, what in parts if name in state), None)
 
 
 def build_autoencoder(settings: dict[str, Any], outline: bool = False) -> Autoencoder:

@@ -51,6 +51,7 @@ class Autoencoder(Protocol):
     def latent_channels(self) -> int | None:
         """Channels of the latents; None: those of the images."""
 
+    parts: tuple[tuple[str, str], ...]  # a class attribute: a name of weights, what a file with it is
     latents_by: tuple[str, ...]  # a class attribute: the settings that its latents depend on
 
     @classmethod

@@ -157,6 +157,7 @@ class DiffusersAutoencoder(abc.ABC):
     trains_decoder = False
     sampling_dtype: Dtype | None = None
     latents_by: tuple[str, ...] = ("source", "revision", "latents_mean", "latents_std")
+    parts: tuple[tuple[str, str], ...] = ()
     packages = ("diffusers",)
     kind: str
     stochastic: bool
@@ -332,6 +333,7 @@ class KLAutoencoder(DiffusersAutoencoder):
     """A diffusers `AutoencoderKL`, such as SD-VAE, with 4, 16 or 32 channels."""
 
     kind, stochastic, levels = "AutoencoderKL", True, "block_out_channels"
+    parts = (("encoder.conv_in.weight", "an AutoencoderKL (autoencoder.source, with its folder)"),)
 
     def _moments(self, pixels: Tensor) -> Tensor:
         return self.network.encode(pixels).latent_dist.parameters  # (B, 2C, h, w): mean, logvar

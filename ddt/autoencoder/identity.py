@@ -26,6 +26,7 @@ class Identity:
     latent_channels = None
 
     latents_by: tuple[str, ...] = ()
+    parts: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def outline(cls, settings: dict[str, Any]) -> "Identity":

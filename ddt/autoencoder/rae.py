@@ -196,6 +196,12 @@ class RepresentationAutoencoder:
     trains_decoder = True
     sampling_dtype: Dtype | None = "fp32"  # in bf16 the published FID is 0.1 worse
     latents_by: tuple[str, ...] = ("encoder", "encoder_weights", "statistics", "source", "revision", "class_token")
+    parts: tuple[tuple[str, str], ...] = (
+        ("decoder_embed.weight", "the decoder of an RAE (autoencoder.decoder)"),
+        ("decoder.decoder_embed.weight", "the decoder of an RAE (autoencoder.decoder)"),
+        ("mean", "statistics of latents (autoencoder.statistics)"),
+        ("var", "statistics of latents (autoencoder.statistics)"),
+    )
     packages = ("timm",)
 
     def __init__(

@@ -70,7 +70,10 @@ def read_source(init_from: str, network: dict[str, Any]) -> Source:
             autoencoder={key: config.get(key) for key in ("autoencoder", "autoencoder_fingerprint")},
             class_names=config.get("class_names"),
         )
-    released = read_released(path, network.get("encoder_depth"), network["patch_size"])
+    try:
+        released = read_released(path, network.get("encoder_depth"), network["patch_size"], network["_target_"])
+    except UserError as error:
+        raise UserError(f"init_from={error}") from error
     read = {part: released.weights(part) for part in WEIGHTS if released.parts[part]}
     projector = released.parts["projector"]
     synsets = imagenet_synsets()  # every published model of a thousand classes is one of ImageNet

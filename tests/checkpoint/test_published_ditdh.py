@@ -1,10 +1,11 @@
 """Published files of DiT^DH: recognised by their keys, their tables checked, read and written."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import refusal, run_inside, small_rae, succeed
+from conftest import refusal, run_inside, small_rae, small_vae, succeed
 from rae import RAE, golden, network, weights
 from safetensors.torch import load_file, save_file
 
@@ -252,6 +253,24 @@ def test_a_published_file_begins_a_training(tmp_path):
     assert source.ema.keys() == ddt.load_released(path).state_dict().keys()
     with pytest.raises(UserError, match="encoder_depth=4"):
         read_source(str(path), {**settings, "encoder_depth": 4})
+    ddt_network = {**settings, "_target_": "ddt.model.DDT", "patch_size": 2}
+    with pytest.raises(UserError, match=r"init_from=changed\.safetensors: is a DiTDH, not a DDT; "):
+        read_source(str(path), ddt_network)
+    with pytest.raises(UserError, match=r"tiny\.weights\.safetensors: is a DDT, not a DiTDH; "):
+        read_source(str(RAE.parent / "tiny.weights.safetensors"), settings)
+
+
+def test_parts_of_an_autoencoder_are_named(tmp_path, rae):
+    files = {"decoder": "the decoder of an RAE", "statistics": "statistics of latents"}
+    for key, what in files.items():
+        with pytest.raises(UserError, match=rf": is {what} \(autoencoder\.{key}\); give the file of a DDT"):
+            ddt.load_released(rae[key])
+    vae = Path(small_vae(tmp_path / "vae")) / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match=r": is an AutoencoderKL \(autoencoder\.source"):
+        ddt.load_released(vae)
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="holds no DDT"):
+        ddt.load_released(tmp_path / "x.safetensors")
 
 
 # --- the autoencoder of a converted checkpoint
