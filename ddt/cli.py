@@ -528,8 +528,23 @@ def mistake(error: Exception, arguments: list[str], folder: Path, config_name: s
             parents, name, beside = [*parents, name], unknown[0], beside[name]
         known = [".".join([*parents, str(k)]) for k in beside if str(k)[:1] != "_"]
         full = ".".join([*parents, str(name)])
+        others = choices_with(folder, override.key_or_group)
+        if others and not unknown:
+            chosen = f" of {parents[0]}={groups[parents[0]]}" if parents[0] in groups else ""
+            return f"{full}: no such setting{chosen}; {parents[0]}={' or '.join(others)} has it"
         return f"{full}: no such setting{did_you_mean(full, known)}"
     cause = error.__cause__ or error
     if isinstance(cause, ModuleNotFoundError) and cause.name:  # of a launcher or a sweeper
         return missing_package(cause.name, "hydra")
     return f"Hydra: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+def choices_with(folder: Path, key: str) -> list[str]:
+    """Return up to three files of a group that have its setting `key`, such as objective.t_min."""
+    group, _, name = key.partition(".")
+    found = []
+    for path in sorted((folder / group).glob("[!_]*.yaml")) if name else []:
+        values: Any = OmegaConf.to_container(OmegaConf.load(path))
+        if name in values.get(group, values):
+            found.append(path.stem)
+    return found[:3]

@@ -34,11 +34,10 @@ def pinned(source: str, revision: str | None) -> str:
     return f"{source}@{revision}" if revision and is_hub_id(source) else source
 
 
-def resolve(source: str, label: str, choose: Choose, advice: str) -> Path:
-    """Return the path `source`, or the local folder of a hub model with the files of `choose`.
+def local_path(source: str, label: str, advice: str) -> Path | None:
+    """Return the path `source`, None for a hub id; raise UserError where it is neither.
 
-    label: the setting, for messages: "released=FILE". advice: what to do without the hub. Raises
-    UserError where it is neither, or the hub does not give the files.
+    label: the setting, for messages: "released=FILE". advice: what to do instead.
     """
     path = Path(source)
     if path.exists():
@@ -50,7 +49,17 @@ def resolve(source: str, label: str, choose: Choose, advice: str) -> Path:
         raise UserError(
             f"{label}: no such file or folder, and a folder {parent}/ is here, so it is no model of the hub; {advice}"
         )
-    return fetch(source, label, choose, advice)
+    return None
+
+
+def resolve(source: str, label: str, choose: Choose, advice: str) -> Path:
+    """Return the path `source`, or the local folder of a hub model with the files of `choose`.
+
+    As `local_path`; advice: also what to do without the hub. Raises UserError also where the hub
+    does not give the files.
+    """
+    path = local_path(source, label, advice)
+    return fetch(source, label, choose, advice) if path is None else path
 
 
 def fetch(

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash scripts/reproduce.sh MODEL REFERENCE_NPZ [key=value …]: from a published checkpoint to its numbers.
-# MODEL: xl_256, xl_512 (DDT), ditdh_xl_256, ditdh_xl_512 (DiT^DH with its guide; 256 px also without: guide=null cfg_scale=1).
+# MODEL: xl_256, xl_512 (DDT), ditdh_xl_256, ditdh_xl_512 (DiT^DH with its guide; 256 px also without guidance: guide=null).
 # Converts it, samples 50 images of each class, evaluates them against ADM's reference npz and compares with the paper.
 # The same command resumes. Keys: of sample.py; released, released_guide and encoder_depth, for convert_checkpoint.py;
 # inception_weights and pr_dtype, of evaluate.py.
@@ -50,8 +50,19 @@ for setting in "${@:3}"; do
         *) usage ;;
     esac
 done
-if [[ $model == ditdh_xl_256 && $guide == null ]]; then
+if [[ $model == ditdh_* && $guide == null ]]; then # cfg_scale of the preset is the guide's
+    if [ "$model" != ditdh_xl_256 ]; then
+        echo "guide=null: no number of $model without its guide was published; leave it out, or use ditdh_xl_256" >&2
+        exit 1
+    fi
     published='{fid:1.51}'
+    for setting in ${sampling[@]+"${sampling[@]}"}; do
+        if [[ $setting == cfg_scale=* && ! $setting =~ ^cfg_scale=1(\.0*)?$ ]]; then
+            echo "$setting: the published FID without a guide, 1.51, is of cfg_scale=1; leave it out" >&2
+            exit 1
+        fi
+    done
+    sampling+=(cfg_scale=1)
 fi
 
 python=${PYTHON:-$root/.venv/bin/python}

@@ -250,6 +250,10 @@ def test_the_command_line_wins_over_the_data():
         (["experiment=xl_512", "data.root=."], "init_from: not set; give init_from="),
         (["model.encoder_dept=3"], "model.encoder_dept: no such setting; did you mean model.encoder_depth?"),
         (["+model.foo=1"], "model.foo: no such setting"),
+        (
+            ["objective=reg", "objective.base_depth=2"],
+            "objective.base_depth: no such setting of objective=reg; objective=flow_matching has it",
+        ),
         (["modle=nano"], "modle: no such setting; did you mean model?"),
         (["model=nanoo"], "model=nanoo: no such choice; did you mean nano?"),
         (["trainer.max_steps=abc"], "trainer.max_steps=abc: give a whole number or epochs such as 80epochs"),

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from ddt.autoencoder.base import Autoencoder
 from ddt.autoencoder.diffusers import KLAutoencoder, TinyAutoencoder
 from ddt.autoencoder.identity import Identity
 from ddt.autoencoder.rae import RAE
-from ddt.config import parse
-from ddt.errors import UserError, brief
+from ddt.config import check_call, parse
+from ddt.errors import UserError, brief, require
 
 AUTOENCODERS: dict[str, Any] = {
     f"ddt.autoencoder.{kind.__name__}": kind for kind in (Identity, KLAutoencoder, TinyAutoencoder, RAE)
@@ -23,6 +25,12 @@ def autoencoder_class(settings: dict[str, Any]) -> Any:
     return AUTOENCODERS[target]
 
 
+def part_of_autoencoder(state: dict[str, Tensor]) -> str | None:
+    """Return what weights are, where they are a known part of an autoencoder, and its setting."""
+    parts = (part for kind in AUTOENCODERS.values() for part in kind.parts)
+    return next((what for name, what in parts if name in state), None)
+
+
 def build_autoencoder(settings: dict[str, Any], outline: bool = False) -> Autoencoder:
     """Build the autoencoder of a checkpoint's settings: `_target_` of `AUTOENCODERS` and arguments.
 
@@ -31,4 +39,8 @@ def build_autoencoder(settings: dict[str, Any], outline: bool = False) -> Autoen
     """
     kind = autoencoder_class(settings)
     arguments = {key: value for key, value in settings.items() if key != "_target_"}
-    return parse(kind.outline if outline else kind, arguments, "autoencoder")
+    if not outline:
+        return parse(kind, arguments, "autoencoder")
+    arguments, problems = check_call(kind, arguments, "autoencoder")
+    require(not problems, "\n".join(problems))
+    return kind.outline(arguments)

@@ -15,7 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ddt.errors import UserError
 from ddt.precision import Dtype
+
+
+class UnknownShape(UserError):
+    """Only the hub knows the shapes of an autoencoder."""
 
 
 class Autoencoder(Protocol):
@@ -47,6 +52,17 @@ class Autoencoder(Protocol):
     def latent_channels(self) -> int | None:
         """Channels of the latents; None: those of the images."""
 
+    parts: tuple[tuple[str, str], ...]  # a class attribute: a name of weights, what a file with it is
+    latents_by: tuple[str, ...]  # a class attribute: the settings that its latents depend on
+
+    @classmethod
+    def outline(cls, settings: dict[str, Any]) -> "Autoencoder":
+        """Build one of the constructor's arguments on the meta device, without a hub, to count its
+        cost and to learn its shapes. Local files are checked as the constructor does.
+
+        Raises UnknownShape where only the hub could say the shapes, UserError as the constructor.
+        """
+
     @classmethod
     def on_hub(cls, settings: dict[str, Any]) -> bool:
         """Return whether a name is enough to find every file of settings."""
@@ -60,6 +76,11 @@ class Autoencoder(Protocol):
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         """Return (C, H, W) of latents of images of `image_size` px; UserError where they misfit."""
+
+    def image_size(self, latent_shape: tuple[int, int, int]) -> int:
+        """Return the pixels per side of the images of latents (C, H, W): `latent_shape` of them is
+        this. Raises UserError, a sentence without advice, where it has other latents.
+        """
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the moments, float32 (B, 2C or C, H, W), of uint8 images."""

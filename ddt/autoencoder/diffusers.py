@@ -16,10 +16,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ddt.autoencoder.base import from_uint8, to_uint8, weights_hash
+from ddt.autoencoder.base import UnknownShape, from_uint8, to_uint8, weights_hash
 from ddt.errors import UserError, brief, first_line, reason, require, require_count
 from ddt.files import read_json
-from ddt.hub import is_hub_id, pinned, resolve
+from ddt.hub import is_hub_id, local_path, pinned, resolve
 from ddt.precision import Dtype, autocast, check_dtype
 from ddt.tensor_files import read_state_dict
 
@@ -196,6 +196,8 @@ class DiffusersAutoencoder(LatentDecoder, abc.ABC):
     in_diffusers = True
     trains_decoder = False
     sampling_dtype: Dtype | None = None
+    latents_by: tuple[str, ...] = ("source", "revision", "latents_mean", "latents_std")
+    parts: tuple[tuple[str, str], ...] = ()
     packages = ("diffusers",)
     kind: str
     stochastic: bool
@@ -212,17 +214,18 @@ class DiffusersAutoencoder(LatentDecoder, abc.ABC):
     ) -> None:
         require_count("autoencoder.chunk_size", chunk_size)
         self._hold(load_diffusers(self.kind, source, revision), chunk_size, encode_dtype)
-        if latents_mean is not None or latents_std is not None:
-            self._normalise(latents_mean, latents_std)
+        self._renormalise(latents_mean, latents_std)
 
     def _hold(self, network: Any, chunk_size: int, encode_dtype: Dtype) -> None:
         super().__init__(network, chunk_size)
         self.encode_dtype, self.own_shift, self.own_scale = encode_dtype, self.shift, self.scale
 
-    def _normalise(self, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:
-        """Normalise by these statistics; the network's config has them from now on, so that a copy
-        of it is this autoencoder.
+    def _renormalise(self, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:
+        """Normalise by these statistics, where there are some; the network's config has them from
+        now on, so that a copy of it is this autoencoder.
         """
+        if mean is None and std is None:
+            return
         for key, values in (("mean", mean), ("std", std)):
             shown = None if values is None else list(values)
             require(
@@ -248,31 +251,21 @@ class DiffusersAutoencoder(LatentDecoder, abc.ABC):
         return autoencoder
 
     @classmethod
-    def outline(
-        cls,
-        source: str,
-        encode_dtype: Dtype = "fp32",
-        revision: str | None = None,
-        chunk_size: int = 1,
-        latents_mean: tuple[float, ...] | None = None,
-        latents_std: tuple[float, ...] | None = None,
-    ) -> Self:
-        """Build one on the meta device, without weights or a hub, to count its cost. The other
-        arguments are unused.
-
-        Raises UserError where `source` is neither a local folder nor one of `PUBLISHED`.
-        """
-        require(
-            source in PUBLISHED or Path(source).is_dir(),
-            f"autoencoder.source={source}: its shape is not known here; give a local folder, or one of "
-            f"{', '.join(PUBLISHED)}",
-        )
+    def outline(cls, settings: dict[str, Any]) -> Self:
+        """See `Autoencoder`: the shapes of a local folder and of `PUBLISHED` are known."""
+        source, label = settings["source"], f"autoencoder.source={settings['source']}"
+        known = source in PUBLISHED and not Path(source).exists()
+        if not known and local_path(source, label, "give a local folder") is None:
+            raise UnknownShape(
+                f"{label}: its shape is not known here; give a local folder, or one of {', '.join(PUBLISHED)}"
+            )
         try:
-            config = PUBLISHED[source] if source in PUBLISHED else read_json(find_files(source, None)[0])
-            network = build_outline(cls.kind, config)
+            network = build_outline(cls.kind, PUBLISHED[source] if known else read_json(find_files(source, None)[0]))
         except UserError as error:
             raise of_source(source, error) from error
-        return cls.around(network.requires_grad_(False), 1)
+        autoencoder = cls.around(network.requires_grad_(False), 1)
+        autoencoder._renormalise(settings.get("latents_mean"), settings.get("latents_std"))
+        return autoencoder
 
     @classmethod
     def on_hub(cls, settings: dict[str, Any]) -> bool:
@@ -314,6 +307,15 @@ class DiffusersAutoencoder(LatentDecoder, abc.ABC):
             )
         return config.latent_channels, image_size // factor, image_size // factor
 
+    def image_size(self, latent_shape: tuple[int, int, int]) -> int:
+        """Return the pixels per side of the images of latents (C, h, w); UserError for others."""
+        channels, _, side = latent_shape
+        require(
+            channels == self.latent_channels,
+            f"autoencoder: has {self.latent_channels} latent channels, the model {channels}",
+        )
+        return side * self.downsampling
+
     @abc.abstractmethod
     def _moments(self, pixels: Tensor) -> Tensor:
         """Return the moments (B, 2C or C, h, w) of pixels (B, 3, H, W) in [−1, 1]."""
@@ -347,6 +349,7 @@ class KLAutoencoder(DiffusersAutoencoder):
     """A diffusers `AutoencoderKL`, such as SD-VAE, with 4, 16 or 32 channels."""
 
     kind, stochastic, levels = "AutoencoderKL", True, "block_out_channels"
+    parts = (("encoder.conv_in.weight", "an AutoencoderKL (autoencoder.source, with its folder)"),)
 
     def _moments(self, pixels: Tensor) -> Tensor:
         return self.network.encode(pixels).latent_dist.parameters  # (B, 2C, h, w): mean, logvar

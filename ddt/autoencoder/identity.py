@@ -26,8 +26,11 @@ class Identity:
     encoder_fingerprint = None
     latent_channels = None
 
+    latents_by: tuple[str, ...] = ()
+    parts: tuple[tuple[str, str], ...] = ()
+
     @classmethod
-    def outline(cls) -> "Identity":
+    def outline(cls, settings: dict[str, Any]) -> "Identity":
         return cls()
 
     @classmethod
@@ -45,6 +48,9 @@ class Identity:
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         return channels, image_size, image_size
+
+    def image_size(self, latent_shape: tuple[int, int, int]) -> int:
+        return latent_shape[-1]
 
     def encode(self, images: Tensor) -> Tensor:
         """Return float32 pixels in [−1, 1], (B, C, H, W), of uint8 images."""

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ddt.autoencoder.base import weights_hash
+from ddt.autoencoder.base import UnknownShape, weights_hash
 from ddt.autoencoder.rae_encoder import FrozenEncoder
 from ddt.autoencoder.vit_decoder import ViTDecoder, load_decoder
 from ddt.errors import UserError, reason, require, require_count
 from ddt.flow import dimension_timeshift
-from ddt.hub import is_hub_id, pinned, resolve
+from ddt.hub import fetch, is_hub_id, local_path, pinned
 from ddt.model.class_token import join_token, split_token, token_rows
 from ddt.precision import Dtype, autocast, check_dtype
 from ddt.tensor_files import read_state_dict
@@ -29,6 +29,7 @@ from ddt.timm_networks import pretrained_file
 
 EPS = 1e-5  # beside the variance
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of an encoder on the hub, in transformers' layout
+ENCODER_ADVICE = "on a machine without a hub give autoencoder.encoder_weights=FILE"
 PUBLISHED = "nyu-visionx/RAE-collections"
 # sizes of its decoders, by a part of their file's name
 PUBLISHED_SIZES = {
@@ -43,6 +44,7 @@ def truncate(pixels: Tensor) -> Tensor:
     return (pixels.float().clamp(0, 1) * 255).to(torch.uint8)
 
 
+EXECUTION = ("chunk_size", "encode_dtype", "decode_dtype")  # settings of how it runs, not of what it is
 BUNDLE = {  # setting → its file in a folder that `save` writes
     "encoder_weights": "encoder.safetensors",
     "decoder": "decoder.safetensors",
@@ -50,50 +52,76 @@ BUNDLE = {  # setting → its file in a folder that `save` writes
 }
 
 
-def find_file(name: str, source: str | None, revision: str | None, key: str) -> Path:
-    """Return the path of a file: in `source`, where that is a folder with it, or here, or else in
-    the hub's model `source`. Raises UserError naming `autoencoder.<key>` where it is nowhere.
+def local_file(name: str, source: str | None, revision: str | None, key: str) -> Path | None:
+    """Return the path of a file in `source`, where that is a folder with it, or here; None where
+    the hub's model `source` is left. Raises UserError naming `autoencoder.<key>` where it is
+    nowhere.
     """
     local = [Path(source or ".") / name, Path(name)]
     if found := [path for path in local if path.is_file()]:
         return found[0]
     label, advice = f"autoencoder.{key}={name}", "give a local file"
-    require(source is not None, f"{label}: no such file; {advice}")
+    require(source is not None and not name.startswith(("/", ".")), f"{label}: no such file; {advice}")
     assert source is not None
+    folder = local_path(pinned(source, revision), f"autoencoder.source={source}", f"{advice}: autoencoder.{key}=FILE")
+    require(folder is None, f"{label}: no such file here, nor in autoencoder.source={source}; {advice}")
+    return None
+
+
+def find_file(name: str, source: str | None, revision: str | None, key: str) -> Path:
+    """Return the path of a file as `local_file`, or of the hub's model `source`; UserError where
+    it is nowhere.
+    """
+    local = local_file(name, source, revision, key)
+    if local is not None:
+        return local
+    assert source is not None
+    label, advice = f"autoencoder.source={source}", "give a local file"
 
     def choose(names: list[str]) -> list[str]:
-        require(name in names, f"{label}: autoencoder.source={source} holds no such file; {advice}")
+        require(name in names, f"autoencoder.{key}={name}: {label} holds no such file; {advice}")
         return [name]
 
-    folder = resolve(
-        pinned(source, revision), f"autoencoder.source={source}", choose, f"{advice}: autoencoder.{key}=FILE"
-    )
-    require((folder / name).is_file(), f"{label}: no such file here, nor in autoencoder.source={source}; {advice}")
-    return folder / name
+    return fetch(pinned(source, revision), label, choose, f"{advice}: autoencoder.{key}=FILE") / name
+
+
+def local_encoder(weights: str | None, source: str | None) -> Path | None:
+    """Return the local file of an encoder's weights, in a local folder `source` or here; None where
+    it is the hub's, or (`weights` is None) timm's own. Raises UserError where there is none.
+    """
+    if weights is None:
+        return None
+    if source is not None and (Path(source) / weights).is_file():
+        return Path(source) / weights
+    path = local_path(weights, f"autoencoder.encoder_weights={weights}", ENCODER_ADVICE)
+    if path is None or path.is_file():
+        return path
+    return path / choose_weights(weights, [each.name for each in path.iterdir()])[0]
+
+
+def choose_weights(weights: str, names: list[str]) -> list[str]:
+    """Return the file of `names` with an encoder's weights; UserError where there is none."""
+    known = [each for each in WEIGHTS if each in names]
+    require(bool(known), f"autoencoder.encoder_weights={weights}: holds no {WEIGHTS[0]}; give the file itself")
+    return known[:1]
 
 
 def find_encoder(name: str, weights: str | None, source: str | None) -> Path:
-    """Return the file of an encoder's weights: a local one, one in a local folder `source`, one of
-    the hub, or (`weights` is None) timm's own. Raises UserError where there is none.
+    """Return the file of an encoder's weights as `local_encoder`, downloaded where it is of the
+    hub. Raises UserError where there is none.
     """
-    advice = "on a machine without a hub give autoencoder.encoder_weights=FILE"
+    local = local_encoder(weights, source)
+    if local is not None:
+        return local
     if weights is None:
         label = f"autoencoder.encoder={name}"
-        found = pretrained_file(name, label, advice)
+        found = pretrained_file(name, label, ENCODER_ADVICE)
         require(found is not None, f"{label}: timm has no weights of it on the hub; give autoencoder.encoder_weights")
         assert found is not None
         return found
-    label = f"autoencoder.encoder_weights={weights}"
-
-    def choose(names: list[str]) -> list[str]:
-        known = [each for each in WEIGHTS if each in names]
-        require(bool(known), f"{label}: holds no {WEIGHTS[0]}; give the file itself")
-        return known[:1]
-
-    if source is not None and (Path(source) / weights).is_file():
-        return Path(source) / weights
-    path = resolve(weights, label, choose, advice)
-    return path if path.is_file() else path / choose([each.name for each in path.iterdir()])[0]
+    choose = functools.partial(choose_weights, weights)
+    folder = fetch(weights, f"autoencoder.encoder_weights={weights}", choose, ENCODER_ADVICE)
+    return folder / choose([each.name for each in folder.iterdir()])[0]
 
 
 def read_statistics(path: Path) -> dict[str, Tensor]:
@@ -114,6 +142,25 @@ def read_statistics(path: Path) -> dict[str, Tensor]:
     return found
 
 
+def by(shape: tuple[int, ...]) -> str:
+    """Return a shape as text, such as 768×16×16."""
+    return "×".join(map(str, shape))
+
+
+def grid_of(statistics: dict[str, Tensor]) -> int | None:
+    """Return the tokens per side of statistics, None of none."""
+    return next((value.shape[1] for value in statistics.values()), None)
+
+
+def read_decoder(path: Path, num_heads: int, grid: int | None) -> ViTDecoder:
+    """Return the decoder of a file (`load_decoder`); UserError names it."""
+    label = f"autoencoder.decoder={path}"
+    try:
+        return load_decoder(read_state_dict(path, label), num_heads, grid)
+    except (UserError, RuntimeError) as error:  # RuntimeError: of names and shapes
+        raise UserError(f"{label}: {reason(error).removeprefix(f'{label}: ')}") from error
+
+
 class RAENetwork(nn.Module):
     """Encoder and decoder, from pixels to raw tokens and back, both in [0, 1]."""
 
@@ -131,87 +178,45 @@ class RAENetwork(nn.Module):
         return self.decoder(tokens) * self.encoder.std + self.encoder.mean
 
 
-class RAE:
-    """A representation autoencoder: deterministic, one latent position per patch of pixels.
+class RepresentationAutoencoder:
+    """A representation autoencoder of its parts.
 
     Latents are `(tokens − mean)/sqrt(var + 1e-5)`, one number per channel and position. The size of
     images follows from the decoder: it makes patches of `p` pixels of a fixed grid of tokens, which
     is the latents' too.
 
     Args:
-        encoder: name of a timm model, a vision transformer or a convolutional network.
-        encoder_weights: its file, or hub name (owner/name or owner/name@revision), with the names
-            of timm, Meta or transformers; None: timm's own.
-        decoder: the decoder's file, in `source` or here.
-        decoder_heads: its attention heads, which no shape tells.
-        statistics: file of `mean` and `var`, in `source` or here; None: latents are the tokens.
-        source: hub name or local folder with these files; None: they are here.
-        revision: commit of `source` on the hub, pinned so that the weights cannot change.
-        chunk_size: images encoded or decoded at once, which bounds the memory.
-        class_token: latents carry the encoder's class token, as REG denoises it
-            (`ddt.model.class_token`): after the final norm without weights, not scaled further.
-        encode_dtype, decode_dtype: "fp32", or "bf16" or "fp16" autocast. Decoding does not follow
-            the caller's autocast: the authors measured a worse FID in bf16.
+        statistics: `mean` and `var`, (C, h, w), either or none. Others: see `RAE`.
 
-    Raises UserError where weights cannot be loaded or do not fit one another.
+    Raises UserError where the parts do not fit one another.
     """
 
     pixel_space = False
     stochastic = False
-    class_token = 0
     in_diffusers = False
     trains_decoder = True
     sampling_dtype: Dtype | None = "fp32"  # in bf16 the published FID is 0.1 worse
+    latents_by: tuple[str, ...] = ("encoder", "encoder_weights", "statistics", "source", "revision", "class_token")
+    parts: tuple[tuple[str, str], ...] = (
+        ("decoder_embed.weight", "the decoder of an RAE (autoencoder.decoder)"),
+        ("decoder.decoder_embed.weight", "the decoder of an RAE (autoencoder.decoder)"),
+        ("mean", "statistics of latents (autoencoder.statistics)"),
+        ("var", "statistics of latents (autoencoder.statistics)"),
+    )
     packages = ("timm",)
 
     def __init__(
         self,
-        encoder: str,
-        decoder: str,
-        encoder_weights: str | None = None,
-        decoder_heads: int = 16,
-        statistics: str | None = None,
-        source: str | None = None,
-        revision: str | None = None,
+        encoder: FrozenEncoder,
+        decoder: ViTDecoder,
+        statistics: dict[str, Tensor] | None = None,
+        class_token: bool = False,
         chunk_size: int = 16,
         encode_dtype: Dtype = "fp32",
         decode_dtype: Dtype = "fp32",
-        class_token: bool = False,
     ) -> None:
         require_count("autoencoder.chunk_size", chunk_size)
-        file = find_file(decoder, source, revision, "decoder")
-        found = {} if statistics is None else read_statistics(find_file(statistics, source, revision, "statistics"))
-        shape = next((value.shape for value in found.values()), None)
-        label = f"autoencoder.decoder={file}"
-        try:
-            network = load_decoder(read_state_dict(file, label), decoder_heads, None if shape is None else shape[1])
-        except (UserError, RuntimeError) as error:  # RuntimeError: of names and shapes
-            raise UserError(f"{label}: {reason(error).removeprefix(f'{label}: ')}") from error
-        weights = find_encoder(encoder, encoder_weights, source)
-        self._hold(FrozenEncoder(encoder, network.grid, weights), network, found, class_token)
-        self.chunk_size, self.encode_dtype, self.decode_dtype = chunk_size, encode_dtype, decode_dtype
-        require(
-            shape is None or tuple(shape) == self._shape,
-            f"autoencoder.statistics={statistics}: is of latents {'×'.join(map(str, shape or ()))}, not of this "
-            f"autoencoder's {'×'.join(map(str, self._shape))}; choose the one of its encoder and size",
-        )
-
-    @classmethod
-    def around(cls, encoder: FrozenEncoder, decoder: ViTDecoder, settings: dict[str, Any]) -> "RAE":
-        """Return one of these networks, without statistics; settings: of which `chunk_size` and the
-        precisions are read.
-        """
-        autoencoder = cls.__new__(cls)
-        autoencoder._hold(encoder, decoder, {}, class_token=False)
-        autoencoder.chunk_size = settings.get("chunk_size", 16)
-        autoencoder.encode_dtype = settings.get("encode_dtype", "fp32")
-        autoencoder.decode_dtype = settings.get("decode_dtype", "fp32")
-        return autoencoder
-
-    def _hold(
-        self, encoder: FrozenEncoder, decoder: ViTDecoder, statistics: dict[str, Tensor], class_token: bool
-    ) -> None:
-        channels = encoder.num_features
+        channels, found = encoder.num_features, statistics or {}
         require(
             decoder.channels == channels,
             f"autoencoder.decoder: is for tokens of {decoder.channels} features, but {encoder.name} has {channels}; "
@@ -223,47 +228,40 @@ class RAE:
         )
         self.class_token = channels if class_token else 0
         self.network = RAENetwork(encoder, decoder)
-        shape = next((value.shape for value in statistics.values()), (1, 1, 1))  # (C, h, w), or one number for all
-        self.mean, self.var = statistics.get("mean", torch.zeros(shape)), statistics.get("var", torch.ones(shape))
+        self.chunk_size, self.encode_dtype, self.decode_dtype = chunk_size, encode_dtype, decode_dtype
+        shape = next((tuple(value.shape) for value in found.values()), None)
+        require(
+            shape in (None, self._shape),
+            f"autoencoder.statistics: is of latents {by(shape or ())}, not of this autoencoder's {by(self._shape)}; "
+            "choose the one of its encoder and size",
+        )
+        one = shape or (1, 1, 1)  # one number for all
+        self.mean, self.var = found.get("mean", torch.zeros(one)), found.get("var", torch.ones(one))
 
     @classmethod
-    def outline(
-        cls,
-        encoder: str,
-        decoder: str,
-        encoder_weights: str | None = None,
-        decoder_heads: int = 16,
-        statistics: str | None = None,
-        source: str | None = None,
-        revision: str | None = None,
-        chunk_size: int = 1,
-        encode_dtype: Dtype = "fp32",
-        decode_dtype: Dtype = "fp32",
-        class_token: bool = False,
-    ) -> "RAE":
-        """Build one on the meta device, without weights or a hub, to count its cost. The arguments
-        of weights and precision are unused.
-
-        Raises UserError where `decoder` is neither a local file nor one of the published ones.
-        """
-        autoencoder = cls.__new__(cls)
+    def outline(cls, settings: dict[str, Any]) -> "RepresentationAutoencoder":
+        """See `Autoencoder`: the shapes of local files and of the published decoders are known."""
+        decoder, heads = settings["decoder"], settings.get("decoder_heads", 16)
+        source, revision = settings.get("source"), settings.get("revision")
+        local = {
+            key: None if settings.get(key) is None else local_file(settings[key], source, revision, key)
+            for key in ("decoder", "statistics")
+        }
+        weights = local_encoder(settings.get("encoder_weights"), source)
+        found = {} if local["statistics"] is None else read_statistics(local["statistics"])
         published = next((size for name, size in PUBLISHED_SIZES.items() if f"/{name}_" in decoder), None)
-        local = next((path for path in (Path(decoder), Path(source or ".") / decoder) if path.is_file()), None)
-        require(
-            local is not None or (published is not None and source == PUBLISHED),
-            f"autoencoder.decoder={decoder}: its shape is not known here; give a local file",
-        )
-        stored = None if local is None else load_decoder(read_state_dict(local), decoder_heads).to("meta")
-        grid = int(match[1]) // 16 if (match := re.search(r"_i(\d+)/", decoder)) else 16
-        with torch.device("meta"):
-            network = FrozenEncoder(encoder, grid if stored is None else stored.grid, None)
-            if stored is None:
-                assert published is not None
-                channels = network.num_features
-                stored = ViTDecoder(channels, **published, num_heads=decoder_heads, grid=grid, patch_size=16)
-            autoencoder._hold(network, stored, {}, class_token)
-        autoencoder.chunk_size, autoencoder.encode_dtype, autoencoder.decode_dtype = 1, encode_dtype, decode_dtype
-        return autoencoder
+        if local["decoder"] is not None:
+            stored = read_decoder(local["decoder"], heads, grid_of(found))
+            encoder = FrozenEncoder(settings["encoder"], stored.grid, weights)
+        elif published is not None and source == PUBLISHED:
+            grid = int(match[1]) // 16 if (match := re.search(r"_i(\d+)/", decoder)) else 16
+            encoder = FrozenEncoder(settings["encoder"], grid, weights)
+            with torch.device("meta"):
+                stored = ViTDecoder(encoder.num_features, **published, num_heads=heads, grid=grid, patch_size=16)
+        else:
+            raise UnknownShape(f"autoencoder.decoder={decoder}: its shape is not known here; give a local file")
+        others = {key: settings[key] for key in ("class_token", *EXECUTION) if key in settings}
+        return RepresentationAutoencoder(encoder.to("meta"), stored.to("meta"), found, **others)
 
     @classmethod
     def on_hub(cls, settings: dict[str, Any]) -> bool:
@@ -327,6 +325,13 @@ class RAE:
         channels, height, width = self._shape
         return channels, height + token_rows(self.class_token, channels, width), width
 
+    def image_size(self, latent_shape: tuple[int, int, int]) -> int:
+        """Return the decoder's pixels per side; UserError for other latents than its."""
+        size = self.network.decoder.image_size
+        own = self.latent_shape(3, size)
+        require(latent_shape == own, f"autoencoder: has latents of {by(own)}, the model of {by(latent_shape)}")
+        return size
+
     @functools.cached_property
     def encoder_fingerprint(self) -> str:
         """SHA-256 of the encoder: neither decoder nor statistics change what is cached."""
@@ -374,10 +379,52 @@ class RAE:
             chunks = (latents.float() * torch.sqrt(self.var + EPS) + self.mean).split(self.chunk_size)
             return torch.cat([truncate(self.network.decode(chunk)) for chunk in chunks])
 
-    def to(self, device: torch.device) -> "RAE":
+    def to(self, device: torch.device) -> "RepresentationAutoencoder":
         """Move to a device and return itself; raise UserError where it lacks a dtype."""
         check_dtype("autoencoder.encode_dtype", self.encode_dtype, device)
         check_dtype("autoencoder.decode_dtype", self.decode_dtype, device)
         self.network.to(device)
         self.mean, self.var = self.mean.to(device), self.var.to(device)
         return self
+
+
+class RAE(RepresentationAutoencoder):
+    """A representation autoencoder of files.
+
+    Args:
+        encoder: name of a timm model, a vision transformer or a convolutional network.
+        encoder_weights: its file, or hub name (owner/name or owner/name@revision), with the names
+            of timm, Meta or transformers; None: timm's own.
+        decoder: the decoder's file, in `source` or here.
+        decoder_heads: its attention heads, which no shape tells.
+        statistics: file of `mean` and `var`, in `source` or here; None: latents are the tokens.
+        source: hub name or local folder with these files; None: they are here.
+        revision: commit of `source` on the hub, pinned so that the weights cannot change.
+        chunk_size: images encoded or decoded at once, which bounds the memory.
+        class_token: latents carry the encoder's class token, as REG denoises it
+            (`ddt.model.class_token`): after the final norm without weights, not scaled further.
+        encode_dtype, decode_dtype: "fp32", or "bf16" or "fp16" autocast. Decoding does not follow
+            the caller's autocast: the authors measured a worse FID in bf16.
+
+    Raises UserError where weights cannot be loaded or do not fit one another.
+    """
+
+    def __init__(
+        self,
+        encoder: str,
+        decoder: str,
+        encoder_weights: str | None = None,
+        decoder_heads: int = 16,
+        statistics: str | None = None,
+        source: str | None = None,
+        revision: str | None = None,
+        chunk_size: int = 16,
+        encode_dtype: Dtype = "fp32",
+        decode_dtype: Dtype = "fp32",
+        class_token: bool = False,
+    ) -> None:
+        file = find_file(decoder, source, revision, "decoder")
+        found = {} if statistics is None else read_statistics(find_file(statistics, source, revision, "statistics"))
+        network = read_decoder(file, decoder_heads, grid_of(found))
+        frozen = FrozenEncoder(encoder, network.grid, find_encoder(encoder, encoder_weights, source))
+        super().__init__(frozen, network, found, class_token, chunk_size, encode_dtype, decode_dtype)

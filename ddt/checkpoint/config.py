@@ -168,6 +168,27 @@ def check_config(values: dict[str, Any]) -> dict[str, Any]:
     return {key: found[key] for key in values if key not in optional or found[key] is not None}
 
 
+def other_latents(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """Return the first key by which the latents or classes of two checkpoints' configs differ, or
+    None; of the autoencoders as `other_autoencoder`.
+    """
+    different = (key for key in ("latent_shape", "class_names") if ours[key] != theirs[key])
+    return next(different, other_autoencoder(ours, theirs))
+
+
+def other_autoencoder(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """Return the first key by which the autoencoders of two configs differ, or None: the
+    fingerprints or, where one is unknown, as it is of a converted checkpoint, the settings that
+    latents depend on.
+    """
+    prints = [config.get("autoencoder_fingerprint") for config in (ours, theirs)]
+    if None not in prints:
+        return None if prints[0] == prints[1] else "autoencoder_fingerprint"
+    first, second = (config["autoencoder"] for config in (ours, theirs))
+    keys = ("_target_", *autoencoder_class(first).latents_by)
+    return next((f"autoencoder.{key}" for key in keys if (first.get(key) or None) != (second.get(key) or None)), None)
+
+
 def check_decoder_config(values: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a decoder's config.json, checked; raise UserError for anything else."""
     config = parse(DecoderConfig, values)

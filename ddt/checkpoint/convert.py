@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ddt.autoencoder import build_autoencoder
+from ddt.autoencoder.base import UnknownShape
 from ddt.checkpoint.format import write_checkpoint
 from ddt.checkpoint.published import Part, Released, find_released, read_released
 from ddt.config import Choice
@@ -42,43 +43,46 @@ class ConvertSettings:
         )
 
 
-def latent_shape(released: Released, settings: ConvertSettings) -> tuple[int, int, int]:
-    """Return (C, H, W) of a published model's latents.
-
-    Raises UserError where the resolution is missing, or another than the file's.
+def latent_shape(released: Released, resolution: int | None) -> tuple[int, int, int]:
+    """Return (C, H, W) of a published model's latents: UserError where neither the file nor
+    `resolution` says it.
     """
     channels, size = released.network["in_channels"], released.latent_size
     if size is None:
         require(
-            settings.resolution is not None,
+            resolution is not None,
             f"resolution: {released.name} does not hold it; give {' or '.join(map(str, RESOLUTIONS))}",
         )
-        assert settings.resolution is not None
-        size = settings.resolution // released.release.downsampling
-        return channels, size, size
-    resolution = size * released.release.downsampling
-    require(
-        settings.resolution in (None, resolution),
-        f"resolution={settings.resolution}: {released.name} is of {resolution} px; leave it out",
-    )
+        assert resolution is not None
+        size = resolution // released.release.downsampling
     return channels, size, size
 
 
-def check_autoencoder(released: Released, autoencoder: Choice, shape: tuple[int, int, int], usual: str) -> None:
-    """Raise UserError where the autoencoder has other latents than a file that says its latents."""
-    if released.latent_size is None:
-        return
-    resolution = shape[-1] * released.release.downsampling
-    found: tuple[int, int, int] | None = None
+def check_autoencoder(
+    released: Released, autoencoder: Choice, shape: tuple[int, int, int], resolution: int | None
+) -> None:
+    """Raise UserError where an autoencoder lacks a local file, does not fit the latents of a file,
+    or makes images of another `resolution`. Nothing is downloaded: of an autoencoder whose shape
+    only the hub knows, and a file that does not say its latents, sampling checks it.
+    """
+    usual = released.release.usual_autoencoder(shape[-1])
+    advice = f"give autoencoder={usual}, or another of {'×'.join(map(str, shape))} for {released.name}"
     try:
-        found = build_autoencoder(autoencoder.plain(), outline=True).latent_shape(3, resolution)
-        problem = f"has latents of {'×'.join(map(str, found))}"
-    except UserError as error:  # it is of another size
-        problem = f"has no latents ({reason(error)})"
+        outline = build_autoencoder(autoencoder.plain(), outline=True)
+    except UnknownShape:
+        if released.latent_size is None:
+            return
+        raise
+    try:
+        size = outline.image_size(shape)
+        found = outline.latent_shape(3, size)
+    except UserError as error:
+        raise UserError(f"{reason(error)}; {advice}") from error
+    require(found == shape, f"autoencoder: has latents of {'×'.join(map(str, found))} at {size} px; {advice}")
+    fix = advice if released.latent_size is None else "leave it out"
     require(
-        found == shape,
-        f"autoencoder: {problem} at {resolution} px, {released.name} is of {'×'.join(map(str, shape))}; give "
-        f"autoencoder={usual}, or another with these",
+        resolution in (None, size),
+        f"resolution={resolution}: {released.name} makes images of {size} px with this autoencoder; {fix}",
     )
 
 
@@ -93,10 +97,9 @@ def convert(settings: ConvertSettings, choose_autoencoder: Callable[[str], Choic
     check_new(out)
     path = find_released(settings.released)
     released = read_released(path, settings.encoder_depth, settings.patch_size)
-    shape = latent_shape(released, settings)
-    usual = released.release.usual_autoencoder(shape[-1] * released.release.downsampling)
-    autoencoder = choose_autoencoder(usual) if settings.autoencoder is None else settings.autoencoder
-    check_autoencoder(released, autoencoder, shape, usual)
+    shape = latent_shape(released, settings.resolution)
+    autoencoder = settings.autoencoder or choose_autoencoder(released.release.usual_autoencoder(shape[-1]))
+    check_autoencoder(released, autoencoder, shape, settings.resolution)
     weights = released.weights(settings.weights)
     log.info(
         "%s: read strictly, %d parameters; writing %s", path, sum(value.numel() for value in weights.values()), out

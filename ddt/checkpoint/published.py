@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ddt.autoencoder import part_of_autoencoder
 from ddt.errors import UserError, require
 from ddt.files import atomic_file, reset_permissions
 from ddt.hub import fetch, is_hub_id, resolve
@@ -25,7 +26,8 @@ Part = Literal["ema", "model"]
 SUFFIXES = (".ckpt", ".safetensors")  # of the files that `write_released` writes
 READ_SUFFIXES = (*SUFFIXES, ".pt", ".pth")  # of those found in a folder; a named file may have any
 RAE = "nyu-visionx/RAE-collections:DiTs/Dinov2/wReg_base"
-# names of published files of a hub model that holds several; a guide beside each
+# names of published files of a hub model that holds several; a guide beside each. No commit of it
+# is known here to pin them by: a converted checkpoint holds the file's SHA-256 (`source`)
 PUBLISHED = {
     "ditdh-xl-256": f"{RAE}/ImageNet256/DiTDH-XL/stage2_model.pt",
     "ditdh-s-256": f"{RAE}/ImageNet256/DiTDH-S_ep14/stage2_model.pt",
@@ -155,21 +157,41 @@ class Released:
         return state
 
 
-def read_released(path: Path, encoder_depth: int | None, patch_size: int | None) -> Released:
+def read_released(path: Path, encoder_depth: int | None, patch_size: int | None, target: str | None = None) -> Released:
     """Read a published file: the network family from its keys, the rest from the shapes.
 
-    encoder_depth, patch_size: None where the file says, and for the undivided baseline. Raises
-    UserError for an unreadable file, an unknown family, and an impossible encoder_depth or
-    patch_size.
+    encoder_depth, patch_size: None where the file says, and for the undivided baseline. target: the
+    family that it must be, a key of `NETWORKS`; None: any. Raises UserError for an unreadable file,
+    an unknown or another family, and an impossible encoder_depth or patch_size.
     """
     parts = read_file(path)
     state = parts["ema"] or parts["model"]
+    found, release = find_release(state, path.name)
+    require(
+        target in (None, found),
+        f"{path.name}: is a {short_name(found)}, not a {short_name(str(target))}; give a file of that, or choose the "
+        "model of this",
+    )
+    settings = release.settings(state, encoder_depth, patch_size, path.name)
+    latent_size = release.latent_size(state, settings, path.name)
+    return Released(path.name, {"_target_": found, **settings}, parts, latent_size)
+
+
+def short_name(target: str) -> str:
+    """Return the name of a class without its package."""
+    return target.rpartition(".")[2]
+
+
+def find_release(state: dict[str, Tensor], source: str) -> tuple[str, Release]:
+    """Return the network family, a key of `NETWORKS`, whose weights these are, and its published
+    format; UserError, which says what they are where that is known, for others.
+    """
     for target, kind in NETWORKS.items():
         if kind.release is not None and kind.release.recognizes(state):
-            settings = kind.release.settings(state, encoder_depth, patch_size, path.name)
-            latent_size = kind.release.latent_size(state, settings, path.name)
-            return Released(path.name, {"_target_": target, **settings}, parts, latent_size)
-    raise UserError(f"{path.name}: holds no DDT (no keys such as x_embedder.*)")
+            return target, kind.release
+    part = part_of_autoencoder(state)
+    what = f"is {part}" if part else "holds no DDT (no keys such as x_embedder.*)"
+    raise UserError(f"{source}: {what}; give the file of a DDT, a DiT or a DiT^DH")
 
 
 def load_released(

@@ -23,6 +23,7 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
 from ddt.autoencoder import Autoencoder, autoencoder_class, build_autoencoder
+from ddt.autoencoder.base import UnknownShape
 from ddt.checkpoint import format as ckpt
 from ddt.checkpoint.published import SUFFIXES, check_releasable, sizes_to_load, write_released
 from ddt.errors import require
@@ -139,6 +140,15 @@ class Source:
         """SHA-256 of the weights in the checkpoint."""
         return ckpt.weights_sha256(self.folder, self.weights)
 
+    def image_size(self) -> int | None:
+        """Return the pixels per side of the images, None where unknown."""
+        try:
+            known = self.autoencoder or build_autoencoder(self.stored["autoencoder"], outline=True)
+        except UnknownShape:
+            stated: int | None = self.stored.get("run", {}).get("data", {}).get("image_size")
+            return stated
+        return known.image_size(tuple(self.stored["latent_shape"]))
+
     def config(self, autoencoder: dict[str, Any]) -> dict[str, Any]:
         """Return the export's config without receipt; autoencoder: its settings there."""
         sampler = self.stored["sampler"]
@@ -241,7 +251,7 @@ def write_hub(folder: Path, source: Source, state: dict[str, Tensor], card: Card
         for path in sorted((folder / ckpt.AUTOENCODER).iterdir()):
             files[f"{ckpt.AUTOENCODER}/{path.name}"] = ckpt.manifest_entry(path)
     config = source.config(autoencoder) | {"export": source.receipt(files["model.safetensors"]["sha256"])}
-    card.write(folder, "ddt", config, sum(value.numel() for value in state.values()))
+    card.write(folder, "ddt", config, sum(value.numel() for value in state.values()), source.image_size())
     ckpt.write_manifest(folder, config, files, names={"model.safetensors": "ema.safetensors"})
 
 
@@ -280,7 +290,7 @@ def write_diffusers(folder: Path, source: Source, card: Card) -> None:
     build_pipeline(model, config, source.autoencoder.network, labels).save_pretrained(folder)
     config["export"] = source.receipt(sha256(folder / "transformer" / "diffusion_pytorch_model.safetensors"))
     write_json(folder / "ddt.json", config)
-    card.write(folder, "diffusers", config, sum(p.numel() for p in model.parameters()))
+    card.write(folder, "diffusers", config, sum(p.numel() for p in model.parameters()), source.image_size())
     tidy_saved(folder)
 
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ddt.autoencoder import autoencoder_class
-from ddt.checkpoint.published import release_of
 from ddt.metrics.compare import numbers_of
 from ddt.pictures import imagenet_synsets, readable
 from ddt.tables import markdown_table
@@ -114,15 +112,6 @@ def project() -> str:
     return f"[the project DDT]({addresses['Repository']})" if "Repository" in addresses else "the project DDT"
 
 
-def image_size(config: dict[str, Any]) -> int | None:
-    """Return the pixels per side of a checkpoint's images, or None where unknown."""
-    side = config["latent_shape"][1]
-    if autoencoder_class(config["autoencoder"]).pixel_space:
-        return side
-    stated = config.get("run", {}).get("data", {}).get("image_size")
-    return stated or (side * release_of(config["network"]).downsampling if "source" in config else None)
-
-
 def dataset(config: dict[str, Any]) -> str | None:
     """Return the hub's name of the training data, or None where unknown."""
     known = DATASETS.get(config.get("run", {}).get("data", {}).get("_target_", ""))
@@ -187,21 +176,23 @@ class Card:
     license: str | None = None
     picture: Path | None = None
 
-    def write(self, folder: Path, library: str, config: dict[str, Any], parameters: int) -> None:
-        """Write README.md, and the picture it shows, into a folder."""
+    def write(
+        self, folder: Path, library: str, config: dict[str, Any], parameters: int, image_size: int | None
+    ) -> None:
+        """Write README.md, and the picture it shows, into a folder; see `render`."""
         if self.picture is not None:
             shutil.copyfile(self.picture, folder / PICTURE)
-        self.render(library, config, parameters).save(folder / "README.md")
+        self.render(library, config, parameters, image_size).save(folder / "README.md")
 
-    def render(self, library: str, config: dict[str, Any], parameters: int) -> ModelCard:
+    def render(self, library: str, config: dict[str, Any], parameters: int, image_size: int | None = None) -> ModelCard:
         """Return the card. library: "ddt" or "diffusers". config: the export's, with its receipt.
 
-        parameters: of the network.
+        parameters: of the network. image_size: pixels per side, None where unknown.
         """
         metrics = self.metrics
         network = {key: value for key, value in config["network"].items() if not key.startswith("_")}
-        size, trained_on = image_size(config), dataset(config)
-        resolution = None if size is None else f"{size}×{size}"
+        trained_on = dataset(config)
+        resolution = None if image_size is None else f"{image_size}×{image_size}"
         results = [] if metrics is None else eval_results(metrics, trained_on)
         request = {} if metrics is None else metrics["receipt"]["sampling"]["request"]
         used = [f"{key} {value}" for key, value in request.get("sampler", {}).items() if value is not None]

@@ -8,25 +8,23 @@ import torch
 
 from ddt.autoencoder import Autoencoder, autoencoder_class, build_autoencoder
 from ddt.checkpoint import format as ckpt
+from ddt.checkpoint.config import other_latents
 from ddt.distributed.compile import compile_blocks
 from ddt.errors import UserError, require
 from ddt.generation.generator import Generator, cast_weights
 from ddt.precision import Dtype, choose_dtype
-from ddt.sampling.guidance import check_guided
 from ddt.sampling.settings import SamplerSettings
 
 log = logging.getLogger(__name__)
 
 
-def check_guide_config(stored: dict[str, Any], guide: dict[str, Any], scale: float) -> None:
-    """Raise UserError where a guide has other latents or classes, or no effect."""
-    check_guided(scale)
-    for key in ("latent_shape", "class_names", "autoencoder_fingerprint"):
-        ours, theirs = stored.get(key), guide.get(key)
-        require(
-            None in (ours, theirs) or ours == theirs,
-            f"guide: has another {key} than the model; give a weaker checkpoint of the same data",
-        )
+def check_guide_config(stored: dict[str, Any], guide: dict[str, Any]) -> None:
+    """Raise UserError where a guide has other latents or classes than a model."""
+    key = other_latents(stored, guide)
+    require(
+        key is None,
+        f"guide: has another {key} than the model; give a weaker checkpoint of the same data and autoencoder",
+    )
 
 
 def stored_autoencoder(stored: dict[str, Any], chosen: str) -> Autoencoder:
@@ -51,11 +49,10 @@ def stored_autoencoder(stored: dict[str, Any], chosen: str) -> Autoencoder:
             f"autoencoder.source={settings.get('source')}: holds other weights than the run was trained with; name the "
             "right ones with autoencoder=, or choose these explicitly by autoencoder=THIS_SOURCE",
         )
-    channels = autoencoder.latent_channels
-    require(
-        channels in (None, stored["latent_shape"][0]),
-        f"autoencoder: has {channels} latent channels, the model {stored['latent_shape'][0]}; choose the model's own",
-    )
+    try:
+        autoencoder.image_size(tuple(stored["latent_shape"]))
+    except UserError as error:
+        raise UserError(f"{error}; choose the model's own") from error
     return autoencoder
 
 
@@ -105,3 +102,8 @@ def checkpoint_receipt(folder: Path, weights: str, autoencoder: Autoencoder) -> 
         "class_names": stored["class_names"],
         "autoencoder_sha256": autoencoder.fingerprint,
     }
+
+
+def guide_receipt(folder: Path) -> dict[str, Any]:
+    """Return a guide's part of a set's receipt."""
+    return {"ema_sha256": ckpt.weights_sha256(folder, "ema"), "step": ckpt.read_config(folder)["step"]}

@@ -9,11 +9,18 @@ from ddt.distributed.launch import launch
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import collect_errors, require
 from ddt.generation.image_set import ImageSet
-from ddt.generation.load import check_guide_config, checkpoint_receipt, load_generator, stored_autoencoder
+from ddt.generation.load import (
+    check_guide_config,
+    checkpoint_receipt,
+    guide_receipt,
+    load_generator,
+    stored_autoencoder,
+)
 from ddt.generation.sample_set import sample_set
 from ddt.generation.settings import SampleSettings
 from ddt.hub import is_hub_id
 from ddt.model import network_class
+from ddt.sampling.guidance import check_guided
 from ddt.sampling.settings import SamplerSettings
 
 COMPILE_FROM = 1_000  # images; for fewer, compiling takes longer than it saves
@@ -37,7 +44,8 @@ def sample_checkpoint(settings: SampleSettings) -> None:
         lambda: settings.image_set(network["num_classes"], stored["class_names"]),
     )
     if guide is not None:
-        check_guide_config(stored, ckpt.read_config(guide), sampler.cfg_scale)
+        check_guided(sampler.cfg_scale)
+        check_guide_config(stored, ckpt.read_config(guide))
     launch(sample_share, settings.num_processes, settings, folder, guide, sampler, images)
 
 
@@ -59,9 +67,6 @@ def sample_share(
         cache_gib=settings.cache_gib,
         compiled=compiles("compile", settings.compile, compile_default, device),
     )
-    guide_receipt = None
-    if guide is not None:
-        guide_receipt = {"ema_sha256": ckpt.weights_sha256(guide, "ema"), "step": ckpt.read_config(guide)["step"]}
     sample_set(
         generator,
         images,
@@ -69,6 +74,6 @@ def sample_share(
         Path(settings.out or folder / "samples"),
         checkpoint_receipt(folder, settings.weights, generator.autoencoder),
         accelerator,
-        guide=guide_receipt,
+        guide=None if guide is None else guide_receipt(guide),
         png=settings.png,
     )

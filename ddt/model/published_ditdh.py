@@ -20,13 +20,11 @@ INPUTS = ("s_embedder.proj.weight", "x_embedder.proj.weight")  # convolutions in
 class ReleasedDiTDH(Release):
     """DiT^DH: blocks numbered through both halves, which differ in width."""
 
-    downsampling = 16
-
     def recognizes(self, state: State) -> bool:
         return is_ditdh(state)
 
-    def usual_autoencoder(self, resolution: int) -> str:
-        return "rae_dinov2_b_512" if resolution == 512 else "rae_dinov2_b"
+    def usual_autoencoder(self, latent_size: int) -> str:
+        return "rae_dinov2_b_512" if latent_size == 32 else "rae_dinov2_b"
 
     def settings(self, state: State, encoder_depth: int | None, patch_size: int | None, source: str) -> dict[str, Any]:
         shapes = [shape_of(state, key, 4, source) for key in INPUTS]

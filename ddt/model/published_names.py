@@ -20,13 +20,10 @@ State = dict[str, Tensor]  # weights by their published names
 class Release(abc.ABC):
     """How published files hold the weights of a family of networks, and how they were sampled."""
 
-    downsampling: ClassVar[int] = 8  # of the autoencoder: pixels per side of a latent cell
+    downsampling: ClassVar[int] = 8  # pixels per side of a latent cell, where a file does not say its latents
 
-    def usual_autoencoder(self, resolution: int) -> str:
-        """Return the name in conf/autoencoder of the latents that were trained on.
-
-        resolution: pixels per side.
-        """
+    def usual_autoencoder(self, latent_size: int) -> str:
+        """Return the name in conf/autoencoder of the latents, `latent_size` a side, of training."""
         return "sd_ft_ema"
 
     @abc.abstractmethod

@@ -5,6 +5,7 @@ Source: Zhang et al., arXiv 1801.03924, with the linear layers of taming-transfo
 them.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from ddt.tensor_files import read_state_dict
 
 VGG_FILE = "torchvision's vgg16-397923af.pth, from download.pytorch.org/models"
 LINEAR_FILE = "vgg.pth of taming-transformers (MD5 d507d7349b931f0638a25a48a722f98a)"
+# of files by these names, their hash and its first digits: other versions of LPIPS have one name
+HASHES = {"vgg16-397923af.pth": ("sha256", "397923af"), "vgg.pth": ("md5", "d507d7349b931f0638a25a48a722f98a")}
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels of convolutions
 MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of inputs in [−1, 1]
 EPS = 1e-10
@@ -45,6 +48,14 @@ def check_file(key: str, file: str | None, source: str) -> Path:
     require(file is not None, f"{key}: not set; give {source}")
     path = Path(str(file))
     require(path.is_file(), f"{key}={file}: no such file; give {source}")
+    kind, expected = HASHES.get(path.name, ("sha256", ""))
+    with path.open("rb") as opened:
+        found = hashlib.file_digest(opened, kind).hexdigest()
+    require(
+        found.startswith(expected),
+        f"{key}={file}: is not the published file of this name ({kind} {found}); give {source}, or rename one of your "
+        "own",
+    )
     return path
 
 

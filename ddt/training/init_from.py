@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ddt.checkpoint import format as ckpt
+from ddt.checkpoint.config import other_autoencoder
 from ddt.checkpoint.published import WEIGHTS, find_released, read_released
 from ddt.errors import UserError, require
 from ddt.model import NETWORKS, Denoiser
@@ -34,7 +35,7 @@ class Source:
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     alignment: dict[str, Tensor] | None
-    autoencoder: str | None = None  # fingerprint, None: unknown
+    autoencoder: dict[str, Any] | None = None  # a config's `autoencoder` and fingerprint; None: unknown
     class_names: list[str] | None = None  # None: unknown
 
 
@@ -66,10 +67,13 @@ def read_source(init_from: str, network: dict[str, Any]) -> Source:
             model=read.get("model", read.get("ema", {})),
             ema=read.get("ema", read.get("model", {})),
             alignment=ckpt.read_train_state(path).get("alignment") if trained else None,
-            autoencoder=config.get("autoencoder_fingerprint"),
+            autoencoder={key: config.get(key) for key in ("autoencoder", "autoencoder_fingerprint")},
             class_names=config.get("class_names"),
         )
-    released = read_released(path, network.get("encoder_depth"), network["patch_size"])
+    try:
+        released = read_released(path, network.get("encoder_depth"), network["patch_size"], network["_target_"])
+    except UserError as error:
+        raise UserError(f"init_from={error}") from error
     read = {part: released.weights(part) for part in WEIGHTS if released.parts[part]}
     projector = released.parts["projector"]
     synsets = imagenet_synsets()  # every published model of a thousand classes is one of ImageNet
@@ -143,5 +147,5 @@ def initialise(init_from: str, config: dict[str, Any], objective: Objective, ema
             "init_from=%s: has as many classes, but others: %d rows of the label table change their class, the first "
             "is %d, from %s to %s", source.name, len(changed), *changed[0],
         )  # fmt: skip
-    if source.autoencoder not in (None, config["autoencoder_fingerprint"]):
+    if source.autoencoder is not None and other_autoencoder(source.autoencoder, config) is not None:
         log.warning("init_from=%s: was trained on latents of another autoencoder than this run's", source.name)

@@ -1,6 +1,6 @@
 """Open a page in the browser that samples with a run or checkpoint (docs/sampling.md, "The app").
 
-python -m scripts.app [ckpt=RUN_OR_CHECKPOINT] [port=7860] [max_images=64] [key=value …]
+python -m scripts.app [ckpt=RUN_OR_CHECKPOINT] [guide=RUN_OR_CHECKPOINT] [port=7860] [key=value …]
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ class Controls:
         recompute = {"off": None, "uniform": f"uniform:{self.every}", "dp": f"dp:{self.budget}"}
         return SampleSettings(
             **{key: getattr(settings, key) for key in ("ckpt", "weights", "autoencoder", "dtype", "batch_size")},
+            guide=None if self.cfg_scale == 1 else settings.guide,  # not used where nothing is guided
             classes=list(self.classes),
             seeds=f"{self.seed}-{self.seed + self.num_images - 1}",
             sampler=self.solver,

@@ -64,7 +64,8 @@ def add_controls(studio: Studio) -> Fields:
                 visible=SamplerSettings(**studio.stored["sampler"]).t_end == 1,  # else none follows
             )  # fmt: skip
     with gr.Group():
-        fields["cfg_scale"] = number("Guidance", own.cfg_scale, "how strongly the class is followed; 1 is none")
+        what = "how strongly the class is followed" if settings.guide is None else "away from the guide"
+        fields["cfg_scale"] = number("Guidance", own.cfg_scale, f"{what}; 1 is none")
         fields["limit_guidance"] = gr.Checkbox(own.limit_guidance, label="Guide only between two times")
         with gr.Row(equal_height=True, visible=own.limit_guidance) as between:
             fields["cfg_from"] = number("From t", own.cfg_from, "0 is noise")

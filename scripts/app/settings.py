@@ -15,6 +15,7 @@ class AppSettings:
 
     ckpt: str | None = None
     weights: str = "ema"
+    guide: str | None = None
     autoencoder: str = "checkpoint"
     dtype: Dtype | None = None
     batch_size: int = 64

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from ddt.checkpoint import format as ckpt
 from ddt.files import read_json
-from ddt.generation.load import checkpoint_receipt, load_generator, stored_autoencoder
+from ddt.generation.load import (
+    check_guide_config,
+    checkpoint_receipt,
+    guide_receipt,
+    load_generator,
+    stored_autoencoder,
+)
 from ddt.generation.sample_set import sample_set
 from ddt.sampling.settings import SamplerSettings
 from scripts.app.controls import Request, initial_controls, make_requests
@@ -51,9 +57,12 @@ class Studio:
     def __init__(self, settings: AppSettings, root: Path, accelerator: Accelerator) -> None:
         folder = ckpt.find_checkpoint(settings.ckpt or DEMO)
         ckpt.check_weights(folder, settings.weights)
-        self.settings = dataclasses.replace(settings, ckpt=str(folder))
+        guide = None if settings.guide is None else ckpt.find_checkpoint(settings.guide)
+        self.settings = dataclasses.replace(settings, ckpt=str(folder), guide=None if guide is None else str(guide))
         self.root, self.accelerator = root, accelerator
         self.stored = ckpt.read_config(folder)
+        if guide is not None:
+            check_guide_config(self.stored, ckpt.read_config(guide))
         self.controls = initial_controls(self.stored, settings)
         self.generator = load_generator(
             folder,
@@ -61,9 +70,11 @@ class Studio:
             stored_autoencoder(self.stored, settings.autoencoder),
             accelerator.device,
             weights=settings.weights,
+            guide=guide,
             dtype=settings.dtype,
         )
         self.receipt = checkpoint_receipt(folder, settings.weights, self.generator.autoencoder)
+        self.guide_receipt = None if guide is None else guide_receipt(guide)
         self.fitted: dict[str, list[int]] = {}  # steps by sampler, for the next request
         self.warm: set[int] = set()  # batch sizes
         self.folders: collections.deque[Path] = collections.deque()
@@ -122,10 +133,13 @@ class Studio:
 
         sets = []
         for request, out in zip(requests, (folder, folder / "unshared"), strict=False):
-            generator = dataclasses.replace(self.generator, settings=request.sampler, observe=observe)
+            guided = request.sampler.cfg_scale != 1
+            guide = self.generator.guide if guided else None
+            generator = dataclasses.replace(self.generator, settings=request.sampler, observe=observe, guide=guide)
             sample_set(
                 generator, request.images, batch_size, out, self.receipt, self.accelerator, png="all",
-                command=request.command, recompute_steps=self.fitted.get(str(request.sampler)),
+                guide=self.guide_receipt if guided else None, command=request.command,
+                recompute_steps=self.fitted.get(str(request.sampler)),
             )  # fmt: skip
             sets.append(SampledSet(request, out, read_json(out / "receipt.json")))
         if sampler.parsed_recompute.kind == "dp":

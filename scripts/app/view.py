@@ -17,11 +17,12 @@ def summary(studio: Studio) -> str:
     height, width, _ = studio.image_shape
     blocks = f"{len(model.encoder.blocks)} + {len(model.decoder.blocks)}" if model.shares_encoder else "undivided"
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    guide = "" if studio.settings.guide is None else f" · guided by `{studio.settings.guide}`"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return (
         f"**{width}×{height} px**, {model.num_classes} classes · {type(model).__name__} of {blocks} blocks, "
         f"{millions:.1f} M parameters · {studio.settings.weights} weights of step {studio.stored['step']:,} · "
-        f"{studio.generator.dtype} on {where} · `{studio.settings.ckpt}`"
+        f"{studio.generator.dtype} on {where} · `{studio.settings.ckpt}`{guide}"
     )
 
 

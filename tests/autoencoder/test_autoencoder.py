@@ -155,7 +155,7 @@ def test_the_layouts_that_autoencoders_come_in_are_loaded(vae_folder, copy, tmp_
     (pipeline / "model_index.json").write_text("{}")
     copy.rename(pipeline / "vae")
     assert KLAutoencoder(str(pipeline)).fingerprint == expected.fingerprint
-    assert KLAutoencoder.outline(str(pipeline)).latent_shape(3, 64) == (4, 8, 8)
+    assert KLAutoencoder.outline({"source": str(pipeline)}).latent_shape(3, 64) == (4, 8, 8)
     assert torch.equal(torch.get_rng_state(), before)
     assert not caplog.records
     (pipeline / "vae" / "diffusion_pytorch_model.bin").unlink()

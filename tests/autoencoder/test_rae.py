@@ -11,7 +11,7 @@ from conftest import GOLDEN, small_rae
 from safetensors.torch import load_file, save_file
 
 from ddt.autoencoder import RAE, build_autoencoder
-from ddt.autoencoder.rae import PUBLISHED_SIZES, RAENetwork, truncate
+from ddt.autoencoder.rae import PUBLISHED_SIZES, RepresentationAutoencoder, truncate
 from ddt.autoencoder.rae_encoder import FrozenEncoder
 from ddt.autoencoder.vit_decoder import ViTDecoder, load_decoder
 from ddt.data.latent_statistics import OF_POSITIONS, Moments, block_moments
@@ -136,13 +136,12 @@ def test_a_convolutional_network_gives_its_map_of_stride_16(tmp_path):
 # --- latents
 
 
-def autoencoder_of(network, statistics):
-    """An RAE of parts."""
-    autoencoder = RAE.__new__(RAE)
-    autoencoder.network, autoencoder.chunk_size = network, 1
-    autoencoder.encode_dtype = autoencoder.decode_dtype = "fp32"
-    autoencoder.mean, autoencoder.var = statistics["mean"], statistics["var"]
-    return autoencoder
+def autoencoder_of(statistics, decoder=None, num_features=24):
+    """An RAE of parts: an encoder of `num_features`, without weights, and a decoder."""
+    encoder = FrozenEncoder("vit_base_patch16_224.mae", 4, None)  # for the pixels' mean and deviation
+    encoder.num_features, grid = num_features, statistics["mean"].shape[-1]
+    decoder = decoder or ViTDecoder(num_features, 8, 1, 8, num_heads=1, grid=grid, patch_size=2)
+    return RepresentationAutoencoder(encoder, decoder, {key: statistics[key] for key in ("mean", "var")}, chunk_size=1)
 
 
 def test_encoder_input_and_latents_are_the_published():
@@ -150,7 +149,7 @@ def test_encoder_input_and_latents_are_the_published():
     encoder = FrozenEncoder("vit_base_patch16_224.mae", 4, None)
     encoder.side, encoder.mean, encoder.std = 8, MEAN, STD
     torch.testing.assert_close(encoder.prepare(expected["image"]), expected["encoder_input"], **CLOSE)
-    rae = autoencoder_of(None, expected)
+    rae = autoencoder_of(expected)
     torch.testing.assert_close(rae.sample(as_map(expected["tokens"], 2)), expected["latent"], **CLOSE)
 
 
@@ -173,7 +172,7 @@ def test_noise_on_tokens_is_the_published_augmentation():
 
 def test_where_a_feature_is_constant_its_latent_stays_bounded():
     """The 1e-5 lies beside the variance, under the root."""
-    rae = autoencoder_of(None, {"mean": torch.ones(3, 2, 2), "var": torch.zeros(3, 2, 2)})
+    rae = autoencoder_of({"mean": torch.ones(3, 2, 2), "var": torch.zeros(3, 2, 2)}, num_features=3)
     torch.testing.assert_close(rae.sample(torch.full((1, 3, 2, 2), 2.0)), torch.full((1, 3, 2, 2), 1e-5**-0.5))
 
 
@@ -210,9 +209,7 @@ def test_moments_of_processes_merge_to_those_of_all_values():
 def test_pixels_are_those_of_the_published_decoder():
     expected = golden("decoder")
     decoder = load_decoder(part(expected, "decoder."), 4)
-    encoder = FrozenEncoder("vit_base_patch16_224.mae", 4, None)  # for the pixels' mean and deviation
-    encoder.num_features = 24
-    rae = autoencoder_of(RAENetwork(encoder, decoder), expected)
+    rae = autoencoder_of(expected, decoder)
     assert torch.equal(rae.decode(expected["latent"]), expected["pixels_uint8"])
     tokens = expected["latent"] * torch.sqrt(expected["var"] + 1e-5) + expected["mean"]
     torch.testing.assert_close(rae.network.decode(tokens), expected["pixels"], **CLOSE)
@@ -395,7 +392,7 @@ def test_what_does_not_fit_is_refused(settings, tmp_path):
     refused(r"^autoencoder\.decoder_heads=3|autoencoder\.decoder=.*decoder_heads=3", decoder_heads=3)
     refused(r"^autoencoder\.chunk_size=0", chunk_size=0)
     with pytest.raises(UserError, match="is for tokens of 64 features, but test_vit3 has 96"):
-        build_autoencoder({**settings, "encoder": "test_vit3"}, outline=True)
+        build_autoencoder({**settings, "encoder": "test_vit3", "encoder_weights": None}, outline=True)
     for tensors, message in (
         ({"mean": torch.zeros(64, 8, 8)}, "is of latents 64×8×8, not of this autoencoder's 64×4×4"),
         ({"mean": torch.zeros(64)}, r"mean is \(64,\), not \(C, H, W\)"),
@@ -413,15 +410,16 @@ def test_what_does_not_fit_is_refused(settings, tmp_path):
     with pytest.raises(UserError, match=r"has 64 latent channels, the model 4"):
         rae.decode(torch.zeros(1, 4, 4, 4))
     with pytest.raises(UserError, match=r"autoencoder\.decoder=a/b\.pt: its shape is not known here"):
-        build_autoencoder({**settings, "decoder": "a/b.pt"}, outline=True)
+        build_autoencoder({**settings, "decoder": "a/b.pt", "source": "o/n"}, outline=True)
 
 
 @pytest.mark.parametrize(("size", "grid"), [("ViTXL_n08/model.pt", 16), ("ViTXL_n08_i512/model.pt", 32)])
 def test_the_published_files_are_outlined_without_a_hub(size, grid):
-    outline = RAE.outline(
-        "vit_base_patch14_reg4_dinov2.lvd142m",
-        f"decoders/dinov2/wReg_base/{size}",
-        source="nyu-visionx/RAE-collections",
-    )
+    settings = {
+        "encoder": "vit_base_patch14_reg4_dinov2.lvd142m",
+        "decoder": f"decoders/dinov2/wReg_base/{size}",
+        "source": "nyu-visionx/RAE-collections",
+    }
+    outline = RAE.outline(settings)
     assert outline.latent_shape(3, 16 * grid) == (768, grid, grid)
     assert outline.network.encoder.side == 14 * grid

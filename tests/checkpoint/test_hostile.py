@@ -16,7 +16,7 @@ from ddt.checkpoint import format as ckpt
 from ddt.config import flat
 from ddt.errors import UserError
 from ddt.export.export import ExportSettings, export, open_source
-from ddt.export.model_card import dataset, image_size, training_rows
+from ddt.export.model_card import dataset, training_rows
 from ddt.files import MAX_JSON, sha256
 from ddt.generation.settings import SamplerOverrides
 from ddt.model import network_class
@@ -77,8 +77,9 @@ def use(folder):
     if stored["network"] != NETWORK:
         ddt.load_model(folder)  # the slow part
     SamplerOverrides().resolve(stored["sampler"], network_class(stored["network"]).shares_encoder)
-    config = open_source(folder, "hub").config(stored["autoencoder"])
-    assert training_rows(config, f"{image_size(config)} {dataset(config)}")  # of the model card
+    source = open_source(folder, "hub")
+    config = source.config(stored["autoencoder"])
+    assert training_rows(config, f"{source.image_size()} {dataset(config)}")  # of the model card
 
 
 def refused(folder, name, use=use):

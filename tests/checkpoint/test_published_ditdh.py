@@ -1,21 +1,25 @@
 """Published files of DiT^DH: recognised by their keys, their tables checked, read and written."""
 
-import re
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import refusal, run_inside
+from conftest import refusal, run_inside, small_rae, small_vae, succeed
 from rae import RAE, golden, network, weights
 from safetensors.torch import load_file, save_file
 
 import ddt
 import ddt.checkpoint.format as ckpt
-from ddt.checkpoint.convert import ConvertSettings, latent_shape
+from ddt.checkpoint.config import other_latents
+from ddt.checkpoint.convert import check_autoencoder
 from ddt.checkpoint.published import PUBLISHED, check_releasable, find_released, read_released, write_released
 from ddt.cli import choice_of
 from ddt.config import Choice
 from ddt.errors import UserError
 from ddt.export import ExportSettings, export
+from ddt.export.export import open_source
+from ddt.model import build_network
 from ddt.model.layers import integer_rope_table
 from ddt.model.published_ditdh import ReleasedDiTDH
 
@@ -136,10 +140,10 @@ def test_conversion_writes_the_published_sampler(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = changed(tmp_path, lambda state: None)
     line = refusal("scripts.convert_checkpoint", f"released={path}", "out=converted", "autoencoder=sd_ft_ema")
-    assert re.fullmatch(
-        r"autoencoder: has latents of 4×8×8 at 64 px, changed\.safetensors is of 24×4×4; give "
-        r"autoencoder=rae_dinov2_b, or another with these", line
-    )  # fmt: skip
+    assert line == (
+        "autoencoder: has 4 latent channels, the model 24; give autoencoder=rae_dinov2_b, or another of 24×4×4 for "
+        "changed.safetensors"
+    )
 
 
 @pytest.fixture
@@ -148,6 +152,7 @@ def latents(monkeypatch):
     monkeypatch.setattr(
         "ddt.autoencoder.Identity.latent_shape", lambda self, channels, size: (24, size // 16, size // 16)
     )
+    monkeypatch.setattr("ddt.autoencoder.Identity.image_size", lambda self, shape: 16 * shape[-1])
     monkeypatch.setattr("ddt.model.published_ditdh.dimension_timeshift", lambda shape: 2.0)
     return Choice("ddt.autoencoder.Identity", {})
 
@@ -191,12 +196,12 @@ def test_the_published_autoencoder_is_chosen(tmp_path, latents, monkeypatch):
     done = run_inside("scripts.convert_checkpoint", f"released={path}", f"out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     assert ckpt.read_config(tmp_path / "out")["autoencoder"] == {"_target_": "ddt.autoencoder.Identity"}
-    assert asked == [64]
+    assert set(asked) == {4}
 
 
 @pytest.mark.parametrize("size", [256, 512])
 def test_published_autoencoders_have_the_latents_of_the_files(size):
-    choice = choice_of("convert_checkpoint", "autoencoder", ReleasedDiTDH().usual_autoencoder(size))
+    choice = choice_of("convert_checkpoint", "autoencoder", ReleasedDiTDH().usual_autoencoder(size // 16))
     settings = choice.settings
     assert (choice.target, "i512" in settings["decoder"]) == ("ddt.autoencoder.RAE", size == 512)
     assert ("_512" in settings["statistics"]) == (size == 512)
@@ -204,9 +209,8 @@ def test_published_autoencoders_have_the_latents_of_the_files(size):
 
 def test_a_resolution_that_the_file_says_otherwise(tmp_path, latents):
     path = changed(tmp_path, lambda state: None)
-    settings = ConvertSettings(str(path), latents, str(tmp_path / "out"), resolution=256)
-    with pytest.raises(UserError, match=r"resolution=256: changed\.safetensors is of 64 px; leave it out"):
-        latent_shape(read_released(path, None, None), settings)
+    with pytest.raises(UserError, match=r"resolution=256: changed\.safetensors makes images of 64 px .*; leave it out"):
+        check_autoencoder(read_released(path, None, None), latents, (24, 4, 4), 256)
 
 
 def test_a_ddt_needs_its_resolution(tmp_path):
@@ -249,3 +253,144 @@ def test_a_published_file_begins_a_training(tmp_path):
     assert source.ema.keys() == ddt.load_released(path).state_dict().keys()
     with pytest.raises(UserError, match="encoder_depth=4"):
         read_source(str(path), {**settings, "encoder_depth": 4})
+    ddt_network = {**settings, "_target_": "ddt.model.DDT", "patch_size": 2}
+    with pytest.raises(UserError, match=r"init_from=changed\.safetensors: is a DiTDH, not a DDT; "):
+        read_source(str(path), ddt_network)
+    with pytest.raises(UserError, match=r"tiny\.weights\.safetensors: is a DDT, not a DiTDH; "):
+        read_source(str(RAE.parent / "tiny.weights.safetensors"), settings)
+
+
+def test_parts_of_an_autoencoder_are_named(tmp_path, rae):
+    files = {"decoder": "the decoder of an RAE", "statistics": "statistics of latents"}
+    for key, what in files.items():
+        with pytest.raises(UserError, match=rf": is {what} \(autoencoder\.{key}\); give the file of a DDT"):
+            ddt.load_released(rae[key])
+    vae = Path(small_vae(tmp_path / "vae")) / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match=r": is an AutoencoderKL \(autoencoder\.source"):
+        ddt.load_released(vae)
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="holds no DDT"):
+        ddt.load_released(tmp_path / "x.safetensors")
+
+
+# --- the autoencoder of a converted checkpoint
+
+
+def released(path):
+    """A published file of a small DiT^DH on latents of the fixture `rae`."""
+    sizes = {"in_channels": 64, "patch_size": 1, "hidden_size": 32, "num_heads": 2, "depth": 3, "encoder_depth": 2}
+    settings = {"_target_": "ddt.model.DiTDH", **sizes, "decoder_hidden_size": 64, "decoder_num_heads": 2}
+    network = {**settings, "num_classes": 5}
+    torch.manual_seed(0)
+    write_released(path, network, build_network(network).state_dict(), (64, 8, 8))
+    return path
+
+
+@pytest.fixture(scope="module")
+def rae(tmp_path_factory):
+    """Settings of an RAE of 64×8×8 at 16 px, with statistics, as a command line has them."""
+    folder = tmp_path_factory.mktemp("rae")
+    settings = small_rae(folder, 8, 2, statistics=str(folder / "stat.pt"), source="null", revision="null")
+    torch.save({"mean": torch.zeros(64, 8, 8), "var": torch.ones(64, 8, 8)}, folder / "stat.pt")
+    return {key: value for key, value in settings.items() if key != "_target_"}
+
+
+def conversion(path, out, rae, **changes):
+    words = [f"autoencoder.{key}={value}" for key, value in {**rae, **changes}.items()]
+    return "scripts.convert_checkpoint", f"released={path}", f"out={out}", "autoencoder=rae_dinov2_b", *words
+
+
+def test_a_guide_of_another_autoencoder_is_refused(tmp_path, rae):
+    """Converted checkpoints have no fingerprint, so their settings are compared."""
+    path, other = released(tmp_path / "file.safetensors"), tmp_path / "other.pt"
+    torch.save({"mean": torch.ones(64, 8, 8)}, other)
+    for name, changes in {
+        "model": {},
+        "same": {"chunk_size": 3},
+        "plain": {"statistics": "null"},
+        "other": {"statistics": other},
+    }.items():
+        succeed(*conversion(path, tmp_path / name, rae, **changes))
+    sample = ["sample", f"ckpt={tmp_path / 'model'}", "num_samples=2", "num_steps=2", "cfg_scale=1.4"]
+    for name in ("plain", "other"):
+        line = refusal(*sample, f"guide={tmp_path / name}", f"out={tmp_path / 'out'}")
+        assert line.startswith("guide: has another autoencoder.statistics than the model")
+        assert not (tmp_path / "out").exists()
+    succeed(*sample, f"guide={tmp_path / 'same'}", f"out={tmp_path / 'out'}")
+    receipt = json.loads((tmp_path / "out" / "receipt.json").read_text())
+    assert receipt["request"]["guide"]["ema_sha256"] == ckpt.weights_sha256(tmp_path / "same", "ema")
+    assert len(receipt["request"]["checkpoint"]["autoencoder_sha256"]) == 64  # of the weights that were loaded
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"encoder_weights": "google/siglip2-base-patch16-256"}, "autoencoder.encoder_weights"),
+        ({"encoder": "vit_base_patch16_siglip_256.v2_webli"}, "autoencoder.encoder"),
+        ({"source": "a/b"}, "autoencoder.source"),
+        ({"revision": "main"}, "autoencoder.revision"),
+        ({"statistics": None}, "autoencoder.statistics"),
+        ({"_target_": "ddt.autoencoder.KLAutoencoder", "source": "a/b"}, "autoencoder._target_"),
+        ({"decoder": "decoders/dinov2/wReg_base/ViTXL_n05/model.pt", "decode_dtype": "bf16"}, None),
+        ({"class_token": False}, None),
+    ],
+)
+def test_what_latents_depend_on_tells_autoencoders_apart(changes, key):
+    """Where a fingerprint is unknown; two known ones say it alone."""
+    published = {
+        "_target_": "ddt.autoencoder.RAE",
+        **choice_of("convert_checkpoint", "autoencoder", "rae_mae_b").settings,
+    }
+    del published["class_token"]
+    base = {"latent_shape": [768, 16, 16], "class_names": ["a"]}
+    ours, theirs = ({**base, "autoencoder": each} for each in (published, {**published, **changes}))
+    assert other_latents(ours, theirs) == key
+    assert other_latents({**ours, "autoencoder_fingerprint": "a"}, theirs) == key
+    known = [{**each, "autoencoder_fingerprint": "a"} for each in (ours, theirs)]
+    assert other_latents(*known) is None
+    assert other_latents(known[0], {**ours, "autoencoder_fingerprint": "b"}) == "autoencoder_fingerprint"
+
+
+def test_conversion_checks_the_autoencoders_local_files(tmp_path, rae):
+    torch.save({"mean": torch.zeros(64, 4, 4)}, tmp_path / "small.pt")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    small = {"decoder": small_rae(tmp_path / "small")["decoder"], "statistics": "null"}
+    hub = {"decoder": "decoders/dinov2/wReg_base/ViTXL_n08/model.pt", "source": "nyu-visionx/RAE-collections"}
+    path = released(tmp_path / "file.safetensors")
+    misfits = [
+        ("autoencoder.encoder_weights=/nope: no such file", {"encoder_weights": "/nope"}),
+        ("autoencoder.statistics=/nope.pt: no such file", {"statistics": "/nope.pt"}),
+        ("autoencoder.statistics=/nope.pt: no such file", {"statistics": "/nope.pt", **hub}),
+        ("autoencoder.decoder=/nope.pt: no such file", {"decoder": "/nope.pt"}),
+        ("autoencoder.statistics: is of latents 64×4×4, not of this", {"statistics": tmp_path / "small.pt"}),
+        (f"autoencoder.encoder_weights={tmp_path}", {"encoder_weights": tmp_path / "other.safetensors"}),
+        ("autoencoder: has latents of 64×4×4, the model of 64×8×8; give autoencoder=rae_dinov2_b", small),
+        ("autoencoder.decoder: is for tokens of 64 features", {"encoder": "test_vit3", "encoder_weights": "null"}),
+    ]
+    for message, changes in misfits:
+        line = refusal(*conversion(path, tmp_path / "out", rae, **changes))
+        assert line.startswith(message)
+        assert not (tmp_path / "out").exists()
+    ddt_file = RAE.parent / "tiny.weights.safetensors"
+    convert_ddt = ("scripts.convert_checkpoint", f"released={ddt_file}", f"out={tmp_path / 'out'}", "encoder_depth=3")
+    line = refusal(*convert_ddt, "resolution=256", "autoencoder=kl", "autoencoder.source=/nope")
+    assert line.startswith("autoencoder.source=/nope: no such file or folder")
+    line = refusal(*convert_ddt, "resolution=256", "autoencoder=rae_dinov2_b")
+    assert line.startswith("autoencoder: has latents of 768×16×16, the model of 4×32×32; give autoencoder=sd_ft_ema")
+
+
+def test_the_size_of_images_is_the_autoencoders(tmp_path, rae):
+    """A decoder may make 2 pixels a cell, not 16 as the published ones."""
+    path = released(tmp_path / "file.safetensors")
+    succeed(*conversion(path, tmp_path / "out", rae))
+    config = ckpt.read_config(tmp_path / "out")
+    assert config["latent_shape"] == [64, 8, 8]
+    assert open_source(tmp_path / "out", "hub").image_size() == 16
+    line = refusal(*conversion(path, tmp_path / "again", rae), "resolution=256")
+    assert line.startswith("resolution=256: file.safetensors makes images of 16 px with this autoencoder; leave it out")
+    ckpt.write_checkpoint(
+        tmp_path / "misfit", config | {"autoencoder": small_rae(tmp_path / "small")},
+        ema=ckpt.read_weights(tmp_path / "out", "ema"),
+    )  # fmt: skip
+    line = refusal("sample", f"ckpt={tmp_path / 'misfit'}", "num_samples=1", f"out={tmp_path / 'set'}")
+    assert line == "autoencoder: has latents of 64×4×4, the model of 64×8×8; choose the model's own"

@@ -22,9 +22,11 @@ from PIL import Image
 import ddt
 from ddt.autoencoder import Identity
 from ddt.checkpoint import format as ckpt
+from ddt.errors import UserError
 from ddt.generation import sample_set as generation
 from ddt.generation.generator import Generator, cast_weights
 from ddt.generation.image_set import image_set
+from ddt.generation.load import check_guide_config
 from ddt.generation.part_files import write_part
 from ddt.generation.sample_set import remaining_batches, sample_set
 from ddt.model import DiT
@@ -348,6 +350,11 @@ def test_autoguidance_by_a_weaker_checkpoint(run_folder, tmp_path):
     message = refusal("sample", *arguments, f"guide={tmp_path / 'other'}", f"out={tmp_path / 'c'}")
     assert message.startswith("guide: has another class_names than the model")
     assert not (tmp_path / "c").exists()
+    by_weights = {key: value | {"autoencoder_fingerprint": key} for key, value in (("a", config), ("b", config))}
+    for name, content in by_weights.items():
+        ckpt.write_checkpoint(tmp_path / f"of_{name}", content, ema=weaker.state_dict())
+    with pytest.raises(UserError, match="guide: has another autoencoder_fingerprint than the model"):
+        check_guide_config(*(ckpt.read_config(tmp_path / f"of_{name}") for name in "ab"))
     assert receipt["request"]["guide"]["ema_sha256"] == ckpt.sha256(tmp_path / "weaker" / "ema.safetensors")
     succeed("sample", *arguments, f"out={tmp_path / 'b'}")
     assert (tmp_path / "a" / "samples.npz").read_bytes() != (tmp_path / "b" / "samples.npz").read_bytes()

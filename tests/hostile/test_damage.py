@@ -165,10 +165,12 @@ def convert_release(place):
 def make_lightning(place):
     (place / "kept").mkdir()
     shutil.copy(GOLDEN / "patch1.lightning.ckpt", place / "kept" / "released.ckpt")
+    small_vae(place / "vae", channels=8)
 
 
 def convert_lightning(place):
-    arguments = [f"released={place / 'kept' / 'released.ckpt'}", "encoder_depth=1", "resolution=256"]
+    arguments = [f"released={place / 'kept' / 'released.ckpt'}", "encoder_depth=1", "patch_size=1", "resolution=256"]
+    arguments += ["autoencoder=kl", f"autoencoder.source={place / 'vae'}"]
     said = outcome("scripts.convert_checkpoint", *arguments, f"out={place / 'out'}")
     return said, None if said else digest(ckpt.read_weights(place / "out", "ema"))
 

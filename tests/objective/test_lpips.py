@@ -1,6 +1,7 @@
 """LPIPS against its formula over torchvision's VGG-16, and its files."""
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lpips")
     vgg, linear = random_weights()
     save_file(vgg, folder / "vgg16.safetensors")
-    torch.save(linear, folder / "vgg.pth")
-    return str(folder / "vgg16.safetensors"), str(folder / "vgg.pth")
+    torch.save(linear, folder / "lpips.pth")
+    return str(folder / "vgg16.safetensors"), str(folder / "lpips.pth")
 
 
 def test_the_distance_is_that_of_the_formula(files):
@@ -79,3 +80,13 @@ def test_other_files_are_refused(files, tmp_path):
     save_file(state, tmp_path / "short.safetensors")
     with pytest.raises(UserError, match=r"reconstruction\.vgg_weights=.*short\.safetensors: does not fit"):
         LPIPS(str(tmp_path / "short.safetensors"), linear)
+
+
+@pytest.mark.parametrize(("number", "name"), [(0, "vgg16-397923af.pth"), (1, "vgg.pth")])
+def test_other_files_by_the_published_names_are_refused(files, tmp_path, number, name):
+    """Versions of LPIPS share name, keys and shapes."""
+    other = tmp_path / name
+    other.write_bytes(Path(files[number]).read_bytes())
+    given = [str(other) if k == number else file for k, file in enumerate(files)]
+    with pytest.raises(UserError, match=rf"={other}: is not the published file of this name"):
+        LPIPS(*given)

@@ -16,14 +16,15 @@ from unittest.mock import MagicMock
 import gradio as gr
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
-from conftest import SMALL, refusal, run_inside, small_checkpoint, small_ddt, succeed
+from conftest import SMALL, refusal, run_inside, small_checkpoint, small_ddt, small_rae, succeed
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from ddt.checkpoint import format as ckpt
 from ddt.generation import set_folder
-from ddt.model import DiT
+from ddt.model import DiT, DiTDH
 from ddt.sampling.fitting import resolve_recompute
 from scripts.app import __main__ as app
 from scripts.app import page as app_page
@@ -33,6 +34,7 @@ from scripts.app.guard import Guard, app_arguments
 from scripts.app.page import LAUNCH, build_page
 from scripts.app.settings import AppSettings
 from scripts.app.studio import Interrupted, Studio
+from scripts.app.view import summary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLER = {"solver": "euler", "num_steps": 6, "cfg_scale": 2.0, "cfg_interval": [0.3, 1.0], "last_step": None}
@@ -363,6 +365,57 @@ def test_a_model_with_base_head_is_offered_internal_guidance(tmp_path, monkeypat
     with pytest.raises(gr.Error) as error:
         press(page, **{"Internal from t": 0.9})
     assert "internal_interval=[0.9,0.7]: needs 0 &lt;= lo" in error.value.message
+
+
+@pytest.fixture(scope="module")
+def ditdh(tmp_path_factory):
+    """A folder with a small DiT^DH of RAE latents, its guide, and one of another autoencoder."""
+    place = tmp_path_factory.mktemp("ditdh")
+    sizes = {"in_channels": 64, "num_classes": 5, "patch_size": 1, "hidden_size": 32, "num_heads": 2, "depth": 3}
+    sizes |= {"encoder_depth": 2, "decoder_hidden_size": 64, "decoder_num_heads": 2}
+    settings = small_rae(place / "rae", 4, 2)
+    torch.save({"mean": torch.ones(64, 4, 4)}, place / "stat.pt")
+    other = {**settings, "statistics": str(place / "stat.pt")}
+    sampler = {"num_steps": 3, "cfg_scale": 1.0, "cfg_interval": None, "last_step": None, "t_end": 0.999}
+    for seed, (name, autoencoder) in enumerate({"model": settings, "guide": settings, "other": other}.items()):
+        torch.manual_seed(seed)
+        model = DiTDH(**sizes)
+        for parameter in model.parameters():  # the output begins at 0
+            torch.nn.init.normal_(parameter, std=0.1)
+        small_checkpoint(
+            place / name, model=model, network={"_target_": "ddt.model.DiTDH", **sizes}, latent_shape=[64, 4, 4],
+            autoencoder=autoencoder, sampler=sampler, class_names=CLASSES,
+        )  # fmt: skip
+    return place
+
+
+def test_a_guide_is_that_of_sample_py(ditdh, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    studio = open_studio(ditdh / "model", tmp_path, guide=str(ditdh / "guide"))
+    page = build_page(studio)
+    assert f"guided by `{ditdh / 'guide'}`" in summary(studio)
+    result = press(page, Guidance=1.42)
+    receipt = json.loads(result.files["receipt.json"].read_text())
+    assert receipt["request"]["guide"] == {"ema_sha256": ckpt.weights_sha256(ditdh / "guide", "ema"), "step": 7}
+    assert receipt["network_calls_an_image"]["guide_decoder"] == 3
+    assert settings(result.command)["guide"] == str(ditdh / "guide")
+    alone = press(page)  # Guidance 1, as the checkpoint has it
+    assert "guide" not in settings(alone.command)
+    receipt = json.loads(alone.files["receipt.json"].read_text())
+    assert receipt["request"]["guide"] is None
+    assert "guide_decoder" not in receipt["network_calls_an_image"]
+    assert not np.array_equal(array(alone.files["samples.npz"]), array(result.files["samples.npz"]))
+    for number, each in enumerate((result, alone)):
+        out = tmp_path / f"out{number}"
+        succeed("sample", *shlex.split(each.command)[2:-1], f"out={out}")
+        assert (out / "samples.npz").read_bytes() == each.files["samples.npz"].read_bytes()
+
+
+def test_a_guide_of_another_autoencoder_is_refused_at_the_start(ditdh):
+    arguments = [f"ckpt={ditdh / 'model'}", "port=7999"]
+    line = refusal("scripts.app.__main__", *arguments, f"guide={ditdh / 'other'}")
+    assert line.startswith("guide: has another autoencoder.statistics than the model")
+    assert "nowhere: no such folder" in refusal("scripts.app.__main__", *arguments, f"guide={ditdh / 'nowhere'}")
 
 
 def test_the_page_has_one_endpoint_and_calls_nobody(page):

@@ -94,7 +94,8 @@ def test_the_chain_and_what_a_second_call_repeats(place):
 
 @pytest.mark.parametrize("guided", [True, False])
 def test_the_chain_of_a_model_with_a_guide(place, guided):
-    unguided = [] if guided else ["guide=null", "cfg_scale=1"]
+    """Without it, sampling is not guided at all: cfg_scale of the preset would be CFG."""
+    unguided = [] if guided else ["guide=null"]
     done = reproduce("ditdh_xl_256", REFERENCE, *unguided, cwd=place, PYTHON=str(place / "python"))
     assert done.returncode == 0, done.stderr
     ckpt, guide = "checkpoints/published_ditdh_xl_256", "checkpoints/published_ditdh_s_256"
@@ -137,6 +138,8 @@ def test_a_failure_ends_the_chain(place):
         (["xl_256"], "usage: "),
         (["xl_256", "num_samples=7"], "usage: "),
         (["xl_256", REFERENCE, "fast"], "usage: "),
+        (["ditdh_xl_512", REFERENCE, "guide=null"], "guide=null: no number of ditdh_xl_512 without its guide"),
+        (["ditdh_xl_256", REFERENCE, "guide=null", "cfg_scale=1.42"], "cfg_scale=1.42: the published FID without a "),
         (["xl_256", "nowhere.npz"], "REFERENCE_NPZ=nowhere.npz: no such file; give ADM's reference npz"),
     ],
 )

@@ -27,7 +27,7 @@ L1 = ("reconstruction=l1",)
 GAN = (
     "reconstruction.gan_weight=0.75", "reconstruction.dino_weights=dino.safetensors",
     "reconstruction.discriminator_start=1", "reconstruction.gan_start=2", "reconstruction.lpips_weight=1",
-    "reconstruction.vgg_weights=vgg16.safetensors", "reconstruction.lpips_weights=vgg.pth",
+    "reconstruction.vgg_weights=vgg16.safetensors", "reconstruction.lpips_weights=lpips.pth",
 )  # fmt: skip
 
 
@@ -43,7 +43,9 @@ def place(tmp_path_factory):
         {f"features.{k}": v for stage in vgg_stages() for k, v in stage.state_dict().items()},
         folder / "vgg16.safetensors",
     )
-    torch.save({f"lin{k}.model.1.weight": torch.rand(1, w[-1], 1, 1) for k, w in enumerate(STAGES)}, folder / "vgg.pth")
+    torch.save(
+        {f"lin{k}.model.1.weight": torch.rand(1, w[-1], 1, 1) for k, w in enumerate(STAGES)}, folder / "lpips.pth"
+    )
     (folder / "dino.safetensors").touch()  # `with_small_dino` stands in for it
     return folder
 

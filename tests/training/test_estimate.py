@@ -272,12 +272,12 @@ def test_the_size_of_a_folder_is_inferred_where_its_images_are_there(tmp_path):
 
 def test_an_autoencoder_folder_is_counted(tmp_path):
     folder = small_vae(tmp_path / "vae", levels=3)
-    real, outline = KLAutoencoder(folder), KLAutoencoder.outline(folder)
+    real, outline = KLAutoencoder(folder), KLAutoencoder.outline({"source": folder})
     assert outline.latent_shape(3, 32) == real.latent_shape(3, 32) == (4, 8, 8)
     assert num_parameters(outline.network) == num_parameters(real.network)
     assert outline.network.quant_conv.weight.is_meta
     with pytest.raises(UserError, match=r"autoencoder\.source=a/b: its shape is not known here; give a local folder"):
-        KLAutoencoder.outline("a/b")
+        KLAutoencoder.outline({"source": "a/b"})
 
 
 def test_a_target_without_weights_is_a_target():

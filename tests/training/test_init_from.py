@@ -126,7 +126,10 @@ def stored_config(step, **sizes):
 
 def run_config(network, autoencoder=None):
     class_names = ["0"] * network["num_classes"]
-    return {"network": network, "autoencoder_fingerprint": autoencoder, "class_names": class_names}
+    pixels = {"_target_": "ddt.autoencoder.Identity"}
+    return {
+        "network": network, "autoencoder": pixels, "autoencoder_fingerprint": autoencoder, "class_names": class_names,
+    }  # fmt: skip
 
 
 def objective(**sizes):
@@ -239,7 +242,7 @@ def test_a_projector_is_loaded_where_it_fits(tmp_path, caplog):
         ("model.depth=4 init_from=runs/source", f"{OTHER} (model.depth 3 -> 4)"),
         (f"init_from={PATCH1} model.decoder_block=mlp", f"init_from={PATCH1}: is another network (model.decoder_block"),
         (f"init_from={PATCH1}", f"init_from={PATCH1}: is another network (model.hidden_size 48 -> 32"),
-        (f"init_from={GOLDEN / 'golden.json'}", f"{GOLDEN / 'golden.json'}: is JSON"),
+        (f"init_from={GOLDEN / 'golden.json'}", f"init_from={GOLDEN / 'golden.json'}: is JSON"),
     ],
 )  # fmt: skip
 def test_invalid_sources_are_one_line(place, monkeypatch, option, message):

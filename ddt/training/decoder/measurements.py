@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ddt.autoencoder import RAE
+from ddt.autoencoder.rae import EXECUTION, RepresentationAutoencoder
 from ddt.autoencoder.vit_decoder import ViTDecoder
 from ddt.data.images import Images
 from ddt.data.source import spread
@@ -35,7 +35,8 @@ class DecoderMeasurements:
     def __call__(self, names: list[str], network: ViTDecoder, step: int, tracker: JsonlTracker | None) -> None:
         """Measure what `names` say of the EMA weights. All processes call it together."""
         run = self.run
-        autoencoder = RAE.around(run.autoencoder.network.encoder, network, run.settings.autoencoder.settings)
+        execution = {key: getattr(run.autoencoder, key) for key in EXECUTION}
+        autoencoder = RepresentationAutoencoder(run.autoencoder.network.encoder, network, **execution)
         autoencoder.to(self.accelerator.device)
         if "validation" in names:
             values = self.errors(autoencoder)
@@ -55,7 +56,7 @@ class DecoderMeasurements:
         return torch.from_numpy(images.load(indices)).to(self.accelerator.device)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def errors(self, autoencoder: RAE) -> dict[str, float]:
+    def errors(self, autoencoder: RepresentationAutoencoder) -> dict[str, float]:
         """Return the loss without noise and GAN, its parts, and the PSNR in dB of 8-bit images:
         means over at most 2,048 held-out images. `batch_size` does not change them.
         """

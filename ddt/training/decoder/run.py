@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddt.autoencoder import RAE
 from ddt.autoencoder.base import weights_hash
-from ddt.autoencoder.rae import find_encoder
+from ddt.autoencoder.rae import EXECUTION, RepresentationAutoencoder, find_encoder
 from ddt.autoencoder.rae_encoder import FrozenEncoder
 from ddt.autoencoder.vit_decoder import ViTDecoder
 from ddt.config import locate
@@ -125,7 +124,7 @@ class DecoderRun(BaseRun):
 
     settings: DecoderSettings
     objective: Reconstruction
-    autoencoder: RAE
+    autoencoder: RepresentationAutoencoder
     discrimination: Discrimination | None
 
     @property
@@ -156,7 +155,8 @@ def build_run(settings: DecoderSettings) -> DecoderRun:
     weights = find_encoder(chosen["encoder"], chosen.get("encoder_weights"), chosen.get("source"))
     encoder = FrozenEncoder(chosen["encoder"], grid, weights)
     decoder = build_decoder(settings, encoder.num_features, grid)
-    autoencoder = RAE.around(encoder, decoder, chosen)
+    execution = {key: chosen[key] for key in EXECUTION if key in chosen}
+    autoencoder = RepresentationAutoencoder(encoder, decoder, **execution)
     shape = autoencoder.latent_shape(images.channels, images.image_size)
     given = settings.reconstruction
     lpips = LPIPS(given.vgg_weights, given.lpips_weights) if given.lpips_weight else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddt.checkpoint import format as ckpt
+from ddt.checkpoint.config import other_latents
 from ddt.errors import require, require_count
 from ddt.files import sha256
 from ddt.generation.image_set import SEED_STRIDE
@@ -114,11 +115,11 @@ class GuidanceSettings(SamplerOverrides):
         checkpoints = [Checkpoint(n, f, ckpt.read_config(f)) for n, f in zip(names, folders, strict=True)]
         first = checkpoints[0]
         for other in checkpoints:
-            for key in ("latent_shape", "class_names", "autoencoder_fingerprint"):
-                require(
-                    first.stored.get(key) == other.stored.get(key),
-                    f"ckpt={other.folder}: has another {key} than {first.folder}; search them one by one",
-                )
+            key = other_latents(first.stored, other.stored)
+            require(
+                key is None,
+                f"ckpt={other.folder}: has another {key} than {first.folder}; search them one by one",
+            )
             for kind in self.axis("weights"):
                 ckpt.check_weights(other.folder, kind)
         return checkpoints
