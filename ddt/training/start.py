@@ -24,7 +24,6 @@ from ddt.data.stream import TrainingStream, check_shared_memory, load_batches, m
 from ddt.distributed.compile import compile_blocks, compiles
 from ddt.distributed.launch import check_same_on_all_processes
 from ddt.distributed.prepare import broadcast_weights, decide_on_main, make_accelerator, prepare
-from ddt.epochs import epoch_steps
 from ddt.errors import Stopped, UserError, first_line, require
 from ddt.files import lock_folder, write_json
 from ddt.logs import on_terminal, progress_bar
@@ -184,9 +183,7 @@ def announce(
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     if rank == 0:
         begins = f"resuming at step {state.step}" if state.step else "training"
-        epoch = epoch_steps(len(run.images.labels), trainer.global_batch_size)
-        epochs = f" ({trainer.max_steps / epoch:.4g} epochs)" if epoch else ""
-        log.info("%s: %s to step %d%s; the same command resumes it", run_dir, begins, trainer.max_steps, epochs)
+        log.info("%s: %s to step %d; the same command resumes it", run_dir, begins, trainer.max_steps)
         log.info("%s", "\n".join(header(run, accelerator)))
         write_json(run_dir / "config.json", {**run.config["run"], "num_processes": num_processes})
     stack.enter_context(reported_status(run_dir, state))
