@@ -22,6 +22,7 @@ from ddt.draws import noise_of
 from ddt.errors import MANY, require, require_count
 from ddt.files import atomic_folder, check_new, fsync, sha256, write_json
 from ddt.generation.receipt import RECEIPT, SHA256
+from ddt.logs import progress_bar
 from ddt.metrics.images import SAMPLES, write_npz
 from ddt.pictures import image_grid, write_png
 from ddt.receipts import circumstances
@@ -117,8 +118,7 @@ def write_reconstructions(settings: ReconstructSettings, command: str) -> None:
             yield made.permute(0, 2, 3, 1).numpy()
 
     with atomic_folder(out) as folder, torch.no_grad():
-        bar = tqdm(total=len(chosen), unit="img", desc="reconstructing", mininterval=1.0)
-        with bar as progress:
+        with progress_bar(total=len(chosen), unit="img", desc="reconstructing") as progress:
             size = (len(chosen), images.image_size, images.image_size, images.channels)
             labels = {"arr_1": images.labels[chosen].astype(np.int64)}
             write_npz(folder / SAMPLES, labels, batches(progress), size)
