@@ -166,7 +166,7 @@ def test_noise_on_tokens_is_the_published_augmentation():
     tokens, noise = (as_map(expected[name], 2) for name in ("tokens", "noise_n"))
     objective = Reconstruction(Decoder(), MEAN, STD, settings, None)
     objective(tokens, torch.zeros(2, 3, 4, 4), noise, expected["noise_u"])
-    found = autoencoder_of(None, expected).sample(seen[0])
+    found = autoencoder_of(expected).sample(seen[0])
     torch.testing.assert_close(found, expected["latent_noised"], **CLOSE)
 
 
