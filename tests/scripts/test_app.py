@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from ddt.checkpoint import format as ckpt
+from ddt.errors import UserError
 from ddt.generation import set_folder
 from ddt.model import DiT, DiTDH
 from ddt.sampling.fitting import resolve_recompute
@@ -411,11 +412,11 @@ def test_a_guide_is_that_of_sample_py(ditdh, tmp_path, monkeypatch):
         assert (out / "samples.npz").read_bytes() == each.files["samples.npz"].read_bytes()
 
 
-def test_a_guide_of_another_autoencoder_is_refused_at_the_start(ditdh):
-    arguments = [f"ckpt={ditdh / 'model'}", "port=7999"]
-    line = refusal("scripts.app.__main__", *arguments, f"guide={ditdh / 'other'}")
-    assert line.startswith("guide: has another autoencoder.statistics than the model")
-    assert "nowhere: no such folder" in refusal("scripts.app.__main__", *arguments, f"guide={ditdh / 'nowhere'}")
+def test_a_guide_of_another_autoencoder_is_refused_at_the_start(ditdh, tmp_path):
+    with pytest.raises(UserError, match=r"guide: has another autoencoder\.statistics than the model"):
+        open_studio(ditdh / "model", tmp_path, guide=str(ditdh / "other"))
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        open_studio(ditdh / "model", tmp_path, guide=str(ditdh / "nowhere"))
 
 
 def test_the_page_has_one_endpoint_and_calls_nobody(page):
