@@ -32,13 +32,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ddt.config import Choice, convert, did_you_mean, flat, locate, missing_package, parse
+from ddt.config import CONF, Choice, convert, did_you_mean, flat, locate, missing_package, parse
 from ddt.data.listing import is_split
 from ddt.errors import STOPPED_STATUS, Stopped, UserError, first_line, os_error_line, require
 from ddt.files import is_run_name, write_text
 from ddt.logs import logging_setup
 
-CONF = (Path(__file__).parent / "conf").resolve()  # of the repository, or of an installed package
 # Logging and output folders are ours.
 HYDRA = ("hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.run.dir=.")
 # Settings whose values are paths, or lists of them. They may begin with ~, and hold characters that
@@ -262,11 +261,6 @@ def reference_data(reference: str) -> Choice | None:
         f"scripts/reference_statistics.py data={name}, and give that",
     )
     return as_choice(node, "data")
-
-
-def choice_of(config_name: str, group: str, name: str) -> Choice:
-    """Return the file `name` of a config group, as the command of `config_name` composes it."""
-    return as_choice(OmegaConf.masked_copy(compose_apart(CONF, config_name, [f"{group}={name}"]), [group]), group)
 
 
 def as_choice(node: DictConfig, group: str) -> Choice:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
@@ -35,6 +36,7 @@ WORDS = {  # beginnings of pydantic's kinds of errors
 }
 # of pyproject.toml, by package
 EXTRAS = {"gradio": "app", "skimage": "photos", "pyarrow": "parquet", "submitit": "slurm", "tensorboard": "tensorboard"}
+CONF = (Path(__file__).parent / "conf").resolve()  # of the repository, or of an installed package
 LEAST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38  # of normal float32 numbers
 MOST_NAMES = 60  # in a line
 CONVERSION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
@@ -101,6 +103,23 @@ class Choice:
     def plain(self) -> dict[str, Any]:
         """Return the settings as checkpoints hold them, `_target_` among them."""
         return {"_target_": self.target, **self.settings}
+
+
+def group_values(group: str, name: str) -> dict[str, Any]:
+    """Return the values of conf/GROUP/NAME.yaml, over those of the files that its defaults name."""
+    values = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+    below: dict[str, Any] = {}
+    for other in values.pop("defaults", []):
+        below |= group_values(group, other)
+    return below | values
+
+
+def group_choice(group: str, name: str) -> Choice:
+    """Return the choice of conf/GROUP/NAME.yaml, as Hydra composes it where nothing is given."""
+    choice, problems = convert(group_values(group, name), Choice, group)
+    if choice is None:
+        raise UserError("\n".join(problems))
+    return choice
 
 
 def parse(kind: type[Kind], values: dict[str, Any], prefix: str = "") -> Kind:

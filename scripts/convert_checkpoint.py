@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ddt.cli import choice_of, command
+from ddt.cli import command
 
 if TYPE_CHECKING:
     from ddt.checkpoint.convert import ConvertSettings
@@ -19,7 +19,7 @@ def main(settings: ConvertSettings) -> None:
     """Check, read strictly, write."""
     from ddt.checkpoint.convert import convert
 
-    convert(settings, lambda name: choice_of("convert_checkpoint", "autoencoder", name))
+    convert(settings)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from conftest import GOLDEN, refusal, run_inside, small_checkpoint, small_vae
 import ddt
 from ddt import hub
 from ddt.autoencoder import KLAutoencoder
-from ddt.checkpoint.published import find_released
+from ddt.checkpoint.format import find_checkpoint, read_config
+from ddt.checkpoint.published import PUBLISHED_SETTINGS, find_released
 from ddt.errors import UserError
 from ddt.export import ExportSettings, HubModel, export
 
@@ -187,6 +188,42 @@ def test_a_published_file_of_the_hub_comes_from_the_cache_or_is_downloaded(there
     assert find_released("owner/ddt") == found
     assert ddt.load_released(found, encoder_depth=3) is not None
     assert len(there.asked) == 1
+
+
+def test_a_published_model_is_converted_once_and_then_taken_from_the_cache(there, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("DDT_CACHE", str(tmp_path / "models"))
+    monkeypatch.setitem(PUBLISHED_SETTINGS, "ddt-xl-256", {"encoder_depth": 3, "resolution": 256})
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(GOLDEN / "tiny.weights.safetensors", model / "x.safetensors")
+    there.models["MCG-NJU/DDT-XL-22en6de-R256"] = model
+    assert {"ddt-xl-256", "ddt-xl-512", "ditdh-xl-256"} <= set(ddt.list_models())
+    there.reachable = False
+    with pytest.raises(UserError, match="the hub did not give it") as error:
+        ddt.load_model("ddt-xl-256")
+    command = f"scripts/convert_checkpoint.py released=FILE encoder_depth=3 resolution=256 out={tmp_path}/models/models"
+    assert "bring the file of MCG-NJU/DDT-XL-22en6de-R256 here" in str(error.value)
+    assert f"{command}/ddt-xl-256" in str(error.value)
+    there.reachable = True
+    network = ddt.load_model("ddt-xl-256")
+    expected = ddt.load_released(model / "x.safetensors", encoder_depth=3)
+    for a, b in zip(network.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+    shutil.rmtree(there.cache)  # what was converted needs the hub no more
+    there.reachable = False
+    assert ddt.load_model("ddt-xl-256") is not None
+    stored = read_config(find_checkpoint("ddt-xl-256"))
+    assert stored["latent_shape"] == [4, 32, 32]
+    assert stored["sampler"]["cfg_interval"] == [0.3, 1.0]
+    assert stored["autoencoder"]["source"] == "stabilityai/sd-vae-ft-ema"
+    assert refusal("sample", "ckpt=ddt-xl-256").startswith("out: not set; ckpt=ddt-xl-256 is a model of the hub")
+    assert "one of its checkpoints/step_*, or a published model (ddt-xl-256, " in refusal("sample", "ckpt=ddt-xl-255")
+
+
+def test_a_name_of_a_published_model_that_is_a_folder_here_is_that_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_checkpoint(tmp_path / "ddt-xl-256")
+    assert find_checkpoint("ddt-xl-256") == Path("ddt-xl-256")
 
 
 def test_several_published_files_are_not_guessed_among(there, tmp_path):

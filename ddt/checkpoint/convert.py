@@ -2,14 +2,13 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 from ddt.autoencoder import build_autoencoder
 from ddt.autoencoder.base import UnknownShape
 from ddt.checkpoint.format import write_checkpoint
-from ddt.checkpoint.published import Part, Released, find_released, read_released
-from ddt.config import Choice
+from ddt.checkpoint.published import PUBLISHED_SETTINGS, Part, Released, find_released, read_released
+from ddt.config import Choice, group_choice
 from ddt.errors import UserError, reason, require
 from ddt.files import check_new, sha256
 from ddt.pictures import imagenet_synsets
@@ -86,20 +85,22 @@ def check_autoencoder(
     )
 
 
-def convert(settings: ConvertSettings, choose_autoencoder: Callable[[str], Choice]) -> None:
+def convert(settings: ConvertSettings) -> None:
     """Write a checkpoint with a published file's EMA (or raw) weights, its autoencoder and sampler.
 
-    choose_autoencoder: name of conf/autoencoder → its settings, where none are given.
     Strict: every key of the file is used, or refused by name. Raises UserError, also where `out`
     exists. Source: method.md 6.
     """
     out = Path(settings.out)
     check_new(out)
     path = find_released(settings.released)
-    released = read_released(path, settings.encoder_depth, settings.patch_size)
-    shape = latent_shape(released, settings.resolution)
-    autoencoder = settings.autoencoder or choose_autoencoder(released.release.usual_autoencoder(shape[-1]))
-    check_autoencoder(released, autoencoder, shape, settings.resolution)
+    known = PUBLISHED_SETTINGS.get(settings.released, {})
+    encoder_depth, resolution = (getattr(settings, key) or known.get(key) for key in ("encoder_depth", "resolution"))
+    released = read_released(path, encoder_depth, settings.patch_size)
+    shape = latent_shape(released, resolution)
+    usual = released.release.usual_autoencoder(shape[-1])
+    autoencoder = settings.autoencoder or group_choice("autoencoder", usual)
+    check_autoencoder(released, autoencoder, shape, resolution)
     weights = released.weights(settings.weights)
     log.info(
         "%s: read strictly, %d parameters; writing %s", path, sum(value.numel() for value in weights.values()), out

@@ -166,13 +166,19 @@ def newest_intact_checkpoint(run_dir: Path) -> Path | None:
 
 
 def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
-    """Return a checkpoint folder: the path itself, the newest of a run, or a downloaded hub model.
+    """Return a checkpoint folder: the path itself, the newest of a run, a downloaded hub model, or
+    a converted published model.
 
-    A hub model is `owner/name` or `owner/name@revision`. Raises UserError for anything else.
+    A hub model is `owner/name` or `owner/name@revision`, a published one a name of
+    `ddt.list_models`. Raises UserError for anything else.
     """
+    from ddt.checkpoint.named import list_models, named_checkpoint  # which write with this module
+
     path = Path(run_or_checkpoint)
     if (path / "manifest.json").is_file():
         return path
+    if str(run_or_checkpoint) in list_models() and not path.exists():
+        return named_checkpoint(str(run_or_checkpoint))
     if is_hub_id(str(run_or_checkpoint)):
         return download(str(run_or_checkpoint))
     newest = newest_checkpoint(path)
@@ -183,7 +189,8 @@ def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
         )
         state = "holds no complete checkpoint" if path.is_dir() else "no such folder"
         raise UserError(
-            f"{path}: {state}; give a run folder such as runs/digits_nano, or one of its checkpoints/step_*"
+            f"{path}: {state}; give a run folder such as runs/digits_nano, one of its checkpoints/step_*, or a "
+            f"published model ({', '.join(list_models())})"
         )
     return newest
 

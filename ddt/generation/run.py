@@ -4,6 +4,7 @@ import datetime
 from pathlib import Path
 
 from ddt.checkpoint import format as ckpt
+from ddt.checkpoint.named import list_models
 from ddt.distributed.compile import compiles
 from ddt.distributed.launch import launch
 from ddt.distributed.prepare import make_accelerator
@@ -32,7 +33,7 @@ def sample_checkpoint(settings: SampleSettings) -> None:
     """
     guide = None if settings.guide is None else ckpt.find_checkpoint(settings.guide)
     require(
-        settings.out is not None or not is_hub_id(settings.ckpt),
+        settings.out is not None or not (is_hub_id(settings.ckpt) or settings.ckpt in list_models()),
         f"out: not set; ckpt={settings.ckpt} is a model of the hub, so give the folder for its images",
     )
     folder = ckpt.find_checkpoint(settings.ckpt)

@@ -215,7 +215,7 @@ def test_raw_weights_of_a_published_file(tmp_path, monkeypatch):
         released=str(tmp_path / "raw.ckpt"), encoder_depth=1, resolution=256, patch_size=1, out=str(tmp_path / "out"),
         autoencoder=Choice("ddt.autoencoder.KLAutoencoder", {"source": "a/b"}), weights="model",
     )  # fmt: skip
-    convert(settings, pytest.fail)
+    convert(settings)
     assert same(ddt.load_model(tmp_path / "out", weights="model").state_dict(), raw)
     with pytest.raises(UserError, match=r"weights=ema: .* choose from model"):
         ddt.load_model(tmp_path / "out")

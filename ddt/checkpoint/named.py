@@ -1,0 +1,49 @@
+"""Published models by name: downloaded, converted once into a cache folder, and loaded from there.
+
+The folder is `models/NAME` of DDT_CACHE, or of ~/.cache/ddt.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+from filelock import FileLock
+
+from ddt.checkpoint.convert import ConvertSettings, convert
+from ddt.checkpoint.published import PUBLISHED, PUBLISHED_SETTINGS, find_released
+from ddt.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def list_models() -> list[str]:
+    """Return the names that `load_model` and `ckpt=` take without a path."""
+    return list(PUBLISHED)
+
+
+def cache_folder() -> Path:
+    """Return where converted models lie."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return Path(os.environ.get("DDT_CACHE") or cache / "ddt").expanduser() / "models"
+
+
+def named_checkpoint(name: str) -> Path:
+    """Return the checkpoint folder of a published model, a name of `list_models`.
+
+    Raises UserError where the hub does not give its file, with what to do without the hub.
+    """
+    folder = cache_folder() / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # of several processes the first converts
+        if not (folder / "manifest.json").is_file():
+            settings = "".join(f" {key}={value}" for key, value in PUBLISHED_SETTINGS.get(name, {}).items())
+            command = f"python scripts/convert_checkpoint.py released=FILE{settings} out={folder}"
+            try:
+                find_released(name)
+            except UserError as error:
+                raise UserError(
+                    f"{error}. Without the hub: bring the file of {PUBLISHED[name]} here, and once {command}"
+                ) from error
+            log.info("%s: is converted once, into %s", name, folder)
+            convert(ConvertSettings(released=name, out=str(folder)))
+    return folder
