@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from ddt.cli import command, reference_data
 
 if TYPE_CHECKING:
-    from ddt.metrics.evaluate import EvaluateSettings
+    from ddt.metrics.settings import EvaluateSettings
 
 
-@command("evaluate", settings="ddt.metrics.evaluate.EvaluateSettings")
+@command("evaluate", settings="ddt.metrics.settings.EvaluateSettings")
 def main(settings: EvaluateSettings) -> None:
     """Check the inputs, then measure on every process."""
     from ddt.distributed.launch import launch

@@ -33,7 +33,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddt.config import CONF, Choice, convert, did_you_mean, flat, locate, missing_package, parse
-from ddt.data.listing import is_split
 from ddt.errors import STOPPED_STATUS, Stopped, UserError, first_line, os_error_line, require
 from ddt.files import is_run_name, write_text
 from ddt.logs import logging_setup
@@ -67,6 +66,8 @@ def default_name(*, _root_: DictConfig) -> str:
     trained = choices.autoencoder if "decoder" in choices else choices.model
     if choices.data not in ("folder", "shards") or OmegaConf.is_missing(_root_.data, "root"):
         return f"{choices.data}_{trained}"
+    from ddt.data.listing import is_split  # imports NumPy
+
     path = Path(str(_root_.data.root)).expanduser().resolve()
     name = f"{path.parent.name}_{path.name}" if is_split(path.name) else path.name
     folder = re.sub(r"[^\w.+-]", "_", name)
@@ -133,16 +134,20 @@ def command(
             summary = (sys.modules[task.__module__].__doc__ or task.__doc__ or "").partition("\n\n")[0]
             about = f"{summary} Every setting with its comment: {path}/{config_name}.yaml"
             name = script.parent.name if script.stem == "__main__" else script.stem
-            ours = [*HYDRA, f"hydra.job.name={name}", quoted("hydra.help.header", " ".join(about.split()))]
+            ours = [*HYDRA, f"hydra.job.name={name}"]
             if outcome is not None:
                 callback = {"_target_": f"{__name__}.OneFolderEach", "folder": folder, "config_name": config_name}
                 ours += [quoted(f"+hydra.callbacks.sweep.{key}", str(value)) for key, value in callback.items()]
             options, overrides = options_and_overrides(arguments)  # argparse wants the overrides together
-            sys.argv[1:] = [*options, *ours, *(quoted_path(override, is_sweep) for override in overrides)]
+            overrides = [quoted_path(override, is_sweep) for override in overrides]
+            sys.argv[1:] = [*options, *ours, *overrides]
             own_errors = os.environ.get("HYDRA_FULL_ERROR")
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
             try:
-                run()
+                if {"-h", "--help"} & set(options):
+                    sys.stdout.write(f"{' '.join(about.split())}\n{help_text(folder, config_name, overrides)}")
+                else:
+                    run()
             except JobFailed as failed:
                 sys.exit(failed.report())
             except KeyboardInterrupt:
@@ -160,6 +165,24 @@ def command(
         return main
 
     return decorate
+
+
+def help_text(folder: Path, config_name: str, overrides: list[str]) -> str:
+    """Return the groups of a command with their files, and its composed settings.
+
+    Hydra's own help lists the groups of all commands, and composes for a second.
+    """
+    composed = compose_apart(folder, config_name, overrides, with_hydra=True)
+    groups = sorted(group for group in composed.hydra.runtime.choices if not group.startswith("hydra/"))
+    del composed.hydra
+    lines = [f"{group}: {', '.join(choices_of(folder, group))}" for group in groups]
+    listed = ["", "== Groups (group=choice) ==", *lines] if lines else []
+    return "\n".join([*listed, "", "== Settings (key=value) ==", OmegaConf.to_yaml(composed)])
+
+
+def choices_of(folder: Path, group: str) -> list[str]:
+    """Return the names of the files that a config group chooses from."""
+    return sorted(path.stem for path in (folder / group).glob("*.yaml") if not path.stem.startswith("_"))
 
 
 def options_and_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -251,7 +274,7 @@ def reference_data(reference: str) -> Choice | None:
     if not reference.startswith("data:"):
         return None
     name = reference.removeprefix("data:")
-    known = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
+    known = choices_of(CONF, "data")
     require(name in known, f"reference={reference}: give data:NAME, one of data:{', data:'.join(known)}")
     node = OmegaConf.masked_copy(compose_apart(CONF, "train", [f"data={name}"]), ["data"])
     missing = OmegaConf.missing_keys(node)
@@ -493,7 +516,7 @@ def mistake(error: Exception, arguments: list[str], folder: Path, config_name: s
         if not (folder / group).is_dir() or override.is_sweep_override():
             continue
         name = override.get_value_element_as_str()
-        known = sorted(path.stem for path in (folder / group).glob("*.yaml") if not path.stem.startswith("_"))
+        known = choices_of(folder, group)
         if override.is_delete():
             return f"~{group}: a group cannot be removed; choose one of {', '.join(known)}"
         if name not in known and (group, name) != ("experiment", "null"):

@@ -1,10 +1,14 @@
 """Random numbers as functions of (seed, stream, position), so that nothing depends on state."""
 
+from __future__ import annotations
+
 import enum
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @enum.unique  # streams never overlap
@@ -34,4 +38,6 @@ def golden_sequence(numbers: np.ndarray) -> np.ndarray:
 
 def noise_of(seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
     """Return starting noise (B, *shape), float32, CPU, one generator per image (method.md 4)."""
+    import torch
+
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])

@@ -3,15 +3,17 @@
 t = 0 is noise, t = 1 is data. Shapes: B batch. Source: method.md 1 and 4.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from ddt.errors import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_STEPS = 100_000  # so that a typo does not fill the memory
 SHIFT_BASE = 4096  # numbers of latents up to which there is no time shift
@@ -83,6 +85,8 @@ class TrainingTimes:
 
     def of(self, normal: Tensor) -> Tensor:
         """Return the times (B,) in (0, 1) of standard normal samples (B,)."""
+        import torch
+
         if self.distribution == "uniform":
             t = self.t_min + (1 - self.t_min) * torch.special.ndtr(normal)
         elif self.t_min == 0:
@@ -94,6 +98,8 @@ class TrainingTimes:
 
     def normals(self, t: Tensor) -> Tensor:
         """Return the standard normal samples of which `of` makes times t (B,) in (t_min, 1)."""
+        import torch
+
         t = t if self.timeshift == 1 else shift_time(t, 1 / self.timeshift)
         if self.distribution == "uniform":
             return torch.special.ndtri((t - self.t_min) / (1 - self.t_min))
@@ -103,6 +109,8 @@ class TrainingTimes:
 
     def _kept(self, like: Tensor) -> Tensor:
         """Return the probability of t ≥ t_min before the truncation."""
+        import torch
+
         return torch.special.ndtr(-torch.logit(torch.tensor(self.t_min, dtype=like.dtype, device=like.device)))
 
 
@@ -113,17 +121,8 @@ def dimension_timeshift(latent_shape: Sequence[int]) -> float:
     return math.sqrt(max(math.prod(latent_shape) / SHIFT_BASE, 1.0))
 
 
-def time_grid(
-    num_steps: int, last_step: float | None = None, timeshift: float = 1.0, t_end: float = 1.0
-) -> list[float]:
-    """Return a solver's num_steps + 1 times: `linspace(0, 1 − last_step, num_steps)`, then 1; with
-    t_end < 1 `linspace(0, t_end, num_steps + 1)`.
-
-    last_step: length of the last step before the shift; None means 1/num_steps, and is all that
-    t_end < 1 knows. timeshift: `t ← t / (t + (1 − t)·timeshift)`; above 1, more steps near the
-    noise. Computed in float32 on the CPU, returned as floats of exactly those values. Raises
-    UserError. Source: method.md 4.
-    """
+def check_grid(num_steps: int, last_step: float | None, timeshift: float, t_end: float) -> None:
+    """Raise UserError for numbers of which `time_grid` makes no grid; it finds equal times."""
     require(1 <= num_steps <= MAX_STEPS, f"num_steps={num_steps}: must lie in 1..{MAX_STEPS}")
     require(0 < t_end <= 1, f"t_end={t_end}: must lie above 0, and be at most 1 (DiT^DH: 0.999)")
     require(
@@ -137,6 +136,23 @@ def time_grid(
         f"last_step={last}: must lie between 0 and 1 (published: 0.04), or be null for 1/num_steps",
     )
     require(timeshift > 0, f"timeshift={timeshift}: must be above 0 (published: 1.0)")
+
+
+def time_grid(
+    num_steps: int, last_step: float | None = None, timeshift: float = 1.0, t_end: float = 1.0
+) -> list[float]:
+    """Return a solver's num_steps + 1 times: `linspace(0, 1 − last_step, num_steps)`, then 1; with
+    t_end < 1 `linspace(0, t_end, num_steps + 1)`.
+
+    last_step: length of the last step before the shift; None means 1/num_steps, and is all that
+    t_end < 1 knows. timeshift: `t ← t / (t + (1 − t)·timeshift)`; above 1, more steps near the
+    noise. Computed in float32 on the CPU, returned as floats of exactly those values. Raises
+    UserError. Source: method.md 4.
+    """
+    import torch
+
+    check_grid(num_steps, last_step, timeshift, t_end)
+    last = 1 / num_steps if last_step is None else last_step
     if t_end < 1:
         t = torch.linspace(0.0, t_end, num_steps + 1, dtype=torch.float32, device="cpu")
     else:

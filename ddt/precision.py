@@ -1,22 +1,37 @@
 """The precisions of networks: float32, or autocast to a 16-bit type over float32 weights."""
 
-from typing import Literal
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from ddt.errors import require
 
+if TYPE_CHECKING:
+    import torch
+
 Dtype = Literal["bf16", "fp16", "fp32"]
-HALF_TYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HALF_TYPES = ("bf16", "fp16")
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """Return torch's type of a precision."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """Return the autocast context of a precision, which for fp32 switches an outer one off."""
-    return torch.autocast(device.type, dtype=HALF_TYPES.get(dtype), enabled=dtype in HALF_TYPES)
+    import torch
+
+    is_half = dtype in HALF_TYPES
+    return torch.autocast(device.type, dtype=torch_dtype(dtype) if is_half else None, enabled=is_half)
 
 
 def has_bf16(device: torch.device) -> bool:
     """Return whether a device computes in bf16: GPUs before Ampere (V100, T4, 2080 Ti) do not."""
+    import torch
+
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 

@@ -3,6 +3,7 @@ scripts/doctor.py`, after torch's report (`torch.utils.collect_env`). Nothing is
 is shown. Status 1: a required package is missing.
 """
 
+import argparse
 import importlib.metadata
 import os
 import shutil
@@ -12,15 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub
-import timm
-import torch
 import yaml
 from packaging.requirements import Requirement
-from torch.utils.collect_env import get_pretty_env_info
-
-from ddt.distributed.compile import missing_compiler
-from ddt.metrics.inception import WEIGHTS_NAME, WEIGHTS_URL
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,6 +55,8 @@ def packages() -> Iterator[Check]:
 
 def on_hub(name: str, repository: str, files: list[str], key: str, revision: str | None = None) -> Check:
     """Check that files of the hub are cached. key: the setting that takes a local copy."""
+    import huggingface_hub.constants
+
     cached = (huggingface_hub.try_to_load_from_cache(repository, file, revision=revision) for file in files)
     if all(isinstance(path, str) for path in cached):
         return Check(name, "ok", f"{repository} is cached")
@@ -71,6 +67,10 @@ def on_hub(name: str, repository: str, files: list[str], key: str, revision: str
 
 def weights() -> Iterator[Check]:
     """Check the pretrained networks that conf/ names."""
+    import timm
+    import torch
+
+    from ddt.metrics.inception import WEIGHTS_NAME, WEIGHTS_URL
 
     def conf(name: str) -> dict[str, str]:
         return yaml.safe_load((ROOT / "conf" / f"{name}.yaml").read_text())
@@ -89,6 +89,11 @@ def weights() -> Iterator[Check]:
 
 def machine() -> Iterator[Check]:
     """Check the disks, the compiler and the hub's login."""
+    import huggingface_hub.constants
+    import torch
+
+    from ddt.distributed.compile import missing_compiler
+
     for name, folder in {"runs/": Path("runs"), "hub cache": Path(huggingface_hub.constants.HF_HUB_CACHE)}.items():
         there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
         note = f"{there}: {shutil.disk_usage(there).free / 2**30:.1f} GiB free"
@@ -105,6 +110,10 @@ def machine() -> Iterator[Check]:
 
 def main() -> None:
     """Print the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    from torch.utils.collect_env import get_pretty_env_info
+
     checks = [*packages(), *machine(), *weights()]
     print(get_pretty_env_info(), end="\n\n")
     for check in checks:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from ddt.cli import command
 
 if TYPE_CHECKING:
-    from ddt.metrics.reference_statistics import ReferenceStatisticsSettings
+    from ddt.metrics.settings import ReferenceStatisticsSettings
 
 
-@command("reference_statistics", settings="ddt.metrics.reference_statistics.ReferenceStatisticsSettings")
+@command("reference_statistics", settings="ddt.metrics.settings.ReferenceStatisticsSettings")
 def main(settings: ReferenceStatisticsSettings) -> None:
     """Measure on every process, and write."""
     from ddt.distributed.launch import launch

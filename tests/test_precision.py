@@ -6,7 +6,7 @@ from conftest import refusal
 
 from ddt.autoencoder.diffusers import KLAutoencoder
 from ddt.errors import UserError
-from ddt.precision import HALF_TYPES, autocast, check_dtype, choose_dtype
+from ddt.precision import autocast, check_dtype, choose_dtype, torch_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -46,4 +46,4 @@ def test_train_refuses_before_it_lists_images(old_gpu, tmp_path, monkeypatch):
 def test_autocast_computes_in_its_type_and_fp32_ends_an_outer_one(dtype):
     x, outer = torch.ones(2, 2), torch.bfloat16
     with torch.autocast("cpu", dtype=outer), autocast(CPU, dtype):
-        assert (x @ x).dtype == HALF_TYPES.get(dtype, torch.float32)
+        assert (x @ x).dtype == torch_dtype(dtype)

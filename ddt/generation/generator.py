@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ddt.autoencoder import Autoencoder
 from ddt.draws import noise_of
 from ddt.model import Denoiser
-from ddt.precision import HALF_TYPES, Dtype, autocast
+from ddt.precision import HALF_TYPES, Dtype, autocast, torch_dtype
 from ddt.sampling.graphs import Graphs
 from ddt.sampling.sample import Observer, sample_latents
 from ddt.sampling.settings import SamplerSettings
@@ -26,7 +26,7 @@ def cast_weights(model: nn.Module, dtype: Dtype) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and dtype in HALF_TYPES:
-            layer.to(HALF_TYPES[dtype])
+            layer.to(torch_dtype(dtype))
 
 
 def check_finite(

@@ -10,9 +10,8 @@ from ddt.config import parse, shown
 from ddt.errors import UserError, require, require_count
 from ddt.generation.image_set import SEED_STRIDE, ImageSet, Numbers, image_set
 from ddt.precision import Dtype
-from ddt.sampling.fitting import check_fitted
 from ddt.sampling.schedules import read_schedule
-from ddt.sampling.settings import LastStep, SamplerSettings, check_base_head
+from ddt.sampling.settings import LastStep, SamplerSettings, check_base_head, check_fitted
 from ddt.sampling.solvers import SOLVERS, DiffusionName, option_users
 
 Stored = Literal["checkpoint"]  # takes the value stored with the checkpoint
@@ -75,6 +74,7 @@ def resolve_sampler(
     settings = make(without_unused(stored | chosen, chosen))
     check_chosen(settings, chosen, shares_encoder)
     check_base_head(settings, base_depth)
+    settings.grid()
     settings.check_packages()
     return settings
 

@@ -4,9 +4,8 @@ Inception never saw. A distance in them is never called FID.
 Shapes: B batch, C channels, H W pixels, F features, K classes.
 """
 
-import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 from ddt.autoencoder.base import from_uint8, weights_hash
 from ddt.data.images import Images
 from ddt.draws import Stream, random_generator
-from ddt.errors import require, require_count
 from ddt.logs import progress_bar
 from ddt.metrics.features import exact_arithmetic
+from ddt.metrics.settings import ClassifierSettings
 
 NUM_FEATURES = 64
 
@@ -44,37 +43,6 @@ class SmallClassifier(nn.Module):
         """Return features (B, F) and logits (B, K) of uint8 images (B, C, H, W)."""
         features = self.trunk(from_uint8(images))
         return features, self.head(features)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassifierSettings:
-    """How a data set's classifier is trained: AdamW, learning rate decaying linearly to 0.
-
-    data: name of the data set. epochs: passes over its training images.
-    """
-
-    data: str
-    epochs: int
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-
-    weights_key: ClassVar[None] = None
-    packages: ClassVar[tuple[str, ...]] = ("torch_fidelity",)  # of the Fréchet distance
-
-    def __post_init__(self) -> None:
-        require_count("features.epochs", self.epochs, 1, 10_000)
-        require_count("features.batch_size", self.batch_size, 1, 10_000)
-        require(self.learning_rate > 0, f"features.learning_rate={self.learning_rate}: must be above 0")
-
-    @property
-    def name(self) -> str:
-        """The data set's name."""
-        return self.data
-
-    def extractor(self, device: torch.device, train: Images | None = None) -> "ClassifierFeatures":
-        """Return the features of a classifier of `train`, which is trained at its first use."""
-        assert train is not None, "a classifier is trained on a data set's images"
-        return ClassifierFeatures(self, train, device)
 
 
 def train_classifier(settings: ClassifierSettings, train: Images) -> SmallClassifier:

@@ -5,7 +5,6 @@ Source: Stein et al., arXiv 2306.04675, and its evaluator dgm-eval; resizing as 
 """
 
 import copy
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,10 +19,9 @@ from ddt.autoencoder.base import weights_hash
 from ddt.errors import UserError, reason, require
 from ddt.files import sha256
 from ddt.metrics.features import exact_arithmetic
+from ddt.metrics.settings import DINOV2_L
 from ddt.timm_networks import pretrained_file, read_timm_weights
 
-MODEL = "vit_large_patch14_dinov2.lvd142m"
-MODELS = "vit_*_patch14_dinov2*"  # those with registers follow another rule for positions
 SIDE, GRID = 224, 16  # pixels and tokens per side
 OFFSET = 0.1  # tokens that the hub's rule adds to the grid
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -106,7 +104,7 @@ class FeatureExtractorDINOv2(FeatureExtractorBase):
     feature_extractor_weights_path: see `load_network`. A subclass may name another model.
     """
 
-    model = MODEL
+    model = DINOV2_L
 
     def __init__(
         self,
@@ -179,8 +177,8 @@ class DINOv2:
 
     def deviations(self) -> list[str]:
         """Return one line: why FD-DINOv2 may not be the published one."""
-        if self.model != MODEL:
-            return [f"features.model={self.model}: published FD-DINOv2 is of {MODEL}"]
+        if self.model != DINOV2_L:
+            return [f"features.model={self.model}: published FD-DINOv2 is of {DINOV2_L}"]
         return [
             "no hash of DINOv2's published weights is known here, and FD-DINOv2 was not compared with published values"
         ]
@@ -188,39 +186,3 @@ class DINOv2:
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Return {"features": (B, F)}, float32, of uint8 images (B, 3, H, W) on its device."""
         return {"features": class_tokens(self.network, images)}
-
-
-@dataclasses.dataclass(frozen=True)
-class DINOv2Settings:
-    """Settings of `features=dinov2`.
-
-    weights: a local file (.safetensors, .pth, .bin); None downloads timm's own. model: a DINOv2 of
-    timm without registers; distances in any but ViT-L are no FD-DINOv2.
-    """
-
-    weights: str | None = None
-    batch_size: int = 64
-    model: str = MODEL
-
-    name: ClassVar[str] = "dinov2"
-    data: ClassVar[None] = None
-    weights_key: ClassVar[str] = "features.weights"
-    packages: ClassVar[tuple[str, ...]] = ("torch_fidelity", "timm")
-
-    def __post_init__(self) -> None:
-        import timm
-
-        known = timm.list_models(MODELS, include_tags=True)
-        require(
-            self.model in known or self.model in timm.list_models(MODELS),
-            f"features.model={self.model}: is no DINOv2 of timm without registers; choose of {', '.join(known)}",
-        )
-        require(1 <= self.batch_size <= 10_000, f"features.batch_size={self.batch_size}: must lie in 1..10000")
-        require(
-            self.weights is None or Path(self.weights).is_file(),
-            f"features.weights={self.weights}: no such file; {weights_advice(self.model, 'features.weights')}",
-        )
-
-    def extractor(self, device: torch.device, train: object = None) -> DINOv2:
-        """Load the network onto a device. train is not used."""
-        return DINOv2(self.model, self.weights, self.batch_size, device)

@@ -2,7 +2,6 @@
 statistics (`metrics.frechet`) → metrics (`metrics.scores`) → `metrics.json` with a receipt.
 """
 
-import dataclasses
 import datetime
 import logging
 from pathlib import Path
@@ -19,33 +18,17 @@ from ddt.files import check_writable, find_record, read_record, write_json
 from ddt.generation.receipt import RECEIPT, is_receipt_of
 from ddt.metrics.comparability import labels, order_matters, order_warning, reasons_not_comparable
 from ddt.metrics.copies import CountedImages, copies_reason
-from ddt.metrics.features import Extractor, FeatureSettings, check_features, check_images, extract
+from ddt.metrics.features import Extractor, check_images, extract
 from ddt.metrics.images import SAMPLES, ImageSource, StoredImages, pick
-from ddt.metrics.precision_recall import PrDtype
 from ddt.metrics.reference import Reference, check_reference, load_reference
 from ddt.metrics.scores import Prepared, Scores, prepare, score
+from ddt.metrics.settings import EvaluateSettings, PrDtype
 from ddt.pictures import image_grid, write_png
 from ddt.receipts import circumstances, without_paths
 
 log = logging.getLogger(__name__)
 NUM_PAIRS = 10  # in nearest.png
 LONG_LIST = 1000  # entries; of longer lists in a sampling receipt only the length is recorded
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateSettings:
-    """What to measure; see conf/evaluate.yaml."""
-
-    samples: str
-    reference: str
-    features: FeatureSettings | None
-    inception_weights: str | None = None
-    pr_dtype: PrDtype = "float16"
-    num_processes: int | None = None
-    out: str | None = None
-
-    def __post_init__(self) -> None:
-        check_features(self.features, self.reference, self.inception_weights)
 
 
 def run(settings: EvaluateSettings, data: Choice | None, samples: StoredImages) -> None:

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ddt.data.images import Images
 from ddt.errors import UserError, require
 from ddt.logs import progress_bar
 from ddt.metrics.frechet import Moments
@@ -43,47 +42,6 @@ class Extractor(Protocol):
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Return float32 features (B, F) by space of uint8 images (B, C, H, W)."""
-
-
-class FeatureSettings(Protocol):
-    """What a file of conf/features names; nothing is loaded before `extractor`.
-
-    name: as in `features=`. data: the data set that the network is trained on, None for a
-    pretrained one. weights_key: the setting of its file of weights, None where it reads none.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def data(self) -> str | None: ...
-
-    @property
-    def weights_key(self) -> str | None: ...
-
-    def extractor(self, device: torch.device, train: Images | None = None) -> Extractor:
-        """Load the extractor, or train it on a data set's training images."""
-
-
-def check_features(features: FeatureSettings | None, reference: str, inception_weights: str | None) -> None:
-    """Raise UserError for features=none, or another reference or weights than the features'."""
-    if features is None:
-        raise UserError("features=none: measures nothing; choose another file of conf/features")
-    require(
-        features.data is None or reference == f"data:{features.data}",
-        f"features={features.name} reference={reference}: the classifier is trained on this data set; give "
-        f"reference=data:{features.data}",
-    )
-    check_weights(features, inception_weights)
-
-
-def check_weights(features: FeatureSettings | None, inception_weights: str | None) -> None:
-    """Raise UserError for weights of Inception without Inception."""
-    name, key = ("none", None) if features is None else (features.name, features.weights_key)
-    require(
-        inception_weights is None or key == "inception_weights",
-        f"inception_weights={inception_weights}: has no effect with features={name}; leave it out",
-    )
 
 
 def check_images(images: ImageSource, key: str, extractor: Extractor) -> None:

@@ -4,7 +4,6 @@ Shapes: B batch, H W pixels, 2048 pool features, 2023 spatial ones (17 × 17 × 
 Source: the evaluator of openai/guided-diffusion (ADM), whose numbers are the published ones.
 """
 
-import dataclasses
 import functools
 import io
 import logging
@@ -87,30 +86,6 @@ def load_network(weights: Path) -> nn.Module:
         raise UserError(
             f"inception_weights={weights}: is not this network ({reason(error)}); {WEIGHTS_ADVICE}"
         ) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class InceptionSettings:
-    """Settings of `features=inception`.
-
-    weights: torch-fidelity's .pth file or ADM's .pb graph; None downloads the former.
-    """
-
-    weights: str | None = None
-    batch_size: int = 64
-
-    name: ClassVar[str] = "inception"
-    data: ClassVar[None] = None
-    weights_key: ClassVar[str] = "inception_weights"
-    packages: ClassVar[tuple[str, ...]] = ("torch_fidelity",)
-
-    def __post_init__(self) -> None:
-        require(1 <= self.batch_size <= 10_000, f"features.batch_size={self.batch_size}: must lie in 1..10000")
-
-    def extractor(self, device: torch.device, train: object = None) -> "InceptionFeatures":
-        """Load the network onto a device. train is not used."""
-        weights = find_weights(None if self.weights is None else Path(self.weights))
-        return InceptionFeatures(weights, self.batch_size, device)
 
 
 class InceptionFeatures:

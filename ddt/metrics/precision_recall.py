@@ -6,14 +6,13 @@ Shapes: n and m vectors of F features. Source: Kynkäänniemi et al., arXiv 1904
 """
 
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ddt.metrics.features import exact_arithmetic
+from ddt.metrics.settings import PrDtype
 
-PrDtype = Literal["float16", "float32"]
 BLOCK = 10_000  # vectors a side of a block of distances, the evaluator's
 NUM_NEIGHBOURS = 3
 

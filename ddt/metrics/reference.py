@@ -20,9 +20,10 @@ from ddt.config import Choice
 from ddt.data.images import Images
 from ddt.errors import UserError, first_line, require
 from ddt.files import MAX_JSON, sha256
-from ddt.metrics.features import Extractor, FeatureSettings, check_images
+from ddt.metrics.features import Extractor, check_images
 from ddt.metrics.frechet import Statistics
 from ddt.metrics.images import DataImages, ImageSource, NpzImages, array_header, array_names, open_images, read_array
+from ddt.metrics.settings import FeatureSettings
 
 KEYS = (("mu", "sigma"), ("mu_s", "sigma_s"))  # of the first and the second distance of an extractor
 RECEIPT = "receipt"  # array of our own files: JSON

@@ -1,57 +1,21 @@
 """Statistics of a data set as a reference file in ADM's format; see `ddt.metrics.reference`."""
 
-import dataclasses
 import datetime
 import json
 import logging
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from ddt.config import Choice
 from ddt.distributed.prepare import decide_on_main, make_accelerator
-from ddt.errors import UserError, require, require_count
-from ddt.files import check_new
-from ddt.metrics.features import FeatureSettings, check_images, check_weights, extract
+from ddt.errors import require
+from ddt.metrics.features import check_images, extract
 from ddt.metrics.images import DataImages, write_npz
 from ddt.metrics.reference import KEYS, RECEIPT
+from ddt.metrics.settings import ReferenceStatisticsSettings
 from ddt.version import __version__
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class ReferenceStatisticsSettings:
-    """What to write; see conf/reference_statistics.yaml."""
-
-    data: Choice
-    features: FeatureSettings | None
-    out: str
-    choices: dict[str, str | None]
-    inception_weights: str | None = None
-    split: Literal["train", "test"] = "train"
-    num_images: int | None = None
-    num_kept: int = 10_000
-    num_processes: int | None = None
-
-    def __post_init__(self) -> None:
-        out, features = Path(self.out), self.features
-        require(out.suffix == ".npz", f"out={out}: give an .npz file")
-        check_new(out)
-        require(
-            self.num_images is None or self.num_images >= 2,
-            f"num_images={self.num_images}: statistics need at least 2",
-        )
-        require_count("num_kept", self.num_kept, 0)
-        if features is None:
-            raise UserError("features=none: measures nothing; choose inception or dinov2")
-        require(
-            features.data is None,
-            f"features={features.name}: a classifier is trained on the images themselves; give "
-            f"reference=data:{features.data} to evaluate.py, which needs no file",
-        )
-        check_weights(features, self.inception_weights)
 
 
 def write_reference_statistics(settings: ReferenceStatisticsSettings, command: str) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ddt.metrics.features import Extractor, FeatureSet, exact_arithmetic, extract
 from ddt.metrics.frechet import NOT_COMPUTED, Moments, Statistics, frechet_distance
-from ddt.metrics.precision_recall import NUM_NEIGHBOURS, PrDtype, precision_recall
+from ddt.metrics.precision_recall import NUM_NEIGHBOURS, precision_recall
 from ddt.metrics.reference import Reference
+from ddt.metrics.settings import PrDtype
 
 CHUNK = 1024  # vectors a side of a block of distances
 

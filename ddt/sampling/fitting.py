@@ -17,12 +17,11 @@ from ddt.errors import require, require_count
 from ddt.logs import progress_bar
 from ddt.model import Denoiser
 from ddt.sampling.sample import sample_latents
-from ddt.sampling.schedules import optimal_schedule, read_schedule
-from ddt.sampling.settings import SamplerSettings
+from ddt.sampling.schedules import MAX_TEMPLATES, optimal_schedule, read_schedule
+from ddt.sampling.settings import SamplerSettings, check_fitted, guidance_of
 from ddt.sampling.sharing import require_encoder
 
 TEMPLATES = 8  # as the release
-MAX_TEMPLATES = 100_000
 TEMPLATE_SEED = 2**32 - 1_000_000  # first seed of the templates, beyond those of sampled sets
 GRAM_BYTES = 2**28  # bounds the float64 copy of z_t
 
@@ -106,33 +105,6 @@ def fit_schedule(
         "templates": {"count": num_templates, "first_seed": TEMPLATE_SEED},
         "similarity": [[float(f"{value:.8g}") for value in row] for row in similarity],
     }
-
-
-def guidance_of(settings: SamplerSettings) -> dict[str, Any]:
-    """Return the guidance settings as written in a schedule file."""
-    interval, steps = settings.cfg_interval, settings.cfg_steps
-    return {
-        "cfg_scale": settings.cfg_scale,
-        "cfg_interval": None if interval is None else list(interval),
-        "cfg_steps": None if steps is None else list(steps),
-        "internal_scale": settings.internal_scale,
-        "internal_interval": None if settings.internal_interval is None else list(settings.internal_interval),
-    }
-
-
-def check_fitted(content: dict[str, Any], settings: SamplerSettings, ema_sha256: str | None) -> list[str]:
-    """Return warnings of what else a schedule was fitted to; UserError for another time grid."""
-    name, grid = settings.recompute, settings.grid()
-    require(
-        content["time_grid"] == grid,
-        f"recompute={name}: was fitted to another time grid ({len(content['time_grid']) - 1} steps up to "
-        f"t = {content['time_grid'][-2]:.3f}, here {len(grid) - 1} up to {grid[-2]:.3f}): fit one to this sampler with "
-        "python -m scripts.studies.sharing.fit",
-    )
-    ours = {"solver": settings.solver, "guidance": guidance_of(settings), "ema_sha256": ema_sha256}
-    names = {"ema_sha256": "checkpoint"}
-    differing = [names.get(key, key) for key, value in ours.items() if content.get(key) != value]
-    return [f"recompute={name}: was fitted to another {what}" for what in differing]
 
 
 def resolve_recompute(

@@ -1,12 +1,17 @@
 """Guidance: when a velocity is guided, and how the two velocities combine. Source: method.md 4."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from ddt.errors import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def as_float32(value: float) -> float:

@@ -15,6 +15,7 @@ from ddt.errors import UserError, require
 from ddt.files import read_json, write_json
 
 FORMAT_VERSION = 1
+MAX_TEMPLATES = 100_000  # of a fit
 FORMS = "write uniform:5, dp:50, a list of steps [0,5,10], a schedule file SOMETHING.json, or null"
 FIT = "python -m scripts.studies.sharing.fit"
 

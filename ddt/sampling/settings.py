@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from ddt.errors import require
-from ddt.flow import time_grid
+from ddt.flow import check_grid, time_grid
 from ddt.sampling.guidance import Guidance
-from ddt.sampling.schedules import Schedule, content_of, parse_schedule
+from ddt.sampling.schedules import FIT, Schedule, content_of, parse_schedule
 from ddt.sampling.solvers import DIFFUSIONS, SOLVERS, DiffusionName, call_times, option_users
 
 LastStep = Literal["mean", "euler"]
@@ -44,7 +44,7 @@ class SamplerSettings:
     def __post_init__(self) -> None:
         require(self.solver in SOLVERS, f"solver={self.solver}: unknown solver, choose from {', '.join(SOLVERS)}")
         timeshift = 1.0 if self.timeshift is None else self.timeshift
-        time_grid(self.num_steps, self.last_step, timeshift, self.t_end)
+        check_grid(self.num_steps, self.last_step, timeshift, self.t_end)
         self.guidance()
         self.internal()
         require(
@@ -154,3 +154,30 @@ def check_base_head(settings: SamplerSettings, base_depth: int | None) -> None:
         f"internal_scale={settings.internal_scale}: this model has no base head; train with objective.base_depth=, or "
         "give 1",
     )
+
+
+def guidance_of(settings: SamplerSettings) -> dict[str, Any]:
+    """Return the guidance settings as written in a schedule file."""
+    interval, steps = settings.cfg_interval, settings.cfg_steps
+    return {
+        "cfg_scale": settings.cfg_scale,
+        "cfg_interval": None if interval is None else list(interval),
+        "cfg_steps": None if steps is None else list(steps),
+        "internal_scale": settings.internal_scale,
+        "internal_interval": None if settings.internal_interval is None else list(settings.internal_interval),
+    }
+
+
+def check_fitted(content: dict[str, Any], settings: SamplerSettings, ema_sha256: str | None) -> list[str]:
+    """Return warnings of what else a schedule was fitted to; UserError for another time grid."""
+    name, grid = settings.recompute, settings.grid()
+    require(
+        content["time_grid"] == grid,
+        f"recompute={name}: was fitted to another time grid ({len(content['time_grid']) - 1} steps up to "
+        f"t = {content['time_grid'][-2]:.3f}, here {len(grid) - 1} up to {grid[-2]:.3f}): fit one to this sampler with "
+        f"{FIT}",
+    )
+    ours = {"solver": settings.solver, "guidance": guidance_of(settings), "ema_sha256": ema_sha256}
+    names = {"ema_sha256": "checkpoint"}
+    differing = [names.get(key, key) for key, value in ours.items() if content.get(key) != value]
+    return [f"recompute={name}: was fitted to another {what}" for what in differing]

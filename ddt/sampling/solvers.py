@@ -5,6 +5,8 @@ for each image), and the step's index, by which a shared encoder runs; it return
 (B, ...). A new solver is a function here and an entry of `SOLVERS`. Source: method.md 4.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import importlib
@@ -12,16 +14,17 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ddt.errors import UserError
 from ddt.flow import score
 
-VelocityFn = Callable[[Tensor, Any, int], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VelocityFn = Callable[["Tensor", Any, int], "Tensor"]
 DiffusionName = Literal["sigma", "constant", "decreasing", "increasing_decreasing"]
 
 
@@ -140,7 +143,7 @@ def adaptive(
     term = torchode.ODETerm(flat_velocity)
     controller = torchode.IntegralController(atol=tolerance, rtol=tolerance, term=term)
     solver = torchode.AutoDiffAdjoint(torchode.Tsit5(term), controller, max_steps=max_steps)
-    start, end = (torch.full((len(x),), t, dtype=x.dtype, device=x.device) for t in (grid[0], grid[-1]))
+    start, end = (x.new_full((len(x),), t) for t in (grid[0], grid[-1]))
     solution = solver.solve(torchode.InitialValueProblem(y0=x.flatten(1), t_start=start, t_end=end))
     if bool((solution.status != torchode.Status.SUCCESS.value).any()):
         raise UserError(

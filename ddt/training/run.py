@@ -21,8 +21,8 @@ from ddt.distributed.launch import default_processes
 from ddt.epochs import are_steps, epoch_steps, in_epochs, in_steps
 from ddt.errors import UserError, require, require_count
 from ddt.files import MAX_NAME_BYTES, is_run_name
-from ddt.metrics.features import FeatureSettings, check_weights
 from ddt.metrics.reference import data_reference, load_reference
+from ddt.metrics.settings import FeatureSettings, check_weights
 from ddt.model.layers import token_grid
 from ddt.objective import Objective, check_alignment, network_arguments
 from ddt.objective.alignment import REPA, Alignment, Dispersive
@@ -165,6 +165,7 @@ def check(settings: TrainSettings) -> None:
 
     if settings.trainer.num_processes is None:
         attempt(settings.trainer.micro_batches, default_processes())
+    attempt(with_timeshift(settings.objective, settings.sampler, 1.0)[1].grid, prefix="sampler.")
     attempt(settings.sampler.schedule, prefix="sampler.")
     attempt(settings.sampler.check_packages, prefix="sampler.")
     with torch.device("meta"):

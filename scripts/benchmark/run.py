@@ -24,7 +24,7 @@ from ddt.errors import UserError, first_line, require, require_count
 from ddt.files import check_new, write_json, write_text
 from ddt.flow import MAX_STEPS
 from ddt.pictures import pyplot, save_figure
-from ddt.precision import HALF_TYPES, Dtype, choose_dtype
+from ddt.precision import Dtype, choose_dtype, torch_dtype
 from ddt.receipts import command_line
 from ddt.tables import markdown_table
 from scripts.benchmark.parts import PARTS, OurTraining, Setup, check_model, plain_training, random_target
@@ -192,7 +192,7 @@ def benchmark(settings: BenchmarkSettings) -> None:
         for output in filter(None, (out, profiles)):
             output.mkdir(parents=True, exist_ok=True)
         about, size = machine(setup.device), MATMUL_SIZE[setup.device.type]
-        matmul = setup.device, HALF_TYPES.get(setup.dtype, torch.float32), size
+        matmul = setup.device, torch_dtype(setup.dtype), size
         rate = matmul_rate(*matmul)
         log.info("%s, %s: a product of matrices runs at %.3g TFLOP/s", about["device"], setup.dtype, rate / 1e12)
         resolved = {"model": settings.choices["model"], "batch_size": setup.batch_size, "dtype": setup.dtype,

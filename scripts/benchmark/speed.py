@@ -18,7 +18,7 @@ from ddt.config import locate
 from ddt.distributed.compile import compile_blocks, compiles
 from ddt.distributed.prepare import make_accelerator
 from ddt.generation.generator import cast_weights
-from ddt.precision import HALF_TYPES
+from ddt.precision import torch_dtype
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.graphs import Function, Graphs, direct
 from ddt.sampling.sample import sample_latents
@@ -51,7 +51,7 @@ def setup_of(place: Place, model: str, latent: tuple[int, int], batch_size: int 
 @functools.cache  # all checks of a call are compared with one rate: a card that is warm is slower
 def product_rate(device: torch.device) -> float:
     """Return the FLOP/s of a product of large bf16 matrices."""
-    return matmul_rate(device, HALF_TYPES["bf16"], run.MATMUL_SIZE[device.type])
+    return matmul_rate(device, torch_dtype("bf16"), run.MATMUL_SIZE[device.type])
 
 
 def mean_seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:

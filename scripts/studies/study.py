@@ -21,9 +21,10 @@ from ddt.config import Choice
 from ddt.errors import require, require_count
 from ddt.files import find_record, lock_folder, read_record, remove_temporary_files, write_json, write_text
 from ddt.generation.settings import SamplerOverrides
-from ddt.metrics.features import Extractor, FeatureSettings
+from ddt.metrics.features import Extractor
 from ddt.metrics.ranking import is_number
 from ddt.metrics.reference import Reference, check_reference, load_reference
+from ddt.metrics.settings import FeatureSettings
 from ddt.model import network_class
 from ddt.receipts import circumstances, command_line
 from ddt.sampling.settings import SamplerSettings

@@ -68,9 +68,9 @@ VALID = {  # a short command line, by the name of its config
     "guidance": [*STUDY, "num_samples=4", "final_samples=4", "top=1"],
 }  # fmt: skip
 WORK = (  # where a command stops that starts no processes
-    "scripts.app.__main__.serve", "scripts.benchmark.run.benchmark", "scripts.benchmark.gpu_check.run_checks",
+    "scripts.app.__main__.serve", "scripts.benchmark.run.benchmark", "scripts.benchmark.all_checks.run_checks",
     "scripts.studies.sharing.curve.measure", "scripts.studies.photos.efficientnet_lite0.export",
-    "scripts.studies.inside.run.load_generator", "scripts.studies.sharing.fit.fit_schedule",
+    "scripts.studies.inside.run.load_generator", "scripts.studies.sharing.schedule.fit_schedule",
     "ddt.training.autoencoder.train_autoencoder",
 )  # fmt: skip
 NO_NUMBERS = ("x", "''", "[]", "{a:1}", "true", "'ü x'", "nan", "1e-300")

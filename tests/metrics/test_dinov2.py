@@ -17,7 +17,8 @@ from timm.layers import resample_abs_pos_embed
 
 from ddt.errors import UserError
 from ddt.files import sha256
-from ddt.metrics.dinov2 import DINOv2, DINOv2Settings, FeatureExtractorDINOv2, hub_positions
+from ddt.metrics.dinov2 import DINOv2, FeatureExtractorDINOv2, hub_positions
+from ddt.metrics.settings import DINOv2Settings
 
 SMALL = "vit_small_patch14_dinov2.lvd142m"
 LARGE = "vit_large_patch14_dinov2.lvd142m"

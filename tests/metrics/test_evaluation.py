@@ -17,7 +17,6 @@ from ddt.data.photos import Photos
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError
 from ddt.files import sha256
-from ddt.metrics.classifier import ClassifierSettings
 from ddt.metrics.compare import numbers_of
 from ddt.metrics.evaluate import evaluate
 from ddt.metrics.features import extract
@@ -25,6 +24,7 @@ from ddt.metrics.frechet import Moments
 from ddt.metrics.images import DataImages, NpzImages, open_images
 from ddt.metrics.reference import Reference, data_reference, read_reference
 from ddt.metrics.scores import prepare
+from ddt.metrics.settings import ClassifierSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

@@ -2,12 +2,13 @@
 
 import importlib.metadata
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from conftest import run
 
-from scripts import doctor
+from ddt.distributed import compile as compiling
+from ddt.metrics.inception import WEIGHTS_NAME
 from scripts.doctor import machine, packages, unmet, weights
 
 
@@ -50,7 +51,7 @@ def test_weights_are_checked_where_they_are_loaded_from(tmp_path, monkeypatch):
     revision = vae.split("--revision ")[1].split()[0]
     for folder, names in (
         (f"models--stabilityai--sd-vae-ft-ema/snapshots/{revision}", vae.split()[3:5]),
-        ("checkpoints", [doctor.WEIGHTS_NAME]),
+        ("checkpoints", [WEIGHTS_NAME]),
     ):
         (tmp_path / folder).mkdir(parents=True)
         for name in names:
@@ -62,7 +63,7 @@ def test_weights_are_checked_where_they_are_loaded_from(tmp_path, monkeypatch):
 
 
 def test_compiler_and_disk_are_checked(monkeypatch):
-    monkeypatch.setattr(doctor, "missing_compiler", lambda device: "a C++ compiler (g++)")
+    monkeypatch.setattr(compiling, "missing_compiler", lambda device: "a C++ compiler (g++)")
     monkeypatch.setattr("os.access", lambda path, mode: False)
     found = {check.name: check for check in machine()}
     assert found["compiled blocks"].fix == "apt-get install g++ python3-dev"

@@ -15,7 +15,7 @@ from conftest import ROOT, refusal, run_inside
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
 
-from scripts.benchmark import checks, gpu_check, packages
+from scripts.benchmark import all_checks, checks, packages
 from scripts.benchmark.checks import SIZES, Finding, NotRun, Place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,7 +64,7 @@ def test_the_whole_check_passes_at_tiny_sizes(quick, tmp_path):
     (call,) = calls_in(out)
     rows = call["rows"]
     assert done.returncode == 0, rows
-    assert list(dict.fromkeys(row["check"] for row in rows)) == list(gpu_check.CHECKS)
+    assert list(dict.fromkeys(row["check"] for row in rows)) == list(all_checks.CHECKS)
     assert {row["result"] for row in rows} == {"passed", "measured"}
     assert all(row["low"] is not None or row["high"] is not None for row in rows if row["result"] == "passed")
     assert done.stderr.endswith((out / "gpu_check.md").read_text() + "\n")  # the table comes last
@@ -111,7 +111,7 @@ def test_a_second_call_goes_on(quick, tmp_path, monkeypatch):
             time.sleep(0.01)
 
     chosen = {"first": (check("first"), 9), "slow": (slow, 0.2), "last": (check("last"), 9)}
-    monkeypatch.setattr(gpu_check, "CHECKS", chosen)
+    monkeypatch.setattr(all_checks, "CHECKS", chosen)
     start = time.monotonic()
     first = run_inside("scripts.benchmark.gpu_check", f"out={out}", "checks=[first,slow]", *TINY)
     assert time.monotonic() - start < 9  # cut
@@ -137,7 +137,7 @@ def test_an_error_is_reported_and_the_other_checks_run(quick, tmp_path, monkeypa
         "not finite": lambda place: [Finding("loss", float("nan"), high=1)],
         "device against CPU": checks.device_against_cpu,
     }
-    monkeypatch.setattr(gpu_check, "CHECKS", {name: (function, 60) for name, function in chosen.items()})
+    monkeypatch.setattr(all_checks, "CHECKS", {name: (function, 60) for name, function in chosen.items()})
     monkeypatch.setattr("ddt.model.layers.rotate", lambda x, cos, sin: x)  # on every device, so that these agree
     out = tmp_path / "out"
     done = run_inside("scripts.benchmark.gpu_check", f"out={out}", *TINY)
@@ -161,7 +161,7 @@ def place_in(folder, seconds=60):
 
 
 def test_no_check_starts_after_the_deadline(tmp_path):
-    (row,) = gpu_check.rows_of("late", (broken, 60), place_in(tmp_path, seconds=0))
+    (row,) = all_checks.rows_of("late", (broken, 60), place_in(tmp_path, seconds=0))
     assert (row["result"], row["what"]) == ("not run", "out of time")
 
 
@@ -207,7 +207,7 @@ def test_a_process_that_fails_is_one_line_and_one_that_hangs_is_ended(tmp_path):
     hangs.write_text("import time; time.sleep(60)")
     start = time.monotonic()
     hanging = lambda place: checks.call(place, str(hangs), name="hangs")  # noqa: E731
-    (row,) = gpu_check.rows_of("hangs", (hanging, 0.5), place_in(tmp_path))
+    (row,) = all_checks.rows_of("hangs", (hanging, 0.5), place_in(tmp_path))
     assert (row["result"], row["what"]) == ("not run", "cut after 0.5 s, the most that it may take")
     assert time.monotonic() - start < 30
 
@@ -225,7 +225,7 @@ def test_processes_find_packages_of_the_search_path(tmp_path, monkeypatch):
     [
         ([], "device=cuda: torch finds no GPU here; give device=cpu size=tiny to try the check itself"),
         (["minutes=0", *TINY], "minutes=0: must be above 0"),
-        (["checks=[resume,speed]", *TINY], f"checks=speed: no such check; choose from {', '.join(gpu_check.CHECKS)}"),
+        (["checks=[resume,speed]", *TINY], f"checks=speed: no such check; choose from {', '.join(all_checks.CHECKS)}"),
     ],
 )
 def test_wrong_settings_are_one_line(tmp_path, monkeypatch, arguments, message):

@@ -12,7 +12,7 @@ from ddt.checkpoint import format as ckpt
 from ddt.draws import noise_of
 from ddt.errors import UserError
 from ddt.generation.image_set import image_set
-from ddt.metrics.classifier import ClassifierSettings
+from ddt.metrics.settings import ClassifierSettings
 from scripts.studies.guidance import search as guidance_search
 from scripts.studies.guidance.report import draw, tables
 from scripts.studies.guidance.settings import Checkpoint, GuidanceSettings

@@ -17,8 +17,8 @@ from ddt.data.images import Digits
 from ddt.distributed.prepare import make_accelerator
 from ddt.generation.generator import Generator
 from ddt.generation.image_set import image_set
-from ddt.metrics.classifier import ClassifierSettings
 from ddt.metrics.reference import data_reference
+from ddt.metrics.settings import ClassifierSettings
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.evaluation import GeneratedImages, OnlineSamples, online_evaluation
 

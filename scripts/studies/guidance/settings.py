@@ -12,8 +12,7 @@ from ddt.errors import require, require_count
 from ddt.files import sha256
 from ddt.generation.image_set import SEED_STRIDE
 from ddt.generation.settings import SAMPLER_KEYS, SamplerOverrides, Stored
-from ddt.metrics.features import FeatureSettings, check_features
-from ddt.metrics.precision_recall import PrDtype
+from ddt.metrics.settings import FeatureSettings, PrDtype, check_features
 from ddt.model import network_class
 from ddt.precision import Dtype
 from ddt.sampling.schedules import content_of

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,29 +20,26 @@ from tqdm import tqdm
 from ddt.checkpoint import format as ckpt
 from ddt.config import Choice
 from ddt.distributed.prepare import make_accelerator
-from ddt.errors import UserError, require, require_count
 from ddt.files import write_json, write_text
 from ddt.generation.generator import Generator, check_finite
-from ddt.generation.image_set import SEED_STRIDE, ImageSet, image_set
+from ddt.generation.image_set import ImageSet, image_set
 from ddt.generation.load import load_generator, stored_autoencoder
-from ddt.generation.settings import SamplerOverrides
 from ddt.logs import progress_bar
 from ddt.metrics.comparability import title
-from ddt.metrics.features import Extractor, FeatureSettings, check_features, to_device
+from ddt.metrics.features import Extractor, to_device
 from ddt.metrics.frechet import Moments
 from ddt.metrics.scores import Prepared, prepare
-from ddt.precision import Dtype, choose_dtype
+from ddt.precision import choose_dtype
 from ddt.receipts import circumstances
 from ddt.sampling.cost import sampling_macs
-from ddt.sampling.fitting import MAX_TEMPLATES, fit_schedule
-from ddt.sampling.schedules import optimal_schedule, uniform_schedule
+from ddt.sampling.fitting import fit_schedule
+from ddt.sampling.schedules import optimal_schedule
 from ddt.sampling.settings import SamplerSettings
 from ddt.tensor_files import ArrayWriter, open_array, write_array
 from ddt.training.tracking import read_rows
 from scripts.studies.sharing.report import UNSHARED, draw, summarise, table
+from scripts.studies.sharing.settings import SharingSettings, parse_rule, uniform_for
 from scripts.studies.study import (
-    MAX_REPEATS,
-    check_counts,
     is_complete,
     load_comparison,
     resume_study,
@@ -55,76 +51,6 @@ from scripts.studies.study import (
 RESULT = "sharing_curve"
 WORK = ".unshared"  # folder of the images that the others are compared with
 Schedules = dict[str, dict[str, list[int]]]  # kind → budget, as text → steps at which the encoder runs
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SharingSettings(SamplerOverrides):
-    """See conf/study/sharing.yaml. Raises UserError for wrong values."""
-
-    ckpt: str
-    reference: str
-    out: str
-    features: FeatureSettings | None
-    rules: list[str]
-    budgets: list[int]
-    repeats: int
-    num_samples: int
-    batch_size: int
-    templates: int
-    inception_weights: str | None
-    autoencoder: str
-    dtype: Dtype | None
-    cache_gib: float
-
-    def __post_init__(self) -> None:
-        check_counts(self, repeats=MAX_REPEATS, batch_size=SEED_STRIDE, templates=MAX_TEMPLATES)
-        require_count("num_samples", self.num_samples, 2, SEED_STRIDE, "; statistics need some")
-        require_count("cache_gib", self.cache_gib, 0, hint=" (0 keeps no modulations)")
-        for rule in self.rules:
-            parse_rule(rule)
-        for key in ("rules", "budgets"):
-            values = getattr(self, key)
-            require(len(values) > 0, f"{key}=[]: name at least one")
-            require(len(set(values)) == len(values), f"{key}={values}: names one twice")
-        check_features(self.features, self.reference, self.inception_weights)
-
-    @property
-    def kinds(self) -> set[str]:
-        """The kinds of schedules that the rules use."""
-        return {parse_rule(rule)[0] for rule in self.rules}
-
-    def check_budgets(self, num_steps: int) -> None:
-        """Raise UserError for a budget that is impossible in num_steps steps."""
-        for budget in self.budgets:
-            require(1 <= budget <= num_steps, f"budgets={budget}: must lie in 1..num_steps={num_steps}")
-            runs = len(uniform_for(num_steps, budget))
-            require(
-                "uniform" not in self.kinds or runs == budget,
-                f"budgets={budget}: no every r-th of {num_steps} steps makes {budget}; choose {runs}, or dp rules "
-                "alone",
-            )
-
-    def request(self) -> dict[str, Any]:
-        """Return the settings that the result depends on, as plain values."""
-        keys = (
-            "reference", "rules", "budgets", "repeats", "num_samples", "batch_size", "templates", "autoencoder",
-            "inception_weights", "cache_gib",
-        )  # fmt: skip
-        features: Any = self.features
-        return {**{key: getattr(self, key) for key in keys}, "features": dataclasses.asdict(features)}
-
-
-def parse_rule(rule: str) -> tuple[str, int]:
-    """Return the kind of schedule and the forecast order of "uniform", "dp+1", …"""
-    match = re.fullmatch(r"(uniform|dp)(?:\+([12]))?", rule)
-    if match is None:
-        raise UserError(f"rules={rule}: give uniform or dp, with +1 or +2 where z is forecast, as in dp+1")
-    return match[1], int(match[2] or 0)
-
-
-def uniform_for(num_steps: int, budget: int) -> list[int]:
-    """Return the uniform schedule of the most encoder runs, at most `budget`."""
-    return uniform_schedule(num_steps, -(-num_steps // budget))
 
 
 def make_schedules(generator: Generator, settings: SharingSettings) -> Schedules:

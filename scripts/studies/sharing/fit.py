@@ -3,73 +3,17 @@
 python -m scripts.studies.sharing.fit ckpt=RUN_OR_CHECKPOINT budget=10 out=FILE.json [num_steps=…]
 """
 
-import dataclasses
-import logging
-from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from ddt.checkpoint import format as ckpt
 from ddt.cli import CONF, command
-from ddt.distributed.prepare import make_accelerator
-from ddt.errors import require
-from ddt.files import check_new
-from ddt.flow import MAX_STEPS
-from ddt.generation.settings import SamplerOverrides
-from ddt.pictures import pyplot, save_figure
-from ddt.precision import Dtype, autocast, choose_dtype
-from ddt.receipts import circumstances
-from ddt.sampling.fitting import MAX_TEMPLATES, fit_schedule
-from ddt.sampling.schedules import write_schedule
-from scripts.studies.study import check_counts, draw_similarity, unshared_sampler
-
-log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FitSettings(SamplerOverrides):
-    """See conf/study/sharing_fit.yaml. Raises UserError for wrong values and existing files."""
-
-    ckpt: str
-    budget: int
-    out: str
-    templates: int
-    batch_size: int
-    dtype: Dtype | None
-
-    def __post_init__(self) -> None:
-        check_counts(self, budget=MAX_STEPS, templates=MAX_TEMPLATES, batch_size=MAX_TEMPLATES)
-        out = Path(self.out)
-        require(out.suffix == ".json", f"out={out}: give a .json file")
-        for path in (out, out.with_suffix(".png")):
-            check_new(path)
-
-
-@command("sharing_fit", settings=f"{__name__}.FitSettings", folder=CONF / "study")
-def main(settings: FitSettings) -> None:
+@command("sharing_fit", settings="scripts.studies.sharing.settings.FitSettings", folder=CONF / "study")
+def main(settings: Any) -> None:
     """Fit the schedule, and write it with a figure of the similarities."""
-    folder, stored, sampler = unshared_sampler(settings, settings.ckpt)
-    num_steps, out = sampler.num_steps, Path(settings.out)
-    require(settings.budget <= num_steps, f"budget={settings.budget}: must lie in 1..num_steps={num_steps}")
-    device = make_accelerator().device
-    dtype = choose_dtype(settings.dtype, device)
-    model = ckpt.load_model(folder).to(device)
-    with autocast(device, dtype):
-        content = fit_schedule(
-            model, tuple(stored["latent_shape"]), sampler, settings.budget, device, settings.templates,
-            settings.batch_size,
-        )  # fmt: skip
-    similarity, steps = content.pop("similarity"), content["recompute_steps"]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure, axes = pyplot().subplots(figsize=(5.6, 4.8))
-    image = draw_similarity(axes, np.array(similarity), steps)
-    axes.set_title(f"the encoder runs at {len(steps)} of {num_steps} steps")
-    figure.colorbar(image, ax=axes, label="cosine similarity of z")
-    save_figure(figure, out.with_suffix(".png"))
-    origin = {"ema_sha256": ckpt.weights_sha256(folder, "ema"), "dtype": dtype, **circumstances(device)}
-    write_schedule(out, {**content, **origin, "similarity": similarity})
-    log.info("the encoder runs at %d of %d steps: %s", len(steps), num_steps, ", ".join(map(str, steps)))
-    log.info("%s, %s", out, out.with_suffix(".png"))
+    from scripts.studies.sharing.schedule import fit
+
+    fit(settings)
 
 
 if __name__ == "__main__":
