@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from ddt.cli import command
 
 if TYPE_CHECKING:
-    from ddt.training.run import TrainSettings
+    from ddt.training.settings import TrainSettings
 
 
 def outcome(run_dir: Path) -> float | None:
@@ -16,7 +16,7 @@ def outcome(run_dir: Path) -> float | None:
     return last_measurement(run_dir)
 
 
-@command("train", settings="ddt.training.run.TrainSettings", outcome=outcome)
+@command("train", settings="ddt.training.settings.TrainSettings", outcome=outcome)
 def main(settings: "TrainSettings") -> None:
     """Check what can be checked without weights, then train on all processes."""
     from ddt.distributed.launch import launch

@@ -32,7 +32,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ddt.config import CONF, Choice, convert, did_you_mean, flat, locate, missing_package, parse
+from ddt.config import CONF, Choice, check_choice, convert, did_you_mean, flat, locate, missing_package, parse
 from ddt.errors import STOPPED_STATUS, Stopped, UserError, first_line, os_error_line, require
 from ddt.files import is_run_name, write_text
 from ddt.logs import logging_setup
@@ -292,6 +292,8 @@ def as_choice(node: DictConfig, group: str) -> Choice:
     choice, problems = convert(values[group], Choice, group)
     require(not problems, "\n".join(problems))
     assert choice is not None
+    choice, problems = check_choice(choice, group)
+    require(not problems, "\n".join(problems))
     return choice
 
 

@@ -128,12 +128,52 @@ def parse(kind: type[Kind], values: dict[str, Any], prefix: str = "") -> Kind:
     A value for a field of another settings dataclass is a dict; one that names a `_target_` is
     built of what that names, or kept as a `Choice` where the field asks for one. Raises one
     UserError with a line for each problem, which names the key as `prefix.name`: an unknown key, a
-    missing one, a value of another type, one that the dataclass itself refuses.
+    missing one, a value of another type, one that the dataclass itself refuses; for those of
+    choices, where there are no others.
     """
     found, problems = parsed(kind, values, prefix)
     if found is None:
         raise UserError("\n".join(problems))
-    return found
+    return checked_choices(found, prefix) if dataclasses.is_dataclass(found) else found
+
+
+def checked_choices(settings: Any, prefix: str) -> Any:
+    """Return settings whose choices are compared with what they name: what that imports, torch in
+    most cases, a mistake in any other setting does not wait for.
+    """
+    changed: dict[str, Choice] = {}
+    problems: list[str] = []
+    for field in dataclasses.fields(settings):
+        choice = getattr(settings, field.name)
+        if isinstance(choice, Choice):
+            changed[field.name], found = check_choice(choice, f"{prefix}.{field.name}" if prefix else field.name)
+            problems += found
+    if problems:
+        raise UserError("\n".join(problems))
+    return dataclasses.replace(settings, **changed) if changed else settings
+
+
+def check_choice(choice: Choice, key: str) -> tuple[Choice, list[str]]:
+    """Return a choice with its settings converted to what its target asks for, and the problems."""
+    target, problems = find_target(choice.target, key)
+    if problems:
+        return choice, problems
+    converted, problems = check_arguments(target, choice.settings, key)
+    return Choice(choice.target, converted), problems
+
+
+def find_target(name: str, key: str) -> tuple[Any, list[str]]:
+    """Return what a `_target_` means, or None and why it cannot be had."""
+    try:
+        target = locate(name)
+        require_packages(getattr(target, "packages", ()), key)
+    except ModuleNotFoundError as error:
+        return None, [missing_package(error.name or name, key)]
+    except ImportError as error:
+        return None, [f"{key}._target_={name}: cannot be imported ({error})"]
+    except UserError as error:
+        return None, [str(error)]
+    return target, []
 
 
 def parsed(kind: Callable[..., Kind], values: dict[str, Any], prefix: str) -> tuple[Kind | None, list[str]]:
@@ -210,28 +250,21 @@ def convert(value: Any, hint: Any, key: str) -> tuple[Any, list[str]]:
 
 
 def convert_node(node: dict[str, Any], kinds: list[Any], key: str) -> tuple[Any, list[str]]:
-    """Return what a node with a `_target_` means: a `Choice` where that is among the `kinds` of the
-    field, or else the one of them that it names (any where there are none: a protocol's class);
-    None where `_target_` is null.
+    """Return what a node with a `_target_` means: a `Choice`, not compared with its target yet,
+    where that is among the `kinds` of the field, or else the one of them that it names (any where
+    there are none: a protocol's class); None where `_target_` is null.
     """
     if node["_target_"] is None:
         return None, []
     settings = {name: value for name, value in node.items() if not name.startswith("_")}
-    try:
-        target = locate(node["_target_"])
-        require_packages(getattr(target, "packages", ()), key)
-    except ModuleNotFoundError as error:
-        return None, [missing_package(error.name or node["_target_"], key)]
-    except ImportError as error:
-        return None, [f"{key}._target_={node['_target_']}: cannot be imported ({error})"]
-    except UserError as error:
-        return None, [str(error)]
-    if Choice not in kinds:
-        if kinds and target not in kinds:
-            return None, [f"{key}._target_={node['_target_']}: is no settings of this group; choose a file of it"]
-        return parsed(target, settings, key)
-    converted, problems = check_arguments(target, settings, key)
-    return Choice(node["_target_"], converted), problems
+    if Choice in kinds:
+        return Choice(node["_target_"], settings), []
+    target, problems = find_target(node["_target_"], key)
+    if problems:
+        return None, problems
+    if kinds and target not in kinds:
+        return None, [f"{key}._target_={node['_target_']}: is no settings of this group; choose a file of it"]
+    return parsed(target, settings, key)
 
 
 def is_protocol(hint: Any) -> bool:

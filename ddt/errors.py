@@ -5,6 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 MANY = 1_000_000_000  # more than any count of steps or images
+MAX_BATCH = 1_000_000  # images
+MAX_CLASSES = 10_000_000
+MAX_WORKERS = 128  # loading processes of a process: a typo must not take the machine down
 STOPPED_STATUS = 85  # exit status of a run that stopped on request and can be resumed; torchrun turns it into 1
 
 

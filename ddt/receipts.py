@@ -1,5 +1,7 @@
 """The common part of every receipt: command, code revision, machine, versions and time."""
 
+from __future__ import annotations
+
 import datetime
 import importlib.metadata
 import platform
@@ -7,11 +9,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ddt.version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,6 +49,8 @@ def revision() -> str | None:
 
 def circumstances(device: torch.device, packages: tuple[str, ...] = ("torch", "numpy", "diffusers")) -> dict[str, Any]:
     """Return device, versions and date for a receipt."""
+    import torch
+
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "versions": {

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from ddt.cli import command
 
 if TYPE_CHECKING:
-    from ddt.data.cache_writer import CacheSettings
     from ddt.data.images import Images
+    from ddt.data.settings import CacheSettings
 
 
 def encode(settings: "CacheSettings", splits: "dict[str, Images]") -> None:
@@ -32,7 +32,7 @@ def encode(settings: "CacheSettings", splits: "dict[str, Images]") -> None:
     cache_latents(settings, splits, settings.autoencoder.build(), target, accelerator)
 
 
-@command("cache_latents", settings="ddt.data.cache_writer.CacheSettings")
+@command("cache_latents", settings="ddt.data.settings.CacheSettings")
 def main(settings: "CacheSettings") -> None:
     """Compose, check, read every image once, encode."""
     from ddt.data.cache_writer import list_images

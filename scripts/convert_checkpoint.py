@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from ddt.cli import command
 
 if TYPE_CHECKING:
-    from ddt.checkpoint.convert import ConvertSettings
+    from ddt.checkpoint.settings import ConvertSettings
 
 
-@command("convert_checkpoint", settings="ddt.checkpoint.convert.ConvertSettings")
+@command("convert_checkpoint", settings="ddt.checkpoint.settings.ConvertSettings")
 def main(settings: ConvertSettings) -> None:
     """Check, read strictly, write."""
     from ddt.checkpoint.convert import convert

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from ddt.cli import command
 
 if TYPE_CHECKING:
-    from ddt.training.estimate import EstimateSettings
+    from ddt.training.settings import EstimateSettings
 
 log = logging.getLogger(__name__)
 
 
-@command("estimate", settings="ddt.training.estimate.EstimateSettings")
+@command("estimate", settings="ddt.training.settings.EstimateSettings")
 def main(settings: "EstimateSettings") -> None:
     """Count, print, and write the numbers to out= if it is set."""
     from ddt.files import write_json

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from ddt.cli import CONF, command
 
 if TYPE_CHECKING:
-    from ddt.export import ExportSettings
+    from ddt.checkpoint.settings import ExportSettings
 
 
-@command("export", settings="ddt.export.ExportSettings", folder=CONF / "export")
+@command("export", settings="ddt.checkpoint.settings.ExportSettings", folder=CONF / "export")
 def main(settings: ExportSettings) -> None:
     """Check everything, write, and push to the hub if push= is set."""
     from ddt.export import export

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from ddt.cli import command
 
 if TYPE_CHECKING:
-    from ddt.data.statistics_file import StatisticsSettings
+    from ddt.data.settings import StatisticsSettings
 
 
-@command("latent_statistics", settings="ddt.data.statistics_file.StatisticsSettings")
+@command("latent_statistics", settings="ddt.data.settings.StatisticsSettings")
 def main(settings: StatisticsSettings) -> None:
     """Encode on every process, and write."""
     from ddt.data.statistics_file import write_latent_statistics

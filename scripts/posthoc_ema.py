@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from ddt.cli import command
 
 if TYPE_CHECKING:
-    from ddt.training.posthoc import PosthocSettings
+    from ddt.training.settings import PosthocSettings
 
 
-@command("posthoc_ema", settings="ddt.training.posthoc.PosthocSettings")
+@command("posthoc_ema", settings="ddt.training.settings.PosthocSettings")
 def main(settings: PosthocSettings) -> None:
     """Check, combine, write."""
     from ddt.training.posthoc import posthoc_ema

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from ddt.cli import command
 
 if TYPE_CHECKING:
-    from ddt.metrics.reconstruct import ReconstructSettings
+    from ddt.metrics.settings import ReconstructSettings
 
 
-@command("reconstruct", settings="ddt.metrics.reconstruct.ReconstructSettings")
+@command("reconstruct", settings="ddt.metrics.settings.ReconstructSettings")
 def main(settings: ReconstructSettings) -> None:
     """Encode, decode and write, on one process."""
     from ddt.metrics.reconstruct import write_reconstructions

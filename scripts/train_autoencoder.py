@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING, Any
 from ddt.cli import command
 
 if TYPE_CHECKING:
-    from ddt.training.autoencoder import CommandSettings
-    from ddt.training.decoder.run import DecoderSettings
+    from ddt.training.autoencoder_settings import CommandSettings
+    from ddt.training.decoder.settings import DecoderSettings
 
 
 def settings_of(cfg: Any) -> str:
-    """Return the class of the settings: those of a decoder, where `autoencoder=` chooses an encoder
+    """Return the class of the settings: those of a decoder, where `autoencoder=` names an encoder,
     that one is trained for.
     """
-    from ddt.config import locate
-
-    of_decoder = locate(cfg.autoencoder._target_).trains_decoder
-    return "ddt.training.decoder.run.DecoderSettings" if of_decoder else "ddt.training.autoencoder.CommandSettings"
+    if "encoder" in cfg.autoencoder:
+        return "ddt.training.decoder.settings.DecoderSettings"
+    return "ddt.training.autoencoder_settings.CommandSettings"
 
 
 @command("train_autoencoder", settings=settings_of)

@@ -226,7 +226,7 @@ def one_thread():
 
 def train_settings(*overrides):
     """Compose as train.py does; return its settings."""
-    return composed("train", "ddt.training.run.TrainSettings", *overrides)
+    return composed("train", "ddt.training.settings.TrainSettings", *overrides)
 
 
 def composed(command, settings, *overrides):

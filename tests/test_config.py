@@ -196,7 +196,7 @@ def test_xl_on_imagenet_is_the_published_recipe():
     assert settings.data.settings["image_size"] == 256
     assert settings.data.settings["holdout_every"] == 0
     assert settings.autoencoder.settings["source"] == "stabilityai/sd-vae-ft-ema"
-    assert dataclasses.asdict(settings.alignment) == dict(
+    assert settings.alignment.settings == dict(
         target="vit_base_patch14_dinov2.lvd142m",
         weights=None,
         align_depth=8,
@@ -320,8 +320,10 @@ def test_a_mistake_ends_the_process_with_status_1_and_no_traceback(tmp_path):
     assert done.stderr == "data.root: not set; give data.root=…\n"
 
 
-def test_all_mistakes_are_told_at_once():
-    assert len(refusal("train", "trainer.max_steps=abc", "objective.label_dropout=x").splitlines()) == 2
+def test_all_mistakes_are_told_at_once_but_those_that_need_an_import_come_last():
+    light, heavy = ["trainer.max_steps=abc", "seed=x"], ["objective.label_dropout=x", "model.depth=abc"]
+    for given, told in ((light, light), (heavy, heavy), ([*light, *heavy], light)):
+        assert {line.partition(":")[0] for line in refusal("train", *given).splitlines()} == set(told)
     mistakes = ("model.encoder_depth=6", "trainer.micro_batch_size=7", "sampler.num_steps=0")
     assert len(refusal("train", *mistakes).splitlines()) == 2  # of each group by itself
     assert len(refusal("train", mistakes[0], "trainer.num_processes=1", "init_from=runs/none").splitlines()) == 2

@@ -30,7 +30,6 @@ class Autoencoder(Protocol):
     stochastic: bool  # moments are (mean, logvar), 2C channels, and latents need noise; else the mean alone
     network: Any  # the frozen network, with `encode` and `decode` of tensors; None for pixels
     in_diffusers: bool  # a class attribute: whether diffusers' pipelines can hold the network
-    trains_decoder: bool  # a class attribute: whether a decoder is trained for a frozen encoder
     sampling_dtype: Dtype | None  # a class attribute: of the denoiser where none is chosen; None: any
 
     timeshift: float  # of training times and grids, that suits the latents; 1: none

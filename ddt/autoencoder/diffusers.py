@@ -194,7 +194,6 @@ class DiffusersAutoencoder(LatentDecoder, abc.ABC):
     timeshift = 1.0
     class_token = 0
     in_diffusers = True
-    trains_decoder = False
     sampling_dtype: Dtype | None = None
     latents_by: tuple[str, ...] = ("source", "revision", "latents_mean", "latents_std")
     parts: tuple[tuple[str, str], ...] = ()

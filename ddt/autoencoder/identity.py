@@ -20,7 +20,6 @@ class Identity:
     timeshift = 1.0
     class_token = 0
     in_diffusers = True  # a pipeline without one
-    trains_decoder = False
     sampling_dtype: Dtype | None = None
     fingerprint = None
     encoder_fingerprint = None

@@ -194,7 +194,6 @@ class RepresentationAutoencoder:
     pixel_space = False
     stochastic = False
     in_diffusers = False
-    trains_decoder = True
     sampling_dtype: Dtype | None = "fp32"  # in bf16 the published FID is 0.1 worse
     latents_by: tuple[str, ...] = ("encoder", "encoder_weights", "statistics", "source", "revision", "class_token")
     parts: tuple[tuple[str, str], ...] = (

@@ -7,7 +7,8 @@ from pathlib import Path
 from ddt.autoencoder import build_autoencoder
 from ddt.autoencoder.base import UnknownShape
 from ddt.checkpoint.format import write_checkpoint
-from ddt.checkpoint.published import PUBLISHED_SETTINGS, Part, Released, find_released, read_released
+from ddt.checkpoint.published import PUBLISHED_SETTINGS, Released, find_released, read_released
+from ddt.checkpoint.settings import RESOLUTIONS, ConvertSettings
 from ddt.config import Choice, group_choice
 from ddt.errors import UserError, reason, require
 from ddt.files import check_new, sha256
@@ -15,31 +16,6 @@ from ddt.pictures import imagenet_synsets
 from ddt.sampling.settings import SamplerSettings
 
 log = logging.getLogger(__name__)
-RESOLUTIONS = (256, 512)  # of all published models
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvertSettings:
-    """See conf/convert_checkpoint.yaml. released: as of `find_released`.
-
-    autoencoder: None for the published one. encoder_depth, resolution (pixels per side),
-    patch_size: None where the file says it.
-    encoder_depth of the undivided baseline is None. weights: those of the file to write.
-    """
-
-    released: str
-    out: str
-    autoencoder: Choice | None = None
-    encoder_depth: int | None = None
-    resolution: int | None = None
-    patch_size: int | None = None
-    weights: Part = "ema"
-
-    def __post_init__(self) -> None:
-        require(
-            self.resolution in (None, *RESOLUTIONS),
-            f"resolution={self.resolution}: published models exist at {' and '.join(map(str, RESOLUTIONS))} px",
-        )
 
 
 def latent_shape(released: Released, resolution: int | None) -> tuple[int, int, int]:

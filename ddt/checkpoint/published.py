@@ -6,13 +6,14 @@ Each network family's `release` (`ddt.model.published_names`) has the key names;
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ddt.autoencoder import part_of_autoencoder
+from ddt.checkpoint.settings import SUFFIXES, Part
 from ddt.errors import UserError, require
 from ddt.files import atomic_file, reset_permissions
 from ddt.hub import fetch, is_hub_id, resolve
@@ -22,8 +23,6 @@ from ddt.tensor_files import read_tensors, state_dict
 
 PREFIXES = {"ema": "ema_denoiser.", "model": "denoiser.", "trainer": "diffusion_trainer."}
 PROJECTOR = "proj.0."  # of the trainer: the alignment's
-Part = Literal["ema", "model"]
-SUFFIXES = (".ckpt", ".safetensors")  # of the files that `write_released` writes
 READ_SUFFIXES = (*SUFFIXES, ".pt", ".pth")  # of those found in a folder; a named file may have any
 RAE = "nyu-visionx/RAE-collections:DiTs/Dinov2/wReg_base"
 # published models by name: a hub id, or the file of one that holds several; a guide beside each

@@ -7,17 +7,15 @@ Shapes: B batch, M moments' channels, h w latent, S pixels, N tokens, F features
 """
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,14 +25,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ddt.autoencoder import Autoencoder
-from ddt.config import Choice
 from ddt.data.images import Images
 from ddt.data.latent_cache import CACHE_FORMAT_VERSION, content_fingerprint, damaged_files, read_index, shard_path
 from ddt.data.latent_statistics import STATISTICS, write_statistics
 from ddt.data.manifest import Row, check_manifest, check_size, make_manifest, read_manifest
-from ddt.data.stream import MAX_BATCH, MAX_WORKERS, check_shared_memory, load_batches
-from ddt.errors import UserError, require, require_count
-from ddt.files import atomic_file, find_record, fsync, read_record, remove_temporary_files, sha256, write_json
+from ddt.data.settings import CacheSettings
+from ddt.data.stream import check_shared_memory, load_batches
+from ddt.errors import UserError, require
+from ddt.files import atomic_file, fsync, read_record, remove_temporary_files, sha256, write_json
 from ddt.logs import progress_bar
 from ddt.objective.alignment_target import Target
 from ddt.tensor_files import write_array
@@ -42,58 +40,6 @@ from ddt.tensor_files import write_array
 log = logging.getLogger(__name__)
 RESERVE = 64 * 2**20  # bytes to leave free on the disk
 MOST_LOGGED = 32  # channels
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheSettings:
-    """The settings of scripts/cache_latents.py; see conf/cache_latents.yaml.
-
-    data, autoencoder, alignment: train.py's groups. out: the cache's folder. flip: store the mirror
-    image's moments too. dtype: of the moments. store_images, store_features: store the uint8
-    images, the alignment target's features. skip_broken: leave out unreadable files instead of
-    stopping. shard_size: records a shard. batch_size: images encoded at once. num_workers:
-    processes that read image files. num_processes: that encode.
-
-    Raises UserError for values out of range.
-    """
-
-    data: Choice
-    autoencoder: Choice
-    alignment: Choice | None
-    out: str
-    flip: bool
-    dtype: Literal["float16", "float32"]
-    store_images: bool
-    store_features: bool
-    skip_broken: bool
-    shard_size: int
-    batch_size: int
-    num_workers: int | None
-    num_processes: int | None
-
-    @property
-    def workers(self) -> int:
-        """Number of reading processes: `num_workers`, or one a core, at most 8."""
-        return min(os.cpu_count() or 1, 8) if self.num_workers is None else self.num_workers
-
-    def __post_init__(self) -> None:
-        for key in ("shard_size", "batch_size"):
-            require_count(key, getattr(self, key), 1, MAX_BATCH)
-        require_count("num_workers", self.num_workers, 0, MAX_WORKERS, ", or null")
-        require_count("num_processes", self.num_processes, 1, MAX_BATCH, ", or null for every visible GPU")
-        require(self.out != "", "out: not set; give the cache's folder")
-        find_record(Path(self.out), ("index.json", "manifest.csv", "broken.csv"), "out")
-
-    def check_images(self, images: Images) -> None:
-        """Raise UserError for images that cannot be cached in `out`."""
-        require(not images.has_latents, "data: is a latent cache already; give the images")
-        require(images.flips == 1, "data.horizontal_flip=true: has no effect here; give flip=true")
-        require(not images.skips_broken, "data.skip_broken=true: has no effect here; give skip_broken=true")
-        root = images.files_root
-        require(
-            root is None or root.resolve() not in Path(self.out).resolve().parents,
-            f"out={self.out}: lies among the images of data.root; choose another folder",
-        )
 
 
 def describe(

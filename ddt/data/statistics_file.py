@@ -7,7 +7,6 @@ published are running averages of its last batches.)
 Shapes: B images, C channels, h w latent.
 """
 
-import dataclasses
 import functools
 import json
 import logging
@@ -22,56 +21,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ddt.autoencoder import Autoencoder
-from ddt.config import Choice
 from ddt.data.images import Images
 from ddt.data.latent_statistics import OF_POSITIONS, Moments, block_moments
-from ddt.data.stream import MAX_BATCH, MAX_WORKERS, check_shared_memory, load_batches
+from ddt.data.settings import StatisticsSettings
+from ddt.data.stream import check_shared_memory, load_batches
 from ddt.distributed.prepare import decide_on_main, make_accelerator
-from ddt.errors import require, require_count
-from ddt.files import atomic_file, check_new
+from ddt.errors import require
+from ddt.files import atomic_file
 from ddt.logs import progress_bar
 from ddt.receipts import circumstances
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class StatisticsSettings:
-    """The settings of scripts/latent_statistics.py; see conf/latent_statistics.yaml.
-
-    data, autoencoder: train.py's groups; data may be a latent cache. batch_size: images encoded at
-    once. num_workers: processes that read image files. num_processes: that encode.
-
-    Raises UserError for values out of range, an autoencoder that takes no such file, and a file
-    that exists.
-    """
-
-    data: Choice
-    autoencoder: Choice
-    out: str
-    batch_size: int
-    num_workers: int | None
-    num_processes: int | None
-
-    def __post_init__(self) -> None:
-        require_count("batch_size", self.batch_size, 1, MAX_BATCH)
-        require_count("num_workers", self.num_workers, 0, MAX_WORKERS, ", or null")
-        require_count("num_processes", self.num_processes, 1, MAX_BATCH, ", or null for every visible GPU")
-        require(Path(self.out).suffix == ".safetensors", f"out={self.out}: give a .safetensors file")
-        require(
-            "statistics" in self.autoencoder.settings,
-            f"autoencoder: {self.autoencoder.target} takes no file of statistics, but latents_mean and latents_std at "
-            "most, which scripts/cache_latents.py writes; choose an RAE, such as rae_dinov2_b",
-        )
-        check_new(Path(self.out))
-
-    def build_autoencoder(self) -> Autoencoder:
-        """Build the autoencoder without statistics, which do not exist yet, and are of the image's
-        latents alone.
-        """
-        changes = {"statistics": None, "class_token": False}
-        return dataclasses.replace(self.autoencoder, settings={**self.autoencoder.settings, **changes}).build()
 
 
 class Views(Dataset):

@@ -26,8 +26,6 @@ from ddt.data.images import Images
 from ddt.draws import Stream, golden_sequence, random_generator
 from ddt.errors import UserError, first_line, require
 
-MAX_BATCH = 1_000_000  # images
-MAX_WORKERS = 128  # loading processes of a process: a typo must not take the machine down
 PREFETCHED = 2  # batches that a loading process holds ready, as is torch's default
 SHARED_MEMORY = Path("/dev/shm")  # where loading processes put their batches
 SHARED_MEMORY_FIX = "start the container with more (docker run --shm-size=8g), or give fewer num_workers"

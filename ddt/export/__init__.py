@@ -1,5 +1,6 @@
 """Export of checkpoints: a hub folder, a diffusers pipeline, the published key names."""
 
-from ddt.export.export import ExportSettings, HubModel, export
+from ddt.checkpoint.settings import ExportSettings
+from ddt.export.export import HubModel, export
 
 __all__ = ["ExportSettings", "HubModel", "export"]

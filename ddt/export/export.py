@@ -17,7 +17,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
@@ -25,7 +25,8 @@ from torch import Tensor
 from ddt.autoencoder import Autoencoder, autoencoder_class, build_autoencoder
 from ddt.autoencoder.base import UnknownShape
 from ddt.checkpoint import format as ckpt
-from ddt.checkpoint.published import SUFFIXES, check_releasable, sizes_to_load, write_released
+from ddt.checkpoint.published import check_releasable, sizes_to_load, write_released
+from ddt.checkpoint.settings import ExportSettings, Form
 from ddt.errors import require
 from ddt.export.model_card import Card
 from ddt.files import atomic_folder, check_new, fsync, read_json, read_record, reset_permissions, sha256, write_json
@@ -40,7 +41,6 @@ from ddt.sampling.schedules import content_of
 from ddt.version import __version__
 
 log = logging.getLogger(__name__)
-Form = Literal["hub", "diffusers", "released"]
 # last names of a run's settings that hold paths
 PATHS = (
     "root",
@@ -59,35 +59,6 @@ USAGE = {
     "diffusers": 'load with: diffusers.DiffusionPipeline.from_pretrained("{out}", trust_remote_code=True)',
     "released": 'load with: ddt.load_released("{out}"{sizes})',
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportSettings:
-    """See conf/export/export.yaml. ckpt: run, checkpoint, export or hub id.
-
-    out: folder to write, or file of format=released. autoencoder: "checkpoint", or the hub id or
-    new folder of it or another one. metrics: a metrics.json or its folder. push: hub id.
-    """
-
-    ckpt: str
-    format: Form
-    out: str
-    weights: str = "ema"
-    autoencoder: str = "checkpoint"
-    metrics: str | None = None
-    license: str | None = None
-    push: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.format != "released":
-            return
-        require(
-            Path(self.out).suffix in SUFFIXES,
-            f"out={self.out}: is to be one file; give a name that ends in {' or '.join(SUFFIXES)}",
-        )
-        chosen = {"autoencoder": self.autoencoder if self.autoencoder != "checkpoint" else None}
-        for key, value in {**chosen, "metrics": self.metrics, "license": self.license, "push": self.push}.items():
-            require(value is None, f"{key}={value}: has no effect with format=released, which holds weights alone")
 
 
 def export(settings: ExportSettings) -> None:

@@ -1,9 +1,12 @@
 """The labels of metrics, and whether they compare with published ones."""
 
-from typing import Any
+from __future__ import annotations
 
-from ddt.metrics.features import Extractor
-from ddt.metrics.reference import Reference
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddt.metrics.features import Extractor
+    from ddt.metrics.reference import Reference
 
 PUBLISHED_COUNT = 50_000
 IMAGENET = 1_281_167  # training images

@@ -4,52 +4,29 @@ scores (rFID), and their PSNR.
 Shapes: n images, B batch, C H W.
 """
 
-import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddt.config import Choice
 from ddt.data.source import spread
-from ddt.data.stream import MAX_BATCH
 from ddt.draws import noise_of
-from ddt.errors import MANY, require, require_count
-from ddt.files import atomic_folder, check_new, fsync, sha256, write_json
+from ddt.errors import require
+from ddt.files import atomic_folder, fsync, sha256, write_json
 from ddt.generation.receipt import RECEIPT, SHA256
 from ddt.logs import progress_bar
 from ddt.metrics.images import SAMPLES, write_npz
+from ddt.metrics.settings import ReconstructSettings
 from ddt.pictures import image_grid, write_png
 from ddt.receipts import circumstances
 
 log = logging.getLogger(__name__)
 SHOWN = 16  # images of the picture
 PICTURE = "grid.png"
-
-
-@dataclasses.dataclass(frozen=True)
-class ReconstructSettings:
-    """See conf/reconstruct.yaml. Raises UserError for values out of range, and an `out` that
-    exists.
-    """
-
-    data: Choice
-    autoencoder: Choice
-    out: str
-    split: Literal["train", "test"]
-    num_images: int | None
-    batch_size: int
-    choices: dict[str, str | None]
-
-    def __post_init__(self) -> None:
-        require_count("num_images", self.num_images, 1, MANY, ", or null")
-        require_count("batch_size", self.batch_size, 1, MAX_BATCH)
-        check_new(Path(self.out))
 
 
 def psnr_of_each(originals: Tensor, reconstructions: Tensor) -> Tensor:

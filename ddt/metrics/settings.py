@@ -1,13 +1,11 @@
 """Settings of features and of measurements, parsed before torch is imported."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from ddt.config import Choice
-from ddt.errors import UserError, require, require_count
+from ddt.errors import MANY, MAX_BATCH, UserError, require, require_count
 from ddt.files import check_new
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ class FeatureSettings(Protocol):
     @property
     def weights_key(self) -> str | None: ...
 
-    def extractor(self, device: torch.device, train: Images | None = None) -> Extractor:
+    def extractor(self, device: "torch.device", train: "Images | None" = None) -> "Extractor":
         """Load the extractor, or train it on a data set's training images."""
 
 
@@ -83,7 +81,7 @@ class InceptionSettings:
     def __post_init__(self) -> None:
         require(1 <= self.batch_size <= 10_000, f"features.batch_size={self.batch_size}: must lie in 1..10000")
 
-    def extractor(self, device: torch.device, train: object = None) -> InceptionFeatures:
+    def extractor(self, device: "torch.device", train: object = None) -> "InceptionFeatures":
         """Load the network onto a device. train is not used."""
         from ddt.metrics.inception import InceptionFeatures, find_weights
 
@@ -129,7 +127,7 @@ class DINOv2Settings:
             f"features.model={self.model}: is no DINOv2 of timm without registers; choose of {', '.join(known)}",
         )
 
-    def extractor(self, device: torch.device, train: object = None) -> DINOv2:
+    def extractor(self, device: "torch.device", train: object = None) -> "DINOv2":
         """Load the network onto a device. train is not used."""
         from ddt.metrics.dinov2 import DINOv2
 
@@ -161,7 +159,7 @@ class ClassifierSettings:
         """The data set's name."""
         return self.data
 
-    def extractor(self, device: torch.device, train: Images | None = None) -> ClassifierFeatures:
+    def extractor(self, device: "torch.device", train: "Images | None" = None) -> "ClassifierFeatures":
         """Return the features of a classifier of `train`, which is trained at its first use."""
         from ddt.metrics.classifier import ClassifierFeatures
 
@@ -216,3 +214,23 @@ class ReferenceStatisticsSettings:
             f"reference=data:{features.data} to evaluate.py, which needs no file",
         )
         check_weights(features, self.inception_weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructSettings:
+    """See conf/reconstruct.yaml. Raises UserError for values out of range, and an `out` that
+    exists.
+    """
+
+    data: Choice
+    autoencoder: Choice
+    out: str
+    split: Literal["train", "test"]
+    num_images: int | None
+    batch_size: int
+    choices: dict[str, str | None]
+
+    def __post_init__(self) -> None:
+        require_count("num_images", self.num_images, 1, MANY, ", or null")
+        require_count("batch_size", self.batch_size, 1, MAX_BATCH)
+        check_new(Path(self.out))

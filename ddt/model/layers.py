@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ddt.errors import UserError, require, require_count
+from ddt.errors import MAX_CLASSES, UserError, require, require_count
 from ddt.model.class_token import join_token, split_token, token_rows
 
 MixerName = Literal["attention", "conv", "mlp"]
@@ -23,7 +23,7 @@ AdaLNInit = Literal["release", "zero"]
 Checkpointing = bool | Literal["selective"]
 
 MAX_SIZE = 65_536  # of channels and widths: a wrong digit, or the file of others, ends here
-MAX_SIZES = {"patch_size": 1_024, "depth": 1_000, "num_classes": 10_000_000}
+MAX_SIZES = {"patch_size": 1_024, "depth": 1_000, "num_classes": MAX_CLASSES}
 
 USES_KERNELS = True  # of `ddt.model.kernels`; the code in a shared folder has none (`ddt.pipeline.one_file`)
 

@@ -4,79 +4,19 @@ Shapes: B batch, C features of a token, h w tokens, H W pixels.
 Source: Zheng et al., arXiv 2510.11690, as its published decoders were trained.
 """
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 
 from ddt.autoencoder.vit_decoder import ViTDecoder
-from ddt.epochs import Steps, are_steps
-from ddt.errors import MANY, require, require_count
 from ddt.objective.augmentation import augment
 from ddt.objective.discriminator import (
-    DINO_FILE,
     Discriminator,
     adaptive_weight,
     generator_loss,
     hinge_loss,
     quantised,
 )
-from ddt.objective.lpips import LINEAR_FILE, LPIPS, VGG_FILE, check_file
-
-
-@dataclasses.dataclass(frozen=True)
-class ReconstructionSettings:
-    """What a decoder minimises; see conf/reconstruction.
-
-    noise: largest deviation of the noise on tokens in training; each image has its own, uniform
-    from 0. lpips_weight: of LPIPS beside L1; 0: none. vgg_weights, lpips_weights: its files.
-    gan_weight: of the GAN's loss, times the adaptive weight; 0: none. dino_weights: file of the
-    discriminator's frozen network. discriminator_start, gan_start: steps from which on the
-    discriminator learns and the decoder minimises the GAN's loss; epochs, until
-    `ddt.epochs.in_steps`.
-
-    Raises UserError for values out of range, or without effect.
-    """
-
-    noise: float
-    lpips_weight: float
-    gan_weight: float
-    discriminator_start: Steps
-    gan_start: Steps
-    vgg_weights: str | None = None
-    lpips_weights: str | None = None
-    dino_weights: str | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("noise", "lpips_weight", "gan_weight"):
-            require(getattr(self, key) >= 0, f"reconstruction.{key}={getattr(self, key)}: must be at least 0")
-        for key in ("discriminator_start", "gan_start"):
-            if are_steps(getattr(self, key)):
-                require_count(f"reconstruction.{key}", getattr(self, key), 0, MANY)
-        for weight, keys in (
-            ("lpips_weight", ("vgg_weights", "lpips_weights")),
-            ("gan_weight", ("dino_weights", "discriminator_start", "gan_start")),
-        ):
-            for key in keys:
-                value = getattr(self, key)
-                require(
-                    getattr(self, weight) > 0 or not value,
-                    f"reconstruction.{key}={value}: has no effect with reconstruction.{weight}=0; leave it out, or "
-                    "choose reconstruction=l1",
-                )
-        require(
-            not are_steps(self.discriminator_start, self.gan_start) or self.discriminator_start <= self.gan_start,
-            f"reconstruction.gan_start={self.gan_start}: is before reconstruction.discriminator_start="
-            f"{self.discriminator_start}; an untrained discriminator teaches nothing",
-        )
-
-    def check_files(self) -> None:
-        """Raise UserError for the first file that is needed and missing."""
-        if self.lpips_weight:
-            check_file("reconstruction.vgg_weights", self.vgg_weights, VGG_FILE)
-            check_file("reconstruction.lpips_weights", self.lpips_weights, LINEAR_FILE)
-        if self.gan_weight:
-            check_file("reconstruction.dino_weights", self.dino_weights, DINO_FILE)
+from ddt.objective.lpips import LPIPS
 
 
 class Reconstruction(nn.Module):
@@ -85,8 +25,9 @@ class Reconstruction(nn.Module):
     Args:
         network: the decoder, from raw tokens to normalised pixels.
         mean, std: (3, 1, 1), those of the encoder's pixels.
-        settings: weights and noise.
-        lpips: where `settings.lpips_weight` is not 0.
+        lpips: None without it.
+        noise: largest deviation of the noise on tokens; each image has its own, uniform from 0.
+        lpips_weight: of LPIPS beside L1. gan_weight: of the GAN's loss, times the adaptive weight.
     """
 
     alignment = None  # no hidden layer of it is aligned
@@ -94,10 +35,12 @@ class Reconstruction(nn.Module):
     std: Tensor
 
     def __init__(
-        self, network: ViTDecoder, mean: Tensor, std: Tensor, settings: ReconstructionSettings, lpips: LPIPS | None
-    ) -> None:
+        self, network: ViTDecoder, mean: Tensor, std: Tensor, lpips: LPIPS | None, noise: float, lpips_weight: float,
+        gan_weight: float,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.network, self.settings, self.lpips = network, settings, lpips
+        self.network, self.lpips = network, lpips
+        self.noise, self.lpips_weight, self.gan_weight = noise, lpips_weight, gan_weight
         self.register_buffer("mean", mean.clone(), persistent=False)
         self.register_buffer("std", std.clone(), persistent=False)
 
@@ -113,7 +56,7 @@ class Reconstruction(nn.Module):
         if self.lpips is None:
             return {"reconstruction": l1, "l1": l1}
         distance = self.lpips(2 * targets - 1, 2 * pixels - 1)
-        return {"reconstruction": l1 + self.settings.lpips_weight * distance, "l1": l1, "lpips": distance}
+        return {"reconstruction": l1 + self.lpips_weight * distance, "l1": l1, "lpips": distance}
 
     def forward(
         self,
@@ -131,7 +74,7 @@ class Reconstruction(nn.Module):
         discriminator: None without a GAN; otherwise one that only judges
         (`ddt.objective.discriminator.judging`), and augment_uniform is (5, B) in [0, 1).
         """
-        deviation = (self.settings.noise * noise_uniform)[:, None, None, None]
+        deviation = (self.noise * noise_uniform)[:, None, None, None]
         pixels = self.reconstruct(tokens + deviation * noise)
         losses = self.errors(pixels, targets)
         loss = losses.pop("reconstruction")
@@ -139,7 +82,7 @@ class Reconstruction(nn.Module):
             assert augment_uniform is not None
             gan = generator_loss(discriminator(augment(2 * pixels - 1, augment_uniform)).float())
             weight = adaptive_weight(loss, gan, self.network.decoder_pred.weight)
-            loss = loss + self.settings.gan_weight * weight * gan
+            loss = loss + self.gan_weight * weight * gan
             losses |= {"gan": gan, "adaptive_weight": weight}
         return {"loss": loss, **{key: value.detach() for key, value in losses.items()}}
 

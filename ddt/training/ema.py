@@ -19,7 +19,6 @@ from ddt.model import Denoiser
 
 Network = TypeVar("Network", bound=nn.Module)
 Array = NDArray[np.float64]
-MIN_STD, MAX_STD = 1e-4, 0.28  # of power functions; a uniform average over the run has 1/√12 = 0.289
 
 
 @functools.cache  # every step asks

@@ -22,24 +22,22 @@ from torch.utils._pytree import tree_leaves
 from ddt.autoencoder import Autoencoder, build_autoencoder
 from ddt.config import Choice, locate
 from ddt.data.images import Outline
-from ddt.data.stream import MAX_BATCH
 from ddt.data.survey import infer_settings
 from ddt.epochs import in_epochs, in_steps
-from ddt.errors import MANY, UserError, require, require_count
+from ddt.errors import UserError, require
 from ddt.files import read_json
 from ddt.metrics.ranking import is_number
 from ddt.model.cost import network_macs
-from ddt.model.layers import MAX_SIZES, PRODUCTS, BlockStack, Checkpointing, token_grid
+from ddt.model.layers import PRODUCTS, BlockStack, Checkpointing, token_grid
 from ddt.objective import Objective, network_arguments
-from ddt.objective.alignment import REPA, Alignment, Dispersive
+from ddt.objective.alignment import Alignment
 from ddt.objective.alignment_target import Target
-from ddt.objective.irepa import IREPA
 from ddt.precision import HALF_TYPES
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.ema import ema_rules
 from ddt.training.run import with_timeshift
-from ddt.training.settings import TrainerSettings
+from ddt.training.settings import EstimateSettings, TrainerSettings
 from ddt.training.throughput import PEAKS, counted_flops, peak_of, target_flops, training_flops
 
 FLOAT, HALF = 4, 2  # bytes
@@ -50,51 +48,6 @@ MEMORY = {
     "A10": 24e9, "RTX 4090": 24e9, "B200": 180e9,
 }  # fmt: skip
 IMAGENET = ("in256", "in256_latents", "in256_rae", "in512", "in512_latents", "in512_rae")  # files of conf/data
-
-
-@dataclasses.dataclass(frozen=True)
-class EstimateSettings:
-    """See conf/estimate.yaml. Raises UserError for invalid values."""
-
-    model: Choice
-    data: Choice
-    autoencoder: Choice
-    alignment: REPA | IREPA | Dispersive | None
-    objective: Choice
-    sampler: SamplerSettings
-    trainer: TrainerSettings
-    choices: dict[str, str | None]
-    gpus: int
-    device: str | None
-    share: float | None
-    measured: str | None
-    memory_gb: float | None
-    num_samples: int
-    num_classes: int | None
-    out: str | None
-
-    may_be_missing = ("data.root",)  # nothing is read from it
-
-    def __post_init__(self) -> None:
-        out = None if self.out is None else Path(self.out)
-        for key, most in (("gpus", MAX_BATCH), ("num_samples", MANY), ("num_classes", MAX_SIZES["num_classes"])):
-            require_count(key, getattr(self, key), 1, most)
-        both = "has no effect with measured=, which brings its own; leave one out"
-        for key, valid, message in (
-            ("memory_gb", self.memory_gb is None or self.memory_gb > 0, "must be above 0"),
-            ("device", self.measured is None or self.device is None, both),
-            ("share", self.measured is None or self.share is None, both),
-            ("out", out is None or out.suffix == ".json", "give a .json file"),
-            ("out", out is None or not out.exists(), "exists already and is not written over; choose another"),
-        ):
-            require(valid, f"{key}={getattr(self, key)}: {message}")
-        processes = self.trainer.num_processes
-        require(processes is None, f"trainer.num_processes={processes}: has no effect here; give gpus={processes}")
-        require(
-            self.trainer.parallelism == "ddp" or self.gpus > 1,
-            "trainer.parallelism=fsdp: needs several processes to shard among; give gpus=8, or leave it out",
-        )
-        self.trainer.micro_batches(self.gpus)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,8 +153,9 @@ def build_recipe(settings: EstimateSettings) -> Recipe:
         raise UserError(f"sampler.{error}") from error
     aligned = Alignment()
     if alignment is not None:
-        alignment.check_depth(network.num_alignable_blocks)
-        aligned = alignment.build(network.hidden_size, grid, outline.image_size, outline=True)
+        chosen = alignment.build()
+        chosen.check_depth(network.num_alignable_blocks)
+        aligned = chosen.build(network.hidden_size, grid, outline.image_size, outline=True)
     return Recipe(
         objective=objective.build(denoiser=network, alignment=aligned.loss), target=aligned.target,
         autoencoder=autoencoder, shape=shape, image_size=outline.image_size, num_images=outline.num_images,

@@ -20,8 +20,8 @@ from ddt.logs import on_terminal
 from ddt.precision import autocast, check_dtype
 from ddt.training.latents import to_latents
 from ddt.training.measurements import due_measurements
-from ddt.training.run import BaseRun, Run, TrainSettings, build_run
-from ddt.training.settings import TrainerSettings
+from ddt.training.run import BaseRun, Run, build_run
+from ddt.training.settings import TrainerSettings, TrainSettings
 from ddt.training.start import Session, start
 from ddt.training.state import TrainingState
 from ddt.training.stopping import Skips, max_skipped

@@ -23,49 +23,14 @@ from torch import Tensor
 from ddt.checkpoint import format as ckpt
 from ddt.errors import require
 from ddt.files import atomic_file, check_new, check_writable
-from ddt.training.ema import MAX_STD, MIN_STD, Array, ConstantDecay, PowerFunction, Rule, ema_rules
+from ddt.training.ema import Array, Rule, ema_rules
 from ddt.training.resume import frozen_differences
+from ddt.training.settings import PosthocSettings
 
 log = logging.getLogger(__name__)
 LARGEST_RESIDUAL = 0.2  # of a usable reconstruction; docs/training.md: what it means for weights
 NOTABLE_RESIDUAL = 0.05  # larger ones are warned of
 CUTOFF = 1e-12  # eigenvalues of the products below this share of the largest are rounding errors
-
-
-@dataclass(frozen=True)
-class PosthocSettings:
-    """See conf/posthoc_ema.yaml. std, decay: lengths of the EMAs to make, one or a list of each."""
-
-    run: str
-    std: list[float] | float | None
-    decay: list[float] | float | None
-    step: int | None
-    powers: list[float] | None
-    out: str
-
-    def rules(self) -> dict[str, Rule]:
-        """Return the EMA rules by the name of their folder."""
-        stds, decays = ([value] if isinstance(value, float) else value or [] for value in (self.std, self.decay))
-        require(len(stds) + len(decays) > 0, "std: not set; give std= (such as 0.07), decay= (such as 0.9999), or both")
-        for std in stds:
-            require(
-                MIN_STD <= std < MAX_STD,
-                f"std={std}: must lie in {MIN_STD}..{MAX_STD}, relative to the steps done (uniform: 0.289)",
-            )
-        for decay in decays:
-            require(0 < decay < 1, f"decay={decay}: must lie in 0..1, such as 0.9999")
-        rules: dict[str, Rule] = {f"std_{std:g}": PowerFunction(std) for std in stds}
-        rules |= {f"decay_{decay:g}": ConstantDecay(decay) for decay in decays}
-        require(len(rules) == len(stds) + len(decays), "std, decay: two of the lengths have one name; give each once")
-        return rules
-
-    def __post_init__(self) -> None:
-        self.rules()
-
-    def folders(self) -> dict[str, Path]:
-        """Return the folder of each EMA: `out` for a single number, else one inside it."""
-        single = isinstance(self.std, float) != isinstance(self.decay, float) and len(self.rules()) == 1
-        return {name: Path(self.out) if single else Path(self.out) / name for name in self.rules()}
 
 
 # --- profiles

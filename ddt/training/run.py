@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-import json
 import logging
 import os
 from pathlib import Path
@@ -19,81 +18,20 @@ from ddt.data.images import Images
 from ddt.data.survey import infer_settings
 from ddt.distributed.launch import default_processes
 from ddt.epochs import are_steps, epoch_steps, in_epochs, in_steps
-from ddt.errors import UserError, require, require_count
-from ddt.files import MAX_NAME_BYTES, is_run_name
+from ddt.errors import UserError, require
 from ddt.metrics.reference import data_reference, load_reference
-from ddt.metrics.settings import FeatureSettings, check_weights
+from ddt.metrics.settings import check_weights
 from ddt.model.layers import token_grid
 from ddt.objective import Objective, check_alignment, network_arguments
-from ddt.objective.alignment import REPA, Alignment, Dispersive
-from ddt.objective.irepa import IREPA
+from ddt.objective.alignment import Alignment
 from ddt.sampling.settings import SamplerSettings, check_base_head
 from ddt.training.evaluation import OnlineEvaluation, OnlineSamples, online_evaluation
 from ddt.training.init_from import find_source
-from ddt.training.settings import TrainerSettings
+from ddt.training.settings import RunSettings, TrainSettings
 
 log = logging.getLogger(__name__)
 FLOAT_BYTES = 4
 Settings = TypeVar("Settings", bound="RunSettings")
-
-
-@dataclasses.dataclass(frozen=True)
-class RunSettings:
-    """The settings that every training has, whatever it trains. choices: the chosen file of each
-    config group.
-
-    Raises UserError for values that cannot be.
-    """
-
-    name: str
-    seed: int
-    data: Choice
-    autoencoder: Choice
-    optimizer: Choice
-    trainer: TrainerSettings
-    tracker: Choice
-    choices: dict[str, str | None]
-
-    def __post_init__(self) -> None:
-        require(
-            is_run_name(self.name),
-            f"name={self.name}: give a folder name of letters, digits and _.=,+-, at most {MAX_NAME_BYTES} bytes long",
-        )
-        require_count("seed", self.seed, 0, 2**63 - 1)
-
-    @property
-    def run_dir(self) -> Path:
-        """The run's folder."""
-        return Path("runs") / self.name
-
-    def plain(self) -> dict[str, Any]:
-        """Return all settings as plain values, as `config.json` and checkpoints hold them."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, Choice):
-                return value.plain()
-            if dataclasses.is_dataclass(value) and not isinstance(value, type):
-                kind = type(value)
-                return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **dataclasses.asdict(value)}
-            return value
-
-        values = {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        del values["choices"]
-        return json.loads(json.dumps(values))
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings(RunSettings):
-    """The settings of `train.py`; see conf/train.yaml."""
-
-    init_from: str | None
-    reference: str | None
-    inception_weights: str | None
-    model: Choice
-    alignment: REPA | IREPA | Dispersive | None
-    objective: Choice
-    sampler: SamplerSettings
-    features: FeatureSettings | None
 
 
 def infer(settings: TrainSettings) -> TrainSettings:
@@ -136,7 +74,7 @@ def inspect(settings: TrainSettings) -> None:
     """Look at the files of the data set before they are trained on; see `inspect_data`."""
     inspect_data(
         settings.data,
-        aligned=settings.alignment is not None and settings.alignment.needs_target,
+        aligned=settings.alignment is not None and settings.alignment.build().needs_target,
         pixels=settings.features is not None and settings.reference is None,
     )
 
@@ -176,9 +114,10 @@ def check(settings: TrainSettings) -> None:
         attempt(check_memory, sum(parameter.numel() for parameter in network.parameters()))
         attempt(with_timeshift(settings.objective, settings.sampler, 1.0)[0].build, denoiser=network)
     attempt(settings.optimizer.build, named_parameters=[("weight", nn.Parameter(torch.zeros(1)))])
-    attempt(check_alignment, locate(settings.objective.target), settings.alignment)
-    if settings.alignment is not None and network is not None:
-        attempt(settings.alignment.check_depth, network.num_alignable_blocks)
+    alignment = None if settings.alignment is None else attempt(settings.alignment.build)
+    attempt(check_alignment, locate(settings.objective.target), alignment)
+    if alignment is not None and network is not None:
+        attempt(alignment.check_depth, network.num_alignable_blocks)
     attempt(check_evaluation, settings)
     attempt(locate(settings.tracker.target).check, **settings.tracker.settings)
     if settings.init_from and ckpt.newest_checkpoint(settings.run_dir) is None:  # a resumed run does not read it
@@ -311,7 +250,8 @@ def build_run(settings: TrainSettings) -> Run:
     network = model.build(**sizes)
     alignment = Alignment()
     if settings.alignment is not None:
-        alignment = settings.alignment.build(network.hidden_size, grid, images.image_size, images.cached_features)
+        chosen = settings.alignment.build()
+        alignment = chosen.build(network.hidden_size, grid, images.image_size, images.cached_features)
     if alignment.target is not None:
         images.require_pixels()
     loss = settings.objective.build(denoiser=network, alignment=alignment.loss)

@@ -1,16 +1,25 @@
-"""Settings of the training loop."""
+"""Settings of a training, of its loop, and of its estimate, parsed before torch is imported."""
 
 import dataclasses
+import json
 import math
 import re
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from ddt.data.stream import MAX_BATCH, MAX_WORKERS
+from ddt.config import Choice
 from ddt.epochs import Steps, are_steps
-from ddt.errors import MANY, require, require_count
+from ddt.errors import MANY, MAX_BATCH, MAX_CLASSES, MAX_WORKERS, require, require_count
+from ddt.files import MAX_NAME_BYTES, is_run_name
 from ddt.metrics.comparability import short
-from ddt.training.ema import MAX_STD, MIN_STD
-from ddt.training.stopping import MARGIN
+from ddt.metrics.settings import FeatureSettings
+from ddt.sampling.settings import SamplerSettings
+
+if TYPE_CHECKING:
+    from ddt.training.ema import Rule
+
+MARGIN = 60  # seconds that max_hours leaves for the last save, plus twice the longest pause so far
+MIN_STD, MAX_STD = 1e-4, 0.28  # of power functions; a uniform average over the run has 1/√12 = 0.289
 
 METRIC_SUFFIX = re.compile(r"_[\d.]+[kmb]?$")  # of all numbers of samples
 
@@ -221,3 +230,150 @@ class TrainerSettings:
         The last step ends every period.
         """
         return every > 0 and (step == self.max_steps or step % every == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """The settings that every training has, whatever it trains. choices: the chosen file of each
+    config group.
+
+    Raises UserError for values that cannot be.
+    """
+
+    name: str
+    seed: int
+    data: Choice
+    autoencoder: Choice
+    optimizer: Choice
+    trainer: TrainerSettings
+    tracker: Choice
+    choices: dict[str, str | None]
+
+    def __post_init__(self) -> None:
+        require(
+            is_run_name(self.name),
+            f"name={self.name}: give a folder name of letters, digits and _.=,+-, at most {MAX_NAME_BYTES} bytes long",
+        )
+        require_count("seed", self.seed, 0, 2**63 - 1)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return Path("runs") / self.name
+
+    def plain(self) -> dict[str, Any]:
+        """Return all settings as plain values, as `config.json` and checkpoints hold them."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, Choice):
+                return value.plain()
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                kind = type(value)
+                return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **dataclasses.asdict(value)}
+            return value
+
+        values = {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        del values["choices"]
+        return json.loads(json.dumps(values))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings(RunSettings):
+    """The settings of `train.py`; see conf/train.yaml."""
+
+    init_from: str | None
+    reference: str | None
+    inception_weights: str | None
+    model: Choice
+    alignment: Choice | None
+    objective: Choice
+    sampler: SamplerSettings
+    features: FeatureSettings | None
+
+
+@dataclasses.dataclass(frozen=True)
+class EstimateSettings:
+    """See conf/estimate.yaml. Raises UserError for invalid values."""
+
+    model: Choice
+    data: Choice
+    autoencoder: Choice
+    alignment: Choice | None
+    objective: Choice
+    sampler: SamplerSettings
+    trainer: TrainerSettings
+    choices: dict[str, str | None]
+    gpus: int
+    device: str | None
+    share: float | None
+    measured: str | None
+    memory_gb: float | None
+    num_samples: int
+    num_classes: int | None
+    out: str | None
+
+    may_be_missing = ("data.root",)  # nothing is read from it
+
+    def __post_init__(self) -> None:
+        out = None if self.out is None else Path(self.out)
+        for key, most in (("gpus", MAX_BATCH), ("num_samples", MANY), ("num_classes", MAX_CLASSES)):
+            require_count(key, getattr(self, key), 1, most)
+        both = "has no effect with measured=, which brings its own; leave one out"
+        for key, valid, message in (
+            ("memory_gb", self.memory_gb is None or self.memory_gb > 0, "must be above 0"),
+            ("device", self.measured is None or self.device is None, both),
+            ("share", self.measured is None or self.share is None, both),
+            ("out", out is None or out.suffix == ".json", "give a .json file"),
+            ("out", out is None or not out.exists(), "exists already and is not written over; choose another"),
+        ):
+            require(valid, f"{key}={getattr(self, key)}: {message}")
+        processes = self.trainer.num_processes
+        require(processes is None, f"trainer.num_processes={processes}: has no effect here; give gpus={processes}")
+        require(
+            self.trainer.parallelism == "ddp" or self.gpus > 1,
+            "trainer.parallelism=fsdp: needs several processes to shard among; give gpus=8, or leave it out",
+        )
+        self.trainer.micro_batches(self.gpus)
+
+
+@dataclasses.dataclass(frozen=True)
+class PosthocSettings:
+    """See conf/posthoc_ema.yaml. std, decay: lengths of the EMAs to make, one or a list of each."""
+
+    run: str
+    std: list[float] | float | None
+    decay: list[float] | float | None
+    step: int | None
+    powers: list[float] | None
+    out: str
+
+    def __post_init__(self) -> None:
+        stds, decays = self.lengths()
+        require(len(stds) + len(decays) > 0, "std: not set; give std= (such as 0.07), decay= (such as 0.9999), or both")
+        for std in stds:
+            require(
+                MIN_STD <= std < MAX_STD,
+                f"std={std}: must lie in {MIN_STD}..{MAX_STD}, relative to the steps done (uniform: 0.289)",
+            )
+        for decay in decays:
+            require(0 < decay < 1, f"decay={decay}: must lie in 0..1, such as 0.9999")
+        both = {f"std_{std:g}" for std in stds} | {f"decay_{decay:g}" for decay in decays}
+        require(len(both) == len(stds) + len(decays), "std, decay: two of the lengths have one name; give each once")
+
+    def lengths(self) -> tuple[list[float], list[float]]:
+        """Return std and decay as lists."""
+        stds, decays = ([value] if isinstance(value, float) else value or [] for value in (self.std, self.decay))
+        return stds, decays
+
+    def rules(self) -> "dict[str, Rule]":
+        """Return the EMA rules by the name of their folder."""
+        from ddt.training.ema import ConstantDecay, PowerFunction
+
+        stds, decays = self.lengths()
+        rules: dict[str, Rule] = {f"std_{std:g}": PowerFunction(std) for std in stds}
+        return rules | {f"decay_{decay:g}": ConstantDecay(decay) for decay in decays}
+
+    def folders(self) -> dict[str, Path]:
+        """Return the folder of each EMA: `out` for a single number, else one inside it."""
+        single = isinstance(self.std, float) != isinstance(self.decay, float) and len(self.rules()) == 1
+        return {name: Path(self.out) if single else Path(self.out) / name for name in self.rules()}

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ddt.files import read_record, write_json
+from ddt.training.settings import MARGIN
 
 log = logging.getLogger(__name__)
 
 REASONS = ("", "SIGTERM", "SIGUSR1", "SIGINT", "the file STOP", "the time limit")  # by code
 SIGNALS = {signal.SIGTERM: 1, signal.SIGUSR1: 2, signal.SIGINT: 3}
 STOP_FILE, TIME_LIMIT = 4, 5
-MARGIN = 60  # seconds for the last save, plus twice the longest pause so far
 MAX_SKIPPED = 5  # steps in a row with non-finite gradients
 MAX_HALVINGS = 16  # of fp16's loss scale, from torch's initial 2^16 to 1, each by a skipped step
 State = Literal["running", "preempted", "done", "failed"]

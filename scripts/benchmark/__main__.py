@@ -8,7 +8,7 @@ from typing import Any
 from ddt.cli import command
 
 
-@command("benchmark", settings="scripts.benchmark.run.BenchmarkSettings")
+@command("benchmark", settings="scripts.benchmark.settings.BenchmarkSettings")
 def main(settings: Any) -> None:
     """Measure; a failed part ends it with status 1."""
     from scripts.benchmark.run import benchmark

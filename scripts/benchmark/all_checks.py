@@ -16,17 +16,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 from unittest import mock
 
 import torch
 
-from ddt.errors import UserError, first_line, require
-from ddt.files import check_writable, read_json, write_json, write_text
+from ddt.errors import UserError, first_line
+from ddt.files import read_json, write_json, write_text
 from ddt.receipts import command_line, revision
 from ddt.tables import markdown_table
 from scripts.benchmark import checks, run, speed
 from scripts.benchmark.checks import SIZES, Finding, NotRun, Place
+from scripts.benchmark.settings import GpuCheckSettings
 
 log = logging.getLogger(__name__)
 Check = tuple[Callable[[Place], Iterable[Finding]], float]  # and the most seconds that it may take
@@ -51,40 +52,6 @@ CHECKS: dict[str, Check] = {
     "two processes": (checks.two_processes, 120),
     "small batches": (speed.small_batches, 120),  # last: a graph whose capture fails breaks what follows
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class GpuCheckSettings:
-    """See conf/gpu_check.yaml. Raises UserError for wrong values and results in the way."""
-
-    out: str
-    minutes: float
-    checks: list[str] | None
-    device: Literal["cuda", "cpu"]
-    size: Literal["full", "tiny"]
-
-    def __post_init__(self) -> None:
-        require(self.minutes > 0, f"minutes={self.minutes:g}: must be above 0")
-        for name in self.checks or ():
-            require(name in CHECKS, f"checks={name}: no such check; choose from {', '.join(CHECKS)}")
-        out = Path(self.out)
-        require(not out.exists() or out.is_dir(), f"out={out}: is a file; give a folder")
-        check_writable(out)
-        require(
-            self.device == "cpu" or torch.cuda.is_available(),
-            "device=cuda: torch finds no GPU here; give device=cpu size=tiny to try the check itself",
-        )
-        require(
-            (out / "gpu_check.json").is_file() or not (out / "gpu_check.md").exists(),
-            f"out={out}: holds gpu_check.md, but no gpu_check.json; choose another folder",
-        )
-        require(len(self.chosen) > 0, f"out={out}: holds the results of all these checks; choose another folder")
-
-    @property
-    def chosen(self) -> list[str]:
-        """The checks to run: those that OUT has no whole result of."""
-        done = finished(read_results(Path(self.out)))
-        return [name for name in CHECKS if name in (self.checks or CHECKS) and name not in done]
 
 
 def read_results(out: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 from ddt.cli import command
 
 
-@command("gpu_check", settings="scripts.benchmark.all_checks.GpuCheckSettings")
+@command("gpu_check", settings="scripts.benchmark.settings.GpuCheckSettings")
 def main(settings: Any) -> None:
     """Run the checks and print the table; a failed one ends it with status 1."""
     from scripts.benchmark.all_checks import check_gpu

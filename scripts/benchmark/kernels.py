@@ -8,7 +8,7 @@ from typing import Any
 from ddt.cli import command
 
 
-@command("kernels", settings="scripts.benchmark.traffic.KernelSettings")
+@command("kernels", settings="scripts.benchmark.settings.KernelSettings")
 def main(settings: Any) -> None:
     """Compile, count, report."""
     from scripts.benchmark.traffic import report

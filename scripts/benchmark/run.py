@@ -1,6 +1,5 @@
 """Run a benchmark: settings, rows, and the report as JSON, Markdown and a figure."""
 
-import dataclasses
 import datetime
 import importlib.metadata
 import logging
@@ -10,24 +9,23 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler logs each start and stop; read when it is loaded
 
 import torch
 
 from ddt.config import Choice
-from ddt.data.stream import MAX_BATCH
 from ddt.distributed.compile import compiles
 from ddt.distributed.prepare import make_accelerator
-from ddt.errors import UserError, first_line, require, require_count
-from ddt.files import check_new, write_json, write_text
-from ddt.flow import MAX_STEPS
+from ddt.errors import UserError, first_line, require
+from ddt.files import write_json, write_text
 from ddt.pictures import pyplot, save_figure
-from ddt.precision import Dtype, choose_dtype, torch_dtype
+from ddt.precision import choose_dtype, torch_dtype
 from ddt.receipts import command_line
 from ddt.tables import markdown_table
 from scripts.benchmark.parts import PARTS, OurTraining, Setup, check_model, plain_training, random_target
+from scripts.benchmark.settings import BenchmarkSettings
 from scripts.benchmark.timing import Row, matmul_rate, measure
 
 log = logging.getLogger(__name__)
@@ -37,61 +35,6 @@ HEADS = (
     "case", "way", "ms", "× base", "bound", "× first", "bound of that", "images/s", "of a product's rate", "peak MiB",
     "error",
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchmarkSettings:
-    """See conf/benchmark.yaml. Raises UserError for wrong values and results in the way."""
-
-    model: Choice
-    choices: dict[str, str]
-    parts: list[str]
-    latent_size: int
-    batch_size: int | Literal["max"]
-    sampling_batch_sizes: list[int]
-    num_steps: int
-    ratios: list[float]
-    align_depth: int
-    records: int
-    dtype: Dtype | None
-    compile: bool | None
-    threads: int | None
-    repeats: int
-    minutes: float | None
-    profile: bool
-    out: str | None
-
-    def __post_init__(self) -> None:
-        unknown = [part for part in self.parts if part not in PARTS]
-        require(not unknown, f"parts={','.join(unknown)}: no such part; choose from {', '.join(PARTS)}")
-        require(len(self.parts) > 0, f"parts=[]: names no part; choose from {', '.join(PARTS)}")
-        for key, most in (
-            ("num_steps", MAX_STEPS), ("align_depth", 1000), ("records", 10_000_000), ("repeats", 1000),
-            ("latent_size", 4096),
-        ):  # fmt: skip
-            require_count(key, getattr(self, key), 1, most)
-        threads, minutes, batch_size, sizes = self.threads, self.minutes, self.batch_size, self.sampling_batch_sizes
-        require_count("threads", threads, 1, 1024, ", or null for torch's choice")
-        require(minutes is None or minutes > 0, f"minutes={minutes}: must be above 0, or null for no limit")
-        require(self.latent_size % 2 == 0, f"latent_size={self.latent_size}: must be a multiple of 2")
-        if batch_size == "max":
-            require(torch.cuda.is_available(), "batch_size=max: asks for a GPU's memory; give a number here")
-        else:
-            require_count("batch_size", batch_size, 1, MAX_BATCH, ", or max on a GPU")
-        require(
-            min(sizes, default=0) >= 1 and max(sizes) <= MAX_BATCH,
-            f"sampling_batch_sizes={sizes}: give numbers of 1 to {MAX_BATCH:,}",
-        )
-        ratios = f"ratios={self.ratios}"
-        require(self.ratios[:1] == [0], f"{ratios}: must begin with 0, which the others are compared with")
-        for ratio in self.ratios:
-            require(
-                0 <= ratio < 1 and round(1 / (1 - ratio)) <= self.num_steps,
-                f"{ratios}: each is a share of the num_steps={self.num_steps} steps without encoder, such as 0.8",
-            )
-        require(not self.profile or self.out is not None, "profile=true: writes tables; give out=FOLDER")
-        if self.out is not None:
-            check_new(Path(self.out))
 
 
 def machine(device: torch.device) -> dict[str, Any]:

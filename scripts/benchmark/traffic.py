@@ -24,10 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
-from ddt.config import Choice
 from ddt.distributed.compile import compile_block
-from ddt.errors import require, require_count
-from ddt.files import check_new, write_json
+from ddt.errors import require
+from ddt.files import write_json
 from ddt.generation.generator import cast_weights
 from ddt.model import Denoiser
 from ddt.objective import FlowMatching
@@ -36,37 +35,12 @@ from ddt.receipts import command_line
 from ddt.tables import markdown_table
 from ddt.training.throughput import training_flops
 from scripts.benchmark.fake_gpu import CAPABILITY, CUDA, H100, fake_gpu, place
+from scripts.benchmark.settings import KernelSettings
 
 log = logging.getLogger(__name__)
 NUM_CLASSES = 1000
 OPTIMIZER_BYTES = 4 * (7 + 3)  # a weight: AdamW reads four numbers and writes three; the EMA reads two, writes one
 SMALL = 0.01  # of a case's bytes; smaller kernels share a line of the report
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelSettings:
-    """See conf/kernels.yaml. Raises UserError for wrong values and results in the way."""
-
-    model: Choice
-    choices: dict[str, str]
-    channels: int
-    latent_size: int
-    batch_size: int
-    sampling_batch_size: int
-    dtype: Dtype
-    assemble: bool
-    matmul_tflops: float
-    product_tflops: float
-    copy_tbs: float
-    out: str | None
-
-    def __post_init__(self) -> None:
-        for key in ("channels", "latent_size", "batch_size", "sampling_batch_size"):
-            require_count(key, getattr(self, key), 1, 65_536)
-        for key in ("matmul_tflops", "product_tflops", "copy_tbs"):
-            require(getattr(self, key) > 0, f"{key}={getattr(self, key)}: must be above 0")
-        if self.out is not None:
-            check_new(Path(self.out))
 
 
 @dataclasses.dataclass

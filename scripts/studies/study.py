@@ -2,6 +2,8 @@
 the report: means with their deviation, Markdown, figure, JSON.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import json
@@ -10,24 +12,25 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from ddt.autoencoder import Autoencoder
-from ddt.checkpoint import format as ckpt
 from ddt.config import Choice
 from ddt.errors import require, require_count
 from ddt.files import find_record, lock_folder, read_record, remove_temporary_files, write_json, write_text
 from ddt.generation.settings import SamplerOverrides
-from ddt.metrics.features import Extractor
 from ddt.metrics.ranking import is_number
-from ddt.metrics.reference import Reference, check_reference, load_reference
 from ddt.metrics.settings import FeatureSettings
-from ddt.model import network_class
 from ddt.receipts import circumstances, command_line
 from ddt.sampling.settings import SamplerSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from ddt.autoencoder import Autoencoder
+    from ddt.metrics.features import Extractor
+    from ddt.metrics.reference import Reference
 
 log = logging.getLogger(__name__)
 MAX_REPEATS = 1000
@@ -46,6 +49,9 @@ def unshared_sampler(overrides: SamplerOverrides, path: str) -> tuple[Path, dict
 
     Reads no weights. Raises UserError for a network without encoder and a solver without steps.
     """
+    from ddt.checkpoint import format as ckpt
+    from ddt.model import network_class
+
     folder = ckpt.find_checkpoint(path)
     stored = ckpt.read_config(folder)
     kind = network_class(stored["network"])
@@ -67,6 +73,8 @@ def load_comparison(
 
     data: the data set that `reference` names, None where it is a path.
     """
+    from ddt.metrics.reference import check_reference, load_reference
+
     assert features is not None, "check_features has refused none"
     if data is not None:
         train = data.build(split="train")
@@ -151,6 +159,8 @@ def write_report(
     path: Path, numbers: Row, text: str, draw: Callable[[Path], None], device: torch.device, **origin: Any
 ) -> None:
     """Write PATH.md, PATH.png and, last, PATH.json, which makes the study complete."""
+    import torch
+
     write_text(path.with_suffix(".md"), f"{text}\n")
     draw(path.with_suffix(".png"))
     origin = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), **origin}

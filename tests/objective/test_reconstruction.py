@@ -10,7 +10,8 @@ from ddt.autoencoder.vit_decoder import ViTDecoder
 from ddt.errors import UserError
 from ddt.objective.augmentation import augment
 from ddt.objective.discriminator import Discriminator, FrozenDINO, judging
-from ddt.objective.reconstruction import Discrimination, Reconstruction, ReconstructionSettings
+from ddt.objective.reconstruction import Discrimination, Reconstruction
+from ddt.training.decoder.settings import ReconstructionSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6])[:, None, None], torch.tensor([0.2, 0.25, 0.3])[:, None, None]
@@ -29,7 +30,7 @@ def distance(a, b):
 def objective():
     torch.manual_seed(0)
     network = ViTDecoder(6, 16, 2, 32, num_heads=2, grid=3, patch_size=4)
-    return Reconstruction(network, MEAN, STD, SETTINGS, distance)
+    return Reconstruction(network, MEAN, STD, distance, noise=0.8, lpips_weight=2.0, gan_weight=0.75)
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ from scripts.studies.inside.measure import (
     walk,
     z_colours,
 )
-from scripts.studies.inside.run import InsideSettings
+from scripts.studies.inside.settings import InsideSettings
 
 SCRIPT = "scripts.studies.inside.__main__"
 SAMPLER = {"solver": "euler", "num_steps": 6, "cfg_scale": 2.0, "cfg_interval": (0.3, 1.0), "last_step": None}

@@ -11,8 +11,9 @@ from PIL import Image
 
 from ddt.errors import UserError
 from ddt.metrics.ranking import better
-from scripts.studies.sweep.report import DEPTH, PUBLISHED, SweepSettings, draw, group_by_setting, write_report
+from scripts.studies.sweep.report import DEPTH, PUBLISHED, draw, group_by_setting, write_report
 from scripts.studies.sweep.runs import count_parameters, default_metric, differing, find_runs
+from scripts.studies.sweep.settings import SweepSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REPORT = "scripts.studies.sweep.__main__"

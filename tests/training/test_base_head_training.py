@@ -88,7 +88,7 @@ def test_wrong_settings_are_one_line(arguments, message, tmp_path, monkeypatch):
 
 def test_the_estimate_counts_it():
     recipes = [
-        build_recipe(composed("estimate", "ddt.training.estimate.EstimateSettings", "model=nano", *more))
+        build_recipe(composed("estimate", "ddt.training.settings.EstimateSettings", "model=nano", *more))
         for more in ([], ["objective.base_depth=2"])
     ]
     plain, based = (recipe.objective for recipe in recipes)

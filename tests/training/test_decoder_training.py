@@ -22,7 +22,7 @@ from ddt.objective.lpips import STAGES, vgg_stages
 from ddt.training.decoder.run import build_decoder, build_run, check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SETTINGS = "ddt.training.decoder.run.DecoderSettings"
+SETTINGS = "ddt.training.decoder.settings.DecoderSettings"
 L1 = ("reconstruction=l1",)
 GAN = (
     "reconstruction.gan_weight=0.75", "reconstruction.dino_weights=dino.safetensors",

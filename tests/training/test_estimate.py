@@ -80,7 +80,7 @@ def small_recipe(trainer=None, **changes):
 
 def recipe_of(*overrides):
     """Recipe of train.py with these overrides."""
-    return build_recipe(composed("estimate", "ddt.training.estimate.EstimateSettings", "gpus=8", *overrides))
+    return build_recipe(composed("estimate", "ddt.training.settings.EstimateSettings", "gpus=8", *overrides))
 
 
 def num_parameters(module):

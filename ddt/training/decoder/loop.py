@@ -19,7 +19,8 @@ from ddt.distributed.prepare import broadcast_weights, decide_on_main, micro_bat
 from ddt.objective.discriminator import judging
 from ddt.precision import autocast, check_dtype
 from ddt.training.decoder.measurements import DecoderMeasurements
-from ddt.training.decoder.run import DecoderRun, DecoderSettings, build_run
+from ddt.training.decoder.run import DecoderRun, build_run
+from ddt.training.decoder.settings import DecoderSettings
 from ddt.training.decoder.state import DecoderState
 from ddt.training.ema import EMA, ema_rules
 from ddt.training.loop import run_training, set_lr, update, update_weights

@@ -63,8 +63,9 @@ class DecoderMeasurements:
         run, accelerator = self.run, self.accelerator
         of_run = run.objective
         objective = Reconstruction(
-            autoencoder.network.decoder, of_run.mean, of_run.std, run.settings.reconstruction, of_run.lpips
-        ).to(accelerator.device)
+            autoencoder.network.decoder, of_run.mean, of_run.std, of_run.lpips, of_run.noise, of_run.lpips_weight,
+            of_run.gan_weight,
+        ).to(accelerator.device)  # fmt: skip
         chosen = spread(len(run.held_out.labels), MAX_VALIDATION_IMAGES)
         mine = chosen[accelerator.process_index :: accelerator.num_processes]
         sums: dict[str, Tensor] = {}

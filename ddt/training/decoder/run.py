@@ -16,74 +16,14 @@ from ddt.autoencoder.rae_encoder import FrozenEncoder
 from ddt.autoencoder.vit_decoder import ViTDecoder
 from ddt.config import locate
 from ddt.distributed.launch import default_processes
-from ddt.epochs import are_steps
-from ddt.errors import UserError, require, require_count
+from ddt.errors import UserError, require
 from ddt.objective.discriminator import Discriminator, load_dino
 from ddt.objective.lpips import LPIPS
-from ddt.objective.reconstruction import Discrimination, Reconstruction, ReconstructionSettings
-from ddt.training.run import BaseRun, RunSettings, check_memory, count_steps, inspect_data
+from ddt.objective.reconstruction import Discrimination, Reconstruction
+from ddt.training.decoder.settings import DecoderSettings
+from ddt.training.run import BaseRun, check_memory
 
 log = logging.getLogger(__name__)
-MAX_SIZE = 65_536
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderSizes:
-    """Size of a decoder; see conf/decoder. Its attention heads are `autoencoder.decoder_heads`.
-
-    patch_size: pixels per side that a token becomes, so that it sees `image_size/patch_size` tokens
-    per side. Raises UserError for sizes that cannot be.
-    """
-
-    width: int
-    depth: int
-    mlp_width: int
-    patch_size: int
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            require_count(f"decoder.{field.name}", getattr(self, field.name), 1, MAX_SIZE)
-        require(self.width % 4 == 0, f"decoder.width={self.width}: must be a multiple of 4, for the table of positions")
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderSettings(RunSettings):
-    """The settings of scripts/train_autoencoder.py for a decoder; see conf/train_autoencoder.yaml.
-
-    autoencoder: of which the encoder, its precision and the decoder's heads are read, not the files
-    of a decoder and of statistics, which come of this training. Raises UserError for what a
-    decoder's training has not.
-    """
-
-    decoder: DecoderSizes
-    reconstruction: ReconstructionSettings
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        trainer = self.trainer
-        for key, known in (
-            ("mixed_precision", ("fp32", "no", "bf16")), ("parallelism", ("ddp",)), ("compile", (None, False)),
-            ("eval_every", (0,)), ("ema_powers", ((),)),
-        ):  # fmt: skip
-            value = getattr(trainer, key)
-            shown = str(list(value) if isinstance(value, tuple) else value).lower()
-            require(value in known, f"trainer.{key}={shown}: not for an autoencoder's decoder; leave it out")
-        reconstruction, start = self.reconstruction, self.reconstruction.gan_start
-        require(
-            not (reconstruction.gan_weight and are_steps(start, trainer.max_steps)) or start < trainer.max_steps,
-            f"reconstruction.gan_start={start}: is never reached with trainer.max_steps="
-            f"{trainer.max_steps}; lower it, or give reconstruction=l1",
-        )
-
-    def train(self) -> None:
-        """Check what can be checked without weights, then train on all processes."""
-        from ddt.distributed.launch import launch
-        from ddt.training.decoder.loop import train
-
-        check(self)
-        settings = count_steps(self)
-        inspect_data(settings.data, aligned=False, pixels=True)
-        launch(train, settings.trainer.num_processes, settings)
 
 
 def check(settings: DecoderSettings) -> None:
@@ -174,5 +114,7 @@ def build_run(settings: DecoderSettings) -> DecoderRun:
         "decoder": dataclasses.asdict(settings.decoder) | {"channels": shape[0], "grid": grid},
         "run": plain,
     }
-    objective = Reconstruction(decoder, encoder.mean, encoder.std, given, lpips)
+    objective = Reconstruction(
+        decoder, encoder.mean, encoder.std, lpips, given.noise, given.lpips_weight, given.gan_weight
+    )
     return DecoderRun(settings, config, images, held_out, objective, autoencoder, discrimination)

@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddt.checkpoint import format as ckpt
-from ddt.checkpoint.config import other_latents
 from ddt.errors import require, require_count
 from ddt.files import sha256
 from ddt.generation.image_set import SEED_STRIDE
 from ddt.generation.settings import SAMPLER_KEYS, SamplerOverrides, Stored
 from ddt.metrics.settings import FeatureSettings, PrDtype, check_features
-from ddt.model import network_class
 from ddt.precision import Dtype
 from ddt.sampling.schedules import content_of
 from ddt.sampling.settings import SamplerSettings
@@ -34,6 +31,8 @@ class Checkpoint:
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of its weights by name, from its manifest."""
+        from ddt.checkpoint import format as ckpt
+
         return {name: ckpt.weights_sha256(self.folder, name) for name in ckpt.weights_names(self.folder)}
 
 
@@ -104,6 +103,9 @@ class GuidanceSettings(SamplerOverrides):
 
     def find_checkpoints(self) -> list[Checkpoint]:
         """Return the checkpoints; raise UserError where one search cannot compare them."""
+        from ddt.checkpoint import format as ckpt
+        from ddt.checkpoint.config import other_latents
+
         paths = self.axis("ckpt")
         folders = [ckpt.find_checkpoint(path) for path in paths]
         require(len({f.resolve() for f in folders}) == len(folders), f"ckpt={paths}: two of them are one checkpoint")
@@ -125,6 +127,8 @@ class GuidanceSettings(SamplerOverrides):
 
     def point_sampler(self, checkpoint: Checkpoint, chosen: dict[str, Any]) -> SamplerSettings:
         """Return the sampler of a checkpoint. chosen: the value of each axis."""
+        from ddt.model import network_class
+
         others = {key: getattr(self, key) for key in ("sampler", *SAMPLER_KEYS) if key not in SAMPLER_AXES}
         if chosen["recompute"] is None and self.axis("recompute") != [None]:
             others["forecast_order"] = 0  # it is for the points that share

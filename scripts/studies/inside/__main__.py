@@ -9,7 +9,7 @@ from typing import Any
 from ddt.cli import CONF, command
 
 
-@command("inside", settings="scripts.studies.inside.run.InsideSettings", folder=CONF / "study")
+@command("inside", settings="scripts.studies.inside.settings.InsideSettings", folder=CONF / "study")
 def main(settings: Any) -> None:
     """Measure, and write the figures and inside.json."""
     from scripts.studies.inside.run import look_inside

@@ -10,18 +10,12 @@ from typing import Any
 
 from ddt.checkpoint import format as ckpt
 from ddt.config import stored_choice
-from ddt.data.stream import MAX_BATCH
 from ddt.distributed.prepare import make_accelerator
-from ddt.errors import UserError, collect_errors, first_line, require, require_count
-from ddt.files import atomic_folder, check_new
-from ddt.generation.image_set import ImageSet, Numbers, image_set
+from ddt.errors import UserError, first_line
+from ddt.files import atomic_folder
 from ddt.generation.load import checkpoint_receipt, load_generator, stored_autoencoder
-from ddt.generation.settings import SamplerOverrides
-from ddt.model import network_class
 from ddt.objective import Objective
 from ddt.pictures import readable
-from ddt.precision import Dtype
-from ddt.sampling.settings import SamplerSettings
 from scripts.studies.inside import report
 from scripts.studies.inside.measure import (
     EDGES,
@@ -35,52 +29,10 @@ from scripts.studies.inside.measure import (
     walk,
     z_colours,
 )
-from scripts.studies.study import check_counts, write_numbers
+from scripts.studies.inside.settings import InsideSettings
+from scripts.studies.study import write_numbers
 
 log = logging.getLogger(__name__)
-MAX_IMAGES = 16  # of a figure
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InsideSettings(SamplerOverrides):
-    """See conf/study/inside.yaml. Raises UserError for wrong values and a folder with files."""
-
-    ckpt: str
-    out: str
-    classes: Numbers | None
-    seeds: Numbers | None
-    columns: int
-    frames: int
-    loss_images: int
-    batch_size: int
-    data_root: str
-    autoencoder: str
-    dtype: Dtype | None
-
-    def __post_init__(self) -> None:
-        require_count("frames", self.frames, 0, 1000, ", or 0 for no animation")
-        check_counts(self, columns=100, loss_images=MAX_BATCH, batch_size=MAX_BATCH)
-        check_new(Path(self.out))
-
-    def sampler_and_images(self, stored: dict[str, Any]) -> tuple[SamplerSettings, ImageSet]:
-        """Return sampler and images, as sample.py does of the same settings."""
-        network = stored["network"]
-        sampler, images = collect_errors(
-            lambda: self.resolve(stored["sampler"], network_class(network).shares_encoder, network.get("base_depth")),
-            lambda: image_set(
-                network["num_classes"], classes=self.classes, seeds=self.seeds, class_names=stored["class_names"]
-            ),
-        )
-        require(
-            not sampler.adaptive,
-            "sampler=adaptive: chooses its own steps, at another t for each image; choose another sampler",
-        )
-        require(
-            len(images.seeds) <= MAX_IMAGES,
-            f"classes, seeds: make {len(images.seeds)} images; name at most {MAX_IMAGES}, as in classes=[3,7] "
-            "seeds=0-3",
-        )
-        return sampler, images
 
 
 def look_inside(settings: InsideSettings) -> None:

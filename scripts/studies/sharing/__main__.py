@@ -9,7 +9,7 @@ from typing import Any
 from ddt.cli import CONF, command, reference_data
 
 
-@command("sharing", settings="scripts.studies.sharing.curve.SharingSettings", folder=CONF / "study")
+@command("sharing", settings="scripts.studies.sharing.settings.SharingSettings", folder=CONF / "study")
 def main(settings: Any) -> None:
     """Fit the schedules, then sample and measure every rule at every budget."""
     from scripts.studies.sharing.curve import measure

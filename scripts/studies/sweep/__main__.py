@@ -8,7 +8,7 @@ from typing import Any
 from ddt.cli import CONF, command
 
 
-@command("sweep", settings="scripts.studies.sweep.report.SweepSettings", folder=CONF / "study")
+@command("sweep", settings="scripts.studies.sweep.settings.SweepSettings", folder=CONF / "study")
 def main(settings: Any) -> None:
     """Read the runs and write the report."""
     from scripts.studies.sweep.report import write_report

@@ -15,13 +15,14 @@ import torch
 
 from ddt.config import did_you_mean
 from ddt.errors import require
-from ddt.files import atomic_file, check_writable, write_text
+from ddt.files import atomic_file, write_text
 from ddt.metrics.ranking import better, ranked
 from ddt.model import NETWORKS
 from ddt.pictures import pyplot, save_figure
 from ddt.tables import markdown_table
-from scripts.studies.study import Row, Spread, mean_sd, number, resume_study, spread, write_numbers
+from scripts.studies.study import Row, Spread, mean_sd, number, spread, write_numbers
 from scripts.studies.sweep.runs import Run, default_metric, differing, find_runs
+from scripts.studies.sweep.settings import SweepSettings
 
 log = logging.getLogger(__name__)
 DEPTH = "model.encoder_depth"
@@ -31,27 +32,6 @@ PUBLISHED: dict[str, tuple[int, dict[int, float], float]] = {
     "B": (12, {4: 18.61, 6: 16.86, 8: 16.32, 10: 17.65}, 19.1),
     "L": (24, {10: 8.66, 12: 8.21, 16: 8.03, 20: 7.98}, 9.3),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepSettings:
-    """See conf/study/sweep.yaml. Raises UserError for wrong values."""
-
-    sweep: list[str] | str
-    out: str
-    metric: str | None
-    x: str
-
-    def __post_init__(self) -> None:
-        require(self.x != "seed", "x=seed: the means are over seeds; give another setting, such as model.encoder_depth")
-        resume_study(Path(self.out), self.request, "report.json", "report")
-        check_writable(Path(self.out))
-
-    @property
-    def request(self) -> Row:
-        """The settings that the report depends on."""
-        sweep = [self.sweep] if isinstance(self.sweep, str) else self.sweep
-        return {"sweep": sweep, "metric": self.metric, "x": self.x}
 
 
 @dataclasses.dataclass(frozen=True)
