@@ -129,7 +129,7 @@ def parse(kind: type[Kind], values: dict[str, Any], prefix: str = "") -> Kind:
     built of what that names, or kept as a `Choice` where the field asks for one. Raises one
     UserError with a line for each problem, which names the key as `prefix.name`: an unknown key, a
     missing one, a value of another type, one that the dataclass itself refuses; for those of
-    choices, where there are no others.
+    a choice, where there are no others.
     """
     found, problems = parsed(kind, values, prefix)
     if found is None:
@@ -138,18 +138,16 @@ def parse(kind: type[Kind], values: dict[str, Any], prefix: str = "") -> Kind:
 
 
 def checked_choices(settings: Any, prefix: str) -> Any:
-    """Return settings whose choices are compared with what they name: what that imports, torch in
-    most cases, a mistake in any other setting does not wait for.
+    """Return settings whose choices are compared with what they name, one after another in the
+    order of the fields: what that imports, torch in most cases, no mistake before it waits for.
     """
     changed: dict[str, Choice] = {}
-    problems: list[str] = []
     for field in dataclasses.fields(settings):
         choice = getattr(settings, field.name)
         if isinstance(choice, Choice):
-            changed[field.name], found = check_choice(choice, f"{prefix}.{field.name}" if prefix else field.name)
-            problems += found
-    if problems:
-        raise UserError("\n".join(problems))
+            changed[field.name], problems = check_choice(choice, f"{prefix}.{field.name}" if prefix else field.name)
+            if problems:
+                raise UserError("\n".join(problems))
     return dataclasses.replace(settings, **changed) if changed else settings
 
 

@@ -321,7 +321,7 @@ def test_a_mistake_ends_the_process_with_status_1_and_no_traceback(tmp_path):
 
 
 def test_all_mistakes_are_told_at_once_but_those_that_need_an_import_come_last():
-    light, heavy = ["trainer.max_steps=abc", "seed=x"], ["objective.label_dropout=x", "model.depth=abc"]
+    light, heavy = ["trainer.max_steps=abc", "seed=x"], ["model.hidden_size=x", "model.depth=abc"]
     for given, told in ((light, light), (heavy, heavy), ([*light, *heavy], light)):
         assert {line.partition(":")[0] for line in refusal("train", *given).splitlines()} == set(told)
     mistakes = ("model.encoder_depth=6", "trainer.micro_batch_size=7", "sampler.num_steps=0")

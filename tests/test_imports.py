@@ -124,7 +124,7 @@ def test_help_and_refusals_import_nothing_heavy(tmp_path):
     commands = [path for path in COMMANDS if "\n@command(" in path.read_text()]
     assert sorted(REFUSED) == sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in commands)
     decoder = ["decoder.depth=0", "autoencoder=rae_mae_b", "data=folder", "data.root=x"]
-    values = [*REFUSED.items(), ("scripts.train_autoencoder", decoder)]
+    values = [*REFUSED.items(), ("scripts.train_autoencoder", decoder), ("train", ["data.crops=x", "data=photos"])]
     # a wrong key is found before a wrong value, so it imports no more
     keys = [(name, [key]) for name in ("train", "sample") for key in ("nothing=1", "+nothing=1")]
     helps = [(name, ["--help"]) for name in (*REFUSED, "scripts.doctor")]

@@ -242,11 +242,11 @@ class RunSettings:
 
     name: str
     seed: int
-    data: Choice
+    data: Choice  # with the tracker before those whose comparison imports torch (`ddt.config.parse`)
+    tracker: Choice
     autoencoder: Choice
     optimizer: Choice
     trainer: TrainerSettings
-    tracker: Choice
     choices: dict[str, str | None]
 
     def __post_init__(self) -> None:
@@ -295,8 +295,8 @@ class TrainSettings(RunSettings):
 class EstimateSettings:
     """See conf/estimate.yaml. Raises UserError for invalid values."""
 
-    model: Choice
     data: Choice
+    model: Choice
     autoencoder: Choice
     alignment: Choice | None
     objective: Choice
