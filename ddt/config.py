@@ -116,8 +116,9 @@ def group_values(group: str, name: str) -> dict[str, Any]:
 
 def group_choice(group: str, name: str) -> Choice:
     """Return the choice of conf/GROUP/NAME.yaml, as Hydra composes it where nothing is given."""
-    choice, problems = convert(group_values(group, name), Choice, group)
-    if choice is None:
+    values = group_values(group, name)
+    choice, problems = check_choice(Choice(values.pop("_target_"), values), group)
+    if problems:
         raise UserError("\n".join(problems))
     return choice
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from ddt.config import did_you_mean, shown
 from ddt.draws import Stream, random_generator
 from ddt.errors import UserError, require
-from ddt.pictures import synonyms
 
 log = logging.getLogger(__name__)
 NUMBERS = re.compile(r"\s*(-?\d+)(?:\s*-\s*(\d+))?\s*")  # 7 or 0-49
@@ -52,6 +51,8 @@ def named_class(name: str, class_names: Sequence[str], start: str) -> int:
 
     start: of the message. Raises UserError for an unknown name, and for one of several classes.
     """
+    from ddt.pictures import synonyms  # imports torch, which settings do without
+
     words = synonyms(list(class_names))
     names: dict[str, set[int]] = {}
     for k, (own, others) in enumerate(zip(class_names, words, strict=True)):
