@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Literal
 
 from ddt.errors import require
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -26,6 +29,20 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 
     is_half = dtype in HALF_TYPES
     return torch.autocast(device.type, dtype=torch_dtype(dtype) if is_half else None, enabled=is_half)
+
+
+@contextlib.contextmanager
+def products(device: torch.device, dtype: str) -> Iterator[None]:
+    """Run float32 products on a GPU in TF32 where the precision is "tf32", else in float32."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -114,7 +114,7 @@ def test_ditdh_on_rae_latents_is_the_published_recipe(size, epochs):
     assert (trainer.global_batch_size, trainer.max_steps) == (1024, epochs * 1_251)
     assert (trainer.decay_after, trainer.decay_end) == (50_040, 1_000_800)
     assert (trainer.lr_end, trainer.lr_schedule) == (0.1, "linear")
-    assert (trainer.clip_norm, trainer.ema_decay, trainer.mixed_precision) == (1.0, 0.9995, "fp32")
+    assert (trainer.clip_norm, trainer.ema_decay, trainer.mixed_precision) == (1.0, 0.9995, "tf32")
     assert settings.data.settings["horizontal_flip"] is True
     assert (sampler.num_steps, sampler.t_end, sampler.last_step, sampler.cfg_scale) == (49, 0.999, None, 1.0)
 

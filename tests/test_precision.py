@@ -6,7 +6,7 @@ from conftest import refusal
 
 from ddt.autoencoder.diffusers import KLAutoencoder
 from ddt.errors import UserError
-from ddt.precision import autocast, check_dtype, choose_dtype, torch_dtype
+from ddt.precision import autocast, check_dtype, choose_dtype, products, torch_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -47,3 +47,14 @@ def test_autocast_computes_in_its_type_and_fp32_ends_an_outer_one(dtype):
     x, outer = torch.ones(2, 2), torch.bfloat16
     with torch.autocast("cpu", dtype=outer), autocast(CPU, dtype):
         assert (x @ x).dtype == torch_dtype(dtype)
+
+
+def test_products_run_in_tf32_on_a_gpu_where_asked_for():
+    before = torch.get_float32_matmul_precision()
+    for device, dtype, expected in ((CUDA, "tf32", "high"), (CUDA, "fp32", "highest"), (CPU, "tf32", before)):
+        with products(device, dtype):
+            assert torch.get_float32_matmul_precision() == expected
+        assert torch.get_float32_matmul_precision() == before
+    assert not torch.is_autocast_enabled("cpu")
+    with autocast(CPU, "tf32"):
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32

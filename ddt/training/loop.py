@@ -17,7 +17,7 @@ from ddt.checkpoint import format as ckpt
 from ddt.distributed.prepare import clip_gradients, gradient_norm, micro_batch
 from ddt.errors import Stopped
 from ddt.logs import on_terminal
-from ddt.precision import autocast, check_dtype
+from ddt.precision import autocast, check_dtype, products
 from ddt.training.latents import to_latents
 from ddt.training.measurements import due_measurements
 from ddt.training.run import BaseRun, Run, build_run
@@ -51,8 +51,9 @@ def run_training(
     Stopped when the run was asked to end early (`ddt.training.stopping`), FloatingPointError when
     gradients stay non-finite, OSError when checkpoints cannot be written.
     """
-    run_dir = run.settings.run_dir
-    with started as session:
+    run_dir, trainer = run.settings.run_dir, run.settings.trainer
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with products(device, trainer.mixed_precision), started as session:
         if session is None:
             return
         if session.missing:  # a run may be killed between its checkpoint and its measurements
@@ -63,7 +64,7 @@ def run_training(
         state = session.state
         if session.accelerator.is_main_process:
             (run_dir / "STOP").unlink(missing_ok=True)  # it has been obeyed, or came too late
-        if stopped and state.step < run.settings.trainer.max_steps:
+        if stopped and state.step < trainer.max_steps:
             raise Stopped(f"{run_dir}: stopped by {stopped} at step {state.step}; the same command resumes from there")
     if session.accelerator.is_main_process:
         log.info("trained to step %d: %s", state.step, ckpt.checkpoint_folder(run_dir, state.step))

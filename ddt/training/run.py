@@ -24,6 +24,7 @@ from ddt.metrics.settings import check_weights
 from ddt.model.layers import token_grid
 from ddt.objective import Objective, check_alignment, network_arguments
 from ddt.objective.alignment import Alignment
+from ddt.precision import Dtype
 from ddt.sampling.settings import SamplerSettings, check_base_head
 from ddt.training.evaluation import OnlineEvaluation, OnlineSamples, online_evaluation
 from ddt.training.init_from import find_source
@@ -290,12 +291,14 @@ def build_evaluation(run: Run, accelerator: Accelerator) -> OnlineEvaluation | N
     else:
         reference, extractor = load_reference(settings.reference, None, settings.features, device)
     batch_size, _ = settings.trainer.micro_batches(accelerator.num_processes)
+    precision = settings.trainer.mixed_precision
+    dtype: Dtype = "fp32" if precision == "no" or precision == "tf32" else precision
     return online_evaluation(
         reference,
         extractor,
         OnlineSamples(
             run.autoencoder, run.latent_shape, settings.sampler, settings.trainer.eval_samples, batch_size,
-            "fp32" if settings.trainer.mixed_precision == "no" else settings.trainer.mixed_precision,
+            dtype,
         ),
         accelerator,
     )  # fmt: skip

@@ -36,7 +36,8 @@ class TrainerSettings:
     max_steps: optimizer steps. global_batch_size: images per step over all processes.
     micro_batch_size: images per forward pass of a process (None: its share of the batch); gradients
     are accumulated. mixed_precision: "bf16" or "fp16" autocast over float32 weights, fp16 with
-    a loss scale (`torch.amp.GradScaler`), or "fp32" ("no" is Accelerate's name for it).
+    a loss scale (`torch.amp.GradScaler`), "tf32" (float32 whose products run in TF32 on GPUs), or
+    "fp32" ("no" is Accelerate's name for it).
     num_processes: None uses every visible GPU, or one CPU process. parallelism: "ddp" replicates
     the network, "fsdp" shards weights, EMAs and optimizer. compile: the network's blocks
     (`ddt.distributed.compile`); None compiles on GPUs.
@@ -59,7 +60,7 @@ class TrainerSettings:
     max_steps: Steps
     global_batch_size: int
     micro_batch_size: int | None
-    mixed_precision: Literal["bf16", "fp16", "fp32", "no"]
+    mixed_precision: Literal["bf16", "fp16", "tf32", "fp32", "no"]
     num_processes: int | None
     ema_decay: float
     warmup_steps: Steps

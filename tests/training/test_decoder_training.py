@@ -226,7 +226,7 @@ def test_the_published_recipe_is_the_default():
     assert (trainer.max_steps, trainer.global_batch_size, trainer.warmup_steps) == (16 * epoch, 512, epoch)
     assert (trainer.lr_schedule, trainer.lr_end) == ("cosine", 0.1)
     assert (trainer.decay_after, trainer.decay_end) == (None, 16 * epoch)
-    assert (trainer.ema_decay, trainer.clip_norm, trainer.mixed_precision) == (0.9978, None, "fp32")
+    assert (trainer.ema_decay, trainer.clip_norm, trainer.mixed_precision) == (0.9978, None, "tf32")
     assert settings.optimizer.settings == {"lr": 2e-4, "betas": (0.9, 0.95), "weight_decay": 0.0}
     given = in_steps(settings.reconstruction, 1_281_167, 512, "reconstruction")
     assert (given.noise, given.lpips_weight, given.gan_weight) == (0.8, 1.0, 0.75)

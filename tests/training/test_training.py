@@ -2,6 +2,7 @@
 micro-batches.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -23,6 +24,7 @@ from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError
 from ddt.objective import FlowMatching
 from ddt.sampling.settings import SamplerSettings
+from ddt.training import loop
 from ddt.training.measurements import picture_or_warning, validation_loss, write_preview
 from ddt.training.settings import TrainerSettings
 
@@ -152,6 +154,22 @@ def test_a_log_tells_what_is_trained_and_how_it_goes(folder):
     assert line.endswith(" left")
     assert f"step 8: validation loss {validated:.4f}" in lines
     assert [line for line in lines if line.startswith(f"step 8 of 8: loss {second['loss']:.4f}, ")]
+
+
+def test_all_of_a_training_in_tf32_is_inside_its_products(folder, monkeypatch):
+    seen, step = [], loop.training_step
+
+    @contextlib.contextmanager
+    def products(device, dtype):
+        seen.append(("begins", dtype))
+        yield
+        seen.append("ends")
+
+    monkeypatch.setattr(loop, "products", products)
+    monkeypatch.setattr(loop, "training_step", lambda *given: (seen.append("step"), step(*given))[1])
+    _, done = train(folder, "tf32", "trainer.max_steps=2", "trainer.mixed_precision=tf32", "trainer.num_processes=1")
+    assert done.returncode == 0, done.stderr
+    assert seen == [("begins", "tf32"), "step", "step", "ends"]
 
 
 def test_a_complete_run_says_so_and_is_left_alone(folder, straight):

@@ -102,7 +102,7 @@ class DecoderSettings(RunSettings):
         super().__post_init__()
         trainer = self.trainer
         for key, known in (
-            ("mixed_precision", ("fp32", "no", "bf16")), ("parallelism", ("ddp",)), ("compile", (None, False)),
+            ("mixed_precision", ("fp32", "no", "tf32", "bf16")), ("parallelism", ("ddp",)), ("compile", (None, False)),
             ("eval_every", (0,)), ("ema_powers", ((),)),
         ):  # fmt: skip
             value = getattr(trainer, key)
