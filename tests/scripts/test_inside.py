@@ -371,7 +371,7 @@ def test_settings_of_sampling_are_those_of_sample(run_folder, changes, message):
 def settings_of(**changes):
     """The settings of the command, as its file has them."""
     usual = dict(
-        ckpt="", out="no/such", columns=1, loss_images=1, batch_size=1, data_root="checkpoint",
+        ckpt="", out="no/such", columns=1, frames=0, loss_images=1, batch_size=1, data_root="checkpoint",
         autoencoder="checkpoint", dtype=None, classes="random", seeds="0-5",
     )  # fmt: skip
     return InsideSettings(**(usual | changes))
