@@ -36,6 +36,7 @@ from ddt.config import CONF, Choice, check_choice, convert, did_you_mean, flat, 
 from ddt.errors import STOPPED_STATUS, Stopped, UserError, first_line, os_error_line, require
 from ddt.files import is_run_name, write_text
 from ddt.logs import logging_setup
+from ddt.tables import markdown_table
 
 # Logging and output folders are ours.
 HYDRA = ("hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.run.dir=.")
@@ -100,6 +101,7 @@ def command(
         script = Path(inspect.getfile(task)).resolve()
         started = False
         arguments: list[str] = []  # as the user gave them
+        measured: dict[Path, float | None] = {}  # of the jobs of a sweep, by run folder
 
         def job(cfg: DictConfig) -> float | None:
             nonlocal started
@@ -107,7 +109,8 @@ def command(
             logging_setup()  # a launcher of Hydra's may have started this process
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 run_dir = run_job(script, str(cfg.name))
-                return None if outcome is None else outcome(run_dir)
+                measured[run_dir] = None if outcome is None else outcome(run_dir)
+                return measured[run_dir]
             sys.argv[1:] = arguments  # for receipts
 
             def parsed() -> Any:
@@ -124,6 +127,7 @@ def command(
         def main() -> None:
             nonlocal started, arguments
             started = False
+            measured.clear()
             logging_setup()
             arguments = sys.argv[1:]
             is_sweep = bool({"-m", "--multirun"} & set(arguments))
@@ -148,6 +152,8 @@ def command(
                     sys.stdout.write(f"{' '.join(about.split())}\n{help_text(folder, config_name, overrides)}")
                 else:
                     run()
+                if measured:
+                    logging.getLogger(__name__).info("%s", sweep_summary(measured))
             except JobFailed as failed:
                 sys.exit(failed.report())
             except KeyboardInterrupt:
@@ -354,6 +360,14 @@ def is_echo(message: str) -> bool:
 
 
 # --- a sweep
+
+
+def sweep_summary(measured: dict[Path, float | None]) -> str:
+    """Return what a sweep ends with: what each job measured last, and the command of the report."""
+    folder = next(iter(measured)).parent
+    rows = [[run.name, "–" if value is None else f"{value:.4g}"] for run, value in measured.items()]
+    command = shlex.join(["python", "-m", "scripts.studies.sweep", f"sweep={folder}", f"out={folder}_report"])
+    return f"{markdown_table(['job', 'measured last'], rows, 'lr')}\ntables and a figure: {command}"
 
 
 class JobFailed(Exception):

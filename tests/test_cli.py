@@ -156,6 +156,17 @@ def test_a_sweeper_that_chooses_by_results_gets_them(script, tmp_path):
     assert done.stdout.splitlines()[-1] == "found 17.0"  # characters of runs/sweep/seed=6
 
 
+def test_a_sweep_ends_with_what_its_jobs_measured_and_the_command_of_its_report(script):
+    done = script("-m", "seed=6,17")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stderr.splitlines()[-5:]]
+    assert lines[2:4] == [
+        ["|", "seed=6", "|", "17", "|"],
+        ["|", "seed=17", "|", "18", "|"],
+    ]  # characters of the folders
+    assert done.stderr.endswith("python -m scripts.studies.sweep sweep=runs/sweep out=runs/sweep_report\n")
+
+
 def test_a_job_that_stops_on_request_ends_the_sweep(script):
     done = script("-m", "seed=4,5,6")
     assert done.returncode == STOPPED_STATUS
