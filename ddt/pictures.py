@@ -1,6 +1,5 @@
-"""PNG files, image grids, class names, and one style of figures. Shapes: n images, C H W."""
+"""PNG files, image grids, and one style of figures. Shapes: n images, C H W."""
 
-import functools
 import itertools
 import math
 from collections.abc import Iterable
@@ -22,31 +21,6 @@ FIGURE_STYLE: Any = {
     "figure.constrained_layout.use": True, "savefig.dpi": 120, "axes.grid": True, "grid.alpha": 0.3,
     "legend.frameon": False, "legend.fontsize": "small", "axes.titlesize": "medium",
 }  # fmt: skip
-
-
-@functools.cache
-def imagenet_info() -> Any:
-    """Return timm's tables of ImageNet's classes, which lie in files, read once."""
-    from timm.data import ImageNetInfo
-
-    return ImageNetInfo()
-
-
-def imagenet_synsets() -> list[str]:
-    """Return ImageNet's 1000 class names ("n01440764", …) in the order of the labels, from timm."""
-    return imagenet_info().label_names()
-
-
-def synonyms(class_names: list[str]) -> list[list[str]]:
-    """Return the names in timm of each class that is a synset of ImageNet; of others none."""
-    info = imagenet_info()
-    synsets = {name: info.label_name_to_description(name, detailed=False) for name in info.label_names()}
-    return [synsets[name].split(", ") if name in synsets else [] for name in class_names]
-
-
-def readable(class_names: list[str]) -> list[str]:
-    """Return class names with ImageNet's synsets replaced by their first name in timm."""
-    return [names[0] if names else name for name, names in zip(class_names, synonyms(class_names), strict=True)]
 
 
 def enlarge(images: Tensor, min_side: int) -> Tensor:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ddt.class_names import imagenet_synsets, readable
 from ddt.files import TEMPORARY
-from ddt.pictures import image_grid, imagenet_synsets, readable, write_png, write_pngs
+from ddt.pictures import image_grid, write_png, write_pngs
 
 
 def test_grid_enlarges_small_images():

@@ -9,10 +9,10 @@ from ddt.autoencoder.base import UnknownShape
 from ddt.checkpoint.format import write_checkpoint
 from ddt.checkpoint.published import PUBLISHED_SETTINGS, Released, find_released, read_released
 from ddt.checkpoint.settings import RESOLUTIONS, ConvertSettings
+from ddt.class_names import imagenet_synsets
 from ddt.config import Choice, group_choice
 from ddt.errors import UserError, reason, require
 from ddt.files import check_new, sha256
-from ddt.pictures import imagenet_synsets
 from ddt.sampling.settings import SamplerSettings
 
 log = logging.getLogger(__name__)

@@ -27,6 +27,7 @@ from ddt.autoencoder.base import UnknownShape
 from ddt.checkpoint import format as ckpt
 from ddt.checkpoint.published import check_releasable, sizes_to_load, write_released
 from ddt.checkpoint.settings import ExportSettings, Form
+from ddt.class_names import imagenet_info, imagenet_synsets
 from ddt.errors import require
 from ddt.export.model_card import Card
 from ddt.files import atomic_folder, check_new, fsync, read_json, read_record, reset_permissions, sha256, write_json
@@ -35,7 +36,6 @@ from ddt.generation.receipt import RECEIPT, is_receipt_of
 from ddt.hub import check_push, is_hub_id, push
 from ddt.metrics.compare import read_evaluation
 from ddt.model import Denoiser
-from ddt.pictures import imagenet_info, imagenet_synsets
 from ddt.receipts import nested, revision, version
 from ddt.sampling.schedules import content_of
 from ddt.version import __version__

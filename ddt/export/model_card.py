@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ddt.class_names import imagenet_synsets, readable
 from ddt.metrics.compare import numbers_of
-from ddt.pictures import imagenet_synsets, readable
 from ddt.tables import markdown_table
 from ddt.version import DISTRIBUTION
 

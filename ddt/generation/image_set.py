@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Sequence
 
+from ddt.class_names import synonyms
 from ddt.config import did_you_mean, shown
 from ddt.draws import Stream, random_generator
 from ddt.errors import UserError, require
@@ -51,8 +52,6 @@ def named_class(name: str, class_names: Sequence[str], start: str) -> int:
 
     start: of the message. Raises UserError for an unknown name, and for one of several classes.
     """
-    from ddt.pictures import synonyms  # imports torch, which settings do without
-
     words = synonyms(list(class_names))
     names: dict[str, set[int]] = {}
     for k, (own, others) in enumerate(zip(class_names, words, strict=True)):

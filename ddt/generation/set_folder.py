@@ -15,13 +15,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ddt.class_names import readable
 from ddt.errors import require
 from ddt.files import find_record, read_json, read_record, sha256, write_json
 from ddt.generation.generator import Generator
 from ddt.generation.image_set import ImageSet, write_numbers
 from ddt.generation.part_files import PARTS, remove_damaged, rows, sampled_numbers
 from ddt.generation.receipt import RECEIPT, is_receipt_of
-from ddt.pictures import image_grid, readable, write_png
+from ddt.pictures import image_grid, write_png
 from ddt.precision import Dtype
 from ddt.sampling.fitting import resolve_recompute
 from ddt.sampling.settings import SamplerSettings

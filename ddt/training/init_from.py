@@ -14,10 +14,10 @@ from torch import Tensor
 from ddt.checkpoint import format as ckpt
 from ddt.checkpoint.config import other_autoencoder
 from ddt.checkpoint.published import WEIGHTS, find_released, read_released
+from ddt.class_names import imagenet_synsets
 from ddt.errors import UserError, require
 from ddt.model import NETWORKS, Denoiser
 from ddt.objective import Objective
-from ddt.pictures import imagenet_synsets
 from ddt.training.ema import EMA
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from ddt.autoencoder import Autoencoder
+from ddt.class_names import readable
 from ddt.data.images import Images
 from ddt.data.source import spread
 from ddt.data.stream import validation_batch
@@ -22,7 +23,7 @@ from ddt.draws import Stream, random_generator
 from ddt.generation.generator import check_finite
 from ddt.model import Denoiser
 from ddt.objective import Objective
-from ddt.pictures import image_grid, readable, write_png
+from ddt.pictures import image_grid, write_png
 from ddt.precision import autocast
 from ddt.sampling.sample import sample_latents
 from ddt.sampling.settings import SamplerSettings

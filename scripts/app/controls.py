@@ -6,12 +6,12 @@ import shlex
 from collections import Counter
 from typing import Any
 
+from ddt.class_names import readable
 from ddt.config import parse, shown
 from ddt.errors import collect_errors, require
 from ddt.generation.image_set import MAX_SEED, ImageSet
 from ddt.generation.settings import SampleSettings
 from ddt.model import network_class
-from ddt.pictures import readable
 from ddt.sampling.schedules import parse_schedule
 from ddt.sampling.settings import SamplerSettings
 from ddt.sampling.solvers import SOLVERS

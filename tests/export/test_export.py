@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 import ddt
 from ddt.checkpoint import format as ckpt
+from ddt.class_names import imagenet_synsets
 from ddt.errors import UserError
 from ddt.export import ExportSettings, export
 from ddt.export.export import class_labels, find_picture, open_source, read_metrics, shorten_paths
 from ddt.export.model_card import Card
 from ddt.files import sha256
-from ddt.pictures import imagenet_synsets
 from ddt.sampling.schedules import write_schedule
 from ddt.version import DISTRIBUTION
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from ddt.class_names import imagenet_synsets
 from ddt.draws import noise_of
 from ddt.errors import UserError
 from ddt.generation.image_set import image_set, read_numbers, write_numbers
-from ddt.pictures import imagenet_synsets
 
 
 def test_num_samples_interleaves_the_classes():

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from ddt.checkpoint.format import write_checkpoint
 from ddt.checkpoint.published import read_released
+from ddt.class_names import imagenet_synsets
 from ddt.objective import FlowMatching
 from ddt.objective.alignment import Dispersive
-from ddt.pictures import imagenet_synsets
 from ddt.training.ema import EMA, ConstantDecay
 from ddt.training.init_from import initialise
 

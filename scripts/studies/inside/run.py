@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ddt.checkpoint import format as ckpt
+from ddt.class_names import readable
 from ddt.config import stored_choice
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, first_line
 from ddt.files import atomic_folder
 from ddt.generation.load import checkpoint_receipt, load_generator, stored_autoencoder
 from ddt.objective import Objective
-from ddt.pictures import readable
 from scripts.studies.inside import report
 from scripts.studies.inside.measure import (
     EDGES,
