@@ -17,7 +17,7 @@ from ddt.autoencoder.vit_decoder import ViTDecoder, load_decoder
 from ddt.data.latent_statistics import OF_POSITIONS, Moments, block_moments
 from ddt.errors import UserError
 from ddt.model.class_token import split_token
-from ddt.objective.reconstruction import Reconstruction, ReconstructionSettings
+from ddt.objective.reconstruction import Reconstruction
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 MEAN, STD = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -162,9 +162,8 @@ def test_noise_on_tokens_is_the_published_augmentation():
             seen.append(tokens)
             return torch.zeros(len(tokens), 3, 4, 4)
 
-    settings = ReconstructionSettings(noise=0.8, lpips_weight=0, gan_weight=0, discriminator_start=0, gan_start=0)
     tokens, noise = (as_map(expected[name], 2) for name in ("tokens", "noise_n"))
-    objective = Reconstruction(Decoder(), MEAN, STD, settings, None)
+    objective = Reconstruction(Decoder(), MEAN, STD, None, noise=0.8, lpips_weight=0, gan_weight=0)
     objective(tokens, torch.zeros(2, 3, 4, 4), noise, expected["noise_u"])
     found = autoencoder_of(expected).sample(seen[0])
     torch.testing.assert_close(found, expected["latent_noised"], **CLOSE)
