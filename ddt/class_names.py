@@ -17,11 +17,16 @@ def imagenet_synsets() -> list[str]:
     return imagenet_info().label_names()
 
 
+@functools.cache
+def imagenet_names() -> dict[str, list[str]]:
+    """Return the English names of each synset of ImageNet, from timm."""
+    info = imagenet_info()
+    return {name: info.label_name_to_description(name, detailed=False).split(", ") for name in info.label_names()}
+
+
 def synonyms(class_names: list[str]) -> list[list[str]]:
     """Return the names in timm of each class that is a synset of ImageNet; of others none."""
-    info = imagenet_info()
-    synsets = {name: info.label_name_to_description(name, detailed=False) for name in info.label_names()}
-    return [synsets[name].split(", ") if name in synsets else [] for name in class_names]
+    return [imagenet_names().get(name, []) for name in class_names]
 
 
 def readable(class_names: list[str]) -> list[str]:

@@ -234,9 +234,12 @@ def fastest(rows: list[dict[str, Any]], part: str, model: str, aligned: bool, ba
     found = [row for row in found if row["model"] == model] or found
     if part == "training":
         found = [row for row in found if ("aligned" in row["case"]) == aligned] or found
-        nearest = min((abs(math.log(row["images"] / batch)) for row in found), default=0.0)
-        found = [row for row in found if abs(math.log(row["images"] / batch)) == nearest]
-    return max(found, key=lambda row: row["flops"] / row["seconds"], default=None)
+
+    def preference(row: dict[str, Any]) -> tuple[float, float]:
+        distance = abs(math.log(row["images"] / batch)) if part == "training" else 0.0
+        return -distance, row["flops"] / row["seconds"]
+
+    return max(found, key=preference, default=None)
 
 
 def measured_activations(rows: list[dict[str, Any]], model: str, shape: tuple[int, int, int]) -> float | None:

@@ -190,8 +190,6 @@ class WandbTracker(JsonlTracker):
                 log.warning("W&B does not start offline either (%s); this run is logged to metrics.jsonl alone", second)
         if self.run is not None:
             self.run.define_metric("*", step_metric="step")  # W&B's own axis cannot go back on resume
-
-        if self.run is not None:
             later = f"offline; later: wandb sync {Path(self.run.dir).parent}"
             log.info("W&B: %s", later if self.run.offline else self.run.url)
 

@@ -204,7 +204,7 @@ def check_gpu(settings: GpuCheckSettings) -> None:
         with mock.patch.dict(os.environ, environment):
             rows = run_checks(settings, Place(out, scratch, device, SIZES[settings.size], deadline))
     log.info("\n%s", report(read_results(out)[-1:]))
-    late = {row["check"]: row for row in rows if row["result"] == "not run"}
+    late = dict.fromkeys(row["check"] for row in rows if row["result"] == "not run")
     if late:
         log.info("not run: %s; the same command goes on with them, if out=%s is kept", ", ".join(late), settings.out)
     if any(row["result"] == "failed" for row in rows):

@@ -18,12 +18,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 import ddt
 from ddt.checkpoint import format as ckpt
-from ddt.config import locate
+from ddt.config import group_values, locate
 from ddt.data.images import FASHION_ROOTS
 from ddt.data.photos import PHOTOS, photo
 from ddt.distributed.compile import compile_blocks
@@ -168,7 +167,7 @@ def largest(errors: Iterable[float]) -> float:
 
 def random_network(place: Place, name: str, device: torch.device) -> ddt.DDT:
     """Return a network of conf/model with random weights, also where a new one starts at zero."""
-    settings = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text()) | place.size.changes
+    settings = group_values("model", name) | place.size.changes
     torch.manual_seed(0)
     with device:
         build = locate(settings.pop("_target_"))

@@ -6,15 +6,12 @@ the keys of a row of `python -m scripts.benchmark`, and the model; scripts/estim
 
 import functools
 import math
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-import yaml
 from torch import Tensor
 
-from ddt.config import locate
+from ddt.config import group_values, locate
 from ddt.distributed.compile import compile_blocks, compiles
 from ddt.distributed.prepare import make_accelerator
 from ddt.generation.generator import cast_weights
@@ -25,9 +22,9 @@ from ddt.sampling.sample import sample_latents
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.throughput import training_flops
 from scripts.benchmark import parts, run
-from scripts.benchmark.checks import ROOT, Finding, Place, random_vae, speed
+from scripts.benchmark.checks import Finding, Place, random_vae, speed
 from scripts.benchmark.parts import INTERVALS, OurTraining, Setup
-from scripts.benchmark.timing import Row, matmul_rate, measure, synchronize
+from scripts.benchmark.timing import Row, matmul_rate, measure, seconds_of
 
 NUM_STEPS = 10  # of a timed sampling
 FULL_STEPS, FULL_IMAGES = 50, 50_000  # of the evaluation of a paper
@@ -37,7 +34,7 @@ GIB = 2**30
 
 def setup_of(place: Place, model: str, latent: tuple[int, int], batch_size: int = 1) -> Setup:
     """Return the set-up of a network of conf/model. latent: its channels and side."""
-    settings = yaml.safe_load((ROOT / "conf" / "model" / f"{model}.yaml").read_text()) | place.size.changes
+    settings = group_values("model", model) | place.size.changes
     build = locate(settings.pop("_target_"))
     channels, latent_size = latent
     return Setup(
@@ -52,16 +49,6 @@ def setup_of(place: Place, model: str, latent: tuple[int, int], batch_size: int 
 def product_rate(device: torch.device) -> float:
     """Return the FLOP/s of a product of large bf16 matrices."""
     return matmul_rate(device, torch_dtype("bf16"), run.MATMUL_SIZE[device.type])
-
-
-def mean_seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Return the mean seconds of calls in a row, to their end on the device."""
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    synchronize(device)
-    return (time.perf_counter() - start) / repeats
 
 
 def row_of(setup: Setup, model: str, part: str, case: str, images: int, seconds: float, flops: float) -> Row:
@@ -84,10 +71,10 @@ def product(place: Place) -> Iterator[Finding]:
     yield Finding("bf16 product, TFLOP/s", burst / 1e12)
     repeats = max(1, math.ceil(place.size.sustained / (2 * size**3 / burst)))
     yield Finding(
-        f"{repeats} products in a row, TFLOP/s", 2 * size**3 / mean_seconds(lambda: a @ b, device, repeats) / 1e12
+        f"{repeats} products in a row, TFLOP/s", 2 * size**3 / seconds_of(lambda: a @ b, device, repeats) / 1e12
     )
     source, target = (torch.empty(place.size.copied, dtype=torch.uint8, device=device) for _ in range(2))
-    seconds = mean_seconds(lambda: target.copy_(source), device, 10)
+    seconds = seconds_of(lambda: target.copy_(source), device, 10)
     yield Finding("copy, GB/s, read and written", 2 * place.size.copied / seconds / 1e9)
 
 
@@ -108,7 +95,7 @@ def train(place: Place, model: str, latent: tuple[int, int], images: tuple[int, 
                 step()
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            seconds = mean_seconds(step, place.device, place.size.repeats)
+            seconds = seconds_of(step, place.device, place.size.repeats)
         except torch.OutOfMemoryError:
             yield Finding(f"{name}: out of memory", "–")
         else:
@@ -127,6 +114,11 @@ def training(place: Place, chosen: str) -> Iterator[Finding]:
     """Training of the networks of `Size.trained[chosen]`."""
     for model, latent, images in place.size.trained[chosen]:
         yield from train(place, model, latent, images)
+
+
+def at_steps(every: int) -> str:
+    """Return in words at which steps the encoder runs."""
+    return f"encoder at {'each' if every == 1 else f'every {every}th'} step"
 
 
 class Sampling:
@@ -161,9 +153,9 @@ def sampling(place: Place, chosen: str) -> Iterator[Finding]:
                 settings = case.settings(every, bounds)
                 call = functools.partial(case.call, n, settings)
                 call()
-                seconds = mean_seconds(call, place.device, 2)
+                seconds = seconds_of(call, place.device, 2)
                 flops = 2 * n * sampling_macs(case.network, latent[1], latent[1], settings)
-                name = f"batch {n}, {interval}, encoder at {'each' if every == 1 else f'every {every}th'} step"
+                name = f"batch {n}, {interval}, {at_steps(every)}"
                 row = row_of(case.setup, model, "sampling", name, n, seconds, flops)
                 row["share_of_matmul"] = flops / seconds / rate
                 minutes = seconds / NUM_STEPS * FULL_STEPS * FULL_IMAGES / n / 60
@@ -199,9 +191,9 @@ def small_batches(place: Place) -> Iterator[Finding]:
             for _ in range(2):  # captured at the second call of a shape
                 latents = by_graphs()
             differ = int((latents != plainly()).sum())
-            name = f"{n} image{'s' * (n > 1)}, encoder at {'each' if every == 1 else f'every {every}th'} step"
+            name = f"{n} image{'s' * (n > 1)}, {at_steps(every)}"
             yield Finding(f"{name}: values that differ by graphs", differ, high=0)
-            seconds = [mean_seconds(call, place.device, 2) / NUM_STEPS for call in (plainly, by_graphs)]
+            seconds = [seconds_of(call, place.device, 2) / NUM_STEPS for call in (plainly, by_graphs)]
             yield Finding(
                 f"{name}: without, by graphs", " → ".join(f"{1000 * value:.2f}" for value in seconds) + " ms a step"
             )
@@ -218,5 +210,5 @@ def autoencoder(place: Place) -> Iterator[Finding]:
             ("encoded", functools.partial(vae.encode, pixels)), ("decoded", functools.partial(vae.decode, latents)),
         ):  # fmt: skip
             call()
-            seconds = mean_seconds(call, place.device, 2)
+            seconds = seconds_of(call, place.device, 2)
             yield Finding(f"SD-VAE, {size.vae_images} images {name}", f"{size.vae_images / seconds:.0f} images/s")

@@ -58,13 +58,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds a call takes, to its end on the device."""
+def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
+    """Return the seconds a call takes, the mean of some in a row, to their end on the device."""
     synchronize(device)
     start = time.perf_counter()
-    call()
+    for _ in range(repeats):
+        call()
     synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / repeats
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 15) -> float:

@@ -7,26 +7,20 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, WIDE, run_inside, small_checkpoint, small_network, small_vae
+from conftest import SMALL, WIDE, small_network, small_vae
 from diffusers import DDIMScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from pipelines import CALL, exported, sampled
 
 import ddt
 from ddt.draws import noise_of
 from ddt.errors import UserError
-from ddt.export import ExportSettings, export
 from ddt.generation.generator import cast_weights
 from ddt.pipeline import DDTPipeline, DDTScheduler, DDTTransformer2DModel
 from ddt.sampling.settings import SamplerSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHARED = {"recompute": "uniform:2", "forecast_order": 1}
-
-
-def exported(tmp_path, **arguments):
-    folder = small_checkpoint(tmp_path / "checkpoint", **arguments)
-    export(ExportSettings(str(folder), "diffusers", str(tmp_path / "exported")))
-    return folder, tmp_path / "exported"
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +35,6 @@ def pipeline(places):
     made = DDTPipeline.from_pretrained(places[1])
     made.set_progress_bar_config(disable=True)
     return made
-
-
-def sampled(checkpoint, out, *settings):
-    """Images of sample.py, uint8 (n, H, W, C)."""
-    arguments = [f"ckpt={checkpoint}", f"out={out}", "num_processes=1", "seeds=[3,8]", "classes=[0,4]"]
-    done = run_inside("sample", *arguments, *settings)
-    assert done.returncode == 0, done.stderr
-    with np.load(out / "samples.npz") as file:
-        return file["arr_0"]
-
-
-CALL = {"class_labels": ["a", 4, "a", 4], "seeds": [3, 3, 8, 8]}
 
 
 def uint8(images):

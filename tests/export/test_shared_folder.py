@@ -11,15 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, WIDE, run_inside, small_checkpoint, small_network, small_vae
+from conftest import SMALL, WIDE, small_network, small_vae
 from packaging.requirements import Requirement
+from pipelines import CALL, exported, sampled
 
-from ddt.export import ExportSettings, export
 from ddt.pipeline import DDTPipeline, DDTScheduler, DDTTransformer2DModel
 from ddt.pipeline.one_file import merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CALL = {"class_labels": ["a", 4, "a", 4], "seeds": [3, 3, 8, 8]}
 
 
 def with_dependencies(*names):
@@ -50,22 +49,6 @@ def alone(tmp_path_factory):
             if not place.exists():
                 place.symlink_to(distribution.locate_file(top))
     return folder / "bin" / "python"
-
-
-def sampled(checkpoint, out, *settings):
-    """Images of sample.py, uint8 (n, H, W, C)."""
-    arguments = [f"ckpt={checkpoint}", f"out={out}", "num_processes=1", "seeds=[3,8]", "classes=[0,4]"]
-    done = run_inside("sample", *arguments, *settings)
-    assert done.returncode == 0, done.stderr
-    with np.load(out / "samples.npz") as file:
-        return file["arr_0"]
-
-
-def exported(folder, **arguments):
-    """A checkpoint and its diffusers folder."""
-    checkpoint = small_checkpoint(folder / "checkpoint", **arguments)
-    export(ExportSettings(str(checkpoint), "diffusers", str(folder / "exported")))
-    return checkpoint, folder / "exported"
 
 
 def run_alone(python, folder, jobs):
