@@ -32,7 +32,7 @@ class InsideSettings(SamplerOverrides):
     dtype: Dtype | None
 
     def __post_init__(self) -> None:
-        require_count("frames", self.frames, 0, 1000, ", or 0 for no animation")
+        require_count("frames", self.frames, 0, 1000, " (0 writes no animation)")
         check_counts(self, columns=100, loss_images=MAX_BATCH, batch_size=MAX_BATCH)
         check_new(Path(self.out))
 
