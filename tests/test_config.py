@@ -138,7 +138,8 @@ def test_the_time_shift_of_training_and_sampling_is_that_of_the_latents(tmp_path
     plain = settings.autoencoder.plain()
     if "efficientnet" in str(plain.get("encoder")):  # the decoder's file says its size
         save_file(ViTDecoder(112, 4, 1, 4, 1, grid=8, patch_size=8).state_dict(), tmp_path / "decoder.safetensors")
-        plain |= {"decoder": str(tmp_path / "decoder.safetensors"), "decoder_heads": 1}
+        # its own run is not there, though a folder runs/ may be
+        plain |= {"decoder": str(tmp_path / "decoder.safetensors"), "decoder_heads": 1, "statistics": None}
     if plain["_target_"].endswith("KLAutoencoder"):
         timeshift = KLAutoencoder.timeshift
     else:
