@@ -24,11 +24,16 @@ def torch_dtype(dtype: str) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """Return the autocast context of a precision, which for fp32 switches an outer one off."""
+    """Return the autocast context of a precision, which for fp32 switches an outer one off.
+
+    Casts of weights are not kept: a pass reads each weight once, and CUDA graphs must not read what
+    was cast outside of them.
+    """
     import torch
 
     is_half = dtype in HALF_TYPES
-    return torch.autocast(device.type, dtype=torch_dtype(dtype) if is_half else None, enabled=is_half)
+    half_type = torch_dtype(dtype) if is_half else None
+    return torch.autocast(device.type, dtype=half_type, enabled=is_half, cache_enabled=False)
 
 
 @contextlib.contextmanager

@@ -199,7 +199,6 @@ class FeatureAlignment(AlignmentSettings, abc.ABC):
     Args:
         target: name of a timm model.
         weights: its local file; None takes timm's own from the hub.
-        compile: compile the target.
 
     Raises UserError for an unknown model, a missing file, or values out of range. Loads nothing.
     """
@@ -209,7 +208,6 @@ class FeatureAlignment(AlignmentSettings, abc.ABC):
     align_depth: int = 8
     weight: float = 0.5
     until_step: int | None = None
-    compile: bool = False
 
     needs_target: ClassVar[bool] = True
     packages: ClassVar[tuple[str, ...]] = ("timm",)
@@ -226,7 +224,7 @@ class FeatureAlignment(AlignmentSettings, abc.ABC):
         if outline:
             with torch.device("meta"):
                 return Target(self.target, None, image_size, pretrained=False)
-        return Target(self.target, self.weights, image_size, self.compile)
+        return Target(self.target, self.weights, image_size)
 
     @abc.abstractmethod
     def build_loss(

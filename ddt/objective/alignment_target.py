@@ -90,7 +90,6 @@ class Target:
         weights: a local file, also of DINOv2 in Meta's or transformers' layout; None takes timm's
             own from the hub.
         image_size: H = W of the images.
-        compiled: compile the network.
         pretrained: False loads no weights.
 
     Attributes: num_features, F; grid, (h, w). Raises UserError where the weights cannot be loaded
@@ -100,17 +99,16 @@ class Target:
     num_features: int
     grid: tuple[int, int]
 
-    def __init__(
-        self, name: str, weights: str | None, image_size: int, compiled: bool = False, pretrained: bool = True
-    ) -> None:
+    def __init__(self, name: str, weights: str | None, image_size: int, pretrained: bool = True) -> None:
         require(
             image_size >= CELL and image_size % CELL == 0,
             f"data.image_size={image_size}: alignment.target={name} needs a multiple of {CELL}",
         )
         with torch.random.fork_rng(devices=[]):  # timm's initialisation leaves the caller's random state alone
-            self.network, extract, self.num_features, self.side = load_network(name, weights, image_size, pretrained)
+            self.network, self.extract, self.num_features, self.side = load_network(
+                name, weights, image_size, pretrained
+            )
         self.name, self.weights = name, weights
-        self.extract: Extract = torch.compile(extract) if compiled else extract
         self.grid = (image_size // CELL, image_size // CELL)
         statistics = self.network.pretrained_cfg
         self.mean = torch.tensor(statistics["mean"])[:, None, None]  # (3, 1, 1)
@@ -126,6 +124,11 @@ class Target:
         self.network.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
+
+    def compile(self) -> None:
+        """Compile the network, when it is first called, for batches of one size."""
+        # otherwise torch chooses kernels by timing them: other last bits in each process
+        self.extract = torch.compile(self.extract, dynamic=False, options={"deterministic": True})
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Training Dynamics of Diffusion Models" (EDM2), section 3 and appendix C, for pow
 
 import copy
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
@@ -125,24 +126,30 @@ class EMA(Generic[Network]):
         """
         return self.model if self.outline is None else gather_network(self.model, self.outline)
 
+    @functools.cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """The EMA weights, once they are placed; a list, for to go through the modules takes longer
+        than the update of a small network.
+        """
+        return list(self.model.parameters())
+
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int, skipped: Tensor | float = 0.0) -> None:
-        """Update the EMA by the weights of `model` after step `step`, counted from 1: `ema ← ema +
-        rate·(weights − ema)`.
+    def update(self, weights: Iterable[Tensor], step: int, skipped: Tensor | float = 0.0) -> None:
+        """Update the EMA by the network's weights, float32, after step `step`, counted from 1: `ema
+        ← ema + rate·(weights − ema)`.
 
         skipped: a scalar on the device, 1 where the step was skipped and the EMA stays. No device
         sync.
         """
-        rate = torch.as_tensor(self.rule.rate(step) * (1 - skipped), dtype=torch.float32)
-        for ema, weight in zip(self.model.parameters(), model.parameters(), strict=True):
-            local_part(ema).lerp_(local_part(weight).float(), rate.to(weight.device))
+        emas, parts = (list(map(local_part, parameters)) for parameters in (self.parameters, weights))
+        rate = torch.as_tensor(self.rule.rate(step) * (1 - skipped), dtype=torch.float32).to(emas[0].device)
+        torch._foreach_lerp_(emas, parts, [rate] * len(emas))  # a loop in C++: half of the host's time
 
     @torch.no_grad()
-    def distance(self, model: nn.Module) -> Tensor:
+    def distance(self, weights: Iterable[Tensor]) -> Tensor:
         """Return this process's part of (‖ema − weights‖², ‖weights‖²), two float32 numbers on
         the device.
         """
-        emas = [local_part(parameter) for parameter in self.model.parameters()]
-        weights = [local_part(parameter) for parameter in model.parameters()]
+        emas, weights = (list(map(local_part, parameters)) for parameters in (self.parameters, weights))
         apart = torch._foreach_norm(torch._foreach_sub(emas, weights))
         return torch.stack([torch.stack(norms).square().sum() for norms in (apart, torch._foreach_norm(weights))])

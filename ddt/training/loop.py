@@ -149,15 +149,15 @@ def optimizer_step(state: TrainingState, clip_norm: float | None) -> None:
 
 def update(state: TrainingState, clip_norm: float | None) -> tuple[Tensor, Tensor]:
     """Update weights and EMAs by the accumulated gradients; see `update_weights`."""
-    norm, skipped = update_weights(state.objective, state.optimizer, state.scaler, state.skips, clip_norm)
+    norm, skipped = update_weights(state.parameters, state.optimizer, state.scaler, state.skips, clip_norm)
     state.step += 1
     for ema in state.emas.values():
-        ema.update(state.objective.network, state.step, skipped)
+        ema.update(state.network_parameters, state.step, skipped)
     return norm, skipped
 
 
 def update_weights(
-    module: nn.Module,
+    parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     skips: Skips,
@@ -169,7 +169,6 @@ def update_weights(
     Non-finite gradients change nothing but the counts, and lower the loss scale of fp16. No device
     sync.
     """
-    parameters = list(module.parameters())
     scaler.unscale_(optimizer)
     norm = gradient_norm(parameters)
     skipped = skips.check(norm)  # 1 where a gradient is non-finite, and the step changes nothing

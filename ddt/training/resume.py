@@ -44,7 +44,6 @@ FREE = (
     "reconstruction.vgg_weights",
     "reconstruction.lpips_weights",
     "reconstruction.dino_weights",
-    "alignment.compile",
 )
 
 

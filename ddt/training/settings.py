@@ -40,7 +40,8 @@ class TrainerSettings:
     "fp32" ("no" is Accelerate's name for it).
     num_processes: None uses every visible GPU, or one CPU process. parallelism: "ddp" replicates
     the network, "fsdp" shards weights, EMAs and optimizer. compile: the network's blocks
-    (`ddt.distributed.compile`); None compiles on GPUs.
+    (`ddt.distributed.compile`) and the alignment's target; None compiles on GPUs. cuda_graphs: of
+    the blocks (`ddt.distributed.graphs`); None: where micro-batches are small.
 
     ema_decay: of the EMA weights. ema_decays: of further EMAs. ema_powers: relative standard
     deviations of power-function EMAs (EDM2), saved as a snapshot every `snapshot_every` steps, for
@@ -77,6 +78,7 @@ class TrainerSettings:
     eval_samples: int = 5_000
     parallelism: Literal["ddp", "fsdp"] = "ddp"
     compile: bool | None = None
+    cuda_graphs: bool | None = None
     ema_decays: tuple[float, ...] = ()
     ema_powers: tuple[float, ...] = ()
     snapshot_every: int = 0

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,11 +23,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ddt.checkpoint import format as ckpt
 from ddt.data.stream import TrainingStream, check_shared_memory, load_batches, micro_batch_positions
 from ddt.distributed.compile import compile_blocks, compiles
+from ddt.distributed.graphs import graph_blocks, uses_graphs
 from ddt.distributed.launch import check_same_on_all_processes
 from ddt.distributed.prepare import broadcast_weights, decide_on_main, make_accelerator, prepare
 from ddt.errors import Stopped, UserError, first_line, require
 from ddt.files import lock_folder, write_json
 from ddt.logs import on_terminal, progress_bar
+from ddt.model.layers import token_grid
 from ddt.precision import autocast
 from ddt.training.ema import EMA, ema_rules
 from ddt.training.init_from import initialise
@@ -77,12 +80,18 @@ def start(run: Run) -> Iterator[Session | None]:
     rank, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     micro_batch_size, num_micro = trainer.micro_batches(num_processes)
     compiled = compiles("trainer.compile", trainer.compile, device.type == "cuda", device)
+    network = run.objective.denoiser
+    tokens = micro_batch_size * math.prod(token_grid(network.patch_size, *run.latent_shape[1:]))
+    sharded = trainer.parallelism == "fsdp"
+    graphed = uses_graphs(trainer.cuda_graphs, compiled, sharded, tokens, network.hidden_size, device)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(run_dir, accelerator))
         run.autoencoder.to(device)
         if run.alignment.target is not None:
             run.alignment.target.to(device)
+            if compiled:
+                run.alignment.target.compile()
         flops = (
             training_flops(run.objective, run.latent_shape),
             target_flops(run.alignment.target, run.images.image_size),
@@ -105,7 +114,8 @@ def start(run: Run) -> Iterator[Session | None]:
             evaluation.write_receipt(run_dir / "evaluation.json")
 
         if state.step < trainer.max_steps and (num_processes > 1 or compiled):
-            warm_up(run, model, state, stream[next(positions(run, accelerator, 0))])
+            batch = stream[next(positions(run, accelerator, 0))]
+            warm_up(run, model, state, batch, accumulates=num_micro > 1 if graphed else None)
         if tracker is not None and state.step == 0:
             measure.show_training_images(run.images, tracker)
         clock = Clock(device, num_processes, trainer.global_batch_size, *flops, trainer.mixed_precision)
@@ -221,12 +231,14 @@ def header(run: BaseRun, accelerator: Accelerator) -> list[str]:
     return [f"{name:<11} {line}" for name, line in lines.items()]
 
 
-def warm_up(run: Run, model: nn.Module, state: TrainingState, batch: dict[str, torch.Tensor]) -> None:
+def warm_up(
+    run: Run, model: nn.Module, state: TrainingState, batch: dict[str, torch.Tensor], accumulates: bool | None
+) -> None:
     """Run one discarded forward and backward pass, on the first positions of the run.
 
     DDP sorts its buckets anew after its first backward pass: with it behind, the first step after a
     resume adds gradients in the same order as the uninterrupted run. It compiles, too, before the
-    clock starts.
+    clock starts. accumulates: of `graph_blocks`; None: no graphs.
     """
     align = run.alignment.end_step > 0
     device = state.accelerator.device
@@ -235,6 +247,9 @@ def warm_up(run: Run, model: nn.Module, state: TrainingState, batch: dict[str, t
         losses = model(**inputs, align=align)
     losses["loss"].backward()
     state.optimizer.zero_grad(set_to_none=True)
+    if accumulates is not None:
+        with autocast(device, run.settings.trainer.mixed_precision):
+            graph_blocks(run.objective.denoiser, lambda: run.objective(**inputs, align=align), accumulates)
 
 
 def open_tracker(run: BaseRun, step: int, stack: contextlib.ExitStack) -> JsonlTracker:

@@ -1,5 +1,6 @@
 """Everything that a training step changes, and so everything that a checkpoint holds."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ class TrainingState:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
 
+    @functools.cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained; a list, as in `EMA.parameters`."""
+        return list(self.objective.parameters())
+
+    @functools.cached_property
+    def network_parameters(self) -> list[nn.Parameter]:
+        """The weights that the EMAs follow."""
+        return list(self.objective.network.parameters())
+
     @property
     def ema(self) -> EMA[Any]:
         """The EMA that previews and evaluations sample with."""
@@ -64,11 +75,10 @@ class TrainingState:
             load_weights(ema.model, ckpt.read_weights(folder, name))
         if self.objective.alignment is not None:
             load_weights(self.objective.alignment, state["alignment"])
-        parameters = list(self.objective.parameters())
         for index, values in state["optimizer"]["state"].items():
             for key, value in values.items():
                 if value.ndim:
-                    values[key] = shard_like(value, parameters[index])
+                    values[key] = shard_like(value, self.parameters[index])
         self.optimizer.load_state_dict(state["optimizer"])
         if state.get("scaler"):  # of a checkpoint in fp16
             self.scaler.load_state_dict(state["scaler"])
@@ -130,7 +140,7 @@ class TrainingState:
         alignment = self.objective.alignment
         if alignment is not None and alignment.name in row:  # it may have ended
             row |= alignment.readings(row[alignment.name])
-        distances = self.ema.distance(self.objective.network)
+        distances = self.ema.distance(self.network_parameters)
         if self.ema.outline is not None:  # each process knows its parts
             distances = self.accelerator.reduce(distances, reduction="sum")
         apart, norm = distances.sqrt().tolist()
@@ -145,6 +155,6 @@ class TrainingState:
         """Return how many bytes this process writes in a checkpoint: weights, EMAs, and two moments
         per weight.
         """
-        num_weights = sum(local_part(p).numel() for p in self.objective.parameters())
+        num_weights = sum(local_part(p).numel() for p in self.parameters)
         num_ema = sum(local_part(p).numel() for ema in self.emas.values() for p in ema.model.parameters())
         return 4 * (3 * num_weights + num_ema)

@@ -49,8 +49,10 @@ CHECKS: dict[str, Check] = {
     "bf16 against fp32": (checks.bf16_against_fp32, 60),
     "autoencoder and target": (checks.frozen_networks, 60),
     "autoencoder's speed": (speed.autoencoder, 30),
-    "two processes": (checks.two_processes, 120),
-    "small batches": (speed.small_batches, 120),  # last: a graph whose capture fails breaks what follows
+    "many processes": (checks.many_processes, 90),
+    "fp16": (checks.fp16, 90),
+    "training of few images": (speed.training_graphs, 90),  # last: a graph whose capture fails breaks what follows
+    "small batches": (speed.small_batches, 120),
 }
 
 

@@ -41,6 +41,7 @@ FLOAT32 = 1e-4  # rounding through a deep network; TF32 gives 1e-3
 BF16 = (1e-3, 3e-2)  # below it nothing was rounded to bf16, above it more than operands
 BF16_LATENTS = (1e-4, 3e-2)  # which are for the most part the noise
 BF16_LOSS = 1e-2  # two halves of a batch round to bf16 in other places
+FP16_LOSS = 5e-2  # the first steps may be skipped
 Dtype = Literal["fp32", "bf16"]
 Latent = tuple[int, int]  # channels, side
 
@@ -91,6 +92,7 @@ class Size:
     sampled: dict[str, tuple[tuple[str, Latent, int], ...]]  # check → model, latent, images
     beside_plain: tuple[str, Latent, int, int]  # model, latent, images trained, images sampled
     small_batches: tuple[str, Latent, tuple[int, ...]]  # model, latent, numbers of images
+    few_images: tuple[tuple[str, Latent, tuple[int, ...]], ...]  # trained: model, latent, numbers of images
     vae_images: int  # encoded and decoded for the time
 
 
@@ -110,6 +112,7 @@ SIZES = {
         },
         sampled={"XL": (("xl_22en6de", KL, 32),), "others": (("xl_ditdh", RAE, 32),)},
         beside_plain=("xl_22en6de", KL, 64, 32), small_batches=("xl_22en6de", KL, (1, 4, 16)), vae_images=32,
+        few_images=(("xl_22en6de", KL, (16, 32)), ("b_8en4de", KL, (32,))),
     ),
     "tiny": Size(
         models=("nano", "nano"), changes=SMALL, latent_size=8, batch_size=2, image_size=32,
@@ -120,6 +123,7 @@ SIZES = {
         trained={"XL": (("nano", TINY, (2, 1)),), "others": (("nano", TINY, (3,)),)},
         sampled={"XL": (("nano", TINY, 2),), "others": (("nano", TINY, 1),)},
         beside_plain=("nano", TINY, 2, 2), small_batches=("nano", TINY, (1,)), vae_images=2,
+        few_images=(("nano", TINY, (1,)),),
     ),
 }  # fmt: skip
 
@@ -360,8 +364,9 @@ def frozen_networks(place: Place) -> list[Finding]:
 # --- entry points
 
 
-def call(place: Place, entry: str, *arguments: str, name: str) -> None:
-    """Run an entry point (a file) in `Place.out`, its output in runs/logs/NAME.txt.
+def call(place: Place, entry: str, *arguments: str, name: str, launcher: Sequence[str] = ()) -> None:
+    """Run an entry point (a file) in `Place.out`, its output in runs/logs/NAME.txt. launcher:
+    arguments of Python before it.
 
     Raises RuntimeError where it fails.
     """
@@ -371,18 +376,18 @@ def call(place: Place, entry: str, *arguments: str, name: str) -> None:
     path = str(ROOT) if packages is None else f"{ROOT}{os.pathsep}{packages}"
     with log.open("w") as file:
         done = subprocess.run(
-            [sys.executable, str(ROOT / entry), *arguments], cwd=place.out, stdin=subprocess.DEVNULL, stdout=file,
-            stderr=subprocess.STDOUT, check=False, env={**os.environ, "PYTHONPATH": path},
+            [sys.executable, *launcher, str(ROOT / entry), *arguments], cwd=place.out, stdin=subprocess.DEVNULL,
+            stdout=file, stderr=subprocess.STDOUT, check=False, env={**os.environ, "PYTHONPATH": path},
         )  # fmt: skip
     if done.returncode:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise RuntimeError(f"{entry}: status {done.returncode}: {lines[-1] if lines else 'no output'}")
 
 
-def train(place: Place, name: str, *overrides: str) -> Path:
+def train(place: Place, name: str, *overrides: str, launcher: Sequence[str] = ()) -> Path:
     """Train or resume runs/NAME and return its folder."""
     quiet = ("trainer.validate_every=0", "trainer.preview_every=0", "trainer.num_workers=0", "trainer.save_every=0")
-    call(place, "train.py", *quiet, *overrides, f"name={name}", name=name)
+    call(place, "train.py", *quiet, *overrides, f"name={name}", name=name, launcher=launcher)
     return place.out / "runs" / name
 
 
@@ -401,11 +406,11 @@ def images(place: Place) -> tuple[str, tuple[str, ...]]:
     return "photos", ("data=photos", "model.patch_size=4")  # 256 tokens
 
 
-def briefly(place: Place, name: str, steps: int, *overrides: str) -> Path:
+def briefly(place: Place, name: str, steps: int, *overrides: str, launcher: Sequence[str] = ()) -> Path:
     """Train some steps in bf16, at a constant rate, so that a run's end can be moved."""
     constant = ("trainer.lr_schedule=constant", "trainer.warmup_steps=0", "trainer.log_every=1")
     settings = ("trainer.mixed_precision=bf16", f"trainer.max_steps={steps}", *constant)
-    return train(place, name, *images(place)[1], *settings, *place.size.run, *overrides)
+    return train(place, name, *images(place)[1], *settings, *place.size.run, *overrides, launcher=launcher)
 
 
 def uninterrupted(place: Place) -> Path:
@@ -437,16 +442,32 @@ def resume(place: Place) -> list[Finding]:
     return [Finding(f"tensors of {len(expected)} that differ", differ, high=0)]
 
 
-def two_processes(place: Place) -> list[Finding]:
-    """Compare the losses of two processes with those of one."""
-    if place.device.type == "cuda" and torch.cuda.device_count() < 2:
-        raise NotRun("one GPU")
-    steps = 2 * place.size.steps
-    runs = briefly(place, "two_processes", steps, "trainer.num_processes=2"), uninterrupted(place)
-    losses = [[row["loss"] for row in read_rows(folder / "metrics.jsonl")] for folder in runs]
-    assert len(losses[1]) == steps, "a row per step"
-    errors = [abs(a - b) / b for a, b in zip(*losses, strict=True)]
-    return [Finding(f"losses of {steps} steps: relative error", largest(errors), high=BF16_LOSS)]
+def losses(run: Path) -> list[float]:
+    """Return the losses of a run's steps."""
+    return [row["loss"] for row in read_rows(run / "metrics.jsonl") if "loss" in row]
+
+
+def many_processes(place: Place) -> list[Finding]:
+    """Compare the losses under DDP, of two processes or on one GPU of one, with those without."""
+    n = 1 if place.device.type == "cuda" and torch.cuda.device_count() < 2 else 2
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}")
+    run = briefly(place, "many_processes", 2 * place.size.steps, launcher=launcher)
+    pairs = list(zip(losses(run), losses(uninterrupted(place)), strict=True))
+    errors = [abs(a - b) / b for a, b in pairs]
+    return [Finding(f"{len(pairs)} losses of DDP's {n}: relative error", largest(errors), high=BF16_LOSS)]
+
+
+def fp16(place: Place) -> list[Finding]:
+    """Compare the last loss in fp16, in two micro-batches, with that in bf16 in one."""
+    half = int(place.size.run[0].partition("=")[2]) // 2
+    changes = ("trainer.mixed_precision=fp16", f"trainer.micro_batch_size={half}", "trainer.num_processes=1")
+    run = briefly(place, "fp16", 2 * place.size.steps, *changes)
+    ours, other = losses(run)[-1], losses(uninterrupted(place))[-1]
+    skipped = read_rows(run / "metrics.jsonl")[-1]["skipped_steps"]
+    return [
+        Finding(f"last loss ({ours:.3f} for {other:.3f}): relative error", abs(ours - other) / other, high=FP16_LOSS),
+        Finding("steps skipped until the loss scale fits", skipped),
+    ]
 
 
 def sampling(place: Place) -> list[Finding]:

@@ -20,6 +20,7 @@ from ddt.checkpoint import format as ckpt
 from ddt.data.cache_writer import file_record
 from ddt.data.latent_cache import CACHE_FORMAT_VERSION, LatentCache, content_fingerprint, shard_path
 from ddt.distributed.compile import compile_blocks
+from ddt.distributed.graphs import graph_blocks
 from ddt.distributed.prepare import prepare
 from ddt.errors import require
 from ddt.files import fsync, sha256, write_json
@@ -250,6 +251,11 @@ class OurTraining:
         optimizer = adamw(self.objective.named_parameters(), **RECIPE)
         self.state = TrainingState(self.objective, optimizer, {"ema": ema}, setup.accelerator, setup.dtype)
 
+    def capture(self, batch: dict[str, Tensor]) -> None:
+        """Capture the compiled blocks in CUDA graphs, as `ddt.training.start` does."""
+        with self.autocast():
+            graph_blocks(self.objective.denoiser, lambda: self.objective(**batch), accumulates=False)
+
     def backward(self, batch: dict[str, Tensor]) -> None:
         """Compute the gradients of a batch."""
         arguments = {key: value for key, value in batch.items() if key != "images"}
@@ -353,7 +359,7 @@ def ema(setup: Setup) -> Iterator[Case]:
         for parameter in (*plain.ema.parameters(), *ours.model.parameters()):
             parameter.mul_(1.5)
     ours.place(setup.device, sharded=False)
-    step = functools.partial(ours.update, model, 1, torch.zeros((), device=setup.device))
+    step = functools.partial(ours.update, list(model.parameters()), 1, torch.zeros((), device=setup.device))
 
     def after(update: Callable[[], None], network: torch.nn.Module) -> Tensor:
         update()

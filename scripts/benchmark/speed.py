@@ -5,16 +5,20 @@ the keys of a row of `python -m scripts.benchmark`, and the model; scripts/estim
 """
 
 import functools
+import gc
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ddt.config import group_values, locate
 from ddt.distributed.compile import compile_blocks, compiles
+from ddt.distributed.graphs import uses_graphs
 from ddt.distributed.prepare import make_accelerator
 from ddt.generation.generator import cast_weights
+from ddt.model.layers import token_grid
 from ddt.precision import torch_dtype
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.graphs import Function, Graphs, direct
@@ -78,20 +82,36 @@ def product(place: Place) -> Iterator[Finding]:
     yield Finding("copy, GB/s, read and written", 2 * place.size.copied / seconds / 1e9)
 
 
+def trainer(setup: Setup, latent: tuple[int, int]) -> tuple[OurTraining, dict[str, Tensor]]:
+    """Return training steps of FlowMatching without an alignment, and a batch."""
+    ours = OurTraining(setup, setup.network(), None)
+    if setup.compile:
+        compile_blocks(ours.objective.denoiser, dynamic=False)
+    return ours, parts.random_batch(setup.batch_size, latent[1], setup.device, latent[0])
+
+
+def taken(device: torch.device) -> int:
+    """Return the bytes of a device that are in use, by graphs too."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
 def train(place: Place, model: str, latent: tuple[int, int], images: tuple[int, ...]) -> Iterator[Finding]:
     """Training steps of FlowMatching without an alignment, at each number of images."""
     rate, cuda = product_rate(place.device), place.device.type == "cuda"
     for n in images:
         setup = setup_of(place, model, latent, n)
-        ours = OurTraining(setup, setup.network(), None)
+        ours, batch = trainer(setup, latent)
+        network, step = ours.objective.denoiser, functools.partial(ours.step, batch)
         flops = n * training_flops(ours.objective, (latent[0], latent[1], latent[1]))
-        if setup.compile:
-            compile_blocks(ours.objective.denoiser, dynamic=False)
-        batch = parts.random_batch(n, latent[1], place.device, latent[0])
-        step = functools.partial(ours.step, batch)
+        tokens = n * math.prod(token_grid(network.patch_size, latent[1], latent[1]))
+        graphs = uses_graphs(None, setup.compile, False, tokens, network.hidden_size, place.device)
         name = f"{model}, {latent[1]}×{latent[1]} latents, {n} images"
         try:
             for _ in range(2):  # compiles; makes the optimizer's state
+                step()
+            if graphs:
+                ours.capture(batch)
                 step()
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
@@ -101,13 +121,61 @@ def train(place: Place, model: str, latent: tuple[int, int], images: tuple[int, 
         else:
             row = row_of(setup, model, "training", f"batch {n}, no alignment", n, seconds, flops)
             row |= {"share_of_matmul": flops / seconds / rate, "latent": list(latent)}
-            memory = ""
-            if cuda:
+            text = f"{1000 * seconds:.1f} ms, {speed(row)}"
+            if graphs:  # torch does not count what they keep for themselves
+                text += f", {taken(place.device) / GIB:.0f} GiB with graphs"
+            elif cuda:
                 row["peak_bytes"] = torch.cuda.max_memory_allocated()
-                memory = f", {row['peak_bytes'] / GIB:.0f} GiB"
-            yield Finding(name, f"{1000 * seconds:.1f} ms, {speed(row)}{memory}", row=row)
-        del ours, step, batch
+                text += f", {row['peak_bytes'] / GIB:.0f} GiB"
+            yield Finding(name, text, row=row)
+        del ours, batch, network, step
+        free(place.device)
+
+
+def free(device: torch.device) -> None:
+    """Give back the memory of what is no longer used; captured networks hold on to themselves."""
+    gc.collect()
+    if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def host_seconds(step: Callable[[], object]) -> float:
+    """Return the seconds in which the host launches a step, the least of five."""
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def training_graphs(place: Place) -> Iterator[Finding]:
+    """Training of few images by CUDA graphs beside the same without: milliseconds, and bits."""
+    cuda = place.device.type == "cuda"  # a CPU, which has none, tries the check itself
+    for model, latent, batches in place.size.few_images:
+        for n in batches:
+            ours, batch = trainer(setup_of(place, model, latent, n), latent)
+            for group in ours.state.optimizer.param_groups:
+                group["lr"] = 0.0  # gradients of the same weights before and after
+            step, name = functools.partial(ours.step, batch), f"{model}, {n} images"
+            texts, gradients = [], []
+            for captures in (False, True):
+                if captures and cuda:
+                    ours.capture(batch)
+                for _ in range(2):
+                    ours.forward_backward(batch)
+                gradients.append(ours.gradients(batch))
+                ours.objective.zero_grad(set_to_none=True)
+                text = f"{1000 * seconds_of(step, place.device, place.size.repeats):.1f} ms"
+                if cuda:
+                    text += f" (host {1000 * host_seconds(step):.1f}), {taken(place.device) / GIB:.0f} GiB"
+                texts.append(text)
+            differ = int((gradients[0] != gradients[1]).sum())
+            yield Finding(f"{name}: values of gradients that differ by graphs", differ, high=0)
+            yield Finding(f"{name}: a step without, by graphs", " → ".join(texts))
+            del ours, batch, step, gradients
+            free(place.device)
 
 
 def training(place: Place, chosen: str) -> Iterator[Finding]:

@@ -212,9 +212,15 @@ def test_compiled_features_are_the_same(files, monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
-    plain = REPA(DINOV2, files(DINOV2)).build_target(32)
-    compiled = REPA(DINOV2, files(DINOV2), compile=True).build_target(32)
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda *args, original=torch.compile, options, **other: original(
+            *args, backend=backend, fullgraph=True, **other
+        ),
+    )
+    plain, compiled = (REPA(DINOV2, files(DINOV2)).build_target(32) for _ in range(2))
+    compiled.compile()
     assert not graphs
     torch.testing.assert_close(compiled(images(32)), plain(images(32)))
     assert graphs
@@ -492,7 +498,7 @@ def test_the_alignments_on_offer(tmp_path, monkeypatch):
     for name, target, depth in (("dinov2_b", "vit_base_patch14_dinov2.lvd142m", 8), ("efficientnet_lite0", LITE0, 2)):
         settings = alignment(f"repa_{name}")
         assert (settings.target, settings.align_depth, settings.weight) == (target, depth, 0.5)
-        assert (settings.until_step, settings.projector_width, settings.compile) == (None, None, False)
+        assert (settings.until_step, settings.projector_width) == (None, None)
         assert settings.needs_target
     assert alignment("none") is None
     assert alignment("dispersive") == Dispersive()

@@ -22,8 +22,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = ["device=cpu", "size=tiny"]
 
 
-def call_inside(place, entry, *arguments, name):
-    """Call an entry point as `checks.call` does, but in this process."""
+def call_inside(place, entry, *arguments, name, launcher=()):
+    """Call an entry point as `checks.call` does, but here, or, under a launcher, in two processes."""
+    arguments += ("trainer.num_processes=2",) if launcher else ()
     state = Singleton.get_state()
     GlobalHydra.instance().clear()
     try:
@@ -186,17 +187,18 @@ def test_each_difference_is_noticed(tmp_path, monkeypatch):
 
 def test_runs_that_differ_are_noticed(tmp_path, monkeypatch):
     place, zero = place_in(tmp_path), torch.zeros(3)
-    monkeypatch.setattr(checks, "briefly", lambda place, name, *_: Path(name))
+    monkeypatch.setattr(checks, "briefly", lambda place, name, *_, **__: Path(name))
     monkeypatch.setattr(checks, "uninterrupted", lambda place: Path("uninterrupted"))
     monkeypatch.setattr(checks, "tensors", lambda run, step: {"a": zero, "b": zero + (run.name == "resumed") * 1e-7})
     assert checks.resume(place) == [Finding("tensors of 2 that differ", 1, high=0)]
-    losses = {"uninterrupted": [1.0] * 4, "two_processes": [1.0, 1.0, 1.02, 1.0]}
-    monkeypatch.setattr(checks, "read_rows", lambda path: [{"loss": loss} for loss in losses[path.parent.name]])
-    (found,) = checks.two_processes(place)
-    assert found.result == "failed"
-    losses["two_processes"] = [1.0, math.nan, 1.0, 1.0]
-    (found,) = checks.two_processes(place)
-    assert found.result == "failed"
+    losses = {"uninterrupted": [1.0] * 4, "many_processes": [1.0, 1.0, 1.02, 1.0], "fp16": [1.0, 1.0, 1.0, 1.1]}
+    last = {"skipped_steps": 0.0}
+    monkeypatch.setattr(checks, "read_rows", lambda path: [{"loss": loss} | last for loss in losses[path.parent.name]])
+    assert checks.many_processes(place)[0].result == checks.fp16(place)[0].result == "failed"
+    losses |= {"many_processes": [1.0] * 4, "fp16": [1.0] * 4}
+    assert checks.many_processes(place)[0].result == checks.fp16(place)[0].result == "passed"
+    losses |= {"many_processes": [1.0, math.nan, 1.0, 1.0], "fp16": [math.nan] * 4}
+    assert checks.many_processes(place)[0].result == checks.fp16(place)[0].result == "failed"
 
 
 def test_a_process_that_fails_is_one_line_and_one_that_hangs_is_ended(tmp_path):

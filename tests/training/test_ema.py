@@ -15,7 +15,7 @@ def test_average_has_its_closed_form():
     for k in range(1, n + 1):
         with torch.no_grad():
             model.weight.fill_(k)
-        ema.update(model, k)
+        ema.update(model.parameters(), k)
     expected = (1 - decay) * sum(decay ** (n - k) * k for k in range(1, n + 1))
     torch.testing.assert_close(ema.model.weight.item(), expected, rtol=1e-5, atol=0)
 
@@ -27,7 +27,7 @@ def test_all_named_parameters_are_averaged_and_buffers_are_those_of_the_start():
         ema = EMA(model, ConstantDecay(0.75))
         for value in model.state_dict().values():
             value.add_(1.0)
-        ema.update(model, 1)
+        ema.update(model.parameters(), 1)
         parameters = dict(model.named_parameters())
         for name, value in ema.model.state_dict().items():
             expected = start[name] + (0.25 if name in parameters else 0)

@@ -105,7 +105,7 @@ def test_a_power_function_average_has_its_closed_form():
     for k in range(1, n + 1):
         torch.nn.init.constant_(model.weight, k)
         for average in averages.values():
-            average.update(model, k)
+            average.update(model.parameters(), k)
     for std, average in averages.items():
         g = power_exponent(std) + 1
         expected = sum(k * (k**g - (k - 1) ** g) for k in range(1, n + 1)) / n**g
@@ -117,11 +117,11 @@ def test_a_skipped_step_leaves_an_average_as_it_is():
     ema = EMA(model, ConstantDecay(0.5))
     before = ema.model.weight.clone()
     torch.nn.init.ones_(model.weight)
-    ema.update(model, 1, skipped=BAD)
+    ema.update(model.parameters(), 1, skipped=BAD)
     assert torch.equal(ema.model.weight, before)
-    ema.update(model, 1, skipped=GOOD)
+    ema.update(model.parameters(), 1, skipped=GOOD)
     torch.testing.assert_close(ema.model.weight, (before + 1) / 2)
-    apart, norm = ema.distance(model).sqrt().tolist()
+    apart, norm = ema.distance(model.parameters()).sqrt().tolist()
     expected = torch.cat([(ema.model.weight - model.weight).flatten(), ema.model.bias - model.bias]).norm().item()
     assert apart == pytest.approx(expected, rel=1e-5)
     assert norm == pytest.approx(torch.cat([model.weight.flatten(), model.bias]).norm().item(), rel=1e-5)

@@ -55,7 +55,7 @@ def test_tracked_ema_is_the_sum_over_its_profile(rule):
     ema = EMA(model, rule)
     for step, current in enumerate(weights[1:], start=1):
         model.weight.data[:] = torch.from_numpy(current)
-        ema.update(model, step)
+        ema.update(model.parameters(), step)
     shares = Profile(rule, 60).shares()
     assert shares.sum() == pytest.approx(1, abs=1e-12)
     np.testing.assert_allclose(ema.model.weight[0].numpy(), shares @ weights, rtol=2e-6)

@@ -92,8 +92,9 @@ def discriminator_step(run: DecoderRun, session: Session, seen: list[tuple[Tenso
             (loss / len(seen)).backward()
         state.meter.add({"discriminator_loss": loss}, 1 / len(seen))
     _, skipped = update_weights(
-        state.discrimination, state.discriminator_optimizer, state.scaler, state.discriminator_skips, trainer.clip_norm
-    )
+        list(state.discrimination.parameters()), state.discriminator_optimizer, state.scaler,
+        state.discriminator_skips, trainer.clip_norm,
+    )  # fmt: skip
     state.discriminator_steps += 1
     return skipped
 

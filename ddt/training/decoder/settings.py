@@ -103,7 +103,7 @@ class DecoderSettings(RunSettings):
         trainer = self.trainer
         for key, known in (
             ("mixed_precision", ("fp32", "no", "tf32", "bf16")), ("parallelism", ("ddp",)), ("compile", (None, False)),
-            ("eval_every", (0,)), ("ema_powers", ((),)),
+            ("cuda_graphs", (None, False)), ("eval_every", (0,)), ("ema_powers", ((),)),
         ):  # fmt: skip
             value = getattr(trainer, key)
             shown = str(list(value) if isinstance(value, tuple) else value).lower()
