@@ -23,7 +23,7 @@ TINY = ["device=cpu", "size=tiny"]
 
 
 def call_inside(place, entry, *arguments, name, launcher=()):
-    """Call an entry point as `checks.call` does, but here, or, under a launcher, in two processes."""
+    """Call an entry point as `checks.call` does, but here; under a launcher, in two processes."""
     arguments += ("trainer.num_processes=2",) if launcher else ()
     state = Singleton.get_state()
     GlobalHydra.instance().clear()
