@@ -1,11 +1,10 @@
-"""PNG files, image grids, and one style of figures. Shapes: n images, C H W."""
+"""PNG files and image grids. Shapes: n images, C H W."""
 
 import itertools
 import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +16,6 @@ from ddt.files import atomic_file, remove_temporary_files
 from ddt.logs import progress_bar
 
 PADDING = 2
-FIGURE_STYLE: Any = {
-    "figure.constrained_layout.use": True, "savefig.dpi": 120, "axes.grid": True, "grid.alpha": 0.3,
-    "legend.frameon": False, "legend.fontsize": "small", "axes.titlesize": "medium",
-}  # fmt: skip
 
 
 def enlarge(images: Tensor, min_side: int) -> Tensor:
@@ -81,21 +76,3 @@ def write_pngs(folder: Path, images: Iterable[np.ndarray], count: int) -> None:
             batch = list(itertools.islice(images, 256))
             list(pool.map(write, range(start, start + len(batch)), batch))
             progress.update(len(batch))
-
-
-def pyplot() -> Any:
-    """Return matplotlib's pyplot without a display, in the common style of figures."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(FIGURE_STYLE)
-    return plt
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure and close it."""
-    with atomic_file(path, sync=False) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:])
-    pyplot().close(figure)
