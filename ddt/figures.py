@@ -60,7 +60,7 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
 
 
 def log_scale(axes: Any) -> None:
-    """Make the y axis of a panel with all its lines logarithmic, with plain numbers at round ticks."""
+    """Make the y axis of a complete panel logarithmic, with plain numbers at round ticks."""
     axes.set_yscale("log")
     axes.minorticks_off()
     ticks = log_ticks(*axes.get_ylim())

@@ -246,6 +246,6 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def bar_text(row: Row) -> str:
-    """Return the number at the end of a bar, with what it is compared to where that is not plain."""
+    """Return the number at the end of a bar, and of which way where that is not the first."""
     arrow = "→ " if row["ratio"] > LONGEST else ""
     return f"{arrow}{row['ratio']:.2f}" + ("" if row["base"] == row["first"] else f" of “{row['base']}”")
