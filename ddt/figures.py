@@ -12,6 +12,7 @@ from ddt.files import atomic_file
 STYLE = Path(__file__).with_suffix(".mplstyle")
 WIDTH = 8.0  # inches, of a figure as wide as a page of the docs
 BLUE, ORANGE, GREEN, GREY = "C0", "C1", "C2", "0.65"
+ENTRY, CHARACTER = 0.5, 0.06  # inches, of a legend's entry: its handle, and a character of its label
 STEPS = ((1,), (1, 2, 5))  # of ticks in a decade, coarse to fine
 MIN_TICKS = 3
 
@@ -83,11 +84,13 @@ def label_lines(axes: Any) -> None:
                       ha=side, va="bottom")  # fmt: skip
 
 
-def share_legend(figure: Any, columns: int = 4) -> None:
-    """Write one legend above all panels, each label once."""
+def share_legend(figure: Any) -> None:
+    """Write one legend above all panels, each label once, in as many columns as fit."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     if entries:
-        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=min(columns, len(entries)))
+        width = ENTRY + CHARACTER * max(map(len, entries))
+        columns = max(1, min(len(entries), int(figure.get_figwidth() / width)))
+        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)

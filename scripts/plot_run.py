@@ -31,7 +31,10 @@ class PlotRunSettings:
         require(self.runs != [], "runs=[]: name at least one run folder")
         require(self.keys != [], "keys=[]: name at least one logged value, such as loss")
         runs, labels = as_list(self.runs), as_list(self.labels or [])
-        require(self.labels is None or len(labels) == len(runs), f"labels: are {len(labels)} for {len(runs)} runs")
+        require(
+            self.labels is None or len(labels) == len(runs),
+            f"labels: are {len(labels)} for {len(runs)} runs; give as many",
+        )
 
 
 def as_list(value: list[str] | str) -> list[str]:

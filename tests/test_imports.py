@@ -89,6 +89,7 @@ REFUSED = {
     "scripts.estimate": ["gpus=0"],
     "scripts.export": ["format=x", "ckpt=x", "out=new"],
     "scripts.latent_statistics": ["batch_size=0", "autoencoder=rae_mae_b", "data=folder", "data.root=x", "out=x"],
+    "scripts.plot_report": ["out=x", "report=x"],
     "scripts.plot_run": ["out=x", "runs=x"],
     "scripts.posthoc_ema": ["std=9.0", "run=x", "out=new"],
     "scripts.reconstruct": ["num_images=0", "data=folder", "data.root=x", "autoencoder=rae_mae_b", "out=new"],

@@ -101,7 +101,8 @@ def over_batches(recipe: Recipe) -> Panel:
 
 def over_processes(recipe: Recipe) -> Panel:
     """Return GB that each process sends per step, by their number."""
-    counts = [n for n in PROCESSES if recipe.trainer.global_batch_size % n == 0]
+    smallest = recipe.trainer.micro_batch_size or 1  # images of a process
+    counts = [n for n in PROCESSES if recipe.trainer.global_batch_size % (n * smallest) == 0]
     curves = {}
     for name, parallelism in (("DDP", "ddp"), ("FSDP", "fsdp")):
         trainer: Any = dataclasses.replace(recipe.trainer, parallelism=parallelism)  # type: ignore[arg-type]

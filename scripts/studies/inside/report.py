@@ -20,13 +20,13 @@ FRAME, PAUSE = 80, 2000  # milliseconds
 def draw_similarities(z: Similarity, path: Path) -> None:
     """Write a panel per schedule: z's similarity, segments that share z, the encoder's steps."""
     count = len(z.schedules)
-    figure, panels = pyplot().subplots(ncols=count, figsize=(min(WIDTH, 4.4 * count + 0.8), 4.2), squeeze=False)
+    figure, panels = pyplot().subplots(ncols=count, figsize=(min(WIDTH, 4 * count + 1), 3.9), squeeze=False)
     for axes, (name, steps) in zip(panels[0], z.schedules.items(), strict=True):
         image = draw_similarity(axes, z.values, steps)
-        axes.plot(np.array(steps) + 0.5, np.array(steps) + 0.5, ".", color=ORANGE)
+        axes.plot(np.array(steps) + 0.5, np.array(steps) + 0.5, ".", color=ORANGE, markersize=6)
         chosen = " (chosen)" if steps == z.chosen else ""
         axes.set_title(f"{name}{chosen}: mean similarity\nof z to the z in use {z.to_z_in_use(name):.4f}")
-    figure.colorbar(image, ax=panels, label="cosine similarity of z")
+    figure.colorbar(image, ax=panels, shrink=0.8, label="cosine similarity of z")
     save_figure(figure, path)
 
 

@@ -95,5 +95,5 @@ def draw(summary: list[Row], distance: str, path: Path) -> None:
     log_scale(panels[1])
     for axes in panels:
         axes.set(xlabel="times as fast as without sharing,\nby multiply-accumulates")
-    share_legend(figure, columns=3)
+    share_legend(figure)
     save_figure(figure, path)

@@ -15,7 +15,7 @@ import torch
 
 from ddt.config import did_you_mean
 from ddt.errors import require
-from ddt.figures import WIDTH, pyplot, save_figure
+from ddt.figures import WIDTH, pyplot, save_figure, share_legend
 from ddt.files import atomic_file, write_text
 from ddt.metrics.ranking import better, ranked
 from ddt.model import NETWORKS
@@ -262,9 +262,7 @@ def panel(axes: Any, settings: list[Setting], metric: str, x: str) -> None:
         axes.plot(*zip(*points, strict=True), ".", color="0.35", markersize=4, zorder=3)
     ylabel = title(metric).replace("\n", " ") + direction(metric, "\n({} is better)")
     axes.set(ylabel=ylabel, title="this sweep: mean ± sd over seeds, a dot a seed")
-    if lines:
-        axes.legend()
-    else:
+    if not lines:
         axes.text(0.5, 0.5, "no run has ended with it yet", ha="center", transform=axes.transAxes)
 
 
@@ -278,12 +276,12 @@ def draw(settings: list[Setting], metric: str, x: str, path: Path) -> None:
         figure, panels = pyplot().subplot_mosaic(mosaic, figsize=(WIDTH, 4.2), width_ratios=[3, 2], sharex=True)
         for name, (depth, curve, undivided) in PUBLISHED.items():
             axes, shares = panels[name], [blocks / depth for blocks in curve]
-            axes.plot(shares, list(curve.values()), "s-", color="0.3", label=f"DDT-{name}")
-            axes.axhline(undivided, color="0.3", linestyle="--", label=f"undivided (Improved-REPA-{name})")
+            axes.plot(shares, list(curve.values()), "s-", color="0.3", label="published: DDT")
+            axes.axhline(undivided, color="0.3", linestyle="--", label="published: undivided (Improved-REPA)")
             axes.set(ylabel="FID-50K", title=f"published, ImageNet 256: {name}, {depth} blocks")
-            axes.legend()
     panel(panels["own"], settings, metric, x)
     for name, axes in panels.items():
         if name in ("own", list(PUBLISHED)[-1]):
             axes.set_xlabel("blocks of the encoder as a share of all" if x == DEPTH else x)
+    share_legend(figure)
     save_figure(figure, path)
