@@ -13,7 +13,7 @@ STYLE = Path(__file__).with_suffix(".mplstyle")
 WIDTH = 8.0  # inches, of a figure as wide as a page of the docs
 BLUE, ORANGE, GREEN, GREY = "C0", "C1", "C2", "0.65"
 ENTRY, CHARACTER = 0.5, 0.06  # inches, of a legend's entry: its handle, and a character of its label
-STEPS = ((1,), (1, 2, 5))  # of ticks in a decade, coarse to fine
+STEPS = ((1,), (1, 2, 5), (1, 2, 3, 4, 6, 8))  # of ticks in a decade, coarse to fine
 MIN_TICKS = 3
 
 
