@@ -1,11 +1,10 @@
-"""PNG files, image grids, and one style of figures. Shapes: n images, C H W."""
+"""PNG files and image grids. Shapes: n images, C H W."""
 
 import itertools
 import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +16,6 @@ from ddt.files import atomic_file, remove_temporary_files
 from ddt.logs import progress_bar
 
 PADDING = 2
-FIGURE_STYLE: Any = {
-    "figure.constrained_layout.use": True, "savefig.dpi": 120, "axes.grid": True, "grid.alpha": 0.3,
-    "legend.frameon": False, "legend.fontsize": "small", "axes.titlesize": "medium",
-}  # fmt: skip
 
 
 def enlarge(images: Tensor, min_side: int) -> Tensor:
@@ -31,24 +26,32 @@ def enlarge(images: Tensor, min_side: int) -> Tensor:
     return nn.functional.interpolate(images.float(), scale_factor=factor, mode="bicubic").round().clamp(0, 255).byte()
 
 
-def image_grid(images: Tensor, columns: int, captions: list[str] | None = None, min_cell: int = 48) -> np.ndarray:
-    """Return uint8 images (n, C, H, W) as one picture (H', W', 3), with captions below the images.
+def image_grid(
+    images: Tensor, columns: int, captions: list[str] | None = None, rows: list[str] | None = None, min_cell: int = 48
+) -> np.ndarray:
+    """Return uint8 images (n, C, H, W) as one picture (H', W', 3), with captions below the images
+    and labels to the left of the rows.
 
     Images narrower than `min_cell` px are enlarged.
     """
     images = enlarge(images, min_cell)
-    if captions is None:
-        return make_grid(images, nrow=columns, padding=PADDING, pad_value=255).permute(1, 2, 0).numpy()
     n, channels, height, width = images.shape
     size = max(10, width // 14)  # px, of the font
-    room = torch.full((n, channels, size + 4, width), 255, dtype=torch.uint8)
-    grid = make_grid(torch.cat([images, room], dim=2), nrow=columns, padding=PADDING, pad_value=255)
-    picture = Image.fromarray(np.ascontiguousarray(grid.permute(1, 2, 0).numpy()))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
+    if captions is not None:
+        room = torch.full((n, channels, size + 4, width), 255, dtype=torch.uint8)
+        images = torch.cat([images, room], dim=2)
+    grid = make_grid(images, nrow=columns, padding=PADDING, pad_value=255).permute(1, 2, 0).numpy()
+    font = ImageFont.load_default(size)
+    margin = 0 if rows is None else math.ceil(max(map(font.getlength, rows))) + 8
+    picture = Image.fromarray(np.pad(grid, ((0, 0), (margin, 0), (0, 0)), constant_values=255))
+    draw = ImageDraw.Draw(picture)
     edge = PADDING if n > 1 else 0  # make_grid does not pad a single image
-    for k, caption in enumerate(captions):
-        left = edge + (k % columns) * (width + PADDING) + width / 2
-        top = edge + (k // columns) * (height + size + 4 + PADDING) + height
+    for k, row in enumerate(rows or []):
+        middle = edge + k * (images.shape[2] + PADDING) + height / 2
+        draw.text((margin - 4, middle), row, fill=(0, 0, 0), font=font, anchor="rm")
+    for k, caption in enumerate(captions or []):
+        left = margin + edge + (k % columns) * (width + PADDING) + width / 2
+        top = edge + (k // columns) * (images.shape[2] + PADDING) + height
         while font.getlength(caption) > width and len(caption) > 1:
             caption = caption.removesuffix("…")[:-1] + "…"
         draw.text((left, top), caption, fill=(0, 0, 0), font=font, anchor="ma")
@@ -81,21 +84,3 @@ def write_pngs(folder: Path, images: Iterable[np.ndarray], count: int) -> None:
             batch = list(itertools.islice(images, 256))
             list(pool.map(write, range(start, start + len(batch)), batch))
             progress.update(len(batch))
-
-
-def pyplot() -> Any:
-    """Return matplotlib's pyplot without a display, in the common style of figures."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(FIGURE_STYLE)
-    return plt
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure and close it."""
-    with atomic_file(path, sync=False) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:])
-    pyplot().close(figure)

@@ -154,6 +154,8 @@ def test_a_wheel_has_commands_and_settings(installed, tmp_path):
     where = (
         "import ddt.cli as c, sys; assert str(c.CONF).startswith(sys.prefix), c.CONF; print(*c.CONF.rglob('*.yaml'))"
     )
+    style = "from ddt.figures import STYLE; print(STYLE.is_file())"
+    assert run_installed(installed / "python", "-c", style, cwd=tmp_path) == "True\n"
     needed = "from ddt.config import missing_package as f; print(f('gradio', 'x'))"
     said = run_installed(installed / "python", "-c", needed, cwd=tmp_path)
     assert said == "x: needs the package gradio; run pip install 'ddt-diffusion[app]'\n"

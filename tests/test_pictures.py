@@ -36,6 +36,19 @@ def test_captions_stand_under_their_images_and_never_on_them():
     assert not np.array_equal(one, other)
 
 
+def test_rows_are_named_beside_their_images():
+    images = torch.full((4, 3, 64, 64), 7, dtype=torch.uint8)
+    plain = image_grid(images, 2, ["cat", "dog"] * 2)
+    picture = image_grid(images, 2, ["cat", "dog"] * 2, rows=["original", "reconstruction"])
+    margin = picture.shape[1] - plain.shape[1]
+    assert margin > 0
+    assert np.array_equal(picture[:, margin:], plain)  # names are never on the images
+    rows = [picture[top : top + 64, :margin] for top in (2, 2 + 64 + 14 + 2)]
+    assert all(row.min() < 128 and (row[:, :2] == 255).all() for row in rows)  # none is cut off
+    width = [(row.min(axis=(0, 2)) < 128).sum() for row in rows]
+    assert width[0] < width[1]
+
+
 def test_imagenet_has_names():
     synsets = imagenet_synsets()
     assert len(set(synsets)) == 1000

@@ -19,6 +19,7 @@ TITLES = {
     "inception_score_shuffled": "Inception Score, shuffled",
     "fd_dinov2": "FD-DINOv2",
 }
+FEATURES = {"dinov2": "DINOv2", "fashion_mnist": "Fashion-MNIST"}  # names of extractors as people write them
 
 
 def short(count: int) -> str:
@@ -30,6 +31,14 @@ def title(name: str) -> str:
     """Return what people call a metric."""
     words = name.replace("fd_", "FD-") if name.startswith("fd_") else name.replace("_", " ")
     return TITLES.get(name, words)
+
+
+def in_words(name: str, count: str) -> str:
+    """Return a metric of `count` samples as the title of a figure says it, in two lines."""
+    if not name.startswith("fd_"):
+        return f"{title(name)}\nof {count} samples"
+    features = name.removeprefix("fd_")
+    return f"Fréchet distance of {count} samples,\n{FEATURES.get(features, features)} features"
 
 
 def labels(

@@ -182,9 +182,12 @@ def refuse_other_evaluation(out: Path, inputs: dict[str, Any]) -> None:
 
 
 def write_pairs(path: Path, samples: ImageSource, training: ImageSource, scores: Scores) -> None:
-    """Write a grid of the samples nearest to a training image, that image below each."""
+    """Write a grid of the samples nearest to a training image, that image below each, with
+    their distance between.
+    """
     assert scores.distances is not None and scores.nearest is not None  # noqa: PT018
     order = torch.argsort(scores.distances, stable=True)[:NUM_PAIRS].tolist()
     pairs = [pick(samples, order), pick(training, scores.nearest[order].tolist())]
-    captions = [f"{scores.distances[k].item():.3g}" for k in order] + ["reference"] * len(order)
-    write_png(path, image_grid(torch.from_numpy(np.concatenate(pairs)).permute(0, 3, 1, 2), len(order), captions))
+    captions = [f"{scores.distances[k].item():.3g}" for k in order] + [""] * len(order)
+    images = torch.from_numpy(np.concatenate(pairs)).permute(0, 3, 1, 2)
+    write_png(path, image_grid(images, len(order), captions, rows=["sample", "reference"]))

@@ -41,7 +41,7 @@ def psnr(originals: Tensor, reconstructions: Tensor) -> float:
 
 
 def comparison(originals: Tensor, reconstructions: Tensor) -> np.ndarray:
-    """Return a grid (H', W', 3) of up to 16 images in rows of up to 8, originals above
+    """Return a grid (H', W', 3) of up to 16 images in labelled rows of up to 8, originals above
     reconstructions.
 
     Both are uint8 (n, C, H, W); the choice of images is random, but always the same.
@@ -52,7 +52,9 @@ def comparison(originals: Tensor, reconstructions: Tensor) -> np.ndarray:
     pairs = torch.stack([originals[chosen], reconstructions[chosen]]).unflatten(
         1, (-1, columns)
     )  # (2, rows, columns, …)
-    return image_grid(pairs.transpose(0, 1).flatten(0, 2), columns)
+    return image_grid(
+        pairs.transpose(0, 1).flatten(0, 2), columns, rows=["original", "reconstruction"] * pairs.shape[1]
+    )
 
 
 def write_reconstructions(settings: ReconstructSettings, command: str) -> None:

@@ -44,14 +44,19 @@ def modulation_macs(stack: BlockStack) -> int:
     return weight_macs(block.get_submodule("adaln") for block in stack.blocks)
 
 
+def attention_macs(module: nn.Module, num_tokens: int) -> int:
+    """Return the MACs of q·k and weights·v of all attention in a module, for one image."""
+    attentions = [layer for layer in module.modules() if isinstance(layer, Attention)]
+    return sum(2 * num_tokens**2 * layer.qkv.in_features for layer in attentions)  # N²·D each
+
+
 def stack_macs(stack: BlockStack, num_tokens: int) -> int:
     """Return the MACs of input projection and blocks, without modulations, for one image."""
     modules = [block.get_submodule(name) for block in stack.blocks for name in ("mixer", "mlp")]
-    attentions = [layer for layer in stack.modules() if isinstance(layer, Attention)]
-    products = sum(2 * num_tokens**2 * layer.qkv.in_features for layer in attentions)  # q·k, weights·v: N²·D each
     token = filter(None, [stack.token_input])
     images = num_tokens - 1 if stack.class_token else num_tokens  # tokens of the image
-    return images * weight_macs([stack.input]) + weight_macs(token) + num_tokens * weight_macs(modules) + products
+    weights = images * weight_macs([stack.input]) + weight_macs(token) + num_tokens * weight_macs(modules)
+    return weights + attention_macs(stack, num_tokens)
 
 
 def num_tokens(model: "Denoiser", height: int, width: int) -> int:

@@ -117,7 +117,8 @@ class Measurements:
             path = preview_path(self.run_dir, step)
             first = not any(path.parent.glob("step_*.png"))
             with picture_or_warning(path), autocast(device, dtype):
-                write_preview(path, network, run.autoencoder, device, run.latent_shape, run.settings.sampler)
+                classes = readable(run.images.class_names)
+                write_preview(path, network, run.autoencoder, device, run.latent_shape, run.settings.sampler, classes)
                 tracker.image(step, "preview", path)
                 if first:
                     log.info("first samples: %s", path)
@@ -185,9 +186,10 @@ def write_preview(
     device: torch.device,
     shape: tuple[int, int, int],
     sampler: SamplerSettings,
+    names: list[str],
 ) -> None:
     """Draw a grid of a network's samples to `path`: up to ten classes across, four seeds down,
-    always the same noise.
+    always the same noise, each with the name of its class.
 
     `shape` is (C, H, W) of a latent; `sampler` says how. One process alone calls it. Raises
     FloatingPointError for non-finite samples, which would be a constant picture.
@@ -200,4 +202,4 @@ def write_preview(
     latents = sample_latents(model, torch.from_numpy(noise).to(device), y, sampler)
     check_finite(latents, advice="a smaller optimizer.lr if the losses are large, too")
     images = autoencoder.decode(latents)
-    write_png(path, image_grid(images.cpu(), columns))
+    write_png(path, image_grid(images.cpu(), columns, [names[k] for k in y.tolist()]))

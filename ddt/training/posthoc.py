@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ddt.checkpoint import format as ckpt
 from ddt.errors import require
-from ddt.files import atomic_file, check_new, check_writable
+from ddt.figures import GREY, ORANGE, pyplot, save_figure, share_legend
+from ddt.files import check_new, check_writable
 from ddt.training.ema import Array, Rule, ema_rules
 from ddt.training.resume import frozen_differences
 from ddt.training.settings import PosthocSettings
@@ -230,19 +231,15 @@ def is_written(folder: Path, made: dict[str, Any]) -> bool:
 
 def plot_profile(ema: Reconstruction, path: Path) -> None:
     """Write a figure of the target profile and the reconstructed one."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = pyplot().subplots(figsize=(5.5, 3.2))
     steps = np.arange(ema.target.step + 1)
-    axes.plot(steps, ema.target.shares(), color="0.7", linewidth=4, label="target")
-    axes.plot(steps, ema.shares(), color="C3", linewidth=1, label="from snapshots")
+    axes.plot(steps, ema.target.shares(), color=GREY, linewidth=4, label="target")
+    axes.plot(steps, ema.shares(), color=ORANGE, linewidth=1, label="from snapshots")
     for end in {profile.step for profile in ema.profiles}:
         axes.axvline(end, ymax=0.03, color="0.3", linewidth=0.8)
     axes.set(xlabel="step (bars: snapshots)", ylabel="share in the EMA", title=f"relative error {ema.residual:.2g}")
-    axes.legend(frameon=False)
-    with atomic_file(path, sync=False) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    share_legend(figure)
+    save_figure(figure, path)
 
 
 def posthoc_ema(settings: PosthocSettings) -> None:

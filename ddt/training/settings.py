@@ -314,11 +314,12 @@ class EstimateSettings:
     num_samples: int
     num_classes: int | None
     out: str | None
+    plot: str | None
 
     may_be_missing = ("data.root",)  # nothing is read from it
 
     def __post_init__(self) -> None:
-        out = None if self.out is None else Path(self.out)
+        out, plot = (None if value is None else Path(value) for value in (self.out, self.plot))
         for key, most in (("gpus", MAX_BATCH), ("num_samples", MANY), ("num_classes", MAX_CLASSES)):
             require_count(key, getattr(self, key), 1, most)
         both = "has no effect with measured=, which brings its own; leave one out"
@@ -328,6 +329,8 @@ class EstimateSettings:
             ("share", self.measured is None or self.share is None, both),
             ("out", out is None or out.suffix == ".json", "give a .json file"),
             ("out", out is None or not out.exists(), "exists already and is not written over; choose another"),
+            ("plot", plot is None or plot.suffix in (".png", ".pdf", ".svg"), "give a .png, .pdf or .svg file"),
+            ("plot", plot is None or not plot.exists(), "exists already and is not written over; choose another"),
         ):
             require(valid, f"{key}={getattr(self, key)}: {message}")
         processes = self.trainer.num_processes

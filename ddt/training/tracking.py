@@ -17,11 +17,32 @@ from PIL import Image
 
 from ddt.errors import first_line, require
 from ddt.files import read_json, write_text
+from ddt.metrics.comparability import in_words
+from ddt.training.meter import BY_T
 from ddt.training.settings import METRIC_SUFFIX
 from ddt.training.throughput import PERF_NAMES
 
 log = logging.getLogger(__name__)
 Mode = Literal["online", "offline", "disabled"]
+TITLES = {
+    "loss": "training loss",
+    "fm_loss": "flow-matching loss",
+    "repa_loss": "alignment loss (1 − cosine)",
+    "alignment_cosine": "cosine to the target's features",
+    "validation_loss": "validation loss of the EMA weights",
+    "grad_norm": "gradient norm before clipping",
+    "clipped": "share of clipped steps",
+    "skipped_steps": "steps skipped so far",
+    "loss_scale": "loss scale of fp16",
+    "ema_distance": "EMA's relative distance to the weights",
+    "lr": "learning rate",
+    "images_per_second": "images per second",
+    "data_wait": "share of time waiting for data",
+    "tflops_per_process": "TFLOP/s per process",
+    "mfu": "model FLOPs utilization",
+    "mfu_with_target": "model FLOPs utilization, with target",
+    "gpu_memory_gib": "peak GPU memory (GiB)",
+}
 
 
 def read_rows(path: Path, key: str = "step", kind: type = int) -> list[dict[str, Any]]:
@@ -73,6 +94,16 @@ def dashboard_name(name: str) -> str:
     if name in PERF_NAMES:
         return f"perf/{name}"
     return f"eval/{name}" if METRIC_SUFFIX.search(name) else f"train/{name}"
+
+
+def title(name: str) -> str:
+    """Return a value of `metrics.jsonl` in words, with its unit, as the title of a figure."""
+    if name.startswith(f"{BY_T}/"):
+        return f"flow-matching loss, t in {name.removeprefix(f'{BY_T}/').replace('-', '–')}"
+    if METRIC_SUFFIX.search(name):
+        metric, _, count = name.rpartition("_")
+        return in_words(metric, count.upper())
+    return TITLES.get(name, name.replace("_", " "))
 
 
 class JsonlTracker:

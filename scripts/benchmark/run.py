@@ -19,8 +19,8 @@ from ddt.config import Choice
 from ddt.distributed.compile import compiles
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError, first_line, require
+from ddt.figures import BLUE, GREY, WIDTH, label_bars, pyplot, save_figure, share_legend
 from ddt.files import write_json, write_text
-from ddt.pictures import pyplot, save_figure
 from ddt.precision import choose_dtype, torch_dtype
 from ddt.receipts import command_line
 from ddt.tables import markdown_table
@@ -31,6 +31,7 @@ from scripts.benchmark.timing import Row, matmul_rate, measure
 log = logging.getLogger(__name__)
 MOST_MEMORY = 0.45  # above this share no larger batch is tried: twice as large leaves too little for compiled ways
 MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}  # side of the matrices whose product's rate is the yardstick
+LONGEST = 4.0  # times as fast, at which a bar of the figure ends
 HEADS = (
     "case", "way", "ms", "× base", "bound", "× first", "bound of that", "images/s", "of a product's rate", "peak MiB",
     "error",
@@ -160,7 +161,7 @@ def benchmark(settings: BenchmarkSettings) -> None:
     if out is not None:
         write_json(out / "benchmark.json", result)
         write_text(out / "benchmark.md", report(result))
-        draw([row for row in rows if "seconds" in row and row["way"] != row["base"]], out / "benchmark.png")
+        draw(rows, out / "benchmark.png")
         log.info("written: %s", out / "benchmark.md")
     require(not any("failed" in row for row in rows), "parts failed: see the lines above")
 
@@ -209,19 +210,42 @@ def report(result: dict[str, Any]) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Write a figure: how many times faster each way is than its plain one, with its bound."""
+    """Write a figure: how many times as fast each way is as its plain one, a panel per part.
+
+    Each bar carries its number; one longer than `LONGEST` is cut there, with an arrow before it.
+    """
+    rows = [row for row in rows if "ratio" in row and row["way"] != row["base"]]
     if not rows:
         return
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(10, max(4.0, 0.28 * len(rows) + 1)))
-    labels = [f"{row['part']}, {row['case']}: {row['way']}" for row in rows]
-    axes.barh(labels, [row["ratio"] for row in rows])
-    bounds = [(row["bound"], label) for row, label in zip(rows, labels, strict=True) if row["bound"] is not None]
-    if bounds:
-        axes.plot(*zip(*bounds, strict=True), "|", color="black", markersize=11, label="ratio of the counts")
-        axes.legend(loc="lower right")
-    axes.axvline(1, color="gray", linewidth=0.8)
-    axes.set(xscale="log", xlabel="times as fast as the plain way of doing the same")
-    axes.tick_params(axis="y", labelsize=7)
-    axes.invert_yaxis()
+    parts = {part: [row for row in rows if row["part"] == part] for part in dict.fromkeys(row["part"] for row in rows)}
+    heights = [len(group) + 1 for group in parts.values()]  # of the panels, in bars: the title takes one
+    figure, panels = pyplot().subplots(
+        len(parts), sharex=True, squeeze=False, height_ratios=heights, figsize=(WIDTH, 0.21 * sum(heights) + 1.1)
+    )
+    for axes, (part, group) in zip(panels[:, 0], parts.items(), strict=True):
+        for label, color, chosen in (
+            ("this repository", BLUE, [row for row in group if row["way"].startswith("ours")]),
+            ("plain, done otherwise", GREY, [row for row in group if not row["way"].startswith("ours")]),
+        ):
+            if chosen:
+                lengths = [min(row["ratio"], LONGEST) for row in chosen]
+                bars = axes.barh(list(map(group.index, chosen)), lengths, color=color, label=label)
+                label_bars(axes, bars, list(map(bar_text, chosen)), [min(row["bound"] or 0, LONGEST) for row in chosen])
+        bounds = [(row["bound"], k) for k, row in enumerate(group) if row["bound"] is not None]
+        if bounds:
+            axes.plot(*zip(*bounds, strict=True), "|", color="black", markersize=11, label="ratio of the counts")
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(group)), [f"{row['case']}: {row['way']}" for row in group])
+        axes.set_title({"ema": "EMA"}.get(part, part), loc="left")
+        axes.set_ylim(len(group) - 0.4, -0.6)  # the first above
+        axes.grid(axis="y", visible=False)
+    axes.set(xlim=(0, 1.25 * min(LONGEST, max(row["ratio"] for row in rows))),
+             xlabel="times as fast as the plain way of doing the same (the line at 1)")  # fmt: skip
+    share_legend(figure)
     save_figure(figure, path)
+
+
+def bar_text(row: Row) -> str:
+    """Return the number at the end of a bar, and of which way where that is not the first."""
+    arrow = "→ " if row["ratio"] > LONGEST else ""
+    return f"{arrow}{row['ratio']:.2f}" + ("" if row["base"] == row["first"] else f" of “{row['base']}”")

@@ -173,7 +173,7 @@ def draw_similarity(axes: Any, values: np.ndarray, steps: list[int]) -> Any:
     count = len(values)
     image = axes.imshow(values, origin="lower", extent=(0, count, 0, count), cmap="viridis")
     for start, end in zip(steps, [*steps[1:], count], strict=True):
-        axes.plot([start, end, end, start, start], [start, start, end, end, start], color="white", linewidth=1.2)
+        axes.plot([start, end, end, start, start], [start, start, end, end, start], color="white")
     axes.set(xlabel="step", ylabel="step")
     axes.grid(False)
     return image

@@ -525,8 +525,8 @@ def test_the_nearest_images_are_shown(tmp_path):
     reference = Reference("data:digits", {}, DataImages("data:digits", images))
     result = {}
 
-    def grid(pixels, columns, captions):
-        result.update(pixels=pixels, captions=captions)
+    def grid(pixels, columns, captions, rows):
+        result.update(pixels=pixels, captions=captions, rows=rows)
         return np.zeros((2, 2, 3), dtype=np.uint8)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -538,6 +538,7 @@ def test_the_nearest_images_are_shown(tmp_path):
     assert np.array_equal(result["pixels"][[0, 1]], training[[33, 2]])
     assert np.array_equal(result["pixels"][[10, 11]], training[[33, 2]])
     assert result["captions"][:2] == ["0", "0"]
+    assert result["rows"] == ["sample", "reference"]
 
 
 def test_a_run_that_was_sampled_from(tmp_path):

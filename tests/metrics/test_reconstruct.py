@@ -105,5 +105,9 @@ def test_originals_stand_above_their_reconstructions():
     for count, rows in ((1, 2), (3, 2), (8, 2), (11, 2), (16, 4), (40, 4)):
         images = torch.zeros(count, 3, 48, 48, dtype=torch.uint8)
         picture = comparison(images, images + 255)
-        assert picture.shape == (rows * 50 + 2, min(count, 8) * 50 + 2, 3)
-        assert picture[25::50, 25::50].mean(axis=(1, 2)).tolist() == [0, 255] * (rows // 2)
+        margin = picture.shape[1] - (min(count, 8) * 50 + 2)  # the names of the rows
+        assert picture.shape[0] == rows * 50 + 2
+        assert picture[25::50, margin + 25 :: 50].mean(axis=(1, 2)).tolist() == [0, 255] * (rows // 2)
+        names = [picture[2 + 50 * k : 50 + 50 * k, :margin] for k in range(rows)]
+        assert all(name.min() < 128 for name in names)
+        assert not (names[0] == names[1]).all()

@@ -242,6 +242,13 @@ def lines_of(axes):
     return [points for points in lines if len(points) > 1]
 
 
+def legend_of(figure):
+    """The labels of the one legend, which no panel has beside it."""
+    (legend,) = figure.legends
+    assert [axes.get_legend() for axes in figure.axes] == [None] * len(figure.axes)
+    return [text.get_text() for text in legend.get_texts()]
+
+
 def test_the_published_curves_stand_apart(monkeypatch, tmp_path, sweep):
     """Ours and theirs against the share of the encoder, on axes of their own."""
     own, *theirs = panels_of(monkeypatch, tmp_path, sweep, DEPTH).items()
@@ -252,8 +259,9 @@ def test_the_published_curves_stand_apart(monkeypatch, tmp_path, sweep):
     )
     band = own[1].patches[0].get_extents().transformed(own[1].transData.inverted())
     assert (band.y0, band.y1) == (pytest.approx(50.0), pytest.approx(52.0))
-    assert [text.get_text() for text in own[1].get_legend().get_texts()] == ["undivided (DiT)", "DDT"]
-    assert [title.split(":")[0] for title, _ in theirs] == ["published, ImageNet 256, FID-50K"] * 2
+    assert legend_of(own[1].figure) == ["undivided (DiT)", "DDT", "published: DDT",
+                                        "published: undivided (Improved-REPA)"]  # fmt: skip
+    assert [title.split(":")[0] for title, _ in theirs] == ["published, ImageNet 256"] * 2
     for (_, axes), (depth, curve, undivided) in zip(theirs, PUBLISHED.values(), strict=True):
         assert lines_of(axes) == [[(blocks / depth, fid) for blocks, fid in curve.items()]]
         (level,) = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
@@ -265,8 +273,9 @@ def test_another_setting_along_the_curve_has_nothing_published_beside_it(monkeyp
     ((_, axes),) = panels_of(monkeypatch, tmp_path, sweep, "optimizer.lr").items()
     assert axes.get_xlabel() == "optimizer.lr"
     assert lines_of(axes) == [[(0.002, 27.0), (0.1, 20.0)]]
-    labels = {text.get_text() for text in axes.get_legend().get_texts()}
-    assert labels == {"DDT, model.encoder_depth=1", "DDT, model.encoder_depth=3", "undivided (DiT)"}
+    labels = legend_of(axes.figure)
+    assert set(labels) == {"DDT, model.encoder_depth=1", "DDT, model.encoder_depth=3", "undivided (DiT)"}
+    assert len(labels) == 3
 
 
 def test_only_the_same_command_writes_a_report_again(sweep, tmp_path):

@@ -32,6 +32,7 @@ from ddt.objective import FlowMatching
 from ddt.objective.alignment import REPA, AlignmentLoss, Projector
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.settings import SamplerSettings
+from ddt.training.cost_growth import plot_growth
 from ddt.training.ema import EMA, ConstantDecay
 from ddt.training.estimate import (
     IMAGENET,
@@ -416,6 +417,33 @@ def test_the_command_says_what_is_assumed_and_writes_a_file(tmp_path):
     found = json.loads(out.read_text())
     assert found["disk"]["cache"] == 1_281_167 * 2 * 8 * 32 * 32
     assert found["time"]["training_gpu_hours"] == 2 * found["time"]["training_hours"]
+
+
+def test_growth_passes_through_the_recipe_itself(tmp_path):
+    """Where an axis holds the recipe's own value, the curve has the estimate's number."""
+    settings = composed(
+        "estimate", "ddt.training.settings.EstimateSettings", "model=nano", "data=digits", "gpus=2",
+        "trainer.micro_batch_size=8", "sampler.recompute=uniform:5", "model.encoder_depth=3",
+    )  # fmt: skip
+    recipe = build_recipe(settings)
+    sizes, depths, encoders, batches, processes = plot_growth(settings, recipe, tmp_path / "growth.png")
+    work, depth = flops(recipe), settings.model.settings["depth"]
+
+    def at(panel, point, curve):
+        return panel.curves[curve][panel.points.index(point)]
+
+    assert at(sizes, 8, "whole forward") == pytest.approx(work["forward"] / 1e9)
+    assert at(sizes, 16, "attention") == pytest.approx(16 * at(sizes, 8, "attention"))
+    assert at(depths, depth, "whole forward") == pytest.approx(work["forward"] / 1e9)
+    assert at(encoders, 3, "at every 5th step") == pytest.approx(work["sampling"] / 1e12)
+    assert at(encoders, 3, "encoder at every step") > at(encoders, 3, "at every 5th step")
+    assert at(batches, 8, "none") == pytest.approx(memory(recipe)["total"] / 1e9)
+    assert at(batches, 64, "none") > at(batches, 64, "selective") > at(batches, 64, "full")
+    assert at(processes, 2, "DDP") == pytest.approx(exchanged_bytes(recipe) / 1e9)
+    assert at(processes, 1, "FSDP") == 0
+    assert (tmp_path / "growth.png").read_bytes()[:4] == b"\x89PNG"
+    said = refusal("scripts.estimate", "model=dit_nano", f"plot={tmp_path / 'x.png'}")
+    assert said.startswith(f"plot={tmp_path / 'x.png'}: needs a network with an encoder")
 
 
 def test_in_fp32_the_time_is_unknown():

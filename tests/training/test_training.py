@@ -512,7 +512,8 @@ def test_impossible_settings_are_named(changes, message):
 def test_a_preview_of_non_finite_samples_is_a_warning_and_no_picture(tmp_path, caplog, bad):
     network = small_ddt(in_channels=1)
     path, device = tmp_path / "previews" / "step_0000001.png", torch.device("cpu")
-    arguments = (path, network, Identity(), device, (1, 8, 8), SamplerSettings(num_steps=2, last_step=None))
+    names = [str(k) for k in range(network.num_classes)]
+    arguments = (path, network, Identity(), device, (1, 8, 8), SamplerSettings(num_steps=2, last_step=None), names)
     write_preview(*arguments)
     path.unlink()
     torch.nn.init.constant_(next(network.parameters()), bad)

@@ -1,20 +1,22 @@
 """The report of a guidance search: numbers, tables and heat map of both stages."""
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ddt.figures import ORANGE, log_ticks, pyplot, save_figure, tick_labels
+from ddt.metrics.comparability import in_words, short
 from ddt.metrics.ranking import is_number, ranked
-from ddt.pictures import pyplot, save_figure
 from ddt.receipts import nested
 from ddt.tables import markdown_table
 from scripts.studies.guidance.settings import Point, interval_text
 from scripts.studies.study import Row, mean_sd, number, spread
 
 PANELS = ("checkpoint", "weights", "recompute", "timeshift")  # axes of which each combination has a panel
-FRAME = "#d62728"
+FRAME, BEST = {"linewidth": 1.8}, {"linewidth": 4}  # of points that were sampled again, and of the best of them
 
 
 def make_result(
@@ -62,6 +64,15 @@ def axis_text(axis: str, value: Any) -> str:
     if axis == "recompute":
         return "encoder at every step" if value is None else str(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def panel_title(chosen: dict[str, Any]) -> str:
+    """Return in words of which values of the other axes a panel is."""
+    words = {"weights": "{} weights", "timeshift": "time shift {}"}
+    texts = {axis: words.get(axis, "{}").format(axis_text(axis, value)) for axis, value in chosen.items()}
+    if "recompute" in texts:
+        texts["recompute"] = re.sub(r"^uniform:(\d+)$", r"encoder at one of \1 steps", texts["recompute"])
+    return ", ".join(texts.values())
 
 
 def values_of(points: list[Row], axis: str) -> list[Any]:
@@ -114,6 +125,7 @@ def draw(result: Row, path: Path) -> None:
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
+    from matplotlib.patches import Patch
 
     points, metric = result["points"], result["metric"]
     scales, intervals = sorted(values_of(points, "cfg_scale")), intervals_of(points)
@@ -121,7 +133,7 @@ def draw(result: Row, path: Path) -> None:
     combinations = list(itertools.product(*(values_of(points, axis) for axis in varied)))
     columns = min(2, len(combinations))
     lines = -(-len(combinations) // columns)
-    size = (1.6 + columns * (1.2 + 0.85 * len(scales)), 1.0 + lines * (1.0 + 0.6 * len(intervals)))
+    size = (1.2 + columns * (0.9 + 0.54 * len(scales)), 1.0 + lines * (0.8 + 0.4 * len(intervals)))
     figure, grid = pyplot().subplots(lines, columns, figsize=size, squeeze=False)
     distances = [value for row in points if is_number(value := row["metrics"][metric])]
     low = max(min(distances), 1e-9)  # a logarithm has no 0
@@ -130,15 +142,19 @@ def draw(result: Row, path: Path) -> None:
         chosen = dict(zip(varied, combination, strict=True))
         own = [row for row in points if all(row[axis] == value for axis, value in chosen.items())]
         panel(axes, own, result, scales, intervals, norm)
-        axes.set_title(", ".join(f"{axis} {axis_text(axis, value)}" for axis, value in chosen.items()), fontsize=10)
+        axes.set_title(panel_title(chosen))
     for axes in grid.flat[len(combinations) :]:
         axes.set_visible(False)
-    label = result["labels"]["proxy"][metric]
-    bar = figure.colorbar(ScalarMappable(norm, "viridis_r"), ax=grid, label=label)
-    ticks = np.geomspace(norm.vmin, norm.vmax, 5)
-    bar.set_ticks(ticks.tolist(), labels=[f"{tick:.3g}" for tick in ticks])
+    _, bracket, remarks = result["labels"]["proxy"][metric].partition(" (")
+    label = in_words(metric, short(result["request"]["num_samples"])).replace("\n", " ") + bracket + remarks
+    bar = figure.colorbar(ScalarMappable(norm, "viridis_r"), ax=grid, label="distance (lower is better)")
+    ticks = log_ticks(norm.vmin, norm.vmax)
+    bar.set_ticks(ticks, labels=tick_labels(ticks))
     bar.ax.minorticks_off()
-    figure.suptitle(f"{label}; framed: sampled again with other noise, thickly: the best there")
+    figure.suptitle(label)
+    frames = {"sampled again with other noise": FRAME, "the best there": BEST}
+    handles = [Patch(fill=False, edgecolor=ORANGE, label=name, **style) for name, style in frames.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
     save_figure(figure, path)
 
 
@@ -159,18 +175,16 @@ def panel(axes: Any, own: list[Row], result: Row, scales: list[float], intervals
         values[place, column] = value if is_number(value := row["metrics"][result["metric"]]) else np.nan
         if row["label"] in (best, *others):
             top, height, _ = place.indices(len(intervals))
-            style: Any = {"fill": False, "edgecolor": FRAME, "zorder": 3}
-            width = 4 if row["label"] == best else 1.8
-            frame = (column - 0.46, top - 0.46), 0.92, height - top - 0.08
-            axes.add_patch(Rectangle(*frame, linewidth=width, **style))
+            style: Any = {"fill": False, "edgecolor": ORANGE, "zorder": 3, **(BEST if row["label"] == best else FRAME)}
+            axes.add_patch(Rectangle((column - 0.46, top - 0.46), 0.92, height - top - 0.08, **style))
     image = axes.imshow(values, cmap="viridis_r", norm=norm, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         if not np.isnan(value):
             luminance = np.dot(image.cmap(norm(value))[:3], (0.299, 0.587, 0.114))
             color = "black" if luminance > 0.5 else "white"
-            axes.text(j, i, f"{value:.3g}", ha="center", va="center", color=color, fontsize=9)
+            axes.text(j, i, f"{value:.3g}", ha="center", va="center", color=color)
     axes.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
     axes.set_yticks(range(len(intervals)), [interval_text(interval) for interval in intervals])
-    axes.set(xlabel="cfg scale", ylabel="guidance interval")
+    axes.set(xlabel="guidance scale", ylabel="guidance interval (t)")
     axes.tick_params(length=0)
     axes.grid(False)

@@ -212,8 +212,8 @@ def search(settings: GuidanceSettings, data: Choice | None, checkpoints: list[Ch
         final = dict(zip(((job.point.label, job.seed) for job in jobs), runner.run(jobs), strict=True))
         if main:
             winners = [(points[n], proxy[n], [(seed, final[points[n].label, seed]) for seed in seeds]) for n in best]
-            result = make_result(list(zip(points, proxy, strict=True)), winners, metric)
+            result = {"request": request, **make_result(list(zip(points, proxy, strict=True)), winners, metric)}
             write_report(
-                out / RESULT, {"request": request, **result}, tables(result), functools.partial(draw, result), device,
+                out / RESULT, result, tables(result), functools.partial(draw, result), device,
                 num_processes=accelerator.num_processes,
             )  # fmt: skip

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddt.pictures import image_grid, pyplot, save_figure
+from ddt.figures import ORANGE, WIDTH, pyplot, save_figure
+from ddt.pictures import image_grid
 from scripts.studies.inside.measure import EDGES, Film, Similarity, standard_error
 from scripts.studies.study import draw_similarity
 
@@ -19,15 +20,13 @@ FRAME, PAUSE = 80, 2000  # milliseconds
 def draw_similarities(z: Similarity, path: Path) -> None:
     """Write a panel per schedule: z's similarity, segments that share z, the encoder's steps."""
     count = len(z.schedules)
-    figure, panels = pyplot().subplots(ncols=count, figsize=(4.6 * count, 4.4), squeeze=False)
+    figure, panels = pyplot().subplots(ncols=count, figsize=(min(WIDTH, 4 * count + 1), 3.9), squeeze=False)
     for axes, (name, steps) in zip(panels[0], z.schedules.items(), strict=True):
         image = draw_similarity(axes, z.values, steps)
-        axes.plot(np.array(steps) + 0.5, np.array(steps) + 0.5, ".", color="red", markersize=4)
+        axes.plot(np.array(steps) + 0.5, np.array(steps) + 0.5, ".", color=ORANGE, markersize=6)
         chosen = " (chosen)" if steps == z.chosen else ""
-        axes.set_title(
-            f"{name}{chosen}: mean similarity of z to the z in use {z.to_z_in_use(name):.4f}", fontsize="small"
-        )
-    figure.colorbar(image, ax=panels, label="cosine similarity of z")
+        axes.set_title(f"{name}{chosen}: mean similarity\nof z to the z in use {z.to_z_in_use(name):.4f}")
+    figure.colorbar(image, ax=panels, shrink=0.8, label="cosine similarity of z")
     save_figure(figure, path)
 
 
@@ -44,9 +43,9 @@ def draw_grid(pictures: np.ndarray, titles: list[str], names: list[str], title: 
             axes.spines[:].set_visible(False)
             axes.grid(False)
             if row == 0:
-                axes.set_title(heading, fontsize="small")
-        panels[row, 0].set_ylabel(name, fontsize="small")
-    figure.suptitle(title, fontsize="medium")
+                axes.set_title(heading)
+        panels[row, 0].set_ylabel(name)
+    figure.suptitle(title)
     save_figure(figure, path)
 
 
@@ -87,9 +86,8 @@ def write_animation(film: Film, path: Path) -> None:
 def draw_losses(errors: np.ndarray, path: Path) -> None:
     """Write the mean of the losses (n, 10) by bin of t, with its standard error over images."""
     edges = np.array(EDGES)
-    figure, axes = pyplot().subplots(figsize=(5.6, 3.8))
-    axes.errorbar((edges[1:] + edges[:-1]) / 2, errors.mean(0), standard_error(errors), np.diff(edges) / 2, fmt="o",
-                  markersize=4, capsize=3)  # fmt: skip
+    figure, axes = pyplot().subplots(figsize=(5.5, 3.4))
+    axes.errorbar((edges[1:] + edges[:-1]) / 2, errors.mean(0), standard_error(errors), np.diff(edges) / 2, fmt="o")
     axes.set(xlabel="t (0 is noise, 1 is data)", ylabel="flow-matching loss", xlim=(0, 1), ylim=(0, None),
              title=f"{len(errors)} held-out images, EMA weights")  # fmt: skip
     save_figure(figure, path)

@@ -220,8 +220,8 @@ def measure(settings: SharingSettings, data: Choice | None) -> None:
         prepared = prepare(reference, extractor, accelerator)
         curve = Curve(settings, generator, plan["schedules"], extractor, prepared)
         rows = curve.run()
-        summary, distance = summarise(rows, curve.speed_by_macs), title(next(iter(extractor.distances)))
+        summary, metric = summarise(rows, curve.speed_by_macs), next(iter(extractor.distances))
         write_report(
-            out / RESULT, {**plan, "summary": summary, "points": rows}, table(summary, distance),
-            functools.partial(draw, summary, distance), device, load_after=os.getloadavg()[0],
+            out / RESULT, {**plan, "metric": metric, "summary": summary, "points": rows}, table(summary, title(metric)),
+            functools.partial(draw, summary, title(metric)), device, load_after=os.getloadavg()[0],
         )  # fmt: skip

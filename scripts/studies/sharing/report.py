@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddt.pictures import pyplot, save_figure
+from ddt.figures import WIDTH, log_scale, pyplot, save_figure, share_legend
 from ddt.receipts import nested
 from ddt.tables import markdown_table
 from scripts.studies.study import Row, mean_sd, spread
@@ -60,18 +60,25 @@ def table(summary: list[Row], distance: str) -> str:
     return markdown_table(heads, lines)
 
 
+def rule_in_words(rule: str) -> str:
+    """Return a rule such as dp+1 as the legend says it."""
+    kind, _, order = rule.partition("+")
+    words = {"uniform": "uniform steps", "dp": "fitted steps (dp)"}.get(kind, kind)
+    return f"{words}, forecast of order {order}" if order else words
+
+
 def draw(summary: list[Row], distance: str, path: Path) -> None:
     """Write a figure: Fréchet distance and rms difference of the pixels against the speed by MACs.
 
     The bars of the distance are the deviation of its difference to the unshared images of the same
     noise; that of the distance itself, the grey band, is common to all rules.
     """
-    figure, panels = pyplot().subplots(ncols=2, figsize=(11, 4.4))
+    figure, panels = pyplot().subplots(ncols=2, figsize=(WIDTH, 3.9))
     unshared, *rows = summary
     if (base := unshared["frechet_distance"]) is not None:
         low, high = base["mean"] - (base["sd"] or 0), base["mean"] + (base["sd"] or 0)
-        panels[0].axhline(base["mean"], color="0.4", linewidth=1, label="without sharing")
-        panels[0].axhspan(low, high, color="0.5", alpha=0.15, linewidth=0, label="its deviation")
+        panels[0].axhline(base["mean"], color="0.4", linewidth=1, label="without sharing: mean")
+        panels[0].axhspan(low, high, color="0.5", alpha=0.15, linewidth=0, label="its deviation over the noise")
     for number, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
         own = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["speed_by_macs"])
         speed = np.array([row["speed_by_macs"] for row in own])
@@ -80,11 +87,13 @@ def draw(summary: list[Row], distance: str, path: Path) -> None:
             means = np.array([np.nan if row[key] is None else row[key]["mean"] for row in own])
             deviations = np.array([nested(row[bars], "sd") or 0 for row in own])
             shown = means > 0  # 0, at num_steps runs, has no place on a logarithmic scale; NaN is above nothing
-            style = {"color": f"C{number}", "label": rule, "marker": "o", "markersize": 4, "capsize": 3}
+            style = {"color": f"C{number}", "label": rule_in_words(rule), "marker": "o"}
             axes.errorbar(speed[shown], means[shown], deviations[shown], **style)
-    panels[0].set(ylabel=f"{distance}\nbars: of the difference to no sharing")
-    panels[1].set(ylabel="rms difference of the pixels (in [0, 1])", yscale="log")
+    panels[0].set(title="Fréchet distance of the samples",
+                  ylabel=f"{distance} (lower is better)\nbars: of the difference to no sharing")  # fmt: skip
+    panels[1].set(title="difference to the images without sharing", ylabel="rms over pixels in [0, 1]")
+    log_scale(panels[1])
     for axes in panels:
-        axes.set(xlabel="speed against no sharing, by multiply-accumulates")
-        axes.legend()
+        axes.set(xlabel="times as fast as without sharing,\nby multiply-accumulates")
+    share_legend(figure)
     save_figure(figure, path)

@@ -8,7 +8,7 @@ import numpy as np
 from ddt.checkpoint import format as ckpt
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import require
-from ddt.pictures import pyplot, save_figure
+from ddt.figures import pyplot, save_figure
 from ddt.precision import autocast, choose_dtype
 from ddt.receipts import circumstances
 from ddt.sampling.fitting import fit_schedule
@@ -34,7 +34,7 @@ def fit(settings: FitSettings) -> None:
         )  # fmt: skip
     similarity, steps = content.pop("similarity"), content["recompute_steps"]
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure, axes = pyplot().subplots(figsize=(5.6, 4.8))
+    figure, axes = pyplot().subplots(figsize=(5.5, 4.6))
     image = draw_similarity(axes, np.array(similarity), steps)
     axes.set_title(f"the encoder runs at {len(steps)} of {num_steps} steps")
     figure.colorbar(image, ax=axes, label="cosine similarity of z")

@@ -15,11 +15,12 @@ import torch
 
 from ddt.config import did_you_mean
 from ddt.errors import require
+from ddt.figures import WIDTH, pyplot, save_figure, share_legend
 from ddt.files import atomic_file, write_text
 from ddt.metrics.ranking import better, ranked
 from ddt.model import NETWORKS
-from ddt.pictures import pyplot, save_figure
 from ddt.tables import markdown_table
+from ddt.training.tracking import title
 from scripts.studies.study import Row, Spread, mean_sd, number, spread, write_numbers
 from scripts.studies.sweep.runs import Run, default_metric, differing, find_runs
 from scripts.studies.sweep.settings import SweepSettings
@@ -255,36 +256,32 @@ def panel(axes: Any, settings: list[Setting], metric: str, x: str) -> None:
             low, high = means[0] - deviations[0], means[0] + deviations[0]
             axes.axhspan(low, high, color=f"C{n}", alpha=0.15, linewidth=0)
             continue
-        style: Any = {"color": f"C{n}", "marker": "o", "markersize": 5, "capsize": 4, "label": label}
+        style: Any = {"color": f"C{n}", "marker": "o", "label": label}
         axes.errorbar([one.x for one in line], means, deviations, **style)
         points = [(one.x, value) for one in line for value in one.values.values()]
         axes.plot(*zip(*points, strict=True), ".", color="0.35", markersize=4, zorder=3)
-    ylabel = metric + direction(metric, "\n({} is better)")
+    ylabel = title(metric).replace("\n", " ") + direction(metric, "\n({} is better)")
     axes.set(ylabel=ylabel, title="this sweep: mean ± sd over seeds, a dot a seed")
-    if lines:
-        axes.legend()
-    else:
+    if not lines:
         axes.text(0.5, 0.5, "no run has ended with it yet", ha="center", transform=axes.transAxes)
 
 
 def draw(settings: list[Setting], metric: str, x: str, path: Path) -> None:
     """Write a figure of the metric against x; beside the encoder's depth the published curves."""
     if x != DEPTH:
-        figure, axes = pyplot().subplots(figsize=(6.4, 4.4))
+        figure, axes = pyplot().subplots(figsize=(5.5, 3.6))
         panels = {"own": axes}
     else:
         mosaic = [["own", name] for name in PUBLISHED]
-        figure, panels = pyplot().subplot_mosaic(mosaic, figsize=(11, 4.8), width_ratios=[3, 2], sharex=True)
+        figure, panels = pyplot().subplot_mosaic(mosaic, figsize=(WIDTH, 4.2), width_ratios=[3, 2], sharex=True)
         for name, (depth, curve, undivided) in PUBLISHED.items():
             axes, shares = panels[name], [blocks / depth for blocks in curve]
-            axes.plot(shares, list(curve.values()), "s-", color="0.3", markersize=4, label=f"DDT-{name}")
-            axes.axhline(undivided, color="0.3", linestyle="--", label=f"Improved-REPA-{name}, undivided")
-            title = f"published, ImageNet 256, FID-50K: {name}, {depth} blocks"
-            axes.set(ylabel="FID-50K (lower is better)", title=title)
-            axes.legend()
+            axes.plot(shares, list(curve.values()), "s-", color="0.3", label="published: DDT")
+            axes.axhline(undivided, color="0.3", linestyle="--", label="published: undivided (Improved-REPA)")
+            axes.set(ylabel="FID-50K", title=f"published, ImageNet 256: {name}, {depth} blocks")
     panel(panels["own"], settings, metric, x)
     for name, axes in panels.items():
         if name in ("own", list(PUBLISHED)[-1]):
-            axes.set_xlabel("share of the encoder: encoder_depth / depth" if x == DEPTH else x)
-        axes.title.set_fontsize(10)
+            axes.set_xlabel("blocks of the encoder as a share of all" if x == DEPTH else x)
+    share_legend(figure)
     save_figure(figure, path)
