@@ -7,6 +7,7 @@ a line in `VALID`. An accepted command goes as far as `launch`, or as the work n
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import logging
@@ -31,7 +32,7 @@ from ddt.config import locate
 
 pytestmark = pytest.mark.slow
 FILES = [*(ROOT / f"{name}.py" for name in ("train", "sample", "evaluate")), *sorted((ROOT / "scripts").rglob("*.py"))]
-DECORATOR = re.compile(r'@command\(\s*"(\w+)",\s*settings=f?"([^"]+)"(?:, folder=CONF / "(\w+)")?')
+DECORATOR = re.compile(r'@command\(\s*"(\w+)",\s*settings=(?:f?"([^"]+)"|(\w+))(?:, folder=CONF / "(\w+)")?')
 SECONDS = 60  # for one command line, most of which end before any work
 NESTED = 8  # changes of a key in a group; which, differs from key to key
 LONGEST = 700  # characters of a line without the value it repeats
@@ -60,6 +61,7 @@ VALID = {  # a short command line, by the name of its config
     "export_efficientnet_lite0": ["out=new.safetensors"],
     "app": ["ckpt=runs/r"],
     "benchmark": ["out=new", "model=nano", "parts=[ema]"],
+    "kernels": ["out=new", "model=nano"],
     "gpu_check": ["out=new", "device=cpu", "size=tiny"],
     "sweep": ["sweep=runs", "out=new", "metric=validation_loss", "x=model.depth"],
     "inside": ["ckpt=runs/r", "out=new", "num_steps=2", "loss_images=2", "seeds=0", "classes=0"],
@@ -69,6 +71,7 @@ VALID = {  # a short command line, by the name of its config
 }  # fmt: skip
 WORK = (  # where a command stops that starts no processes
     "scripts.app.__main__.serve", "scripts.benchmark.run.benchmark", "scripts.benchmark.all_checks.run_checks",
+    "scripts.benchmark.traffic.report",
     "scripts.studies.sharing.curve.measure", "scripts.studies.photos.efficientnet_lite0.export",
     "scripts.studies.inside.run.load_generator", "scripts.studies.sharing.schedule.fit_schedule",
     "ddt.training.autoencoder.train_autoencoder",
@@ -90,19 +93,33 @@ class Late(BaseException):
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A command: the module of its `main`, its config, and its settings by key."""
+    """A command: the module of its `main`, its config, and what `@command` names as its settings, a
+    class or a function of that module from the composed config to a class.
+    """
 
     module: str
     folder: str
     config: str
-    settings: type
+    settings: str
+
+    def compose(self):
+        """Return the config of the valid command line."""
+        with initialize_config_dir(str(CONF / self.folder), version_base="1.3"):
+            return compose(self.config, overrides=VALID[self.config])
+
+    @functools.cached_property
+    def settings_class(self):
+        """The class of its settings."""
+        if "." in self.settings:
+            return locate(self.settings)
+        return locate(getattr(importlib.import_module(self.module), self.settings)(self.compose()))
 
 
 def found_commands():
     for path in FILES:
-        for config, settings, folder in DECORATOR.findall(path.read_text()):
+        for config, settings, function, folder in DECORATOR.findall(path.read_text()):
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            yield Found(module, folder, config, settings.replace("{__name__}", module))
+            yield Found(module, folder, config, settings.replace("{__name__}", module) or function)
 
 
 COMMANDS = {found.config: found for found in found_commands()}
@@ -151,7 +168,7 @@ def keys_of(command):
     """The dotted keys of a command's composed config that it reads, inner nodes too; those of
     train.py's groups with train.py alone.
     """
-    fields = {field.name for field in dataclasses.fields(locate(command.settings))}
+    fields = {field.name for field in dataclasses.fields(command.settings_class)}
     if command.config != "train":
         fields -= {"model", "data", "autoencoder", "alignment", "objective", "optimizer", "sampler", "trainer"} & {
             path.stem for path in CONF.iterdir() if path.is_dir() and not command.folder
@@ -164,9 +181,7 @@ def keys_of(command):
             if isinstance(inner, DictConfig):
                 yield from walk(inner, f"{prefix}{name}.")
 
-    with initialize_config_dir(str(CONF / command.folder), version_base="1.3"):
-        config = compose(command.config, overrides=VALID[command.config])
-    return [key for key in walk(config) if key.partition(".")[0] in fields]
+    return [key for key in walk(command.compose()) if key.partition(".")[0] in fields]
 
 
 def outcome(command, arguments):
@@ -199,7 +214,7 @@ def outcome(command, arguments):
 
 def takes_numbers_alone(command, key):
     """Whether a top-level key is a number in the command's dataclass."""
-    hints = typing.get_type_hints(locate(command.settings))
+    hints = typing.get_type_hints(command.settings_class)
     parts = set(typing.get_args(hints.get(key)) or (hints.get(key),)) - {type(None)}
     return bool(parts) and parts <= {int, float}
 
