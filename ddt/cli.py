@@ -374,12 +374,12 @@ class JobFailed(Exception):
     """A job of a sweep failed; Hydra runs the others and raises this in the end."""
 
     failures: list[str] = []  # noqa: RUF012  # of the jobs that this process started
-    jobs = 0
+    started = planned = 0  # jobs: submitit starts them elsewhere, and other sweepers plan none
 
     def report(self) -> str:
         """Return what a sweep ends with: a line for each job that failed."""
-        failures, jobs = JobFailed.failures or [str(self)], max(JobFailed.jobs, 1)
-        JobFailed.failures, JobFailed.jobs = [], 0
+        failures, jobs = JobFailed.failures or [str(self)], max(JobFailed.started, JobFailed.planned, 1)
+        JobFailed.failures, JobFailed.started, JobFailed.planned = [], 0, 0
         return "\n".join([f"{len(failures)} of {jobs} jobs failed:", *failures])
 
 
@@ -408,6 +408,7 @@ class OneFolderEach(Callback):
         given = [f"{key}={value}" for key, value in (settings.sweeper.params or {}).items()]
         overrides = OverridesParser.create().parse_overrides([*given, *settings.overrides.task])
         (jobs,) = sweeper.split_arguments(overrides, None)
+        JobFailed.planned = len(jobs)
         unnamed = settings.job.config.override_dirname.exclude_keys
         groups: dict[frozenset[str], list[list[str]]] = {}
         for job in jobs:
@@ -447,7 +448,7 @@ def run_job(script: Path, name: str) -> Path:
     named_by = HydraConfig.get().job.override_dirname
     folder = Path(HydraConfig.get().sweep.dir) / job_folder(named_by)
     arguments = [sys.executable, str(script), *overrides, quoted("name", f"{name}/{job_folder(named_by)}")]
-    JobFailed.jobs += 1
+    JobFailed.started += 1
     log = logging.getLogger(__name__)
     log.info("job: %s", shlex.join([script.name, *arguments[2:]]))
     status = wait_for([*arguments, "hydra.mode=RUN"])

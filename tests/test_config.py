@@ -204,7 +204,6 @@ def test_xl_on_imagenet_is_the_published_recipe():
         weight=0.5,
         until_step=None,
         projector_width=None,
-        compile=False,
     )
     published = dict(
         solver="euler",

@@ -165,7 +165,6 @@ def test_two_processes_make_the_same_bytes(cache, folder, vae, tmp_path):
     out = tmp_path / "two"
     done = run(SCRIPT, *arguments(folder, vae, out, "store_images=true", "num_processes=2"), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    assert "process 1 of 2" in done.stderr
     assert content(out) == content(cache)
     assert read_index(out)["complete"]
 

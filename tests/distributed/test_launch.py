@@ -145,14 +145,14 @@ def test_tasks_of_srun_without_a_launcher_are_refused(monkeypatch):
 def test_submitit_runs_a_sweep_in_other_processes(tmp_path):
     """From another folder, with several processes per job; one job fails."""
     options = [*SMALL, "trainer.max_steps=2", "trainer.num_processes=2", "name=jobs"]
-    micro = ["trainer.micro_batch_size=5,3", "hydra.sweep.subdir=${trainer.micro_batch_size}"]
+    rates = ["optimizer.lr=0,1e-3"]
     launcher = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
-    done = run(ROOT / "train.py", "-m", *options, *micro, *launcher, cwd=tmp_path, PYTHONPATH="")
+    done = run(ROOT / "train.py", "-m", *options, *rates, *launcher, cwd=tmp_path, PYTHONPATH="")
     assert done.returncode == 1, done.stderr
     assert "1 of 2 jobs failed:\n" in done.stderr
-    assert "trainer.micro_batch_size=5 does not divide" in done.stderr.splitlines()[-1]
+    assert "optimizer.lr=0" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    finished = tmp_path / "runs" / "jobs" / "3"
+    (finished,) = (tmp_path / "runs" / "jobs").glob("*optimizer.lr=0.001*")
     assert (finished / "checkpoints" / "step_0000002" / "manifest.json").is_file()
     assert json.loads((finished / "config.json").read_text())["num_processes"] == 2
 

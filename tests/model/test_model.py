@@ -143,7 +143,7 @@ def test_activation_checkpointing_gives_the_same_gradients(case, changes, dtype)
     ("case", "changes"),
     [
         ("ddt", {}),
-        ("ditdh", {}),
+        pytest.param("ditdh", {}, marks=pytest.mark.slow),
         *(pytest.param("ddt", {"decoder_block": block}, marks=pytest.mark.slow) for block in ("conv", "mlp")),
     ],
     ids=str,
