@@ -455,6 +455,7 @@ def test_a_word_beside_true_and_false_is_named():
     assert problems[0] == "model.activation_checkpointing=all: give true or false or 'selective'"
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_run_for_each_job(tmp_path, monkeypatch):
     small = ["trainer.max_steps=2", "trainer.preview_every=0", "trainer.validate_every=0", "sampler.num_steps=1"]
     monkeypatch.chdir(tmp_path)

@@ -101,6 +101,7 @@ REFUSED = {
     "scripts.app.__main__": ["port=0"],
     "scripts.benchmark.__main__": ["num_steps=0"],
     "scripts.benchmark.kernels": ["channels=0"],
+    "scripts.benchmark.ranks": ["ranks=[1]"],
     "scripts.benchmark.gpu_check": ["minutes=0", "out=new"],
     "scripts.studies.guidance.__main__": ["top=0", "ckpt=x", "reference=y", "out=new"],
     "scripts.studies.inside.__main__": ["columns=0", "ckpt=x", "out=new"],

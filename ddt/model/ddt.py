@@ -230,12 +230,14 @@ class Decoupled(Denoiser):
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the velocity (B, C, H, W): `decode(x_t, encode(x_t, t, y))`."""
-        return self.decode(x_t, self.encode(x_t, t, y))
+        # the halves themselves here and below: behind a method of its own FSDP2 would shard again
+        # what is in no block
+        return self.decoder(x_t, self.encoder(x_t, t, y).z_t)
 
     def forward_with_hidden(self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int) -> tuple[Tensor, Tensor]:
         """Return the velocity (B, C, H, W) and encoder block hidden_depth's output (B, N, D)."""
         z_t, _, (hidden,) = self.encoder(x_t, t, y, [hidden_depth])
-        return self.decode(x_t, z_t), hidden
+        return self.decoder(x_t, z_t), hidden
 
     def forward_with_base(
         self, x_t: Tensor, t: Tensor, y: Tensor, hidden_depth: int = 0
@@ -247,7 +249,6 @@ class Decoupled(Denoiser):
             return super().forward_with_base(x_t, t, y, hidden_depth)
         z_t, t_emb, (base, hidden) = self.encoder(x_t, t, y, [self.base_depth, hidden_depth])
         z_b = nn.functional.silu(t_emb + base)  # (B, N, D)
-        # not `decode`, behind which FSDP2 would shard the head's weights again
         return self.decoder(x_t, z_t), self.base_velocity(self.base_head, x_t, z_b), hidden
 
     def encode_with_base(self, x_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -518,14 +518,14 @@ def exchanged_bytes(recipe: Recipe) -> float:
     """Return the bytes that each of n processes sends per step, in a ring.
 
     DDP: all-reduce of gradients, 2(n−1)/n·4P. FSDP, (n−1)/n·4 bytes per parameter each: all-gather
-    of blocks twice and the rest once per micro-batch, reduce-scatter of gradients once.
+    of the network twice and a projector once per micro-batch, reduce-scatter of gradients once.
     """
     n, trained = recipe.gpus, count(recipe.objective)
     _, num_micro = recipe.trainer.micro_batches(n)
     if recipe.trainer.parallelism == "ddp":
         times: float = 2 * trained
     else:
-        times = num_micro * (2 * trained - outside_blocks(recipe.objective)) + trained
+        times = num_micro * (trained + count(recipe.objective.denoiser)) + trained
     return (n - 1) / n * FLOAT * times
 
 

@@ -33,9 +33,19 @@ H100 = types.SimpleNamespace(
 
 
 @contextlib.contextmanager
+def fake_tensors() -> Iterator[FakeTensorMode]:
+    """Make tensors of the block fake, those that networks keep too."""
+    layers._cached.cache_clear()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            yield mode
+    finally:
+        layers._cached.cache_clear()
+
+
+@contextlib.contextmanager
 def fake_gpu() -> Iterator[FakeTensorMode]:
     """Make tensors of the block fake, also on `cuda`, and answer for the device."""
-    layers._cached.cache_clear()
     torch._C._ensureCUDADeviceGuardSet()  # without a GPU: one that does nothing
     replaced = [
         (torch.cuda, "current_device", lambda: 0),
@@ -53,10 +63,7 @@ def fake_gpu() -> Iterator[FakeTensorMode]:
     with contextlib.ExitStack() as stack:
         for where, name, value in replaced:
             stack.enter_context(mock.patch.object(where, name, value))
-        try:
-            yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        finally:
-            layers._cached.cache_clear()  # fake tables
+        yield stack.enter_context(fake_tensors())
 
 
 def place(module: Module) -> Module:

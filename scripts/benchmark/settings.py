@@ -1,6 +1,7 @@
 """The settings of the benchmark, of the count of kernels and of the GPU check."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -96,6 +97,34 @@ class KernelSettings:
             require_count(key, getattr(self, key), 1, 65_536)
         for key in ("matmul_tflops", "product_tflops", "copy_tbs"):
             require(getattr(self, key) > 0, f"{key}={getattr(self, key)}: must be above 0")
+        if self.out is not None:
+            check_new(Path(self.out))
+
+
+@dataclasses.dataclass(frozen=True)
+class RanksSettings:
+    """See conf/ranks.yaml. Raises UserError for wrong values and results in the way."""
+
+    model: Choice
+    choices: dict[str, str]
+    ranks: list[int]
+    images: int
+    channels: int
+    latent_size: int
+    tflops: float
+    node: int
+    node_gbs: float
+    network_gbs: float
+    out: str | None
+
+    def __post_init__(self) -> None:
+        for key in ("images", "channels", "latent_size", "node"):
+            require_count(key, getattr(self, key), 1, 65_536)
+        require(len(self.ranks) > 0, "ranks=[]: names no number of processes; give [8,64,1024]")
+        for number in self.ranks:
+            require_count("ranks", number, 2, 65_536)
+        for key in ("tflops", "node_gbs", "network_gbs"):
+            require(0 < getattr(self, key) < math.inf, f"{key}={getattr(self, key)}: must be above 0")
         if self.out is not None:
             check_new(Path(self.out))
 

@@ -62,6 +62,7 @@ VALID = {  # a short command line, by the name of its config
     "app": ["ckpt=runs/r"],
     "benchmark": ["out=new", "model=nano", "parts=[ema]"],
     "kernels": ["out=new", "model=nano"],
+    "ranks": ["out=new", "model=nano", "ranks=[2]"],
     "gpu_check": ["out=new", "device=cpu", "size=tiny"],
     "sweep": ["sweep=runs", "out=new", "metric=validation_loss", "x=model.depth"],
     "inside": ["ckpt=runs/r", "out=new", "num_steps=2", "loss_images=2", "seeds=0", "classes=0"],
@@ -71,7 +72,7 @@ VALID = {  # a short command line, by the name of its config
 }  # fmt: skip
 WORK = (  # where a command stops that starts no processes
     "scripts.app.__main__.serve", "scripts.benchmark.run.benchmark", "scripts.benchmark.all_checks.run_checks",
-    "scripts.benchmark.traffic.report",
+    "scripts.benchmark.traffic.report", "scripts.benchmark.many_ranks.report",
     "scripts.studies.sharing.curve.measure", "scripts.studies.photos.efficientnet_lite0.export",
     "scripts.studies.inside.run.load_generator", "scripts.studies.sharing.schedule.fit_schedule",
     "ddt.training.autoencoder.train_autoencoder",
