@@ -46,6 +46,7 @@ VALID = {  # a short command line, by the name of its config
     "evaluate": ["samples=samples", "reference=data:digits", "features=digits", "out=new"],
     "cache_latents": [*PICTURES, "out=new", "num_workers=0"],
     "plot_run": ["runs=runs/r", "out=new.png"],
+    "plot_report": [f"report={ROOT / 'docs/benchmarks/sharing_curve_digits.json'}", "out=new.png"],
     "posthoc_ema": ["run=runs/r", "std=0.07", "out=new"],
     "export": ["ckpt=runs/r", "format=hub", "out=new"],
     "convert_checkpoint": [
