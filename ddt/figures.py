@@ -29,7 +29,8 @@ def pyplot() -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure as its suffix says, and close it."""
+    """Write a matplotlib figure as its suffix says, in a new folder too, and close it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path, sync=False) as temporary:
         figure.savefig(temporary, format=path.suffix[1:])
     pyplot().close(figure)

@@ -167,13 +167,14 @@ def rename_atomically(temporary: Path, folder: Path) -> None:
 # --- whose folder
 
 
-def check_writable(out: Path) -> None:
+def check_writable(out: Path, key: str = "out") -> None:
     """Raise UserError unless a file or folder `out` can be written."""
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     folder = parent if parent.is_dir() or parent == out else None
     require(
         folder is not None and os.access(folder, os.W_OK),
-        f"out={out}: cannot be written, {parent} is {'a file' if folder is None else 'read-only'}; choose another out=",
+        f"{key}={out}: cannot be written, {parent} is {'a file' if folder is None else 'read-only'}; "
+        f"choose another {key}=",
     )
 
 
@@ -183,7 +184,7 @@ def check_new(out: Path, key: str = "out") -> None:
     """
     empty = out.is_dir() and not any(out.iterdir())
     require(not out.exists() or empty, f"{key}={out}: exists already and is not written over; choose another {key}=")
-    check_writable(out)
+    check_writable(out, key)
 
 
 def find_record(

@@ -76,6 +76,6 @@ def logging_setup() -> None:
             setattr(sys, name, SteadyStream(getattr(sys, name)))
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s")
-    for chatty in ("httpx", "filelock", "torch", "accelerate", "timm"):
+    for chatty in ("httpx", "filelock", "torch", "accelerate", "timm", "fontTools"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

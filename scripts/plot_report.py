@@ -61,9 +61,9 @@ def draw_sweep(content: dict[str, Any], out: Path) -> None:
 # by the entries that tell each kind of report
 KINDS: dict[tuple[str, ...], Callable[[dict[str, Any], Path], None]] = {
     ("kind", "rows", "matmul"): draw_benchmark,
-    ("points", "winners"): draw_guidance,
+    ("points", "winners", "metric"): draw_guidance,
     ("schedules", "summary", "metric"): draw_sharing,
-    ("means", "published"): draw_sweep,
+    ("means", "published", "metric", "request"): draw_sweep,
 }
 
 
@@ -78,6 +78,9 @@ def main(settings: PlotReportSettings) -> None:
     )
     assert draw is not None
     draw(content, Path(settings.out))
+    require(
+        Path(settings.out).is_file(), f"report={settings.report}: compares no way with a plain one; nothing is drawn"
+    )
 
 
 if __name__ == "__main__":

@@ -72,6 +72,11 @@ def test_a_file_that_is_no_report_is_refused(tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
+def test_a_benchmark_that_compares_nothing_is_refused(tmp_path):
+    report, out = NUMBERS / "h100_xl.json", tmp_path / "x.png"
+    assert refusal("scripts.plot_report", f"report={report}", f"out={out}").startswith(f"report={report}: compares no")
+
+
 def write_run(folder, step_loss):
     folder.mkdir()
     values = [{"step": step, "loss": loss, "class_accuracy_500": 0.1 * loss} for step, loss in step_loss]

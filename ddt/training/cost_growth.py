@@ -27,6 +27,7 @@ SIZES = (0.5, 1, 1.5, 2, 3, 4)  # of the recipe's own
 DEPTHS = (0.5, 1, 1.5, 2)
 BATCHES = (8, 16, 32, 64, 128, 256)
 PROCESSES = (1, 2, 4, 8, 16, 32, 64)
+SHARED = "at one of {} steps"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +75,13 @@ def over_encoder_depths(settings: EstimateSettings) -> Panel:
     depth, encoder = (settings.model.settings[key] for key in ("depth", "encoder_depth"))
     depths = sorted({*range(2, depth, max(1, depth // 7)), encoder})
     recipes = [changed(settings, encoder_depth=n) for n in depths]
+    every = min(5, recipes[0].sampler.num_steps)
 
     def per_sample(recipe: Recipe, recompute: str | None) -> float:
         sampler = dataclasses.replace(recipe.sampler, recompute=recompute)
         return 2 / TERA * sampling_macs(recipe.objective.denoiser, *recipe.shape[1:], sampler)
 
-    ways = {"encoder at every step": None, "at every 5th step": "uniform:5"}
+    ways = {"encoder at every step": None, SHARED.format(every): f"uniform:{every}"}
     curves = {name: [per_sample(one, recompute) for one in recipes] for name, recompute in ways.items()}
     return Panel("TFLOP per sample", f"blocks of the encoder, of {depth}", depths, curves)
 
@@ -112,9 +114,15 @@ def over_processes(recipe: Recipe) -> Panel:
 
 
 def changed(settings: EstimateSettings, **changes: int) -> Recipe:
-    """Return the recipe with other settings of the model."""
+    """Return the recipe with other depths of the model, without alignment; a base head moves with
+    the encoder's end where that comes before its block.
+    """
     model = Choice(settings.model.target, {**settings.model.settings, **changes})
-    return build_recipe(dataclasses.replace(settings, model=model))
+    objective = settings.objective
+    if (base := objective.settings.get("base_depth")) is not None:
+        base = min(base, model.settings["encoder_depth"])
+        objective = Choice(objective.target, {**objective.settings, "base_depth": base})
+    return build_recipe(dataclasses.replace(settings, model=model, objective=objective, alignment=None))
 
 
 def plot_growth(settings: EstimateSettings, recipe: Recipe, path: Path) -> list[Panel]:
@@ -125,7 +133,7 @@ def plot_growth(settings: EstimateSettings, recipe: Recipe, path: Path) -> list[
     for place, panel in zip(axes.values(), panels, strict=True):
         for name, values in panel.curves.items():
             place.plot(panel.points, values, marker="o", label=name)
-        place.set(title=panel.title, xlabel=panel.axis, ylim=(0, 1.12 * max(map(max, panel.curves.values()))))
+        place.set(title=panel.title, xlabel=panel.axis, ylim=(0, 1.12 * max(map(max, panel.curves.values())) or 1))
         label_lines(place)
     save_figure(figure, path)
     return panels

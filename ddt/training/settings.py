@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ddt.config import Choice
 from ddt.epochs import Steps, are_steps
 from ddt.errors import MANY, MAX_BATCH, MAX_CLASSES, MAX_WORKERS, require, require_count
-from ddt.files import MAX_NAME_BYTES, is_run_name
+from ddt.files import MAX_NAME_BYTES, check_new, is_run_name
 from ddt.metrics.comparability import short
 from ddt.metrics.settings import FeatureSettings
 from ddt.sampling.settings import SamplerSettings
@@ -328,11 +328,12 @@ class EstimateSettings:
             ("device", self.measured is None or self.device is None, both),
             ("share", self.measured is None or self.share is None, both),
             ("out", out is None or out.suffix == ".json", "give a .json file"),
-            ("out", out is None or not out.exists(), "exists already and is not written over; choose another"),
             ("plot", plot is None or plot.suffix in (".png", ".pdf", ".svg"), "give a .png, .pdf or .svg file"),
-            ("plot", plot is None or not plot.exists(), "exists already and is not written over; choose another"),
         ):
             require(valid, f"{key}={getattr(self, key)}: {message}")
+        for key, path in (("out", out), ("plot", plot)):
+            if path is not None:
+                check_new(path, key)
         processes = self.trainer.num_processes
         require(processes is None, f"trainer.num_processes={processes}: has no effect here; give gpus={processes}")
         require(

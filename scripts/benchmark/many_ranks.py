@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,9 +73,9 @@ def rows_of(dimension: int, ranks: int) -> Any:
     return np.clip(dimension - each * np.arange(ranks), 0, each)
 
 
-def shares(objective: Objective, ranks: int) -> Any:
-    """Return the parameters that each rank holds under FSDP2, (n,)."""
-    parts = [rows_of(len(p), ranks) * (p.numel() // len(p)) for p in objective.parameters()]
+def shares(module: nn.Module, ranks: int) -> Any:
+    """Return the parameters of a module that each rank holds under FSDP2, (n,)."""
+    parts = [rows_of(len(p), ranks) * (p.numel() // len(p)) for p in module.parameters()]
     return np.sum(parts, axis=0)
 
 
@@ -106,26 +106,26 @@ def ddp_buckets(objective: Objective) -> list[int]:
 # --- when
 
 
-def fsdp_seconds(calls: Iterable[tuple[str, int]], units: int, compute: float, rate: float) -> float:
-    """Return the seconds of a step: a unit's weights are gathered while the one before computes.
+def fsdp_seconds(calls: Iterable[tuple[str, int]], blocks: list[int], compute: float, rate: float) -> float:
+    """Return the seconds of a step: a block's weights are gathered while the one before computes.
 
-    units: that compute, in equal parts; compute: their seconds, a third forward. rate: bytes of a
-    full tensor a second. Gathers and scatters take turns on one link.
+    blocks: bytes of what is gathered of each, which is their share of the work; other calls are of
+    what is in no block. compute: seconds of the work, a third forward. rate: bytes of a full tensor
+    a second. Gathers and scatters take turns on one link.
     """
-    large = max(size for name, size in calls if name == GATHER) / 2  # smaller ones are of what is in no block
-    blocks = [(name, size >= large, size / rate) for name, size in calls]
-    link = began = 0.0  # when the link is free, and the last unit's work begins
-    ends: list[float] = []  # when the work of each unit ends, forward and backward
-    scattered = units
-    for name, is_unit, seconds in blocks:
-        if name == GATHER or not is_unit:
+    link = began = 0.0  # when the link is free, and the last block's work begins
+    ends: list[float] = []  # when the work of each block ends, forward and backward
+    scattered = len(blocks)
+    for name, size in calls:
+        is_block, seconds = size in blocks, size / rate
+        if name == GATHER or not is_block:
             link = max(link, began) + seconds
         else:
             link = max(link, ends[scattered]) + seconds
             scattered += 1
-        if name == GATHER and is_unit:
+        if name == GATHER and is_block:
             began = max(link, ends[-1] if ends else 0.0)
-            ends.append(began + (1 if len(ends) < units else 2) * compute / (3 * units))
+            ends.append(began + (1 if len(ends) < len(blocks) else 2) * compute / 3 * size / sum(blocks))
     return max(link, ends[-1])
 
 
@@ -162,7 +162,9 @@ class Simulated:
 def simulate(settings: RanksSettings, ranks: int) -> Iterator[Simulated]:
     """Yield a step under DDP, and one under FSDP2."""
     objective = objective_of(settings)
-    total, blocks = sum(p.numel() for p in objective.parameters()), len(objective.denoiser.all_blocks)
+    total = sum(p.numel() for p in objective.parameters())
+    # each rank's part is filled up to the largest, rank 0's
+    blocks = [FLOAT * ranks * int(shares(block, ranks)[0]) for block in objective.denoiser.all_blocks]
     shape = settings.channels, settings.latent_size, settings.latent_size
     compute = settings.images * training_flops(objective, shape) / (settings.tflops * 1e12)
     beyond = settings.node * settings.network_gbs  # rings go through all links of a node at once
@@ -206,5 +208,6 @@ def report(settings: RanksSettings) -> None:
             "kind": "ranks", "command": command_line(), "settings": dataclasses.asdict(settings),
             "steps": [dataclasses.asdict(each) for each in found],
         }  # fmt: skip
+        Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(settings.out), content)
         log.info("wrote %s", settings.out)

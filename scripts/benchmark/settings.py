@@ -1,4 +1,4 @@
-"""The settings of the benchmark, of the count of kernels and of the GPU check."""
+"""The settings of the benchmark, the count of kernels, simulated ranks and the GPU check."""
 
 import dataclasses
 import math
@@ -126,6 +126,7 @@ class RanksSettings:
         for key in ("tflops", "node_gbs", "network_gbs"):
             require(0 < getattr(self, key) < math.inf, f"{key}={getattr(self, key)}: must be above 0")
         if self.out is not None:
+            require(Path(self.out).suffix == ".json", f"out={self.out}: give a .json file")
             check_new(Path(self.out))
 
 

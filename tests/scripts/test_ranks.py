@@ -76,9 +76,24 @@ def test_sending_is_hidden_behind_work_and_the_last_of_it_is_not():
     assert many_ranks.ddp_seconds([50, 50], compute=3.0, rate=100.0) == pytest.approx(3.5)
     assert many_ranks.ddp_seconds([50, 50], compute=3.0, rate=10.0) == pytest.approx(1 + 1 + 5 + 5)
     calls = [(GATHER, 10)] * 4 + [(SCATTER, 10)] * 2
-    assert many_ranks.fsdp_seconds(calls, 2, compute=6.0, rate=10.0) == pytest.approx(1 + 6 + 1)
-    assert many_ranks.fsdp_seconds(calls, 2, compute=6.0, rate=1e9) == pytest.approx(6.0)
-    assert many_ranks.fsdp_seconds(calls, 2, compute=6e-9, rate=10.0) == pytest.approx(6.0)
+    assert many_ranks.fsdp_seconds(calls, [10, 10], compute=6.0, rate=10.0) == pytest.approx(1 + 6 + 1)
+    assert many_ranks.fsdp_seconds(calls, [10, 10], compute=6.0, rate=1e9) == pytest.approx(6.0)
+    assert many_ranks.fsdp_seconds(calls, [10, 10], compute=6e-9, rate=10.0) == pytest.approx(6.0)
+
+
+def test_blocks_of_two_widths_work_by_their_size_and_what_is_in_none_waits():
+    calls = [(GATHER, 20), (GATHER, 10), (GATHER, 30)]  # the first is in no block
+    calls += [(GATHER, 30), (SCATTER, 30), (GATHER, 10), (SCATTER, 10), (SCATTER, 20)]
+    assert many_ranks.fsdp_seconds(calls, [10, 30], compute=12.0, rate=1e9) == pytest.approx(12.0)
+    assert many_ranks.fsdp_seconds(calls, [10, 30], compute=12e-9, rate=10.0) == pytest.approx(16.0)
+
+
+@pytest.mark.parametrize("model", ["nano", "nano_ditdh"])
+def test_no_sending_is_hidden_more_than_wholly(tmp_path, model):
+    """Of a decoder of another width, and where what is in no block is as large as a block."""
+    out = tmp_path / "new" / "ranks.json"
+    assert run_inside(COMMAND, f"model={model}", "ranks=[2]", "latent_size=8", f"out={out}").returncode == 0
+    assert all(0 <= step["hidden"] <= 1 for step in json.loads(out.read_text())["steps"])
 
 
 def test_shares_of_all_ranks_are_the_whole():
