@@ -9,6 +9,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from ddt.autoencoder.token_decoder import TokenDecoder, decode_tokens
@@ -66,6 +67,7 @@ class DDTRAEDecoder(ModelMixin, ConfigMixin):
             *args, **{name: value for name, value in kwargs.items() if name not in ("torch_dtype", "dtype")}
         )
 
+    @apply_forward_hook
     def decode(self, tokens: Tensor) -> Tensor:
         """Return pixels (B, 3, H, W), not clamped, of raw tokens (B, C, h, w)."""
         return decode_tokens(self.decoder, tokens, self.pixels_mean, self.pixels_std)

@@ -115,7 +115,10 @@ class DDTPipeline(DiffusionPipeline):
 
     def _parts(self) -> dict[str, tuple[str, Any]]:
         """Return the components with code in a shared folder: name → the file's name, class."""
-        kinds = {name: type(component) for name, component in self.components.items()}
+        kinds = {
+            name: type(component._orig_mod if is_compiled_module(component) else component)
+            for name, component in self.components.items()
+        }
         return {name: (f"{name}_ddt", kind) for name, kind in kinds.items() if hasattr(kind, "code")}
 
     def to_json_string(self) -> str:

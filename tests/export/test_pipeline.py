@@ -322,10 +322,15 @@ def test_compiling_compiles_what_a_call_uses(pipeline, counted):
     assert counted.graphs == 2  # blocks of encoder and decoder
 
 
-def test_a_compiled_call_that_sampling_does_not_make_is_refused(pipeline, counted):
+def test_a_compiled_call_that_sampling_does_not_make_is_refused(places, pipeline, counted, tmp_path):
+    """But it can be saved, as the network that it wraps."""
     pipeline.transformer = torch.compile(pipeline.transformer, backend=counted)
     with pytest.raises(UserError, match=r"^transformer: torch\.compile.* use transformer\.compile\(\)"):
         pipeline(0)
+    pipeline.save_pretrained(tmp_path)
+    index, code = json.loads((tmp_path / "model_index.json").read_text()), "transformer/transformer_ddt.py"
+    assert index["transformer"] == ["transformer_ddt", "DDTTransformer2DModel"]
+    assert (tmp_path / code).read_text() == (places[1] / code).read_text()
 
 
 def test_another_scheduler_is_refused(pipeline):
