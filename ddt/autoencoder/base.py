@@ -29,7 +29,6 @@ class Autoencoder(Protocol):
     pixel_space: bool  # a class attribute: whether latents are the pixels themselves
     stochastic: bool  # moments are (mean, logvar), 2C channels, and latents need noise; else the mean alone
     network: Any  # the frozen network, with `encode` and `decode` of tensors; None for pixels
-    in_diffusers: bool  # a class attribute: whether diffusers' pipelines can hold the network
     sampling_dtype: Dtype | None  # a class attribute: of the denoiser where none is chosen; None: any
 
     timeshift: float  # of training times and grids, that suits the latents; 1: none
@@ -72,6 +71,13 @@ class Autoencoder(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the weights into a folder; without weights nothing."""
+
+    def diffusers_network(self) -> Any:
+        """Return the component of a diffusers pipeline that decodes; None for pixels.
+
+        One of another class than diffusers' own is in `ddt.pipeline.COMPONENTS`, and has a method
+        `latent_decoder`, which returns what has the `decode` of this class.
+        """
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         """Return (C, H, W) of latents of images of `image_size` px; UserError where they misfit."""

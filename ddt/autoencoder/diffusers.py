@@ -193,7 +193,6 @@ class DiffusersAutoencoder(LatentDecoder, abc.ABC):
     pixel_space = False
     timeshift = 1.0
     class_token = 0
-    in_diffusers = True
     sampling_dtype: Dtype | None = None
     latents_by: tuple[str, ...] = ("source", "revision", "latents_mean", "latents_std")
     parts: tuple[tuple[str, str], ...] = ()
@@ -279,6 +278,10 @@ class DiffusersAutoencoder(LatentDecoder, abc.ABC):
     def save(self, folder: Path) -> None:
         """Write a diffusers folder."""
         self.network.save_pretrained(folder)
+
+    def diffusers_network(self) -> Any:
+        """Return the network."""
+        return self.network
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -19,7 +19,6 @@ class Identity:
     network = None
     timeshift = 1.0
     class_token = 0
-    in_diffusers = True  # a pipeline without one
     sampling_dtype: Dtype | None = None
     fingerprint = None
     encoder_fingerprint = None
@@ -44,6 +43,9 @@ class Identity:
 
     def save(self, folder: Path) -> None:
         """Write nothing."""
+
+    def diffusers_network(self) -> None:
+        """Return None: a pipeline of pixels has no autoencoder."""
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         return channels, image_size, image_size

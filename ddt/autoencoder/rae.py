@@ -10,7 +10,7 @@ import hashlib
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save_file
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ddt.autoencoder.base import UnknownShape, weights_hash
 from ddt.autoencoder.rae_encoder import FrozenEncoder
-from ddt.autoencoder.vit_decoder import ViTDecoder, load_decoder
+from ddt.autoencoder.token_decoder import VARIANCE_EPS, TokenDecoder, decode_tokens
+from ddt.autoencoder.vit_decoder import ViTDecoder, decoder_sizes, load_decoder
 from ddt.errors import UserError, reason, require, require_count
 from ddt.flow import dimension_timeshift
 from ddt.hub import fetch, is_hub_id, local_path, pinned
@@ -27,7 +28,6 @@ from ddt.precision import Dtype, autocast, check_dtype
 from ddt.tensor_files import read_state_dict
 from ddt.timm_networks import pretrained_file
 
-EPS = 1e-5  # beside the variance
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of an encoder on the hub, in transformers' layout
 ENCODER_ADVICE = "on a machine without a hub give autoencoder.encoder_weights=FILE"
 PUBLISHED = "nyu-visionx/RAE-collections"
@@ -37,11 +37,6 @@ PUBLISHED_SIZES = {
     "ViTL": {"width": 1024, "depth": 24, "mlp_width": 4096},
     "ViTB": {"width": 768, "depth": 12, "mlp_width": 3072},
 }
-
-
-def truncate(pixels: Tensor) -> Tensor:
-    """Map [0, 1] to uint8: clamped, times 255, truncated, not rounded. Source: RAE's samples."""
-    return (pixels.float().clamp(0, 1) * 255).to(torch.uint8)
 
 
 EXECUTION = ("chunk_size", "encode_dtype", "decode_dtype")  # settings of how it runs, not of what it is
@@ -175,10 +170,10 @@ class RAENetwork(nn.Module):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Return pixels (B, 3, H, W), not clamped, of tokens (B, C, h, w)."""
-        return self.decoder(tokens) * self.encoder.std + self.encoder.mean
+        return decode_tokens(self.decoder, tokens, self.encoder.mean, self.encoder.std)
 
 
-class RepresentationAutoencoder:
+class RepresentationAutoencoder(TokenDecoder):
     """A representation autoencoder of its parts.
 
     Latents are `(tokens − mean)/sqrt(var + 1e-5)`, one number per channel and position. The size of
@@ -193,7 +188,6 @@ class RepresentationAutoencoder:
 
     pixel_space = False
     stochastic = False
-    in_diffusers = False
     sampling_dtype: Dtype | None = "fp32"  # in bf16 the published FID is 0.1 worse
     latents_by: tuple[str, ...] = ("encoder", "encoder_weights", "statistics", "source", "revision", "class_token")
     parts: tuple[tuple[str, str], ...] = (
@@ -225,17 +219,18 @@ class RepresentationAutoencoder:
             not class_token or encoder.has_class_token,
             f"autoencoder.class_token=true: {encoder.name} has no class token; give false",
         )
-        self.class_token = channels if class_token else 0
-        self.network = RAENetwork(encoder, decoder)
-        self.chunk_size, self.encode_dtype, self.decode_dtype = chunk_size, encode_dtype, decode_dtype
+        self.encode_dtype = encode_dtype
         shape = next((tuple(value.shape) for value in found.values()), None)
+        one = shape or (1, 1, 1)  # one number for all
+        mean, var = found.get("mean", torch.zeros(one)), found.get("var", torch.ones(one))
+        super().__init__(
+            RAENetwork(encoder, decoder), mean, var, channels if class_token else 0, chunk_size, decode_dtype
+        )
         require(
             shape in (None, self._shape),
             f"autoencoder.statistics: is of latents {by(shape or ())}, not of this autoencoder's {by(self._shape)}; "
             "choose the one of its encoder and size",
         )
-        one = shape or (1, 1, 1)  # one number for all
-        self.mean, self.var = found.get("mean", torch.zeros(one)), found.get("var", torch.ones(one))
 
     @classmethod
     def outline(cls, settings: dict[str, Any]) -> "RepresentationAutoencoder":
@@ -296,15 +291,26 @@ class RepresentationAutoencoder:
             if tensors:
                 save_file({name: value.contiguous() for name, value in tensors.items()}, folder / BUNDLE[key])
 
+    def diffusers_network(self) -> Any:
+        """Return decoder and statistics as a diffusers model; the decoder is not copied."""
+        from ddt.autoencoder.rae_component import DDTRAEDecoder  # diffusers takes a while to import
+
+        encoder, decoder = self.network.encoder, self.network.decoder
+        sizes = decoder_sizes(decoder.state_dict(), decoder.grid)
+        with torch.device("meta"):
+            made: Any = DDTRAEDecoder(
+                **sizes, num_heads=decoder.num_heads, class_token=self.class_token, decode_dtype=self.decode_dtype
+            )
+        made.decoder = decoder
+        made.latents_mean, made.latents_var = (each.expand(self._shape).clone() for each in (self.mean, self.var))
+        made.pixels_mean, made.pixels_std = encoder.mean, encoder.std
+        return made.eval()
+
     @property
     def _shape(self) -> tuple[int, int, int]:
         """(C, h, w) of the latents, without a class token."""
         grid = self.network.decoder.grid
         return self.latent_channels, grid, grid
-
-    @property
-    def latent_channels(self) -> int:
-        return self.network.encoder.num_features
 
     @property
     def timeshift(self) -> float:
@@ -358,33 +364,13 @@ class RepresentationAutoencoder:
     def sample(self, moments: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
         """Return float32 latents (B, C, h, w) of moments (B, C, h, w); the noise is unused."""
         tokens, class_token = split_token(moments.float(), self.class_token)
-        latents = (tokens - self.mean) / torch.sqrt(self.var + EPS)
+        latents = (tokens - self.mean) / torch.sqrt(self.var + VARIANCE_EPS)
         return join_token(latents, class_token) if self.class_token else latents
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return uint8 images (B, 3, H, W) of all but the class token, in `decode_dtype`, whatever
-        the caller's autocast.
-
-        Raises UserError for latents of another shape.
-        """
-        channels, *_ = self._shape
-        require(
-            latents.shape[1] == channels,
-            f"autoencoder: has {channels} latent channels, the model {latents.shape[1]}; choose the model's own",
-        )
-        with autocast(latents.device, self.decode_dtype):
-            latents, _ = split_token(latents, self.class_token)
-            chunks = (latents.float() * torch.sqrt(self.var + EPS) + self.mean).split(self.chunk_size)
-            return torch.cat([truncate(self.network.decode(chunk)) for chunk in chunks])
-
-    def to(self, device: torch.device) -> "RepresentationAutoencoder":
+    def to(self, device: torch.device) -> Self:
         """Move to a device and return itself; raise UserError where it lacks a dtype."""
         check_dtype("autoencoder.encode_dtype", self.encode_dtype, device)
-        check_dtype("autoencoder.decode_dtype", self.decode_dtype, device)
-        self.network.to(device)
-        self.mean, self.var = self.mean.to(device), self.var.to(device)
-        return self
+        return super().to(device)
 
 
 class RAE(RepresentationAutoencoder):

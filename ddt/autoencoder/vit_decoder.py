@@ -75,7 +75,7 @@ class ViTDecoder(nn.Module):
             num_heads >= 1 and width % num_heads == 0,
             f"autoencoder.decoder_heads={num_heads}: does not divide the decoder's width {width}",
         )
-        self.channels, self.grid, self.patch_size = channels, grid, patch_size
+        self.channels, self.num_heads, self.grid, self.patch_size = channels, num_heads, grid, patch_size
         self.decoder_embed = nn.Linear(channels, width)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer(POSITIONS, position_table(width, grid))

@@ -147,10 +147,6 @@ def open_source(folder: Path, form: Form, weights: str = "ema", autoencoder: str
         check_releasable(stored["network"])
         return Source(folder, weights, stored, None)
     kind = autoencoder_class(stored["autoencoder"])
-    require(
-        form != "diffusers" or kind.in_diffusers,
-        "format=diffusers: a pipeline holds diffusers' autoencoders alone, not this model's; give format=hub",
-    )
     named = autoencoder == "checkpoint" and kind.on_hub(stored["autoencoder"])
     if named and form == "hub":
         return Source(folder, weights, stored, None)
@@ -254,11 +250,11 @@ def write_diffusers(folder: Path, source: Source, card: Card) -> None:
     assert source.autoencoder is not None
     autoencoder = source.stored["autoencoder"]
     if source.autoencoder.network is not None:
-        autoencoder = {**autoencoder, "source": "./vae", "revision": None}
+        autoencoder = {**shorten_paths(autoencoder), "source": "./vae", "revision": None}
     model = ckpt.load_model(source.folder, source.weights)
     config = source.config(autoencoder)
     labels = class_labels(config["class_names"])
-    build_pipeline(model, config, source.autoencoder.network, labels).save_pretrained(folder)
+    build_pipeline(model, config, source.autoencoder, labels).save_pretrained(folder)
     config["export"] = source.receipt(sha256(folder / "transformer" / "diffusion_pytorch_model.safetensors"))
     write_json(folder / "ddt.json", config)
     card.write(folder, "diffusers", config, sum(p.numel() for p in model.parameters()), source.image_size())

@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 
+from ddt.autoencoder import Autoencoder
+from ddt.autoencoder.rae_component import DDTRAEDecoder
 from ddt.model import Denoiser
 from ddt.pipeline import pipeline as shared
 from ddt.pipeline.one_file import merge
-from ddt.pipeline.pipeline import PARTS
 from ddt.pipeline.scheduler import DDTScheduler
 from ddt.pipeline.transformer import DDTTransformer2DModel
 from ddt.version import __version__
 
-__all__ = ["DDTPipeline", "DDTScheduler", "DDTTransformer2DModel", "build_pipeline"]
+__all__ = ["COMPONENTS", "DDTPipeline", "DDTRAEDecoder", "DDTScheduler", "DDTTransformer2DModel", "build_pipeline"]
 
-for kind in (shared.DDTPipeline, DDTTransformer2DModel, DDTScheduler):
+# components whose code a shared folder carries, beside that of the pipeline
+COMPONENTS: dict[str, Any] = {kind.__name__: kind for kind in (DDTTransformer2DModel, DDTScheduler, DDTRAEDecoder)}
+for kind in (shared.DDTPipeline, *COMPONENTS.values()):
     kind.code = staticmethod(functools.partial(merge, kind.__module__, kind.__name__, __version__))
 
 
@@ -31,19 +34,24 @@ class DDTPipeline(shared.DDTPipeline):
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """Return the config of a folder with these classes in place of those in its files."""
         config = super().load_config(*args, **kwargs)
-        classes = {"transformer": DDTTransformer2DModel, "scheduler": DDTScheduler}
-        own = {part: [classes[part].__module__, classes[part].__name__] for part in PARTS}
+        classes = {part: COMPONENTS[named[1]] for part, named in config.items() if is_own(named)}
+        own = {part: [kind.__module__, kind.__name__] for part, kind in classes.items()}
         return {**config, "_class_name": cls.__name__, **own}
 
 
-def build_pipeline(model: Denoiser, stored: dict[str, Any], vae: Any, id2label: dict[str, str]) -> DDTPipeline:
-    """Return the pipeline of a network and its checkpoint's config; the network is not copied.
+def is_own(named: Any) -> bool:
+    """Return whether an entry of model_index.json, [module, class], names one of `COMPONENTS`."""
+    return isinstance(named, list | tuple) and len(named) == 2 and named[1] in COMPONENTS
 
-    vae: diffusers' autoencoder; None for a model of pixels.
-    """
+
+def build_pipeline(
+    model: Denoiser, stored: dict[str, Any], autoencoder: Autoencoder, id2label: dict[str, str]
+) -> DDTPipeline:
+    """Return the pipeline of a network and its checkpoint's config; the networks are not copied."""
     settings = {key: value for key, value in stored["network"].items() if key != "activation_checkpointing"}
     with torch.device("meta"):
         transformer = DDTTransformer2DModel(stored["latent_shape"][1:], settings)
     transformer.network = model
     scheduler = DDTScheduler(**stored["sampler"])
-    return DDTPipeline(transformer.eval(), vae, scheduler, id2label, stored["autoencoder"].get("chunk_size", 16))
+    chunk_size = stored["autoencoder"].get("chunk_size", 16)
+    return DDTPipeline(transformer.eval(), autoencoder.diffusers_network(), scheduler, id2label, chunk_size)

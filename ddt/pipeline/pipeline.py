@@ -36,11 +36,6 @@ from ddt.sampling.settings import SamplerSettings
 DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 OUTPUTS = ("pil", "np", "pt", "latent")
-# components with code of their own in a shared folder: name → file, class
-PARTS = {
-    "transformer": ("transformer_ddt", "DDTTransformer2DModel"),
-    "scheduler": ("scheduler_ddt", "DDTScheduler"),
-}
 # arguments of a call that have another name in this project
 NAMES = {"num_inference_steps": "num_steps", "guidance_scale": "cfg_scale", "guidance_interval": "cfg_interval"}
 
@@ -92,7 +87,8 @@ class DDTPipeline(DiffusionPipeline):
     """Samples images of classes with a Decoupled Diffusion Transformer, as `sample.py` does.
 
     Args:
-        vae: diffusers' AutoencoderKL or AutoencoderTiny; None for a model of pixels.
+        vae: diffusers' AutoencoderKL or AutoencoderTiny, or `DDTRAEDecoder`; None for a model of
+            pixels.
         scheduler: the sampler's settings.
         id2label: class → names, separated by commas, as in diffusers' DiTPipeline.
         decode_chunk_size: latents decoded at once; bounds the memory.
@@ -117,19 +113,26 @@ class DDTPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label, decode_chunk_size=decode_chunk_size)
 
+    def _parts(self) -> dict[str, tuple[str, Any]]:
+        """Return the components with code in a shared folder: name → the file's name, class."""
+        kinds = {
+            name: type(component._orig_mod if is_compiled_module(component) else component)
+            for name, component in self.components.items()
+        }
+        return {name: (f"{name}_ddt", kind) for name, kind in kinds.items() if hasattr(kind, "code")}
+
     def to_json_string(self) -> str:
         """Return model_index.json, which names the files of code that `save_config` writes."""
-        values = json.loads(super().to_json_string())
-        return (
-            json.dumps(values | {"_class_name": ["pipeline", "DDTPipeline"], **PARTS}, indent=2, sort_keys=True) + "\n"
-        )
+        parts = {name: (file, kind.__name__) for name, (file, kind) in self._parts().items()}
+        named = {"_class_name": ("pipeline", "DDTPipeline"), **parts}
+        return json.dumps(json.loads(super().to_json_string()) | named, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write model_index.json and the code of pipeline, network and scheduler, so that the
-        folder loads without this project; arguments of diffusers.
+        """Write model_index.json and the code of pipeline and components, so that the folder loads
+        without this project; arguments of diffusers.
         """
         folder = Path(save_directory)
-        files = {folder / name / f"{file}.py": type(getattr(self, name)) for name, (file, _) in PARTS.items()}
+        files = {folder / name / f"{file}.py": kind for name, (file, kind) in self._parts().items()}
         for path, kind in {folder / "pipeline.py": type(self), **files}.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(kind.code(), encoding="utf-8")
@@ -238,6 +241,8 @@ class DDTPipeline(DiffusionPipeline):
         """Return the decoder around the `vae` component."""
         if self.vae is None:
             return Identity()
+        if hasattr(self.vae, "latent_decoder"):
+            return self.vae.latent_decoder(self.config.decode_chunk_size).to(self._execution_device)
         name = type(self.vae).__name__
         require(name in AUTOENCODERS, f"vae: is a {name}; give an {' or an '.join(AUTOENCODERS)}")
         return LatentDecoder(self.vae, self.config.decode_chunk_size).to(self._execution_device)

@@ -11,8 +11,9 @@ from conftest import GOLDEN, small_rae
 from safetensors.torch import load_file, save_file
 
 from ddt.autoencoder import RAE, build_autoencoder
-from ddt.autoencoder.rae import PUBLISHED_SIZES, RepresentationAutoencoder, truncate
+from ddt.autoencoder.rae import PUBLISHED_SIZES, RepresentationAutoencoder
 from ddt.autoencoder.rae_encoder import FrozenEncoder
+from ddt.autoencoder.token_decoder import truncate
 from ddt.autoencoder.vit_decoder import ViTDecoder, load_decoder
 from ddt.data.latent_statistics import OF_POSITIONS, Moments, block_moments
 from ddt.errors import UserError

@@ -21,26 +21,26 @@ from diffusers.pipelines import pipeline_utils
 from diffusers.utils import dynamic_modules_utils
 
 
-def serve(folder, cache):
-    """Let diffusers find the model owner/name with the files of a folder on a hub; files come to
-    the cache when they are asked for.
+def serve(name, folder, cache):
+    """Let diffusers find the model `name` with the files of a folder on a hub; files come to the
+    cache when they are asked for.
     """
     files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
     def download(repo_id, filename, subfolder=None, **_):
-        assert repo_id == "owner/name"
-        name = f"{subfolder}/{filename}" if subfolder else filename
-        (cache / name).parent.mkdir(parents=True, exist_ok=True)
-        return shutil.copy(folder / name, cache / name)
+        assert repo_id == name
+        path = f"{subfolder}/{filename}" if subfolder else filename
+        (cache / path).parent.mkdir(parents=True, exist_ok=True)
+        return shutil.copy(folder / path, cache / path)
 
     def snapshot(repo_id, allow_patterns, ignore_patterns, **_):
-        for name in files:
-            allowed = any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)
-            if allowed and not any(fnmatch.fnmatch(name, pattern) for pattern in ignore_patterns):
-                download(repo_id, name)
+        for path in files:
+            allowed = any(fnmatch.fnmatch(path, pattern) for pattern in allow_patterns)
+            if allowed and not any(fnmatch.fnmatch(path, pattern) for pattern in ignore_patterns):
+                download(repo_id, path)
         return str(cache)
 
-    info = SimpleNamespace(sha="0" * 40, siblings=[SimpleNamespace(rfilename=name) for name in files])
+    info = SimpleNamespace(sha="0" * 40, siblings=[SimpleNamespace(rfilename=path) for path in files])
     for module in (pipeline_utils, dynamic_modules_utils):
         module.model_info = lambda *_, **__: info
         module.hf_hub_download = download
@@ -52,8 +52,9 @@ def load(job, out):
     """Return the pipeline of a job."""
     name = job["folder"]
     if job.get("hub"):
-        serve(Path(name), out / "cache")
-        name = "owner/name"
+        folder = Path(name)
+        name = f"owner/{folder.parent.name}"
+        serve(name, folder, out / "cache" / name)
     custom = {"custom_pipeline": name} if job.get("custom") else {}
     dtype = {"transformer": getattr(torch, job.get("dtype", "float32"))}
     pipeline = DiffusionPipeline.from_pretrained(name, trust_remote_code=True, dtype=dtype, **custom)

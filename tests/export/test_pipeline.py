@@ -10,13 +10,14 @@ import torch
 from conftest import SMALL, WIDE, small_network, small_vae
 from diffusers import DDIMScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from pipelines import CALL, exported, sampled
+from pipelines import CALL, exported, exported_rae, sampled
+from safetensors.torch import load_file
 
 import ddt
 from ddt.draws import noise_of
 from ddt.errors import UserError
 from ddt.generation.generator import cast_weights
-from ddt.pipeline import DDTPipeline, DDTScheduler, DDTTransformer2DModel
+from ddt.pipeline import DDTPipeline, DDTRAEDecoder, DDTScheduler, DDTTransformer2DModel
 from ddt.sampling.settings import SamplerSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,6 +94,54 @@ def test_the_undivided_baseline(tmp_path):
     assert np.array_equal(uint8(pipeline(**CALL).images)[..., None], sampled(checkpoint, tmp_path / "set"))
     with pytest.raises(UserError, match="this model has no encoder to share"):
         pipeline(0, recompute="uniform:2")
+
+
+@pytest.fixture(scope="module")
+def rae(tmp_path_factory):
+    """A checkpoint of RAE latents with a class token, and its export."""
+    return exported_rae(tmp_path_factory.mktemp("rae"), class_token=64)
+
+
+def test_the_decoder_of_an_rae(rae, tmp_path):
+    """Decodes in its own precision, whatever that of the pipeline, and holds no encoder."""
+    checkpoint, folder = rae
+    files = {path.name for path in (folder / "vae").iterdir()}
+    assert files == {"config.json", "diffusion_pytorch_model.safetensors", "vae_ddt.py"}
+    weights = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {name.partition(".")[0] for name in weights} == {
+        "decoder", "latents_mean", "latents_var", "pixels_mean", "pixels_std"
+    }  # fmt: skip
+    assert str(checkpoint.parent) not in (folder / "ddt.json").read_text()
+    pipeline = DDTPipeline.from_pretrained(folder)
+    assert type(pipeline.vae) is DDTRAEDecoder
+    assert np.array_equal(uint8(pipeline(**CALL).images), sampled(checkpoint, tmp_path / "set"))
+    half = DDTPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    assert (half.transformer.dtype, half.vae.dtype) == (torch.bfloat16, torch.float32)
+    half.save_pretrained(tmp_path / "again")
+    assert np.array_equal(uint8(half(**CALL).images), sampled(checkpoint, tmp_path / "half", "dtype=bf16"))
+    again = load_file(tmp_path / "again" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+    with pytest.raises(UserError, match=r"^vae: is torch\.bfloat16; it decodes by float32 weights"):
+        half.to(torch.bfloat16)(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"width": 10**9}, "width=1000000000: must be at most 65,536"),
+        ({"depth": 0}, "depth=0: must be at least 1"),
+        ({"num_heads": 3}, "autoencoder.decoder_heads=3: does not divide"),
+        ({"class_token": -1}, "class_token=-1: must be at least 0"),
+        ({"decode_dtype": "fp8"}, "decode_dtype=fp8: choose from bf16, fp16, fp32"),
+    ],
+    ids=str,
+)
+def test_a_wrong_config_of_an_rae_is_one_line(rae, tmp_path, change, line):
+    folder = shutil.copytree(rae[1] / "vae", tmp_path / "vae")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=f"^{line}"):
+        DDTRAEDecoder.from_pretrained(folder)
 
 
 def test_a_ditdh(tmp_path):
@@ -273,10 +322,15 @@ def test_compiling_compiles_what_a_call_uses(pipeline, counted):
     assert counted.graphs == 2  # blocks of encoder and decoder
 
 
-def test_a_compiled_call_that_sampling_does_not_make_is_refused(pipeline, counted):
+def test_a_compiled_call_that_sampling_does_not_make_is_refused(places, pipeline, counted, tmp_path):
+    """But it can be saved, as the network that it wraps."""
     pipeline.transformer = torch.compile(pipeline.transformer, backend=counted)
     with pytest.raises(UserError, match=r"^transformer: torch\.compile.* use transformer\.compile\(\)"):
         pipeline(0)
+    pipeline.save_pretrained(tmp_path)
+    index, code = json.loads((tmp_path / "model_index.json").read_text()), "transformer/transformer_ddt.py"
+    assert index["transformer"] == ["transformer_ddt", "DDTTransformer2DModel"]
+    assert (tmp_path / code).read_text() == (places[1] / code).read_text()
 
 
 def test_another_scheduler_is_refused(pipeline):

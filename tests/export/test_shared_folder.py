@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from conftest import SMALL, WIDE, small_network, small_vae
 from packaging.requirements import Requirement
-from pipelines import CALL, exported, sampled
+from pipelines import CALL, exported, exported_rae, sampled
 
-from ddt.pipeline import DDTPipeline, DDTScheduler, DDTTransformer2DModel
+from ddt.pipeline import COMPONENTS, DDTPipeline
 from ddt.pipeline.one_file import merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,7 +70,7 @@ def run_alone(python, folder, jobs):
 
 
 def test_it_samples_the_images_of_sample_py(alone, tmp_path):
-    """Bit for bit, by arguments of a call: of latents, with a base head, of a DiT^DH."""
+    """Bit for bit, by arguments of a call: of latents, with a base head, of a DiT^DH, of an RAE."""
     vae = small_vae(tmp_path / "vae", levels=2, scaling_factor=0.5, shift_factor=0.1)
     latents = exported(tmp_path / "latents", vae=vae)
     network = {"_target_": "ddt.model.DDT", **SMALL, "in_channels": 1, "base_depth": 1}
@@ -78,6 +78,8 @@ def test_it_samples_the_images_of_sample_py(alone, tmp_path):
     network = {"_target_": "ddt.model.DiTDH", **SMALL, **WIDE, "in_channels": 1}
     sampler = {"num_steps": 4, "cfg_interval": None, "last_step": None, "t_end": 0.9, "timeshift": 2.0}
     wide = exported(tmp_path / "wide", model=small_network("ditdh", in_channels=1), network=network, sampler=sampler)
+    rae = exported_rae(tmp_path / "rae")
+    token = exported_rae(tmp_path / "token", class_token=64, decode_dtype="bf16")
 
     interval = {"guidance_scale": 1.5, "guidance_interval": [0.1, 0.6]}
     internal = {"internal_scale": 1.7, "internal_interval": [0.0, 0.6]}
@@ -90,19 +92,24 @@ def test_it_samples_the_images_of_sample_py(alone, tmp_path):
         (head, {"again": str(tmp_path / "again")}, internal, ["internal_scale=1.7", "internal_interval=[0.0,0.6]"]),
         (wide, {"dtype": "bfloat16"}, {}, ["dtype=bf16"]),
         (wide, {}, {"recompute": "dp:2", "solver": "heun"}, ["recompute=dp:2", "sampler=heun"]),
+        (rae, {}, shared, ["recompute=uniform:2", "forecast_order=1"]),
+        (rae, {"hub": True, "custom": True}, {}, []),
+        (rae, {"again": str(tmp_path / "rae_again")}, {}, []),
+        (token, {"custom": True, "dtype": "bfloat16"}, {}, ["dtype=bf16"]),
     ]
     jobs = [{"folder": str(folder), **how, "call": CALL | call} for (_, folder), how, call, _ in cases]
     found = run_alone(alone, tmp_path, jobs)
     for number, (((checkpoint, _), _, _, settings), images) in enumerate(zip(cases, found, strict=True)):
         assert np.array_equal(images, sampled(checkpoint, tmp_path / f"set{number}", *settings)), number
     assert not np.array_equal(found[0], found[1])
-    again = {path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*.py")}
-    assert again == {path.relative_to(head[1]) for path in head[1].rglob("*.py")}
-    for path in again:  # saved where this project is not, the code is the same
-        assert (tmp_path / "again" / path).read_text() == (head[1] / path).read_text()
+    for saved, (_, folder) in ((tmp_path / "again", head), (tmp_path / "rae_again", rae)):
+        again = {path.relative_to(saved) for path in saved.rglob("*.py")}
+        assert again == {path.relative_to(folder) for path in folder.rglob("*.py")}
+        for path in again:  # saved where this project is not, the code is the same
+            assert (saved / path).read_text() == (folder / path).read_text()
 
 
-@pytest.mark.parametrize("kind", [DDTPipeline, DDTScheduler, DDTTransformer2DModel], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [DDTPipeline, *COMPONENTS.values()], ids=lambda kind: kind.__name__)
 def test_its_code_imports_nothing_of_this_project(kind):
     """Nor anything but what diffusers, torch and safetensors bring."""
     text = kind.code()

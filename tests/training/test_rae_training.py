@@ -116,7 +116,10 @@ def test_training_from_a_cache_is_that_on_the_fly_then_samples_and_an_export(pla
     succeed("sample", "ckpt=hub", "num_samples=4", "out=again", "batch_size=3")
     with np.load("again/samples.npz") as file:
         assert np.array_equal(file["arr_0"], images)
-    assert "format=diffusers" in refusal("scripts.export", "ckpt=runs/cached", "out=pipe", "format=diffusers")
+    succeed("scripts.export", "ckpt=runs/cached", "out=pipeline", "format=diffusers")
+    texts = [path.read_text() for path in (place / "pipeline").rglob("*") if path.suffix in (".json", ".md", ".py")]
+    assert len(texts) == 10
+    assert not [text for text in texts if str(place) in text]
 
 
 def test_epochs_become_steps_and_null_shifts_those_of_the_latents(place):
@@ -183,8 +186,8 @@ def test_reg_trains_samples_shares_and_exports(place):
     succeed("sample", "ckpt=reg_hub", "out=reg_again", *shared)
     with np.load("reg_again/samples.npz") as file:
         assert np.array_equal(file["arr_0"], images)
-    for form, line in (("released", "class_token=64: the published format"), ("diffusers", "format=diffusers")):
-        assert line in refusal("scripts.export", "ckpt=runs/reg", f"out={form}.safetensors", f"format={form}")
+    line = refusal("scripts.export", "ckpt=runs/reg", "out=reg.safetensors", "format=released")
+    assert "class_token=64: the published format" in line
     without = [*data, *autoencoder(place), *small]
     undivided = [each for each in without if not re.match(r"model(=|\.encoder|\.decoder)", each)] + ["model=dit_nano"]
     aligned = ["alignment=dispersive", "alignment.align_depth=1"]
