@@ -36,7 +36,7 @@ def uses_graphs(
     """
     for possible, advice in (
         (device.type == "cuda", "needs a GPU; leave it out"),
-        (compiled, "needs compiled blocks; leave out trainer.compile=false"),
+        (compiled, "needs compiled blocks (trainer.compile, and a compiler); leave it out"),
         (not sharded, "not with trainer.parallelism=fsdp; leave out one of them"),
     ):
         require(possible or not chosen, f"trainer.cuda_graphs=true: {advice}")
