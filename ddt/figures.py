@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddt.files import atomic_file
+from ddt.errors import require
+from ddt.files import atomic_file, check_new
 
 STYLE = Path(__file__).with_suffix(".mplstyle")
 WIDTH = 8.0  # inches, of a figure as wide as a page of the docs
@@ -15,6 +16,13 @@ BLUE, ORANGE, GREEN, GREY = "C0", "C1", "C2", "0.65"
 ENTRY, CHARACTER = 0.5, 0.06  # inches, of a legend's entry: its handle, and a character of its label
 STEPS = ((1,), (1, 2, 5), (1, 2, 3, 4, 6, 8))  # of ticks in a decade, coarse to fine
 MIN_TICKS = 3
+FORMATS = (".png", ".pdf", ".svg")
+
+
+def check_figure(path: Path, key: str = "out") -> None:
+    """Raise UserError unless a figure can be written to the file of setting `key`."""
+    require(path.suffix in FORMATS, f"{key}={path}: give a {FORMATS[0]}, {FORMATS[1]} or {FORMATS[2]} file")
+    check_new(path, key)
 
 
 def pyplot() -> Any:

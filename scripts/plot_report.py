@@ -11,7 +11,8 @@ from typing import Any
 
 from ddt.cli import command
 from ddt.errors import require
-from ddt.files import check_new, read_json
+from ddt.figures import check_figure
+from ddt.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +23,7 @@ class PlotReportSettings:
     out: str
 
     def __post_init__(self) -> None:
-        require(Path(self.out).suffix in (".png", ".pdf", ".svg"), f"out={self.out}: give a .png, .pdf or .svg file")
-        check_new(Path(self.out))
+        check_figure(Path(self.out))
         require(Path(self.report).is_file(), f"report={self.report}: no such file")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ddt.cli import command
 from ddt.errors import require
-from ddt.files import check_new
+from ddt.figures import check_figure
 
 COLUMNS = 3  # panels side by side
 SINGLE = 5.5  # inches, width of a figure of one panel
@@ -26,8 +26,7 @@ class PlotRunSettings:
     out: str
 
     def __post_init__(self) -> None:
-        require(Path(self.out).suffix in (".png", ".pdf", ".svg"), f"out={self.out}: give a .png, .pdf or .svg file")
-        check_new(Path(self.out))
+        check_figure(Path(self.out))
         require(self.runs != [], "runs=[]: name at least one run folder")
         require(self.keys != [], "keys=[]: name at least one logged value, such as loss")
         runs, labels = as_list(self.runs), as_list(self.labels or [])

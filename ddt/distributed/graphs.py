@@ -17,22 +17,26 @@ from torch import Tensor, nn
 from ddt.distributed.compile import compile_block
 from ddt.errors import require
 from ddt.model import Denoiser
+from ddt.model.cost import num_tokens
 from ddt.model.layers import Positions
 
 log = logging.getLogger(__name__)
 Call = Callable[..., Any]
-# Tokens of a micro-batch times the square of their width; with more an H100 is busy without graphs:
-# XL/2 has 1.1e10 with 32 images of 256 px, and gains a fifth; with 64 it loses a hundredth.
+# Of `block_work`; with more an H100 is busy without graphs: XL/2 has 1.1e10 with 32 images of
+# 256 px, and gains a fifth; with 64 it loses a hundredth.
 MAX_WORK = 1.5e10
 
 
-def uses_graphs(
-    chosen: bool | None, compiled: bool, sharded: bool, tokens: int, width: int, device: torch.device
-) -> bool:
+def block_work(network: Denoiser, shape: tuple[int, int, int], images: int) -> int:
+    """Return what a block has to do for images of latents (C, H, W): tokens times D²."""
+    return images * num_tokens(network, *shape[1:]) * network.hidden_size**2
+
+
+def uses_graphs(chosen: bool | None, compiled: bool, sharded: bool, work: int, device: torch.device) -> bool:
     """Return whether training uses graphs: `chosen`, `trainer.cuda_graphs`, or where that is None,
     on a GPU, compiled, and where a block has little to do.
 
-    tokens: of a micro-batch. width: D. Raises UserError where they are chosen and cannot be.
+    work: `block_work` of a micro-batch. Raises UserError where they are chosen and cannot be.
     """
     for possible, advice in (
         (device.type == "cuda", "needs a GPU; leave it out"),
@@ -42,7 +46,7 @@ def uses_graphs(
         require(possible or not chosen, f"trainer.cuda_graphs=true: {advice}")
         if not possible:
             return False
-    return tokens * width**2 <= MAX_WORK if chosen is None else chosen
+    return work <= MAX_WORK if chosen is None else chosen
 
 
 def arguments_of(network: Denoiser, run: Callable[[], object]) -> dict[nn.Module, tuple[Tensor, Tensor, Positions]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ddt.config import Choice
 from ddt.epochs import Steps, are_steps
 from ddt.errors import MANY, MAX_BATCH, MAX_CLASSES, MAX_WORKERS, require, require_count
+from ddt.figures import check_figure
 from ddt.files import MAX_NAME_BYTES, check_new, is_run_name
 from ddt.metrics.comparability import short
 from ddt.metrics.settings import FeatureSettings
@@ -319,7 +320,7 @@ class EstimateSettings:
     may_be_missing = ("data.root",)  # nothing is read from it
 
     def __post_init__(self) -> None:
-        out, plot = (None if value is None else Path(value) for value in (self.out, self.plot))
+        out = None if self.out is None else Path(self.out)
         for key, most in (("gpus", MAX_BATCH), ("num_samples", MANY), ("num_classes", MAX_CLASSES)):
             require_count(key, getattr(self, key), 1, most)
         both = "has no effect with measured=, which brings its own; leave one out"
@@ -328,12 +329,12 @@ class EstimateSettings:
             ("device", self.measured is None or self.device is None, both),
             ("share", self.measured is None or self.share is None, both),
             ("out", out is None or out.suffix == ".json", "give a .json file"),
-            ("plot", plot is None or plot.suffix in (".png", ".pdf", ".svg"), "give a .png, .pdf or .svg file"),
         ):
             require(valid, f"{key}={getattr(self, key)}: {message}")
-        for key, path in (("out", out), ("plot", plot)):
-            if path is not None:
-                check_new(path, key)
+        if out is not None:
+            check_new(out)
+        if self.plot is not None:
+            check_figure(Path(self.plot), "plot")
         processes = self.trainer.num_processes
         require(processes is None, f"trainer.num_processes={processes}: has no effect here; give gpus={processes}")
         require(

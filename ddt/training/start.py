@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -23,13 +22,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ddt.checkpoint import format as ckpt
 from ddt.data.stream import TrainingStream, check_shared_memory, load_batches, micro_batch_positions
 from ddt.distributed.compile import compile_blocks, compiles
-from ddt.distributed.graphs import graph_blocks, uses_graphs
+from ddt.distributed.graphs import block_work, graph_blocks, uses_graphs
 from ddt.distributed.launch import check_same_on_all_processes
 from ddt.distributed.prepare import broadcast_weights, decide_on_main, make_accelerator, prepare
 from ddt.errors import Stopped, UserError, first_line, require
 from ddt.files import lock_folder, write_json
 from ddt.logs import on_terminal, progress_bar
-from ddt.model.layers import token_grid
 from ddt.precision import autocast
 from ddt.training.ema import EMA, ema_rules
 from ddt.training.init_from import initialise
@@ -80,10 +78,8 @@ def start(run: Run) -> Iterator[Session | None]:
     rank, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     micro_batch_size, num_micro = trainer.micro_batches(num_processes)
     compiled = compiles("trainer.compile", trainer.compile, device.type == "cuda", device)
-    network = run.objective.denoiser
-    tokens = micro_batch_size * math.prod(token_grid(network.patch_size, *run.latent_shape[1:]))
-    sharded = trainer.parallelism == "fsdp"
-    graphed = uses_graphs(trainer.cuda_graphs, compiled, sharded, tokens, network.hidden_size, device)
+    work = block_work(run.objective.denoiser, run.latent_shape, micro_batch_size)
+    graphed = uses_graphs(trainer.cuda_graphs, compiled, trainer.parallelism == "fsdp", work, device)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(run_dir, accelerator))

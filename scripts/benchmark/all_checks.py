@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import gc
 import importlib.metadata
 import logging
 import os
@@ -135,10 +134,8 @@ def rows_of(name: str, check: Check, place: Place) -> Iterator[Row]:
     except Exception as error:
         log.warning("%s failed", name, exc_info=True)
         yield row("failed", f"{type(error).__name__}: {first_line(error)}")
-    gc.collect()
     torch.compiler.reset()
-    if place.device.type == "cuda":
-        torch.cuda.empty_cache()
+    speed.free(place.device)
 
 
 def cells(row: Row, last: bool) -> list[str]:

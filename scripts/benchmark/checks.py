@@ -82,6 +82,7 @@ class Size:
     vae: dict[str, Any]  # changes to SD-VAE's configuration
     target: str  # a timm model
     run: tuple[str, ...]  # settings of the runs of train.py, of 2 · `steps` steps
+    run_images: int  # of a step of theirs
     steps: int
     short: tuple[str, ...]  # settings of the short training
     digits_alone: bool  # training looks for no larger images
@@ -102,7 +103,7 @@ KL, KL_512, RAE, TINY = (CHANNELS, 32), (CHANNELS, 64), (768, 16), (CHANNELS, 8)
 SIZES = {
     "full": Size(
         models=("b_8en4de", "xl_22en6de"), changes={}, latent_size=32, batch_size=4, image_size=256, vae={},
-        target="vit_base_patch14_dinov2.lvd142m", run=("trainer.global_batch_size=64",), steps=10,
+        target="vit_base_patch14_dinov2.lvd142m", run=(), run_images=64, steps=10,
         short=("trainer.max_steps=1000", "trainer.warmup_steps=100"), digits_alone=False,
         sustained=2, copied=2**32, repeats=8,
         trained={
@@ -117,7 +118,7 @@ SIZES = {
     "tiny": Size(
         models=("nano", "nano"), changes=SMALL, latent_size=8, batch_size=2, image_size=32,
         vae={"block_out_channels": [8] * 4, "norm_num_groups": 4}, target="vit_tiny_patch16_224.augreg_in21k",
-        run=("trainer.global_batch_size=8", *SMALL_RUN), steps=2,
+        run=SMALL_RUN, run_images=8, steps=2,
         short=("trainer.max_steps=40", "trainer.warmup_steps=0", *SMALL_RUN), digits_alone=True,
         sustained=0, copied=2**16, repeats=1,
         trained={"XL": (("nano", TINY, (2, 1)),), "others": (("nano", TINY, (3,)),)},
@@ -409,7 +410,8 @@ def images(place: Place) -> tuple[str, tuple[str, ...]]:
 def briefly(place: Place, name: str, steps: int, *overrides: str, launcher: Sequence[str] = ()) -> Path:
     """Train some steps in bf16, at a constant rate, so that a run's end can be moved."""
     constant = ("trainer.lr_schedule=constant", "trainer.warmup_steps=0", "trainer.log_every=1")
-    settings = ("trainer.mixed_precision=bf16", f"trainer.max_steps={steps}", *constant)
+    batch = f"trainer.global_batch_size={place.size.run_images}"
+    settings = ("trainer.mixed_precision=bf16", f"trainer.max_steps={steps}", batch, *constant)
     return train(place, name, *images(place)[1], *settings, *place.size.run, *overrides, launcher=launcher)
 
 
@@ -459,8 +461,8 @@ def many_processes(place: Place) -> list[Finding]:
 
 def fp16(place: Place) -> list[Finding]:
     """Compare the last loss in fp16, in two micro-batches, with that in bf16 in one."""
-    half = int(place.size.run[0].partition("=")[2]) // 2
-    changes = ("trainer.mixed_precision=fp16", f"trainer.micro_batch_size={half}", "trainer.num_processes=1")
+    half = f"trainer.micro_batch_size={place.size.run_images // 2}"
+    changes = ("trainer.mixed_precision=fp16", half, "trainer.num_processes=1")
     run = briefly(place, "fp16", 2 * place.size.steps, *changes)
     ours, other = losses(run)[-1], losses(uninterrupted(place))[-1]
     skipped = read_rows(run / "metrics.jsonl")[-1]["skipped_steps"]

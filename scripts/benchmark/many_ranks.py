@@ -174,16 +174,16 @@ def simulate(settings: RanksSettings, ranks: int) -> Iterator[Simulated]:
     def result(name: str, held: Any, buckets: int, calls: int, sent: float, seconds: float) -> Simulated:
         states = FLOAT * STATES
         sizes = states * int(np.max(held)), states * int(np.min(held))
-        hidden = 1 - (seconds - compute) / (sent / link) if sent else 1.0
+        hidden = 1 - (seconds - compute) / (sent / link)
         return Simulated(ranks, name, *sizes, buckets, calls, sent, seconds, compute, hidden)
 
     buckets = ddp_buckets(objective)
-    seconds = ddp_seconds(buckets, compute, link / (2 * part) if part else float("inf"))
+    seconds = ddp_seconds(buckets, compute, link / (2 * part))
     yield result("ddp", total, FLOAT * total, len(buckets), 2 * part * sum(buckets), seconds)
     calls, mine = fsdp_calls(settings, ranks)
     held = shares(objective, ranks)
     assert mine == held[0], "rank 0 holds what the rule says"
-    seconds = fsdp_seconds(calls, blocks, compute, link / part if part else float("inf"))
+    seconds = fsdp_seconds(calls, blocks, compute, link / part)
     yield result("fsdp", held, 0, len(calls), part * sum(size for _, size in calls), seconds)
 
 

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ddt.config import group_values, locate
 from ddt.distributed.compile import compile_blocks, compiles
-from ddt.distributed.graphs import uses_graphs
+from ddt.distributed.graphs import block_work, uses_graphs
 from ddt.distributed.prepare import make_accelerator
 from ddt.generation.generator import cast_weights
-from ddt.model.layers import token_grid
 from ddt.precision import torch_dtype
 from ddt.sampling.cost import sampling_macs
 from ddt.sampling.graphs import Function, Graphs, direct
@@ -102,10 +101,10 @@ def train(place: Place, model: str, latent: tuple[int, int], images: tuple[int, 
     for n in images:
         setup = setup_of(place, model, latent, n)
         ours, batch = trainer(setup, latent)
-        network, step = ours.objective.denoiser, functools.partial(ours.step, batch)
-        flops = n * training_flops(ours.objective, (latent[0], latent[1], latent[1]))
-        tokens = n * math.prod(token_grid(network.patch_size, latent[1], latent[1]))
-        graphs = uses_graphs(None, setup.compile, False, tokens, network.hidden_size, place.device)
+        step, shape = functools.partial(ours.step, batch), (latent[0], latent[1], latent[1])
+        flops = n * training_flops(ours.objective, shape)
+        work = block_work(ours.objective.denoiser, shape, n)
+        graphs = uses_graphs(None, setup.compile, False, work, place.device)
         name = f"{model}, {latent[1]}×{latent[1]} latents, {n} images"
         try:
             for _ in range(2):  # compiles; makes the optimizer's state
@@ -128,7 +127,7 @@ def train(place: Place, model: str, latent: tuple[int, int], images: tuple[int, 
                 row["peak_bytes"] = torch.cuda.max_memory_allocated()
                 text += f", {row['peak_bytes'] / GIB:.0f} GiB"
             yield Finding(name, text, row=row)
-        del ours, batch, network, step
+        del ours, batch, step
         free(place.device)
 
 

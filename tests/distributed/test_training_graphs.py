@@ -137,7 +137,7 @@ def test_names_of_weights_do_not_change(emulation):
     ],
 )
 def test_graphs_where_a_card_would_wait(chosen, compiled, sharded, images, device, expected):
-    assert uses_graphs(chosen, compiled, sharded, 256 * images, 1152, device) == expected
+    assert uses_graphs(chosen, compiled, sharded, 256 * images * 1152**2, device) == expected
 
 
 @pytest.mark.parametrize(
@@ -146,4 +146,4 @@ def test_graphs_where_a_card_would_wait(chosen, compiled, sharded, images, devic
 )
 def test_graphs_that_cannot_be_are_refused(compiled, sharded, device, fix):
     with pytest.raises(UserError, match=rf"trainer\.cuda_graphs=true: .*{fix}"):
-        uses_graphs(True, compiled, sharded, 1, 1, device)
+        uses_graphs(True, compiled, sharded, 1, device)

@@ -53,6 +53,14 @@ def test_the_images_of_sample_py_bit_for_bit(places, pipeline, tmp_path):
     assert np.array_equal(uint8(DDTPipeline.from_pretrained(tmp_path / "again")(**CALL).images), plain)
 
 
+def changed_config(component, tmp_path, change):
+    """A copy of a component's folder with changes in its config."""
+    folder = shutil.copytree(component, tmp_path / component.name)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -69,9 +77,7 @@ def test_the_images_of_sample_py_bit_for_bit(places, pipeline, tmp_path):
     ids=str,
 )
 def test_a_wrong_config_of_the_network_is_one_line(places, tmp_path, change, line):
-    folder = shutil.copytree(places[1] / "transformer", tmp_path / "transformer")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | change))
+    folder = changed_config(places[1] / "transformer", tmp_path, change)
     with pytest.raises(UserError, match=f"^{line}"):
         DDTTransformer2DModel.from_pretrained(folder)
 
@@ -137,9 +143,7 @@ def test_the_decoder_of_an_rae(rae, tmp_path):
     ids=str,
 )
 def test_a_wrong_config_of_an_rae_is_one_line(rae, tmp_path, change, line):
-    folder = shutil.copytree(rae[1] / "vae", tmp_path / "vae")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | change))
+    folder = changed_config(rae[1] / "vae", tmp_path, change)
     with pytest.raises(UserError, match=f"^{line}"):
         DDTRAEDecoder.from_pretrained(folder)
 
