@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING, Literal
 
 from ddt.errors import require
@@ -48,6 +49,28 @@ def products(device: torch.device, dtype: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def deterministic(chosen: bool) -> Iterator[None]:
+    """Where `chosen`, let torch use its deterministic algorithms alone: an operation that has none
+    raises RuntimeError. To be entered before the process first uses a GPU.
+    """
+    import torch
+    from torch.utils import deterministic
+
+    if not chosen:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    try:
+        yield
+    finally:
+        enabled, deterministic.fill_uninitialized_memory = before
+        torch.use_deterministic_algorithms(enabled)
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -12,13 +12,19 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ddt.errors import UserError, require
 from ddt.model import Denoiser
+from ddt.precision import HALF_TYPES, torch_dtype
 
 Network = TypeVar("Network", bound=nn.Module)
 Value = TypeVar("Value")
@@ -37,7 +43,10 @@ def make_accelerator(timeout: datetime.timedelta | None = None) -> Accelerator:
             f"ACCELERATE_{name}: is not supported; take it out of Accelerate's configuration (to shard: "
             "trainer.parallelism=fsdp)",
         )
-    handlers = [] if timeout is None else [InitProcessGroupKwargs(timeout=timeout)]
+    # gradients lie in DDP's buckets, not beside them; buffers are constants, the same everywhere
+    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)]
+    if timeout is not None:
+        handlers.append(InitProcessGroupKwargs(timeout=timeout))
     return Accelerator(
         mixed_precision="no",
         cpu=not torch.cuda.is_available(),
@@ -67,10 +76,18 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def shard(network: Denoiser) -> None:
-    """Shard a denoiser among all processes, block by block; a block is gathered when it runs."""
+def shard(network: Denoiser, dtype: str, reshard_after_forward: bool) -> None:
+    """Shard a denoiser among all processes, block by block; a block is gathered when it runs.
+
+    dtype: a precision. In a 16-bit one a block is gathered in it, half the bytes, and its gradients
+    are added up in float32; what is in no block is gathered in float32. reshard_after_forward: a
+    block is freed after its forward pass and gathered again for the backward one.
+    """
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast does
+    if dtype in HALF_TYPES:
+        policy = MixedPrecisionPolicy(torch_dtype(dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in network.all_blocks:
-        fully_shard(block)
+        fully_shard(block, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(network)
     for name in FORWARD_METHODS:
         register_fsdp_forward_method(network, name)
@@ -89,8 +106,14 @@ def broadcast_weights(module: nn.Module, accelerator: Accelerator) -> None:
             parameter.copy_(weights)
 
 
-def prepare(objective: Any, accelerator: Accelerator, parallelism: Literal["ddp", "fsdp"]) -> nn.Module:
-    """Return the objective under DDP or FSDP2.
+def prepare(
+    objective: Any,
+    accelerator: Accelerator,
+    parallelism: Literal["ddp", "fsdp"],
+    dtype: str = "fp32",
+    reshard_after_forward: bool = True,
+) -> nn.Module:
+    """Return the objective under DDP or FSDP2; dtype and reshard_after_forward as of `shard`.
 
     Raises UserError where one process is to shard.
     """
@@ -100,7 +123,7 @@ def prepare(objective: Any, accelerator: Accelerator, parallelism: Literal["ddp"
         accelerator.num_processes > 1,
         "trainer.parallelism=fsdp: needs several processes to shard among; set trainer.num_processes, or leave it out",
     )
-    shard(objective.denoiser)  # from the CPU: one GPU may not hold the whole
+    shard(objective.denoiser, dtype, reshard_after_forward)  # from the CPU: one GPU may not hold the whole
     return fully_shard(objective)
 
 

@@ -66,9 +66,21 @@ def step_noise_fn(noise: Tensor, step_noise: Tensor | None, num_steps: int) -> C
             f"{', '.join(map(str, noise.shape))}); the last step needs none",
         )
         return step_noise.to(noise.device, torch.float32).__getitem__
+    generators = image_generators(noise)
+
+    def draw(step: int) -> Tensor:
+        drawn = torch.stack([torch.randn(noise.shape[1:], generator=g) for g in generators])
+        if noise.is_cuda:
+            drawn = drawn.pin_memory()  # the host draws and copies while the device runs the network
+        return drawn.to(noise.device, non_blocking=True)
+
+    return draw
+
+
+def image_generators(noise: Tensor) -> list[torch.Generator]:
+    """Return a generator for each image, seeded by its starting noise (B, C, H, W)."""
     hashes = [hashlib.sha256(row.numpy().tobytes()).digest() for row in noise.float().cpu()]
-    generators = [torch.Generator().manual_seed(int.from_bytes(h[:4], "little")) for h in hashes]
-    return lambda step: torch.stack([torch.randn(noise.shape[1:], generator=g) for g in generators]).to(noise.device)
+    return [torch.Generator().manual_seed(int.from_bytes(h[:4], "little")) for h in hashes]
 
 
 @torch.no_grad()

@@ -429,25 +429,36 @@ def memory(recipe: Recipe, measured: float | None = None) -> dict[str, float]:
     trained, sharded = count(recipe.objective), recipe.trainer.parallelism == "fsdp"
     parts = recipe.gpus if sharded else 1
     cast = [layer for layer in recipe.objective.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    block = max(map(count, recipe.objective.denoiser.all_blocks))
-    micro, _ = recipe.trainer.micro_batches(recipe.gpus)
+    micro, num_micro = recipe.trainer.micro_batches(recipe.gpus)
+    accumulates = num_micro > 1  # micro-batches add up whole gradients, which the last one exchanges
     if measured is None or recipe.checkpointing:
         measured = activation_bytes(recipe.objective, recipe.shape, recipe.half)
     sizes = {
         "weights": FLOAT * trained / parts,
-        "gradients": FLOAT * trained / parts,
+        "gradients": FLOAT * trained / (1 if accumulates else parts),
         "AdamW moments": 2 * FLOAT * trained / parts,
         "EMA weights": FLOAT * recipe.num_emas * count(recipe.objective.denoiser) / parts,
-        # DDP has buckets of its own; FSDP gathers the next block beside the present one
-        "buckets of DDP": FLOAT * trained if recipe.gpus > 1 and not sharded else 0,
-        "gathered by FSDP": FLOAT * (outside_blocks(recipe.objective) + 3 * block) if sharded else 0,
-        "16-bit copies of weights": HALF * sum(map(count, cast)) if recipe.half else 0,
+        # gradients lie in DDP's buckets, once they are exchanged
+        "buckets of DDP": FLOAT * trained if recipe.gpus > 1 and not sharded and accumulates else 0,
+        "gathered by FSDP": gathered(recipe) if sharded else 0,
+        "16-bit copies of weights": HALF * sum(map(count, cast)) if recipe.half and not sharded else 0,
         "alignment target": FLOAT * count(recipe.target and recipe.target.network),
         "autoencoder": FLOAT * count(recipe.autoencoder.network),
         "activations": micro * measured,
     }
     rounded = {name: math.ceil(size) for name, size in sizes.items()}
     return {**rounded, "total": sum(rounded.values())}
+
+
+def gathered(recipe: Recipe) -> float:
+    """Return the bytes that FSDP2 holds gathered: what is in no block, and all blocks or, where
+    they are freed, the next one beside the present one, and its gradients.
+    """
+    blocks = list(map(count, recipe.objective.denoiser.all_blocks))
+    size, kept = HALF if recipe.half else FLOAT, sum(blocks)
+    if recipe.trainer.reshard_after_forward:
+        kept = 2 * max(blocks)
+    return FLOAT * (outside_blocks(recipe.objective) + max(blocks)) + size * kept
 
 
 def outside_blocks(objective: Objective) -> int:
@@ -517,16 +528,19 @@ def disk(recipe: Recipe) -> dict[str, float | None]:
 def exchanged_bytes(recipe: Recipe) -> float:
     """Return the bytes that each of n processes sends per step, in a ring.
 
-    DDP: all-reduce of gradients, 2(n−1)/n·4P. FSDP, (n−1)/n·4 bytes per parameter each: all-gather
-    of the network twice and a projector once per micro-batch, reduce-scatter of gradients once.
+    DDP: all-reduce of float32 gradients, 2(n−1)/n·4P. FSDP, (n−1)/n each: all-gather per
+    micro-batch of blocks in the run's precision, twice where they are freed after the forward pass,
+    and of the rest in float32, of the network twice and of a projector once; reduce-scatter of
+    float32 gradients once.
     """
     n, trained = recipe.gpus, count(recipe.objective)
     _, num_micro = recipe.trainer.micro_batches(n)
     if recipe.trainer.parallelism == "ddp":
-        times: float = 2 * trained
-    else:
-        times = num_micro * (trained + count(recipe.objective.denoiser)) + trained
-    return (n - 1) / n * FLOAT * times
+        return (n - 1) / n * FLOAT * 2 * trained
+    blocks, projector = sum(map(count, recipe.objective.denoiser.all_blocks)), count(recipe.objective.alignment)
+    passes, size = 2 if recipe.trainer.reshard_after_forward else 1, HALF if recipe.half else FLOAT
+    rest = FLOAT * (2 * (trained - blocks - projector) + projector)
+    return (n - 1) / n * (num_micro * (passes * size * blocks + rest) + FLOAT * trained)
 
 
 # --- estimate

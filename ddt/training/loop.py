@@ -17,7 +17,7 @@ from ddt.checkpoint import format as ckpt
 from ddt.distributed.prepare import clip_gradients, gradient_norm, micro_batch
 from ddt.errors import Stopped
 from ddt.logs import on_terminal
-from ddt.precision import autocast, check_dtype, products
+from ddt.precision import autocast, check_dtype, deterministic, products
 from ddt.training.latents import to_latents
 from ddt.training.measurements import due_measurements
 from ddt.training.run import BaseRun, Run, build_run
@@ -53,7 +53,7 @@ def run_training(
     """
     run_dir, trainer = run.settings.run_dir, run.settings.trainer
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with products(device, trainer.mixed_precision), started as session:
+    with deterministic(trainer.deterministic), products(device, trainer.mixed_precision), started as session:
         if session is None:
             return
         if session.missing:  # a run may be killed between its checkpoint and its measurements

@@ -40,9 +40,11 @@ class TrainerSettings:
     a loss scale (`torch.amp.GradScaler`), "tf32" (float32 whose products run in TF32 on GPUs), or
     "fp32" ("no" is Accelerate's name for it).
     num_processes: None uses every visible GPU, or one CPU process. parallelism: "ddp" replicates
-    the network, "fsdp" shards weights, EMAs and optimizer. compile: the network's blocks
-    (`ddt.distributed.compile`) and the alignment's target; None compiles on GPUs. cuda_graphs: of
-    the blocks (`ddt.distributed.graphs`); None: where micro-batches are small.
+    the network, "fsdp" shards weights, EMAs and optimizer. reshard_after_forward: under FSDP free a
+    block between its forward and its backward pass (ZeRO-3), or keep it (ZeRO-2). compile: the
+    network's blocks (`ddt.distributed.compile`) and the alignment's target; None compiles on GPUs.
+    cuda_graphs: of the blocks (`ddt.distributed.graphs`); None: where micro-batches are small.
+    deterministic: PyTorch's deterministic algorithms alone (`ddt.precision.deterministic`).
 
     ema_decay: of the EMA weights. ema_decays: of further EMAs. ema_powers: relative standard
     deviations of power-function EMAs (EDM2), saved as a snapshot every `snapshot_every` steps, for
@@ -78,8 +80,10 @@ class TrainerSettings:
     eval_every: int = 0
     eval_samples: int = 5_000
     parallelism: Literal["ddp", "fsdp"] = "ddp"
+    reshard_after_forward: bool = True
     compile: bool | None = None
     cuda_graphs: bool | None = None
+    deterministic: bool = False
     ema_decays: tuple[float, ...] = ()
     ema_powers: tuple[float, ...] = ()
     snapshot_every: int = 0
@@ -109,6 +113,11 @@ class TrainerSettings:
             "max_hours",
             self.max_hours is None or self.max_hours * 3600 > 2 * MARGIN,
             f"give more than {2 * MARGIN / 3600:.3f}, for the run stops {MARGIN} s and two saves before",
+        )
+        self.check(
+            "reshard_after_forward",
+            self.reshard_after_forward or self.parallelism == "fsdp",
+            "has no effect with trainer.parallelism=ddp; leave it out, or give trainer.parallelism=fsdp",
         )
         self.check_decay()
         self.check_emas()

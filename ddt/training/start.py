@@ -281,7 +281,7 @@ def resume_or_start(run: Run, accelerator: Accelerator, compiled: bool) -> tuple
         initialise(settings.init_from, run.config, objective, emas)
     if compiled:
         compile_blocks(objective.denoiser, dynamic=False)  # all micro-batches have one size
-    model = prepare(objective, accelerator, trainer.parallelism)
+    model = prepare(objective, accelerator, trainer.parallelism, trainer.mixed_precision, trainer.reshard_after_forward)
     for ema in emas.values():
         ema.place(accelerator.device, sharded=trainer.parallelism == "fsdp")
     optimizer = settings.optimizer.build(named_parameters=objective.named_parameters())

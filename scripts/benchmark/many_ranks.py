@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddt.distributed.prepare import local_part, shard
 from ddt.files import write_json
 from ddt.objective import FlowMatching, Objective
+from ddt.precision import autocast
 from ddt.receipts import command_line
 from ddt.tables import markdown_table
 from ddt.training.throughput import training_flops
@@ -31,7 +32,7 @@ from scripts.benchmark.parts import random_batch
 from scripts.benchmark.settings import RanksSettings
 
 log = logging.getLogger(__name__)
-FLOAT, GIGA = 4, 1e9
+FLOAT, HALF, GIGA = 4, 2, 1e9
 STATES = 5  # of a parameter: weight, gradient, two moments, EMA
 BUCKETS = [2**20, 25 * 2**20]  # bytes of DDP's first bucket and of the others: torch's defaults
 GATHER, SCATTER = "_allgather_base_", "_reduce_scatter_base_"
@@ -86,12 +87,12 @@ def fsdp_calls(settings: RanksSettings, ranks: int) -> tuple[list[tuple[str, int
     """Return the collectives of a step under FSDP2, and the parameters that rank 0 holds."""
     objective = objective_of(settings)
     with fake_ranks(ranks):
-        shard(objective.denoiser)
+        shard(objective.denoiser, "bf16", reshard_after_forward=True)
         fully_shard(objective)
         with fake_tensors():
             objective.to_empty(device="cpu")
             batch = random_batch(1, settings.latent_size, torch.device("cpu"), settings.channels)
-            with Collectives() as seen:
+            with Collectives() as seen, autocast(torch.device("cpu"), "bf16"):
                 objective(**batch)["loss"].backward()
             return seen.calls, sum(local_part(p).numel() for p in objective.parameters())
 
@@ -109,21 +110,22 @@ def ddp_buckets(objective: Objective) -> list[int]:
 def fsdp_seconds(calls: Iterable[tuple[str, int]], blocks: list[int], compute: float, rate: float) -> float:
     """Return the seconds of a step: a block's weights are gathered while the one before computes.
 
-    blocks: bytes of what is gathered of each, which is their share of the work; other calls are of
-    what is in no block. compute: seconds of the work, a third forward. rate: bytes of a full tensor
-    a second. Gathers and scatters take turns on one link.
+    blocks: bytes of what is gathered of each, 16 bits a weight, which is their share of the work;
+    gradients have 32; other calls are of what is in no block. compute: seconds of the work, a third
+    forward. rate: bytes of a full tensor a second. Gathers and scatters take turns on one link.
     """
     link = began = 0.0  # when the link is free, and the last block's work begins
     ends: list[float] = []  # when the work of each block ends, forward and backward
     scattered = len(blocks)
     for name, size in calls:
-        is_block, seconds = size in blocks, size / rate
-        if name == GATHER or not is_block:
-            link = max(link, began) + seconds
-        else:
+        gathers, seconds = name == GATHER, size / rate
+        is_block = (size if gathers else size * HALF // FLOAT) in blocks
+        if not gathers and is_block and scattered < len(ends):  # those of the rest come last
             link = max(link, ends[scattered]) + seconds
             scattered += 1
-        if name == GATHER and is_block:
+        else:
+            link = max(link, began) + seconds
+        if gathers and is_block:
             began = max(link, ends[-1] if ends else 0.0)
             ends.append(began + (1 if len(ends) < len(blocks) else 2) * compute / 3 * size / sum(blocks))
     return max(link, ends[-1])
@@ -142,16 +144,15 @@ def ddp_seconds(buckets: list[int], compute: float, rate: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Simulated:
-    """A step on n ranks. bytes: of a rank's weights, gradients, moments and EMA, the most and the
-    least of all; buckets: further bytes that DDP holds. sent: bytes a rank sends a step. hidden:
-    share of the sending's seconds that pass while the rank computes.
+    """A step on n ranks. most, least: bytes of a rank's weights, gradients, moments and EMA, of all
+    ranks. sent: bytes a rank sends a step. hidden: share of the sending's seconds that pass while
+    the rank computes.
     """
 
     ranks: int
     parallelism: str
     most: int
     least: int
-    buckets: int
     calls: int
     sent: float
     seconds: float
@@ -164,27 +165,27 @@ def simulate(settings: RanksSettings, ranks: int) -> Iterator[Simulated]:
     objective = objective_of(settings)
     total = sum(p.numel() for p in objective.parameters())
     # each rank's part is filled up to the largest, rank 0's
-    blocks = [FLOAT * ranks * int(shares(block, ranks)[0]) for block in objective.denoiser.all_blocks]
+    blocks = [HALF * ranks * int(shares(block, ranks)[0]) for block in objective.denoiser.all_blocks]
     shape = settings.channels, settings.latent_size, settings.latent_size
     compute = settings.images * training_flops(objective, shape) / (settings.tflops * 1e12)
     beyond = settings.node * settings.network_gbs  # rings go through all links of a node at once
     link = GIGA * (settings.node_gbs if ranks <= settings.node else min(settings.node_gbs, beyond))
     part = (ranks - 1) / ranks  # of a full tensor that a rank sends in a ring
 
-    def result(name: str, held: Any, buckets: int, calls: int, sent: float, seconds: float) -> Simulated:
+    def result(name: str, held: Any, calls: int, sent: float, seconds: float) -> Simulated:
         states = FLOAT * STATES
         sizes = states * int(np.max(held)), states * int(np.min(held))
         hidden = 1 - (seconds - compute) / (sent / link)
-        return Simulated(ranks, name, *sizes, buckets, calls, sent, seconds, compute, hidden)
+        return Simulated(ranks, name, *sizes, calls, sent, seconds, compute, hidden)
 
     buckets = ddp_buckets(objective)
     seconds = ddp_seconds(buckets, compute, link / (2 * part))
-    yield result("ddp", total, FLOAT * total, len(buckets), 2 * part * sum(buckets), seconds)
+    yield result("ddp", total, len(buckets), 2 * part * sum(buckets), seconds)
     calls, mine = fsdp_calls(settings, ranks)
     held = shares(objective, ranks)
     assert mine == held[0], "rank 0 holds what the rule says"
     seconds = fsdp_seconds(calls, blocks, compute, link / part)
-    yield result("fsdp", held, 0, len(calls), part * sum(size for _, size in calls), seconds)
+    yield result("fsdp", held, len(calls), part * sum(size for _, size in calls), seconds)
 
 
 def report(settings: RanksSettings) -> None:
@@ -192,8 +193,8 @@ def report(settings: RanksSettings) -> None:
     found = [each for ranks in settings.ranks for each in simulate(settings, ranks)]
     rows = [
         [
-            f"{each.ranks:,}", each.parallelism, f"{(each.most + each.buckets) / GIGA:.3g}",
-            f"{(each.least + each.buckets) / GIGA:.3g}", f"{each.calls}", f"{each.sent / GIGA:.3g}",
+            f"{each.ranks:,}", each.parallelism, f"{each.most / GIGA:.3g}", f"{each.least / GIGA:.3g}",
+            f"{each.calls}", f"{each.sent / GIGA:.3g}",
             f"{1000 * each.compute:.0f}", f"{1000 * each.seconds:.0f}", f"{each.hidden:.0%}",
         ]
         for each in found

@@ -221,7 +221,7 @@ def test_sharding_divides_what_ddp_repeats():
     )
     for part in ("weights", "gradients", "AdamW moments", "EMA weights"):
         assert sharded[part] == math.ceil(whole[part] / 4)
-    assert (whole["buckets of DDP"], sharded["buckets of DDP"]) == (whole["weights"], 0)
+    assert (whole["buckets of DDP"], sharded["buckets of DDP"]) == (0, 0)  # gradients lie in them
     assert whole["gathered by FSDP"] == 0 < sharded["gathered by FSDP"]
     assert whole["activations"] == sharded["activations"]
     alone = memory(small_recipe())
@@ -230,11 +230,33 @@ def test_sharding_divides_what_ddp_repeats():
     assert alone["total"] == sum(size for part, size in alone.items() if part != "total")
 
 
+def test_micro_batches_add_up_whole_gradients():
+    whole, sharded = (
+        memory(small_recipe(trainer=dict(parallelism=kind, micro_batch_size=1), gpus=4)) for kind in ("ddp", "fsdp")
+    )
+    assert whole["weights"] == whole["gradients"] == sharded["gradients"] == whole["buckets of DDP"]
+    assert sharded["buckets of DDP"] == 0
+
+
+def test_blocks_are_gathered_in_the_precision_of_the_run_and_kept_where_asked_for():
+    def of(**trainer):
+        recipe = small_recipe(trainer=dict(parallelism="fsdp", **trainer), gpus=4)
+        return memory(recipe)["gathered by FSDP"], exchanged_bytes(recipe) / (3 / 4)
+
+    blocks = [sum(p.numel() for p in block.parameters()) for block in small_recipe().objective.denoiser.all_blocks]
+    (freed, sent), (half, sent_half) = of(mixed_precision="fp32"), of(mixed_precision="bf16")
+    kept, sent_kept = of(mixed_precision="bf16", reshard_after_forward=False)
+    assert freed - half == 2 * 2 * max(blocks)
+    assert sent - sent_half == 2 * 2 * sum(blocks)
+    assert kept - half == 2 * (sum(blocks) - 2 * max(blocks))
+    assert sent_half - sent_kept == 2 * sum(blocks)
+
+
 def test_bytes_sent_per_step():
     trained = num_parameters(small_recipe().objective)
     assert exchanged_bytes(small_recipe()) == 0
     assert exchanged_bytes(small_recipe(gpus=4)) == 2 * 3 / 4 * 4 * trained
-    recipe = small_recipe(trainer=dict(parallelism="fsdp", micro_batch_size=1), gpus=4)
+    recipe = small_recipe(trainer=dict(parallelism="fsdp", micro_batch_size=1, mixed_precision="fp32"), gpus=4)
     network = num_parameters(recipe.objective.denoiser)
     assert network < trained  # a projector
     # two micro-batches gather it twice and the projector once, the last hands out gradients

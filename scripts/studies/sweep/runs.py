@@ -27,7 +27,8 @@ FREE = {"name", "num_processes"} | {
     f"trainer.{key}"
     for key in (
         "num_processes", "micro_batch_size", "num_workers", "save_every", "log_every", "validate_every",
-        "preview_every", "parallelism", "keep_last", "keep_every", "keep_best", "max_hours", "snapshot_every",
+        "preview_every", "parallelism", "reshard_after_forward", "keep_last", "keep_every", "keep_best", "max_hours",
+        "snapshot_every",
     )
 }  # fmt: skip
 
