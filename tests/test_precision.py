@@ -1,12 +1,14 @@
 """Precisions: what a device does not have is refused in one line."""
 
+import os
+
 import pytest
 import torch
 from conftest import refusal
 
 from ddt.autoencoder.diffusers import KLAutoencoder
 from ddt.errors import UserError
-from ddt.precision import autocast, check_dtype, choose_dtype, products, torch_dtype
+from ddt.precision import autocast, check_dtype, choose_dtype, deterministic, products, torch_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -47,6 +49,22 @@ def test_autocast_computes_in_its_type_and_fp32_ends_an_outer_one(dtype):
     x, outer = torch.ones(2, 2), torch.bfloat16
     with torch.autocast("cpu", dtype=outer), autocast(CPU, dtype):
         assert (x @ x).dtype == torch_dtype(dtype)
+
+
+def test_algorithms_are_deterministic_where_asked_for(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    with deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with deterministic(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")  # what cuBLAS asks for
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        with pytest.raises(RuntimeError, match="deterministic"):
+            torch.nn.functional.max_unpool2d(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1, dtype=torch.int64), 2)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory == filled
 
 
 def test_products_run_in_tf32_on_a_gpu_where_asked_for():

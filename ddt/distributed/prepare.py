@@ -43,8 +43,8 @@ def make_accelerator(timeout: datetime.timedelta | None = None) -> Accelerator:
             f"ACCELERATE_{name}: is not supported; take it out of Accelerate's configuration (to shard: "
             "trainer.parallelism=fsdp)",
         )
-    # gradients lie in DDP's buckets, not beside them; buffers are constants, the same everywhere
-    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)]
+    # gradients lie in DDP's buckets, not beside them
+    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if timeout is not None:
         handlers.append(InitProcessGroupKwargs(timeout=timeout))
     return Accelerator(
@@ -76,7 +76,7 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def shard(network: Denoiser, dtype: str, reshard_after_forward: bool) -> None:
+def shard(network: Denoiser, dtype: str = "fp32", reshard_after_forward: bool = True) -> None:
     """Shard a denoiser among all processes, block by block; a block is gathered when it runs.
 
     dtype: a precision. In a 16-bit one a block is gathered in it, half the bytes, and its gradients

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import small_ddt
 from diverging import diverge
+from torch.nn.parallel import DistributedDataParallel
 
 from ddt.distributed.launch import launch
 from ddt.distributed.prepare import clip_gradients, decide_on_main, gradient_norm, make_accelerator
@@ -33,6 +34,18 @@ def test_one_process_agrees_with_itself():
     assert decide_on_main(accelerator, lambda: 3) == 3
     with pytest.raises(UserError, match="no"):
         decide_on_main(accelerator, lambda: (_ for _ in ()).throw(UserError("no")))
+
+
+def test_gradients_lie_in_ddps_buckets():
+    handler = make_accelerator().ddp_handler
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        model = DistributedDataParallel(torch.nn.Linear(3, 2), **handler.to_kwargs())
+        model(torch.ones(1, 3)).sum().backward()
+        places = {parameter.grad.untyped_storage().data_ptr() for parameter in model.parameters()}
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(places) == 1
 
 
 def test_the_norm_is_of_all_gradients_and_clipping_keeps_their_direction():

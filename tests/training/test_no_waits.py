@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddt.data.stream import TrainingStream
 from ddt.model import layers
+from ddt.sampling import sample
 from ddt.sampling.sample import sample_latents
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.ema import EMA, ConstantDecay
@@ -164,7 +165,13 @@ def test_sampling_and_decoding_neither_wait_nor_leave_the_gpu(folder, monkeypatc
             return grid(self)
 
     monkeypatch.setattr(SamplerSettings, "grid", real_grid)
-    changes = [{}, {"recompute": "uniform:2", "cfg_interval": None}, {"solver": "heun"}, {"solver": "adams2"}]
+    # seeds are hashes of the noise, which has no values here, and only CUDA pins memory
+    monkeypatch.setattr(sample, "image_generators", lambda noise: [torch.Generator() for _ in noise])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    changes = [
+        {}, {"recompute": "uniform:2", "cfg_interval": None}, {"solver": "heun"}, {"solver": "adams2"},
+        {"solver": "sde"},
+    ]  # fmt: skip
     ways = [SamplerSettings(num_steps=4, **each) for each in changes]
     with on_fake_gpu(folder, full(folder)) as (run, session, no_waits), torch.no_grad():
         network, shape = session.state.ema.network(), run.latent_shape
