@@ -13,6 +13,7 @@ from ddt.files import atomic_file, check_new
 STYLE = Path(__file__).with_suffix(".mplstyle")
 WIDTH = 8.0  # inches, of a figure as wide as a page of the docs
 BLUE, ORANGE, GREEN, GREY = "C0", "C1", "C2", "0.65"
+LABEL_SHARE = 0.08  # of a panel's height that a label takes
 ENTRY, CHARACTER = 0.5, 0.06  # inches, of a legend's entry: its handle, and a character of its label
 STEPS = ((1,), (1, 2, 5), (1, 2, 3, 4, 6, 8))  # of ticks in a decade, coarse to fine
 MIN_TICKS = 3
@@ -85,12 +86,20 @@ def label_bars(axes: Any, bars: Any, texts: Sequence[str], marks: Sequence[float
 
 
 def label_lines(axes: Any) -> None:
-    """Write each line's label at its higher end, in its colour, in place of a legend."""
+    """Write each line's label at its higher end, in its colour, in place of a legend: above the
+    line, or below it where another label is.
+    """
+    (low, high), above = axes.get_ylim(), {"left": [], "right": []}
     for line in axes.lines:
         x, y = line.get_xdata(), line.get_ydata()
         end, side = (-1, "right") if y[-1] >= y[0] else (0, "left")
-        axes.annotate(line.get_label(), (x[end], y[end]), (0, 4), textcoords="offset points", color=line.get_color(),
-                      ha=side, va="bottom")  # fmt: skip
+        free = all(abs(y[end] - other) > LABEL_SHARE * (high - low) for other in above[side])
+        if free:
+            above[side].append(y[end])
+        axes.annotate(
+            line.get_label(), (x[end], y[end]), (0, 4 if free else -6), textcoords="offset points",
+            color=line.get_color(), ha=side, va="bottom" if free else "top",
+        )  # fmt: skip
 
 
 def share_legend(figure: Any) -> None:

@@ -9,7 +9,7 @@ from conftest import ROOT, refusal, succeed
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ddt.figures import STYLE, WIDTH, log_scale, log_ticks, pyplot, tick_labels
+from ddt.figures import STYLE, WIDTH, label_lines, log_scale, log_ticks, pyplot, tick_labels
 from ddt.training.tracking import title
 
 NUMBERS = ROOT / "docs" / "benchmarks"
@@ -133,6 +133,17 @@ def test_logged_values_have_titles_in_words():
     assert title("fid_50k") == "FID\nof 50K samples"
     assert title("fd_fashion_mnist_1k") == "Fréchet distance of 1K samples,\nFashion-MNIST features"
     assert "_" not in title("some_new_value")
+
+
+def test_labels_of_lines_that_end_together_do_not_cover_each_other():
+    figure, axes = pyplot().subplots()
+    for name, end in (("DDP", 5.31), ("FSDP", 5.34), ("none", 2.0)):
+        axes.plot([1, 2], [0, end], label=name)
+    label_lines(axes)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = {text.get_text(): text.get_window_extent(renderer) for text in axes.texts}
+    assert list(boxes) == ["DDP", "FSDP", "none"]
+    assert not boxes["DDP"].overlaps(boxes["FSDP"])
 
 
 def test_the_style_is_in_one_file():
