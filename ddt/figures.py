@@ -89,7 +89,8 @@ def label_lines(axes: Any) -> None:
     """Write each line's label at its higher end, in its colour, in place of a legend: above the
     line, or below it where another label is.
     """
-    (low, high), above = axes.get_ylim(), {"left": [], "right": []}
+    low, high = axes.get_ylim()
+    above: dict[str, list[float]] = {"left": [], "right": []}
     for line in axes.lines:
         x, y = line.get_xdata(), line.get_ydata()
         end, side = (-1, "right") if y[-1] >= y[0] else (0, "left")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ddt.errors import require
 
@@ -56,20 +56,20 @@ def deterministic(chosen: bool) -> Iterator[None]:
     """Where `chosen`, let torch use its deterministic algorithms alone: an operation that has none
     raises RuntimeError. To be entered before the process first uses a GPU.
     """
-    import torch
-    from torch.utils import deterministic
-
     if not chosen:
         yield
         return
+    import torch
+
+    memory: Any = torch.utils.deterministic
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    memory.fill_uninitialized_memory = False  # nothing here reads what it has not written
     try:
         yield
     finally:
-        enabled, deterministic.fill_uninitialized_memory = before
+        enabled, memory.fill_uninitialized_memory = before
         torch.use_deterministic_algorithms(enabled)
 
 
