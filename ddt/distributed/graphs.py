@@ -28,8 +28,11 @@ MAX_WORK = 1.5e10
 
 
 def block_work(network: Denoiser, shape: tuple[int, int, int], images: int) -> int:
-    """Return what a block has to do for images of latents (C, H, W): tokens times D²."""
-    return images * num_tokens(network, *shape[1:]) * network.hidden_size**2
+    """Return what a block has to do for images of latents (C, H, W): tokens times D², on average
+    where the halves' widths differ.
+    """
+    squares = [stack.hidden_size**2 for stack in network.stacks for _ in stack.blocks]
+    return images * num_tokens(network, *shape[1:]) * sum(squares) // len(squares)
 
 
 def uses_graphs(chosen: bool | None, compiled: bool, sharded: bool, work: int, device: torch.device) -> bool:
@@ -124,8 +127,10 @@ def graph_blocks(network: Denoiser, run: Callable[[], object], accumulates: bool
     functions = tuple(on_grid(shadows[block], at) for block, (_, _, at) in arguments.items())
     inputs = tuple((x, c, *shadows[block].parameters()) for block, (x, c, _) in arguments.items())
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # of the shadows' nodes
-    graphed = torch.cuda.make_graphed_callables(functions, inputs)
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(True)
+    try:
+        graphed = torch.cuda.make_graphed_callables(functions, inputs)
+    finally:
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(True)
     for (block, (x, _, at)), each in zip(arguments.items(), graphed, strict=True):
         # where copies of a block leave it behind, as they do with its compilation
         block._compiled_call_impl = graphed_call(block, each, x.shape, at)

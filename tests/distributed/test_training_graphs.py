@@ -10,7 +10,7 @@ from conftest import inputs, small_ddt
 from torch import nn
 
 from ddt.distributed.compile import compile_blocks
-from ddt.distributed.graphs import graph_blocks, uses_graphs
+from ddt.distributed.graphs import block_work, graph_blocks, uses_graphs
 from ddt.errors import UserError
 from ddt.model.layers import Block
 
@@ -138,6 +138,12 @@ def test_names_of_weights_do_not_change(emulation):
 )
 def test_graphs_where_a_card_would_wait(chosen, compiled, sharded, images, device, expected):
     assert uses_graphs(chosen, compiled, sharded, 256 * images * 1152**2, device) == expected
+
+
+def test_the_work_of_a_block_counts_both_widths():
+    assert block_work(small_ddt(patch_size=2), (4, 8, 8), 3) == 3 * 16 * 32**2
+    wide = small_ddt(patch_size=2, depth=4, encoder_depth=3, decoder_hidden_size=64, decoder_num_heads=4)
+    assert block_work(wide, (4, 8, 8), 3) == 3 * 16 * (3 * 32**2 + 64**2) // 4
 
 
 @pytest.mark.parametrize(
