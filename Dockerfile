@@ -16,9 +16,10 @@ RUN python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
 
 WORKDIR /ddt
-# PyTorch first: a change of the code does not download it again
+# PyTorch first: a change of the code does not download it again. Of equal versions pip takes the
+# index's own build (2.14.1+cpu); the packages that it needs are on PyPI.
 COPY constraints.txt ./
-RUN pip install torch torchvision -c constraints.txt --index-url ${TORCH_INDEX}
+RUN pip install torch torchvision -c constraints.txt --extra-index-url ${TORCH_INDEX}
 COPY . .
 RUN pip install -e . -c constraints.txt
 CMD ["python", "train.py", "--help"]

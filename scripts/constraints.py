@@ -17,7 +17,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = """\
-# Versions that passed the tests: Python {python}, {system}. Use: pip install -e '.[dev]' -c constraints.txt
+# Versions with which the tests ran, on Python {python}, {system}. Use: pip install -e '.[dev]' -c constraints.txt
 # Made by: python scripts/constraints.py > constraints.txt
 # Without the CUDA packages of PyTorch, which pins them itself, and without its build's name (+cpu).
 """
