@@ -10,15 +10,19 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from conftest import ROOT, copy_repository, run, run_inside
 from hydra import compose, initialize_config_dir
+from nbclient import NotebookClient
 
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+NOTEBOOK = DOCS / "digits.ipynb"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), NOTEBOOK]
 # At the end of a line, on the line above it, or as the first line of a block, for all of it: these
 # commands are not run by the test.
 MARK = r"# (needs|takes) \w"
@@ -93,10 +97,17 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
 # --- commands
 
 
+def code_of(notebook):
+    return [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+
+
 def commands_of(page):
     """Return (command, whether it is marked as one that is not run) of each command of a page's
-    bash blocks.
+    bash blocks, or of a notebook, which has a test of its own that runs it.
     """
+    if page == NOTEBOOK:
+        lines = [line.strip() for source in code_of(NOTEBOOK) for line in source.splitlines()]
+        return [(line[1:], True) for line in lines if line.startswith("!")]
     commands = []
     for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M):
         lines = block.replace("\\\n", " ").splitlines()
@@ -224,6 +235,43 @@ def test_documented_commands_run_in_order(tmp_path):
                     capture_output=True, text=True, timeout=900, check=False,
                 )  # fmt: skip
                 assert done.returncode == 0, f"{name(page)}: {text}\n{done.stderr[-2000:]}"
+
+
+# --- the notebook
+
+
+def test_the_notebook_is_stored_without_outputs_and_clones_the_repository():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.id for cell in code if cell.outputs or cell.execution_count is not None] == []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f'REPOSITORY = "{project["urls"].get("Repository", "")}"' in code[0].source
+    for name in ("train.py", "sample.py", "evaluate.py"):
+        assert any(name in text for text, _ in COMMANDS[NOTEBOOK]), name
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """From its folder, as Jupyter opens it, with a shorter training and fewer samples."""
+    copy = copy_repository(tmp_path / "copy")
+    notebook = nbformat.read(copy / "docs" / NOTEBOOK.name, as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("name=notebook", "name=notebook trainer.max_steps=20")
+        cell.source = cell.source.replace("num_samples=1000", "num_samples=100")
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    monkeypatch.setenv("PYTHONPATH", str(copy))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    client = NotebookClient(
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(copy / "docs")}}
+    )
+    client.execute()
+    outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+    for name in ("grid", "compare", "python"):
+        assert any("image/png" in output.get("data", {}) for output in outputs[name]), name
+    assert any("80% saved" in output.get("text", "") for output in outputs["compare"])
+    (table,) = outputs["table"]
+    assert len(re.findall(r"^\| .* \| 0\.\d{3} \| \d+\.\d \|$", table["data"]["text/markdown"], re.M)) == 3
 
 
 # --- the site

@@ -1,6 +1,7 @@
 """What a fresh machine installs and runs."""
 
 import ast
+import importlib.metadata
 import os
 import re
 import shutil
@@ -13,8 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, copy_repository, run
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import ddt
+from scripts.constraints import installed as installed_versions
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -29,6 +33,47 @@ def test_conda_and_pip_install_the_same_packages():
 def test_the_tests_have_what_the_photos_the_app_the_pages_and_the_sweeps_on_slurm_need():
     extras = PYPROJECT["project"]["optional-dependencies"]
     assert {*extras["photos"], *extras["app"], *extras["docs"], *extras["slurm"]} <= set(extras["dev"])
+
+
+def test_constraints_hold_a_version_of_each_package_that_its_bounds_allow():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    # no path, no URL, and no build such as 2.11.0+cpu, which is on another index
+    pins = dict(re.fullmatch(r"([a-z0-9-]+)==([a-z0-9.]+)", line).groups() for line in lines if line[0] != "#")
+    assert not [name for name in pins if name.startswith(("nvidia-", "cuda-", "triton", "ddt"))]
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    for text in [*PYPROJECT["project"]["dependencies"], *(text for extra in extras.values() for text in extra)]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)], prereleases=True), text
+
+
+def test_constraints_are_what_is_installed_of_the_packages_and_all_that_they_need(monkeypatch):
+    needs = {
+        "torch": ["SymPy>=1", "triton==3; sys_platform != 'x'", "nvidia-cublas==13", "colorama; sys_platform == 'x'"],
+        "sympy": ["mpmath", "pytest; extra == 'dev'"],
+        "docs": ["mpmath", "griffe; extra == 'python'", "other; extra == 'ruby'"],
+    }  # fmt: skip
+    versions = {"torch": "2.14.1+cpu", "sympy": "1.14", "mpmath": "1.3", "docs": "1.0", "griffe": "2.0"}
+    monkeypatch.setattr(importlib.metadata, "requires", needs.get)
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
+    found = installed_versions(["torch>=2", "docs", "docs[python]>=1"])
+    assert {name: version.public for name, version in found.items()} == {**versions, "torch": "2.14.1"}
+
+
+def test_docker_is_not_sent_what_git_ignores():
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    patterns = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {".git", *ignored} <= {pattern.removeprefix("**/") for pattern in patterns}
+    deep = [name for name in ignored if name != ".venv"]  # git ignores them in every folder
+    assert {f"**/{name}" for name in deep} <= set(patterns)
+
+
+def test_the_hooks_of_pre_commit_are_the_checks_of_the_test_command():
+    """The same lines in the same order, on all files, by the tools of .venv."""
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert {(hook["language"], hook["pass_filenames"]) for hook in repository["hooks"]} == {("system", False)}
+    checks = re.findall(r"^ +(\.venv/bin/.+)$", (ROOT / "scripts" / "test.sh").read_text(), re.M)
+    assert len(checks) == 4
+    assert [hook["entry"] for hook in repository["hooks"]] == checks
 
 
 def sources(*folders):
@@ -95,6 +140,8 @@ def test_top_level_is_what_scripts_rely_on():
         "CHANGELOG.md",
         "LICENSE",
         "CITATION.cff",
+        "Dockerfile",
+        "constraints.txt",
     ]:
         assert (ROOT / name).is_file(), name
     assert set(PYPROJECT["project"]["optional-dependencies"]) >= {"dev", "app"}
@@ -156,6 +203,8 @@ def test_a_wheel_has_commands_and_settings(installed, tmp_path):
     )
     style = "from ddt.figures import STYLE; print(STYLE.is_file())"
     assert run_installed(installed / "python", "-c", style, cwd=tmp_path) == "True\n"
+    (packages,) = installed.parent.glob("lib/python*/site-packages")
+    assert (packages / "ddt" / "py.typed").is_file()  # its annotations are for type checkers of others too
     needed = "from ddt.config import missing_package as f; print(f('gradio', 'x'))"
     said = run_installed(installed / "python", "-c", needed, cwd=tmp_path)
     assert said == "x: needs the package gradio; run pip install 'ddt-diffusion[app]'\n"
