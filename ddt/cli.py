@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -76,6 +77,15 @@ def default_name(*, _root_: DictConfig) -> str:
 
 
 OmegaConf.register_new_resolver("default_name", default_name, replace=True)
+
+
+def _mode_of_the_command_line(*_: object, **__: object) -> None:
+    """Leave the choice between a run and a sweep to `-m`. Hydra composes all settings a second time
+    to read `hydra.mode`, which no file of ours sets.
+    """
+
+
+Hydra.get_mode = _mode_of_the_command_line  # type: ignore[method-assign]
 
 
 def command(

@@ -21,7 +21,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def arguments(place, inception_weights):
-    root = picture_folder(place / "pictures")
+    root = picture_folder(place / "pictures", count=4)
     return ["data=folder", f"data.root={root}", "data.image_size=16", f"inception_weights={inception_weights}"]
 
 

@@ -18,7 +18,7 @@ from ddt.model import kernels, layers  # noqa: E402
 from ddt.model.layers import rope_table, rotate  # noqa: E402
 
 EPS = 1e-6
-B, HEADS, D = 2, 3, 12
+B, HEADS, D = 2, 2, 12
 WIDTH = HEADS * D
 
 
@@ -62,22 +62,22 @@ def plain_add_norm(x, branch, gate, weight, shift, scale):
 def main() -> None:
     torch.manual_seed(0)
     kernels.TURN_BACKWARD["TOKENS"] = kernels.NORM_BACKWARD["TOKENS"] = 4  # fewer than there are
-    cos, sin = rope_table(D, 3, 3)
-    x = torch.randn(1, HEADS, 9, D)
+    cos, sin = rope_table(D, 3, 2)
+    x = torch.randn(1, HEADS, 6, D)
     expected = rotate(x, cos, sin).transpose(1, 2).double()
     qkv = torch.stack([x.transpose(1, 2)] * 3, dim=2)
     ones = torch.ones(D)
     scale = torch.rsqrt(qkv[:, :, 0].square().mean(-1, keepdim=True) + EPS)
     print("rotate", relative([kernels.turn(qkv, ones, ones, cos, sin, EPS, False)[0]], [expected * scale]), 0.0, True)
     for dtype in (torch.float32, torch.bfloat16):
-        qkv, weights = torch.randn(B, 9, 3, HEADS, D).to(dtype), [torch.rand(D) + 0.5 for _ in range(2)]
+        qkv, weights = torch.randn(B, 6, 3, HEADS, D).to(dtype), [torch.rand(D) + 0.5 for _ in range(2)]
         compare(
             f"turn_{dtype}",
             lambda *a: kernels.turn(*a, cos, sin, EPS, True),
             lambda *a: plain_turn(*a, cos, sin),
             [qkv, *weights],
         )
-    for n, m, dtype in ((9, 1, torch.float32), (5, 5, torch.float32), (5, 1, torch.bfloat16)):
+    for n, m, dtype in ((6, 1, torch.float32), (5, 5, torch.float32), (5, 1, torch.bfloat16)):
         x, branch = (torch.randn(B, n, WIDTH).to(dtype) for _ in range(2))
         gate, shift, scale = torch.randn(B, m, 3 * WIDTH).to(dtype).chunk(3, dim=-1)
         weight = torch.rand(WIDTH) + 0.5
@@ -93,16 +93,16 @@ def main() -> None:
             plain_add_norm,
             [x, branch, gate, weight, shift, scale],
         )
-    x, branch = torch.randn(B, 9, WIDTH), torch.randn(B, 9, WIDTH).bfloat16()  # a float32 residual under autocast
+    x, branch = torch.randn(B, 6, WIDTH), torch.randn(B, 6, WIDTH).bfloat16()  # a float32 residual under autocast
     modulations = [torch.randn(B, 1, WIDTH).bfloat16() for _ in range(3)]
     inputs = [x, branch, modulations[0], torch.rand(WIDTH), *modulations[1:]]
     compare("mixed_torch.bfloat16", lambda *a: kernels.add_norm(*a, EPS), plain_add_norm, inputs)
-    for m in (1, 9):
+    for m in (1, 6):
         block = layers.Block(WIDTH, HEADS)
         for parameter in block.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
-        at = layers.positions(D, 3, 3, torch.device("cpu"))
-        x, c = torch.randn(B, 9, WIDTH), torch.randn(B, m, WIDTH)
+        at = layers.positions(D, 3, 2, torch.device("cpu"))
+        x, c = torch.randn(B, 6, WIDTH), torch.randn(B, m, WIDTH)
         results = []
         for use in (True, False):
             layers.runs_kernels = lambda x, use=use: use

@@ -172,11 +172,13 @@ RUNS = [
     SamplerSettings(num_steps=6, recompute="uniform:2", solver="sde"),
     SamplerSettings(num_steps=6, recompute="uniform:2", last_step=None, t_end=0.9, timeshift=2.0),
 ]
+# a wide DDT's own cost is that of a forward, above
+CASES = [pytest.param(case, marks=pytest.mark.slow if case == "wide ddt" else ()) for case in SHARING]
 
 
 @pytest.mark.parametrize("settings", RUNS, ids=str)
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("case", SHARING)
+@pytest.mark.parametrize("case", CASES)
 def test_a_run_costs_what_torch_counts(case, settings, cached):
     model = small_network(case)
     x, _, y = inputs(batch=1)
@@ -197,17 +199,24 @@ def test_plain_sampling_gives_the_same_and_costs_what_torch_counts(settings):
     assert macs == [sampling_macs(model, 8, 8, settings, cached=False, skip_unconditional=False)]
 
 
-@pytest.mark.parametrize("settings", [dataclasses.replace(run, internal_scale=1.5) for run in RUNS])
-@pytest.mark.parametrize("interval", [None, (0.1, 0.6)])
-@pytest.mark.parametrize("case", SHARING)
-def test_internal_guidance_costs_the_base_head_where_it_guides(case, settings, interval):
+@pytest.mark.parametrize(
+    ("run", "interval"),
+    [  # each run by default with one of the intervals
+        pytest.param(run, interval, marks=pytest.mark.slow if (number + which) % 2 else ())
+        for number, run in enumerate(RUNS)
+        for which, interval in enumerate([None, (0.1, 0.6)])
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", CASES)
+def test_internal_guidance_costs_the_base_head_where_it_guides(case, run, interval):
     model = small_network(case, base_depth=1)
     x, t, y = inputs(batch=1)
     with counted() as whole:
         model.forward_with_base(x, t, y)
     cost = network_macs(model, 8, 8)
     assert [cost.total + cost.base] == whole
-    settings = dataclasses.replace(settings, internal_interval=interval)
+    settings = dataclasses.replace(run, internal_scale=1.5, internal_interval=interval)
     with counted() as macs:
         sample_latents(model, x, y, settings)
     assert macs == [sampling_macs(model, 8, 8, settings)]

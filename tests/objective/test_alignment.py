@@ -108,14 +108,20 @@ def test_vit_features_are_the_patch_tokens_of_the_resampled_network(files, name,
     torch.testing.assert_close(target(images(256)), tokens[:, prefix:])
 
 
-@pytest.mark.parametrize("size", [256, 512])
-def test_dinov2_b_gives_the_grid_of_the_latent_tokens(files, size):
-    name = "vit_base_patch14_dinov2.lvd142m"
+@pytest.mark.parametrize(
+    ("name", "num_features", "size"),
+    [
+        ("vit_base_patch14_dinov2.lvd142m", 768, 256),
+        (DINOV2, 384, 512),
+        pytest.param("vit_base_patch14_dinov2.lvd142m", 768, 512, marks=pytest.mark.slow),
+    ],
+)
+def test_dinov2_gives_the_grid_of_the_latent_tokens(files, name, num_features, size):
     target = Target(name, files(name), size)
     tokens = size // 16
-    assert (target.side, target.grid, target.num_features) == (tokens * 14, (tokens, tokens), 768)
+    assert (target.side, target.grid, target.num_features) == (tokens * 14, (tokens, tokens), num_features)
     features = target(images(size, batch=1))
-    assert (features.shape, features.dtype) == ((1, tokens * tokens, 768), torch.float32)
+    assert (features.shape, features.dtype) == ((1, tokens * tokens, num_features), torch.float32)
     assert features.isfinite().all()
 
 

@@ -61,7 +61,7 @@ def test_the_plain_network_is_the_network(tiny):
 
 @pytest.mark.parametrize("aligned", [False, True])
 def test_a_plain_training_step_equals_ours(tmp_path, monkeypatch, aligned):
-    monkeypatch.setattr(measured_parts, "TARGET", "vit_tiny_patch16_224")
+    monkeypatch.setattr(measured_parts, "TARGET", "test_vit")
     setup = setup_of(tmp_path)
     target = measured_parts.random_target(setup) if aligned else None
     ours = OurTraining(setup, setup.network(), target)
@@ -91,7 +91,7 @@ def test_networks_of_earlier_cases_are_freed(tmp_path):
 
 @pytest.mark.slow
 def test_compiled_ways_agree(tmp_path, monkeypatch):
-    monkeypatch.setattr(measured_parts, "TARGET", "vit_tiny_patch16_224")
+    monkeypatch.setattr(measured_parts, "TARGET", "test_vit")
     compile_module, compile_function = torch.nn.Module.compile, torch.compile
     cheap = {"options": None, "backend": "aot_eager"}  # traces as the real one does, and makes no C++
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compile_module(self, **{**kwargs, **cheap}))
@@ -200,7 +200,7 @@ SMALL = ("model=nano", "latent_size=8", "batch_size=2", "num_steps=8", "ratios=[
 @pytest.fixture
 def small_target(monkeypatch):
     """A small alignment target in place of DINOv2-B."""
-    monkeypatch.setattr(measured_parts, "TARGET", "vit_tiny_patch16_224")
+    monkeypatch.setattr(measured_parts, "TARGET", "test_vit")
 
 
 @pytest.mark.parametrize("part", ["loader", "checkpoint", "activations", "ema", "optimizer", "features"])

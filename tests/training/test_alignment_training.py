@@ -15,7 +15,7 @@ from ddt.data.latent_cache import LatentCache
 from ddt.objective.alignment import REPA
 from ddt.training import loop
 
-VIT = "vit_tiny_patch16_224"
+VIT = "test_vit"  # of 300,000 weights
 SMALL = [
     "model.hidden_size=32",
     "model.depth=3",
@@ -33,7 +33,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Images of 32 px and random weights of a small ViT: 2×2 tokens, where the latent has 8×8."""
+    """Images of 32 px and random weights of a small ViT."""
     root = tmp_path_factory.mktemp("alignment")
     picture_folder(root / "pictures", count=6)
     torch.manual_seed(0)
@@ -189,7 +189,7 @@ def test_features_from_the_cache_are_those_of_the_target(place, straight, monkey
     assert rows(place / "runs/named") == rows(place / "runs/features")
     other = [o for o in training if "alignment.target" not in o]
     message = refusal("train", *other, "name=other", "alignment.target=resnet18")
-    assert "holds features of vit_tiny_patch16_224, but alignment.target=resnet18" in message
+    assert f"holds features of {VIT}, but alignment.target=resnet18" in message
 
 
 @pytest.mark.slow

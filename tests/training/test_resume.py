@@ -99,9 +99,20 @@ def assert_same_end(run, straight):
     assert json.loads((run / "status.json").read_text())["state"] == "done"
 
 
-@pytest.mark.parametrize("stop", [3, 11])
+ACCUMULATED = ["trainer.micro_batch_size=6", "trainer.num_workers=1"]
+
+
 @pytest.mark.parametrize(
-    "options", [[], ["trainer.micro_batch_size=6", "trainer.num_workers=1"], ["model=nano_ditdh"]], ids=str
+    ("stop", "options"),
+    [
+        (3, []),
+        (11, []),
+        (3, ACCUMULATED),
+        pytest.param(11, ACCUMULATED, marks=pytest.mark.slow),
+        pytest.param(3, ["model=nano_ditdh"], marks=pytest.mark.slow),
+        (11, ["model=nano_ditdh"]),
+    ],
+    ids=str,
 )
 def test_steps_and_a_resume_are_the_straight_run(folder, straight, stop, options):
     """Between log rows, in the middle of an epoch; with gradients accumulated and with other

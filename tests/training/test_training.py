@@ -82,13 +82,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def straight(folder):
-    """30 steps without a stop."""
-    path, done = train(folder, "straight", "trainer.max_steps=30")
+    """18 steps without a stop."""
+    path, done = train(folder, "straight", "trainer.max_steps=18")
     assert done.returncode == 0, done.stderr
     return path
 
 
-def weights(path, step=30):
+def weights(path, step=18):
     checkpoint = path / "checkpoints" / f"step_{step:07d}"
     return {f"{n}.{k}": v for n in ("model", "ema") for k, v in load_file(checkpoint / f"{n}.safetensors").items()}
 
@@ -97,29 +97,29 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def optimizer_state(path, step=30):
+def optimizer_state(path, step=18):
     state = torch.load(path / "checkpoints" / f"step_{step:07d}" / "train_state.pt", weights_only=True)["optimizer"]
     return {f"{i}.{k}": v for i, entry in state["state"].items() for k, v in entry.items()}
 
 
 def test_same_seed_same_run_other_seed_other_run(folder, straight):
-    again, _ = train(folder, "again", "trainer.max_steps=30")
+    again, _ = train(folder, "again", "trainer.max_steps=18")
     assert rows(again) == rows(straight)
     assert equal(weights(again), weights(straight))
-    other, _ = train(folder, "other", "trainer.max_steps=30", "seed=1")
+    other, _ = train(folder, "other", "trainer.max_steps=4", "seed=1")
     assert rows(other)[0]["loss"] != rows(straight)[0]["loss"]
 
 
 def test_resume_is_bit_for_bit_the_uninterrupted_run(folder, straight):
-    """17 + 13 steps, stopped between two log rows, with other workers in the second part."""
-    first, _ = train(folder, "resumed", "trainer.max_steps=17")
-    assert rows(first)[-1] == {**rows(first)[-1], "step": 17, "partial": True}
-    path, done = train(folder, "resumed", "trainer.max_steps=30", "trainer.num_workers=2")
+    """9 + 9 steps, stopped between two log rows, with other workers in the second part."""
+    first, _ = train(folder, "resumed", "trainer.max_steps=9")
+    assert rows(first)[-1] == {**rows(first)[-1], "step": 9, "partial": True}
+    path, done = train(folder, "resumed", "trainer.max_steps=18", "trainer.num_workers=2")
     assert done.returncode == 0, done.stderr
-    assert "resuming at step 17 to step 30" in done.stderr
+    assert "resuming at step 9 to step 18" in done.stderr
     assert equal(weights(path), weights(straight))
     assert equal(optimizer_state(path), optimizer_state(straight))
-    assert rows(path) == rows(straight)  # the row 17..20 spans the stop
+    assert rows(path) == rows(straight)  # the row 9..12 spans the stop
 
 
 def test_resume_between_log_rows_keeps_the_means(folder):
@@ -174,9 +174,9 @@ def test_all_of_a_training_in_tf32_is_inside_its_products(folder, monkeypatch):
 
 def test_a_complete_run_says_so_and_is_left_alone(folder, straight):
     before = {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
-    _, done = train(folder, "straight", "trainer.max_steps=30")
+    _, done = train(folder, "straight", "trainer.max_steps=18")
     assert done.returncode == 0
-    assert "complete at step 30" in done.stderr
+    assert "complete at step 18" in done.stderr
     assert {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()} == before
 
 
@@ -199,13 +199,13 @@ def pair(folder):
     "validated2", `VALIDATED`.
     """
     whole = ["trainer.num_processes=2", "trainer.micro_batch_size=3"]
-    sharded = [*whole, "trainer.parallelism=fsdp", "trainer.validate_every=30", "trainer.preview_every=30"]
+    sharded = [*whole, "trainer.parallelism=fsdp", "trainer.validate_every=18", "trainer.preview_every=18"]
     ditdh = ["model=nano_ditdh", "trainer.log_every=3"]
     half = ["trainer.mixed_precision=bf16", "trainer.log_every=1"]
     jobs = [
-        ["name=two", *whole, "trainer.max_steps=30"],
-        ["name=sharded", *sharded, "trainer.max_steps=17"],
-        ["name=sharded", *sharded, "trainer.max_steps=30"],
+        ["name=two", *whole, "trainer.max_steps=18"],
+        ["name=sharded", *sharded, "trainer.max_steps=9"],
+        ["name=sharded", *sharded, "trainer.max_steps=18"],
         ["name=bf16_two", *whole, *half, "trainer.max_steps=6"],
         ["name=bf16_sharded", *sharded, *half, "trainer.max_steps=6", "trainer.reshard_after_forward=false"],
         ["name=ditdh_two", *ditdh, *whole, "trainer.max_steps=6"],
@@ -236,7 +236,7 @@ def test_sharded_processes_train_what_whole_ones_do(pair):
     them.
     """
     path, two = pair / "sharded", pair / "two"
-    assert (path / "checkpoints" / "step_0000017").is_dir()
+    assert (path / "checkpoints" / "step_0000009").is_dir()
     for a, b in zip((row for row in rows(path) if "loss" in row), rows(two), strict=True):
         assert {key: pytest.approx(value, rel=1e-5) for key, value in b.items()} == a
     newest = ckpt.newest_checkpoint(path)
@@ -245,7 +245,7 @@ def test_sharded_processes_train_what_whole_ones_do(pair):
     for name in ("model", "ema"):
         for key, value in ckpt.read_weights(newest, name).items():
             torch.testing.assert_close(value, expected[f"{name}.{key}"], rtol=0, atol=1e-5)
-    assert (path / "previews" / "step_0000030.png").is_file()
+    assert (path / "previews" / "step_0000018.png").is_file()
     assert rows(path)[-1]["validation_loss"] == pytest.approx(
         validation_loss(validated(ddt.load_model(path)), Digits("test"), Identity(), make_accelerator(), (1, 8, 8), 64),
         rel=1e-5,
@@ -403,7 +403,7 @@ def test_other_images_are_another_training(tmp_path):
 
 
 def test_accumulated_micro_batches_train_what_the_big_batch_does(folder, straight):
-    path, done = train(folder, "micro", "trainer.max_steps=30", "trainer.micro_batch_size=3")
+    path, done = train(folder, "micro", "trainer.max_steps=18", "trainer.micro_batch_size=3")
     assert done.returncode == 0, done.stderr
     for a, b in zip(rows(path), rows(straight), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -411,11 +411,11 @@ def test_accumulated_micro_batches_train_what_the_big_batch_does(folder, straigh
 
 @pytest.mark.slow
 def test_two_processes_resume_what_one_began(folder, straight):
-    train(folder, "one_then_two", "trainer.max_steps=17")
+    train(folder, "one_then_two", "trainer.max_steps=9")
     path, done = train(
         folder,
         "one_then_two",
-        "trainer.max_steps=30",
+        "trainer.max_steps=18",
         "trainer.num_processes=2",
         "trainer.micro_batch_size=2",
     )
