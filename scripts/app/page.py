@@ -28,9 +28,15 @@ from scripts.app.view import galleries, numbers, summary
 CSS = """
 html {scrollbar-gutter: stable}  /* the page keeps its width when it grows beyond the window */
 #dice {font-size: 1.6em}
-.grid-container {grid: none / repeat(var(--grid-cols), minmax(52px, 1fr)) !important; grid-auto-rows: auto !important}
+.grid-wrap {min-height: 0 !important}
+.grid-container {grid-template-columns: repeat(var(--grid-cols), minmax(52px, 1fr)) !important}
+.grid-container {grid-auto-rows: auto !important}
 .caption-label {font-size: 0.65em !important; padding: 1px 4px !important}
 """
+SCROLL = """() => {
+    const place = innerWidth < 800 ? "start" : "nearest"  // a phone shows the result below the controls
+    document.getElementById("numbers").scrollIntoView({behavior: "smooth", block: place})
+}"""
 LAUNCH: dict[str, Any] = {
     "share": False,
     "ssr_mode": False,
@@ -191,9 +197,8 @@ def build_page(studio: Studio) -> gr.Blocks:
                     stop = gr.Button("Stop", scale=1)
                 outputs = add_outputs()
         look: dict[str, Any] = {"show_progress_on": [outputs[2]], "concurrency_id": "sample"}
-        opening = page.load(sample, None, outputs, api_visibility="private", **look)
-        running = start.click(
-            sample, inputs_kwargs=controls, outputs=outputs, api_name="sample", scroll_to_output=True, **look
-        )
+        opening = page.load(sample, None, outputs, api_name="opening", api_visibility="private", **look)
+        running = start.click(sample, inputs_kwargs=controls, outputs=outputs, api_name="sample", **look)
+        start.click(None, js=SCROLL, **PAGE_ONLY)
         stop.click(None, None, None, cancels=[opening, running], api_visibility="private")
     return page

@@ -64,7 +64,8 @@ def numbers(result: Result) -> str:
         ["Images per second", *(f"{receipt['images_per_second']:.3g}" for receipt in receipts)],
         *([f"{part.capitalize()} calls per image", *(f"{each[part]:g}" for each in calls)] for part in calls[0]),
     ]
-    lines.append(markdown_table(["", *(["Images"] if steps is None else TITLES[: len(sets)])], rows))
+    head = ["Images", ""] if steps is None else ["Encoder sharing", *["with", "without"][: len(sets)]]
+    lines.append(markdown_table(head, rows))
     return "\n\n".join(lines)
 
 
