@@ -1,7 +1,6 @@
 """The model card of an export: README.md with hub metadata, network, training, metrics, receipt."""
 
 import dataclasses
-import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ddt.class_names import imagenet_synsets, readable
 from ddt.metrics.compare import numbers_of
 from ddt.tables import markdown_table
-from ddt.version import DISTRIBUTION
+from ddt.version import project_urls
 
 DATASETS = {"ddt.data.images.FashionMNIST": "zalando-datasets/fashion_mnist"}  # names on the hub
 IMAGENET = "ILSVRC/imagenet-1k"
@@ -104,11 +103,7 @@ def project() -> str:
     """Return the project's name, as a link where its package has an address: `Repository` of
     [project.urls] in pyproject.toml.
     """
-    try:
-        urls = importlib.metadata.metadata(DISTRIBUTION).get_all("Project-URL") or []
-    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
-        urls = []
-    addresses = dict(url.split(", ", 1) for url in urls)
+    addresses = project_urls()
     return f"[the project DDT]({addresses['Repository']})" if "Repository" in addresses else "the project DDT"
 
 

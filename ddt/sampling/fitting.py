@@ -16,7 +16,7 @@ from ddt.draws import noise_of
 from ddt.errors import require, require_count
 from ddt.logs import progress_bar
 from ddt.model import Denoiser
-from ddt.sampling.sample import sample_latents
+from ddt.sampling.sample import Observer, sample_latents
 from ddt.sampling.schedules import MAX_TEMPLATES, optimal_schedule, read_schedule
 from ddt.sampling.settings import SamplerSettings, check_fitted, guidance_of
 from ddt.sampling.sharing import require_encoder
@@ -37,20 +37,26 @@ def templates(
         yield noise.to(device), y.to(device)
 
 
-def trajectory(model: Denoiser, noise: Tensor, y: Tensor, settings: SamplerSettings) -> list[Tensor]:
+def trajectory(
+    model: Denoiser, noise: Tensor, y: Tensor, settings: SamplerSettings, observe: Observer | None = None
+) -> list[Tensor]:
     """Sample without sharing; return the latents (B, C, H, W) at the start of each step."""
     x: list[Tensor] = []
 
-    def observe(step: int, t: float | Tensor, x_t: Tensor, v: Tensor) -> None:
+    def keep(step: int, t: float | Tensor, x_t: Tensor, v: Tensor) -> None:
         if len(x) == step:  # the first call of this step
             x.append(x_t)
+        if observe is not None:
+            observe(step, t, x_t, v)
 
-    sample_latents(model, noise, y, settings.unshared(), observe=observe)
+    sample_latents(model, noise, y, settings.unshared(), observe=keep)
     return x
 
 
 @torch.no_grad()
-def z_similarity(model: Denoiser, noise: Tensor, y: Tensor, settings: SamplerSettings) -> np.ndarray:
+def z_similarity(
+    model: Denoiser, noise: Tensor, y: Tensor, settings: SamplerSettings, observe: Observer | None = None
+) -> np.ndarray:
     """Return the cosine similarity of z_t between all pairs of steps, (T, T) float64.
 
     The mean over tokens and noise (B, C, H, W) of classes y (B,), both halves. T·2B·N·D floats.
@@ -58,7 +64,7 @@ def z_similarity(model: Denoiser, noise: Tensor, y: Tensor, settings: SamplerSet
     labels = torch.cat([y, torch.full_like(y, model.num_classes)])
     grid = settings.grid()
     tokens = []
-    for x_t, t in zip(trajectory(model, noise, y, settings), grid[:-1], strict=True):
+    for x_t, t in zip(trajectory(model, noise, y, settings, observe), grid[:-1], strict=True):
         z = model.encode(x_t.repeat(2, 1, 1, 1), torch.full((len(labels),), t, device=x_t.device), labels)
         tokens.append(z.flatten(0, 1))  # (2B·N, D)
     steps, total = len(tokens), len(tokens[0])
@@ -79,12 +85,13 @@ def fit_schedule(
     device: torch.device,
     num_templates: int = TEMPLATES,
     batch_size: int = TEMPLATES,
+    observe: Observer | None = None,
 ) -> dict[str, Any]:
     """Choose the `budget` steps at which the encoder should run, latents of `shape` (C, H, W).
 
     Runs under the caller's autocast. Returns the content of a schedule file: `recompute_steps`,
-    `budget`, `time_grid`, `solver`, `guidance`, `templates`, `similarity` (T, T). Raises UserError
-    for a model without an encoder, and impossible numbers.
+    `budget`, `time_grid`, `solver`, `guidance`, `templates`, `similarity` (T, T). observe: of the
+    templates' sampling. Raises UserError for a model without an encoder, and impossible numbers.
     """
     require_encoder(model)
     require(not settings.adaptive, f"solver={settings.solver}: chooses its own steps; fit a schedule to another solver")
@@ -94,7 +101,7 @@ def fit_schedule(
     similarity = np.zeros((steps, steps))
     with progress_bar(total=num_templates, unit="img", desc="templates") as progress:
         for noise, y in templates(model, shape, num_templates, batch_size, device):
-            similarity += z_similarity(model, noise, y, settings) * (len(y) / num_templates)
+            similarity += z_similarity(model, noise, y, settings, observe) * (len(y) / num_templates)
             progress.update(len(y))
     return {
         "budget": budget,

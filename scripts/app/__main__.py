@@ -52,12 +52,16 @@ def serve(studio: Studio, settings: AppSettings) -> None:
     page = build_page(studio).queue(max_size=settings.max_queue, default_concurrency_limit=1, api_open=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        page.launch(server_name=settings.host, server_port=settings.port, app_kwargs=app_arguments(), **LAUNCH)
+        page.launch(
+            server_name=settings.host, server_port=settings.port, root_path=settings.root_path or None,
+            app_kwargs=app_arguments(), **LAUNCH,
+        )  # fmt: skip
         log.info("open http://%s:%d in your browser; Ctrl-C ends it", settings.host, settings.port)
         threading.Event().wait()
     except KeyboardInterrupt:
         log.info("closed")
     finally:
+        studio.close()
         page.close(verbose=False)
 
 

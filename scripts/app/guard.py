@@ -3,6 +3,7 @@
 Without a guard, everyone who reaches the port can store files here, and fetch any address by it.
 """
 
+import html
 from typing import Any
 
 import gradio as gr
@@ -10,6 +11,9 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ddt.config import shown
+from ddt.errors import brief
 
 API = "/gradio_api/"
 POSTS = ("queue/join", "run/", "call/", "cancel", "reset")  # of the page's buttons and of gradio_client
@@ -19,7 +23,8 @@ MAX_BODY = 2**20  # bytes of a request; a thousand classes are 6 kB
 
 def refusal(scope: Scope) -> tuple[int, str] | None:
     """Return status and reason to refuse an HTTP request, None where the page may ask for it."""
-    path, length = scope["path"].removeprefix(API), Headers(scope=scope).get("content-length", "")
+    path = scope["path"].removeprefix(scope.get("root_path", "")).removeprefix(API)
+    length = Headers(scope=scope).get("content-length", "")
     if scope["method"] in ("GET", "HEAD"):
         return (403, "this server fetches nothing and keeps no state") if path.lower().startswith(GETS) else None
     if scope["method"] != "POST" or not path.startswith(POSTS):
@@ -47,14 +52,37 @@ def app_arguments() -> dict[str, Any]:
     return {"middleware": [Middleware(Guard)]}
 
 
+def takes(control: gr.components.Component, value: Any) -> bool:
+    """Return whether a control takes a value of an event as it is."""
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(each, dict | list) for each in values):
+        return False
+    try:
+        return control.preprocess(value) == value
+    except (gr.Error, TypeError, ValueError):
+        return False
+
+
+def wanted(control: gr.components.Component) -> str:
+    """Return what to give a control."""
+    if not isinstance(control, gr.Number | gr.Slider):
+        return "give what it offers"
+    whole = "whole " if control.precision == 0 else ""
+    limits = "" if control.minimum is None else f" from {control.minimum} to {control.maximum}"
+    return f"give a {whole}number{limits}"
+
+
 class GuardedBlocks(gr.Blocks):
     """A page whose controls take text, numbers, booleans and lists of them: no file by its address,
     which gradio would download.
     """
 
     def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
-        """Raise gradio's error for other values of an event."""
-        values = [each for value in inputs for each in (value if isinstance(value, list) else [value])]
-        if any(isinstance(value, dict | list) for value in values):
-            raise gr.Error("a control has a value of no kind that it takes", print_exception=False)
+        """Raise an error that names the control for other values of an event, and those out of its
+        range or choices.
+        """
         super().validate_inputs(block_fn, inputs)
+        for control, value in zip(block_fn.inputs, inputs, strict=True):
+            if not takes(control, value):
+                text = f"{control.label} = {brief(shown(value), 40)}: {wanted(control)}"
+                raise gr.Error(html.escape(text), duration=None, print_exception=False)

@@ -1,12 +1,15 @@
 """The app: each control changes the samples, numbers are the receipt's, errors are one line."""
 
 import asyncio
+import dataclasses
 import functools
 import json
 import logging
 import re
 import shlex
+import shutil
 import socket
+import threading
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -24,9 +27,10 @@ from fastapi.testclient import TestClient
 
 from ddt.checkpoint import format as ckpt
 from ddt.errors import UserError
-from ddt.generation import set_folder
 from ddt.model import DiT, DiTDH
-from ddt.sampling.fitting import resolve_recompute
+from ddt.sampling.cost import sampling_macs
+from ddt.sampling.fitting import fit_schedule
+from ddt.sampling.settings import SamplerSettings
 from scripts.app import __main__ as app
 from scripts.app import page as app_page
 from scripts.app import studio as app_studio
@@ -41,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLER = {"solver": "euler", "num_steps": 6, "cfg_scale": 2.0, "cfg_interval": [0.3, 1.0], "last_step": None}
 CLASSES = ["ant", "bee", "cat", "dog", "n02124075"]
 LIMITS = {"max_images": 6, "max_steps": 20}
-FEW = {"Classes": [0, 2], "Images per class": 1}  # of each test
+FEW = {"Classes": ["ant", "cat"], "Images per class": 1}  # of each test
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +80,10 @@ def endpoint(page, name):
     return next(function for function in page.fns.values() if function.api_name == name)
 
 
-def call(page, name, inputs=(), session="a"):
-    """Handle an event of the page as the server does; return its response."""
-    request = gr.Request(session_hash=session)
-    return asyncio.run(page.process_api(endpoint(page, name), list(inputs), request=request))["data"]
+def call(page, function, inputs=()):
+    """Handle an event as the server does, while its client waits; return its response."""
+    page._queue.event_ids_to_events["event"] = SimpleNamespace(alive=True)
+    return asyncio.run(page.process_api(function, list(inputs), event_id="event", request=gr.Request()))["data"]
 
 
 def press(page, **changes):
@@ -87,7 +91,12 @@ def press(page, **changes):
     fields = endpoint(page, "sample").inputs
     assert {*FEW, *changes} <= {field.label for field in fields}
     inputs = [{**FEW, **changes}.get(field.label, field.value) for field in fields]
-    numbers, images, unshared, slider, command, files = call(page, "sample", inputs)
+    return shown(call(page, endpoint(page, "sample"), inputs))
+
+
+def shown(outputs):
+    """What the outputs of an event show."""
+    numbers, slider, images, unshared, command, files = outputs
     images, unshared = (
         [(each["caption"], Path(each["image"]["path"])) for each in gallery.get("value", [])]
         for gallery in (images, unshared)
@@ -95,8 +104,9 @@ def press(page, **changes):
     grids = [Path(each["path"]) for each in slider.get("value", [])]
     files = {Path(file["path"]).name: Path(file["path"]) for file in files["value"]}
     return SimpleNamespace(
-        numbers=numbers, images=images, unshared=unshared, grids=grids, command=command["value"], files=files
-    )
+        numbers=numbers, images=images, unshared=unshared, grids=grids, command=command["value"], files=files,
+        speed=json.loads(files["receipt.json"].read_text())["images_per_second"],
+    )  # fmt: skip
 
 
 @functools.cache
@@ -114,6 +124,11 @@ def array(path):
         return file["arr_0"]
 
 
+def sample(studio, values=None, report=lambda *_: None):
+    """The set of a request whose client waits."""
+    return studio.sample(values or asdict(studio.controls), report, lambda: True).sets[0]
+
+
 def settings(command):
     return dict(word.split("=", 1) for word in shlex.split(command)[2:] if not word.startswith("out="))
 
@@ -121,22 +136,22 @@ def settings(command):
 UNIFORM, FITTED = {"Encoder sharing": "uniform", "k": 3}, {"Encoder sharing": "dp", "Encoder runs": 2}
 # field, its new value, with which others, what changes in the settings of sample.py
 CONTROLS = [
-    ("Classes", [1, 3], {}, {"classes": "[1,3]"}),
+    ("Classes", ["bee", "dog"], {}, {"classes": "[1,3]"}),
     ("Images per class", 2, {}, {"seeds": "0-1"}),
     ("Seed", 7, {}, {"seeds": "7-7"}),
     ("Solver", "heun", {}, {"sampler": "heun"}),
     ("Steps", 5, {}, {"num_steps": "5"}),
     ("Guidance", 3, {}, {"cfg_scale": "3.0"}),
-    ("Guide only between two times", False, {}, {"cfg_interval": "null"}),
-    ("From t", 0.6, {}, {"cfg_interval": "[0.6,1.0]"}),
-    ("To t", 0.6, {}, {"cfg_interval": "[0.3,0.6]"}),
+    ("Guide from t", 0, {}, {"cfg_interval": "null"}),
+    ("Guide from t", 0.6, {}, {"cfg_interval": "[0.6,1.0]"}),
+    ("Guide to t", 0.6, {}, {"cfg_interval": "[0.3,0.6]"}),
     ("Time shift", 2, {}, {"timeshift": "2.0"}),
     ("Last step", "0.04", {}, {"last_step": "0.04"}),
     ("Encoder sharing", "uniform", {}, {"recompute": "uniform:5", "forecast_order": "0"}),
     ("Encoder sharing", "dp", {}, {"recompute": "dp:1", "forecast_order": "0"}),
     ("k", 2, UNIFORM, {"recompute": "uniform:2"}),
     ("Encoder runs", 3, FITTED, {"recompute": "dp:3"}),
-    ("Between two runs", 1, UNIFORM, {"forecast_order": "1"}),
+    ("Between two runs", "a line", UNIFORM, {"forecast_order": "1"}),
 ]
 COMPARE = "Side by side with sharing off"
 
@@ -163,7 +178,7 @@ def test_side_by_side_shows_both_and_reports_the_difference(page):
     assert alone.unshared == alone.grids == []
     for shown, expected in ((both.images, alone.images), (both.unshared, plain.images)):
         assert [path.read_bytes() for _, path in shown] == [path.read_bytes() for _, path in expected]
-        assert [caption for caption, _ in shown] == ["ant", "cat"]
+        assert [caption for caption, _ in shown] == ["ant, seed 0", "cat, seed 0"]
     assert [path.read_bytes() for path in both.grids] == [
         each.files["receipt.json"].with_name("grid.png").read_bytes() for each in (plain, alone)
     ]
@@ -174,11 +189,16 @@ def test_side_by_side_shows_both_and_reports_the_difference(page):
     assert "recompute=null" in receipt["command"]
     ours = array(both.files["samples.npz"]).astype(int)
     assert f"differ by {np.abs(ours - unshared).mean():.2f} of 255" in both.numbers
-    speed = json.loads(both.files["receipt.json"].read_text())["images_per_second"] / receipt["images_per_second"]
-    assert f"**{speed:.2f} × as fast** with sharing" in both.numbers
+    ratios = [both.speed / receipt["images_per_second"]]
+    assert f"Measured: **{ratios[0]:.2f} × as fast**, the median of 1 comparison of these" in both.numbers
+    for seed in (7, 8):
+        again = press(page, **UNIFORM, **{COMPARE: True, "Seed": seed})
+        with zipfile.ZipFile(again.files["unshared.zip"]) as archive:
+            ratios.append(again.speed / json.loads(archive.read("receipt.json"))["images_per_second"])
+    assert f"**{np.median(ratios):.2f} × as fast**, the median of 3 comparisons of these" in again.numbers
 
 
-def test_numbers_are_those_of_the_receipt(page):
+def test_numbers_are_those_of_the_receipt(page, studio):
     """Four of six steps are guided (t > 0.3): 4·2 + 2 decoder calls, 2·2 of the encoder (k = 3)."""
     result = pressed(page, **UNIFORM)
     receipt = json.loads(result.files["receipt.json"].read_text())
@@ -187,11 +207,19 @@ def test_numbers_are_those_of_the_receipt(page):
     for name, value in (("Encoder", 4), ("Decoder", 10)):
         assert re.search(rf"\| {name} calls per image +\| +{value} +\|", result.numbers)
     assert f"{2 / receipt['images_per_second']:.2f} s" in result.numbers
-    assert "2 of 6 steps, 60% of its calls saved: ■□□■□□" in result.numbers
+    assert "2 of 6 steps: ■□□■□□" in result.numbers
+    network, (_, height, width) = studio.generator.model, studio.generator.shape
+    plain = SamplerSettings(**SAMPLER)
+    shared, unshared = (
+        sampling_macs(network, height, width, each) for each in (dataclasses.replace(plain, recompute=[0, 3]), plain)
+    )
+    assert f"## {1 - shared / unshared:.0%} fewer multiply-accumulates" in result.numbers
+    assert f"{shared / 1e9:.3g} G per image instead of {unshared / 1e9:.3g} G" in result.numbers
+    assert f"## {unshared / 1e9:.3g} G multiply-accumulates per image" in pressed(page).numbers
 
 
 def test_images_are_captioned_and_can_be_downloaded(page, studio):
-    result = press(page, **{"Classes": [4, 0], "Images per class": 2})
+    result = press(page, **{"Classes": ["Egyptian cat", "ant"], "Images per class": 2})
     assert [caption for caption, _ in result.images] == [
         f"{name}, seed {seed}" for seed in (0, 1) for name in ("Egyptian cat", "ant")
     ]
@@ -219,22 +247,28 @@ def test_the_command_samples_the_same(page, tmp_path, monkeypatch, changes):
 
 
 WRONG = [
-    ({"Classes": []}, "classes: none is chosen"),
-    ({"Classes": [0, 1, 2], "Images per class": 3}, "9 images, and this app samples at most 6"),
-    ({"Images per class": 0}, "num_images=0: must be at least 1"),
-    ({"Images per class": None}, "num_images=null: give a whole number"),
-    ({"Seed": -1}, "seed=-1: must lie in 0.."),
-    ({"Seed": 2**32}, f"seed={2**32}: must lie in 0.."),
-    ({"Steps": 21}, "num_steps=21: this app takes at most 20"),
-    ({"Steps": 2.5}, "num_steps=2.5: "),
-    ({"Guidance": 1e38}, "is NaN or infinite: try"),
-    ({"Guidance": 1e300}, "cfg_scale=1e+300: give a number that "),
-    ({"From t": 0.9, "To t": 0.1}, "cfg_interval=[0.9,0.1]: needs 0 &lt;= lo"),
-    ({"Last step": "<b>"}, "last_step=&lt;b&gt;: "),
-    ({"Encoder sharing": "uniform", "k": 0}, "recompute=uniform:0: choose 1..num_steps=6"),
-    ({"Solver": "adaptive"}, "adaptive"),
-    ({"Encoder sharing": "x"}, "x"),
-    ({"Classes": [9]}, "9"),
+    ({"Classes": []}, "Classes: none is chosen"),
+    ({"Classes": ["ant", "bee", "cat"], "Images per class": 3}, "9 images, and this app samples at most 6"),
+    ({"Classes": ["ant", "ant"]}, "Classes = [0,0]: names a number twice"),
+    ({"Classes": ["x"]}, "Classes = [x]: give what it offers"),
+    ({"Classes": [0]}, "Classes = [0]: give what it offers"),
+    ({"Classes": [{"path": "https://example.org/x"}]}, "Classes = [{path:https"),
+    ({"Images per class": 0}, "Images per class = 0: give a whole number from 1 to 6"),
+    ({"Images per class": None}, "Images per class = null: give a whole number from 1 to 6"),
+    ({"Seed": -1}, "Seed = -1: give a whole number from 0 to 4294967295"),
+    ({"Seed": 2**32 - 1, "Images per class": 2}, "Seed = [4294967296]: a seed must lie in 0.."),
+    ({"Seed": None}, "Seed = null: give a whole number"),
+    ({"Steps": 21}, "Steps = 21: give a whole number from 1 to 20"),
+    ({"Steps": 2.5}, "Steps = 2.5: give a whole number from 1 to 20"),
+    ({"Steps": "<b>"}, "Steps = &lt;b&gt;: give a whole number"),
+    ({"Guidance": 11}, "Guidance = 11: give a number from 0 to 10"),
+    ({"Guide from t": 0.9, "Guide to t": 0.1}, "Guide from t, to t = [0.9,0.1]: needs 0 &lt;= lo"),
+    ({"Time shift": 0}, "Time shift = 0.0: "),
+    ({"Last step": "<b>"}, "Last step = &lt;b&gt;: "),
+    ({"Encoder sharing": "uniform", "k": 0}, "k = 0: must lie in 1..6, the number of steps"),
+    ({"Encoder sharing": "dp", "Encoder runs": 7}, "Encoder runs = 7: must lie in 1..6, the number of steps"),
+    ({"Solver": "adaptive"}, "Solver = adaptive: give what it offers"),
+    ({"Encoder sharing": "x"}, "Encoder sharing = x: give what it offers"),
 ]
 
 
@@ -244,17 +278,16 @@ def test_a_wrong_value_is_reported_and_leaves_nothing(page, studio, changes, mes
     with pytest.raises(gr.Error) as error:
         press(page, **changes)
     assert message in error.value.message
-    assert "Traceback" not in error.value.message
     assert set(studio.root.glob("set-*")) == folders
 
 
 def test_a_schedule_is_fitted_once(studio, monkeypatch):
     fits, reports = [], []
     monkeypatch.setattr(
-        set_folder, "resolve_recompute", lambda *a: fits.append(a[2].recompute) or resolve_recompute(*a)
+        app_studio, "fit_schedule", lambda *a, **more: fits.append(a[2].recompute) or fit_schedule(*a, **more)
     )
     values = {**asdict(studio.controls), "sharing": "dp", "budget": 4, "timeshift": 1.5}
-    first, again = (studio.sample({**values, "seed": k}, lambda *r: reports.append(r[1]), bool)[0] for k in (0, 1))
+    first, again = (sample(studio, {**values, "seed": k}, lambda *r: reports.append(r[1])) for k in (0, 1))
     assert fits == ["dp:4"]
     assert sum("fitting" in text for text in reports) == 1
     assert len(first.receipt["recompute_steps"]) == 4
@@ -264,48 +297,107 @@ def test_a_schedule_is_fitted_once(studio, monkeypatch):
 def test_progress_counts_every_call_to_the_end(folder, tmp_path):
     studio, reports = open_studio(folder, tmp_path, batch_size=2), []
     values = {**asdict(studio.controls), "solver": "heun", "num_images": 1, "sharing": "uniform", "compare": True}
-    studio.sample(values, lambda done, _: reports.append(done), bool)
+    sample(studio, values, lambda done, _: reports.append(done))
     calls = 2 * 3 * 11  # two sets of three batches, Heun's 2·6 − 1 calls each
     assert reports == [k / calls for k in range(1, calls + 1)]
 
 
-def test_stop_ends_a_request_and_leaves_nothing(studio):
-    reports, folders = [], set(studio.root.glob("set-*"))
-    with pytest.raises(Interrupted):
-        studio.sample(asdict(studio.controls), lambda done, _: reports.append(done), lambda: len(reports) == 3)
-    assert len(reports) == 3
+@pytest.mark.parametrize("sharing", ["off", "dp"])
+def test_what_nobody_waits_for_ends_at_the_next_step_and_leaves_nothing(folder, tmp_path, sharing):
+    studio, asked = open_studio(folder, tmp_path), []
+    values = {**asdict(studio.controls), "sharing": sharing, "timeshift": 3.0}
+    sample(studio, values | {"sharing": "off"})  # warms up
+    folders, evaluated = set(studio.root.glob("set-*")), []
+    hook = studio.generator.model.encoder.register_forward_hook(lambda *_: evaluated.append(1))
+    with hook, pytest.raises(Interrupted):
+        studio.sample(values, lambda *_: None, lambda: asked.append(1) or len(asked) < 3)
+    assert len(asked) == 3
+    assert len(evaluated) == 3  # also where a schedule is being fitted
     assert set(studio.root.glob("set-*")) == folders
-    studio.sample(asdict(studio.controls), lambda *_: None, bool)
+    sample(studio, values)
 
 
-def test_stop_ends_the_own_request_alone(page, studio, monkeypatch):
-    seen = []
+def test_an_event_is_wanted_until_it_is_cancelled_or_its_client_has_gone(page, studio, monkeypatch):
+    seen, events, event = [], page._queue.event_ids_to_events, SimpleNamespace(alive=True)
 
-    def sample(values, report, stopped):
-        for session in ("b", "a"):
-            call(page, "stop_soon", session=session)
-            seen.append(stopped())
+    def sample(values, report, wanted):
+        events["event"] = event
+        seen.append(wanted())
+        event.alive = False
+        seen.append(wanted())
+        event.alive = True
+        seen.append(wanted())
+        del events["event"]
+        seen.append(wanted())
         raise Interrupted
 
-    monkeypatch.setattr(gr, "Info", lambda text: seen.append(text))
     monkeypatch.setattr(studio, "sample", sample)
-    call(page, "start_soon")
-    inputs = [field.value for field in endpoint(page, "sample").inputs]
-    sent = call(page, "sample", inputs)
-    assert seen == [False, True, "Stopped; nothing of it was kept."]
-    assert len(sent) == 6
-    assert "value" not in str(sent)  # the last result stays
-    start, stop = call(page, "start_soon")
-    assert (start["interactive"], stop["interactive"]) == (False, True)
-    monkeypatch.setattr(studio, "sample", lambda *given: seen.append(given[2]()) or sample(None, None, bool))
-    call(page, "sample", inputs)
-    assert seen[3] is False  # a new request is not stopped by the last one's button
+    with pytest.raises(gr.Error, match="stopped"):
+        press(page)
+    assert seen == [True, False, True, False]
+
+
+def test_stop_cancels_what_runs_and_what_waits(page):
+    """The browser cancels its events; gradio takes them out of the queue, too."""
+    (cancel,) = [function for function in page.fns.values() if function.cancels]
+    sampling = [number for number, function in page.fns.items() if function.name == "sample"]
+    assert sorted(cancel.cancels) == sorted(sampling)
+    assert len(sampling) == 2
+    assert {page.fns[number].concurrency_id for number in sampling} == {"sample"}  # one at a time
+
+
+def test_requests_of_two_threads_wait_for_each_other_and_closing_ends_both(folder, tmp_path):
+    studio, started, ended = open_studio(folder, tmp_path), threading.Event(), []
+
+    def run():
+        with pytest.raises(Interrupted):
+            studio.sample(asdict(studio.controls), lambda *_: started.set(), lambda: not started.wait(0.001) or True)
+        ended.append(set(studio.root.glob("set-*")))
+
+    with studio.lock:
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        assert not started.wait(0.2)
+        studio.closed = True
+    studio.close()
+    for thread in threads:
+        thread.join()
+    assert ended == [set(), set()]
+
+
+def test_the_page_opens_with_a_set_that_is_sampled_once(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(app_studio, "MAX_KEPT", 1)
+    studio = open_studio(folder, tmp_path)
+    page = build_page(studio)
+    (opening,) = [function for function in page.fns.values() if ("load" in dict(map(reversed, function.targets)))]
+    first = shown(call(page, opening))
+    assert [caption for caption, _ in first.images][:2] == ["ant, seed 0", "bee, seed 0"]
+    assert "classes=[0,1,2,3,4]" in first.command
+    assert press(page).files != press(page).files  # the opening set is not one of those that go
+    again = shown(call(page, opening))
+    assert again.files == first.files
+    assert all(path.exists() for path in again.files.values())
+
+
+def test_a_cleaned_temporary_folder_costs_no_request(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(app_studio, "MAX_KEPT", 1)
+    studio = open_studio(folder, tmp_path / "root")
+    opened = studio.opening(lambda *_: None, lambda: True)
+    for _ in range(2):
+        sample(studio)
+        shutil.rmtree(studio.root)
+    assert sample(studio).folder.exists()
+    again = studio.opening(lambda *_: None, lambda: True)
+    assert again.sets[0].folder != opened.sets[0].folder
+    assert again.sets[0].folder.exists()
 
 
 def test_the_disk_is_bounded(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(app_studio, "MAX_KEPT", 2)
     studio = open_studio(folder, tmp_path)
-    sets = [studio.sample(asdict(studio.controls), lambda *_: None, bool)[0] for _ in range(3)]
+    sets = [sample(studio) for _ in range(3)]
     assert [each.folder.exists() for each in sets] == [False, True, True]
     assert len(list(studio.root.glob("set-*"))) == 2
 
@@ -317,7 +409,7 @@ def test_weights_and_precision_are_used_and_are_in_the_command(folder, tmp_path)
     images = []
     for chosen in ({}, {"weights": "model"}, {"dtype": "bf16"}):
         studio = open_studio(tmp_path / "both", tmp_path, **chosen)
-        (result,) = studio.sample(asdict(studio.controls), lambda *_: None, bool)
+        result = sample(studio)
         written = settings(result.request.command)
         assert {key: written[key] for key in ("weights", "dtype") if key in written} == chosen
         assert result.receipt["request"]["dtype"] == chosen.get("dtype", "fp32")
@@ -353,9 +445,9 @@ def test_a_model_with_base_head_is_offered_internal_guidance(tmp_path, monkeypat
     assert "'internal_interval=[0.2,0.7]'" in own.command
     for label, value, changed in (
         ("Internal guidance", 2, {"internal_scale": "2.0"}),
-        ("Guide internally only between two times", False, {"internal_interval": "null"}),
-        ("Internal from t", 0.6, {"internal_interval": "[0.6,0.7]"}),
-        ("Internal to t", 1, {"internal_interval": "[0.2,1.0]"}),
+        ("Guide internally from t", 0, {"internal_interval": "[0.0,0.7]"}),
+        ("Guide internally from t", 0.6, {"internal_interval": "[0.6,0.7]"}),
+        ("Guide internally to t", 1, {"internal_interval": "[0.2,1.0]"}),
     ):
         result = press(page, **{label: value})
         old = settings(own.command)
@@ -364,8 +456,8 @@ def test_a_model_with_base_head_is_offered_internal_guidance(tmp_path, monkeypat
     unguided = press(page, **{"Internal guidance": 1})
     assert json.loads(unguided.files["receipt.json"].read_text())["request"]["sampler"]["internal_scale"] == 1
     with pytest.raises(gr.Error) as error:
-        press(page, **{"Internal from t": 0.9})
-    assert "internal_interval=[0.9,0.7]: needs 0 &lt;= lo" in error.value.message
+        press(page, **{"Guide internally from t": 0.9})
+    assert "Guide internally from t, to t = [0.9,0.7]: needs 0 &lt;= lo" in error.value.message
 
 
 @pytest.fixture(scope="module")
@@ -400,7 +492,9 @@ def test_a_guide_is_that_of_sample_py(ditdh, tmp_path, monkeypatch):
     assert receipt["request"]["guide"] == {"ema_sha256": ckpt.weights_sha256(ditdh / "guide", "ema"), "step": 7}
     assert receipt["network_calls_an_image"]["guide_decoder"] == 3
     assert settings(result.command)["guide"] == str(ditdh / "guide")
+    assert "multiply-accumulates" not in result.numbers  # a guide is not counted
     alone = press(page)  # Guidance 1, as the checkpoint has it
+    assert "multiply-accumulates" in alone.numbers
     assert "guide" not in settings(alone.command)
     receipt = json.loads(alone.files["receipt.json"].read_text())
     assert receipt["request"]["guide"] is None
@@ -487,8 +581,8 @@ def test_a_control_takes_no_file_by_its_address(client, page, monkeypatch):
     file = {"path": "https://example.org/x.html", "meta": {"_type": "gradio.FileData"}}
     fields = endpoint(page, "sample").inputs
     for wrong in (file, [file], [[file]]):
-        with pytest.raises(gr.Error, match="of no kind that it takes"):
-            call(page, "sample", [wrong, *(field.value for field in fields[1:])])
+        with pytest.raises(gr.Error, match="give what it offers"):
+            call(page, endpoint(page, "sample"), [wrong, *(field.value for field in fields[1:])])
     assert fetched == []
 
 
@@ -505,17 +599,17 @@ def test_what_the_page_asks_for_passes(client):
 
 def test_classes_of_one_name_carry_their_label():
     choices = class_choices(["n02012849", "n03126707", "seven", "n02124075"])
-    assert choices == [("crane (0)", 0), ("crane (1)", 1), ("seven", 2), ("Egyptian cat", 3)]
+    assert choices == ["crane (0)", "crane (1)", "seven", "Egyptian cat"]
 
 
 @pytest.mark.parametrize(
     ("sampler", "expected", "recompute"),
     [
-        ({"recompute": "uniform:3", "forecast_order": 1}, {"every": 3, "forecast_order": 1}, "uniform:3"),
+        ({"recompute": "uniform:3", "forecast_order": 1}, {"every": 3, "forecast": "a line"}, "uniform:3"),
         ({"recompute": "dp:4"}, {"sharing": "dp", "budget": 4}, "dp:4"),
         ({"recompute": [0, 2, 3]}, {"sharing": "checkpoint"}, [0, 2, 3]),
-        ({"cfg_interval": None}, {"limit_guidance": False, "cfg_from": 0.3, "cfg_to": 1.0}, None),
-        ({"cfg_interval": [0.1, 0.8]}, {"limit_guidance": True, "cfg_from": 0.1, "cfg_to": 0.8}, None),
+        ({"cfg_interval": None}, {"cfg_from": 0.0, "cfg_to": 1.0}, None),
+        ({"cfg_interval": [0.1, 0.8]}, {"cfg_from": 0.1, "cfg_to": 0.8}, None),
         ({"num_steps": 250, "last_step": 0.04}, {"num_steps": 20, "last_step": 0.04}, None),
         ({"num_steps": 50, "recompute": "dp:30"}, {"num_steps": 20}, "dp:20"),
         ({"num_steps": 50, "recompute": "uniform:30"}, {"num_steps": 20}, "uniform:20"),
@@ -528,7 +622,7 @@ def test_the_page_begins_with_the_checkpoints_sampler_within_the_limits(studio, 
     stored = {**studio.stored, "sampler": SAMPLER | sampler}
     values = asdict(initial_controls(stored, studio.settings))
     assert expected.items() <= values.items()
-    assert values["classes"] == [0, 1, 2, 3, 4]
+    assert values["classes"] == ["ant", "bee", "cat", "dog", "Egyptian cat"]
     (request,) = make_requests(values, stored, studio.settings)
     assert request.sampler.recompute == recompute
     assert request.sampler.t_end == sampler.get("t_end", 1.0)
@@ -536,8 +630,8 @@ def test_the_page_begins_with_the_checkpoints_sampler_within_the_limits(studio, 
 
 
 def test_many_classes_begin_with_a_few_spread_over_all(studio):
-    stored = {**studio.stored, "network": {**studio.stored["network"], "num_classes": 1000}}
-    assert initial_controls(stored, studio.settings).classes == [0, 250, 500, 750]
+    stored = {**studio.stored, "class_names": [f"class {k}" for k in range(1000)]}
+    assert initial_controls(stored, studio.settings).classes == [f"class {k}" for k in (0, 250, 500, 750)]
 
 
 # --- the entry point
@@ -558,6 +652,8 @@ def test_wrong_settings_are_one_line_before_anything_is_loaded(folder, tmp_path,
             ("host=no.such.host.invalid", "host=no.such.host.invalid: no such address"),
             ("weights=model", "weights=model: "),
             ("dtype=int8", "dtype=int8: "),
+            ("root_path=ddt", "root_path=ddt: give the path at which a proxy serves the page, such as /ddt"),
+            ("root_path=/ddt/", "root_path=/ddt/: give the path"),
             ("share=true", "share: no such setting"),
         ):
             text = refusal("scripts.app.__main__", f"ckpt={folder}", change)
@@ -574,14 +670,16 @@ def test_it_listens_at_its_address_and_runs_one_request_at_a_time(tmp_path, monk
     monkeypatch.setattr(app.signal, "signal", lambda *_: None)
     for key in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR"):
         monkeypatch.setenv(key, "")
-    app.serve(SimpleNamespace(root=tmp_path), AppSettings(ckpt="x", max_queue=3))
+    studio = MagicMock(root=tmp_path)
+    app.serve(studio, AppSettings(ckpt="x", max_queue=3, root_path="/ddt"))
     page.queue.assert_called_once_with(max_size=3, default_concurrency_limit=1, api_open=False)
     given = page.launch.call_args.kwargs
-    wanted = {"server_name": "127.0.0.1", "server_port": 7860, "share": False}
+    wanted = {"server_name": "127.0.0.1", "server_port": 7860, "share": False, "root_path": "/ddt"}
     assert wanted.items() <= given.items()
     assert "allowed_paths" not in given  # what gradio serves from there is shown, not downloaded
     assert [middleware.cls for middleware in given["app_kwargs"]["middleware"]] == [Guard]
     page.close.assert_called_once()
+    studio.close.assert_called_once()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
