@@ -1,4 +1,4 @@
-"""The app on Hugging Face Spaces, of the model that DDT_CHECKPOINT names (README.md)."""
+"""The app on Hugging Face Spaces, of the model that the variable DDT_CHECKPOINT names."""
 
 import os
 import sys

@@ -6,10 +6,13 @@ import functools
 import json
 import logging
 import re
+import runpy
 import shlex
 import shutil
 import socket
+import sys
 import threading
+import tomllib
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -20,11 +23,14 @@ import gradio as gr
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
-from conftest import SMALL, refusal, run_inside, small_checkpoint, small_ddt, small_rae, succeed
+from conftest import ROOT, SMALL, refusal, run_inside, small_checkpoint, small_ddt, small_rae, succeed
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from packaging.requirements import Requirement
 
+import ddt
 from ddt.checkpoint import format as ckpt
 from ddt.errors import UserError
 from ddt.model import DiT, DiTDH
@@ -695,3 +701,30 @@ def test_another_host_is_warned_of(folder, monkeypatch, host):
     ((root, settings),) = served
     assert (settings.host, settings.port, settings.max_queue) == (host, port, 16)
     assert not root.exists()  # with all that was sampled
+
+
+# --- on Hugging Face Spaces
+
+
+@pytest.mark.parametrize("variables", [{}, {"DDT_CHECKPOINT": "model"}])
+def test_a_space_starts_the_app_of_its_model(monkeypatch, variables):
+    called = []
+    monkeypatch.setattr(app, "main", lambda: called.append(sys.argv[1:]))
+    monkeypatch.setattr(sys, "argv", ["app.py"])
+    monkeypatch.delenv("DDT_CHECKPOINT", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    runpy.run_path(str(ROOT / "spaces" / "app.py"), run_name="__main__")
+    assert called == [[f"ckpt={variables.get('DDT_CHECKPOINT', 'ddt-xl-256')}", "host=0.0.0.0"]]
+    assert "ddt-xl-256" in ddt.list_models()
+
+
+def test_a_space_installs_what_the_app_needs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = (ROOT / "spaces" / "requirements.txt").read_text().splitlines()
+    assert required == [*project["dependencies"], *project["optional-dependencies"]["app"]]
+    card = yaml.safe_load((ROOT / "spaces" / "README.md").read_text().split("---")[1])
+    assert (ROOT / "spaces" / card["app_file"]).is_file()
+    assert card["sdk"] == "gradio"
+    assert card["sdk_version"] in Requirement(project["optional-dependencies"]["app"][0]).specifier
+    assert len(card["short_description"]) <= 60  # the hub refuses longer ones
