@@ -58,8 +58,8 @@ def run_training(
             return
         if session.missing:  # a run may be killed between its checkpoint and its measurements
             session.measure(session.missing, session.state.ema.network(), session.state.step, session.tracker)
+            session.saver.prune()
             session.clock.start()
-        session.saver.prune()  # after the measurements, which say which checkpoint is the best
         with session.saver:
             stopped = train_steps(run, session, step)
         state = session.state

@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from ddt.checkpoint import format as ckpt
 from ddt.distributed.prepare import decide_on_main
-from ddt.errors import UserError, require
+from ddt.errors import UserError, first_line, require
 from ddt.files import (
     fsync,
     make_temporary_folder,
@@ -119,9 +119,10 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type | None, _: BaseException | None, trace: TracebackType | None) -> None:
         if self.writing is not None and kind is not KeyboardInterrupt:  # a second Ctrl-C ends the run at once
-            problem = self.writing.exception() or self.writing.result()
+            error = self.writing.exception()
+            problem = first_line(error) if error else self.writing.result()
             if problem and self.accelerator.is_main_process:
                 log.warning("warning: %s: %s", self.run_dir / "checkpoints", problem)
 
@@ -156,6 +157,7 @@ class Saver:
         if checkpoint:
             files.append((ckpt.checkpoint_folder(self.run_dir, step), self.size(state), weights, state.train_state()))
         if self.accelerator.is_main_process or self.sharded:
+            self.began = time.perf_counter()
             self.writing = in_thread(self.write, step, on_host(files))
         else:
             self.writing = Future()
@@ -186,7 +188,7 @@ class Saver:
 
     def write(self, step: int, files: list[Files]) -> str:
         """Write snapshot and checkpoint of a step; return why there is no checkpoint, or ""."""
-        self.began, main, failure = time.perf_counter(), self.accelerator.is_main_process, ""
+        main, failure = self.accelerator.is_main_process, ""
         for folder, size, weights, train_state in files:
             problem = self.write_atomically(folder, step, size, weights, train_state)
             if train_state is None:

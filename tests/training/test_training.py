@@ -195,8 +195,8 @@ VALIDATED = ["trainer.max_steps=8", "trainer.validate_every=8", "trainer.ema_dec
 
 @pytest.fixture(scope="module")
 def pair(folder):
-    """Runs on two processes: "two", "straight" on them; "sharded" among them, stopped and resumed;
-    "validated2", `VALIDATED`.
+    """Runs on two processes: "two", "straight" on them; "sharded" among them, stopped and resumed,
+    with its first steps again as "late"; "validated2", `VALIDATED`.
     """
     whole = ["trainer.num_processes=2", "trainer.micro_batch_size=3"]
     sharded = [*whole, "trainer.parallelism=fsdp", "trainer.validate_every=30", "trainer.preview_every=30"]
@@ -204,6 +204,7 @@ def pair(folder):
     jobs = [
         ["name=two", *whole, "trainer.max_steps=30"],
         ["name=sharded", *sharded, "trainer.max_steps=17"],
+        ["name=late", *sharded, "trainer.max_steps=17", "trainer.save_every=6"],
         ["name=sharded", *sharded, "trainer.max_steps=30"],
         ["name=ditdh_two", *ditdh, *whole, "trainer.max_steps=6"],
         ["name=ditdh_sharded", *ditdh, *sharded, "trainer.max_steps=3"],
@@ -247,6 +248,20 @@ def test_sharded_processes_train_what_whole_ones_do(pair):
         validation_loss(validated(ddt.load_model(path)), Digits("test"), Identity(), make_accelerator(), (1, 8, 8), 64),
         rel=1e-5,
     )
+
+
+def test_shards_are_written_while_processes_train(pair):
+    """A late one delays no step, and where one fails there is no checkpoint."""
+    late = ckpt.list_checkpoints(pair / "late")
+    assert list(late) == [12, 17]
+    assert [path for path in (pair / "late" / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    for folder in late.values():
+        for file in ckpt.read_manifest(folder).files:
+            ckpt.verify_file(folder, file)
+    expected, found = (ckpt.read_manifest(pair / run / "checkpoints/step_0000017").files for run in ("sharded", "late"))
+    assert expected.pop("config.json") != found.pop("config.json")  # of names and periods
+    assert found == expected
+    assert len(found) == 6
 
 
 def test_a_ditdh_is_sharded_with_its_frozen_weights(pair):
