@@ -23,6 +23,8 @@ LOCK = ".lock"  # in a folder that one command uses at a time
 TEMPORARY = ".tmp-ddt-"  # begins the names of files that are being written
 MAX_JSON = 16 * 2**20  # bytes
 MAX_NESTING = 32
+UMASK = os.umask(0o077)  # read here, for there is no other way than to set it, which all threads would see
+os.umask(UMASK)
 
 MAX_NAME_BYTES = 200  # of a folder's name; most file systems take 255, and temporary names are longer
 
@@ -55,9 +57,7 @@ def fsync(path: Path) -> None:
 
 def reset_permissions(path: Path) -> None:
     """Give a file the usual permissions: safetensors leaves them readable by their owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    path.chmod(0o666 & ~UMASK)
 
 
 # --- atomic writes: whoever reads finds all of a file or folder, or nothing

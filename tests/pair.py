@@ -2,16 +2,22 @@
 both import it.
 """
 
+import contextlib
+
 from accelerate.state import AcceleratorState
+from late import late_shards
 
 from ddt.distributed.launch import launch
 from ddt.training.loop import train
 
 
 def train_all(*runs):
-    """Train one run after another, each as if its process were new, in one process group."""
+    """Train one run after another, each as if its process were new, in one process group; that of
+    the name "late" with `late_shards`.
+    """
     for settings in runs:
-        train(settings)
+        with late_shards() if settings.run_dir.name == "late" else contextlib.nullcontext():
+            train(settings)
         AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -58,9 +58,10 @@ def run_training(
             return
         if session.missing:  # a run may be killed between its checkpoint and its measurements
             session.measure(session.missing, session.state.ema.network(), session.state.step, session.tracker)
+            session.saver.prune()
             session.clock.start()
-        session.saver.prune()  # after the measurements, which say which checkpoint is the best
-        stopped = train_steps(run, session, step)
+        with session.saver:
+            stopped = train_steps(run, session, step)
         state = session.state
         if session.accelerator.is_main_process:
             (run_dir / "STOP").unlink(missing_ok=True)  # it has been obeyed, or came too late
@@ -101,8 +102,10 @@ def train_steps(run: BaseRun, session: Session, step: Callable[[Session], None])
         session.progress.update(settings.global_batch_size)
 
         # --- whether to continue, the same on all processes
+        session.requests.pause_seconds = clock.longest_pause + session.saver.write_seconds
         stopped, skipped_in_a_row = session.requests.agreed(state.skipped_in_a_row)
         if skipped_in_a_row >= max_skipped(settings.mixed_precision):
+            session.saver.wait()
             raise diverged(
                 f"{skipped_in_a_row} steps in a row had non-finite gradients", run, state.step, skipped_in_a_row
             )
@@ -112,7 +115,7 @@ def train_steps(run: BaseRun, session: Session, step: Callable[[Session], None])
         if last or state.step % settings.log_every == 0:
             log_row(session, settings)
 
-        # --- save, before anything that could fail; then measure the EMA weights
+        # --- save, before anything that could fail; measure the EMA weights while it is written
         saves = last or bool(stopped) or settings.due(settings.save_every, state.step)
         snapshots = settings.due(settings.snapshot_every, state.step)
         # a stopped run has no time to measure: the resumed one makes up for it
@@ -120,18 +123,16 @@ def train_steps(run: BaseRun, session: Session, step: Callable[[Session], None])
         if saves or snapshots or names:
             with clock.pause():
                 if saves or snapshots:
+                    session.saver.wait()  # one write at a time
                     if not state.finite():
                         raise diverged("a weight is NaN or infinite", run, state.step, skipped_in_a_row)
                     state.check_agreement()
-                if snapshots:
-                    session.saver.snapshot(state)  # first: it is removed again where the checkpoint fails
-                if saves:
-                    session.saver.save(state, last=last or bool(stopped))
+                    session.saver.save(state, checkpoint=saves, snapshot=snapshots)
                 if names:
                     session.measure(names, state.ema.network(), state.step, session.tracker)
-                if saves:
+                if last or stopped:
+                    session.saver.wait(last=True)
                     session.saver.prune()
-            session.requests.pause_seconds = clock.longest_pause
     return stopped
 
 

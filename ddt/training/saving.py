@@ -1,19 +1,28 @@
-"""Checkpoints of a run: how one is written, what happens if that fails, and which ones stay."""
+"""Checkpoints of a run: how one is written, what happens if that fails, and which ones stay.
+
+The loop copies the state to host memory, and a thread writes the copy while training continues.
+"""
 
 import dataclasses
+import datetime
 import logging
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ddt.checkpoint import format as ckpt
 from ddt.distributed.prepare import decide_on_main
-from ddt.errors import UserError, require
+from ddt.errors import UserError, first_line, require
 from ddt.files import (
     fsync,
     make_temporary_folder,
@@ -24,12 +33,14 @@ from ddt.files import (
 )
 from ddt.metrics.ranking import is_number, ranked
 from ddt.training.settings import TrainerSettings
-from ddt.training.state import TrainingState
+from ddt.training.state import TrainingState, on_host
 from ddt.training.tracking import read_rows
 
 log = logging.getLogger(__name__)
 MAX_FAILURES = 3  # saves in a row
 SPARE = 1.2  # required free space, in units of a checkpoint's size
+WAIT_FOR_SHARDS = datetime.timedelta(hours=1)  # of the slowest process
+Files = tuple[Path, int, dict[str, Any], dict[str, Any] | None]  # folder, bytes, weights, train state
 
 
 def remove(path: Path) -> None:
@@ -73,15 +84,47 @@ def export_ema(checkpoint: Path, target: Path) -> None:
     shutil.rmtree(target.with_name(f".del-{target.name}"), ignore_errors=True)
 
 
+def in_thread(function: Callable[..., str], *args: Any) -> Future[str]:
+    """Call a function in a thread, which does not keep Python from ending."""
+    future: Future[str] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
 class Saver:
-    """Writes a run's checkpoints, on all processes together. config: theirs, without the step."""
+    """Writes a run's checkpoints, on all processes together, one at a time.
+
+    As a context: no write outlives it. config: of the checkpoints, without the step.
+    """
 
     def __init__(
         self, run_dir: Path, settings: TrainerSettings, config: dict[str, Any], accelerator: Accelerator
     ) -> None:
         self.run_dir, self.settings, self.config, self.accelerator = run_dir, settings, config, accelerator
         self.sharded = settings.parallelism == "fsdp"
+        # collectives of the thread must not mix with those of training
+        self.group: Any = torch.distributed.new_group(backend="gloo", timeout=WAIT_FOR_SHARDS) if self.sharded else None
+        self.writing: Future[str] | None = None  # on all processes, whether or not they write
         self.failures = 0  # in a row
+        self.began: float | None = None
+        self.longest_write = 0.0  # seconds
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type | None, _: BaseException | None, trace: TracebackType | None) -> None:
+        if self.writing is not None and kind is not KeyboardInterrupt:  # a second Ctrl-C ends the run at once
+            error = self.writing.exception()
+            problem = first_line(error) if error else self.writing.result()
+            if problem and self.accelerator.is_main_process:
+                log.warning("warning: %s: %s", self.run_dir / "checkpoints", problem)
 
     def size(self, state: TrainingState) -> int:
         """Return the bytes of a checkpoint. All processes call it together."""
@@ -98,45 +141,76 @@ class Saver:
         problem = decide_on_main(self.accelerator, lambda: self.missing_space(size))
         require(not problem, f"{self.run_dir}: no room for a checkpoint ({problem}); free some space")
 
-    def save(self, state: TrainingState, last: bool = False) -> None:
-        """Write a checkpoint atomically.
+    def save(self, state: TrainingState, checkpoint: bool = True, snapshot: bool = False) -> None:
+        """Begin to write a checkpoint of a step, a snapshot or both. All processes call it
+        together, after `wait`.
 
-        A failed attempt leaves nothing behind and training continues; after three in a row, or for
-        the last checkpoint, it raises OSError on all processes.
+        A snapshot holds the power-function EMAs, of which scripts/posthoc_ema.py makes others.
         """
-        folder = ckpt.checkpoint_folder(self.run_dir, state.step)
-        problem = self.write_atomically(folder, state, self.size(state), state.weights(), state.train_state())
-        if not problem:
-            self.failures = 0
-            if self.accelerator.is_main_process:
-                self.update_export(folder)
+        assert self.writing is None, "one write at a time"
+        weights, step, files = state.weights(), state.step, list[Files]()
+        if snapshot:  # first: it is removed again where the checkpoint fails
+            powers = {name: weights[name] for name in state.emas if name.startswith("power_")}
+            size = sum(4 * value.numel() for ema in powers.values() for value in ema.values())
+            size = sum(gather_object([size])) if self.sharded else size
+            files.append((self.run_dir / "snapshots" / f"step_{step:07d}", size, powers, None))
+        if checkpoint:
+            files.append((ckpt.checkpoint_folder(self.run_dir, step), self.size(state), weights, state.train_state()))
+        if self.accelerator.is_main_process or self.sharded:
+            self.began = time.perf_counter()
+            self.writing = in_thread(self.write, step, on_host(files))
+        else:
+            self.writing = Future()
+            self.writing.set_result("")
+
+    def wait(self, last: bool = False) -> None:
+        """Wait for the write under way, if any. All processes call it together.
+
+        Of a checkpoint that could not be written nothing is left, and training continues; after
+        three in a row, or if it was the last, it raises OSError on all processes.
+        """
+        if self.writing is None:
             return
-        self.failures += 1
-        text = f"no checkpoint of step {state.step} could be written ({problem})"
-        if last or self.failures == MAX_FAILURES:
-            raise OSError(0, f"{text}, {self.failures} in a row", str(folder.parent))
-        if self.accelerator.is_main_process:
-            log.warning("warning: %s: %s; training continues", folder.parent, text)
-
-    def snapshot(self, state: TrainingState) -> None:
-        """Save a step's power-function EMAs, from which scripts/posthoc_ema.py makes others."""
-        folder = self.run_dir / "snapshots" / f"step_{state.step:07d}"
-        weights = state.weights()
-        powers = {name: weights[name] for name in state.emas if name.startswith("power_")}
-        size = sum(4 * value.numel() for ema in powers.values() for value in ema.values())
-        problem = self.write_atomically(folder, state, sum(gather_object([size])) if self.sharded else size, powers)
+        problem, failures = broadcast_object_list([self.writing.result(), self.failures])
+        self.writing, folder = None, self.run_dir / "checkpoints"
+        if problem and (last or failures == MAX_FAILURES):
+            raise OSError(0, f"{problem}, {failures} in a row", str(folder))
         if problem and self.accelerator.is_main_process:
-            log.warning("warning: %s: could not be written (%s); training continues", folder, problem)
+            log.warning("warning: %s: %s; training continues", folder, problem)
 
-    def write_atomically(
-        self, folder: Path, state: TrainingState, size: int, weights: Any, train_state: Any = None
-    ) -> str:
+    @property
+    def write_seconds(self) -> float:
+        """The longest that a write took, or that the one under way has taken until now."""
+        began = self.began
+        return max(self.longest_write, 0.0 if began is None else time.perf_counter() - began)
+
+    # --- in the thread: on the main process, and on each of a sharded run
+
+    def write(self, step: int, files: list[Files]) -> str:
+        """Write snapshot and checkpoint of a step; return why there is no checkpoint, or ""."""
+        main, failure = self.accelerator.is_main_process, ""
+        for folder, size, weights, train_state in files:
+            problem = self.write_atomically(folder, step, size, weights, train_state)
+            if train_state is None:
+                if problem and main:
+                    log.warning("warning: %s: could not be written (%s); training continues", folder, problem)
+            elif problem:
+                failure, self.failures = f"no checkpoint of step {step} could be written ({problem})", self.failures + 1
+            else:
+                self.failures = 0
+                if main:
+                    self.update_export(folder)
+                    self.prune()  # a best one stays until a better one has been measured
+        self.longest_write, self.began = self.write_seconds, None
+        return failure
+
+    def write_atomically(self, folder: Path, step: int, size: int, weights: Any, train_state: Any) -> str:
         """Write a checkpoint or snapshot of `size` bytes, each process its own files.
 
         `folder` appears by the rename of a complete temporary folder, or not at all. Returns what
         went wrong or "", the same on all processes.
         """
-        accelerator, temporary = self.accelerator, temporary_path(folder)
+        temporary = temporary_path(folder)
 
         def start() -> str:
             problem = self.missing_space(size)
@@ -147,38 +221,41 @@ class Saver:
         problem = self.attempt_on_main(start)
         if problem:
             return problem
-        mine: dict[str, Any] | str = {}  # manifest entries, or what went wrong
-        if accelerator.is_main_process or self.sharded:
-            shard = (accelerator.process_index, accelerator.num_processes) if self.sharded else None
-            try:
-                mine = ckpt.write_files(temporary, weights, train_state, shard)
-            except OSError as error:
-                mine = str(error)
-        everyone = gather_object([mine])
+        shard = (self.accelerator.process_index, self.accelerator.num_processes) if self.sharded else None
+        try:
+            mine: Any = ckpt.write_files(temporary, weights, train_state, shard)  # manifest entries
+        except OSError as error:
+            mine = str(error)
+        everyone = [mine]
+        if self.sharded:
+            everyone *= self.accelerator.num_processes
+            torch.distributed.all_gather_object(everyone, mine, group=self.group)
 
         def finish() -> str:
             for written in everyone:
                 if isinstance(written, str):
                     return written
             files = {name: entry for written in everyone for name, entry in written.items()}
-            ckpt.write_manifest(temporary, {"step": state.step, **self.config}, files)
+            ckpt.write_manifest(temporary, {"step": step, **self.config}, files)
             rename_atomically(temporary, folder)  # from here on the checkpoint exists
             return ""
 
         problem = self.attempt_on_main(finish)
-        if problem and accelerator.is_main_process:
+        if problem and self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         return problem
 
     def attempt_on_main(self, action: Callable[[], str]) -> str:
         """Call `action` on the main process; return its text, or its OSError's, on all."""
-        problem = ""
+        problem = [""]
         if self.accelerator.is_main_process:
             try:
-                problem = action()
+                problem = [action()]
             except OSError as error:
-                problem = str(error)
-        return broadcast_object_list([problem])[0]
+                problem = [str(error)]
+        if self.sharded:
+            torch.distributed.broadcast_object_list(problem, group=self.group)
+        return problem[0]
 
     def update_export(self, folder: Path) -> None:
         """Update `export/` in the run folder from a checkpoint; warn on failure."""

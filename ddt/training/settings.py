@@ -19,7 +19,7 @@ from ddt.sampling.settings import SamplerSettings
 if TYPE_CHECKING:
     from ddt.training.ema import Rule
 
-MARGIN = 60  # seconds that max_hours leaves for the last save, plus twice the longest pause so far
+MARGIN = 60  # seconds that max_hours leaves for the last save, plus twice the longest pause and write so far
 MIN_STD, MAX_STD = 1e-4, 0.28  # of power functions; a uniform average over the run has 1/√12 = 0.289
 
 METRIC_SUFFIX = re.compile(r"_[\d.]+[kmb]?$")  # of all numbers of samples

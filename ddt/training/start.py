@@ -143,6 +143,8 @@ def restore(run: BaseRun, state: TrainingState, saver: Saver) -> list[str]:
     missing = decide_on_main(
         state.accelerator, lambda: missing_measurements(trainer, run.held_out, run_dir, state.step)
     )
+    if not missing:  # or else once they are measured, which says which checkpoint is the best
+        saver.prune()
     if state.step < trainer.max_steps or missing:
         saver.check_space(state)
     return missing

@@ -1,5 +1,6 @@
 """Everything that a training step changes, and so everything that a checkpoint holds."""
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ddt.checkpoint import format as ckpt
 from ddt.distributed.prepare import load_weights, local_part, shard_like
@@ -22,6 +24,21 @@ def local_parts(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: local_parts(value) for key, value in tree.items()}
     return local_part(tree) if isinstance(tree, Tensor) else tree
+
+
+@torch.no_grad()
+def on_host(tree: Any) -> Any:
+    """Return a copy of a nested state in host memory, which later steps do not change; a device
+    sync. What comes from a GPU lies in pinned memory, which torch keeps for the next copy.
+    """
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    copies = {
+        id(tensor): torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)
+        for tensor in tensors
+    }
+    if any(tensor.is_cuda for tensor in tensors):
+        torch.cuda.synchronize()
+    return copy.deepcopy(tree, copies)  # of all else too, such as the attributes of a state dict
 
 
 class TrainingState:

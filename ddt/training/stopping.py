@@ -73,7 +73,7 @@ class StopRequests:
             run_dir / "STOP", end, device, rank, num_processes,
         )  # fmt: skip
         self.code, self.checked_at = 0, 0.0
-        self.pause_seconds = 0.0  # the longest that saving and evaluation took
+        self.pause_seconds = 0.0  # of the longest pause, and of the longest write of a checkpoint
         self.posted: tuple[Tensor, torch.cuda.Event | None] | None = None  # by the step before
         self.handlers: dict[signal.Signals, Any] = {}
 

@@ -145,24 +145,29 @@ def test_a_resumed_run_sees_the_same_images(straight, monkeypatch):
     assert sorted(visited[: len(epoch)]) == sorted(visited[len(epoch) : 2 * len(epoch)]) == epoch
 
 
+# what a kill comes before: a call of this function, after so many others since the save began
 POINTS = {
-    "between snapshot and checkpoint": (saving.Saver, "save", 0),
+    "between snapshot and checkpoint": (saving.Saver, "write_atomically", 1),
     "before the export": (saving, "export_ema", 0),
     "before it is done": (start, "write_status", 0),
-    "while files are written": (ckpt, "save_file", 2),
-    "before the manifest": (ckpt, "write_json", 1),
-    "before it has its name": (Path, "rename", 0),
-    "while an old one is removed": (shutil, "rmtree", 1),
+    "while files are written": (ckpt, "save_file", 3),
+    "before the manifest": (ckpt, "write_json", 3),
+    "before it has its name": (Path, "rename", 1),
+    "before an old one is removed": (saving.Saver, "prune", 0),
+    "while an old one is removed": (shutil, "rmtree", 4),
     "before it is measured": (JsonlTracker, "log", 0),
 }
+UNNAMED = ("while files are written", "before the manifest", "before it has its name")
 
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_kill_while_saving_costs_nothing(straight, monkeypatch, point):
-    """Killed at the checkpoint of step 8, then the same command."""
+    """Killed at the checkpoint of step 8 or 12, perhaps in the thread that writes it while training
+    continues; then the same command.
+    """
     owner, name, calls = POINTS[point]
     options = ["trainer.save_every=4", "trainer.keep_last=2", "trainer.snapshot_every=4"]
-    original, left, step = getattr(owner, name), [], 12 if name in ("rmtree", "write_status") else 8
+    original, left, step = getattr(owner, name), [], 12 if name in ("prune", "rmtree", "write_status") else 8
 
     def killing(*args, **kwargs):
         if left:
@@ -171,18 +176,21 @@ def test_a_kill_while_saving_costs_nothing(straight, monkeypatch, point):
                 raise Killed
         return original(*args, **kwargs)
 
-    def armed(self, state):
-        snapshot(self, state)
+    def armed(self, state, **kwargs):
         if state.step == step:  # the third checkpoint is the first to remove another
             left.append(calls)
+        save(self, state, **kwargs)
 
-    snapshot = saving.Saver.snapshot
+    save = saving.Saver.save
     with monkeypatch.context() as patch:
-        patch.setattr(saving.Saver, "snapshot", armed)
+        patch.setattr(saving.Saver, "save", armed)
         patch.setattr("ddt.training.start.write_status", lambda *args: None)  # a killed process writes no status
         patch.setattr(owner, name, killing)
         with pytest.raises(Killed):
             train(f"killed_{name}", *options)
+    if point in UNNAMED:  # what a killed process leaves
+        left_over = Path(f"runs/killed_{name}/checkpoints")
+        assert sorted(path.name for path in left_over.iterdir()) == [".tmp-step_0000008", "step_0000004"]
     run = train(f"killed_{name}", *options)
     assert_same_end(run, straight)
     assert [path.name for path in sorted(run.rglob("*")) if path.name.startswith((".tmp", ".del"))] == []
@@ -247,15 +255,20 @@ def test_a_run_without_an_intact_checkpoint_is_not_begun_again(saved_often):
 
 def test_a_full_disk_costs_a_checkpoint_and_no_step(straight, caplog):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    log, limits = JsonlTracker.log, {4: 20_000, 8: before[0]}
+    save, wait = saving.Saver.save, saving.Saver.wait
 
-    def limited(self, step, values):
-        log(self, step, values)
-        if "loss" in values and step in limits:  # just before the save of this step
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limits[step], before[1]))
+    def limited(self, state, **kwargs):
+        if state.step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        save(self, state, **kwargs)
+
+    def waited(self, **kwargs):
+        wait(self, **kwargs)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JsonlTracker, "log", limited)
+        patch.setattr(saving.Saver, "save", limited)
+        patch.setattr(saving.Saver, "wait", waited)
         try:
             run = train("full", "trainer.save_every=4")
         finally:

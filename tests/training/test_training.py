@@ -195,8 +195,8 @@ VALIDATED = ["trainer.max_steps=8", "trainer.validate_every=8", "trainer.ema_dec
 
 @pytest.fixture(scope="module")
 def pair(folder):
-    """Runs on two processes: "two", "straight" on them; "sharded" among them, stopped and resumed;
-    "validated2", `VALIDATED`.
+    """Runs on two processes: "two", "straight" on them; "sharded" among them, stopped and resumed,
+    with its first steps again as "late"; "validated2", `VALIDATED`.
     """
     whole = ["trainer.num_processes=2", "trainer.micro_batch_size=3"]
     sharded = [*whole, "trainer.parallelism=fsdp", "trainer.validate_every=18", "trainer.preview_every=18"]
@@ -205,6 +205,7 @@ def pair(folder):
     jobs = [
         ["name=two", *whole, "trainer.max_steps=18"],
         ["name=sharded", *sharded, "trainer.max_steps=9"],
+        ["name=late", *sharded, "trainer.max_steps=9", "trainer.save_every=3"],
         ["name=sharded", *sharded, "trainer.max_steps=18"],
         ["name=bf16_two", *whole, *half, "trainer.max_steps=6"],
         ["name=bf16_sharded", *sharded, *half, "trainer.max_steps=6", "trainer.reshard_after_forward=false"],
@@ -262,6 +263,20 @@ def test_blocks_gathered_in_bf16_train_what_whole_ones_do(pair):
     assert {value.dtype for value in matrices.values()} == {torch.float32}
     for key, value in matrices.items():  # the optimizer's weights are not rounded
         assert not torch.equal(value, value.bfloat16().float()), key
+
+
+def test_shards_are_written_while_processes_train(pair):
+    """A late one delays no step, and where one fails there is no checkpoint."""
+    late = ckpt.list_checkpoints(pair / "late")
+    assert list(late) == [6, 9]
+    assert [path for path in (pair / "late" / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    for folder in late.values():
+        for file in ckpt.read_manifest(folder).files:
+            ckpt.verify_file(folder, file)
+    expected, found = (ckpt.read_manifest(pair / run / "checkpoints/step_0000009").files for run in ("sharded", "late"))
+    assert expected.pop("config.json") != found.pop("config.json")  # of names and periods
+    assert found == expected
+    assert len(found) == 6
 
 
 def test_a_ditdh_is_sharded_with_its_frozen_weights(pair):
