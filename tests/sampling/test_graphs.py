@@ -50,7 +50,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     "changes",
     [
         {},
-        pytest.param({"recompute": [0, 2, 4]}, marks=pytest.mark.slow),
+        {"recompute": [0, 2, 4]},
         {"recompute": [0, 3, 5], "forecast_order": 1},
         {"recompute": [0, 2, 4], "solver": "heun"},
         {"recompute": [0, 4], "cfg_interval": (0.0, 0.5)},
@@ -58,14 +58,14 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ids=str,
 )
 def test_calls_by_graphs_change_no_bit(replays: list[int], changes: dict[str, Any]) -> None:
-    model, settings = network(0), SamplerSettings(**{"num_steps": 6, "cfg_interval": None} | changes)
+    model, settings = network(0), SamplerSettings(**{"num_steps": 8, "cfg_interval": None} | changes)
     call = graphs.Graphs()
-    for seed, rows in ((1, 3), (2, 2), (3, 3)):
+    for seed, rows in ((1, 3), (2, 3), (3, 2), (4, 3)):
         torch.manual_seed(seed)
         noise, y = torch.randn(rows, 2, 4, 4), torch.randint(5, (rows,))
         expected = sample_latents(model, noise, y, settings)
         assert torch.equal(sample_latents(model, noise, y, settings, call=call), expected)
-    assert len(replays) > 10
+    assert len(replays) > 20
 
 
 def test_calls_of_a_guide_and_of_a_base_head_are_told_apart(replays: list[int]) -> None:
