@@ -217,7 +217,7 @@ def test_kill_9_loses_at_most_the_batch_in_flight(run_folder, tmp_path):
     arguments = [f"ckpt={run_folder}", "num_samples=30", "batch_size=1", "num_steps=20", f"out={tmp_path / 'a'}"]
     child = subprocess.Popen([sys.executable, ROOT / "sample.py", *arguments], stderr=subprocess.DEVNULL)
     parts = tmp_path / "a" / ".parts"
-    while len(list(parts.glob("*.npz"))) <= 2 and child.poll() is None:
+    while len(list(parts.glob("[0-9]*.npz"))) <= 2 and child.poll() is None:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
