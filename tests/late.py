@@ -32,16 +32,16 @@ def written_late(step, until):
 
 @contextlib.contextmanager
 def late_shards():
-    """Let process 1 fail to write its shard of step 6, and write that of step 12 after step 14."""
+    """Let process 1 fail to write its shard of step 3, and write that of step 6 after step 8."""
     write = ckpt.write_files
 
     def failing(folder, *args):
-        if folder.name == ".tmp-step_0000006":
+        if folder.name == ".tmp-step_0000003":
             raise OSError(28, "No space left on device")
         return write(folder, *args)
 
     with contextlib.ExitStack() as stack:
         if os.environ["RANK"] == "1":
             stack.enter_context(mock.patch.object(ckpt, "write_files", failing))
-            stack.enter_context(written_late(12, until=14))
+            stack.enter_context(written_late(6, until=8))
         yield
