@@ -115,6 +115,7 @@ def on_fake_gpu(folder, parts):
             accelerator=accelerator, model=run.objective, state=state, batches=batches(), num_micro=1,
             clock=Clock(CUDA, 1, 4, 1, 0, "bf16"), progress=SimpleNamespace(update=lambda size: None),
             requests=SimpleNamespace(agreed=lambda in_a_row: ("", 0)),  # reads the values of the step before
+            saver=SimpleNamespace(write_seconds=0.0),
         )  # fmt: skip
         yield run, session, no_waits
 
