@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import full_disk_stream, picture_folder, refusal, rows, run_inside, succeed
+from late import written_late
 from safetensors.torch import load_file
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -509,13 +510,15 @@ def test_a_lost_loading_process_ends_the_run(monkeypatch):
 
 
 def test_many_of_them_end_the_run(monkeypatch):
-    poisoned(monkeypatch, range(6, 99))
-    message = refusal("train", *arguments("spoilt", "trainer.save_every=4", "trainer.validate_every=0"))
+    poisoned(monkeypatch, range(8, 99))
+    options = ["trainer.save_every=7", "trainer.validate_every=0", "trainer.max_steps=16"]
+    with written_late(step=7, until=13):  # when it is seen that five were skipped
+        message = refusal("train", *arguments("spoilt", *options))
     assert "5 steps in a row had non-finite gradients" in message
-    assert "the last good checkpoint, for init_from, is runs/spoilt/checkpoints/step_0000004" in message
+    assert "the last good checkpoint, for init_from, is runs/spoilt/checkpoints/step_0000007" in message
     status = json.loads(Path("runs/spoilt/status.json").read_text())
     assert status["state"] == "failed"
-    assert all(value.isfinite().all() for value in whole(Path("runs/spoilt"), 8).values())
+    assert all(value.isfinite().all() for value in whole(Path("runs/spoilt"), 7).values())
 
 
 @pytest.mark.parametrize(("saved", "good"), [([3, 5, 6, 10], 5), ([4, 8], 4), ([6, 11], None)])
