@@ -241,6 +241,8 @@ class DDTPipeline(DiffusionPipeline):
         """Return the decoder around the `vae` component."""
         if self.vae is None:
             return Identity()
+        # as sample.py's: torch computes a product of weights that need gradients in another way
+        self.vae.requires_grad_(False)
         if hasattr(self.vae, "latent_decoder"):
             return self.vae.latent_decoder(self.config.decode_chunk_size).to(self._execution_device)
         name = type(self.vae).__name__
