@@ -81,7 +81,7 @@ OmegaConf.register_new_resolver("default_name", default_name, replace=True)
 
 def _mode_of_the_command_line(*_: object, **__: object) -> None:
     """Leave the choice between a run and a sweep to `-m`. Hydra composes all settings a second time
-    to read `hydra.mode`, which no file of ours sets.
+    to read `hydra.mode`, which no file of ours sets and commands refuse.
     """
 
 
@@ -153,6 +153,8 @@ def command(
                 callback = {"_target_": f"{__name__}.OneFolderEach", "folder": folder, "config_name": config_name}
                 ours += [quoted(f"+hydra.callbacks.sweep.{key}", str(value)) for key, value in callback.items()]
             options, overrides = options_and_overrides(arguments)  # argparse wants the overrides together
+            if any(override.lstrip("+~").startswith("hydra.mode") for override in overrides):
+                fail("hydra.mode: has no effect here; give -m for a sweep, nothing for a run")
             overrides = [quoted_path(override, is_sweep) for override in overrides]
             sys.argv[1:] = [*options, *ours, *overrides]
             own_errors = os.environ.get("HYDRA_FULL_ERROR")
@@ -461,7 +463,7 @@ def run_job(script: Path, name: str) -> Path:
     JobFailed.started += 1
     log = logging.getLogger(__name__)
     log.info("job: %s", shlex.join([script.name, *arguments[2:]]))
-    status = wait_for([*arguments, "hydra.mode=RUN"])
+    status = wait_for(arguments)
     if folder.is_dir() and job_folder(named_by) != named_by:
         write_text(folder / "overrides.txt", "".join(f"{override}\n" for override in overrides))
     if status == STOPPED_STATUS:

@@ -298,6 +298,8 @@ def test_a_launcher_without_its_package_is_one_line():
 def test_only_training_sweeps(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     assert refusal(name, "-m", "ckpt=a,b").startswith("-m: only train.py sweeps")
+    for mode in ("hydra.mode=MULTIRUN", "+hydra.mode=RUN"):
+        assert refusal(name, mode) == "hydra.mode: has no effect here; give -m for a sweep, nothing for a run"
     assert not list(tmp_path.iterdir())
 
 

@@ -83,9 +83,8 @@ def shard(network: Denoiser, dtype: str = "fp32", reshard_after_forward: bool = 
     are added up in float32; what is in no block is gathered in float32. reshard_after_forward: a
     block is freed after its forward pass and gathered again for the backward one.
     """
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast does
-    if dtype in HALF_TYPES:
-        policy = MixedPrecisionPolicy(torch_dtype(dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
+    gathered = torch_dtype(dtype) if dtype in HALF_TYPES else None
+    policy = MixedPrecisionPolicy(gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)  # autocast casts
     for block in network.all_blocks:
         fully_shard(block, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(network)

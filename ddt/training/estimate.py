@@ -455,10 +455,9 @@ def gathered(recipe: Recipe) -> float:
     they are freed, the next one beside the present one, and its gradients.
     """
     blocks = list(map(count, recipe.objective.denoiser.all_blocks))
-    size, kept = HALF if recipe.half else FLOAT, sum(blocks)
-    if recipe.trainer.reshard_after_forward:
-        kept = 2 * max(blocks)
-    return FLOAT * (outside_blocks(recipe.objective) + max(blocks)) + size * kept
+    held = 2 * max(blocks) if recipe.trainer.reshard_after_forward else sum(blocks)
+    size = HALF if recipe.half else FLOAT
+    return FLOAT * (outside_blocks(recipe.objective) + max(blocks)) + size * held
 
 
 def outside_blocks(objective: Objective) -> int:
@@ -537,10 +536,10 @@ def exchanged_bytes(recipe: Recipe) -> float:
     _, num_micro = recipe.trainer.micro_batches(n)
     if recipe.trainer.parallelism == "ddp":
         return (n - 1) / n * FLOAT * 2 * trained
-    blocks, projector = sum(map(count, recipe.objective.denoiser.all_blocks)), count(recipe.objective.alignment)
-    passes, size = 2 if recipe.trainer.reshard_after_forward else 1, HALF if recipe.half else FLOAT
-    rest = FLOAT * (2 * (trained - blocks - projector) + projector)
-    return (n - 1) / n * (num_micro * (passes * size * blocks + rest) + FLOAT * trained)
+    outside, projector = outside_blocks(recipe.objective), count(recipe.objective.alignment)
+    gathers, size = 2 if recipe.trainer.reshard_after_forward else 1, HALF if recipe.half else FLOAT
+    each = gathers * size * (trained - outside) + FLOAT * (2 * outside - projector)
+    return (n - 1) / n * (num_micro * each + FLOAT * trained)
 
 
 # --- estimate

@@ -9,7 +9,7 @@ from typing import Any
 
 from ddt.class_names import readable
 from ddt.config import parse, shown
-from ddt.errors import UserError, collect_errors, require
+from ddt.errors import collect_errors, require
 from ddt.generation.image_set import ImageSet
 from ddt.generation.settings import SampleSettings
 from ddt.model import network_class
@@ -187,7 +187,7 @@ def make_requests(values: dict[str, Any], stored: dict[str, Any], settings: AppS
     """Return the request of the controls' values, and the same without sharing for a comparison.
 
     values: by the names of `Controls`; an empty text is null. stored: the checkpoint's config.
-    Raises UserError with a line for each wrong value, by the names of the page.
+    Raises UserError with a line for each wrong value, by the names of settings: `in_page_words`.
     """
     shares_encoder = network_class(stored["network"]).shares_encoder
     labels = {name: label for label, name in enumerate(class_choices(stored["class_names"]))}
@@ -200,13 +200,10 @@ def make_requests(values: dict[str, Any], stored: dict[str, Any], settings: AppS
         )
         return Request(sampler, images, as_command(sample))
 
-    try:
-        controls = parse(Controls, {key: None if value == "" else value for key, value in values.items()})
-        controls.check_limits(settings)
-        compared = controls.compare and controls.sharing != "off"
-        return [request(one) for one in (controls, *([dataclasses.replace(controls, sharing="off")] * compared))]
-    except UserError as error:
-        raise UserError(in_page_words(str(error))) from error
+    controls = parse(Controls, {key: None if value == "" else value for key, value in values.items()})
+    controls.check_limits(settings)
+    compared = controls.compare and controls.sharing != "off"
+    return [request(one) for one in (controls, *([dataclasses.replace(controls, sharing="off")] * compared))]
 
 
 def in_page_words(text: str) -> str:

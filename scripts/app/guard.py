@@ -52,6 +52,11 @@ def app_arguments() -> dict[str, Any]:
     return {"middleware": [Middleware(Guard)]}
 
 
+def refused(text: str) -> gr.Error:
+    """Return the error that shows the lines of a user's mistake on the page, as text."""
+    return gr.Error(html.escape(text).replace("\n", "<br>"), duration=None, print_exception=False)
+
+
 def takes(control: gr.components.Component, value: Any) -> bool:
     """Return whether a control takes a value of an event as it is."""
     values = value if isinstance(value, list) else [value]
@@ -84,5 +89,4 @@ class GuardedBlocks(gr.Blocks):
         super().validate_inputs(block_fn, inputs)
         for control, value in zip(block_fn.inputs, inputs, strict=True):
             if not takes(control, value):
-                text = f"{control.label} = {brief(shown(value), 40)}: {wanted(control)}"
-                raise gr.Error(html.escape(text), duration=None, print_exception=False)
+                raise refused(f"{control.label} = {brief(shown(value), 40)}: {wanted(control)}")

@@ -1,6 +1,5 @@
 """The page of the app: its controls, and the functions of its buttons."""
 
-import html
 import secrets
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +20,7 @@ from scripts.app.controls import (
     in_page_words,
     sharing_choices,
 )
-from scripts.app.guard import GuardedBlocks
+from scripts.app.guard import GuardedBlocks, refused
 from scripts.app.studio import Interrupted, Result, Studio
 from scripts.app.view import galleries, numbers, summary
 
@@ -141,11 +140,6 @@ def add_outputs() -> list[gr.components.Component]:
     )
     files = gr.File(label="Files", visible=False, interactive=False, file_count="multiple")
     return [text, slider, images, unshared, command, files]
-
-
-def refused(text: str) -> gr.Error:
-    """Return the error that shows the lines of a user's mistake on the page, as text."""
-    return gr.Error(html.escape(text).replace("\n", "<br>"), duration=None, print_exception=False)
 
 
 def still_wanted() -> Callable[[], bool]:

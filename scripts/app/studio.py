@@ -35,7 +35,7 @@ Report = Callable[[float, str], None]  # progress, 0..1, and its description
 
 
 class Interrupted(Exception):
-    """Nobody waits for the request any more."""
+    """The request was cancelled, its client has gone, or the app closes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,11 +184,9 @@ class Studio:
 
     def _fit(self, sampler: SamplerSettings, observe: Observer) -> list[int]:
         """Return the steps of a schedule fitted to a sampler."""
-        generator, budget = self.generator, sampler.parsed_recompute.number
-        with generator.autocast():
-            fitted = fit_schedule(
-                generator.model, generator.shape, sampler, budget, generator.device, observe=observe
-            )  # fmt: skip
+        own, budget = self.generator, sampler.parsed_recompute.number
+        with own.autocast():
+            fitted = fit_schedule(own.model, own.shape, sampler, budget, own.device, observe=observe)
         return fitted["recompute_steps"]
 
     def _compared(self, sets: list[SampledSet]) -> Result:
