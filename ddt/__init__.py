@@ -8,7 +8,7 @@ from ddt.version import __version__
 
 if TYPE_CHECKING:
     from ddt.checkpoint.format import load_model
-    from ddt.checkpoint.named import list_models
+    from ddt.checkpoint.models import list_models
     from ddt.checkpoint.published import load_released
     from ddt.model import DDT, DiT, DiTDH
     from ddt.sampling.sample import sample
@@ -31,7 +31,7 @@ __all__ = [
 ]
 HOMES = {
     "DDT": "model", "DiT": "model", "DiTDH": "model", "SamplerSettings": "sampling.settings",
-    "list_models": "checkpoint.named", "load_model": "checkpoint.format", "load_released": "checkpoint.published",
+    "list_models": "checkpoint.models", "load_model": "checkpoint.format", "load_released": "checkpoint.published",
     "optimal_schedule": "sampling.schedules", "sample": "sampling.sample", "uniform_schedule": "sampling.schedules",
 }  # fmt: skip
 

@@ -1,8 +1,8 @@
 """The Hugging Face hub: which settings name a model there, downloads into its cache, uploads.
 
 A path that exists is a path. `owner/name` or `owner/name@revision` is a model of the hub, unless a
-folder `owner` is here: then it is a typing error in a path. The local cache is asked first, and the
-network only for what is missing there; with HF_HUB_OFFLINE=1 never.
+folder `owner` is here or it is `runs/name`: then it is a typing error in a path. The local cache is
+asked first, and the network only for what is missing there; with HF_HUB_OFFLINE=1 never.
 """
 
 import contextlib
@@ -22,10 +22,11 @@ Choose = Callable[[list[str]], list[str]]  # of a model's files those to load; U
 def is_hub_id(source: str) -> bool:
     """Return whether a string is a hub id, `owner/name` or `owner/name@revision`, and no path here.
 
-    A misspelt run, `runs/digit_nano`, is not looked up on the hub while a folder `runs` exists.
+    A misspelt run, `runs/digit_nano`, is not looked up on the hub.
     """
     named = re.fullmatch(rf"{HUB_ID}(@[\w./-]+)?", source) is not None
-    here = os.path.exists(source) or os.path.exists(source.split("/")[0])  # no error for a name too long
+    folder = source.split("/")[0]
+    here = folder == "runs" or os.path.exists(source) or os.path.exists(folder)  # no error for a name too long
     return named and not here and ".." not in source
 
 
@@ -46,9 +47,8 @@ def local_path(source: str, label: str, advice: str) -> Path | None:
         if re.fullmatch(HUB_ID, source) is None:
             raise UserError(f"{label}: no such file or folder, and no hub id (owner/name); {advice}")
         parent = source.split("/")[0]
-        raise UserError(
-            f"{label}: no such file or folder, and a folder {parent}/ is here, so it is no model of the hub; {advice}"
-        )
+        why = f"a folder {parent}/ is here" if os.path.exists(parent) else f"{parent}/ is for runs"
+        raise UserError(f"{label}: no such file or folder, and {why}, so it is no model of the hub; {advice}")
     return None
 
 

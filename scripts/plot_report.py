@@ -1,7 +1,7 @@
 """Redraw the figure of a report from its numbers: of a benchmark, a guidance search, a sharing
 curve or a sweep.
 
-python scripts/plot_report.py report=docs/benchmarks/sharing_curve_digits.json out=curve.pdf
+python -m scripts.plot_report report=docs/benchmarks/sharing_curve_digits.json out=curve.pdf
 """
 
 import dataclasses
@@ -43,10 +43,10 @@ def draw_guidance(content: dict[str, Any], out: Path) -> None:
 
 def draw_sharing(content: dict[str, Any], out: Path) -> None:
     """Draw a sharing_curve.json."""
-    from ddt.metrics.comparability import title
+    from ddt.metrics.comparability import in_words, short
     from scripts.studies.sharing.report import draw
 
-    draw(content["summary"], title(content["metric"]), out)
+    draw(content["summary"], in_words(content["metric"], short(content["request"]["num_samples"])), out)
 
 
 def draw_sweep(content: dict[str, Any], out: Path) -> None:

@@ -79,7 +79,8 @@ def main(settings: PlotRunSettings) -> None:
         axes.set(xlabel="step", title=title(key))
         if better(key) != "higher" and finite and min(finite) > 0:
             log_scale(axes)
-    share_legend(figure)
+    if len(colors) > 1:
+        share_legend(figure)
     save_figure(figure, Path(settings.out))
 
 

@@ -1,5 +1,6 @@
 """The model hub, by a fake: names, the cache, downloads and uploads."""
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +15,8 @@ import ddt
 from ddt import hub
 from ddt.autoencoder import KLAutoencoder
 from ddt.checkpoint.format import find_checkpoint, read_config
-from ddt.checkpoint.published import PUBLISHED_SETTINGS, find_released
+from ddt.checkpoint.models import PUBLISHED
+from ddt.checkpoint.published import find_released
 from ddt.errors import UserError
 from ddt.export import ExportSettings, HubModel, export
 
@@ -127,8 +129,10 @@ def test_a_misspelt_run_is_no_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hub.is_hub_id("owner/name")
     assert hub.is_hub_id("owner/name.v2@refs/pr/1")
+    assert not hub.is_hub_id("runs/demo")  # without a folder runs, too
     (tmp_path / "runs" / "demo").mkdir(parents=True)
-    paths = ("runs/demo", "runs/dmeo", "runs", "./a/b", "../a", "a/b/c", "/a/b", str(tmp_path), "owner/name@")
+    (tmp_path / "mine").mkdir()
+    paths = ("runs/demo", "runs/dmeo", "mine/x", "runs", "./a/b", "../a", "a/b/c", "/a/b", str(tmp_path), "owner/name@")
     for path in (*paths, "owner/name@../../x", "a/b..c"):
         assert not hub.is_hub_id(path), path
 
@@ -192,7 +196,8 @@ def test_a_published_file_of_the_hub_comes_from_the_cache_or_is_downloaded(there
 
 def test_a_published_model_is_converted_once_and_then_taken_from_the_cache(there, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("DDT_CACHE", str(tmp_path / "models"))
-    monkeypatch.setitem(PUBLISHED_SETTINGS, "ddt-xl-256", {"encoder_depth": 3, "resolution": 256})
+    smaller = dataclasses.replace(PUBLISHED["ddt-xl-256"], settings={"encoder_depth": 3, "resolution": 256})
+    monkeypatch.setitem(PUBLISHED, "ddt-xl-256", smaller)
     model = tmp_path / "model"
     model.mkdir()
     shutil.copy(GOLDEN / "tiny.weights.safetensors", model / "x.safetensors")
@@ -202,7 +207,7 @@ def test_a_published_model_is_converted_once_and_then_taken_from_the_cache(there
     with pytest.raises(UserError, match="the hub did not give it") as error:
         ddt.load_model("ddt-xl-256")
     command = f"scripts/convert_checkpoint.py released=FILE encoder_depth=3 resolution=256 out={tmp_path}/models/models"
-    assert "bring the file of MCG-NJU/DDT-XL-22en6de-R256 here" in str(error.value)
+    assert "copy the weights of MCG-NJU/DDT-XL-22en6de-R256 to this machine" in str(error.value)
     assert f"{command}/ddt-xl-256" in str(error.value)
     there.reachable = True
     network = ddt.load_model("ddt-xl-256")
@@ -216,7 +221,6 @@ def test_a_published_model_is_converted_once_and_then_taken_from_the_cache(there
     assert stored["latent_shape"] == [4, 32, 32]
     assert stored["sampler"]["cfg_interval"] == [0.3, 1.0]
     assert stored["autoencoder"]["source"] == "stabilityai/sd-vae-ft-ema"
-    assert refusal("sample", "ckpt=ddt-xl-256").startswith("out: not set; ckpt=ddt-xl-256 is a model of the hub")
     assert "one of its checkpoints/step_*, or a published model (ddt-xl-256, " in refusal("sample", "ckpt=ddt-xl-255")
 
 
@@ -269,12 +273,11 @@ def test_a_failed_download_is_one_line(asked, exported):
         ddt.load_model("owner/name")
 
 
-def test_sampling_from_the_hub_needs_out(asked, tmp_path, monkeypatch):
+def test_samples_of_a_hub_model_lie_here_and_not_in_the_cache(asked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert refusal("sample", "ckpt=owner/name").startswith("out: not set; ckpt=owner/name is a model of the hub")
-    done = run_inside("sample", "ckpt=owner/name@v1", "num_samples=2", "num_processes=1", f"out={tmp_path / 'set'}")
+    done = run_inside("sample", "ckpt=owner/name@v1", "num_samples=2", "num_processes=1")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "set" / "samples.npz").is_file()
+    assert [path.parent for path in tmp_path.rglob("samples.npz")] == [tmp_path / "outputs" / "owner" / "name@v1"]
     assert asked == [("owner/name", "v1")]
 
 

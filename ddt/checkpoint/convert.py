@@ -7,7 +7,8 @@ from pathlib import Path
 from ddt.autoencoder import build_autoencoder
 from ddt.autoencoder.base import UnknownShape
 from ddt.checkpoint.format import write_checkpoint
-from ddt.checkpoint.published import PUBLISHED_SETTINGS, Released, find_released, read_released
+from ddt.checkpoint.models import PUBLISHED
+from ddt.checkpoint.published import Released, find_released, read_released
 from ddt.checkpoint.settings import RESOLUTIONS, ConvertSettings
 from ddt.class_names import imagenet_synsets
 from ddt.config import Choice, group_choice
@@ -70,7 +71,7 @@ def convert(settings: ConvertSettings) -> None:
     out = Path(settings.out)
     check_new(out)
     path = find_released(settings.released)
-    known = PUBLISHED_SETTINGS.get(settings.released, {})
+    known = PUBLISHED[settings.released].settings if settings.released in PUBLISHED else {}
     encoder_depth, resolution = (getattr(settings, key) or known.get(key) for key in ("encoder_depth", "resolution"))
     released = read_released(path, encoder_depth, settings.patch_size)
     shape = latent_shape(released, resolution)

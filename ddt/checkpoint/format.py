@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ddt.checkpoint import config as contents
 from ddt.checkpoint.config import FORMAT_VERSION, Manifest, OtherVersion
+from ddt.checkpoint.models import PUBLISHED, is_remote, no_checkpoint
 from ddt.errors import UserError, reason, require
 from ddt.files import atomic_folder, check_new, file_errors, fsync, reset_permissions, sha256, write_json
 from ddt.hub import fetch, is_hub_id
@@ -172,26 +173,21 @@ def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
     A hub model is `owner/name` or `owner/name@revision`, a published one a name of
     `ddt.list_models`. Raises UserError for anything else.
     """
-    from ddt.checkpoint.named import list_models, named_checkpoint  # which write with this module
+    from ddt.checkpoint.named import named_checkpoint  # which writes with this module
 
     path = Path(run_or_checkpoint)
     if (path / "manifest.json").is_file():
         return path
-    if str(run_or_checkpoint) in list_models() and not path.exists():
-        return named_checkpoint(str(run_or_checkpoint))
-    if is_hub_id(str(run_or_checkpoint)):
-        return download(str(run_or_checkpoint))
+    if is_remote(str(run_or_checkpoint)):
+        find = named_checkpoint if str(run_or_checkpoint) in PUBLISHED else download
+        return find(str(run_or_checkpoint))
     newest = newest_checkpoint(path)
     if newest is None:
         require(
             not path.is_file(),
             f"{path}: is a file; a published checkpoint becomes a folder by scripts/convert_checkpoint.py",
         )
-        state = "holds no complete checkpoint" if path.is_dir() else "no such folder"
-        raise UserError(
-            f"{path}: {state}; give a run folder such as runs/digits_nano, one of its checkpoints/step_*, or a "
-            f"published model ({', '.join(list_models())})"
-        )
+        raise no_checkpoint(path, "holds no complete checkpoint" if path.is_dir() else "no such folder")
     return newest
 
 

@@ -10,15 +10,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from ddt.checkpoint.convert import ConvertSettings, convert
-from ddt.checkpoint.published import PUBLISHED, PUBLISHED_SETTINGS, find_released
+from ddt.checkpoint.models import PUBLISHED
+from ddt.checkpoint.published import find_released
 from ddt.errors import UserError
 
 log = logging.getLogger(__name__)
-
-
-def list_models() -> list[str]:
-    """Return the names that `load_model` and `ckpt=` take without a path."""
-    return list(PUBLISHED)
 
 
 def cache_folder() -> Path:
@@ -28,7 +24,7 @@ def cache_folder() -> Path:
 
 
 def named_checkpoint(name: str) -> Path:
-    """Return the checkpoint folder of a published model, a name of `list_models`.
+    """Return the checkpoint folder of a published model, a name of `ddt.list_models`.
 
     Raises UserError where the hub does not give its file, with what to do without the hub.
     """
@@ -36,13 +32,15 @@ def named_checkpoint(name: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # of several processes the first converts
         if not (folder / "manifest.json").is_file():
-            settings = "".join(f" {key}={value}" for key, value in PUBLISHED_SETTINGS.get(name, {}).items())
+            model = PUBLISHED[name]
+            settings = "".join(f" {key}={value}" for key, value in model.settings.items())
             command = f"python scripts/convert_checkpoint.py released=FILE{settings} out={folder}"
             try:
                 find_released(name)
             except UserError as error:
                 raise UserError(
-                    f"{error}. Without the hub: bring the file of {PUBLISHED[name]} here, and once {command}"
+                    f"{error}. Without the hub: copy the weights of {model.source} to this machine and, with their "
+                    f"path as FILE, run once {command}; sample.py takes a copy of the autoencoder as autoencoder=FOLDER"
                 ) from error
             log.info("%s: is converted once, into %s", name, folder)
             convert(ConvertSettings(released=name, out=str(folder)))

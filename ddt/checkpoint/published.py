@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ddt.autoencoder import part_of_autoencoder
+from ddt.checkpoint.models import PUBLISHED
 from ddt.checkpoint.settings import SUFFIXES, Part
 from ddt.errors import UserError, require
 from ddt.files import atomic_file, reset_permissions
@@ -24,23 +25,6 @@ from ddt.tensor_files import read_tensors, state_dict
 PREFIXES = {"ema": "ema_denoiser.", "model": "denoiser.", "trainer": "diffusion_trainer."}
 PROJECTOR = "proj.0."  # of the trainer: the alignment's
 READ_SUFFIXES = (*SUFFIXES, ".pt", ".pth")  # of those found in a folder; a named file may have any
-RAE = "nyu-visionx/RAE-collections:DiTs/Dinov2/wReg_base"
-# published models by name: a hub id, or the file of one that holds several; a guide beside each
-# DiT^DH. No commit is known here to pin them by: a converted checkpoint holds the file's SHA-256
-# (`source`)
-PUBLISHED = {
-    "ddt-xl-256": "MCG-NJU/DDT-XL-22en6de-R256",
-    "ddt-xl-512": "MCG-NJU/DDT-XL-22en6de-R512",
-    "ditdh-xl-256": f"{RAE}/ImageNet256/DiTDH-XL/stage2_model.pt",
-    "ditdh-s-256": f"{RAE}/ImageNet256/DiTDH-S_ep14/stage2_model.pt",
-    "ditdh-xl-512": f"{RAE}/ImageNet512/DiTDH-XL_ep400/stage2_model.pt",
-    "ditdh-s-512": f"{RAE}/ImageNet512/DiTDH-S_ep20/stage2_model.pt",
-}
-# what the files do not say, as of `ConvertSettings`
-PUBLISHED_SETTINGS: dict[str, dict[str, int]] = {
-    "ddt-xl-256": {"encoder_depth": 22, "resolution": 256},
-    "ddt-xl-512": {"encoder_depth": 22, "resolution": 512},
-}
 ADVICE = f"give a checkpoint's file, its folder, a hub id, owner/name:FILE of one, or {', '.join(PUBLISHED)}"
 WEIGHTS: dict[Part, str] = {"ema": "EMA", "model": "raw"}
 
@@ -54,7 +38,7 @@ def find_released(source: str, key: str = "released") -> Path:
     """
     label = f"{key}={source}"
     if not Path(source).exists():
-        source = PUBLISHED.get(source, source)
+        source = PUBLISHED[source].source if source in PUBLISHED else source
         repository, _, file = source.partition(":")
         if file and is_hub_id(repository):
 

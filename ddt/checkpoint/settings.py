@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from ddt.checkpoint.models import check_exist
 from ddt.config import Choice
 from ddt.errors import require
 
@@ -55,6 +56,7 @@ class ExportSettings:
     push: str | None = None
 
     def __post_init__(self) -> None:
+        check_exist(self.ckpt)
         if self.format != "released":
             return
         require(

@@ -42,7 +42,7 @@ images = pipeline(class_labels=[0, 1], seeds=[0, 1]).images
 
 `pip install torch diffusers safetensors` is all it needs: the code is in this folder
 (`pipeline.py`, and a `…_ddt.py` in the folder of each component that is not diffusers' own; MIT
-licence), and `trust_remote_code=True` runs it. It was made of {{ project }}.
+licence), and `trust_remote_code=True` runs it. It is generated from the source of {{ project }}.
 {% else %}
 ```python
 import ddt

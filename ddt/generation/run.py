@@ -4,11 +4,11 @@ import datetime
 from pathlib import Path
 
 from ddt.checkpoint import format as ckpt
-from ddt.checkpoint.named import list_models
+from ddt.checkpoint.models import is_remote
 from ddt.distributed.compile import compiles
 from ddt.distributed.launch import launch
 from ddt.distributed.prepare import make_accelerator
-from ddt.errors import collect_errors, require
+from ddt.errors import collect_errors
 from ddt.generation.image_set import ImageSet
 from ddt.generation.load import (
     check_guide_config,
@@ -19,7 +19,6 @@ from ddt.generation.load import (
 )
 from ddt.generation.sample_set import sample_set
 from ddt.generation.settings import SampleSettings
-from ddt.hub import is_hub_id
 from ddt.model import network_class
 from ddt.sampling.guidance import check_guided
 from ddt.sampling.settings import SamplerSettings
@@ -32,10 +31,6 @@ def sample_checkpoint(settings: SampleSettings) -> None:
     impossible setting.
     """
     guide = None if settings.guide is None else ckpt.find_checkpoint(settings.guide)
-    require(
-        settings.out is not None or not (is_hub_id(settings.ckpt) or settings.ckpt in list_models()),
-        f"out: not set; ckpt={settings.ckpt} is a model of the hub, so give the folder for its images",
-    )
     folder = ckpt.find_checkpoint(settings.ckpt)
     stored = ckpt.read_config(folder)
     network = stored["network"]
@@ -48,6 +43,14 @@ def sample_checkpoint(settings: SampleSettings) -> None:
         check_guided(sampler.cfg_scale)
         check_guide_config(stored, ckpt.read_config(guide))
     launch(sample_share, settings.num_processes, settings, folder, guide, sampler, images)
+
+
+def images_folder(settings: SampleSettings, checkpoint: Path) -> Path:
+    """Return the folder for the images: `out`, or "samples" in the checkpoint's, which a model of
+    the hub has in a cache only: then `outputs/CKPT`.
+    """
+    default = Path("outputs") / settings.ckpt if is_remote(settings.ckpt) else checkpoint / "samples"
+    return default if settings.out is None else Path(settings.out)
 
 
 def sample_share(
@@ -72,7 +75,7 @@ def sample_share(
         generator,
         images,
         settings.batch_size,
-        Path(settings.out or folder / "samples"),
+        images_folder(settings, folder),
         checkpoint_receipt(folder, settings.weights, generator.autoencoder),
         accelerator,
         guide=None if guide is None else guide_receipt(guide),

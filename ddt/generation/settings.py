@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ddt.checkpoint.models import check_exist
 from ddt.config import parse, shown
 from ddt.errors import UserError, require, require_count
 from ddt.generation.image_set import SEED_STRIDE, ImageSet, Numbers, image_set
@@ -144,6 +145,7 @@ class SampleSettings(SamplerOverrides):
         require_count("batch_size", self.batch_size, 1, SEED_STRIDE)
         require_count("cache_gib", self.cache_gib, 0, hint=" (0 keeps no modulations)")
         require(self.png == "all" or self.png >= 0, f"png={self.png}: give a number of images, or all")
+        check_exist(self.ckpt, self.guide)
 
     def image_set(self, num_classes: int, class_names: Sequence[str] = ()) -> ImageSet:
         """Return the images of the set, of a model with num_classes classes of these names."""

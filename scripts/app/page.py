@@ -96,7 +96,7 @@ def add_controls(studio: Studio) -> Fields:
             add(gr.Radio, "sharing", "at which steps the encoder runs", choices=named)
             whole("every", "the encoder runs at steps 0, k, 2k, …")
             whole("budget", "number of steps, which are chosen to fit")
-            add(gr.Radio, "forecast", "z stays as it was, as published, or is forecast", choices=FORECASTS)
+            add(gr.Radio, "forecast", "z is held, as published, or extrapolated", choices=FORECASTS)
             add(gr.Checkbox, "compare")
         show_dependents(fields, own.sharing)
     with gr.Accordion("Advanced", open=False):
@@ -177,8 +177,8 @@ def build_page(studio: Studio) -> gr.Blocks:
         except OSError as error:
             raise refused(os_error_line(error)) from None
         except torch.OutOfMemoryError:
-            text = f"batch_size={studio.settings.batch_size}: is too much for the GPU's memory; choose fewer images"
-            raise refused(text) from None
+            name = LABELS["num_images"]
+            raise refused(f"{name}: these need more memory than the GPU has; choose fewer") from None
 
     with GuardedBlocks(title="DDT", analytics_enabled=False) as page:
         gr.Markdown(f"# DDT\n{summary(studio)}")

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+from ddt.checkpoint.models import check_exist
 from ddt.errors import require, require_count
 from ddt.precision import Dtype
 
@@ -36,6 +37,7 @@ class AppSettings:
             f"root_path={self.root_path}: give the path at which a proxy serves the page, such as /ddt",
         )
         require(1 <= self.port <= 65535, f"port={self.port}: must lie in 1..65535")
+        check_exist(self.ckpt, self.guide)
         require(
             self.ckpt is not None or Path(DEMO).exists(),
             f"ckpt: not set, and there is no {DEMO}; run bash scripts/demo.sh first, or give ckpt=RUN_OR_CHECKPOINT",

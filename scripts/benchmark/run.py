@@ -233,7 +233,7 @@ def draw(rows: list[Row], path: Path) -> None:
                 label_bars(axes, bars, list(map(bar_text, chosen)), [min(row["bound"] or 0, LONGEST) for row in chosen])
         bounds = [(row["bound"], k) for k, row in enumerate(group) if row["bound"] is not None]
         if bounds:
-            axes.plot(*zip(*bounds, strict=True), "|", color="black", markersize=11, label="ratio of the counts")
+            axes.plot(*zip(*bounds, strict=True), "|", color="black", markersize=11, label="counted ratio")
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_yticks(range(len(group)), [f"{row['case']}: {row['way']}" for row in group])
         axes.set_title({"ema": "EMA"}.get(part, part), loc="left")
@@ -248,4 +248,4 @@ def draw(rows: list[Row], path: Path) -> None:
 def bar_text(row: Row) -> str:
     """Return the number at the end of a bar, and of which way where that is not the first."""
     arrow = "→ " if row["ratio"] > LONGEST else ""
-    return f"{arrow}{row['ratio']:.2f}" + ("" if row["base"] == row["first"] else f" of “{row['base']}”")
+    return f"{arrow}{row['ratio']:.2f}" + ("" if row["base"] == row["first"] else f" × “{row['base']}”")

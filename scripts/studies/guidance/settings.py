@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ddt.checkpoint.models import check_exist
 from ddt.errors import require, require_count
 from ddt.files import sha256
 from ddt.generation.image_set import SEED_STRIDE
@@ -92,6 +93,7 @@ class GuidanceSettings(SamplerOverrides):
             )
         require_count("cache_gib", self.cache_gib, 0, hint=" (0 keeps no modulations)")
         check_features(self.features, self.reference, self.inception_weights)
+        check_exist(*self.axis("ckpt"))
 
     def axis(self, key: str) -> list[Any]:
         """Return the values of an axis; a single one (2, [0.3,1], the steps [0,5,10]) as a list."""

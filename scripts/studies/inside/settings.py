@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ddt.checkpoint.models import check_exist
 from ddt.errors import MAX_BATCH, collect_errors, require, require_count
 from ddt.files import check_new
 from ddt.generation.image_set import ImageSet, Numbers, image_set
@@ -35,6 +36,7 @@ class InsideSettings(SamplerOverrides):
         require_count("frames", self.frames, 0, 1000, " (0 writes no animation)")
         check_counts(self, columns=100, loss_images=MAX_BATCH, batch_size=MAX_BATCH)
         check_new(Path(self.out))
+        check_exist(self.ckpt)
 
     def sampler_and_images(self, stored: dict[str, Any]) -> tuple[SamplerSettings, ImageSet]:
         """Return sampler and images, as sample.py does of the same settings."""

@@ -25,7 +25,7 @@ from ddt.generation.generator import Generator, check_finite
 from ddt.generation.image_set import ImageSet, image_set
 from ddt.generation.load import load_generator, stored_autoencoder
 from ddt.logs import progress_bar
-from ddt.metrics.comparability import title
+from ddt.metrics.comparability import in_words, short, title
 from ddt.metrics.features import Extractor, to_device
 from ddt.metrics.frechet import Moments
 from ddt.metrics.scores import Prepared, prepare
@@ -221,7 +221,8 @@ def measure(settings: SharingSettings, data: Choice | None) -> None:
         curve = Curve(settings, generator, plan["schedules"], extractor, prepared)
         rows = curve.run()
         summary, metric = summarise(rows, curve.speed_by_macs), next(iter(extractor.distances))
+        distance = in_words(metric, short(settings.num_samples))
         write_report(
             out / RESULT, {**plan, "metric": metric, "summary": summary, "points": rows}, table(summary, title(metric)),
-            functools.partial(draw, summary, title(metric)), device, load_after=os.getloadavg()[0],
+            functools.partial(draw, summary, distance), device, load_after=os.getloadavg()[0],
         )  # fmt: skip

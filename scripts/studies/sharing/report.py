@@ -70,6 +70,7 @@ def rule_in_words(rule: str) -> str:
 def draw(summary: list[Row], distance: str, path: Path) -> None:
     """Write a figure: Fréchet distance and rms difference of the pixels against the speed by MACs.
 
+    distance: the first panel's title, `ddt.metrics.comparability.in_words`.
     The bars of the distance are the deviation of its difference to the unshared images of the same
     noise; that of the distance itself, the grey band, is common to all rules.
     """
@@ -89,9 +90,8 @@ def draw(summary: list[Row], distance: str, path: Path) -> None:
             shown = means > 0  # 0, at num_steps runs, has no place on a logarithmic scale; NaN is above nothing
             style = {"color": f"C{number}", "label": rule_in_words(rule), "marker": "o"}
             axes.errorbar(speed[shown], means[shown], deviations[shown], **style)
-    panels[0].set(title="Fréchet distance of the samples",
-                  ylabel=f"{distance} (lower is better)\nbars: of the difference to no sharing")  # fmt: skip
-    panels[1].set(title="difference to the images without sharing", ylabel="rms over pixels in [0, 1]")
+    panels[0].set(title=distance, ylabel="lower is better\nbars: of the difference to no sharing")
+    panels[1].set(title="Difference to the images\nwithout sharing", ylabel="rms over pixels in [0, 1]")
     log_scale(panels[1])
     for axes in panels:
         axes.set(xlabel="times as fast as without sharing,\nby multiply-accumulates")

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ddt.checkpoint.models import check_exist
 from ddt.errors import UserError, require, require_count
 from ddt.files import check_new
 from ddt.flow import MAX_STEPS
@@ -33,6 +34,7 @@ class FitSettings(SamplerOverrides):
         require(out.suffix == ".json", f"out={out}: give a .json file")
         for path in (out, out.with_suffix(".png")):
             check_new(path)
+        check_exist(self.ckpt)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ class SharingSettings(SamplerOverrides):
             require(len(values) > 0, f"{key}=[]: name at least one")
             require(len(set(values)) == len(values), f"{key}={values}: names one twice")
         check_features(self.features, self.reference, self.inception_weights)
+        check_exist(self.ckpt)
 
     @property
     def kinds(self) -> set[str]:
