@@ -47,7 +47,7 @@ def local_path(source: str, label: str, advice: str) -> Path | None:
         if re.fullmatch(HUB_ID, source) is None:
             raise UserError(f"{label}: no such file or folder, and no hub id (owner/name); {advice}")
         parent = source.split("/")[0]
-        why = f"a folder {parent}/ is here" if os.path.exists(parent) else f"{parent}/ is for runs"
+        why = f"a folder {parent}/ is here" if os.path.exists(parent) else f"{parent}/ is the folder of runs"
         raise UserError(f"{label}: no such file or folder, and {why}, so it is no model of the hub; {advice}")
     return None
 

@@ -215,6 +215,23 @@ def inputs(batch=3, channels=2, height=8, width=8, classes=5):
     return x, torch.rand(batch, generator=generator), torch.randint(classes, (batch,), generator=generator)
 
 
+BROWSER = "/usr/bin/chromium"
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A running Chromium of Playwright."""
+    assert Path(BROWSER).is_file(), f"no {BROWSER}: apt-get install chromium"
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=BROWSER, args=FLAGS) as running:
+        yield running
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """At these sizes, threads on a busy machine cost more than they bring."""

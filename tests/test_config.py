@@ -246,7 +246,7 @@ def test_the_command_line_wins_over_the_data():
             ["alignment=repa_dinov2_b", "alignment.align_depth=2", "alignment.weights=no.pth"],
             "alignment.weights=no.pth: ",
         ),
-        (["init_from=runs/none"], "init_from=runs/none: no such file or folder here, and the hub"),
+        (["init_from=runs/none"], "init_from=runs/none: no such file or folder, and runs/ is the folder of runs"),
         (["experiment=xl_512", "data.root=."], "init_from: not set; give init_from="),
         (["model.encoder_dept=3"], "model.encoder_dept: no such setting; did you mean model.encoder_depth?"),
         (["+model.foo=1"], "model.foo: no such setting"),

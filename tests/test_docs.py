@@ -20,6 +20,8 @@ from conftest import ROOT, copy_repository, run, run_inside
 from hydra import compose, initialize_config_dir
 from nbclient import NotebookClient
 
+import ddt
+
 DOCS = ROOT / "docs"
 NOTEBOOK = DOCS / "digits.ipynb"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), NOTEBOOK]
@@ -37,6 +39,19 @@ def name(page):
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         assert link.startswith("https://") or (page.parent / link).is_file(), link
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=name)
+def test_prose_is_wrapped_at_100_columns(page):
+    """Code, tables, headings and pictures are not, nor a line that is one word."""
+    prose = re.sub(r"^\s*```.*?^\s*```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines = [line for line in prose.splitlines() if not re.match(r"\s*(\||<|!\[|#)", line)]
+    assert [line for line in lines if len(line) > 100 and " " in line.strip()] == []
+
+
+def test_every_public_name_is_on_the_page_of_python():
+    listed = re.findall(r"^::: ddt\.(?:\w+\.)*(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert set(ddt.__all__) - {"__version__"} <= set(listed)
 
 
 def test_every_image_is_shown():
@@ -282,13 +297,38 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
 # --- the site
 
 
-def test_the_site_builds_without_a_warning(tmp_path):
-    """Links, anchors, included settings and the pages' place in the navigation: mkdocs.yml."""
-    done = run("-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site", NO_MKDOCS_2_WARNING="1")
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    done = run("-m", "mkdocs", "build", "--strict", "--site-dir", folder, NO_MKDOCS_2_WARNING="1")
     assert done.returncode == 0, done.stderr
-    pages = [page.read_text() for page in (tmp_path / "site").rglob("*.html")]
+    return folder
+
+
+@pytest.mark.slow
+def test_search_works_from_the_disk(site, browser):
+    page = browser.new_page()
+    page.goto(f"file://{site}/index.html")
+    page.locator("[data-md-component=search-query]").press_sequentially("autoguidance")
+    page.locator(".md-search-result__item").first.wait_for()
+    assert "guid" in page.locator(".md-search-result__item").first.inner_text().lower()
+    page.close()
+
+
+def test_the_site_builds_without_a_warning(site):
+    """Links, anchors, included settings and the pages' place in the navigation: mkdocs.yml."""
+    pages = [page.read_text() for page in site.rglob("*.html")]
     assert len(pages) >= len(PAGES) - 1
-    assert (tmp_path / "site" / "method.html").read_text().count("<math ") > 50
+    assert (site / "method.html").read_text().count("<math ") > 50
+    scripts = [
+        (page, source)
+        for page in site.rglob("*.html")
+        if page.name != "404.html"  # which a server may show for any path
+        for source in re.findall(r'<script[^>]* src="([^"?]+)', page.read_text())
+    ]
+    assert len(scripts) > len(pages)
+    missing = [source for page, source in scripts if not (page.parent / source).is_file()]
+    assert missing == []  # the search's, which reads the index from the disk, too
     for page in pages:  # equations are converted, and nothing is fetched from elsewhere
         assert "arithmatex" not in page
         assert "<code>math" not in page

@@ -57,7 +57,7 @@ def test_a_benchmarks_bars_carry_their_values_on_a_linear_axis(drawn, tmp_path):
     rows = [row for row in json.loads((NUMBERS / "benchmark_b_cpu.json").read_text())["rows"] if "ratio" in row]
     expected = sorted(f"{row['ratio']:.2f}" for row in rows if row["way"] != row["base"])
     values = [text.get_text() for axes in figure.axes for text in axes.texts]
-    assert sorted(value.removeprefix("→ ").split(" of ")[0] for value in values) == expected
+    assert sorted(value.removeprefix("→ ").split(" × ")[0] for value in values) == expected
     assert "→ 30.18" in values  # a bar that is cut says so
     assert {axes.get_xscale() for axes in figure.axes} == {"linear"}
     assert all(axes.get_xlim()[0] == 0 for axes in figure.axes)

@@ -379,7 +379,7 @@ def test_metrics_of_other_weights_are_refused(checkpoint, file, message, monkeyp
 
 @pytest.mark.parametrize("key", ["push", "license", "autoencoder", "metrics"])
 def test_the_published_format_holds_weights_alone(tmp_path, key):
-    chosen = dict(ckpt="x", format="released", out=str(tmp_path / "x.ckpt"))
+    chosen = dict(ckpt=str(tmp_path), format="released", out=str(tmp_path / "x.ckpt"))
     ExportSettings(**chosen)
     with pytest.raises(UserError, match=f"{key}=a/b: has no effect with format=released"):
         ExportSettings(**{**chosen, key: "a/b"})

@@ -678,7 +678,7 @@ def test_it_listens_at_its_address_and_runs_one_request_at_a_time(tmp_path, monk
     for key in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR"):
         monkeypatch.setenv(key, "")
     studio = MagicMock(root=tmp_path)
-    app.serve(studio, AppSettings(ckpt="x", max_queue=3, root_path="/ddt"))
+    app.serve(studio, AppSettings(ckpt=str(tmp_path), max_queue=3, root_path="/ddt"))
     page.queue.assert_called_once_with(max_size=3, default_concurrency_limit=1, api_open=False)
     given = page.launch.call_args.kwargs
     wanted = {"server_name": "127.0.0.1", "server_port": 7860, "share": False, "root_path": "/ddt"}

@@ -18,11 +18,6 @@ import pytest
 from conftest import ROOT, small_checkpoint
 from test_app import CLASSES, SAMPLER
 
-BROWSER = "/usr/bin/chromium"
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 pytestmark = pytest.mark.slow
 
 
@@ -57,15 +52,6 @@ def root(tmp_path_factory):
 def address(folder_of_model, root):
     with started(folder_of_model, {"TMPDIR": str(root)}) as (_, address):
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser():
-    assert Path(BROWSER).is_file(), f"no {BROWSER}: apt-get install chromium"
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=BROWSER, args=FLAGS) as running:
-        yield running
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def values(metrics):
 def points_of(**axes):
     """The points of a search over one checkpoint."""
     given = dict(
-        ckpt="run", weights="ema", recompute=None, timeshift=1.0, cfg_scale=1.0, cfg_interval=None, sampler="euler",
+        ckpt=".", weights="ema", recompute=None, timeshift=1.0, cfg_scale=1.0, cfg_interval=None, sampler="euler",
         reference="data:digits", out="out", num_samples=2, metric=None, top=1, final_samples=2, repeats=1,
         keep_samples=False, autoencoder="checkpoint", dtype=None, batch_size=1, num_processes=None, cache_gib=4.0,
         inception_weights=None, pr_dtype="float16", features=ClassifierSettings("digits", 1, 128, 2e-3),
