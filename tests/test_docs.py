@@ -125,7 +125,7 @@ def commands_of(page):
         return [(line[1:], True) for line in lines if line.startswith("!")]
     commands = []
     for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M):
-        lines = block.replace("\\\n", " ").splitlines()
+        lines = block.replace("\\\n", "").splitlines()
         whole = re.match(MARK, block) is not None
         for above, line in zip(["", *lines], lines, strict=False):
             if line.strip() and not line.startswith("#"):

@@ -94,8 +94,9 @@ def generate(page):
 
 
 def fill(page, label, value):
-    """Type a number beside a slider, or into a field."""
-    field = page.get_by_label(label, exact=True).or_(page.get_by_label(f"number input for {label}")).first
+    """Type a number beside a slider, or into a field, whose label its explanation follows."""
+    beside = page.get_by_label(f"number input for {label}", exact=True)
+    field = beside.or_(page.get_by_label(re.compile(rf"^\s*{label}\b"))).first
     field.fill(value)
     field.blur()
 

@@ -193,31 +193,31 @@ def test_another_training_is_refused_under_the_same_name(folder, straight):
 VALIDATED = ["trainer.max_steps=8", "trainer.validate_every=8", "trainer.ema_decay=0.5"]
 
 
+WHOLE = ["trainer.num_processes=2", "trainer.micro_batch_size=3"]
+SHARDED = [*WHOLE, "trainer.parallelism=fsdp", "trainer.validate_every=18", "trainer.preview_every=18"]
+
+
+def train_pair(folder, *jobs):
+    """Train on two processes in a folder; return the folder of the runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train_on_two(*(train_settings(*SMALL, *job) for job in jobs))
+    return folder / "runs"
+
+
 @pytest.fixture(scope="module")
 def pair(folder):
     """Runs on two processes: "two", "straight" on them; "sharded" among them, stopped and resumed,
     with its first steps again as "late"; "validated2", `VALIDATED`.
     """
-    whole = ["trainer.num_processes=2", "trainer.micro_batch_size=3"]
-    sharded = [*whole, "trainer.parallelism=fsdp", "trainer.validate_every=18", "trainer.preview_every=18"]
-    ditdh = ["model=nano_ditdh", "trainer.log_every=3"]
-    half = ["trainer.mixed_precision=bf16", "trainer.log_every=1"]
-    jobs = [
-        ["name=two", *whole, "trainer.max_steps=18"],
-        ["name=sharded", *sharded, "trainer.max_steps=9"],
-        ["name=late", *sharded, "trainer.max_steps=9", "trainer.save_every=3"],
-        ["name=sharded", *sharded, "trainer.max_steps=18"],
-        ["name=bf16_two", *whole, *half, "trainer.max_steps=6"],
-        ["name=bf16_sharded", *sharded, *half, "trainer.max_steps=6", "trainer.reshard_after_forward=false"],
-        ["name=ditdh_two", *ditdh, *whole, "trainer.max_steps=6"],
-        ["name=ditdh_sharded", *ditdh, *sharded, "trainer.max_steps=3"],
-        ["name=ditdh_sharded", *ditdh, *sharded, "trainer.max_steps=6"],
+    return train_pair(
+        folder,
+        ["name=two", *WHOLE, "trainer.max_steps=18"],
+        ["name=sharded", *SHARDED, "trainer.max_steps=9"],
+        ["name=late", *SHARDED, "trainer.max_steps=9", "trainer.save_every=3"],
+        ["name=sharded", *SHARDED, "trainer.max_steps=18"],
         ["name=validated2", "trainer.num_processes=2", *VALIDATED],
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        train_on_two(*(train_settings(*SMALL, *job) for job in jobs))
-    return folder / "runs"
+    )
 
 
 def test_two_processes_train_what_one_does(pair, straight):
@@ -253,8 +253,15 @@ def test_sharded_processes_train_what_whole_ones_do(pair):
     )
 
 
-def test_blocks_gathered_in_bf16_train_what_whole_ones_do(pair):
+@pytest.mark.slow
+def test_blocks_gathered_in_bf16_train_what_whole_ones_do(folder):
     """But for the weights of norms, which are rounded too."""
+    half = ["trainer.mixed_precision=bf16", "trainer.log_every=1", "trainer.max_steps=6"]
+    pair = train_pair(
+        folder,
+        ["name=bf16_two", *WHOLE, *half],
+        ["name=bf16_sharded", *SHARDED, *half, "trainer.reshard_after_forward=false"],
+    )
     whole, sharded = (rows(pair / f"bf16_{name}") for name in ("two", "sharded"))
     for a, b in zip(sharded, whole, strict=False):
         assert a["loss"] == pytest.approx(b["loss"], rel=3e-3)
@@ -279,8 +286,16 @@ def test_shards_are_written_while_processes_train(pair):
     assert len(found) == 6
 
 
-def test_a_ditdh_is_sharded_with_its_frozen_weights(pair):
+@pytest.mark.slow
+def test_a_ditdh_is_sharded_with_its_frozen_weights(folder):
     """Stopped and resumed, as above."""
+    ditdh = ["model=nano_ditdh", "trainer.log_every=3"]
+    pair = train_pair(
+        folder,
+        ["name=ditdh_two", *ditdh, *WHOLE, "trainer.max_steps=6"],
+        ["name=ditdh_sharded", *ditdh, *SHARDED, "trainer.max_steps=3"],
+        ["name=ditdh_sharded", *ditdh, *SHARDED, "trainer.max_steps=6"],
+    )
     two, sharded = (pair / f"ditdh_{name}" for name in ("two", "sharded"))
     for name in ("model", "ema"):
         expected, found = (ckpt.read_weights(ckpt.newest_checkpoint(run), name) for run in (two, sharded))
