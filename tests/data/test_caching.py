@@ -22,6 +22,7 @@ from ddt.errors import UserError
 from ddt.files import lock_folder
 from ddt.tensor_files import ArrayWriter
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as in the processes here: another number rounds otherwise
 SCRIPT = ROOT / "scripts" / "cache_latents.py"
 
 
@@ -50,7 +51,7 @@ def content(out):
 
 
 @pytest.fixture(scope="module")
-def cache(folder, vae, tmp_path_factory):
+def cache(folder, vae, tmp_path_factory, one_thread):
     out = tmp_path_factory.mktemp("cache") / "photos"
     done = run_inside("scripts.cache_latents", *arguments(folder, vae, out, "store_images=true"))
     assert done.returncode == 0, done.stderr
@@ -288,6 +289,7 @@ def test_an_applied_rotation_is_cached_and_read(tmp_path, pixels):
     np.testing.assert_allclose(moments, folder.load(np.arange(3)) / 127.5 - 1, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_no_process_writes_into_another_cache(cache, folder, vae, tmp_path):
     """An incomplete cache stays untouched by another command on two processes."""
     out = tmp_path / "stopped"

@@ -85,6 +85,7 @@ def test_all_blocks_of_a_kind_share_a_compilation(counting):
     assert counting.graphs == 2
 
 
+@pytest.mark.slow
 def test_checkpointed_blocks_recompute_what_their_setting_says(monkeypatch):
     x, c = torch.randn(2, 3, 16, 32, generator=torch.Generator().manual_seed(0))
     products, gradients = {}, {}

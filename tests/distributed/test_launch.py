@@ -190,11 +190,12 @@ def test_torchrun_starts_the_processes_of_one_machine(tmp_path, one_process):
     assert_two_processes_trained_the_same(tmp_path, one_process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "number", "status"),
     [
         ([TORCHRUN, "--standalone", "--nproc-per-node=2"], signal.SIGTERM, 1),  # torchrun has no other status
-        pytest.param([sys.executable], signal.SIGUSR1, STOPPED_STATUS, marks=pytest.mark.slow),
+        ([sys.executable], signal.SIGUSR1, STOPPED_STATUS),
     ],
 )
 def test_two_processes_stop_at_one_step_with_a_checkpoint(tmp_path, command, number, status):

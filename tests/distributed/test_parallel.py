@@ -18,6 +18,7 @@ from ddt.training.state import TrainingState
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 def test_processes_start_alike_and_notice_when_they_diverge(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     launch(diverge, 2, tmp_path)

@@ -213,6 +213,7 @@ def test_sample_writes_npz_grid_and_receipt(run_folder, tmp_path):
     assert receipt["request"]["checkpoint"]["ema_sha256"] == ckpt.sha256(ema)
 
 
+@pytest.mark.slow
 def test_kill_9_loses_at_most_the_batch_in_flight(run_folder, tmp_path):
     arguments = [f"ckpt={run_folder}", "num_samples=15", "batch_size=1", "num_steps=20", f"out={tmp_path / 'a'}"]
     child = subprocess.Popen([sys.executable, ROOT / "sample.py", *arguments], stderr=subprocess.DEVNULL)

@@ -63,7 +63,7 @@ VALID = {  # a short command line, by the name of its config
     "app": ["ckpt=runs/r"],
     "benchmark": ["out=new", "model=nano", "parts=[ema]"],
     "kernels": ["out=new", "model=nano"],
-    "ranks": ["out=new", "model=nano", "ranks=[2]"],
+    "ranks": ["out=new.json", "model=nano", "ranks=[2]"],
     "gpu_check": ["out=new", "device=cpu", "size=tiny"],
     "sweep": ["sweep=runs", "out=new", "metric=validation_loss", "x=model.depth"],
     "inside": ["ckpt=runs/r", "out=new", "num_steps=2", "loss_images=2", "seeds=0", "classes=0"],

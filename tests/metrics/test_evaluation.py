@@ -322,6 +322,7 @@ def test_the_command_computes_adms_metrics(inception_run):
     assert set(receipt["versions"]) == {"ddt", "python", "torch", "numpy", "torch-fidelity", "timm"}
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_a_number(evaluated, tmp_path):
     """1,497 reference images in three batches, dealt to two processes; both with one thread."""
     arguments = [f"samples={evaluated[0]}", "reference=data:digits", "features=digits", "features.epochs=1"]

@@ -55,6 +55,7 @@ def test_the_file_has_adms_arrays(place, written, inception_weights):
     assert made["command"].startswith("python scripts.reference_statistics.py data=folder data.root=")
 
 
+@pytest.mark.slow
 def test_it_is_a_reference(place, written, inception_weights):
     """The data set's own images are at distance 0 of it, in the labels stands what it is of."""
     images = ImageFolder(str(place / "pictures"), 16)

@@ -113,6 +113,7 @@ def test_sampling_in_bf16_would_see_another_schedule(tmp_path):
         timing.errors_of(published, results)
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_the_last_that_fits(tmp_path, monkeypatch):
     from scripts.benchmark import run as benchmark
 

@@ -82,6 +82,7 @@ def test_the_whole_check_passes_at_tiny_sizes(quick, tmp_path):
     assert "holds the results of all these checks" in refusal("scripts.benchmark.gpu_check", f"out={out}", *TINY)
 
 
+@pytest.mark.slow
 def test_timings_are_rows_of_a_benchmark(quick, tmp_path):
     out, timed = tmp_path / "out", ["training XL", "sampling XL", "small batches"]
     assert run_inside("scripts.benchmark.gpu_check", f"out={out}", f"checks={timed}", *TINY).returncode == 0

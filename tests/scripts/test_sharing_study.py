@@ -247,6 +247,7 @@ def test_a_reference_of_other_images_is_refused(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_the_curve_reads_inception_features(tmp_path, monkeypatch, inception_weights):
     """A short distance replaces FID's, which takes minutes at 2048 features."""
     monkeypatch.setattr("ddt.metrics.scores.frechet_distance", lambda a, b: float(np.abs(a.mean - b.mean).sum()))

@@ -107,6 +107,7 @@ def test_published_recipes_have_the_parameters_and_flops_of_the_method(name, par
     assert recipe.num_images == 1_281_167
 
 
+@pytest.mark.slow
 def test_fine_tuning_at_512_px_takes_latents_of_64_and_does_not_fit():
     recipe = recipe_of("experiment=xl_512")
     found = estimate(recipe, RATE)
@@ -470,17 +471,12 @@ def test_growth_passes_through_the_recipe_itself(tmp_path):
     assert said.startswith(f"plot={tmp_path / 'x.png'}: needs a network with an encoder")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        ("alignment=dispersive", "alignment.align_depth=4"),
-        ("objective.base_depth=4",),
-        ("sampler.num_steps=3", "sampler.last_step=null", "trainer.global_batch_size=7"),
-    ],
-    ids=" ".join,
-)
-def test_growth_of_recipes_whose_own_depth_or_steps_are_beyond_an_axis(tmp_path, changes):
+def test_growth_of_a_recipe_whose_own_depths_and_steps_are_beyond_an_axis(tmp_path):
     out = tmp_path / "new" / "growth.pdf"
+    changes = [
+        "alignment=dispersive", "alignment.align_depth=4", "objective.base_depth=4",
+        "sampler.num_steps=3", "sampler.last_step=null", "trainer.global_batch_size=7",
+    ]  # fmt: skip
     done = run_inside("scripts.estimate", "model=nano", *changes, f"plot={out}")
     assert done.returncode == 0, done.stderr
     assert out.read_bytes()[:4] == b"%PDF"
