@@ -27,6 +27,7 @@ from scripts.app.view import galleries, numbers, summary
 CSS = """
 html {scrollbar-gutter: stable}  /* the page keeps its width when it grows beyond the window */
 #dice {font-size: 1.6em}
+#numbers th:not(:first-child), #numbers td:not(:first-child) {white-space: nowrap}
 .grid-wrap {min-height: 0 !important}
 .grid-container {grid-template-columns: repeat(var(--grid-cols), minmax(52px, 1fr)) !important}
 .grid-container {grid-auto-rows: auto !important}
