@@ -211,6 +211,7 @@ def test_the_network_follows_the_callers_autocast(files):
     torch.testing.assert_close(rounded, exact, atol=0.1, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_compiled_features_are_the_same(files, monkeypatch):
     graphs = []
 

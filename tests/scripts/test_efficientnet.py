@@ -21,6 +21,7 @@ def file(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_timm_loads_the_file_and_sees_what_is_there(file):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     model = timm.create_model(export.MODEL, pretrained=True, pretrained_cfg_overlay=dict(file=str(file))).eval()
