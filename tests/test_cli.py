@@ -176,6 +176,7 @@ def test_a_sweep_ends_with_what_its_jobs_measured_and_the_command_of_its_report(
     assert done.stderr.endswith("python -m scripts.studies.sweep sweep=runs/sweep out=runs/sweep_report\n")
 
 
+@pytest.mark.slow
 def test_a_job_that_stops_on_request_ends_the_sweep(script):
     done = script("-m", "seed=4,5,6")
     assert done.returncode == STOPPED_STATUS

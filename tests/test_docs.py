@@ -210,6 +210,7 @@ def test_documented_scripts_settings_and_choices_exist(page):
     assert {text: names for text, names in unknown.items() if names} == {}
 
 
+@pytest.mark.slow
 def test_trainings_of_the_published_numbers_have_the_block_that_they_align():
     """They need ImageNet and GPUs, so no test runs them; a sweep over the encoder's depth is where
     this goes wrong.

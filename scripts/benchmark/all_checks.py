@@ -104,7 +104,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         about["gpu_memory_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)
         if shutil.which(query[0]):
             about["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    packages = {package.name.lower(): package.version for package in importlib.metadata.distributions()}
+    texts = [package.metadata for package in importlib.metadata.distributions()]  # parsed anew at each access
+    packages = {text["Name"].lower(): text["Version"] for text in texts}
     return {**about, "revision": revision(), "packages": dict(sorted(packages.items()))}
 
 

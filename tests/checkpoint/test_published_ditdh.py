@@ -226,12 +226,12 @@ def test_names_of_published_files(tmp_path, monkeypatch):
 
     def fetch(source, label, choose, advice):
         asked.append((source, label))
-        choose(["DiTs/a.pt", *(entry.partition(":")[2] for entry in PUBLISHED.values())])
+        choose(["DiTs/a.pt", *(entry.source.partition(":")[2] for entry in PUBLISHED.values())])
         return tmp_path
 
     monkeypatch.setattr("ddt.checkpoint.published.fetch", fetch)
     monkeypatch.chdir(tmp_path)
-    files = {name: entry.partition(":")[2] for name, entry in PUBLISHED.items() if ":" in entry}
+    files = {name: entry.source.partition(":")[2] for name, entry in PUBLISHED.items() if ":" in entry.source}
     for name, file in files.items():
         assert find_released(name) == tmp_path / file
     assert set(asked) == {("nyu-visionx/RAE-collections", f"released={name}") for name in files}

@@ -477,6 +477,7 @@ def test_bf16_sets_are_sampled_with_cast_weights(run_folder, tmp_path, monkeypat
     assert not seen[1].compiled
 
 
+@pytest.mark.slow
 def test_compiled_sets_are_other_sets(run_folder, tmp_path, monkeypatch):
     torch.compiler.reset()
     monkeypatch.setattr(Block, "compile", lambda block, **_: torch.nn.Module.compile(block, backend=counted))

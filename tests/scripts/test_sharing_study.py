@@ -171,6 +171,7 @@ def test_a_curve_measures_what_it_says(curve, run_folder):
     assert bound == pytest.approx(macs[0] / macs[1])
 
 
+@pytest.mark.slow
 def test_a_killed_curve_resumes_to_the_same_table(curve, run_folder, tmp_path, monkeypatch, caplog):
     measure, calls = Curve.measure, itertools.count()
 

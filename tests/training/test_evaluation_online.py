@@ -101,6 +101,7 @@ def test_each_of_two_processes_draws_half(monkeypatch):
     assert asked == [35, 70]
 
 
+@pytest.mark.slow
 def test_a_changed_evaluation_is_said(runs, monkeypatch, caplog):
     """Numbers of two kinds in one record would look like one curve."""
     monkeypatch.chdir(runs.parent)

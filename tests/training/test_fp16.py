@@ -86,6 +86,7 @@ def test_a_scale_that_is_too_large_is_no_divergence():
     assert max_skipped("fp16") == MAX_SKIPPED + math.log2(torch.amp.GradScaler("cpu", enabled=True).get_scale())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_straight_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # a scale that doubles after three steps, so that the count of steps since matters too

@@ -399,6 +399,7 @@ def test_a_broken_image_is_named_before_the_first_step(tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_a_broken_image_resumes_without_it(tmp_path, monkeypatch):
     """As in a folder so large that only a part is decoded before: the loading process names it."""
     data = picture_folder(tmp_path / "pictures", broken="class0/5.png")
