@@ -471,6 +471,7 @@ def test_growth_passes_through_the_recipe_itself(tmp_path):
     assert said.startswith(f"plot={tmp_path / 'x.png'}: needs a network with an encoder")
 
 
+@pytest.mark.slow
 def test_growth_of_a_recipe_whose_own_depths_and_steps_are_beyond_an_axis(tmp_path):
     out = tmp_path / "new" / "growth.pdf"
     changes = [
