@@ -2,8 +2,9 @@
 
 Left to itself, torch's compiler reads and writes the tokens several times where a block normalises
 them: for the heads of queries and keys, whose channel pairs turn, and in the backward pass of norm
-and modulation. Each function here is one pass. Sums are taken in a fixed order, so equal inputs
-give equal bits. Shapes: B batch, N tokens, D width, M 1 or N, d width of a head.
+and modulation; and it reads SwiGLU's halves twice where it writes the gradients of both to one
+matrix. Each function here is one pass. Sums are taken in a fixed order, so equal inputs give equal
+bits. Shapes: B batch, N tokens, D width, M 1 or N, d width of a head, I inner width of a SwiGLU.
 """
 
 import torch
@@ -18,6 +19,7 @@ TURN = {"num_warps": 2}
 TURN_BACKWARD = {"TOKENS": 16, "STAGES": 3, "num_warps": 4}
 NORM = {"num_warps": 4}
 NORM_BACKWARD = {"TOKENS": 64, "STAGES": 3, "num_warps": 8}
+SWIGLU = {"CHANNELS": 1024, "num_warps": 4}
 
 
 # --- norm and rotation of queries and keys
@@ -204,8 +206,8 @@ def _norm_backward_kernel(
         sum_weight += grad * normal
         grad *= w
         grad = inverse * (grad - normal * (tl.sum(grad * normal, 0) / D))
+        grad += tl.load(grad_y + token * D + j, here, 0.0).to(tl.float32)
         if BRANCH:
-            grad += tl.load(grad_y + token * D + j, here, 0.0).to(tl.float32)
             if PER_TOKEN:
                 amount = tl.load(gate + token * gate_stride + j, here, 0.0).to(tl.float32)
             by_gate = grad * tl.load(branch + token * D + j, here, 0.0).to(tl.float32)
@@ -271,32 +273,37 @@ def launch_norm_backward(
 
 
 @triton_op("ddt::norm", mutates_args={})
-def norm(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Return `rms_norm(x)·weight·(1 + scale) + shift`, (B, N, D).
+def norm(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return `rms_norm(x)·weight·(1 + scale) + shift`, (B, N, D), and a stand-in for x: a tensor of
+    its shape without values, through which `add_norm` sends the gradient by x back to here, so
+    that one kernel adds up x's gradients.
 
     x: (B, N, D). weight: (D,). shift, scale: (B, M, D).
     """
     x, shift, scale = x.contiguous(), rows(shift), rows(scale)
-    return launch_norm(x, x, shift, weight, shift, scale, x, eps, False)
+    return launch_norm(x, x, shift, weight, shift, scale, x, eps, False), x.new_empty(()).expand(x.shape)
 
 
 @triton_op("ddt::norm_backward", mutates_args={})
 def norm_backward(
-    x: Tensor, weight: Tensor, scale: Tensor, eps: float, grad: Tensor
+    x: Tensor, weight: Tensor, scale: Tensor, eps: float, grad_h: Tensor, grad_x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of `norm` by x, weight, shift, scale."""
-    x, grad, scale = x.contiguous(), grad.contiguous(), rows(scale)
+    """Return the gradients of `norm` by x, weight, shift, scale; grad_x: of the stand-in for x."""
+    x, grad_h, grad_x, scale = x.contiguous(), grad_h.contiguous(), grad_x.contiguous(), rows(scale)
     grad_x, _, _, grad_weight, grad_shift, grad_scale = launch_norm_backward(
-        x, x, scale, weight, scale, grad, grad, eps, False
+        x, x, scale, weight, scale, grad_x, grad_h, eps, False
     )
     return grad_x, grad_weight, grad_shift, grad_scale
 
 
 @triton_op("ddt::add_norm", mutates_args={})
 def add_norm(
-    x: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor, stand_in: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return y = x + gate·branch and `norm` of y, both (B, N, D); arguments as of `norm`."""
+    """Return y = x + gate·branch and the norm of y, both (B, N, D); arguments as of `norm`.
+
+    The gradient by x goes to stand_in, that of x alone.
+    """
     x, branch, gate, shift, scale = x.contiguous(), branch.contiguous(), rows(gate), rows(shift), rows(scale)
     y = torch.empty_like(x)
     return y, launch_norm(x, branch, gate, weight, shift, scale, y, eps, True)
@@ -318,20 +325,73 @@ def _norm_setup(ctx, inputs, output):
     ctx.save_for_backward(x, weight, scale)
 
 
-def _norm_gradient(ctx, grad):
+def _norm_gradient(ctx, grad_h, grad_x):
     x, weight, scale = ctx.saved_tensors
-    return *norm_backward(x, weight, scale, ctx.eps, grad), None
+    return *norm_backward(x, weight, scale, ctx.eps, grad_h, grad_x), None
 
 
 def _add_norm_setup(ctx, inputs, output):
-    _, branch, gate, weight, _, scale, ctx.eps = inputs
+    _, _, branch, gate, weight, _, scale, ctx.eps = inputs
     ctx.save_for_backward(output[0], branch, gate, weight, scale)
 
 
 def _add_norm_gradient(ctx, grad_y, grad_h):
     y, branch, gate, weight, scale = ctx.saved_tensors
-    return *add_norm_backward(y, branch, gate, weight, scale, ctx.eps, grad_y, grad_h), None
+    return None, *add_norm_backward(y, branch, gate, weight, scale, ctx.eps, grad_y, grad_h), None
 
 
 norm.register_autograd(_norm_gradient, setup_context=_norm_setup)
 add_norm.register_autograd(_add_norm_gradient, setup_context=_add_norm_setup)
+
+
+# --- SwiGLU
+
+
+@triton.jit
+def _swiglu_kernel(ab, h, INNER: tl.constexpr, CHANNELS: tl.constexpr):
+    row, j = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    a = tl.load(ab + 2 * row * INNER + j, j < INNER, 0.0).to(tl.float32)
+    b = tl.load(ab + (2 * row + 1) * INNER + j, j < INNER, 0.0).to(tl.float32)
+    tl.store(h + row * INNER + j, a * tl.sigmoid(a) * b, j < INNER)
+
+
+@triton.jit
+def _swiglu_backward_kernel(ab, grad, grad_ab, INNER: tl.constexpr, CHANNELS: tl.constexpr):
+    row, j = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    a = tl.load(ab + 2 * row * INNER + j, j < INNER, 0.0).to(tl.float32)
+    b = tl.load(ab + (2 * row + 1) * INNER + j, j < INNER, 0.0).to(tl.float32)
+    by_h = tl.load(grad + row * INNER + j, j < INNER, 0.0).to(tl.float32)
+    gate = tl.sigmoid(a)
+    tl.store(grad_ab + 2 * row * INNER + j, by_h * b * gate * (1 + a * (1 - gate)), j < INNER)
+    tl.store(grad_ab + (2 * row + 1) * INNER + j, by_h * a * gate, j < INNER)
+
+
+@triton_op("ddt::swiglu", mutates_args={})
+def swiglu(ab: Tensor) -> Tensor:
+    """Return `SiLU(a)·b`, (…, I), of (a, b), the halves of ab (…, 2I)."""
+    ab, inner = ab.contiguous(), ab.shape[-1] // 2
+    h = ab.new_empty(*ab.shape[:-1], inner)
+    grid = (h.numel() // inner, triton.cdiv(inner, SWIGLU["CHANNELS"]))
+    wrap_triton(_swiglu_kernel)[grid](ab, h, INNER=inner, **SWIGLU)
+    return h
+
+
+@triton_op("ddt::swiglu_backward", mutates_args={})
+def swiglu_backward(ab: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient of `swiglu` by ab."""
+    ab, grad, inner = ab.contiguous(), grad.contiguous(), ab.shape[-1] // 2
+    grad_ab = torch.empty_like(ab)
+    grid = (grad.numel() // inner, triton.cdiv(inner, SWIGLU["CHANNELS"]))
+    wrap_triton(_swiglu_backward_kernel)[grid](ab, grad, grad_ab, INNER=inner, **SWIGLU)
+    return grad_ab
+
+
+def _swiglu_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_gradient(ctx, grad):
+    return swiglu_backward(*ctx.saved_tensors, grad)
+
+
+swiglu.register_autograd(_swiglu_gradient, setup_context=_swiglu_setup)

@@ -321,6 +321,16 @@ def padding(x: Tensor, width: int) -> int:
     return -width % 8 if x.is_cuda else 0
 
 
+def gated(ab: Tensor) -> Tensor:
+    """Return `SiLU(a)·b`, (..., I), of (a, b), the halves of ab (..., 2I)."""
+    if runs_kernels(ab) and torch.is_grad_enabled():
+        from ddt.model import kernels  # needs Triton
+
+        return kernels.swiglu(ab)
+    a, b = ab.chunk(2, dim=-1)
+    return F.silu(a) * b
+
+
 class SwiGLU(nn.Module):
     """`w2(SiLU(w1 x)·w3 x)` without biases (method.md 2)."""
 
@@ -333,11 +343,13 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., D) for x (..., D)."""
-        rows = 0, 0, 0, padding(x, self.w2.in_features)
-        if not rows[-1]:
+        more, together = padding(x, self.w2.in_features), runs_kernels(x) and torch.is_grad_enabled()
+        if not more and not together:
             return self.w2(F.silu(self.w1(x)) * self.w3(x))
-        a, b = (F.linear(x, F.pad(layer.weight, rows)) for layer in (self.w1, self.w3))
-        return F.linear(F.silu(a) * b, F.pad(self.w2.weight, (0, rows[-1])))
+        w1, w3 = (F.pad(layer.weight, (0, 0, 0, more)) for layer in (self.w1, self.w3))
+        # together: one product, and one each for its gradients
+        h = gated(F.linear(x, torch.cat([w1, w3]))) if together else F.silu(F.linear(x, w1)) * F.linear(x, w3)
+        return F.linear(h, F.pad(self.w2.weight, (0, more)))
 
 
 class FusedSwiGLU(nn.Module):
@@ -353,12 +365,10 @@ class FusedSwiGLU(nn.Module):
         """Return (..., D) for x (..., D)."""
         more = padding(x, self.w3.in_features)
         if not more:
-            a, b = self.w12(x).chunk(2, dim=-1)
-            return self.w3(F.silu(a) * b)
+            return self.w3(gated(self.w12(x)))
         weight = F.pad(self.w12.weight.unflatten(0, (2, -1)), (0, 0, 0, more)).flatten(0, 1)
         bias = F.pad(self.w12.bias.unflatten(0, (2, -1)), (0, more)).flatten()
-        a, b = F.linear(x, weight, bias).chunk(2, dim=-1)
-        return F.linear(F.silu(a) * b, F.pad(self.w3.weight, (0, more)), self.w3.bias)
+        return F.linear(gated(F.linear(x, weight, bias)), F.pad(self.w3.weight, (0, more)), self.w3.bias)
 
 
 class MLPMixer(SwiGLU):
@@ -430,9 +440,9 @@ class Block(nn.Module):
         if runs_kernels(x):
             from ddt.model import kernels  # needs Triton
 
-            h = kernels.norm(x, self.norm1.weight, shift1, scale1, self.norm1.eps)
+            h, stand_in = kernels.norm(x, self.norm1.weight, shift1, scale1, self.norm1.eps)
             branch, weight, eps = self.mixer(h, at), self.norm2.weight, self.norm2.eps
-            x, h = kernels.add_norm(x, branch, gate1, weight, shift2, scale2, eps)
+            x, h = kernels.add_norm(x, stand_in, branch, gate1, weight, shift2, scale2, eps)
             return x + gate2 * self.mlp(h)
         x = x + gate1 * self.mixer(modulate(self.norm1(x), shift1, scale1), at)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ddt.distributed.compile import missing_compiler
 from ddt.distributed.prepare import gather_network, local_part, shard
 from ddt.model import Denoiser
 
@@ -23,6 +24,12 @@ Array = NDArray[np.float64]
 
 
 @functools.cache  # every step asks
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels can be compiled and run on a device."""
+    return device.type == "cuda" and missing_compiler(device) is None
+
+
+@functools.cache
 def power_exponent(std: float) -> float:
     """Return the exponent γ of the power-function average whose profile is `std` wide, relative to
     the length of training.
@@ -142,8 +149,14 @@ class EMA(Generic[Network]):
         sync.
         """
         emas, parts = (list(map(local_part, parameters)) for parameters in (self.parameters, weights))
-        rate = torch.as_tensor(self.rule.rate(step) * (1 - skipped), dtype=torch.float32).to(emas[0].device)
-        torch._foreach_lerp_(emas, parts, [rate] * len(emas))  # a loop in C++: half of the host's time
+        device = emas[0].device
+        rate = torch.as_tensor(self.rule.rate(step) * (1 - skipped), dtype=torch.float32).to(device)
+        if runs_triton(device):
+            from ddt.training.ema_kernel import lerp_  # needs Triton
+
+            lerp_(emas, parts, rate)
+        else:
+            torch._foreach_lerp_(emas, parts, [rate] * len(emas))  # a loop in C++: half of the host's time
 
     @torch.no_grad()
     def distance(self, weights: Iterable[Tensor]) -> Tensor:

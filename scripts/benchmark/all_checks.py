@@ -49,6 +49,7 @@ CHECKS: dict[str, Check] = {
     "autoencoder and target": (checks.frozen_networks, 60),
     "autoencoder's speed": (speed.autoencoder, 30),
     "many processes": (checks.many_processes, 90),
+    "deterministic": (checks.deterministic, 90),
     "fp16": (checks.fp16, 90),
     "training of few images": (speed.training_graphs, 90),  # last: a graph whose capture fails breaks what follows
     "small batches": (speed.small_batches, 120),

@@ -107,7 +107,7 @@ SIZES = {
         short=("trainer.max_steps=1000", "trainer.warmup_steps=100"), digits_alone=False,
         sustained=2, copied=2**32, repeats=8,
         trained={
-            "XL": (("xl_22en6de", KL, (128, 64, 32, 16)),),
+            "XL": (("xl_22en6de", KL, (160, 128, 64, 32, 16)),),
             "others": (("l_20en4de", KL, (128,)), ("xl_ditdh", RAE, (64,)), ("b_8en4de", KL, (256,)),
                        ("xl_22en6de", KL_512, (16,))),
         },
@@ -449,14 +449,26 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_rows(run / "metrics.jsonl") if "loss" in row]
 
 
+def losses_beside(place: Place, run: Path, what: str) -> Finding:
+    """Compare the losses of a run with those of the uninterrupted one."""
+    pairs = list(zip(losses(run), losses(uninterrupted(place)), strict=True))
+    errors = [abs(a - b) / b for a, b in pairs]
+    return Finding(f"{len(pairs)} {what}: relative error", largest(errors), high=BF16_LOSS)
+
+
 def many_processes(place: Place) -> list[Finding]:
     """Compare the losses under DDP, of two processes or on one GPU of one, with those without."""
     n = 1 if place.device.type == "cuda" and torch.cuda.device_count() < 2 else 2
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}")
     run = briefly(place, "many_processes", 2 * place.size.steps, launcher=launcher)
-    pairs = list(zip(losses(run), losses(uninterrupted(place)), strict=True))
-    errors = [abs(a - b) / b for a, b in pairs]
-    return [Finding(f"{len(pairs)} losses of DDP's {n}: relative error", largest(errors), high=BF16_LOSS)]
+    return [losses_beside(place, run, f"losses of DDP's {n}")]
+
+
+def deterministic(place: Place) -> list[Finding]:
+    """Compare the losses by deterministic algorithms alone with those by the fastest."""
+    changes = ("trainer.deterministic=true", "trainer.num_processes=1")
+    run = briefly(place, "deterministic", 2 * place.size.steps, *changes)
+    return [losses_beside(place, run, "losses by deterministic algorithms")]
 
 
 def fp16(place: Place) -> list[Finding]:

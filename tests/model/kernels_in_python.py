@@ -16,6 +16,7 @@ torch.library.wrap_triton = lambda kernel: kernel  # no graph is traced; some to
 
 from ddt.model import kernels, layers  # noqa: E402
 from ddt.model.layers import rope_table, rotate  # noqa: E402
+from ddt.training import ema_kernel  # noqa: E402
 
 EPS = 1e-6
 B, HEADS, D = 2, 2, 12
@@ -54,6 +55,10 @@ def plain_turn(qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin
     return [*turned, v]
 
 
+def add_norm(x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    return kernels.add_norm(x, x, *others, EPS)  # x takes its gradient itself
+
+
 def plain_add_norm(x, branch, gate, weight, shift, scale):
     y = x + gate * branch
     return y, rms(y, weight) * (1 + scale) + shift
@@ -62,6 +67,7 @@ def plain_add_norm(x, branch, gate, weight, shift, scale):
 def main() -> None:
     torch.manual_seed(0)
     kernels.TURN_BACKWARD["TOKENS"] = kernels.NORM_BACKWARD["TOKENS"] = 4  # fewer than there are
+    kernels.SWIGLU["CHANNELS"], ema_kernel.CHUNK = 16, 64
     cos, sin = rope_table(D, 3, 2)
     x = torch.randn(1, HEADS, 6, D)
     expected = rotate(x, cos, sin).transpose(1, 2).double()
@@ -83,20 +89,34 @@ def main() -> None:
         weight = torch.rand(WIDTH) + 0.5
         compare(
             f"norm_{dtype}_{n}_{m}",
-            lambda *a: (kernels.norm(*a, EPS),),
+            lambda *a: kernels.norm(*a, EPS)[:1],
             lambda x, weight, shift, scale: (rms(x, weight) * (1 + scale) + shift,),
             [x, weight, shift, scale],
         )
         compare(
             f"add_norm_{dtype}_{n}_{m}",
-            lambda *a: kernels.add_norm(*a, EPS),
+            add_norm,
             plain_add_norm,
             [x, branch, gate, weight, shift, scale],
         )
     x, branch = torch.randn(B, 6, WIDTH), torch.randn(B, 6, WIDTH).bfloat16()  # a float32 residual under autocast
     modulations = [torch.randn(B, 1, WIDTH).bfloat16() for _ in range(3)]
     inputs = [x, branch, modulations[0], torch.rand(WIDTH), *modulations[1:]]
-    compare("mixed_torch.bfloat16", lambda *a: kernels.add_norm(*a, EPS), plain_add_norm, inputs)
+    compare("mixed_torch.bfloat16", add_norm, plain_add_norm, inputs)
+    for dtype in (torch.float32, torch.bfloat16):
+        ab = torch.randn(2, 3, 2 * 20).to(dtype)
+        compare(
+            f"swiglu_{dtype}",
+            lambda ab: (kernels.swiglu(ab),),
+            lambda ab: (torch.nn.functional.silu(ab[..., :20]) * ab[..., 20:],),
+            [ab],
+        )
+    for rate in (0.0, 1e-4, 0.7, 1.0):  # tensors of less than a chunk, a whole one, and more
+        emas, weights = ([torch.randn(n) for n in (1, 64, 200)] for _ in range(2))
+        expected = [(a.double() + rate * (b.double() - a.double())) for a, b in zip(emas, weights, strict=True)]
+        ema_kernel.lerp_(emas, weights, torch.tensor(rate))
+        equal = [torch.equal(a, b) for a, b in zip(emas, weights, strict=True)]
+        print(f"lerp_torch.float32_{rate}", relative(emas, expected), 0.0, all(equal) == (rate == 1))
     for m in (1, 6):
         block = layers.Block(WIDTH, HEADS)
         for parameter in block.parameters():
