@@ -343,13 +343,13 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., D) for x (..., D)."""
-        more, together = padding(x, self.w2.in_features), runs_kernels(x) and torch.is_grad_enabled()
-        if not more and not together:
-            return self.w2(F.silu(self.w1(x)) * self.w3(x))
-        w1, w3 = (F.pad(layer.weight, (0, 0, 0, more)) for layer in (self.w1, self.w3))
-        # together: one product, and one each for its gradients
-        h = gated(F.linear(x, torch.cat([w1, w3]))) if together else F.silu(F.linear(x, w1)) * F.linear(x, w3)
-        return F.linear(h, F.pad(self.w2.weight, (0, more)))
+        more = padding(x, self.w2.in_features)
+        if more:
+            a, b = (F.linear(x, F.pad(layer.weight, (0, 0, 0, more))) for layer in (self.w1, self.w3))
+            return F.linear(F.silu(a) * b, F.pad(self.w2.weight, (0, more)))
+        if runs_kernels(x) and torch.is_grad_enabled():  # one product, and one each for its gradients
+            return self.w2(gated(F.linear(x, torch.cat([self.w1.weight, self.w3.weight]))))
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class FusedSwiGLU(nn.Module):
