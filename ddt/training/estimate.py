@@ -335,6 +335,9 @@ def flops(recipe: Recipe) -> dict[str, float]:
 # --- memory
 
 
+BATCH = 10_007  # images of a counted batch, a prime: the sizes that it divides are those that grow with it
+
+
 class Products(TorchDispatchMode):
     """Sums the bytes of operators' results that selective checkpointing keeps."""
 
@@ -349,7 +352,8 @@ class Products(TorchDispatchMode):
 
 
 def saved_bytes(module: nn.Module, half: bool, make_inputs: Callable[[], tuple[Tensor, ...]], **others: Any) -> int:
-    """Return the bytes that autograd saves in a forward of a module, weights and casts included.
+    """Return the bytes per image that autograd saves in a forward of a module on BATCH images;
+    weights and their casts, whose number does not grow with the batch, are not counted.
 
     Nothing is computed: parameters and inputs are fake tensors. Operators are those of the CPU; a
     GPU's fused RMSNorm saves less.
@@ -370,15 +374,14 @@ def saved_bytes(module: nn.Module, half: bool, make_inputs: Callable[[], tuple[T
             torch.autocast("cpu", torch.bfloat16, enabled=half),
         ):
             torch.func.functional_call(module, parameters, make_inputs(), others)
-    return sum(size for size, _ in saved.values())
+    return sum(size for size, _ in saved.values() if size % BATCH == 0) // BATCH
 
 
 def activation_bytes(objective: Objective, shape: tuple[int, int, int], half: bool) -> int:
     """Return the bytes per image held between forward and backward pass; shape: (C, H, W) latent.
 
-    The difference of two batches, so what does not grow with the batch is left out. With activation
-    checkpointing: the blocks' inputs, and what the one recomputed block saves; if selective, also
-    the results of products.
+    With activation checkpointing: the blocks' inputs, and what the one recomputed block saves; if
+    selective, also the results of products.
     """
     kind = objective.denoiser.all_blocks[0].activation_checkpointing
     if kind == "selective":
@@ -389,32 +392,26 @@ def activation_bytes(objective: Objective, shape: tuple[int, int, int], half: bo
     places = [stack.grid_positions(height, width, torch.device("cpu")) for stack in denoiser.stacks]
     tokens, channels = (alignment and alignment.features_shape) or (1, 1)
 
-    def of_loss(batch: int) -> int:
-        def inputs() -> tuple[Tensor, ...]:
-            latents, times = torch.empty(batch, *shape), torch.empty(batch)
-            classes = torch.zeros(batch, dtype=torch.long)
-            return latents, classes, latents, times, times, torch.empty(batch, tokens, channels)
+    def inputs() -> tuple[Tensor, ...]:
+        latents, times = torch.empty(BATCH, *shape), torch.empty(BATCH)
+        classes = torch.zeros(BATCH, dtype=torch.long)
+        return latents, classes, latents, times, times, torch.empty(BATCH, tokens, channels)
 
-        return saved_bytes(objective, half, inputs)
-
-    def of_block(batch: int, stack: BlockStack, products: bool) -> int:
+    def of_block(stack: BlockStack, products: bool) -> int:
         last, size = copy.deepcopy(stack.blocks[-1]), stack.hidden_size
         at = places[denoiser.stacks.index(stack)]
         last.activation_checkpointing = False
         per_token = denoiser.shares_encoder and stack is denoiser.stacks[-1]
-        c = (batch, height * width if per_token else 1, size)
+        c = (BATCH, height * width if per_token else 1, size)
         with Products() as returned:
-            saved = saved_bytes(last, half, lambda: (torch.empty(batch, height * width, size), torch.empty(c)), at=at)
-        return returned.bytes if products else saved
+            saved = saved_bytes(last, half, lambda: (torch.empty(BATCH, height * width, size), torch.empty(c)), at=at)
+        return returned.bytes // BATCH if products else saved
 
-    def per_image(function: Callable[..., int], *arguments: Any) -> int:
-        return (function(4, *arguments) - function(2, *arguments)) // 2
-
-    total = per_image(of_loss)
+    total = saved_bytes(objective, half, inputs)
     if kind:
-        total += per_image(of_block, denoiser.stacks[-1], False)
+        total += of_block(denoiser.stacks[-1], False)
     if kind == "selective":
-        total += sum(len(stack.blocks) * per_image(of_block, stack, True) for stack in denoiser.stacks)
+        total += sum(len(stack.blocks) * of_block(stack, True) for stack in denoiser.stacks)
     return total
 
 
