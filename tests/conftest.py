@@ -309,6 +309,14 @@ def run(*command, cwd=ROOT, timeout=300, **environment):
     )
 
 
+def thinned(values, every):
+    """Return values for parametrize, of which every so many-th runs by default, the others with
+    --slow.
+    """
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*row, marks=() if n % every == 0 else pytest.mark.slow) for n, row in enumerate(rows)]
+
+
 def succeed(script, *arguments):
     """Call an entry point in this process; it must end without an error."""
     module = importlib.import_module(script)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 import torch
-from conftest import ROOT, refusal, run, succeed, train_settings
+from conftest import ROOT, refusal, run, succeed, thinned, train_settings
 from safetensors.torch import save_file
 
 from ddt.autoencoder import KLAutoencoder, build_autoencoder
@@ -121,16 +121,19 @@ def test_ditdh_on_rae_latents_is_the_published_recipe(size, epochs):
 
 @pytest.mark.parametrize(
     ("overrides", "root"),
-    [
-        (["data=in256_rae", "data.root=x"], 48),
-        (["data=in512_rae", "data.root=x"], 192),
-        (["data=in256_rae", "data.root=x", "autoencoder=rae_dinov2_s"], 24),
-        (["data=in256_rae", "data.root=x", "autoencoder=rae_dinov2_l"], 64),
-        (["data=in256_rae", "data.root=x", "autoencoder=rae_dinov2_b_512", "data.image_size=512"], 192),
-        (["data=photos", "autoencoder=rae_efficientnet_lite0"], 112 / 64),
-        (["model=xl_22en6de", "data=in256", "data.root=x"], 1),
-        (["data=digits"], 1),
-    ],
+    thinned(
+        [
+            (["data=in256_rae", "data.root=x"], 48),
+            (["data=in512_rae", "data.root=x"], 192),
+            (["data=in256_rae", "data.root=x", "autoencoder=rae_dinov2_s"], 24),
+            (["data=in256_rae", "data.root=x", "autoencoder=rae_dinov2_l"], 64),
+            (["data=in256_rae", "data.root=x", "autoencoder=rae_dinov2_b_512", "data.image_size=512"], 192),
+            (["data=photos", "autoencoder=rae_efficientnet_lite0"], 112 / 64),
+            (["model=xl_22en6de", "data=in256", "data.root=x"], 1),
+            (["data=digits"], 1),
+        ],
+        3,
+    ),
 )
 def test_the_time_shift_of_training_and_sampling_is_that_of_the_latents(tmp_path, overrides, root):
     settings = train_settings(*overrides)

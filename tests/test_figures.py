@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, refusal, succeed
+from conftest import ROOT, refusal, succeed, thinned
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -43,7 +43,7 @@ def check_style(figure):
     assert min(place.x0, place.y0, width - place.x1, height - place.y1) > -0.02
 
 
-@pytest.mark.parametrize("report", REPORTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("report", thinned(REPORTS, 3), ids=lambda path: path.stem)
 def test_the_figures_of_the_docs_are_redrawn_from_their_numbers(drawn, tmp_path, report):
     succeed("scripts.plot_report", f"report={report}", f"out={tmp_path / 'x.png'}")
     (figure,) = drawn

@@ -358,6 +358,7 @@ def test_another_evaluation_is_not_written_over(inception_run):
     assert json.loads((folder / "metrics.json").read_text()) == metrics
 
 
+@pytest.mark.slow
 def test_inputs_that_inception_cannot_use_are_one_line(tmp_path, inception_weights):
     images = np.zeros((3, 8, 8, 3), dtype=np.uint8)
     good = write(tmp_path / "good.npz", arr_0=images)

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import ROOT, SHARING, inputs, small_ddt, small_network
+from conftest import ROOT, SHARING, inputs, small_ddt, small_network, thinned
 from omegaconf import OmegaConf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -176,7 +176,7 @@ RUNS = [
 CASES = [pytest.param(case, marks=pytest.mark.slow if case == "wide ddt" else ()) for case in SHARING]
 
 
-@pytest.mark.parametrize("settings", RUNS, ids=str)
+@pytest.mark.parametrize("settings", thinned(RUNS, 3), ids=str)
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_costs_what_torch_counts(case, settings, cached):

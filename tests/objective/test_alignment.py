@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, to_transformers
+from conftest import ROOT, thinned, to_transformers
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -90,7 +90,7 @@ def by_hand(pixels, side, mean=IMAGENET[0], std=IMAGENET[1]):
 # the target
 
 
-@pytest.mark.parametrize(("name", "prefix"), [(DINOV2, 1), (REGISTERS, 5)])
+@pytest.mark.parametrize(("name", "prefix"), thinned([(REGISTERS, 5), (DINOV2, 1)], 2))
 def test_vit_features_are_the_patch_tokens_of_the_resampled_network(files, name, prefix):
     state = load_file(files(name))
     grid_tokens = 37 * 37

@@ -50,10 +50,10 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     "changes",
     [
         {},
-        {"recompute": [0, 2, 4]},
+        pytest.param({"recompute": [0, 2, 4]}, marks=pytest.mark.slow),
         {"recompute": [0, 3, 5], "forecast_order": 1},
-        {"recompute": [0, 2, 4], "solver": "heun"},
-        {"recompute": [0, 4], "cfg_interval": (0.0, 0.5)},
+        pytest.param({"recompute": [0, 2, 4], "solver": "heun"}, marks=pytest.mark.slow),
+        pytest.param({"recompute": [0, 4], "cfg_interval": (0.0, 0.5)}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

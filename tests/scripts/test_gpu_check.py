@@ -127,6 +127,7 @@ def broken(place):
     raise ValueError("the first line\nand another")
 
 
+@pytest.mark.slow
 def test_an_error_is_reported_and_the_other_checks_run(quick, tmp_path, monkeypatch):
     chosen = {
         "breaks": broken,

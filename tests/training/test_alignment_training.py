@@ -119,6 +119,7 @@ def test_a_row_that_spans_the_end_is_a_mean_over_the_aligned_steps(place, straig
     assert row["repa_loss"] == pytest.approx(sum(r["repa_loss"] for r in first) / 2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_irepa_resumes_with_its_convolution(place, monkeypatch):
     monkeypatch.chdir(place)
     chosen = ["alignment=irepa_dinov2_b" if "=repa" in option else option for option in options(place)]

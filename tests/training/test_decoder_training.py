@@ -85,6 +85,7 @@ def equal(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(place, with_small_dino):
     train("straight", *GAN)
     straight, killed = place / "runs" / "straight", place / "runs" / "killed"

@@ -161,6 +161,7 @@ def test_data_in256_rae_is_on_the_fly_without_alignment():
 REG = ["objective=reg", "autoencoder.class_token=true"]
 
 
+@pytest.mark.slow
 def test_reg_trains_samples_shares_and_exports(place):
     data, small = [*DATA, "data.root=pictures"], [each for each in SMALL if not each.startswith("data.")]
     small += ["trainer.validate_every=2", "optimizer.lr=0.01"]

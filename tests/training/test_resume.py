@@ -14,7 +14,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import full_disk_stream, picture_folder, refusal, rows, run_inside, succeed
+from conftest import full_disk_stream, picture_folder, refusal, rows, run_inside, succeed, thinned
 from late import written_late
 from safetensors.torch import load_file
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -107,8 +107,8 @@ ACCUMULATED = ["trainer.micro_batch_size=6", "trainer.num_workers=1"]
     ("stop", "options"),
     [
         (3, []),
-        (11, []),
-        (3, ACCUMULATED),
+        pytest.param(11, [], marks=pytest.mark.slow),
+        pytest.param(3, ACCUMULATED, marks=pytest.mark.slow),
         pytest.param(11, ACCUMULATED, marks=pytest.mark.slow),
         pytest.param(3, ["model=nano_ditdh"], marks=pytest.mark.slow),
         (11, ["model=nano_ditdh"]),
@@ -161,7 +161,7 @@ POINTS = {
 UNNAMED = ("while files are written", "before the manifest", "before it has its name")
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", thinned(POINTS, 2))
 def test_a_kill_while_saving_costs_nothing(straight, monkeypatch, point):
     """Killed at the checkpoint of step 8 or 12, perhaps in the thread that writes it while training
     continues; then the same command.
@@ -228,7 +228,7 @@ def saved_often(folder):
         return folder / train("often", "trainer.max_steps=8", "trainer.save_every=4")
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", thinned(DAMAGES, 2))
 def test_a_damaged_newest_is_named_and_the_one_before_used(straight, saved_often, caplog, damage):
     caplog.set_level("INFO")
     name = f"damaged_{damage}".replace(" ", "_")
@@ -380,12 +380,15 @@ def test_the_export_holds_the_ema_weights_and_stays():
 
 @pytest.mark.parametrize(
     ("reason", "ask"),
-    [
-        ("SIGTERM", lambda run: signal.raise_signal(signal.SIGTERM)),
-        ("SIGUSR1", lambda run: signal.raise_signal(signal.SIGUSR1)),
-        ("SIGINT", lambda run: signal.raise_signal(signal.SIGINT)),
-        ("the file STOP", lambda run: (run / "STOP").touch()),
-    ],
+    thinned(
+        [
+            ("SIGTERM", lambda run: signal.raise_signal(signal.SIGTERM)),
+            ("SIGUSR1", lambda run: signal.raise_signal(signal.SIGUSR1)),
+            ("SIGINT", lambda run: signal.raise_signal(signal.SIGINT)),
+            ("the file STOP", lambda run: (run / "STOP").touch()),
+        ],
+        3,
+    ),
 )
 def test_a_run_stops_on_request_and_goes_on(straight, monkeypatch, reason, ask):
     name = f"asked_{reason}".replace(" ", "_")
