@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,22 +27,43 @@ def enlarge(images: Tensor, min_side: int) -> Tensor:
     return nn.functional.interpolate(images.float(), scale_factor=factor, mode="bicubic").round().clamp(0, 255).byte()
 
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def caption_lines(caption: str, font: Font, width: int) -> str:
+    """Return a caption in one line or two, broken after a space or an underscore, none wider than
+    `width` px: what does not fit ends in "…".
+    """
+    lines = [""]
+    for word in re.findall(r"[^ _]*[ _]*", caption):
+        if len(lines) == 1 and lines[0] and font.getlength((lines[0] + word).rstrip()) > width:
+            lines.append("")
+        lines[-1] += word
+    for k, line in enumerate(lines):
+        while font.getlength(line.rstrip()) > width and len(line) > 1:
+            line = line.removesuffix("…")[:-1] + "…"
+        lines[k] = line.rstrip()
+    return "\n".join(lines)
+
+
 def image_grid(
     images: Tensor, columns: int, captions: list[str] | None = None, rows: list[str] | None = None, min_cell: int = 48
 ) -> np.ndarray:
-    """Return uint8 images (n, C, H, W) as one picture (H', W', 3), with captions below the images
-    and labels to the left of the rows.
+    """Return uint8 images (n, C, H, W) as one picture (H', W', 3), with captions below the images,
+    in two lines where one is too short, and labels to the left of the rows.
 
     Images narrower than `min_cell` px are enlarged.
     """
     images = enlarge(images, min_cell)
     n, channels, height, width = images.shape
     size = max(10, width // 14)  # px, of the font
+    font = ImageFont.load_default(size)
+    below = [caption_lines(caption, font, width) for caption in captions or []]
     if captions is not None:
-        room = torch.full((n, channels, size + 4, width), 255, dtype=torch.uint8)
+        num_lines = max(text.count("\n") + 1 for text in below)
+        room = torch.full((n, channels, num_lines * size + 4, width), 255, dtype=torch.uint8)
         images = torch.cat([images, room], dim=2)
     grid = make_grid(images, nrow=columns, padding=PADDING, pad_value=255).permute(1, 2, 0).numpy()
-    font = ImageFont.load_default(size)
     margin = 0 if rows is None else math.ceil(max(map(font.getlength, rows))) + 8
     picture = Image.fromarray(np.pad(grid, ((0, 0), (margin, 0), (0, 0)), constant_values=255))
     draw = ImageDraw.Draw(picture)
@@ -49,12 +71,10 @@ def image_grid(
     for k, row in enumerate(rows or []):
         middle = edge + k * (images.shape[2] + PADDING) + height / 2
         draw.text((margin - 4, middle), row, fill=(0, 0, 0), font=font, anchor="rm")
-    for k, caption in enumerate(captions or []):
+    for k, text in enumerate(below):
         left = margin + edge + (k % columns) * (width + PADDING) + width / 2
         top = edge + (k // columns) * (images.shape[2] + PADDING) + height
-        while font.getlength(caption) > width and len(caption) > 1:
-            caption = caption.removesuffix("…")[:-1] + "…"
-        draw.text((left, top), caption, fill=(0, 0, 0), font=font, anchor="ma")
+        draw.text((left, top), text, fill=(0, 0, 0), font=font, anchor="ma", align="center", spacing=0)
     return np.asarray(picture)
 
 

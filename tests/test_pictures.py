@@ -7,11 +7,11 @@ import sys
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
 from ddt.class_names import imagenet_synsets, readable
 from ddt.files import TEMPORARY
-from ddt.pictures import image_grid, write_png, write_pngs
+from ddt.pictures import caption_lines, image_grid, write_png, write_pngs
 
 
 def test_grid_enlarges_small_images():
@@ -24,7 +24,7 @@ def test_captions_stand_under_their_images_and_never_on_them():
     images = torch.full((5, 3, 64, 64), 7, dtype=torch.uint8)
     names = ["cat", "", "a very long name that cannot fit into sixty-four pixels", "dog", "cat"]
     picture = image_grid(images, 3, names)
-    cell, height = 66, 64 + 14 + 2
+    cell, height = 66, 64 + 2 * 10 + 4 + 2  # two lines, for the long name
     assert picture.shape == (2 * height + 2, 3 * cell + 2, 3)
     for k, name in enumerate(names):
         top, left = 2 + k // 3 * height, 2 + k % 3 * cell
@@ -34,6 +34,18 @@ def test_captions_stand_under_their_images_and_never_on_them():
     assert (picture[:, 66:68] == 255).all()  # between two cells nothing is written
     one, other = image_grid(images[:1], 1, ["cat"]), image_grid(images[:1], 1, ["dog"])
     assert not np.array_equal(one, other)
+
+
+def test_long_captions_break_between_words_and_end_where_they_do_not_fit():
+    font = ImageFont.load_default(10)
+    assert caption_lines("cat", font, 64) == "cat"
+    assert caption_lines("hubble_deep_field", font, 64) == "hubble_\ndeep_field"
+    assert caption_lines("golden retriever", font, 64) == "golden\nretriever"
+    for name in ("a very long name that cannot fit into it", "supercalifragilistic"):
+        lines = caption_lines(name, font, 64).split("\n")
+        assert len(lines) <= 2
+        assert lines[-1].endswith("…")
+        assert max(map(font.getlength, lines)) <= 64
 
 
 def test_rows_are_named_beside_their_images():
