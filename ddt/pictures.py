@@ -35,7 +35,7 @@ def caption_lines(caption: str, font: Font, width: int) -> str:
     `width` px: what does not fit ends in "…".
     """
     lines = [""]
-    for word in re.findall(r"[^ _]*[ _]*", caption):
+    for word in re.findall(r"[^ _]+[ _]*|[ _]+", caption):
         if len(lines) == 1 and lines[0] and font.getlength((lines[0] + word).rstrip()) > width:
             lines.append("")
         lines[-1] += word
