@@ -310,8 +310,8 @@ def run(*command, cwd=ROOT, timeout=300, **environment):
 
 
 def thinned(values, every):
-    """Return values for parametrize, of which every so many-th runs by default, the others with
-    --slow.
+    """Return values, or tuples of them, for parametrize: every `every`-th from the first runs by
+    default, the others with --slow.
     """
     rows = [value if isinstance(value, tuple) else (value,) for value in values]
     return [pytest.param(*row, marks=() if n % every == 0 else pytest.mark.slow) for n, row in enumerate(rows)]

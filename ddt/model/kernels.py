@@ -2,9 +2,9 @@
 
 Left to itself, torch's compiler reads and writes the tokens several times where a block normalises
 them: for the heads of queries and keys, whose channel pairs turn, and in the backward pass of norm
-and modulation; and it reads SwiGLU's halves twice where it writes the gradients of both to one
-matrix. Each function here is one pass. Sums are taken in a fixed order, so equal inputs give equal
-bits. Shapes: B batch, N tokens, D width, M 1 or N, d width of a head, I inner width of a SwiGLU.
+and modulation; and it would read both halves of a SwiGLU once for the gradient of each. Each
+function here is one pass. Sums are taken in a fixed order, so equal inputs give equal bits. Shapes:
+B batch, N tokens, D width, M 1 or N, d width of a head, I inner width of a SwiGLU.
 """
 
 import torch
@@ -275,8 +275,8 @@ def launch_norm_backward(
 @triton_op("ddt::norm", mutates_args={})
 def norm(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return `rms_norm(x)·weight·(1 + scale) + shift`, (B, N, D), and a stand-in for x: a tensor of
-    its shape without values, through which `add_norm` sends the gradient by x back to here, so
-    that one kernel adds up x's gradients.
+    its shape whose values are never read, through which `add_norm` sends the gradient by x back to
+    here, so that one kernel adds up x's gradients.
 
     x: (B, N, D). weight: (D,). shift, scale: (B, M, D).
     """
@@ -302,7 +302,8 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return y = x + gate·branch and the norm of y, both (B, N, D); arguments as of `norm`.
 
-    The gradient by x goes to stand_in, that of x alone.
+    stand_in: from `norm(x)`; it receives x's gradient, and x itself gets none. branch: (B, N, D).
+    gate: (B, M, D).
     """
     x, branch, gate, shift, scale = x.contiguous(), branch.contiguous(), rows(gate), rows(shift), rows(scale)
     y = torch.empty_like(x)
@@ -378,7 +379,7 @@ def swiglu(ab: Tensor) -> Tensor:
 
 @triton_op("ddt::swiglu_backward", mutates_args={})
 def swiglu_backward(ab: Tensor, grad: Tensor) -> Tensor:
-    """Return the gradient of `swiglu` by ab."""
+    """Return the gradient (…, 2I) of `swiglu` by ab; grad: (…, I), that of its result."""
     ab, grad, inner = ab.contiguous(), grad.contiguous(), ab.shape[-1] // 2
     grad_ab = torch.empty_like(ab)
     grid = (grad.numel() // inner, triton.cdiv(inner, SWIGLU["CHANNELS"]))

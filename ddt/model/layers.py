@@ -347,7 +347,8 @@ class SwiGLU(nn.Module):
         if more:
             a, b = (F.linear(x, F.pad(layer.weight, (0, 0, 0, more))) for layer in (self.w1, self.w3))
             return F.linear(F.silu(a) * b, F.pad(self.w2.weight, (0, more)))
-        if runs_kernels(x) and torch.is_grad_enabled():  # one product, and one each for its gradients
+        casts = x.dtype != self.w1.weight.dtype  # where weights are not, a copy of them would be kept for the gradients
+        if casts and runs_kernels(x) and torch.is_grad_enabled():  # one product, and one each for its gradients
             return self.w2(gated(F.linear(x, torch.cat([self.w1.weight, self.w3.weight]))))
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ddt.distributed.compile import missing_compiler
 from ddt.distributed.prepare import gather_network, local_part, shard
 from ddt.model import Denoiser
 
@@ -24,12 +23,6 @@ Array = NDArray[np.float64]
 
 
 @functools.cache  # every step asks
-def runs_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels can be compiled and run on a device."""
-    return device.type == "cuda" and missing_compiler(device) is None
-
-
-@functools.cache
 def power_exponent(std: float) -> float:
     """Return the exponent γ of the power-function average whose profile is `std` wide, relative to
     the length of training.
@@ -118,9 +111,13 @@ class EMA(Generic[Network]):
         self.rule = rule
         self.model: Network = copy.deepcopy(model).float().requires_grad_(False).eval()
         self.outline: Network | None = None  # the network without weights, where `model` is sharded
+        self.compiled = False
 
-    def place(self, device: torch.device, sharded: bool) -> None:
-        """Move the EMA to the device of its updates, or shard it."""
+    def place(self, device: torch.device, sharded: bool, compiled: bool = False) -> None:
+        """Move the EMA to the device of its updates, or shard it; compiled: as the network is, by
+        Triton on GPUs.
+        """
+        self.compiled = compiled and device.type == "cuda"
         if sharded:
             self.outline = copy.deepcopy(self.model).to("meta")
             shard(cast(Denoiser, self.model))  # the only networks that are sharded
@@ -149,9 +146,8 @@ class EMA(Generic[Network]):
         sync.
         """
         emas, parts = (list(map(local_part, parameters)) for parameters in (self.parameters, weights))
-        device = emas[0].device
-        rate = torch.as_tensor(self.rule.rate(step) * (1 - skipped), dtype=torch.float32).to(device)
-        if runs_triton(device):
+        rate = torch.as_tensor(self.rule.rate(step) * (1 - skipped), dtype=torch.float32).to(emas[0].device)
+        if self.compiled:
             from ddt.training.ema_kernel import lerp_  # needs Triton
 
             lerp_(emas, parts, rate)

@@ -2,14 +2,13 @@
 memory.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 CHUNK = 8192  # values that a program of the kernel updates
+MAX_TABLES = 64  # a run has one for each of its EMAs; those of earlier runs are forgotten
 
 
 @triton.jit
@@ -25,19 +24,24 @@ def _lerp_kernel(table, rate, CHUNK: tl.constexpr):
     tl.store(ema + i, tl.where(share < 0.5, a + share * (b - a), b - (1 - share) * (b - a)), inside)
 
 
-@functools.lru_cache(maxsize=8)  # tensors stay where they are from step to step
-def chunk_table(
-    emas: tuple[int, ...], weights: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
-) -> Tensor:
-    """Return (chunks, 3) int64 on the device: the addresses of a chunk's EMA and weights, and the
-    number of its values. emas, weights: addresses of float32 tensors of `sizes` values.
+def chunk_table(emas: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """Return (chunks, 3) int64 on the tensors' device: the addresses of a chunk's EMA and weights,
+    and the number of its values. AssertionError for tensors that the kernel would misread.
     """
-    rows = [
-        (ema + 4 * first, weight + 4 * first, min(CHUNK, size - first))
-        for ema, weight, size in zip(emas, weights, sizes, strict=True)
-        for first in range(0, size, CHUNK)
-    ]
-    return torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    rows = []
+    for ema, weight in zip(emas, weights, strict=True):
+        assert ema.dtype == weight.dtype == torch.float32, "the EMA and its weights are float32"
+        assert (ema.device, ema.shape, ema.stride()) == (weight.device, weight.shape, weight.stride())
+        rows += [
+            (ema.data_ptr() + 4 * first, weight.data_ptr() + 4 * first, min(CHUNK, ema.numel() - first))
+            for first in range(0, ema.numel(), CHUNK)
+        ]
+    device = emas[0].device
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").reshape(-1, 3)
+    return table.to(device, non_blocking=True)
+
+
+tables: dict[tuple[tuple[int, int], ...], Tensor] = {}  # tensors stay where they are from step to step
 
 
 @torch.library.custom_op("ddt::lerp_", mutates_args={"emas"})
@@ -45,6 +49,12 @@ def lerp_(emas: list[Tensor], weights: list[Tensor], rate: Tensor) -> None:
     """`ema ← ema + rate·(weights − ema)` for lists of float32 tensors of equal shapes and strides,
     without gaps; rate: a float32 scalar on their device.
     """
-    places = (tuple(tensor.data_ptr() for tensor in tensors) for tensors in (emas, weights))
-    table = chunk_table(*places, tuple(ema.numel() for ema in emas), rate.device)
-    _lerp_kernel[(len(table),)](table, rate, CHUNK=CHUNK, num_warps=8)
+    places = tuple((tensor.data_ptr(), tensor.numel()) for tensor in (*emas, *weights))
+    if places not in tables:
+        if len(tables) == MAX_TABLES:
+            tables.clear()
+        tables[places] = chunk_table(emas, weights)
+    table = tables[places]
+    if len(table):  # a process may hold no row of a sharded network
+        with torch.cuda.device_of(rate):
+            _lerp_kernel[(len(table),)](table, rate, CHUNK=CHUNK, num_warps=8)

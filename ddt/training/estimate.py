@@ -335,7 +335,7 @@ def flops(recipe: Recipe) -> dict[str, float]:
 # --- memory
 
 
-BATCH = 10_007  # images of a counted batch, a prime: the sizes that it divides are those that grow with it
+BATCH = 10_007  # images of a counted batch: a prime, which divides the bytes of what grows with the batch alone
 
 
 class Products(TorchDispatchMode):

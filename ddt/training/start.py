@@ -285,7 +285,7 @@ def resume_or_start(run: Run, accelerator: Accelerator, compiled: bool) -> tuple
         compile_blocks(objective.denoiser, dynamic=False)  # all micro-batches have one size
     model = prepare(objective, accelerator, trainer.parallelism, trainer.mixed_precision, trainer.reshard_after_forward)
     for ema in emas.values():
-        ema.place(accelerator.device, sharded=trainer.parallelism == "fsdp")
+        ema.place(accelerator.device, sharded=trainer.parallelism == "fsdp", compiled=compiled)
     optimizer = settings.optimizer.build(named_parameters=objective.named_parameters())
     state = TrainingState(objective, optimizer, emas, accelerator, trainer.mixed_precision)
     if newest is not None:

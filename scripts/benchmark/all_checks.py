@@ -48,6 +48,7 @@ CHECKS: dict[str, Check] = {
     "bf16 against fp32": (checks.bf16_against_fp32, 60),
     "autoencoder and target": (checks.frozen_networks, 60),
     "autoencoder's speed": (speed.autoencoder, 30),
+    "EMA": (speed.ema, 30),
     "many processes": (checks.many_processes, 90),
     "deterministic": (checks.deterministic, 90),
     "fp16": (checks.fp16, 90),

@@ -246,7 +246,7 @@ class OurTraining:
         self.objective = FlowMatching(model, alignment=loss).to(setup.device)
         self.target, self.autocast = target, setup.autocast
         ema = EMA(model, ConstantDecay(0.9999))
-        ema.place(setup.device, sharded=False)
+        ema.place(setup.device, sharded=False, compiled=setup.compile)
         self.model = prepare(self.objective, setup.accelerator, "ddp")
         optimizer = adamw(self.objective.named_parameters(), **RECIPE)
         self.state = TrainingState(self.objective, optimizer, {"ema": ema}, setup.accelerator, setup.dtype)
@@ -358,7 +358,7 @@ def ema(setup: Setup) -> Iterator[Case]:
     with torch.no_grad():  # EMA weights that differ from the weights
         for parameter in (*plain.ema.parameters(), *ours.model.parameters()):
             parameter.mul_(1.5)
-    ours.place(setup.device, sharded=False)
+    ours.place(setup.device, sharded=False, compiled=setup.compile)
     step = functools.partial(ours.update, list(model.parameters()), 1, torch.zeros((), device=setup.device))
 
     def after(update: Callable[[], None], network: torch.nn.Module) -> Tensor:

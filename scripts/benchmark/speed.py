@@ -246,6 +246,16 @@ def against_plain(place: Place) -> Iterator[Finding]:
             torch.compiler.reset()
 
 
+def ema(place: Place) -> Iterator[Finding]:
+    """The EMA's update of the large model beside the plain one, whose numbers agree."""
+    model, latent, *_ = place.size.beside_plain
+    for case in parts.ema(setup_of(place, model, latent)):
+        for row in measure(case, place.device, 1.0, 3, place.deadline):  # no products, so no share of their rate
+            if row["way"] == "ours":
+                yield Finding(f"{model}: relative error", row["error"], high=case.tolerance)
+            yield Finding(f"{model}: {row['way']}", f"{1000 * row['seconds']:.2f} ms")
+
+
 def small_batches(place: Place) -> Iterator[Finding]:
     """Sampling of few images by CUDA graphs beside the same without: milliseconds, and bits."""
     model, latent, batches = place.size.small_batches

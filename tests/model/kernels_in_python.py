@@ -6,6 +6,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -32,7 +33,9 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def compare(name: str, ours, plain, inputs: list[Tensor]) -> None:
-    """Print the errors of outputs, and of their gradients by the inputs, of a function."""
+    """Print the errors of outputs, and of their gradients by the inputs, of a function, and whether
+    gradients have the inputs' dtypes.
+    """
     a = [value.clone().requires_grad_() for value in inputs]
     b = [value.double().requires_grad_() for value in inputs]
     out, expected = ours(*a), plain(*b)
@@ -111,14 +114,17 @@ def main() -> None:
             lambda ab: (torch.nn.functional.silu(ab[..., :20]) * ab[..., 20:],),
             [ab],
         )
-    for rate in (0.0, 1e-4, 0.7, 1.0):  # tensors of less than a chunk, a whole one, and more
-        emas, weights = ([torch.randn(n) for n in (1, 64, 200)] for _ in range(2))
+    for rate in (0.0, 1e-4, 0.7, 1.0):  # tensors of less than a chunk, a whole one, none, and more
+        emas, weights = ([torch.randn(n) for n in (1, 64, 0, 200)] for _ in range(2))
         expected = [(a.double() + rate * (b.double() - a.double())) for a, b in zip(emas, weights, strict=True)]
         ema_kernel.lerp_(emas, weights, torch.tensor(rate))
         equal = [torch.equal(a, b) for a, b in zip(emas, weights, strict=True)]
+        del emas[2], expected[2]  # has no norm
         print(f"lerp_torch.float32_{rate}", relative(emas, expected), 0.0, all(equal) == (rate == 1))
-    for m in (1, 6):
-        block = layers.Block(WIDTH, HEADS)
+    ema_kernel.lerp_([torch.zeros(0)], [torch.zeros(0)], torch.tensor(0.5))  # launches nothing
+    published = dataclasses.replace(layers.DDT_STYLE, bias=True)  # DiT^DH's SwiGLU
+    for m, style in ((1, layers.DDT_STYLE), (6, layers.DDT_STYLE), (6, published)):
+        block = layers.Block(WIDTH, HEADS, style=style)
         for parameter in block.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
         at = layers.positions(D, 3, 2, torch.device("cpu"))
@@ -131,7 +137,16 @@ def main() -> None:
             grads = torch.autograd.grad(out.square().sum(), [a, b, *block.parameters()])
             with torch.no_grad():
                 results.append([out, block(x, c, at), *grads])
-        print(f"block_torch.float32_{m}", relative(results[0], [value.double() for value in results[1]]), 0.0, True)
+        error = relative(results[0], [value.double() for value in results[1]])
+        print(f"block_torch.float32_{m}_{style.bias}", error, 0.0, True)
+    mlp, x = layers.SwiGLU(WIDTH), torch.randn(B, 6, WIDTH).bfloat16().requires_grad_()
+    results = []
+    for use in (True, False):
+        layers.runs_kernels = lambda x, use=use: use
+        with torch.autocast("cpu", torch.bfloat16):  # weights are cast: w1 and w3 in one product
+            out = mlp(x)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), [x, *mlp.parameters()])])
+    print("mlp_torch.bfloat16", relative(results[0], [value.double() for value in results[1]]), 0.0, True)
 
 
 if __name__ == "__main__":

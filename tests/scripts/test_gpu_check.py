@@ -127,17 +127,16 @@ def broken(place):
     raise ValueError("the first line\nand another")
 
 
-@pytest.mark.slow
 def test_an_error_is_reported_and_the_other_checks_run(quick, tmp_path, monkeypatch):
     chosen = {
         "breaks": broken,
         "golden numbers": checks.golden_numbers,
         "two processes": lambda place: (_ for _ in ()).throw(NotRun("one GPU")),
         "not finite": lambda place: [Finding("loss", float("nan"), high=1)],
-        "device against CPU": checks.device_against_cpu,
+        "last": lambda place: [Finding("loss", 0.5, high=1)],
     }
     monkeypatch.setattr(all_checks, "CHECKS", {name: (function, 60) for name, function in chosen.items()})
-    monkeypatch.setattr("ddt.model.layers.rotate", lambda x, cos, sin: x)  # on every device, so that these agree
+    monkeypatch.setattr("ddt.model.layers.rotate", lambda x, cos, sin: x)
     out = tmp_path / "out"
     done = run_inside("scripts.benchmark.gpu_check", f"out={out}", *TINY)
     assert done.returncode == 1
@@ -148,7 +147,7 @@ def test_an_error_is_reported_and_the_other_checks_run(quick, tmp_path, monkeypa
         "golden numbers": "failed",
         "two processes": "not run",
         "not finite": "failed",
-        "device against CPU": "passed",
+        "last": "passed",
     }
     text = (out / "gpu_check.md").read_text()
     assert ["breaks", "ValueError: the first line", "", "", "failed"] in [row[:5] for row in table(text)]

@@ -91,7 +91,7 @@ def num_parameters(module):
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    thinned([("b_8en4de", 130_262_800), ("l_20en4de", 457_648_144), ("xl_22en6de", 674_646_352)], 3),
+    thinned([("xl_22en6de", 674_646_352), ("b_8en4de", 130_262_800), ("l_20en4de", 457_648_144)], 3),
 )
 def test_published_recipes_have_the_parameters_and_flops_of_the_method(name, parameters):
     recipe = recipe_of(f"model={name}", "data=in256", "sampler.recompute=uniform:5")

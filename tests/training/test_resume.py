@@ -106,9 +106,9 @@ ACCUMULATED = ["trainer.micro_batch_size=6", "trainer.num_workers=1"]
 @pytest.mark.parametrize(
     ("stop", "options"),
     [
-        (3, []),
-        pytest.param(11, [], marks=pytest.mark.slow),
-        pytest.param(3, ACCUMULATED, marks=pytest.mark.slow),
+        pytest.param(3, [], marks=pytest.mark.slow),
+        (11, []),
+        (3, ACCUMULATED),
         pytest.param(11, ACCUMULATED, marks=pytest.mark.slow),
         pytest.param(3, ["model=nano_ditdh"], marks=pytest.mark.slow),
         (11, ["model=nano_ditdh"]),
