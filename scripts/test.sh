@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash scripts/test.sh [--slow] [pytest arguments]: style, types, import layers, tests. --slow adds soak,
-# browser, mutation and documentation tests.
+# browser, mutation, documentation and other long tests.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
 
 select=(-m "not slow")
