@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, refusal, succeed, thinned
+from conftest import ROOT, refusal, succeed
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -13,11 +13,12 @@ from ddt.figures import STYLE, WIDTH, label_lines, log_scale, log_ticks, pyplot,
 from ddt.training.tracking import title
 
 NUMBERS = ROOT / "docs" / "benchmarks"
-REPORTS = sorted(
-    path
-    for pattern in ("benchmark_b_cpu", "encoder_depth_*", "guidance_search_*", "sharing_curve_*")
-    for path in NUMBERS.glob(f"{pattern}.json")
-)
+KINDS = ("benchmark_b_cpu", "encoder_depth_*", "guidance_search_*", "sharing_curve_*")
+REPORTS = [  # the first of each kind by default
+    pytest.param(path, marks=pytest.mark.slow if number else (), id=path.stem)
+    for kind in KINDS
+    for number, path in enumerate(sorted(NUMBERS.glob(f"{kind}.json")))
+]
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def check_style(figure):
     assert min(place.x0, place.y0, width - place.x1, height - place.y1) > -0.02
 
 
-@pytest.mark.parametrize("report", thinned(REPORTS, 3), ids=lambda path: path.stem)
+@pytest.mark.parametrize("report", REPORTS)
 def test_the_figures_of_the_docs_are_redrawn_from_their_numbers(drawn, tmp_path, report):
     succeed("scripts.plot_report", f"report={report}", f"out={tmp_path / 'x.png'}")
     (figure,) = drawn
