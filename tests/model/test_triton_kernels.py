@@ -1,19 +1,21 @@
 """The Triton kernels of compiled blocks, interpreted on a CPU; the card runs what is compiled."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from ddt.model import layers
 from ddt.model.layers import FusedSwiGLU, SwiGLU
 
 
 def test_kernels_agree_with_float64_and_blocks_with_those_without_them():
-    script = Path(__file__).with_name("kernels_in_python.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    script, environment = Path(__file__).with_name("kernels_in_python.py"), os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert len(rows) == 20

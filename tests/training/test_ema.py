@@ -1,5 +1,6 @@
 """The EMA weights."""
 
+import pytest
 import torch
 from conftest import small_network
 
@@ -43,3 +44,33 @@ def test_average_is_float32_apart_and_without_gradients():
     assert torch.equal(model.weight, before)
     assert not any(p.requires_grad for p in ema.model.parameters())
     assert all(p.dtype == torch.float32 for p in ema.model.parameters())
+
+
+def test_a_compiled_run_on_a_gpu_updates_by_the_kernel(monkeypatch):
+    from ddt.training import ema_kernel
+
+    calls = []
+    monkeypatch.setattr(ema_kernel, "lerp_", lambda *arguments: calls.append(arguments))
+    model = torch.nn.Linear(2, 3)
+    ema = EMA(model, ConstantDecay(0.75))
+    ema.place(torch.device("cpu"), sharded=False, compiled=True)
+    ema.update(model.parameters(), 1)
+    assert calls == []  # a CPU has no such kernel
+    ema.compiled = True  # as `place` finds on a GPU
+    ema.update(model.parameters(), 1, skipped=torch.tensor(0.0))
+    ((emas, weights, rate),) = calls
+    assert all(a is b for a, b in zip(emas, ema.parameters, strict=True))
+    assert all(a is b for a, b in zip(weights, model.parameters(), strict=True))
+    assert rate == 0.25
+    ema.update(model.parameters(), 1, skipped=torch.tensor(1.0))
+    assert calls[1][2] == 0
+
+
+def test_the_kernel_takes_no_tensors_that_it_would_misread():
+    from ddt.training.ema_kernel import chunk_table
+
+    ema = torch.zeros(2, 3)
+    assert chunk_table([ema], [torch.zeros(2, 3)]).tolist()[0][2] == 6
+    for other in (torch.zeros(2, 3).bfloat16(), torch.zeros(3, 2).T, torch.zeros(2, 2)):
+        with pytest.raises(AssertionError):
+            chunk_table([ema], [other])
