@@ -24,7 +24,7 @@ from ddt.errors import UserError, first_line
 from ddt.files import read_json, write_json, write_text
 from ddt.receipts import command_line, revision
 from ddt.tables import markdown_table
-from scripts.benchmark import checks, run, speed
+from scripts.benchmark import checks, commands, run, speed
 from scripts.benchmark.checks import SIZES, Finding, NotRun, Place
 from scripts.benchmark.settings import GpuCheckSettings
 
@@ -39,9 +39,9 @@ CHECKS: dict[str, Check] = {
     "golden numbers": (checks.golden_numbers, 60),
     "device against CPU": (checks.device_against_cpu, 60),
     "compiled against eager": (checks.compiled_against_eager, 90),
-    "resume": (checks.resume, 150),
-    "sampling": (checks.sampling, 180),
-    "short training": (checks.short_training, 120),
+    "resume": (commands.resume, 150),
+    "sampling": (commands.sampling, 180),
+    "short training": (commands.short_training, 120),
     "XL beside plain": (speed.against_plain, 180),
     "training of others": (functools.partial(speed.training, chosen="others"), 150),
     "sampling of others": (functools.partial(speed.sampling, chosen="others"), 90),
@@ -49,9 +49,11 @@ CHECKS: dict[str, Check] = {
     "autoencoder and target": (checks.frozen_networks, 60),
     "autoencoder's speed": (speed.autoencoder, 30),
     "EMA": (speed.ema, 30),
-    "many processes": (checks.many_processes, 90),
-    "deterministic": (checks.deterministic, 90),
-    "fp16": (checks.fp16, 90),
+    "FSDP": (checks.sharded, 90),
+    "many processes": (commands.many_processes, 90),
+    "deterministic": (commands.deterministic, 90),
+    "fp16": (commands.fp16, 90),
+    "end to end": (commands.end_to_end, 330),
     "training of few images": (speed.training_graphs, 90),  # last: a graph whose capture fails breaks what follows
     "small batches": (speed.small_batches, 120),
 }

@@ -1,47 +1,35 @@
-"""The checks of gpu_check.py: functions from a `Place` to findings.
+"""The checks of gpu_check.py that compare numbers: functions from a `Place` to findings.
 
-The first ones compare numbers in this process; the others run the entry points, each in a process
-with a time limit. Errors of vectors are relative, ‖a − b‖ / ‖b‖. Shapes: B batch, C H W latents.
+Errors of vectors are relative, ‖a − b‖ / ‖b‖. Shapes: B batch, C H W latents.
 """
 
+import contextlib
 import copy
 import dataclasses
 import math
-import os
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import ddt
-from ddt.checkpoint import format as ckpt
 from ddt.config import group_values, locate
-from ddt.data.images import FASHION_ROOTS
-from ddt.data.photos import PHOTOS, photo
 from ddt.distributed.compile import compile_blocks
-from ddt.errors import UserError
-from ddt.files import read_json
+from ddt.distributed.prepare import shard
 from ddt.metrics.features import exact_arithmetic
 from ddt.objective import FlowMatching
-from ddt.training.stopping import read_status
-from ddt.training.tracking import read_rows
 from scripts.benchmark import golden
 from scripts.benchmark.parts import CHANNELS, CLASSES, random_batch, without_zeros
 from scripts.benchmark.timing import Row
 
-ROOT = Path(__file__).resolve().parents[2]
 FLOAT32 = 1e-4  # rounding through a deep network; TF32 gives 1e-3
 BF16 = (1e-3, 3e-2)  # below it nothing was rounded to bf16, above it more than operands
 BF16_LATENTS = (1e-4, 3e-2)  # which are for the most part the noise
-BF16_LOSS = 1e-2  # two halves of a batch round to bf16 in other places
-FP16_LOSS = 5e-2  # the first steps may be skipped
 Dtype = Literal["fp32", "bf16"]
 Latent = tuple[int, int]  # channels, side
 
@@ -71,6 +59,19 @@ class Finding:
 
 
 @dataclasses.dataclass(frozen=True)
+class EndToEnd:
+    """How much the commands of `commands.end_to_end` do."""
+
+    settings: tuple[str, ...]  # of train.py
+    classes: int  # of one image each
+    images: int  # of a training step
+    steps: int
+    samples: int
+    sampling: tuple[str, ...]  # settings of sample.py
+    evaluated: int  # images
+
+
+@dataclasses.dataclass(frozen=True)
 class Size:
     """How large the networks and runs of the checks are."""
 
@@ -95,6 +96,7 @@ class Size:
     small_batches: tuple[str, Latent, tuple[int, ...]]  # model, latent, numbers of images
     few_images: tuple[tuple[str, Latent, tuple[int, ...]], ...]  # trained: model, latent, numbers of images
     vae_images: int  # encoded and decoded for the time
+    end_to_end: EndToEnd
 
 
 SMALL = {"hidden_size": 32, "num_heads": 2, "depth": 2, "encoder_depth": 1}
@@ -114,6 +116,10 @@ SIZES = {
         sampled={"XL": (("xl_22en6de", KL, 32),), "others": (("xl_ditdh", RAE, 32),)},
         beside_plain=("xl_22en6de", KL, 64, 32), small_batches=("xl_22en6de", KL, (1, 4, 16)), vae_images=32,
         few_images=(("xl_22en6de", KL, (16, 32)), ("b_8en4de", KL, (32,))),
+        end_to_end=EndToEnd(
+            settings=("model=xl_22en6de",), classes=1000, images=128, steps=24,
+            samples=512, sampling=("num_steps=50", "compile=true"), evaluated=10_000,
+        ),
     ),
     "tiny": Size(
         models=("nano", "nano"), changes=SMALL, latent_size=8, batch_size=2, image_size=32,
@@ -125,6 +131,10 @@ SIZES = {
         sampled={"XL": (("nano", TINY, 2),), "others": (("nano", TINY, 1),)},
         beside_plain=("nano", TINY, 2, 2), small_batches=("nano", TINY, (1,)), vae_images=2,
         few_images=(("nano", TINY, (1,)),),
+        end_to_end=EndToEnd(
+            settings=(*SMALL_RUN, "alignment.align_depth=1", "trainer.mixed_precision=fp32"),
+            classes=6, images=4, steps=4, samples=8, sampling=("num_steps=5", "batch_size=4"), evaluated=12,
+        ),
     ),
 }  # fmt: skip
 
@@ -308,6 +318,42 @@ def compiled_against_eager(place: Place) -> list[Finding]:
     return findings
 
 
+@contextlib.contextmanager
+def one_process_group(device: torch.device) -> Iterator[None]:
+    """Make this process the only one of a process group, by NCCL or, on a CPU, gloo."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@exact_arithmetic()
+def sharded(place: Place) -> Iterator[Finding]:
+    """Compare a network sharded by FSDP2 over one process, gathers, casts and hooks as over many,
+    with the whole one: gradients in float32, eager, and in bf16, compiled.
+    """
+    batch = random_batch(place.size.batch_size, place.size.latent_size, place.device)
+    for dtype, compiled, bound in (("fp32", False, FLOAT32), ("bf16", True, BF16[1])):
+        whole = random_network(place, place.size.models[0], place.device)
+        parts = copy.deepcopy(whole)
+        if compiled:
+            for network in (whole, parts):
+                compile_blocks(network, dynamic=False)
+        expected = gradients(whole, batch, dtype)
+        with one_process_group(place.device):
+            shard(parts, dtype)
+            grads = [full(grad) for grad in gradients(parts, batch, dtype)]
+        yield Finding(f"{dtype}{', compiled' * compiled}: gradients", relative(grads, expected), high=bound)
+    torch.compiler.reset()
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Return all of a sharded tensor; any other is returned as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
 def randomize(network: nn.Module) -> nn.Module:
     """Fill a timm network with random values, for constants hide errors; return it."""
@@ -317,32 +363,40 @@ def randomize(network: nn.Module) -> nn.Module:
     return network
 
 
-def random_vae(place: Place) -> Any:
-    """Return SD-VAE with random weights, loaded as training loads it; NotRun without diffusers."""
+def random_vae(place: Place) -> Path:
+    """Return the folder of an SD-VAE with random weights; NotRun without diffusers."""
     try:
         import diffusers
     except ImportError as error:
         raise NotRun("diffusers is missing") from error
-    from ddt.autoencoder import KLAutoencoder
     from ddt.autoencoder.diffusers import SD_VAE
 
-    torch.manual_seed(0)
     folder = place.scratch / "vae"
     if not folder.exists():
+        torch.manual_seed(0)
         diffusers.AutoencoderKL.from_config(SD_VAE | place.size.vae).save_pretrained(folder)
-    return KLAutoencoder(str(folder))
+    return folder
+
+
+def random_target(place: Place) -> Path:
+    """Return the file of an alignment target with random weights."""
+    import timm
+    from safetensors.torch import save_file
+
+    file = place.scratch / "target.safetensors"
+    if not file.exists():
+        torch.manual_seed(0)
+        save_file(randomize(timm.create_model(place.size.target)).state_dict(), file)
+    return file
 
 
 @exact_arithmetic()
 def frozen_networks(place: Place) -> list[Finding]:
     """Compare autoencoder and alignment target, with random weights, with those of the CPU."""
-    import timm
-    from safetensors.torch import save_file
-
+    from ddt.autoencoder import KLAutoencoder
     from ddt.objective.alignment_target import Target
 
-    size, cpu, autoencoder = place.size, torch.device("cpu"), random_vae(place)
-    save_file(randomize(timm.create_model(size.target)).state_dict(), place.scratch / "target.safetensors")
+    size, cpu, autoencoder = place.size, torch.device("cpu"), KLAutoencoder(str(random_vae(place)))
     outputs: list[list[Tensor]] = []
     for device in (place.device, cpu):
         generator = torch.Generator().manual_seed(2)
@@ -351,7 +405,7 @@ def frozen_networks(place: Place) -> list[Finding]:
         autoencoder = autoencoder.to(device)
         side = autoencoder.latent_shape(3, size.image_size)[1]
         latents = torch.randn(2, CHANNELS, side, side, generator=generator).to(device)
-        target = Target(size.target, str(place.scratch / "target.safetensors"), size.image_size).to(device)
+        target = Target(size.target, str(random_target(place)), size.image_size).to(device)
         outputs.append([autoencoder.encode(pixels), autoencoder.decode(latents), target(pixels)])
     (moments, decoded, features), (moments_cpu, decoded_cpu, features_cpu) = outputs
     levels = (decoded.cpu().int() - decoded_cpu.int()).abs().max().item()
@@ -362,154 +416,7 @@ def frozen_networks(place: Place) -> list[Finding]:
     ]
 
 
-# --- entry points
-
-
-def call(place: Place, entry: str, *arguments: str, name: str, launcher: Sequence[str] = ()) -> None:
-    """Run an entry point (a file) in `Place.out`, its output in runs/logs/NAME.txt. launcher:
-    arguments of Python before it.
-
-    Raises RuntimeError where it fails.
-    """
-    log = place.out / "runs" / "logs" / f"{name}.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    packages = os.environ.get("PYTHONPATH")  # may lie in a folder of their own
-    path = str(ROOT) if packages is None else f"{ROOT}{os.pathsep}{packages}"
-    with log.open("w") as file:
-        done = subprocess.run(
-            [sys.executable, *launcher, str(ROOT / entry), *arguments], cwd=place.out, stdin=subprocess.DEVNULL,
-            stdout=file, stderr=subprocess.STDOUT, check=False, env={**os.environ, "PYTHONPATH": path},
-        )  # fmt: skip
-    if done.returncode:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise RuntimeError(f"{entry}: status {done.returncode}: {lines[-1] if lines else 'no output'}")
-
-
-def train(place: Place, name: str, *overrides: str, launcher: Sequence[str] = ()) -> Path:
-    """Train or resume runs/NAME and return its folder."""
-    quiet = ("trainer.validate_every=0", "trainer.preview_every=0", "trainer.num_workers=0", "trainer.save_every=0")
-    call(place, "train.py", *quiet, *overrides, f"name={name}", name=name, launcher=launcher)
-    return place.out / "runs" / name
-
-
-def images(place: Place) -> tuple[str, tuple[str, ...]]:
-    """Return name and settings of the images to train on: Fashion-MNIST, photos or digits."""
-    if place.size.digits_alone:
-        return "digits", ("data=digits",)
-    for root in FASHION_ROOTS:
-        if any(root.glob("train-images-idx3-ubyte*")):
-            return "fashion_mnist", ("experiment=fashion_mnist", f"data.root={root.absolute()}")
-    try:
-        for name in PHOTOS:
-            photo(name)
-    except UserError:  # scikit-image is missing
-        return "digits", ("data=digits",)
-    return "photos", ("data=photos", "model.patch_size=4")  # 256 tokens
-
-
-def briefly(place: Place, name: str, steps: int, *overrides: str, launcher: Sequence[str] = ()) -> Path:
-    """Train some steps in bf16, at a constant rate, so that a run's end can be moved."""
-    constant = ("trainer.lr_schedule=constant", "trainer.warmup_steps=0", "trainer.log_every=1")
-    batch = f"trainer.global_batch_size={place.size.run_images}"
-    settings = ("trainer.mixed_precision=bf16", f"trainer.max_steps={steps}", batch, *constant)
-    return train(place, name, *images(place)[1], *settings, *place.size.run, *overrides, launcher=launcher)
-
-
-def uninterrupted(place: Place) -> Path:
-    """Return the run without interruption, which several checks compare with."""
-    folder = place.out / "runs" / "uninterrupted"
-    if read_status(folder).get("state") != "done":
-        briefly(place, "uninterrupted", 2 * place.size.steps, "trainer.num_processes=1")
-    return folder
-
-
-def tensors(run: Path, step: int) -> dict[str, Tensor]:
-    """Return weights, EMA weights and optimizer state of a checkpoint, by file and name."""
-    folder, result = ckpt.checkpoint_folder(run, step), dict[str, Tensor]()
-    for name in ckpt.weights_names(folder):
-        result |= {f"{name} {key}": value for key, value in ckpt.read_weights(folder, name).items()}
-    for index, values in ckpt.read_train_state(folder)["optimizer"]["state"].items():
-        result |= {f"optimizer {index} {key}": value for key, value in values.items()}
-    return result
-
-
-def resume(place: Place) -> list[Finding]:
-    """Compare k steps, a stop and k more with 2k steps: weights, EMA, optimizer, bit for bit."""
-    steps = place.size.steps
-    for end in (steps, 2 * steps):
-        run = briefly(place, "resumed", end, "trainer.num_processes=1")
-    resumed, expected = tensors(run, 2 * steps), tensors(uninterrupted(place), 2 * steps)
-    assert resumed.keys() == expected.keys(), "the same tensors"
-    differ = sum(not torch.equal(resumed[key], value) for key, value in expected.items())
-    return [Finding(f"tensors of {len(expected)} that differ", differ, high=0)]
-
-
-def losses(run: Path) -> list[float]:
-    """Return the losses of a run's steps."""
-    return [row["loss"] for row in read_rows(run / "metrics.jsonl") if "loss" in row]
-
-
-def losses_beside(place: Place, run: Path, what: str) -> Finding:
-    """Compare the losses of a run with those of the uninterrupted one."""
-    pairs = list(zip(losses(run), losses(uninterrupted(place)), strict=True))
-    errors = [abs(a - b) / b for a, b in pairs]
-    return Finding(f"{len(pairs)} {what}: relative error", largest(errors), high=BF16_LOSS)
-
-
-def many_processes(place: Place) -> list[Finding]:
-    """Compare the losses under DDP, of two processes or on one GPU of one, with those without."""
-    n = 1 if place.device.type == "cuda" and torch.cuda.device_count() < 2 else 2
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}")
-    run = briefly(place, "many_processes", 2 * place.size.steps, launcher=launcher)
-    return [losses_beside(place, run, f"losses of DDP's {n}")]
-
-
-def deterministic(place: Place) -> list[Finding]:
-    """Compare the losses by deterministic algorithms alone with those by the fastest."""
-    changes = ("trainer.deterministic=true", "trainer.num_processes=1")
-    run = briefly(place, "deterministic", 2 * place.size.steps, *changes)
-    return [losses_beside(place, run, "losses by deterministic algorithms")]
-
-
-def fp16(place: Place) -> list[Finding]:
-    """Compare the last loss in fp16, in two micro-batches, with that in bf16 in one."""
-    half = f"trainer.micro_batch_size={place.size.run_images // 2}"
-    changes = ("trainer.mixed_precision=fp16", half, "trainer.num_processes=1")
-    run = briefly(place, "fp16", 2 * place.size.steps, *changes)
-    ours, other = losses(run)[-1], losses(uninterrupted(place))[-1]
-    skipped = read_rows(run / "metrics.jsonl")[-1]["skipped_steps"]
-    return [
-        Finding(f"last loss ({ours:.3f} for {other:.3f}): relative error", abs(ours - other) / other, high=FP16_LOSS),
-        Finding("steps skipped until the loss scale fits", skipped),
-    ]
-
-
-def sampling(place: Place) -> list[Finding]:
-    """Compare sets that must be equal (batch size, caching, compiling); check the default dtype."""
-    images, receipts = {}, {}
-    shared = ("dtype=fp32", "recompute=uniform:5")
-    for name, settings in {
-        "batches_of_4": (*shared, "batch_size=4"),
-        "batches_of_8": (*shared, "batch_size=8"),
-        "uncached": (*shared, "batch_size=8", "cache_gib=0"),
-        "compiled": (*shared, "batch_size=8", "compile=true"),
-        "default": (),
-    }.items():
-        out = place.out / "runs" / "samples" / name
-        common = (f"ckpt={uninterrupted(place)}", f"out={out}", "num_samples=16", "num_steps=10", "num_processes=1")
-        call(place, "sample.py", *common, *settings, name=f"samples_{name}")
-        images[name] = np.load(out / "samples.npz")["arr_0"].astype(int)
-        receipts[name] = read_json(out / "receipt.json")
-    assert receipts["batches_of_8"]["cached_modulations_bytes"] > 0, "modulations are cached"
-    expected, dtype = "bf16" if place.device.type == "cuda" else "fp32", receipts["default"]["request"]["dtype"]
-    pairs = {
-        "batches of 4 and 8": "batches_of_4", "modulations cached and not": "uncached", "compiled and not": "compiled",
-    }  # fmt: skip
-    levels = {what: int(np.abs(images["batches_of_8"] - images[name]).max()) for what, name in pairs.items()}
-    return [
-        *(Finding(f"{what}: grey levels", value, high=1) for what, value in levels.items()),
-        Finding(f"dtype by default is {expected}, by the receipt {dtype}", float(dtype == expected), low=1),
-    ]
+# --- words
 
 
 def rate(row: dict[str, Any]) -> str:
@@ -528,22 +435,3 @@ def speed(row: dict[str, Any]) -> str:
     if row["first"] not in (row["base"], row["way"]):
         parts.append(f"× {row['ratio_to_first']:.2f} of {row['first']}")
     return ", ".join(parts)
-
-
-def short_training(place: Place) -> list[Finding]:
-    """Train on real images in bf16 and sample a grid, OUT/grid.png."""
-    name, settings = images(place)
-    common = ("trainer.mixed_precision=bf16", "trainer.num_processes=1", "trainer.log_every=10", *place.size.short)
-    run = train(place, "training", *settings, *common)
-    rows = read_rows(run / "metrics.jsonl")
-    losses = [row["loss"] for row in rows]
-    part = max(1, len(losses) // 10)  # a tenth of the rows: one is the mean of ten steps
-    first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
-    samples = run / "samples"
-    call(place, "sample.py", f"ckpt={run}", f"out={samples}", "num_processes=1", name="samples_training")
-    shutil.copyfile(samples / "grid.png", place.out / "grid.png")
-    return [
-        Finding(f"{name}: last loss over first ({last:.3f} over {first:.3f})", last / first, high=0.9),
-        Finding(f"{name}: steps skipped", rows[-1]["skipped_steps"], high=0),
-        Finding(f"{name}: training", rate(rows[-1])),
-    ]

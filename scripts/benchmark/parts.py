@@ -485,18 +485,23 @@ def checkpoint(setup: Setup) -> Iterator[Case]:
     yield Case("checkpoint", "written", ways, 0, 0.0)
 
 
-def features(setup: Setup) -> Iterator[Case]:
-    """Inception features of an npz of 256×256 px images, beside batches in memory."""
+def write_random_inception(weights: Path) -> None:
+    """Write a file as torch-fidelity's of the Inception network, of random weights."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class RandomInception(FeatureExtractorInceptionV3):
         def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
             """Leave the random weights."""
 
-    n, batch_size, weights = NUM_IMAGES, 64, setup.folder / "inception.pth"
     torch.manual_seed(7)
-    torch.save({}, weights)
+    torch.save({}, weights)  # of the constructor
     torch.save(RandomInception("inception-v3-compat", ["2048"], str(weights)).state_dict(), weights)
+
+
+def features(setup: Setup) -> Iterator[Case]:
+    """Inception features of an npz of 256×256 px images, beside batches in memory."""
+    n, batch_size, weights = NUM_IMAGES, 64, setup.folder / "inception.pth"
+    write_random_inception(weights)
     extractor = InceptionFeatures(weights, batch_size, setup.device)
     pixels = np.random.default_rng(0).integers(0, 256, (n, 256, 256, 3), dtype=np.uint8)
     np.savez(setup.folder / "samples.npz", arr_0=pixels)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ddt.autoencoder import KLAutoencoder
 from ddt.config import group_values, locate
 from ddt.distributed.compile import compile_blocks, compiles
 from ddt.distributed.graphs import block_work, uses_graphs
@@ -278,7 +279,7 @@ def small_batches(place: Place) -> Iterator[Finding]:
 
 def autoencoder(place: Place) -> Iterator[Finding]:
     """Encoding and decoding by SD-VAE of random weights, as training and sampling do it."""
-    vae, size = random_vae(place).to(place.device), place.size
+    vae, size = KLAutoencoder(str(random_vae(place))).to(place.device), place.size
     images = torch.randint(256, (size.vae_images, 3, size.image_size, size.image_size), dtype=torch.uint8)
     pixels = images.to(place.device)
     with torch.no_grad():
