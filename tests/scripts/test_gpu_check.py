@@ -9,13 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, refusal, run_inside
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
 
-from scripts.benchmark import all_checks, checks, packages
+from scripts.benchmark import all_checks, checks, commands, packages
 from scripts.benchmark.checks import SIZES, Finding, NotRun, Place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +24,7 @@ TINY = ["device=cpu", "size=tiny"]
 
 
 def call_inside(place, entry, *arguments, name, launcher=()):
-    """Call an entry point as `checks.call` does, but here; under a launcher, in two processes."""
+    """Call an entry point as `commands.call` does, but here; under a launcher, in two processes."""
     arguments += ("trainer.num_processes=2",) if launcher else ()
     state = Singleton.get_state()
     GlobalHydra.instance().clear()
@@ -41,7 +42,7 @@ def call_inside(place, entry, *arguments, name, launcher=()):
 def quick(monkeypatch, tmp_path):
     """Leave out what is slow on a CPU: processes and C++ kernels."""
     compile_blocks = torch.nn.Module.compile
-    monkeypatch.setattr(checks, "call", call_inside)
+    monkeypatch.setattr(commands, "call", call_inside)
     cheap = {"backend": "aot_eager"}
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_blocks(self, **options | cheap))
     monkeypatch.setattr("scripts.benchmark.run.MATMUL_SIZE", {"cpu": 256})
@@ -182,30 +183,74 @@ def test_each_difference_is_noticed(tmp_path, monkeypatch):
     assert found["fp32 graphs compiled"] == "failed"
 
 
+def test_a_sharded_network_with_other_gradients_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)  # of the bf16 half
+    place = place_in(tmp_path)
+    assert [found.result for found in checks.sharded(place)] == ["passed", "passed"]
+    monkeypatch.setattr(checks, "full", lambda gradient: 1.1 * getattr(gradient, "full_tensor", lambda: gradient)())
+    assert [found.result for found in checks.sharded(place)] == ["failed", "failed"]
+
+
+def test_losses_and_metrics_from_files_to_metrics_are_compared(tmp_path, monkeypatch):
+    losses, metrics = {"from_files": [1.0, 1.0], "from_cache": [1.0, 1.0]}, {"fid": 1.0, "sfid": 2.0}
+
+    def call(place, entry, *arguments, name):
+        runs = place.out / "runs"
+        folder = runs / (name if name in losses else name.replace("samples_", "samples/"))
+        folder.mkdir(parents=True, exist_ok=True)
+        if entry == "train.py":
+            rows = [{"step": n + 1, "loss": loss, "images_per_second": 9.0} for n, loss in enumerate(losses[name])]
+            (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        elif entry == "sample.py":
+            np.savez(folder / "samples.npz", arr_0=np.zeros((5, 8, 8, 3), np.uint8))
+            (folder / "receipt.json").write_text(json.dumps({"images_per_second": 9.0}))
+        elif entry == "evaluate.py":
+            (runs / "metrics").mkdir(exist_ok=True)
+            (runs / "metrics" / "metrics.json").write_text(json.dumps({**metrics, "labels": dict.fromkeys(metrics)}))
+            found.append(len(np.load(place.scratch / "copies.npz")["arr_0"]))
+
+    def results():
+        folder = tmp_path / str(len(found))
+        folder.mkdir()
+        return {row.what: row.result for row in commands.end_to_end(place_in(folder)) if row.result != "measured"}
+
+    found = []
+    for name in ("random_vae", "random_target"):
+        monkeypatch.setattr(commands, name, lambda place: place.scratch / "network")
+    monkeypatch.setattr(commands, "write_random_inception", lambda file: None)
+    monkeypatch.setattr(commands, "call", call)
+    assert list(results().values()) == ["passed", "passed"]
+    losses["from_cache"], metrics["sfid"] = [1.0, 1.02], None
+    assert list(results().values()) == ["failed", "failed"]
+    assert found == [SIZES["tiny"].end_to_end.evaluated] * 2
+
+
 def test_runs_that_differ_are_noticed(tmp_path, monkeypatch):
     place, zero = place_in(tmp_path), torch.zeros(3)
-    monkeypatch.setattr(checks, "briefly", lambda place, name, *_, **__: Path(name))
-    monkeypatch.setattr(checks, "uninterrupted", lambda place: Path("uninterrupted"))
-    monkeypatch.setattr(checks, "tensors", lambda run, step: {"a": zero, "b": zero + (run.name == "resumed") * 1e-7})
-    assert checks.resume(place) == [Finding("tensors of 2 that differ", 1, high=0)]
+    monkeypatch.setattr(commands, "briefly", lambda place, name, *_, **__: Path(name))
+    monkeypatch.setattr(commands, "uninterrupted", lambda place: Path("uninterrupted"))
+    monkeypatch.setattr(commands, "tensors", lambda run, step: {"a": zero, "b": zero + (run.name == "resumed") * 1e-7})
+    assert commands.resume(place) == [Finding("tensors of 2 that differ", 1, high=0)]
     losses = {"uninterrupted": [1.0] * 4, "many_processes": [1.0, 1.0, 1.02, 1.0], "fp16": [1.0, 1.0, 1.0, 1.1]}
     last = {"skipped_steps": 0.0}
-    monkeypatch.setattr(checks, "read_rows", lambda path: [{"loss": loss} | last for loss in losses[path.parent.name]])
-    assert checks.many_processes(place)[0].result == checks.fp16(place)[0].result == "failed"
+    monkeypatch.setattr(
+        commands, "read_rows", lambda path: [{"loss": loss} | last for loss in losses[path.parent.name]]
+    )
+    assert commands.many_processes(place)[0].result == commands.fp16(place)[0].result == "failed"
     losses |= {"many_processes": [1.0] * 4, "fp16": [1.0] * 4}
-    assert checks.many_processes(place)[0].result == checks.fp16(place)[0].result == "passed"
+    assert commands.many_processes(place)[0].result == commands.fp16(place)[0].result == "passed"
     losses |= {"many_processes": [1.0, math.nan, 1.0, 1.0], "fp16": [math.nan] * 4}
-    assert checks.many_processes(place)[0].result == checks.fp16(place)[0].result == "failed"
+    assert commands.many_processes(place)[0].result == commands.fp16(place)[0].result == "failed"
 
 
 def test_a_process_that_fails_is_one_line_and_one_that_hangs_is_ended(tmp_path):
     fails, hangs = tmp_path / "fails.py", tmp_path / "hangs.py"
     fails.write_text("import sys; print('why'); sys.exit(3)")
     with pytest.raises(RuntimeError, match=r"fails.py: status 3: why$"):
-        checks.call(place_in(tmp_path), str(fails), name="fails")
+        commands.call(place_in(tmp_path), str(fails), name="fails")
     hangs.write_text("import time; time.sleep(60)")
     start = time.monotonic()
-    hanging = lambda place: checks.call(place, str(hangs), name="hangs")  # noqa: E731
+    hanging = lambda place: commands.call(place, str(hangs), name="hangs")  # noqa: E731
     (row,) = all_checks.rows_of("hangs", (hanging, 0.5), place_in(tmp_path))
     assert (row["result"], row["what"]) == ("not run", "cut after 0.5 s, the most that it may take")
     assert time.monotonic() - start < 30
@@ -216,7 +261,7 @@ def test_processes_find_packages_of_the_search_path(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     script = tmp_path / "imports.py"
     script.write_text("import carried, ddt")
-    checks.call(place_in(tmp_path), str(script), name="imports")
+    commands.call(place_in(tmp_path), str(script), name="imports")
 
 
 @pytest.mark.parametrize(
