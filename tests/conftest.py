@@ -11,6 +11,7 @@ import json
 import logging
 import mmap
 import os
+import pickle
 import resource
 import shutil
 import subprocess
@@ -26,7 +27,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from omegaconf import open_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -45,6 +48,28 @@ TIMINGS = (
 )  # fmt: skip
 GOLDEN = ROOT / "tests" / "golden"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers side by side share the cores
+
+
+@pytest.fixture(scope="session", autouse=True)
+def settings_are_parsed_once():
+    """Let Hydra parse each file of settings once, and again where it changed: a third of what a
+    refused command costs, and hundreds are called in a process.
+    """
+    load, parsed = ConfigRepository.load_config, dict[object, bytes]()
+
+    def load_once(repository, config_path):
+        source = repository._find_object_source(config_path=config_path, object_type=ObjectType.CONFIG)
+        if source is None:
+            return load(repository, config_path)
+        file = Path(source.path.removeprefix("file://"), source._normalize_file_name(config_path))
+        key = source.path, config_path, (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None
+        if key not in parsed:
+            parsed[key] = pickle.dumps(load(repository, config_path))
+        return pickle.loads(parsed[key])  # a copy, which overrides change
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConfigRepository, "load_config", load_once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def root(*overrides):
     return [*overrides, *extra]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", thinned(MODELS, 3))
 def test_every_model_builds(model):
     choice = train_settings(f"model={model}").model
     with torch.device("meta"):
@@ -85,7 +85,7 @@ def test_every_model_builds(model):
     assert sum(halves) == depths[split if kind == "dit" else kind]
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", thinned(CHOICES, 3))
 def test_every_choice_composes_and_builds(choice):
     given = ["init_from=null"] if choice in ("experiment=xl_512", "experiment=finetune") else []
     check(infer(train_settings(*root(choice), *given)))
@@ -240,75 +240,78 @@ def test_the_command_line_wins_over_the_data():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["model=xl_22en6de", "data=in256"], "data.root: not set; give data.root=…"),
-        (["data=in256", "data.root=."], "alignment.align_depth=8: the encoder has 4 blocks, choose 1..4"),
-        (["model=b_8en4de", "data=in256", "data.root=/no"], "data.root=/no: no such folder"),
-        (["alignment=repa_dinov2_b", "alignment.target=dinov2"], "alignment.target=dinov2: timm has no model"),
-        (
-            ["alignment=repa_dinov2_b", "alignment.align_depth=2", "alignment.weights=no.pth"],
-            "alignment.weights=no.pth: ",
-        ),
-        (["init_from=runs/none"], "init_from=runs/none: no such file or folder, and runs/ is the folder of runs"),
-        (["experiment=xl_512", "data.root=."], "init_from: not set; give init_from="),
-        (["model.encoder_dept=3"], "model.encoder_dept: no such setting; did you mean model.encoder_depth?"),
-        (["+model.foo=1"], "model.foo: no such setting"),
-        (
-            ["objective=reg", "objective.base_depth=2"],
-            "objective.base_depth: no such setting of objective=reg; objective=flow_matching has it",
-        ),
-        (["modle=nano"], "modle: no such setting; did you mean model?"),
-        (["model=nanoo"], "model=nanoo: no such choice; did you mean nano?"),
-        (["trainer.max_steps=abc"], "trainer.max_steps=abc: give a whole number or epochs such as 80epochs"),
-        (["trainer.max_steps=-1epochs"], "trainer.max_steps=-1epochs: give a whole number or epochs"),
-        (["trainer.max_steps=1e8epochs"], "trainer.max_steps=1e8epochs: give a whole number or epochs"),
-        (["trainer.max_steps=99999999epochs"], "trainer.max_steps=99999999epochs: too many; give fewer"),
-        (["trainer.log_every=2.5"], "trainer.log_every=2.5: give a whole number"),
-        (
-            ["model.encoder_depth=6"],
-            "model.encoder_depth=6 leaves no encoder or no decoder: with model.depth=6 choose 1..5",
-        ),
-        (["model.num_heads=5"], "model.num_heads=5 does not divide model.hidden_size=96"),
-        (["trainer.micro_batch_size=7"], "trainer.micro_batch_size=7 does not divide the 64 images"),
-        (["sampler.cfg_interval=[0.7,0.3]"], "sampler.cfg_interval=[0.7,0.3]: needs 0 <= lo < hi <= 1"),
-        (["data=folder", "data.root=/no/such"], "data.root=/no/such: no such folder"),
-        (["name=../elsewhere"], "name=../elsewhere: give a folder name"),
-        (["seed=-1"], "seed=-1: must be at least 0"),
-        (["objective.label_dropout=2"], "objective.label_dropout=2.0: must lie in 0..1"),
-        (["trainer.mixed_precision=fp8"], "trainer.mixed_precision=fp8: give 'bf16'"),
-        (["trainer.max_steps"], "Error parsing override"),
-        (["optimizer.lr=abc"], "optimizer.lr=abc: give a number"),
-        (["optimizer.lr=-1"], "optimizer.lr=-1.0: must be above 0"),
-        (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9]: "),
-        (["optimizer._target_=torch.optim.Foo"], "optimizer._target_: cannot be set; choose a whole file"),
-        (["sampler.cfg_scale=inf"], "sampler.cfg_scale=inf: give a finite number"),
-        (["model=dit_b", "sampler.recompute=[0]"], "sampler.recompute=[0]: this model has no encoder to share"),
-        (["model.patch_size=3"], "model.patch_size=3 does not divide the latent size 8×8"),
-        (["+foo=1"], "foo: no such setting"),
-        (["trainer.num_processes=0"], "trainer.num_processes=0: must be at least 1"),
-        (["data=null"], "data=null: no such choice; choose from digits, "),
-        (["model=[nano,dit_b]"], "model=[nano,dit_b]: no such choice"),
-        (["model=[1]"], "model=[1]: no such choice"),
-        (["~model"], "~model: a setting cannot be removed"),
-        (["name.x=1"], "name.x: no such setting"),
-        (["name="], "name=: give a folder name"),
-        (
-            [f"name={'a' * 201}"],
-            f"name={'a' * 201}: give a folder name of letters, digits and _.=,+-, at most 200 bytes",
-        ),
-        (["++model._partial_=true"], "model._partial_: cannot be set"),
-        (["trainer.max_steps={_target_:os.getcwd}"], "trainer.max_steps._target_: cannot be set"),
-        (["trainer.num_workers=100000"], "trainer.num_workers=100000: must be at most 128"),
-        (["trainer.global_batch_size=1000000000000"], "trainer.global_batch_size=1000000000000: must be at most"),
-        (["trainer.max_steps=1e30"], "trainer.max_steps=1e+30: give a whole number"),
-        (["trainer.ema_powers=[1e-300]"], "trainer.ema_powers=[1e-300]: give a number"),
-        (["trainer.ema_powers=[1e-6]"], "trainer.ema_powers=[1e-06]: each is a relative standard deviation"),
-        (["model.hidden_size=1000000000"], "model.hidden_size=1000000000: must be at most 65,536"),
-        (["model.depth=1000000"], "model.depth=1000000: must be at most 1,000"),
-        (["model.hidden_size=65536", "model.depth=900"], "model: 6.96e+13 parameters are "),
-        (["data=photos", "data.crops=1000000000"], "data.crops=1000000000: must be at most"),
-        (["seed=99999999999999999999"], "seed=99999999999999999999: give a number that 64 bits"),
-    ],
+    thinned(
+        [
+            (["model=xl_22en6de", "data=in256"], "data.root: not set; give data.root=…"),
+            (["data=in256", "data.root=."], "alignment.align_depth=8: the encoder has 4 blocks, choose 1..4"),
+            (["model=b_8en4de", "data=in256", "data.root=/no"], "data.root=/no: no such folder"),
+            (["alignment=repa_dinov2_b", "alignment.target=dinov2"], "alignment.target=dinov2: timm has no model"),
+            (
+                ["alignment=repa_dinov2_b", "alignment.align_depth=2", "alignment.weights=no.pth"],
+                "alignment.weights=no.pth: ",
+            ),
+            (["init_from=runs/none"], "init_from=runs/none: no such file or folder, and runs/ is the folder of runs"),
+            (["experiment=xl_512", "data.root=."], "init_from: not set; give init_from="),
+            (["model.encoder_dept=3"], "model.encoder_dept: no such setting; did you mean model.encoder_depth?"),
+            (["+model.foo=1"], "model.foo: no such setting"),
+            (
+                ["objective=reg", "objective.base_depth=2"],
+                "objective.base_depth: no such setting of objective=reg; objective=flow_matching has it",
+            ),
+            (["modle=nano"], "modle: no such setting; did you mean model?"),
+            (["model=nanoo"], "model=nanoo: no such choice; did you mean nano?"),
+            (["trainer.max_steps=abc"], "trainer.max_steps=abc: give a whole number or epochs such as 80epochs"),
+            (["trainer.max_steps=-1epochs"], "trainer.max_steps=-1epochs: give a whole number or epochs"),
+            (["trainer.max_steps=1e8epochs"], "trainer.max_steps=1e8epochs: give a whole number or epochs"),
+            (["trainer.max_steps=99999999epochs"], "trainer.max_steps=99999999epochs: too many; give fewer"),
+            (["trainer.log_every=2.5"], "trainer.log_every=2.5: give a whole number"),
+            (
+                ["model.encoder_depth=6"],
+                "model.encoder_depth=6 leaves no encoder or no decoder: with model.depth=6 choose 1..5",
+            ),
+            (["model.num_heads=5"], "model.num_heads=5 does not divide model.hidden_size=96"),
+            (["trainer.micro_batch_size=7"], "trainer.micro_batch_size=7 does not divide the 64 images"),
+            (["sampler.cfg_interval=[0.7,0.3]"], "sampler.cfg_interval=[0.7,0.3]: needs 0 <= lo < hi <= 1"),
+            (["data=folder", "data.root=/no/such"], "data.root=/no/such: no such folder"),
+            (["name=../elsewhere"], "name=../elsewhere: give a folder name"),
+            (["seed=-1"], "seed=-1: must be at least 0"),
+            (["objective.label_dropout=2"], "objective.label_dropout=2.0: must lie in 0..1"),
+            (["trainer.mixed_precision=fp8"], "trainer.mixed_precision=fp8: give 'bf16'"),
+            (["trainer.max_steps"], "Error parsing override"),
+            (["optimizer.lr=abc"], "optimizer.lr=abc: give a number"),
+            (["optimizer.lr=-1"], "optimizer.lr=-1.0: must be above 0"),
+            (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9]: "),
+            (["optimizer._target_=torch.optim.Foo"], "optimizer._target_: cannot be set; choose a whole file"),
+            (["sampler.cfg_scale=inf"], "sampler.cfg_scale=inf: give a finite number"),
+            (["model=dit_b", "sampler.recompute=[0]"], "sampler.recompute=[0]: this model has no encoder to share"),
+            (["model.patch_size=3"], "model.patch_size=3 does not divide the latent size 8×8"),
+            (["+foo=1"], "foo: no such setting"),
+            (["trainer.num_processes=0"], "trainer.num_processes=0: must be at least 1"),
+            (["data=null"], "data=null: no such choice; choose from digits, "),
+            (["model=[nano,dit_b]"], "model=[nano,dit_b]: no such choice"),
+            (["model=[1]"], "model=[1]: no such choice"),
+            (["~model"], "~model: a setting cannot be removed"),
+            (["name.x=1"], "name.x: no such setting"),
+            (["name="], "name=: give a folder name"),
+            (
+                [f"name={'a' * 201}"],
+                f"name={'a' * 201}: give a folder name of letters, digits and _.=,+-, at most 200 bytes",
+            ),
+            (["++model._partial_=true"], "model._partial_: cannot be set"),
+            (["trainer.max_steps={_target_:os.getcwd}"], "trainer.max_steps._target_: cannot be set"),
+            (["trainer.num_workers=100000"], "trainer.num_workers=100000: must be at most 128"),
+            (["trainer.global_batch_size=1000000000000"], "trainer.global_batch_size=1000000000000: must be at most"),
+            (["trainer.max_steps=1e30"], "trainer.max_steps=1e+30: give a whole number"),
+            (["trainer.ema_powers=[1e-300]"], "trainer.ema_powers=[1e-300]: give a number"),
+            (["trainer.ema_powers=[1e-6]"], "trainer.ema_powers=[1e-06]: each is a relative standard deviation"),
+            (["model.hidden_size=1000000000"], "model.hidden_size=1000000000: must be at most 65,536"),
+            (["model.depth=1000000"], "model.depth=1000000: must be at most 1,000"),
+            (["model.hidden_size=65536", "model.depth=900"], "model: 6.96e+13 parameters are "),
+            (["data=photos", "data.crops=1000000000"], "data.crops=1000000000: must be at most"),
+            (["seed=99999999999999999999"], "seed=99999999999999999999: give a number that 64 bits"),
+        ],
+        3,
+    ),
 )
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)

@@ -195,6 +195,7 @@ def run_installed(program, *arguments, cwd):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_wheel_has_commands_and_settings(installed, tmp_path):
     assert {path.name for path in installed.glob("ddt-*")} == {"ddt-app", "ddt-evaluate", "ddt-sample", "ddt-train"}
     assert "ddt.data.images.Digits" in run_installed(installed / "ddt-train", "--cfg", "job", cwd=tmp_path)

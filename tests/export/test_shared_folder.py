@@ -69,6 +69,7 @@ def run_alone(python, folder, jobs):
     return [each[..., None] if each.ndim == 3 else each for each in images]
 
 
+@pytest.mark.slow
 def test_it_samples_the_images_of_sample_py(alone, tmp_path):
     """Bit for bit, by arguments of a call: of latents, with a base head, of a DiT^DH, of an RAE."""
     vae = small_vae(tmp_path / "vae", levels=2, scaling_factor=0.5, shift_factor=0.1)

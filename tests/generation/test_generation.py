@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, inputs, refusal, small_checkpoint, small_ddt, small_network, small_vae, succeed
+from conftest import ROOT, inputs, refusal, small_checkpoint, small_ddt, small_network, small_vae, succeed, thinned
 from PIL import Image
 
 import ddt
@@ -568,32 +568,38 @@ def test_the_same_set_again_is_unchanged_and_another_is_refused(run_folder, tmp_
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [
-        ("classes=[7]", "classes=[7]: the model has classes 0..4"),
-        ("seeds=[1.5]", "seeds=[1.5]: "),
-        ("sampler=rk9", "sampler=rk9: "),
-        ("num_steps=true", "num_steps=true: give a number"),
-        ("recompute=uniform:5", "recompute=uniform:5: choose 1..num_steps=4 (uniform:1 shares nothing"),
-        ("cfg_interval=[0.31,0.32]", "cfg_interval=[0.31,0.32]: guides none of the 4 steps, whose times are 0.000, "),
-        ("dtype=int8", "dtype=int8: give 'bf16', 'fp16' or 'fp32' or null"),
-        ("num_stepz=4", "num_stepz: no such setting; did you mean num_steps?"),
-        ("batch_size=0", "batch_size=0: must be at least 1"),
-        ("num_processes=-1", "num_processes=-1: must be at least 1"),
-        ("cfg_scale=inf", "cfg_scale=inf: give a finite number"),
-        (
-            "recompute=missing.json",
-            "recompute=missing.json: no such file; python -m scripts.studies.sharing.fit writes",
-        ),
-        ("sde_last=euler", "sde_last=euler: has no effect with sampler=euler"),
-        ("guide=nowhere", "nowhere: no such folder"),
-        ("png=some", "png=some: "),
-        ("png=-1", "png=-1: give a number of images, or all"),
-        ("cache_gib=-1", "cache_gib=-1.0: must be at least 0"),
-        ("reference=x.npz", "reference: no such setting"),
-        ("~num_steps", "~num_steps: a setting cannot be removed"),
-        ("ckpt=nothing", "nothing: no such folder; give a run folder"),
-        ("experiment=nothing", "experiment=nothing: no such choice"),
-    ],
+    thinned(
+        [
+            ("classes=[7]", "classes=[7]: the model has classes 0..4"),
+            ("seeds=[1.5]", "seeds=[1.5]: "),
+            ("sampler=rk9", "sampler=rk9: "),
+            ("num_steps=true", "num_steps=true: give a number"),
+            ("recompute=uniform:5", "recompute=uniform:5: choose 1..num_steps=4 (uniform:1 shares nothing"),
+            (
+                "cfg_interval=[0.31,0.32]",
+                "cfg_interval=[0.31,0.32]: guides none of the 4 steps, whose times are 0.000, ",
+            ),
+            ("dtype=int8", "dtype=int8: give 'bf16', 'fp16' or 'fp32' or null"),
+            ("num_stepz=4", "num_stepz: no such setting; did you mean num_steps?"),
+            ("batch_size=0", "batch_size=0: must be at least 1"),
+            ("num_processes=-1", "num_processes=-1: must be at least 1"),
+            ("cfg_scale=inf", "cfg_scale=inf: give a finite number"),
+            (
+                "recompute=missing.json",
+                "recompute=missing.json: no such file; python -m scripts.studies.sharing.fit writes",
+            ),
+            ("sde_last=euler", "sde_last=euler: has no effect with sampler=euler"),
+            ("guide=nowhere", "nowhere: no such folder"),
+            ("png=some", "png=some: "),
+            ("png=-1", "png=-1: give a number of images, or all"),
+            ("cache_gib=-1", "cache_gib=-1.0: must be at least 0"),
+            ("reference=x.npz", "reference: no such setting"),
+            ("~num_steps", "~num_steps: a setting cannot be removed"),
+            ("ckpt=nothing", "nothing: no such folder; give a run folder"),
+            ("experiment=nothing", "experiment=nothing: no such choice"),
+        ],
+        3,
+    ),
 )
 def test_wrong_input_is_one_line(run_folder, argument, message):
     (line,) = refusal("sample", f"ckpt={run_folder}", argument).splitlines()

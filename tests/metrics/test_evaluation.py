@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, picture, refusal, succeed
+from conftest import GOLDEN, picture, refusal, succeed, thinned
 from PIL import Image
 
 from ddt.data.images import ArrayImages, Digits
@@ -237,24 +237,30 @@ def test_images_must_be_as_many_as_their_header_says(tmp_path, shape):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["samples=x", "reference=data:photos", "features=digits"], "features=digits reference=data:photos: "),
-        (["samples=x", "reference=y", "features=digits"], "features=digits reference=y: "),
-        (
-            ["samples=x", "reference=data:digits", "features=digits", "inception_weights=z"],
-            "inception_weights=z: has no effect with features=digits",
-        ),
-        (["samples=SAMPLES", "reference=y", "num_processes=0"], "num_processes=0: must be at least 1"),
-        (["samples=SAMPLES", "reference=y", "num_processes=1000000000"], "num_processes=1000000000: choose at most "),
-        (["samples=SAMPLES", "reference=y", "features.batch_size=99999999999999999999"], "features.batch_size=9"),
-        (["samples=x", "reference=y", "pr_dtype=float64"], "pr_dtype=float64: give 'float16' or 'float32'"),
-        (["samples=x", "reference=y", "features.batch_size=0"], "features.batch_size=0: "),
-        (["samples=x", "reference=y", "features=none"], "features=none: measures nothing"),
-        (["samples=x", "reference=data:digitz"], "reference=data:digitz: give data:NAME"),
-        (["samples=x", "reference=data:in256"], "reference=data:in256: data.root would have to be known"),
-        (["samples=x", "reference=data:digits", "features=digits", "features.epochs=0"], "features.epochs=0: "),
-        (["samples=x", "features=digits"], "reference: not set; give reference=…"),
-    ],
+    thinned(
+        [
+            (["samples=x", "reference=data:photos", "features=digits"], "features=digits reference=data:photos: "),
+            (["samples=x", "reference=y", "features=digits"], "features=digits reference=y: "),
+            (
+                ["samples=x", "reference=data:digits", "features=digits", "inception_weights=z"],
+                "inception_weights=z: has no effect with features=digits",
+            ),
+            (["samples=SAMPLES", "reference=y", "num_processes=0"], "num_processes=0: must be at least 1"),
+            (
+                ["samples=SAMPLES", "reference=y", "num_processes=1000000000"],
+                "num_processes=1000000000: choose at most ",
+            ),
+            (["samples=SAMPLES", "reference=y", "features.batch_size=99999999999999999999"], "features.batch_size=9"),
+            (["samples=x", "reference=y", "pr_dtype=float64"], "pr_dtype=float64: give 'float16' or 'float32'"),
+            (["samples=x", "reference=y", "features.batch_size=0"], "features.batch_size=0: "),
+            (["samples=x", "reference=y", "features=none"], "features=none: measures nothing"),
+            (["samples=x", "reference=data:digitz"], "reference=data:digitz: give data:NAME"),
+            (["samples=x", "reference=data:in256"], "reference=data:in256: data.root would have to be known"),
+            (["samples=x", "reference=data:digits", "features=digits", "features.epochs=0"], "features.epochs=0: "),
+            (["samples=x", "features=digits"], "reference: not set; give reference=…"),
+        ],
+        3,
+    ),
 )
 def test_wrong_input_is_one_line(arguments, message, tmp_path):
     samples = write(tmp_path / "x.npz", arr_0=np.zeros((3, 8, 8, 3), dtype=np.uint8))

@@ -111,7 +111,7 @@ def test_vit_features_are_the_patch_tokens_of_the_resampled_network(files, name,
 @pytest.mark.parametrize(
     ("name", "num_features", "size"),
     [
-        ("vit_base_patch14_dinov2.lvd142m", 768, 256),
+        pytest.param("vit_base_patch14_dinov2.lvd142m", 768, 256, marks=pytest.mark.slow),
         (DINOV2, 384, 512),
         pytest.param("vit_base_patch14_dinov2.lvd142m", 768, 512, marks=pytest.mark.slow),
     ],
@@ -278,7 +278,7 @@ def refused(call, *words):
         assert word in message, message
 
 
-@pytest.mark.parametrize("name", [DINOV2, LITE0])
+@pytest.mark.parametrize("name", thinned([LITE0, DINOV2], 2))
 def test_weights_must_be_exactly_the_networks(files, tmp_path, name):
     lost = "blocks.2.norm1.weight" if name == DINOV2 else "blocks.2.0.bn1.running_mean"
 

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import inputs, refusal, small_ddt, succeed
+from conftest import inputs, refusal, small_ddt, succeed, thinned
 
 from ddt.distributed.prepare import make_accelerator
 from ddt.training.throughput import target_flops
@@ -204,7 +204,7 @@ def small_target(monkeypatch):
     monkeypatch.setattr(measured_parts, "TARGET", "test_vit")
 
 
-@pytest.mark.parametrize("part", ["loader", "checkpoint", "activations", "ema", "optimizer", "features"])
+@pytest.mark.parametrize("part", thinned(["loader", "checkpoint", "activations", "ema", "optimizer", "features"], 2))
 def test_a_part_agrees_with_its_plain_reference(tmp_path, monkeypatch, part):
     monkeypatch.setattr(measured_parts, "NUM_IMAGES", 2)
     (case,) = measured_parts.PARTS[part](setup_of(tmp_path))
@@ -267,24 +267,27 @@ def test_parts_after_the_deadline_are_not_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["parts=[speed]"], "parts=speed: no such part; choose from forward, sampling"),
-        (["parts=[]"], "parts=[]: names no part"),
-        (["batch_size=0"], "batch_size=0: must be at least 1, or max"),
-        (["batch_size=max"], "batch_size=max: asks for a GPU's memory"),
-        (["ratios=[0.8]"], "ratios=[0.8]: must begin with 0"),
-        (["ratios=[0,0.99]"], "ratios=[0.0, 0.99]: each is a share of the num_steps=50 steps"),
-        (["repeats=0"], "repeats=0: must be at least 1"),
-        (["minutes=0"], "minutes=0.0: must be above 0"),
-        (["latent_size=9"], "latent_size=9: must be a multiple of 2"),
-        (["sampling_batch_sizes=[]"], "sampling_batch_sizes=[]: give numbers"),
-        (["profile=true"], "profile=true: writes tables; give out=FOLDER"),
-        (["out=README.md"], "out=README.md: exists already and is not written over"),
-        (["model=nano"], "align_depth=8: the encoder has 4 blocks, choose 1..4"),
-        (["model=dit_b"], "model: the plain reference is a DDT whose decoder has attention"),
-        (["model=nano_ditdh"], "model: the plain reference is a DDT whose decoder has attention"),
-        (["model=nano", "model.decoder_hidden_size=128"], "model: the plain reference is a DDT whose decoder"),
-    ],
+    thinned(
+        [
+            (["parts=[speed]"], "parts=speed: no such part; choose from forward, sampling"),
+            (["parts=[]"], "parts=[]: names no part"),
+            (["batch_size=0"], "batch_size=0: must be at least 1, or max"),
+            (["batch_size=max"], "batch_size=max: asks for a GPU's memory"),
+            (["ratios=[0.8]"], "ratios=[0.8]: must begin with 0"),
+            (["ratios=[0,0.99]"], "ratios=[0.0, 0.99]: each is a share of the num_steps=50 steps"),
+            (["repeats=0"], "repeats=0: must be at least 1"),
+            (["minutes=0"], "minutes=0.0: must be above 0"),
+            (["latent_size=9"], "latent_size=9: must be a multiple of 2"),
+            (["sampling_batch_sizes=[]"], "sampling_batch_sizes=[]: give numbers"),
+            (["profile=true"], "profile=true: writes tables; give out=FOLDER"),
+            (["out=README.md"], "out=README.md: exists already and is not written over"),
+            (["model=nano"], "align_depth=8: the encoder has 4 blocks, choose 1..4"),
+            (["model=dit_b"], "model: the plain reference is a DDT whose decoder has attention"),
+            (["model=nano_ditdh"], "model: the plain reference is a DDT whose decoder has attention"),
+            (["model=nano", "model.decoder_hidden_size=128"], "model: the plain reference is a DDT whose decoder"),
+        ],
+        3,
+    ),
 )
 def test_wrong_settings_of_the_benchmark_are_one_line(arguments, message):
     said = refusal(BENCHMARK, *arguments)

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import refusal, small_checkpoint, small_ddt, succeed
+from conftest import refusal, small_checkpoint, small_ddt, succeed, thinned
 
 import ddt
 from ddt.checkpoint import format as ckpt
@@ -192,6 +192,7 @@ def test_one_cell_is_a_heat_map(search, tmp_path):
     assert (tmp_path / "one.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_a_complete_search_is_left_alone_and_another_refused(search, run_folder, caplog):
     caplog.set_level("INFO")
     before = {path: path.read_bytes() for path in search.rglob("*") if path.is_file()}
@@ -203,6 +204,7 @@ def test_a_complete_search_is_left_alone_and_another_refused(search, run_folder,
     assert {path: path.read_bytes() for path in search.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_killed_search_resumes(search, run_folder, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
     out = shutil.copytree(search, tmp_path / "cut")
@@ -288,6 +290,7 @@ def test_two_processes_find_the_same(run_folder, tmp_path):
     assert numbers(out[2]) == numbers(out[1])
 
 
+@pytest.mark.slow
 def test_samples_are_kept_where_asked_and_one_repeat_has_no_deviation(run_folder, tmp_path):
     """Single values in place of lists, several checkpoints, shared steps."""
     other, out = write_run(tmp_path / "other", step=4), tmp_path / "out"
@@ -314,26 +317,29 @@ def test_samples_are_kept_where_asked_and_one_repeat_has_no_deviation(run_folder
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [
-        (["metric=fid"], "metric=fid: features=digits measures fd_digits; choose from these"),
-        (["cfg_scale=[]"], "cfg_scale=[]: name at least one"),
-        (["cfg_scale=[2,2.0]"], "cfg_scale: names [2.0] twice; name each value once"),
-        (["cfg_interval=[[0.3,1],[0.3,1.0]]"], "cfg_interval: names [(0.3, 1.0)] twice"),
-        (["cfg_interval=[1,0.3]"], "cfg_interval=[1.0,0.3]: needs 0 <= lo < hi <= 1"),
-        (["cfg_interval=[null,[0.3]]"], "cfg_interval=[null,[0.3]]: "),
-        (["weights=[ema,raw]"], "weights=raw: "),
-        (["num_samples=1"], "num_samples=1: must lie in 2..1000000"),
-        (["repeats=0"], "repeats=0: must be at least 1"),
-        (["top=7"], "top=7: there are 6 points; choose at most so many"),
-        (["cache_gib=-1"], "cache_gib=-1.0: must be at least 0"),
-        (["recompute=[1,2]"], "recompute=[1, 2]: step 0 must be among them"),
-        (["sampler=adaptive", "timeshift=[1,2]"], "timeshift=1.0: sampler=adaptive chooses its own steps"),
-        (["forecast_order=1"], "forecast_order=1: has no effect without recompute="),
-        (["reference=data:photos"], "features=digits reference=data:photos: the classifier is trained on this"),
-        (["inception_weights=x.pth"], "inception_weights=x.pth: has no effect with features=digits"),
-        (["num_processes=0"], "num_processes=0: must be at least 1"),
-        (["top_k=4"], "top_k: no such setting; did you mean top?"),
-    ],
+    thinned(
+        [
+            (["metric=fid"], "metric=fid: features=digits measures fd_digits; choose from these"),
+            (["cfg_scale=[]"], "cfg_scale=[]: name at least one"),
+            (["cfg_scale=[2,2.0]"], "cfg_scale: names [2.0] twice; name each value once"),
+            (["cfg_interval=[[0.3,1],[0.3,1.0]]"], "cfg_interval: names [(0.3, 1.0)] twice"),
+            (["cfg_interval=[1,0.3]"], "cfg_interval=[1.0,0.3]: needs 0 <= lo < hi <= 1"),
+            (["cfg_interval=[null,[0.3]]"], "cfg_interval=[null,[0.3]]: "),
+            (["weights=[ema,raw]"], "weights=raw: "),
+            (["num_samples=1"], "num_samples=1: must lie in 2..1000000"),
+            (["repeats=0"], "repeats=0: must be at least 1"),
+            (["top=7"], "top=7: there are 6 points; choose at most so many"),
+            (["cache_gib=-1"], "cache_gib=-1.0: must be at least 0"),
+            (["recompute=[1,2]"], "recompute=[1, 2]: step 0 must be among them"),
+            (["sampler=adaptive", "timeshift=[1,2]"], "timeshift=1.0: sampler=adaptive chooses its own steps"),
+            (["forecast_order=1"], "forecast_order=1: has no effect without recompute="),
+            (["reference=data:photos"], "features=digits reference=data:photos: the classifier is trained on this"),
+            (["inception_weights=x.pth"], "inception_weights=x.pth: has no effect with features=digits"),
+            (["num_processes=0"], "num_processes=0: must be at least 1"),
+            (["top_k=4"], "top_k: no such setting; did you mean top?"),
+        ],
+        3,
+    ),
 )
 def test_a_wrong_search_is_one_line(run_folder, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import refusal, small_checkpoint, small_ddt, succeed
+from conftest import refusal, small_checkpoint, small_ddt, succeed, thinned
 
 from ddt.checkpoint import format as ckpt
 from ddt.sampling.cost import sampling_macs
@@ -77,13 +77,16 @@ def test_the_command_line_chooses_the_sampler_of_a_schedule(run_folder, tmp_path
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["out=s.txt"], "out=s.txt: give a .json file"),
-        (["budget=0"], "budget=0: must be at least 1"),
-        (["budget=7"], "budget=7: must lie in 1..num_steps=6"),
-        (["sampler=adaptive"], "sampler=adaptive: chooses its own steps"),
-        (["recompute=uniform:2"], "recompute: no such setting"),
-    ],
+    thinned(
+        [
+            (["out=s.txt"], "out=s.txt: give a .json file"),
+            (["budget=0"], "budget=0: must be at least 1"),
+            (["budget=7"], "budget=7: must lie in 1..num_steps=6"),
+            (["sampler=adaptive"], "sampler=adaptive: chooses its own steps"),
+            (["recompute=uniform:2"], "recompute: no such setting"),
+        ],
+        2,
+    ),
 )
 def test_a_wrong_fit_is_one_line(run_folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -194,6 +197,7 @@ def test_a_killed_curve_resumes_to_the_same_table(curve, run_folder, tmp_path, m
     assert quality(out) == quality(curve)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_mmap")
 def test_missing_unshared_images_are_sampled_again_also_without_mmap(curve, run_folder, tmp_path):
     out = tmp_path / "cut"
@@ -219,19 +223,22 @@ def test_a_complete_curve_is_left_alone_and_another_refused(curve, run_folder, c
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["rules=[foo]"], "rules=foo: give uniform or dp, with +1 or +2"),
-        (["rules=[dp+3]"], "rules=dp+3: give uniform or dp, with +1 or +2"),
-        (["rules=[]"], "rules=[]: name at least one"),
-        (["rules=[dp,dp]"], "rules=['dp', 'dp']: names one twice"),
-        (["budgets=[7]"], "budgets=7: must lie in 1..num_steps=6"),
-        (["budgets=[0]"], "budgets=0: must lie in 1..num_steps=6"),
-        (["budgets=[5]"], "budgets=5: no every r-th of 6 steps makes 5; choose 3, or dp rules alone"),
-        (["repeats=0"], "repeats=0: must be at least 1"),
-        (["num_samples=1"], "num_samples=1: must be at least 2; statistics need some"),
-        (["reference=data:photos"], "features=digits reference=data:photos: the classifier is trained on"),
-        (["features=inceptio"], "features=inceptio: no such choice; did you mean inception?"),
-    ],
+    thinned(
+        [
+            (["rules=[foo]"], "rules=foo: give uniform or dp, with +1 or +2"),
+            (["rules=[dp+3]"], "rules=dp+3: give uniform or dp, with +1 or +2"),
+            (["rules=[]"], "rules=[]: name at least one"),
+            (["rules=[dp,dp]"], "rules=['dp', 'dp']: names one twice"),
+            (["budgets=[7]"], "budgets=7: must lie in 1..num_steps=6"),
+            (["budgets=[0]"], "budgets=0: must lie in 1..num_steps=6"),
+            (["budgets=[5]"], "budgets=5: no every r-th of 6 steps makes 5; choose 3, or dp rules alone"),
+            (["repeats=0"], "repeats=0: must be at least 1"),
+            (["num_samples=1"], "num_samples=1: must be at least 2; statistics need some"),
+            (["reference=data:photos"], "features=digits reference=data:photos: the classifier is trained on"),
+            (["features=inceptio"], "features=inceptio: no such choice; did you mean inception?"),
+        ],
+        3,
+    ),
 )
 def test_a_wrong_curve_is_one_line(run_folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import composed, refusal, rows, succeed
+from conftest import composed, refusal, rows, succeed, thinned
 from safetensors.torch import load_file
 from test_alignment_training import SMALL
 
@@ -68,16 +68,22 @@ def test_a_checkpoint_without_it_is_refused_before_anything(place, monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["objective.base_depth=3"], "objective.base_depth=3: the encoder has 2 blocks, choose 1..2"),
-        (["objective.base_depth=1", "model=dit_nano"], "objective.base_depth=1: DiT has no encoder for a base head"),
-        (
-            ["objective.base_weight=0.5", "optimizer.lr=0.01"],
-            "objective.base_weight=0.5: has no effect without objective.base_depth=",
-        ),
-        (["objective.base_depth=1", "objective.base_weight=0"], "objective.base_weight=0.0: must be above 0"),
-        (["sampler.internal_scale=1.5"], "sampler.internal_scale=1.5: this model has no base head"),
-    ],
+    thinned(
+        [
+            (["objective.base_depth=3"], "objective.base_depth=3: the encoder has 2 blocks, choose 1..2"),
+            (
+                ["objective.base_depth=1", "model=dit_nano"],
+                "objective.base_depth=1: DiT has no encoder for a base head",
+            ),
+            (
+                ["objective.base_weight=0.5", "optimizer.lr=0.01"],
+                "objective.base_weight=0.5: has no effect without objective.base_depth=",
+            ),
+            (["objective.base_depth=1", "objective.base_weight=0"], "objective.base_weight=0.0: must be above 0"),
+            (["sampler.internal_scale=1.5"], "sampler.internal_scale=1.5: this model has no base head"),
+        ],
+        2,
+    ),
 )
 def test_wrong_settings_are_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

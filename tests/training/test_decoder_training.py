@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import composed, picture_folder, refusal, rows, run_inside, small_rae, succeed
+from conftest import composed, picture_folder, refusal, rows, run_inside, small_rae, succeed, thinned
 from decoders import small_dino, train_with_small_dino
 from late import written_late
 from PIL import Image
@@ -201,6 +201,7 @@ def test_the_learning_rates_are_those_of_the_public_code():
         assert [trainer.lr_factor(step) for step in range(len(expected))] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_epochs_of_stage_1_are_steps_of_its_images(place, with_small_dino):
     epochs = ("trainer.max_steps=2epochs", "trainer.warmup_steps=1epoch", "trainer.decay_end=2epochs")
     starts = ("reconstruction.discriminator_start=1epoch", "reconstruction.gan_start=1.5epochs")
@@ -248,7 +249,7 @@ def test_the_published_recipe_is_the_default():
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [
+    thinned([
         (["reconstruction.gan_weight=0", "reconstruction.discriminator_start=0", "reconstruction.gan_start=0"],
          "reconstruction.vgg_weights: not set; give torchvision's vgg16-397923af.pth"),
         ([*GAN, "reconstruction.dino_weights=none.pth"], "reconstruction.dino_weights=none.pth: no such file"),
@@ -262,7 +263,7 @@ def test_the_published_recipe_is_the_default():
         ([*L1, "data.channels=1"], "data: images of 1 channels and 16 px do not fit this autoencoder"),
         ([*L1, "steps=9"], "steps: has no effect here; choose from name, seed"),
         ([*L1, "autoencoder.encoder_weights=none"], "autoencoder.encoder_weights=none"),
-    ],
+    ], 3),
 )  # fmt: skip
 def test_mistakes_are_one_line_before_anything_is_written(place, more, message):
     (line,) = refusal("scripts.train_autoencoder", *arguments("wrong", *more)).splitlines()

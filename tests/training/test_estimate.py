@@ -445,6 +445,7 @@ def test_the_command_says_what_is_assumed_and_writes_a_file(tmp_path):
     assert found["time"]["training_gpu_hours"] == 2 * found["time"]["training_hours"]
 
 
+@pytest.mark.slow
 def test_growth_passes_through_the_recipe_itself(tmp_path):
     """Where an axis holds the recipe's own value, the curve has the estimate's number."""
     settings = composed(
@@ -496,28 +497,37 @@ def test_in_fp32_the_time_is_unknown():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["gpus=0"], "gpus=0: must be at least 1"),
-        (["gpus=3"], "trainer.global_batch_size=64 cannot be divided among 3 processes"),
-        (["trainer.num_processes=2"], "trainer.num_processes=2: has no effect here; give gpus=2"),
-        (["trainer.parallelism=fsdp"], "trainer.parallelism=fsdp: needs several processes"),
-        (["measured=x.json", "device=A100"], "device=A100: has no effect with measured="),
-        (["measured=nowhere.json"], "measured=nowhere.json: no such file; give a benchmark"),
-        (["memory_gb=0"], "memory_gb=0.0: must be above 0"),
-        (["share=2"], "share=2: must lie in 0..1"),
-        (["device=H900"], "device=H900: its rate is not known here; choose from H200, "),
-        (["data=folder"], "data.image_size: data=folder does not tell it without being opened; give data.image_size="),
-        (["data=folder_256"], "num_classes: data=folder_256 does not tell it without being opened; give num_classes="),
-        (["num_classes=7"], "num_classes=7: data=digits has 10; leave it out"),
-        (["num_classes=0"], "num_classes=0: must be at least 1"),
-        (["autoencoder=kl"], "autoencoder.source: not set; give autoencoder.source=…"),
-        (["model=dit_nano", "sampler.recompute=uniform:5"], "sampler.recompute: DiT has no encoder to share"),
-        (["sampler.solver=adaptive"], "sampler.solver=adaptive: chooses its own steps"),
-        (["sampler.recompute=dp:5"], "sampler.recompute=dp:5: is fitted to a trained model"),
-        (["model.patch_size=3"], "model.patch_size=3 does not divide the latent size 8×8"),
-        (["optimizer=adamw"], "optimizer: has no effect here"),
-        (["out=cost.txt"], "out=cost.txt: give a .json file"),
-    ],
+    thinned(
+        [
+            (["gpus=0"], "gpus=0: must be at least 1"),
+            (["gpus=3"], "trainer.global_batch_size=64 cannot be divided among 3 processes"),
+            (["trainer.num_processes=2"], "trainer.num_processes=2: has no effect here; give gpus=2"),
+            (["trainer.parallelism=fsdp"], "trainer.parallelism=fsdp: needs several processes"),
+            (["measured=x.json", "device=A100"], "device=A100: has no effect with measured="),
+            (["measured=nowhere.json"], "measured=nowhere.json: no such file; give a benchmark"),
+            (["memory_gb=0"], "memory_gb=0.0: must be above 0"),
+            (["share=2"], "share=2: must lie in 0..1"),
+            (["device=H900"], "device=H900: its rate is not known here; choose from H200, "),
+            (
+                ["data=folder"],
+                "data.image_size: data=folder does not tell it without being opened; give data.image_size=",
+            ),
+            (
+                ["data=folder_256"],
+                "num_classes: data=folder_256 does not tell it without being opened; give num_classes=",
+            ),
+            (["num_classes=7"], "num_classes=7: data=digits has 10; leave it out"),
+            (["num_classes=0"], "num_classes=0: must be at least 1"),
+            (["autoencoder=kl"], "autoencoder.source: not set; give autoencoder.source=…"),
+            (["model=dit_nano", "sampler.recompute=uniform:5"], "sampler.recompute: DiT has no encoder to share"),
+            (["sampler.solver=adaptive"], "sampler.solver=adaptive: chooses its own steps"),
+            (["sampler.recompute=dp:5"], "sampler.recompute=dp:5: is fitted to a trained model"),
+            (["model.patch_size=3"], "model.patch_size=3 does not divide the latent size 8×8"),
+            (["optimizer=adamw"], "optimizer: has no effect here"),
+            (["out=cost.txt"], "out=cost.txt: give a .json file"),
+        ],
+        3,
+    ),
     ids=str,
 )
 def test_wrong_settings_are_one_line(arguments, message):

@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import refusal, rows, small_ddt, succeed
+from conftest import refusal, rows, small_ddt, succeed, thinned
 
 from ddt.autoencoder import Identity
 from ddt.checkpoint.format import find_checkpoint, read_weights
@@ -171,20 +171,26 @@ def test_images_do_not_depend_on_how_they_are_drawn(tiny):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["trainer.eval_every=5"], "trainer.eval_every=5: needs features="),
-        (["features=digits"], "features=digits: has no effect with trainer.eval_every=0"),
-        (["reference=x.npz"], "reference=x.npz: has no effect without features="),
-        ([*WATCHED, "data=fashion_mnist"], "features=digits: is the classifier of another data set"),
-        ([*WATCHED, "reference=x.npz"], "reference=x.npz: features=digits compares with the training images"),
-        (["features=inception", "trainer.eval_every=5", "reference=x.npz"], "reference=x.npz: no such file"),
-        ([*WATCHED, "trainer.eval_samples=1"], "trainer.eval_samples=1: must lie in 2..1000000"),
-        ([*WATCHED, "trainer.eval_samples=100000000000"], "trainer.eval_samples=100000000000: must lie in 2..1000000"),
-        ([*WATCHED, "inception_weights=x.pth"], "inception_weights=x.pth: has no effect with features=digits"),
-        (["inception_weights=x.pth"], "inception_weights=x.pth: has no effect with features=none"),
-        ([*WATCHED, "trainer.eval_every=-1"], "trainer.eval_every=-1: must be at least 0"),
-        (["features=inceptoin"], "features=inceptoin: no such choice; did you mean inception?"),
-    ],
+    thinned(
+        [
+            (["trainer.eval_every=5"], "trainer.eval_every=5: needs features="),
+            (["features=digits"], "features=digits: has no effect with trainer.eval_every=0"),
+            (["reference=x.npz"], "reference=x.npz: has no effect without features="),
+            ([*WATCHED, "data=fashion_mnist"], "features=digits: is the classifier of another data set"),
+            ([*WATCHED, "reference=x.npz"], "reference=x.npz: features=digits compares with the training images"),
+            (["features=inception", "trainer.eval_every=5", "reference=x.npz"], "reference=x.npz: no such file"),
+            ([*WATCHED, "trainer.eval_samples=1"], "trainer.eval_samples=1: must lie in 2..1000000"),
+            (
+                [*WATCHED, "trainer.eval_samples=100000000000"],
+                "trainer.eval_samples=100000000000: must lie in 2..1000000",
+            ),
+            ([*WATCHED, "inception_weights=x.pth"], "inception_weights=x.pth: has no effect with features=digits"),
+            (["inception_weights=x.pth"], "inception_weights=x.pth: has no effect with features=none"),
+            ([*WATCHED, "trainer.eval_every=-1"], "trainer.eval_every=-1: must be at least 0"),
+            (["features=inceptoin"], "features=inceptoin: no such choice; did you mean inception?"),
+        ],
+        3,
+    ),
 )
 def test_wrong_input_is_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

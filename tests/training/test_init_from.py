@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN, refusal, small_ddt, succeed
+from conftest import GOLDEN, refusal, small_ddt, succeed, thinned
 from safetensors.torch import load_file, save_file
 
 from ddt.checkpoint.format import write_checkpoint
@@ -233,7 +233,7 @@ def test_a_projector_is_loaded_where_it_fits(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [
+    thinned([
         ("init_from=nowhere", "init_from=nowhere: no such file or folder, and no hub id"),
         ("init_from=runs/slip", "init_from=runs/slip: no such file or folder, and a folder runs/ is here"),
         ("init_from=runs", "init_from=runs: holds 0 files of weights (.ckpt, .safetensors"),
@@ -243,7 +243,7 @@ def test_a_projector_is_loaded_where_it_fits(tmp_path, caplog):
         (f"init_from={PATCH1} model.decoder_block=mlp", f"init_from={PATCH1}: is another network (model.decoder_block"),
         (f"init_from={PATCH1}", f"init_from={PATCH1}: is another network (model.hidden_size 48 -> 32"),
         (f"init_from={GOLDEN / 'golden.json'}", f"init_from={GOLDEN / 'golden.json'}: is JSON"),
-    ],
+    ], 3),
 )  # fmt: skip
 def test_invalid_sources_are_one_line(place, monkeypatch, option, message):
     monkeypatch.chdir(place)

@@ -122,6 +122,7 @@ def test_training_from_a_cache_is_that_on_the_fly_then_samples_and_an_export(pla
     assert not [text for text in texts if str(place) in text]
 
 
+@pytest.mark.slow
 def test_epochs_become_steps_and_null_shifts_those_of_the_latents(place):
     """12 images, 2 steps of 6 an epoch; latents of 64×16×16 are four times 4,096 numbers."""
     small = [each for each in SMALL if "=4" not in each and not each.startswith("data.")]

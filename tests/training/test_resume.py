@@ -111,7 +111,7 @@ ACCUMULATED = ["trainer.micro_batch_size=6", "trainer.num_workers=1"]
         (3, ACCUMULATED),
         pytest.param(11, ACCUMULATED, marks=pytest.mark.slow),
         pytest.param(3, ["model=nano_ditdh"], marks=pytest.mark.slow),
-        (11, ["model=nano_ditdh"]),
+        pytest.param(11, ["model=nano_ditdh"], marks=pytest.mark.slow),
     ],
     ids=str,
 )

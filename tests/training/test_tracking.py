@@ -71,6 +71,7 @@ def test_a_failing_wandb_stops_nothing_and_keeps_its_id(tmp_path, monkeypatch):
     assert rows(tmp_path)[-1] == {"step": 5, "loss": 1.0}
 
 
+@pytest.mark.slow
 def test_wandb_keeps_its_id_when_its_service_is_unreachable(tmp_path, monkeypatch):
     """Its service holds the id of a failed attempt: without `teardown` the second one fails too."""
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
