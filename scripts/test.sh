@@ -14,6 +14,7 @@ if [ $# -eq 0 ]; then # a run of chosen tests goes straight to them
     .venv/bin/mypy
     .venv/bin/lint-imports
     export OMP_NUM_THREADS=1 # workers side by side share the cores
-    set -- --numprocesses=auto --maxprocesses=4 --dist=loadfile # a file's fixtures are made once
+    # a file's fixtures are made once; tests/conftest.py orders the files
+    set -- --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 fi
 exec $python -m pytest ${select[@]+"${select[@]}"} "$@"

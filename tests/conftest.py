@@ -50,6 +50,19 @@ GOLDEN = ROOT / "tests" / "golden"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers side by side share the cores
 
 
+LONG = (  # files of more than ten seconds
+    "training/test_resume.py", "training/test_training.py", "metrics/test_evaluation.py",
+    "generation/test_generation.py", "objective/test_alignment.py", "test_cli.py", "test_config.py", "test_docs.py",
+    "training/test_decoder_training.py", "scripts/test_kernels.py", "model/test_triton_kernels.py", "test_imports.py",
+    "data/test_caching.py", "export/test_pipeline.py", "scripts/test_app.py", "scripts/test_gpu_check.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, so that workers, which take a file at a time, end together."""
+    items.sort(key=lambda item: item.path.relative_to(ROOT / "tests").as_posix() not in LONG)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def settings_are_parsed_once():
     """Let Hydra parse each file of settings once, and again where it changed: a third of what a

@@ -129,6 +129,7 @@ def test_a_split_is_named_after_its_folder_too(tmp_path):
         assert train_settings("data=folder", f"data.root={tmp_path / path}").name == f"folder_{name}_nano"
 
 
+@pytest.mark.slow
 def test_a_long_name_of_a_job_is_hashed_and_its_overrides_are_written(script, tmp_path):
     texts = ["a" * 200, "uniform:5"]  # too long, and a character of no name
     given = ["a" * 200, r"uniform\:5"]  # as Hydra writes it
@@ -159,6 +160,7 @@ class Fake(Sweeper):
 """
 
 
+@pytest.mark.slow
 def test_a_sweeper_that_chooses_by_results_gets_them(script, tmp_path):
     (tmp_path / "hydra_plugins" / "fake").mkdir(parents=True)
     (tmp_path / "hydra_plugins" / "fake" / "__init__.py").write_text(SWEEPER)
@@ -168,6 +170,7 @@ def test_a_sweeper_that_chooses_by_results_gets_them(script, tmp_path):
     assert done.stdout.splitlines()[-1] == "found 17.0"  # characters of runs/sweep/seed=6
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_what_its_jobs_measured_and_the_command_of_its_report(script):
     done = script("-m", "seed=6,17")
     assert done.returncode == 0, done.stderr

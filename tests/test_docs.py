@@ -316,6 +316,7 @@ def test_search_works_from_the_disk(site, browser):
     page.close()
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(site):
     """Links, anchors, included settings and the pages' place in the navigation: mkdocs.yml."""
     pages = [page.read_text() for page in site.rglob("*.html")]

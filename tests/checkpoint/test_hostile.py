@@ -95,6 +95,7 @@ def refused(folder, name, use=use):
     return False
 
 
+@pytest.mark.slow
 def test_every_value_of_a_config_is_checked(good, tmp_path):
     folder = shutil.copytree(good["export"], tmp_path / "export")
     config = json.loads((folder / "config.json").read_text())

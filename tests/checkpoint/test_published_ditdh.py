@@ -300,6 +300,7 @@ def conversion(path, out, rae, **changes):
     return "scripts.convert_checkpoint", f"released={path}", f"out={out}", "autoencoder=rae_dinov2_b", *words
 
 
+@pytest.mark.slow
 def test_a_guide_of_another_autoencoder_is_refused(tmp_path, rae):
     """Converted checkpoints have no fingerprint, so their settings are compared."""
     path, other = released(tmp_path / "file.safetensors"), tmp_path / "other.pt"
@@ -351,6 +352,7 @@ def test_what_latents_depend_on_tells_autoencoders_apart(changes, key):
     assert other_latents(known[0], {**ours, "autoencoder_fingerprint": "b"}) == "autoencoder_fingerprint"
 
 
+@pytest.mark.slow
 def test_conversion_checks_the_autoencoders_local_files(tmp_path, rae):
     torch.save({"mean": torch.zeros(64, 4, 4)}, tmp_path / "small.pt")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")

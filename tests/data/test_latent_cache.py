@@ -58,6 +58,7 @@ def online(place):
             "autoencoder=kl", f"autoencoder.source={place / 'vae'}"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_records_come_in_the_order_of_their_indices(place):
     cache = LatentCache(str(place / "half"))
     indices = np.array([16, 0, 7, 3, 7, 12])
@@ -191,6 +192,7 @@ def test_float16_moments_are_harmless(place):
     assert (decoded[0] - decoded[1]).abs().max() <= 1
 
 
+@pytest.mark.slow
 def test_another_cache_of_the_same_files_is_another_training(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     constant = [*SMALL, "trainer.lr_schedule=constant", "name=run"]

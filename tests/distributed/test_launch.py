@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, rows, run
+from conftest import ROOT, rows, run, thinned
 from processes import disagree, end_together, stop_on_request, survive, wait_for, wait_long
 
 import ddt.distributed.launch
@@ -286,14 +286,35 @@ ARGUMENTS = ["seed=1", "data.root=a b;$(touch oh)'\"*", "name=short run"]
 
 @pytest.mark.parametrize(
     ("signalled", "ending", "code", "said", "queued"),
-    [
-        (True, dict(state="preempted", begin=3, step=9, reason="runs/x/STOP"), 0, "stopped at step 9; queued", True),
-        (False, dict(state="preempted", begin=3, step=9, reason="runs/x/STOP"), 85, "stopped for good at", False),
-        (False, dict(state="preempted", begin=3, step=9, reason="time limit"), 0, "stopped at step 9; queued", True),
-        (True, dict(state="preempted", begin=3, step=3, reason="SIGUSR1"), 1, "no step was taken since step 3", False),
-        (False, dict(state="failed", begin=3, step=9, reason="nan"), 1, "failed", False),
-        (False, dict(state="done", begin=3, step=9, reason=""), 0, "done", False),
-    ],
+    thinned(
+        [
+            (
+                True,
+                dict(state="preempted", begin=3, step=9, reason="runs/x/STOP"),
+                0,
+                "stopped at step 9; queued",
+                True,
+            ),
+            (False, dict(state="preempted", begin=3, step=9, reason="runs/x/STOP"), 85, "stopped for good at", False),
+            (
+                False,
+                dict(state="preempted", begin=3, step=9, reason="time limit"),
+                0,
+                "stopped at step 9; queued",
+                True,
+            ),
+            (
+                True,
+                dict(state="preempted", begin=3, step=3, reason="SIGUSR1"),
+                1,
+                "no step was taken since step 3",
+                False,
+            ),
+            (False, dict(state="failed", begin=3, step=9, reason="nan"), 1, "failed", False),
+            (False, dict(state="done", begin=3, step=9, reason=""), 0, "done", False),
+        ],
+        2,
+    ),
 )
 def test_the_batch_script_requeues_a_run_that_can_be_resumed(slurm, tmp_path, signalled, ending, code, said, queued):
     (tmp_path / "train.py").write_text(FAKE_TRAINING)

@@ -101,6 +101,7 @@ def test_gradients_of_steps_are_those_without_graphs(emulation, scales):
     assert emulation.copied == emulation.calls * 2  # what comes in, and no weights
 
 
+@pytest.mark.slow
 def test_other_calls_run_without_graphs(emulation):
     model, plain = captured(emulation), small_ddt()
     x, t, y = inputs()

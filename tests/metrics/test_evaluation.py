@@ -82,6 +82,7 @@ def test_real_images_reach_the_real_values(evaluated):
     assert (out / "nearest.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_worse_samples_get_worse_values(evaluated, tmp_path):
     _, real = evaluated
     train = Digits("train")
@@ -562,6 +563,7 @@ def test_a_run_that_was_sampled_from(tmp_path):
     assert open_images(tmp_path / "run", "samples").path == step / "samples" / "samples.npz"
 
 
+@pytest.mark.slow
 def test_reference_is_measured_once(evaluated, tmp_path, monkeypatch):
     """A prepared reference serves many sets, and gives the same numbers."""
     out, metrics = evaluated

@@ -73,6 +73,7 @@ def test_it_is_a_reference(place, written, inception_weights):
     assert metrics["receipt"]["features"]["weights"]["tensors_sha256"]
 
 
+@pytest.mark.slow
 def test_other_weights_are_refused(place, written, inception_weights):
     state = torch.load(inception_weights, weights_only=True)
     state["fc.bias"][0] += 1
@@ -96,6 +97,7 @@ def test_processes_do_not_change_a_number(place, arguments, written):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-10, atol=1e-12, err_msg=name)
 
 
+@pytest.mark.slow
 def test_some_images_of_another_split(place, arguments):
     out = place / "some.npz"
     succeed(SCRIPT, *arguments, f"out={out}", "split=test", "num_images=2", "num_kept=0", "data.holdout_every=5")

@@ -150,13 +150,10 @@ def test_activation_checkpointing_gives_the_same_gradients(case, changes, dtype)
     assert flops["selective"] == flops[False] < flops[True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "changes"),
-    [
-        ("ddt", {}),
-        pytest.param("ditdh", {}, marks=pytest.mark.slow),
-        *(pytest.param("ddt", {"decoder_block": block}, marks=pytest.mark.slow) for block in ("conv", "mlp")),
-    ],
+    [("ddt", {}), ("ditdh", {}), *(("ddt", {"decoder_block": block}) for block in ("conv", "mlp"))],
     ids=str,
 )
 def test_compiles_as_one_graph(case, changes):

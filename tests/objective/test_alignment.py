@@ -137,7 +137,7 @@ def test_patch_16_sees_the_image_at_its_own_size(tmp_path):
     torch.testing.assert_close(target(images(64)), tokens[:, 1:])
 
 
-@pytest.mark.parametrize(("name", "num_features"), [(LITE0, 112), ("resnet18.a1_in1k", 256)])
+@pytest.mark.parametrize(("name", "num_features"), thinned([(LITE0, 112), ("resnet18.a1_in1k", 256)], 2))
 @pytest.mark.parametrize("head", [True, False])
 def test_convolutional_features_are_the_stride_16_map(files, tmp_path, name, num_features, head):
     network = random_network(name)
@@ -234,6 +234,7 @@ def test_compiled_features_are_the_same(files, monkeypatch):
     assert compiled.fingerprint == plain.fingerprint
 
 
+@pytest.mark.slow
 def test_the_layout_published_by_dinov2_is_read(files, tmp_path):
     """Its own files hold a mask token, and with registers one table row for the class token."""
 
@@ -296,6 +297,7 @@ def test_weights_must_be_exactly_the_networks(files, tmp_path, name):
         refused(lambda: Target(name, file, 32), f"alignment.weights={file}: is not a file of {name}", *words)  # noqa: B023
 
 
+@pytest.mark.slow
 def test_the_weights_of_another_model_are_refused_in_a_short_line(files):
     for name, other in ((DINOV2, LITE0), (LITE0, DINOV2), (DINOV2, REGISTERS)):
         refused(lambda: Target(name, files(other), 32), f"is not a file of {name}")  # noqa: B023

@@ -118,6 +118,7 @@ def test_a_judging_discriminator_gets_no_gradients_and_its_spectral_norms_stay(s
     assert all(name.endswith(("_u", "_v")) for name in moved)
 
 
+@pytest.mark.slow
 def test_the_published_discriminator_has_its_size():
     import timm
 

@@ -59,7 +59,7 @@ def test_the_plain_network_is_the_network(tiny):
         torch.testing.assert_close(hidden, wanted_hidden, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("aligned", thinned([False, True], 2))
 def test_a_plain_training_step_equals_ours(tmp_path, monkeypatch, aligned):
     monkeypatch.setattr(measured_parts, "TARGET", "test_vit")
     setup = setup_of(tmp_path)
@@ -81,6 +81,7 @@ def test_a_plain_training_step_equals_ours(tmp_path, monkeypatch, aligned):
     assert (moved - other).norm() < 0.5 * moved.norm()  # steps of 1e-8, of which float32 keeps few digits
 
 
+@pytest.mark.slow
 def test_networks_of_earlier_cases_are_freed(tmp_path):
     setup = setup_of(tmp_path)
     former = weakref.ref(OurTraining(setup, setup.network(), None).objective)
@@ -211,6 +212,7 @@ def test_a_part_agrees_with_its_plain_reference(tmp_path, monkeypatch, part):
     agreement(case)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_target")
 def test_an_aligned_step_counts_its_target(tmp_path):
     setup = setup_of(tmp_path)

@@ -240,6 +240,7 @@ def test_points_measured_with_other_weights_are_not_taken(search, run_folder, tm
     assert line.startswith(f"out={out}: its points were measured with another content of reference, features or")
 
 
+@pytest.mark.slow
 def test_metrics_of_another_point_are_not_taken(search, run_folder, tmp_path):
     out = shutil.copytree(search, tmp_path / "swapped")
     (out / "search.json").unlink()
@@ -255,6 +256,7 @@ def without_distance(folder):
     (folder / "metrics.json").write_text(json.dumps(metrics | {METRIC: None, "reasons": {METRIC: "broken"}}))
 
 
+@pytest.mark.slow
 def test_a_point_without_a_distance_does_not_win(search, run_folder, tmp_path):
     out = shutil.copytree(search, tmp_path / "broken")
     (out / "search.json").unlink()
@@ -354,6 +356,7 @@ def test_no_features_are_one_line(run_folder, tmp_path):
     assert refusal(SEARCH, *given, "features=none").startswith("features=none: measures nothing")
 
 
+@pytest.mark.slow
 def test_checkpoints_that_cannot_be_searched_are_one_line(run_folder, tmp_path):
     out = tmp_path / "out"
     line = refusal(SEARCH, *arguments(write_run(tmp_path / "ema_alone", raw=False), out))

@@ -95,6 +95,7 @@ def found(out):
     return json.loads((out / "inside.json").read_text())
 
 
+@pytest.mark.slow
 def test_figures_and_numbers_are_written(looked, run_folder):
     assert sorted(path.name for path in looked.iterdir()) == PICTURES
     for name in PICTURES:

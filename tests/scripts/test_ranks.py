@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import refusal, run_inside, small_ddt
+from conftest import refusal, run_inside, small_ddt, thinned
 
 from ddt.checkpoint.format import join_shards
 from ddt.data.stream import micro_batch_positions
@@ -28,7 +28,7 @@ def estimated(parallelism, ranks, micro=1):
     return exchanged_bytes(recipe)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", thinned([2, 4], 2))
 def test_bytes_sent_are_the_estimates(ranks):
     ddp, fsdp = many_ranks.simulate(SETTINGS, ranks)
     assert ddp.sent == pytest.approx(estimated("ddp", ranks))
@@ -89,6 +89,7 @@ def test_blocks_of_two_widths_work_by_their_size_and_what_is_in_none_waits():
     assert many_ranks.fsdp_seconds(calls, [10, 30], compute=12e-9, rate=10.0) == pytest.approx(20.0)
 
 
+@pytest.mark.slow
 def test_no_sending_is_hidden_more_than_wholly(tmp_path):
     """Of a decoder of another width, and where what is in no block is as large as a block."""
     out = tmp_path / "new" / "ranks.json"

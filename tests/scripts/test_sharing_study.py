@@ -210,6 +210,7 @@ def test_missing_unshared_images_are_sampled_again_also_without_mmap(curve, run_
     assert quality(out) == quality(curve)
 
 
+@pytest.mark.slow
 def test_a_complete_curve_is_left_alone_and_another_refused(curve, run_folder, caplog):
     caplog.set_level("INFO")
     before = {path: path.read_bytes() for path in curve.iterdir()}

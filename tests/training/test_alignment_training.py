@@ -75,6 +75,7 @@ def test_the_denoiser_alone_is_saved_as_model(straight):
     assert len(state["optimizer"]["state"]) == len(keys) + 6
 
 
+@pytest.mark.slow
 def test_resuming_continues_the_same_projector(place, straight, monkeypatch):
     monkeypatch.chdir(place)
     for steps in (3, 6):

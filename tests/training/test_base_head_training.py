@@ -36,6 +36,7 @@ def test_its_loss_is_logged_and_its_weights_are_saved(place):
     assert "base_depth" not in ckpt.read_config(ckpt.find_checkpoint(place / "runs" / "plain"))["network"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_straight_one(place, monkeypatch):
     monkeypatch.chdir(place)
     for steps in (2, 4):

@@ -127,6 +127,7 @@ def test_two_processes_train_what_one_does(place, with_small_dino):
                 assert a[key] == pytest.approx(b[key], rel=close), (key, a["step"])
 
 
+@pytest.mark.slow
 def test_each_loss_begins_at_its_step_and_the_discriminator_counts_its_own(place, with_small_dino):
     more = ("reconstruction.gan_start=3", "trainer.lr_schedule=cosine", "trainer.lr_end=0.1", "trainer.save_every=1")
     train("starts", *GAN, *more)
@@ -271,6 +272,7 @@ def test_mistakes_are_one_line_before_anything_is_written(place, more, message):
     assert not (place / "runs" / "wrong").exists()
 
 
+@pytest.mark.slow
 def test_another_decoder_is_another_training(place):
     train("two", *L1, steps=2)
     message = refusal("scripts.train_autoencoder", *arguments("two", *L1, "decoder.depth=3", steps=2))

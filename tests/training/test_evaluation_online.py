@@ -200,6 +200,7 @@ def test_wrong_input_is_one_line(arguments, message, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_grey_images_are_refused_by_inception(inception_weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["features=inception", "trainer.eval_every=5", f"inception_weights={inception_weights}"]

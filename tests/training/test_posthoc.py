@@ -244,6 +244,7 @@ def test_a_poor_ema_is_warned_of(caplog):
     assert record.getMessage() == "warning: std=0.03: the error of its profile is 0.10; see profile.png"
 
 
+@pytest.mark.slow
 def test_a_killed_command_writes_what_is_missing(run, tmp_path, caplog):
     arguments = [f"run={run}", "std=[0.07,0.1]", f"out={tmp_path / 'out'}"]
     succeed("scripts.posthoc_ema", *arguments)

@@ -46,6 +46,7 @@ def autoencoder(place, **changes):
     ]
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_all_latents_of_images_or_a_cache(place):
     data = [*DATA, f"data.root={place / 'pictures'}"]
     arguments = [*autoencoder(place), "num_workers=0", "batch_size=3"]

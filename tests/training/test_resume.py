@@ -161,7 +161,7 @@ POINTS = {
 UNNAMED = ("while files are written", "before the manifest", "before it has its name")
 
 
-@pytest.mark.parametrize("point", thinned(POINTS, 2))
+@pytest.mark.parametrize("point", thinned(POINTS, 4))
 def test_a_kill_while_saving_costs_nothing(straight, monkeypatch, point):
     """Killed at the checkpoint of step 8 or 12, perhaps in the thread that writes it while training
     continues; then the same command.
@@ -342,6 +342,7 @@ def test_the_best_is_by_the_metrics_direction(tmp_path):
     assert saver.best(found, "fid_9k") == 2
 
 
+@pytest.mark.slow
 def test_snapshots_of_an_abandoned_stretch_do_not_stay():
     options = ["trainer.snapshot_every=2", "trainer.save_every=4"]
     run = train("abandoned", *options)
@@ -574,6 +575,7 @@ def test_clipping_bounds_the_step_and_logs_the_norm_before():
     assert moment(clipped) < 0.1 * moment(free)
 
 
+@pytest.mark.slow
 def test_an_evaluation_missed_by_a_kill_is_made_up_for(straight, monkeypatch):
     """The run dies after the last save: the next call finds step 12 complete but for its
     validation.
@@ -753,6 +755,7 @@ def test_temporary_files_of_others_stay_in_a_runs_folder(straight):
     assert not (run / ".del-export").exists()
 
 
+@pytest.mark.slow
 def test_checkpoints_are_pruned_after_the_measurements_that_a_kill_cost(monkeypatch):
     options = ["trainer.save_every=1", "trainer.validate_every=1", "trainer.keep_last=2", "trainer.max_steps=6"]
     options += ["trainer.keep_best=validation_loss"]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import refusal, run_inside, succeed
+from conftest import refusal, run_inside, succeed, thinned
 from distributed.processes import wait_for
 from late import written_late
 
@@ -119,7 +119,7 @@ def test_what_is_no_fault_of_the_disk_ends_the_run(monkeypatch):
     assert json.loads(Path("runs/mistaken/status.json").read_text())["state"] == "failed"
 
 
-@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.parametrize("stops", thinned([False, True], 2))
 def test_a_run_ends_as_its_last_write_does(monkeypatch, stops):
     """That of its last step, and that of a stop."""
     write, log, step = ckpt.write_files, JsonlTracker.log, 6 if stops else 8

@@ -364,6 +364,7 @@ def test_a_diverged_run_ends_before_it_is_saved(folder):
         assert all(value.isfinite().all() for value in load_file(checkpoint / "ema.safetensors").values())
 
 
+@pytest.mark.slow
 def test_a_row_cut_short_by_a_kill_is_no_obstacle(folder):
     options = ["trainer.save_every=4", "trainer.lr_schedule=constant"]
     path, _ = train(folder, "torn", "trainer.max_steps=8", *options)
