@@ -70,7 +70,7 @@ def weights() -> Iterator[Check]:
     import timm
     import torch
 
-    from ddt.metrics.inception import WEIGHTS_NAME, WEIGHTS_URL
+    from ddt.metrics.settings import WEIGHTS_NAME, WEIGHTS_URL
 
     def conf(name: str) -> dict[str, str]:
         return yaml.safe_load((ROOT / "conf" / f"{name}.yaml").read_text())

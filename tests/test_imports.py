@@ -131,6 +131,11 @@ def test_help_and_refusals_import_nothing_heavy(tmp_path):
     decoder = ["decoder.depth=0", "autoencoder=rae_mae_b", "data=folder", "data.root=x"]
     values = [*REFUSED.items(), ("scripts.train_autoencoder", decoder), ("train", ["data.crops=x", "data=photos"])]
     values += [("sample", ["ckpt=runs/none"]), ("scripts.export", ["ckpt=runs/none", "format=hub", "out=new"])]
+    values += [
+        ("evaluate", ["reference=none.npz", "samples=x"]),
+        ("evaluate", ["inception_weights=x", "samples=x", "reference=y"]),
+    ]
+    values += [("evaluate", ["samples=none.npz", "reference=data:digits", "features=digits"])]
     # a wrong key is found before a wrong value, so it imports no more
     keys = [(name, [key]) for name in ("train", "sample") for key in ("nothing=1", "+nothing=1")]
     helps = [(name, ["--help"]) for name in (*REFUSED, "scripts.doctor")]

@@ -24,6 +24,7 @@ from ddt.data.images import Images
 from ddt.data.listing import IMAGE_SUFFIXES, layout_hints, list_folder
 from ddt.errors import UserError, brief, first_line, require
 from ddt.files import atomic_file, remove_temporary_files, sha256
+from ddt.metrics.settings import check_samples
 
 log = logging.getLogger(__name__)
 SAMPLES = "samples.npz"
@@ -259,12 +260,8 @@ def open_images(path: Path, key: str) -> StoredImages:
 
     Pixels stay on disk. Raises UserError naming `key` where there is none of them, or two.
     """
+    check_samples(path, key)
     if not path.is_dir():
-        require(
-            path.is_file(),
-            f"{key}={path}: no such file; give an npz file, a folder of a {SAMPLES} or of images, or a run that was "
-            "sampled from",
-        )
         is_image = path.suffix.lower() in IMAGE_SUFFIXES
         require(not is_image, f"{key}={path}: is a single image; give the folder that it lies in")
         return NpzImages(path, key)

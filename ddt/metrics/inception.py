@@ -14,37 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from ddt.autoencoder.base import weights_hash
-from ddt.errors import UserError, first_line, reason, require
+from ddt.errors import UserError, first_line, reason
 from ddt.files import sha256
 from ddt.metrics.features import exact_arithmetic
 from ddt.metrics.inception_graph import read_graph
+from ddt.metrics.settings import GRAPH_SHA256, WEIGHTS_ADVICE, WEIGHTS_NAME, WEIGHTS_SHA256, WEIGHTS_URL
 from ddt.tensor_files import read_state_dict
 
 log = logging.getLogger(__name__)
-WEIGHTS_SHA256 = "6726825d"  # beginning of the hash of torch-fidelity's file
-# ADM's graph, as several projects state it
-GRAPH_SHA256 = "009d6814d1bc560d4e7b236e170e9b2d5ca6f4b57bd8037f6db05776204415c6"
-WEIGHTS_NAME = f"weights-inception-2015-12-05-{WEIGHTS_SHA256}.pth"
-WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_NAME}"
-WEIGHTS_ADVICE = (
-    f"give inception_weights=FILE, a copy of {WEIGHTS_URL} (SHA-256 {WEIGHTS_SHA256}…; "
-    f"pt_inception-2015-12-05-{WEIGHTS_SHA256}.pth is the same), or ADM's classify_image_graph_def.pb "
-    f"(SHA-256 {GRAPH_SHA256[:8]}…)"
-)
 RESIZE = "TensorFlow 1 bilinear to 299×299, no antialiasing"
 NUM_POOL, NUM_CLASSES = 2048, 1008
 NUM_SPATIAL_CHANNELS = 7
 NUM_SPATIAL = 17 * 17 * NUM_SPATIAL_CHANNELS
 
 
-def find_weights(weights: Path | None) -> Path:
-    """Return the weights file: this one, or torch-fidelity's own, downloaded into torch's cache.
-
-    Raises UserError for a missing file, and where the download fails.
-    """
-    if weights is not None:
-        require(weights.is_file(), f"inception_weights={weights}: no such file; {WEIGHTS_ADVICE}")
-        return weights
+def find_weights() -> Path:
+    """Return torch-fidelity's file, downloaded into torch's cache; UserError where that fails."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_NAME
     if not path.is_file():
         try:

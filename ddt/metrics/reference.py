@@ -98,11 +98,6 @@ def load_reference(
     if data is not None:
         train = data.build(split="train")
         return data_reference(reference, train, data.build(split="test")), features.extractor(device, train)
-    require(
-        Path(reference).exists(),
-        f"reference={reference}: no such file; give ADM's reference npz of the data set, a file of "
-        "scripts/reference_statistics.py, or a folder of images",
-    )
     extractor = features.extractor(device)
     distances = {name: extractor.spaces[space] for name, space in extractor.distances.items()}
     return read_reference(Path(reference), distances, extractor.name), extractor

@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from ddt.metrics.inception import InceptionFeatures
 
 PrDtype = Literal["float16", "float32"]  # of precision and recall
+WEIGHTS_SHA256 = "6726825d"  # beginning of the hash of torch-fidelity's file
+# ADM's graph, as several projects state it
+GRAPH_SHA256 = "009d6814d1bc560d4e7b236e170e9b2d5ca6f4b57bd8037f6db05776204415c6"
+WEIGHTS_NAME = f"weights-inception-2015-12-05-{WEIGHTS_SHA256}.pth"
+WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_NAME}"
+WEIGHTS_ADVICE = (
+    f"give inception_weights=FILE, a copy of {WEIGHTS_URL} (SHA-256 {WEIGHTS_SHA256}…; "
+    f"pt_inception-2015-12-05-{WEIGHTS_SHA256}.pth is the same), or ADM's classify_image_graph_def.pb "
+    f"(SHA-256 {GRAPH_SHA256[:8]}…)"
+)
 DINOV2_L = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_MODELS = "vit_*_patch14_dinov2*"  # those with registers follow another rule for positions
 
@@ -42,8 +52,19 @@ class FeatureSettings(Protocol):
         """Load the extractor, or train it on a data set's training images."""
 
 
+def check_samples(path: Path, key: str) -> None:
+    """Raise UserError naming `key` where there is nothing to measure."""
+    require(
+        path.exists(),
+        f"{key}={path}: no such file; give an npz file, a folder of a samples.npz or of images, or a run that was "
+        "sampled from",
+    )
+
+
 def check_features(features: FeatureSettings | None, reference: str, inception_weights: str | None) -> None:
-    """Raise UserError for features=none, or another reference or weights than the features'."""
+    """Raise UserError for features=none, another reference or weights than the features', and a
+    reference that is not there.
+    """
     if features is None:
         raise UserError("features=none: measures nothing; choose another file of conf/features")
     require(
@@ -52,14 +73,23 @@ def check_features(features: FeatureSettings | None, reference: str, inception_w
         f"reference=data:{features.data}",
     )
     check_weights(features, inception_weights)
+    require(
+        reference.startswith("data:") or Path(reference).exists(),
+        f"reference={reference}: no such file; give ADM's reference npz of the data set, a file of "
+        "scripts/reference_statistics.py, or a folder of images",
+    )
 
 
 def check_weights(features: FeatureSettings | None, inception_weights: str | None) -> None:
-    """Raise UserError for weights of Inception without Inception."""
+    """Raise UserError for weights of Inception without Inception, or that are not there."""
     name, key = ("none", None) if features is None else (features.name, features.weights_key)
     require(
         inception_weights is None or key == "inception_weights",
         f"inception_weights={inception_weights}: has no effect with features={name}; leave it out",
+    )
+    require(
+        inception_weights is None or Path(inception_weights).is_file(),
+        f"inception_weights={inception_weights}: no such file; {WEIGHTS_ADVICE}",
     )
 
 
@@ -85,7 +115,7 @@ class InceptionSettings:
         """Load the network onto a device. train is not used."""
         from ddt.metrics.inception import InceptionFeatures, find_weights
 
-        weights = find_weights(None if self.weights is None else Path(self.weights))
+        weights = find_weights() if self.weights is None else Path(self.weights)
         return InceptionFeatures(weights, self.batch_size, device)
 
 
@@ -181,6 +211,7 @@ class EvaluateSettings:
 
     def __post_init__(self) -> None:
         check_features(self.features, self.reference, self.inception_weights)
+        check_samples(Path(self.samples), "samples")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -240,32 +240,44 @@ def test_images_must_be_as_many_as_their_header_says(tmp_path, shape):
     ("arguments", "message"),
     thinned(
         [
-            (["samples=x", "reference=data:photos", "features=digits"], "features=digits reference=data:photos: "),
-            (["samples=x", "reference=y", "features=digits"], "features=digits reference=y: "),
             (
-                ["samples=x", "reference=data:digits", "features=digits", "inception_weights=z"],
+                ["samples=SET", "reference=data:photos", "features=digits"],
+                "features=digits reference=data:photos: ",
+            ),
+            (["samples=SET", "reference=SET", "features=digits"], "features=digits reference=/"),
+            (
+                ["samples=SET", "reference=data:digits", "features=digits", "inception_weights=z"],
                 "inception_weights=z: has no effect with features=digits",
             ),
-            (["samples=SAMPLES", "reference=y", "num_processes=0"], "num_processes=0: must be at least 1"),
+            (["samples=SET", "reference=SET", "num_processes=0"], "num_processes=0: must be at least 1"),
             (
-                ["samples=SAMPLES", "reference=y", "num_processes=1000000000"],
+                ["samples=SET", "reference=SET", "num_processes=1000000000"],
                 "num_processes=1000000000: choose at most ",
             ),
-            (["samples=SAMPLES", "reference=y", "features.batch_size=99999999999999999999"], "features.batch_size=9"),
-            (["samples=x", "reference=y", "pr_dtype=float64"], "pr_dtype=float64: give 'float16' or 'float32'"),
-            (["samples=x", "reference=y", "features.batch_size=0"], "features.batch_size=0: "),
-            (["samples=x", "reference=y", "features=none"], "features=none: measures nothing"),
-            (["samples=x", "reference=data:digitz"], "reference=data:digitz: give data:NAME"),
-            (["samples=x", "reference=data:in256"], "reference=data:in256: data.root would have to be known"),
-            (["samples=x", "reference=data:digits", "features=digits", "features.epochs=0"], "features.epochs=0: "),
-            (["samples=x", "features=digits"], "reference: not set; give reference=…"),
+            (
+                ["samples=SET", "reference=SET", "features.batch_size=99999999999999999999"],
+                "features.batch_size=9",
+            ),
+            (
+                ["samples=SET", "reference=SET", "pr_dtype=float64"],
+                "pr_dtype=float64: give 'float16' or 'float32'",
+            ),
+            (["samples=SET", "reference=SET", "features.batch_size=0"], "features.batch_size=0: "),
+            (["samples=SET", "reference=SET", "features=none"], "features=none: measures nothing"),
+            (["samples=SET", "reference=data:digitz"], "reference=data:digitz: give data:NAME"),
+            (["samples=SET", "reference=data:in256"], "reference=data:in256: data.root would have to be known"),
+            (
+                ["samples=SET", "reference=data:digits", "features=digits", "features.epochs=0"],
+                "features.epochs=0: ",
+            ),
+            (["samples=SET", "features=digits"], "reference: not set; give reference=…"),
         ],
         3,
     ),
 )
 def test_wrong_input_is_one_line(arguments, message, tmp_path):
     samples = write(tmp_path / "x.npz", arr_0=np.zeros((3, 8, 8, 3), dtype=np.uint8))
-    arguments = [argument.replace("SAMPLES", str(samples)) for argument in arguments]
+    arguments = [argument.replace("SET", str(samples)) for argument in arguments]
     (line,) = refusal("evaluate", *arguments).splitlines()
     assert line.startswith(message)
 

@@ -19,10 +19,11 @@ from ddt.metrics.comparability import labels, reasons_not_comparable
 from ddt.metrics.features import FeatureSet, exact_arithmetic
 from ddt.metrics.frechet import Moments, Statistics, frechet_distance
 from ddt.metrics.images import FolderImages, NpzImages, open_images, pick
-from ddt.metrics.inception import NUM_POOL, NUM_SPATIAL, WEIGHTS_SHA256, InceptionFeatures, find_weights, load_network
+from ddt.metrics.inception import NUM_POOL, NUM_SPATIAL, InceptionFeatures, find_weights, load_network
 from ddt.metrics.precision_recall import half_distances, precision_recall, single_distances, squared_distances
 from ddt.metrics.reference import Reference, read_reference
 from ddt.metrics.scores import Prepared, authenticity, inception_score, nearest, score
+from ddt.metrics.settings import WEIGHTS_SHA256
 
 EXPECTED = json.loads((GOLDEN / "eval" / "expected.json").read_text())
 CASES = EXPECTED["cases"]
@@ -522,13 +523,13 @@ def test_weights_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError) as error:
-        find_weights(None)
+        find_weights()
     assert len(str(error.value).splitlines()) == 1
     for part in ("no route to host", "inception_weights=", "pt_inception-2015-12-05-6726825d.pth", "https://"):
         assert part in str(error.value)
     cached = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     cached.write_bytes(b"")
-    assert find_weights(None) == cached
+    assert find_weights() == cached
 
 
 class Stranger:

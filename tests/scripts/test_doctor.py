@@ -8,7 +8,7 @@ import torch
 from conftest import run
 
 from ddt.distributed import compile as compiling
-from ddt.metrics.inception import WEIGHTS_NAME
+from ddt.metrics.settings import WEIGHTS_NAME
 from scripts.doctor import machine, packages, unmet, weights
 
 

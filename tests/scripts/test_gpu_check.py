@@ -31,7 +31,7 @@ def call_inside(place, entry, *arguments, name, launcher=()):
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(place.out)
-            done = run_inside(entry.removesuffix(".py"), *arguments)
+            done = run_inside(entry.removesuffix(".py").replace("/", "."), *arguments)
     finally:
         Singleton.set_state(state)
     if done.returncode:
