@@ -125,7 +125,9 @@ def command(
 
             def parsed() -> Any:
                 try:
-                    return typed(cfg, settings if isinstance(settings, str) else settings(cfg))
+                    kind = settings if isinstance(settings, str) else settings(cfg)
+                    check_root(cfg, kind)
+                    return typed(cfg, kind)
                 except (HydraException, OmegaConfBaseException) as error:
                     raise UserError(mistake(error, arguments, folder, config_name)) from error
 
@@ -226,6 +228,20 @@ def check_launcher() -> None:
     for name in given:
         value = os.environ[name]
         require(value.isdecimal(), f"{name}={value}: is no number; unset it, or start by torchrun")
+
+
+def check_root(cfg: DictConfig, settings: str) -> None:
+    """Raise UserError for a `data.root` where there is nothing: before the settings are compared
+    with what they name, which imports torch.
+    """
+    data = cfg.get("data")
+    if not isinstance(data, DictConfig) or "data.root" in getattr(locate(settings), "may_be_missing", ()):
+        return
+    root = None if OmegaConf.is_missing(data, "root") else expand_paths(data.get("root"), "data.root")
+    if isinstance(root, str) and not set(root) & set("*?["):
+        cached = str(data.get("_target_")).endswith("Cache")
+        kind = "that scripts/cache_latents.py wrote" if cached else "with the images"
+        require(Path(root).exists(), f"data.root={root}: no such folder; give the one {kind}")
 
 
 def typed(cfg: DictConfig, settings: str) -> Any:

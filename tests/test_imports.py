@@ -86,17 +86,17 @@ REFUSED = {
     "train": ["trainer.ema_decay=2"],
     "sample": ["num_steps=x", "ckpt=x"],
     "evaluate": ["features=none", "samples=x", "reference=y"],
-    "scripts.cache_latents": ["shard_size=0", "data=folder", "data.root=x", "out=new"],
+    "scripts.cache_latents": ["shard_size=0", "data=folder", "data.root=.", "out=new"],
     "scripts.compare_metrics": ["published=x", "metrics=x"],
     "scripts.convert_checkpoint": ["resolution=300", "released=x", "out=new"],
     "scripts.estimate": ["gpus=0"],
     "scripts.export": ["format=x", "ckpt=x", "out=new"],
-    "scripts.latent_statistics": ["batch_size=0", "autoencoder=rae_mae_b", "data=folder", "data.root=x", "out=x"],
+    "scripts.latent_statistics": ["batch_size=0", "autoencoder=rae_mae_b", "data=folder", "data.root=.", "out=x"],
     "scripts.plot_report": ["out=x", "report=x"],
     "scripts.plot_run": ["out=x", "runs=x"],
     "scripts.posthoc_ema": ["std=9.0", "run=x", "out=new"],
-    "scripts.reconstruct": ["num_images=0", "data=folder", "data.root=x", "autoencoder=rae_mae_b", "out=new"],
-    "scripts.reference_statistics": ["num_images=1", "data=folder", "data.root=x", "features=dinov2", "out=x.npz"],
+    "scripts.reconstruct": ["num_images=0", "data=folder", "data.root=.", "autoencoder=rae_mae_b", "out=new"],
+    "scripts.reference_statistics": ["num_images=1", "data=folder", "data.root=.", "features=dinov2", "out=x.npz"],
     "scripts.train_autoencoder": ["steps=0", "out=new"],
     "scripts.app.__main__": ["port=0"],
     "scripts.benchmark.__main__": ["num_steps=0"],
@@ -128,7 +128,7 @@ def call_all(calls, folder):
 def test_help_and_refusals_import_nothing_heavy(tmp_path):
     commands = [path for path in COMMANDS if "\n@command(" in path.read_text()]
     assert sorted(REFUSED) == sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in commands)
-    decoder = ["decoder.depth=0", "autoencoder=rae_mae_b", "data=folder", "data.root=x"]
+    decoder = ["decoder.depth=0", "autoencoder=rae_mae_b", "data=folder", "data.root=."]
     values = [*REFUSED.items(), ("scripts.train_autoencoder", decoder), ("train", ["data.crops=x", "data=photos"])]
     values += [("sample", ["ckpt=runs/none"]), ("scripts.export", ["ckpt=runs/none", "format=hub", "out=new"])]
     values += [
@@ -136,6 +136,13 @@ def test_help_and_refusals_import_nothing_heavy(tmp_path):
         ("evaluate", ["inception_weights=x", "samples=x", "reference=y"]),
     ]
     values += [("evaluate", ["samples=none.npz", "reference=data:digits", "features=digits"])]
+    values += [
+        (name, ["data.root=none", f"data={data}", "data.image_size=32", *more])
+        for name, data, *more in (
+            ("train", "folder"), ("train", "latents"), ("scripts.cache_latents", "folder", "out=new"),
+            ("scripts.reference_statistics", "shards", "out=new.npz"), ("scripts.reconstruct", "folder", "out=new"),
+        )
+    ]  # fmt: skip
     # a wrong key is found before a wrong value, so it imports no more
     keys = [(name, [key]) for name in ("train", "sample") for key in ("nothing=1", "+nothing=1")]
     helps = [(name, ["--help"]) for name in (*REFUSED, "scripts.doctor")]

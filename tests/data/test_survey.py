@@ -210,7 +210,7 @@ def test_training_refuses_what_cannot_be_opened_before_it_begins(tmp_path, monke
         (["data=folder"], "data.root: not set; give data.root=…"),
         (["data=folder", "data.root="], "data.root: not set; give data.root=…"),
         (["data=folder", "data.root=NOWHERE"], "data.root=NOWHERE: no such folder"),
-        (["data=folder", "data.root=NOWHERE", "data.image_size=8", "data.channels=2"], "data.channels=2: give 1 or 3"),
+        (["data=folder", "data.root=.", "data.image_size=8", "data.channels=2"], "data.channels=2: give 1 or 3"),
     ],
 )
 def test_a_wrong_folder_is_one_line(tmp_path, monkeypatch, arguments, message):
