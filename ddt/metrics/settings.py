@@ -73,8 +73,14 @@ def check_features(features: FeatureSettings | None, reference: str, inception_w
         f"reference=data:{features.data}",
     )
     check_weights(features, inception_weights)
+    if not reference.startswith("data:"):
+        check_reference_path(reference)
+
+
+def check_reference_path(reference: str) -> None:
+    """Raise UserError for the path of a reference where there is nothing."""
     require(
-        reference.startswith("data:") or Path(reference).exists(),
+        Path(reference).exists(),
         f"reference={reference}: no such file; give ADM's reference npz of the data set, a file of "
         "scripts/reference_statistics.py, or a folder of images",
     )

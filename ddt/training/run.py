@@ -4,7 +4,6 @@ import abc
 import dataclasses
 import logging
 import os
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +19,7 @@ from ddt.distributed.launch import default_processes
 from ddt.epochs import are_steps, epoch_steps, in_epochs, in_steps
 from ddt.errors import UserError, require
 from ddt.metrics.reference import data_reference, load_reference
-from ddt.metrics.settings import check_weights
+from ddt.metrics.settings import check_reference_path, check_weights
 from ddt.model.layers import token_grid
 from ddt.objective import Objective, check_alignment, network_arguments
 from ddt.objective.alignment import Alignment
@@ -174,7 +173,7 @@ def check_evaluation(settings: TrainSettings) -> None:
             f"reference={reference}: features={features.name} compares with the training images; leave it out",
         )
     if reference is not None:
-        require(Path(reference).exists(), f"reference={reference}: no such file; give ADM's reference npz")
+        check_reference_path(reference)
 
 
 # --- what is built of the settings

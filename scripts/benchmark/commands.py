@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
@@ -117,9 +116,9 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_rows(run / "metrics.jsonl") if "loss" in row]
 
 
-def losses_beside(place: Place, run: Path, what: str) -> Finding:
-    """Compare the losses of a run with those of the uninterrupted one."""
-    pairs = list(zip(losses(run), losses(uninterrupted(place)), strict=True))
+def losses_beside(run: Path, expected: Path, what: str) -> Finding:
+    """Compare the losses of a run with those of another."""
+    pairs = list(zip(losses(run), losses(expected), strict=True))
     errors = [abs(a - b) / b for a, b in pairs]
     return Finding(f"{len(pairs)} {what}: relative error", largest(errors), high=BF16_LOSS)
 
@@ -129,14 +128,14 @@ def many_processes(place: Place) -> list[Finding]:
     n = 1 if place.device.type == "cuda" and torch.cuda.device_count() < 2 else 2
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}")
     run = briefly(place, "many_processes", 2 * place.size.steps, launcher=launcher)
-    return [losses_beside(place, run, f"losses of DDP's {n}")]
+    return [losses_beside(run, uninterrupted(place), f"losses of DDP's {n}")]
 
 
 def deterministic(place: Place) -> list[Finding]:
     """Compare the losses by deterministic algorithms alone with those by the fastest."""
     changes = ("trainer.deterministic=true", "trainer.num_processes=1")
     run = briefly(place, "deterministic", 2 * place.size.steps, *changes)
-    return [losses_beside(place, run, "losses by deterministic algorithms")]
+    return [losses_beside(run, uninterrupted(place), "losses by deterministic algorithms")]
 
 
 def fp16(place: Place) -> list[Finding]:
@@ -246,27 +245,27 @@ def end_to_end(place: Place) -> Iterator[Finding]:
         "trainer.log_every=2", f"trainer.max_steps={size.steps}", f"trainer.global_batch_size={size.images}",
     )  # fmt: skip
 
-    def trained(name: str, *data: str) -> list[dict[str, Any]]:
+    def trained(name: str, *data: str) -> Path:
         call(place, "train.py", *data, *networks, *size.settings, *steps, f"name={name}", name=name)
-        return [row for row in read_rows(place.out / "runs" / name / "metrics.jsonl") if "loss" in row]
+        return place.out / "runs" / name
 
-    def usual(rows: list[dict[str, Any]]) -> str:
+    def usual(run: Path) -> str:
+        rows = [row for row in read_rows(run / "metrics.jsonl") if "loss" in row]
         late = rows[len(rows) // 2 :]
         return rate({"images_per_second": median(row["images_per_second"] for row in late)})
 
-    encoded = trained("from_files", *from_files)
-    yield Finding("train.py from JPEG files: SD-VAE, DINOv2-B and the step", usual(encoded))
+    run = trained("from_files", *from_files)
+    yield Finding("train.py from JPEG files: SD-VAE, DINOv2-B and the step", usual(run))
     seconds = timed_call(
         place, "scripts/cache_latents.py", *from_files, *networks, f"out={cache}", name="cache_latents"
     )
     yield Finding(f"cache_latents.py, {size.classes} images", f"{seconds:.0f} s, start and all")
     cached = trained("from_cache", *from_cache)
-    shutil.rmtree(place.out / "runs" / "from_cache")
     yield Finding("train.py from the cache, DINOv2-B's pixels from JPEG files", usual(cached))
-    errors = [abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(cached, encoded, strict=True)]
-    yield Finding(f"{len(errors)} losses from the cache and without: relative error", largest(errors), high=BF16_LOSS)
+    yield losses_beside(cached, run, "losses from the cache and without")
+    shutil.rmtree(cached)  # ten gigabytes
 
-    run, sets = place.out / "runs" / "from_files", place.out / "runs" / "samples"
+    sets = place.out / "runs" / "samples"
     for name, settings in {"each_step": (), "every_5th_step": ("recompute=uniform:5",)}.items():
         common = (f"ckpt={run}", f"out={sets / name}", f"num_samples={size.samples}", "num_processes=1", *size.sampling)
         seconds = timed_call(place, "sample.py", *common, *settings, name=f"samples_{name}")
