@@ -16,7 +16,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -33,7 +34,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ddt.config import CONF, Choice, check_choice, convert, did_you_mean, flat, locate, missing_package, parse
+from ddt.config import (
+    CONF,
+    Choice,
+    check_choice,
+    convert,
+    did_you_mean,
+    flat,
+    group_values,
+    locate,
+    missing_package,
+    parse,
+    parsed,
+)  # fmt: skip
 from ddt.errors import STOPPED_STATUS, Stopped, UserError, first_line, os_error_line, require
 from ddt.files import is_run_name, write_text
 from ddt.logs import logging_setup
@@ -50,6 +63,7 @@ PATHS = (
     "autoencoder.encoder_weights", "autoencoder.decoder", "autoencoder.statistics", "alignment.weights",
     "reconstruction.vgg_weights", "reconstruction.lpips_weights", "reconstruction.dino_weights",
 )  # fmt: skip
+CHOICE_FILES = ("data.labels", "data.class_names", "alignment.weights")  # of PATHS, that can only be local
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for each process
 WITH_VALUE = {  # options of Hydra that another word follows
     "-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir",
@@ -123,15 +137,15 @@ def command(
                 return measured[run_dir]
             sys.argv[1:] = arguments  # for receipts
 
-            def parsed() -> Any:
+            def composed() -> Any:
                 try:
                     kind = settings if isinstance(settings, str) else settings(cfg)
-                    check_root(cfg, kind)
+                    check_inputs(cfg, kind)
                     return typed(cfg, kind)
                 except (HydraException, OmegaConfBaseException) as error:
                     raise UserError(mistake(error, arguments, folder, config_name)) from error
 
-            one_line_errors(lambda: task(parsed()))
+            one_line_errors(lambda: task(composed()))
             return None
 
         run = hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(job)
@@ -230,10 +244,14 @@ def check_launcher() -> None:
         require(value.isdecimal(), f"{name}={value}: is no number; unset it, or start by torchrun")
 
 
-def check_root(cfg: DictConfig, settings: str) -> None:
-    """Raise UserError for a `data.root` where there is nothing: before the settings are compared
-    with what they name, which imports torch.
+def check_inputs(cfg: DictConfig, settings: str) -> None:
+    """Raise UserError for a `data.root`, or a file of a choice, where there is nothing: before the
+    settings are compared with what they name, which imports torch.
     """
+    for key in CHOICE_FILES:
+        path = expand_paths(OmegaConf.select(cfg, key), key)
+        missing = isinstance(path, str) and not Path(path).is_file()
+        require(not missing, f"{key}={path}: no such file; give the path of one, or leave it out")
     data = cfg.get("data")
     if not isinstance(data, DictConfig) or "data.root" in getattr(locate(settings), "may_be_missing", ()):
         return
@@ -252,11 +270,13 @@ def typed(cfg: DictConfig, settings: str) -> Any:
     fields: dict[str, Any] = kind.__dataclass_fields__
     names = [name for name in fields if name != "choices"]
     overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
-    for override, parsed in zip(overrides, OverridesParser.create().parse_overrides(overrides), strict=True):
+    given: list[str] = []
+    for override, found in zip(overrides, OverridesParser.create().parse_overrides(overrides), strict=True):
         key = override.lstrip("+~").partition("=")[0]
         top = key.partition(".")[0].partition("@")[0]
         require(not override.startswith("~"), f"{override}: a setting cannot be removed; leave it out for its default")
-        inner = flat(parsed.value(), key)
+        inner = flat(found.value(), key)
+        given += inner
         private = next((k for k in inner if any(part.startswith("_") for part in k.split("."))), None)
         require(private is None, f"{private}: cannot be set; choose a whole file of the group, {top}=…")
         of_others = top in HydraConfig.get().runtime.choices and top not in cfg  # experiment, recipe
@@ -280,7 +300,27 @@ def typed(cfg: DictConfig, settings: str) -> Any:
         values["choices"] = {
             group: name for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group
         }
+    hints = typing.get_type_hints(kind)
+    groups = [name for name in names if Choice in (hints[name], *typing.get_args(hints[name]))]
+    no_numbers = wrong_numbers(values, [key for key in given if key.partition(".")[0] in groups])
+    if no_numbers:
+        raise UserError("\n".join([*parsed(kind, values, "")[1], *no_numbers]))
     return parse(kind, values)
+
+
+def wrong_numbers(values: dict[str, Any], keys: Iterable[str]) -> list[str]:
+    """Return a line for each of some keys of choices that is no number where the chosen file has
+    one: told before the choice's class is imported, and torch with it.
+    """
+    problems = []
+    for group, _, name in (key.partition(".") for key in keys):
+        settings = values.get(group)
+        if isinstance(settings, dict) and settings.get("_target_") and isinstance(settings.get(name), str):
+            file = group_values(group, HydraConfig.get().runtime.choices[group])
+            usual = file.get(group, file).get(name)
+            if isinstance(usual, int | float) and not isinstance(usual, bool):
+                problems += convert(settings[name], float, f"{group}.{name}")[1]
+    return problems
 
 
 def expand_paths(value: Any, key: str) -> Any:

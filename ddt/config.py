@@ -106,11 +106,14 @@ class Choice:
 
 
 def group_values(group: str, name: str) -> dict[str, Any]:
-    """Return the values of conf/GROUP/NAME.yaml, over those of the files that its defaults name."""
+    """Return the values of conf/GROUP/NAME.yaml, over those of the files of the group that its
+    defaults name (those of other groups are left out).
+    """
     values = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
     below: dict[str, Any] = {}
     for other in values.pop("defaults", []):
-        below |= group_values(group, other)
+        if isinstance(other, str) and other != "_self_":
+            below |= group_values(group, other)
     return below | values
 
 

@@ -30,6 +30,8 @@ class PlotRunSettings:
         require(self.runs != [], "runs=[]: name at least one run folder")
         require(self.keys != [], "keys=[]: name at least one logged value, such as loss")
         runs, labels = as_list(self.runs), as_list(self.labels or [])
+        for run in runs:
+            require(metrics_of(run).is_file(), f"runs={run}: has no metrics.jsonl; give the folder of a started run")
         require(
             self.labels is None or len(labels) == len(runs),
             f"labels: are {len(labels)} for {len(runs)} runs; give as many",
@@ -41,12 +43,16 @@ def as_list(value: list[str] | str) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
+def metrics_of(run: str) -> Path:
+    """Return the file of a run's logged rows."""
+    return Path(run) / "metrics.jsonl"
+
+
 def rows_of(run: str) -> list[dict[str, float]]:
     """Return the logged rows of a run; raise UserError where there are none."""
     from ddt.training.tracking import read_rows
 
-    path = Path(run) / "metrics.jsonl"
-    require(path.is_file(), f"runs={run}: has no metrics.jsonl; give the folder of a started run")
+    path = metrics_of(run)
     rows = read_rows(path)
     require(bool(rows), f"{path}: is empty; wait for the run's first row (trainer.log_every)")
     return rows

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ddt.autoencoder import KLAutoencoder, build_autoencoder
 from ddt.autoencoder.vit_decoder import ViTDecoder
 from ddt.cli import CONF
-from ddt.config import Choice, check_arguments, convert, parse, stored_choice
+from ddt.config import Choice, check_arguments, convert, group_values, locate, parse, stored_choice
 from ddt.data.images import Images
 from ddt.epochs import in_steps
 from ddt.errors import UserError
@@ -327,12 +327,29 @@ def test_a_mistake_ends_the_process_with_status_1_and_no_traceback(tmp_path):
 
 
 def test_all_mistakes_are_told_at_once_but_those_that_need_an_import_come_last():
-    light, heavy = ["trainer.max_steps=abc", "seed=x"], ["model.hidden_size=x", "model.depth=abc"]
+    light, heavy = (
+        ["trainer.max_steps=abc", "model.depth=x", "seed=x"],
+        ["optimizer.betas=[0]", "optimizer.weight_decay=null"],
+    )
     for given, told in ((light, light), (heavy, heavy), ([*light, *heavy], light)):
         assert {line.partition(":")[0] for line in refusal("train", *given).splitlines()} == set(told)
     mistakes = ("model.encoder_depth=6", "trainer.micro_batch_size=7", "sampler.num_steps=0")
     assert len(refusal("train", *mistakes).splitlines()) == 2  # of each group by itself
-    assert len(refusal("train", mistakes[0], "trainer.num_processes=1", "init_from=runs/none").splitlines()) == 2
+    assert len(refusal("train", mistakes[0], "optimizer.lr=-1").splitlines()) == 2
+
+
+def test_a_number_in_a_file_is_a_number_of_its_class():
+    """So what `wrong_numbers` refuses before the class is imported, the class refuses, too."""
+    checked = 0
+    for path in sorted(CONF.glob("*/[!_]*.yaml")):
+        group = path.parent.name
+        values = group_values(group, path.stem)
+        settings = values.get(group, values)
+        for key, value in settings.items() if isinstance(settings, dict) and settings.get("_target_") else ():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                assert check_arguments(locate(settings["_target_"]), {key: "x"}, group)[1], (path, key)
+                checked += 1
+    assert checked > 100
 
 
 def test_values_are_converted_to_the_annotated_types():

@@ -94,7 +94,7 @@ REFUSED = {
     "scripts.latent_statistics": ["batch_size=0", "autoencoder=rae_mae_b", "data=folder", "data.root=.", "out=x"],
     "scripts.plot_report": ["out=x", "report=x"],
     "scripts.plot_run": ["out=x", "runs=x"],
-    "scripts.posthoc_ema": ["std=9.0", "run=x", "out=new"],
+    "scripts.posthoc_ema": ["std=9.0", "run=.", "out=new"],
     "scripts.reconstruct": ["num_images=0", "data=folder", "data.root=.", "autoencoder=rae_mae_b", "out=new"],
     "scripts.reference_statistics": ["num_images=1", "data=folder", "data.root=.", "features=dinov2", "out=x.npz"],
     "scripts.train_autoencoder": ["steps=0", "out=new"],
@@ -136,6 +136,23 @@ def test_help_and_refusals_import_nothing_heavy(tmp_path):
         ("evaluate", ["inception_weights=x", "samples=x", "reference=y"]),
     ]
     values += [("evaluate", ["samples=none.npz", "reference=data:digits", "features=digits"])]
+    values += [("evaluate", ["features.weights=none", "features=dinov2", "samples=.", "reference=."])]
+    values += [
+        ("train", arguments)
+        for arguments in (
+            ["init_from=none"], ["reference=none", "features=inception", "trainer.eval_every=5"],
+            ["features=digits"], ["trainer.eval_every=5"], ["sampler.recompute=none.json"],
+            ["model.depth=x"], ["optimizer.lr=x"], ["objective.t_min=x"],
+            ["data.image_size=x", "data=in256", "data.root=."], ["alignment.weights=none", "data=in256", "data.root=."],
+            ["data.labels=none", "data=folder", "data.root=."], ["data.class_names=none", "data=folder", "data.root=."],
+        )
+    ]  # fmt: skip
+    values += [("scripts.convert_checkpoint", ["released=none", "out=new"]), ("scripts.estimate", ["measured=none"])]
+    values += [
+        ("scripts.plot_run", ["runs=none", "out=x.png"]),
+        ("scripts.posthoc_ema", ["run=none", "std=0.1", "out=new"]),
+    ]
+    values += [("scripts.studies.sweep.__main__", ["sweep=none", "out=new"])]
     values += [
         (name, ["data.root=none", f"data={data}", "data.image_size=32", *more])
         for name, data, *more in (

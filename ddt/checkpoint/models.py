@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ddt.errors import UserError
-from ddt.hub import is_hub_id
+from ddt.hub import is_hub_id, local_path
 
 RAE = "nyu-visionx/RAE-collections:DiTs/Dinov2/wReg_base"
 
@@ -32,6 +32,8 @@ PUBLISHED = {
     "ditdh-s-512": PublishedModel(f"{RAE}/ImageNet512/DiTDH-S_ep20/stage2_model.pt"),
 }
 
+ADVICE = f"give a checkpoint's file, its folder, a hub id, owner/name:FILE of one, or {', '.join(PUBLISHED)}"
+
 
 def list_models() -> list[str]:
     """Return the names that `load_model` and `ckpt=` take without a path."""
@@ -48,6 +50,15 @@ def check_exist(*sources: str | None) -> None:
     for source in sources:
         if not (source is None or Path(source).exists() or is_remote(source)):
             raise no_checkpoint(source, "no such folder")
+
+
+def check_released(source: str, key: str) -> None:
+    """Raise UserError, naming `key`, where there can be no weights file of `source`: it is neither
+    a path, nor a hub id, a file of one, or a name in `PUBLISHED`.
+    """
+    repository, _, file = source.partition(":")
+    if source not in PUBLISHED and not (file and is_hub_id(repository)):
+        local_path(source, f"{key}={source}", ADVICE)
 
 
 def no_checkpoint(source: str | Path, why: str) -> UserError:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ddt.autoencoder import part_of_autoencoder
-from ddt.checkpoint.models import PUBLISHED
+from ddt.checkpoint.models import ADVICE, PUBLISHED
 from ddt.checkpoint.settings import SUFFIXES, Part
 from ddt.errors import UserError, require
 from ddt.files import atomic_file, reset_permissions
@@ -25,7 +25,6 @@ from ddt.tensor_files import read_tensors, state_dict
 PREFIXES = {"ema": "ema_denoiser.", "model": "denoiser.", "trainer": "diffusion_trainer."}
 PROJECTOR = "proj.0."  # of the trainer: the alignment's
 READ_SUFFIXES = (*SUFFIXES, ".pt", ".pth")  # of those found in a folder; a named file may have any
-ADVICE = f"give a checkpoint's file, its folder, a hub id, owner/name:FILE of one, or {', '.join(PUBLISHED)}"
 WEIGHTS: dict[Part, str] = {"ema": "EMA", "model": "raw"}
 
 

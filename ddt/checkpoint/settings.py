@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from ddt.checkpoint.models import check_exist
+from ddt.checkpoint.models import check_exist, check_released
 from ddt.config import Choice
 from ddt.errors import require
 
@@ -36,6 +36,7 @@ class ConvertSettings:
             self.resolution in (None, *RESOLUTIONS),
             f"resolution={self.resolution}: published models exist at {' and '.join(map(str, RESOLUTIONS))} px",
         )
+        check_released(self.released, "released")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,20 +19,12 @@ from ddt.autoencoder.base import weights_hash
 from ddt.errors import UserError, reason, require
 from ddt.files import sha256
 from ddt.metrics.features import exact_arithmetic
-from ddt.metrics.settings import DINOV2_L
+from ddt.metrics.settings import DINOV2_L, dinov2_advice
 from ddt.timm_networks import pretrained_file, read_timm_weights
 
 SIDE, GRID = 224, 16  # pixels and tokens per side
 OFFSET = 0.1  # tokens that the hub's rule adds to the grid
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
-
-
-def weights_advice(model: str, key: str) -> str:
-    """Return how to get a model's weights into a file."""
-    import timm
-
-    source = timm.get_pretrained_cfg(model)
-    return f"give {key}=FILE, a copy of model.safetensors of huggingface.co/{source.hf_hub_id}, or of {source.url}"
 
 
 def hub_positions(table: Tensor) -> Tensor:
@@ -57,7 +49,7 @@ def load_network(model: str, weights: str | None, key: str = "features.weights")
     import timm
 
     settings: dict[str, Any] = {"weight_init": "skip"}  # every weight is loaded; sampling them first is slow
-    label, advice = f"{key}={'null' if weights is None else weights}", weights_advice(model, key)
+    label, advice = f"{key}={'null' if weights is None else weights}", dinov2_advice(model, key)
     file = pretrained_file(model, f"{label}: {model}", advice) if weights is None else Path(weights)
     stored = {} if file is None else read_timm_weights(file, label, advice)
     if file is not None:

@@ -125,6 +125,16 @@ class InceptionSettings:
         return InceptionFeatures(weights, self.batch_size, device)
 
 
+def dinov2_advice(model: str, key: str) -> str:
+    """Return how to get the weights of a DINOv2 of timm into a file."""
+    name = model if "." in model else f"{model}.lvd142m"
+    released = f"dinov2_vit{model.removeprefix('vit_')[:1]}14"
+    return (
+        f"give {key}=FILE, a copy of model.safetensors of huggingface.co/timm/{name}, or of "
+        f"https://dl.fbaipublicfiles.com/dinov2/{released}/{released}_pretrain.pth"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class DINOv2Settings:
     """Settings of `features=dinov2`.
@@ -146,12 +156,10 @@ class DINOv2Settings:
         if self.model != DINOV2_L:
             self.check_model()
         require(1 <= self.batch_size <= 10_000, f"features.batch_size={self.batch_size}: must lie in 1..10000")
-        if self.weights is not None and not Path(self.weights).is_file():
-            from ddt.metrics.dinov2 import weights_advice
-
-            raise UserError(
-                f"features.weights={self.weights}: no such file; {weights_advice(self.model, 'features.weights')}"
-            )
+        require(
+            self.weights is None or Path(self.weights).is_file(),
+            f"features.weights={self.weights}: no such file; {dinov2_advice(self.model, 'features.weights')}",
+        )
 
     def check_model(self) -> None:
         """Raise UserError unless timm has the model."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from ddt.errors import require
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 def as_float32(value: float) -> float:
     """Round to float32: times and the interval's bounds are compared so (method.md 4)."""
-    return float(np.float32(value))
+    return ctypes.c_float(value).value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,15 +4,18 @@ Written as `uniform:5` (every 5th step), `dp:50` (50 steps, fitted to the model)
 or a JSON file of `python -m scripts.studies.sharing.fit`. Shapes: N steps.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal
 
 from ddt.errors import UserError, require
 from ddt.files import read_json, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FORMAT_VERSION = 1
 MAX_TEMPLATES = 100_000  # of a fit
@@ -34,6 +37,8 @@ def optimal_schedule(similarity: np.ndarray, budget: int) -> list[int]:
     Exact, by dynamic programming in O(N²·budget). Raises UserError for an array that is not square
     or not finite, and a budget out of 1..N.
     """
+    import numpy as np  # settings are parsed without
+
     similarity = np.asarray(similarity, dtype=np.float64)
     require(
         similarity.ndim == 2 and similarity.shape[0] == similarity.shape[1] and similarity.size > 0,

@@ -16,12 +16,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from ddt.errors import UserError
 from ddt.flow import score
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 VelocityFn = Callable[["Tensor", Any, int], "Tensor"]
@@ -62,6 +61,8 @@ def adams_weights(times: Sequence[float], t_next: float) -> np.ndarray:
 
     Returns the velocities' weights (len(times),) in units of that step, which add up to 1.
     """
+    import numpy as np  # settings are parsed without
+
     dt = t_next - times[-1]
     nodes = (np.array(times, dtype=np.float64) - times[-1]) / dt  # the step becomes [0, 1]
     weights = []

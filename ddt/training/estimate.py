@@ -37,7 +37,7 @@ from ddt.sampling.cost import sampling_macs
 from ddt.sampling.settings import SamplerSettings
 from ddt.training.ema import ema_rules
 from ddt.training.run import with_timeshift
-from ddt.training.settings import EstimateSettings, TrainerSettings
+from ddt.training.settings import MEASURED, EstimateSettings, TrainerSettings
 from ddt.training.throughput import PEAKS, counted_flops, peak_of, target_flops, training_flops
 
 FLOAT, HALF = 4, 2  # bytes
@@ -268,8 +268,6 @@ def measured_rate(
     aligned: whether an alignment's target runs. batch: images a device trains on at once. Raises
     UserError for another file or dtype.
     """
-    both = "give a benchmark.json of scripts/benchmark or a gpu_check.json of scripts/gpu_check.sh"
-    require(Path(path).is_file(), f"measured={path}: no such file; {both}")
     try:
         content = read_json(Path(path))
         rows, used = timed_rows(content)
@@ -282,7 +280,7 @@ def measured_rate(
         valid = content["kind"] in ("benchmark", "gpu_check") and all(rate is None or rate > 0 for rate in rates)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError):
         valid = False
-    require(valid, f"measured={path}: is no result of these; {both}")
+    require(valid, f"measured={path}: is no result of these; {MEASURED}")
     require(
         training is not None,
         f"measured={path}: measured no training; run python -m scripts.benchmark parts=[training,sampling]",

@@ -147,7 +147,6 @@ def find_snapshots(run_dir: Path, step: int | None = None, powers: Collection[fl
     powers: relative standard deviations of the EMAs to use, by default all. Raises UserError where
     there is no snapshot of the step or a power, or fewer than two snapshots.
     """
-    require(run_dir.is_dir(), f"run={run_dir}: no such folder; give that of a run, such as runs/digits_nano")
     folders = ckpt.folders_by_step(run_dir / "snapshots")
     for folder in folders.values():
         ckpt.read_manifest(folder)

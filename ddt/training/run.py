@@ -19,7 +19,6 @@ from ddt.distributed.launch import default_processes
 from ddt.epochs import are_steps, epoch_steps, in_epochs, in_steps
 from ddt.errors import UserError, require
 from ddt.metrics.reference import data_reference, load_reference
-from ddt.metrics.settings import check_reference_path, check_weights
 from ddt.model.layers import token_grid
 from ddt.objective import Objective, check_alignment, network_arguments
 from ddt.objective.alignment import Alignment
@@ -104,8 +103,6 @@ def check(settings: TrainSettings) -> None:
     if settings.trainer.num_processes is None:
         attempt(settings.trainer.micro_batches, default_processes())
     attempt(with_timeshift(settings.objective, settings.sampler, 1.0)[1].grid, prefix="sampler.")
-    attempt(settings.sampler.schedule, prefix="sampler.")
-    attempt(settings.sampler.check_packages, prefix="sampler.")
     with torch.device("meta"):
         token = int(bool(settings.autoencoder.settings.get("class_token")))  # its features are not known yet
         asked = attempt(network_arguments, settings.objective, settings.model, token)
@@ -118,7 +115,6 @@ def check(settings: TrainSettings) -> None:
     attempt(check_alignment, locate(settings.objective.target), alignment)
     if alignment is not None and network is not None:
         attempt(alignment.check_depth, network.num_alignable_blocks)
-    attempt(check_evaluation, settings)
     attempt(locate(settings.tracker.target).check, **settings.tracker.settings)
     if settings.init_from and ckpt.newest_checkpoint(settings.run_dir) is None:  # a resumed run does not read it
         attempt(find_source, settings.init_from)
@@ -147,33 +143,6 @@ def check_memory(num_parameters: int) -> None:
         f"model: {num_parameters:.3g} parameters are {needed / 2**30:,.0f} GiB of weights, and this machine has "
         f"{memory / 2**30:,.0f} GiB of memory; choose a smaller model.hidden_size or model.depth",
     )
-
-
-def check_evaluation(settings: TrainSettings) -> None:
-    """Raise UserError where an evaluation while training cannot be, or settings of it have no
-    effect.
-    """
-    features, reference, eval_every = settings.features, settings.reference, settings.trainer.eval_every
-    data = settings.choices["data"]
-    if features is None:
-        require(eval_every == 0, f"trainer.eval_every={eval_every}: needs features=, such as inception or {data}")
-        require(reference is None, f"reference={reference}: has no effect without features=; leave it out")
-    else:
-        require(
-            eval_every > 0, f"features={features.name}: has no effect with trainer.eval_every=0; give a number of steps"
-        )
-    check_weights(features, settings.inception_weights)
-    if features is not None and features.data is not None:
-        require(
-            data in (features.data, f"{features.data}_latents"),
-            f"features={features.name}: is the classifier of another data set than data={data}; choose other features",
-        )
-        require(
-            reference is None,
-            f"reference={reference}: features={features.name} compares with the training images; leave it out",
-        )
-    if reference is not None:
-        check_reference_path(reference)
 
 
 # --- what is built of the settings

@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ddt.checkpoint.models import check_released
 from ddt.config import Choice
 from ddt.epochs import Steps, are_steps
-from ddt.errors import MANY, MAX_BATCH, MAX_CLASSES, MAX_WORKERS, require, require_count
+from ddt.errors import MANY, MAX_BATCH, MAX_CLASSES, MAX_WORKERS, UserError, require, require_count
 from ddt.figures import check_figure
 from ddt.files import MAX_NAME_BYTES, check_new, is_run_name
 from ddt.metrics.comparability import short
-from ddt.metrics.settings import FeatureSettings
+from ddt.metrics.settings import FeatureSettings, check_reference_path, check_weights
 from ddt.sampling.settings import SamplerSettings
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 MARGIN = 60  # seconds that max_hours leaves for the last save, plus twice the longest pause and write so far
 MIN_STD, MAX_STD = 1e-4, 0.28  # of power functions; a uniform average over the run has 1/√12 = 0.289
 
+MEASURED = "give a benchmark.json of scripts/benchmark or a gpu_check.json of scripts/gpu_check.sh"
 METRIC_SUFFIX = re.compile(r"_[\d.]+[kmb]?$")  # of all numbers of samples
 
 
@@ -303,6 +305,45 @@ class TrainSettings(RunSettings):
     sampler: SamplerSettings
     features: FeatureSettings | None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for check in (self.sampler.schedule, self.sampler.check_packages):
+            try:
+                check()
+            except UserError as error:
+                raise UserError(f"sampler.{error}") from error
+        self.check_evaluation()
+        if self.init_from is not None and not (self.run_dir / "checkpoints").is_dir():  # a resumed run reads its own
+            check_released(self.init_from, "init_from")
+
+    def check_evaluation(self) -> None:
+        """Raise UserError where an evaluation while training cannot be, or settings of it have no
+        effect.
+        """
+        features, reference, eval_every = self.features, self.reference, self.trainer.eval_every
+        data = self.choices["data"]
+        if features is None:
+            require(eval_every == 0, f"trainer.eval_every={eval_every}: needs features=, such as inception or {data}")
+            require(reference is None, f"reference={reference}: has no effect without features=; leave it out")
+        else:
+            require(
+                eval_every > 0,
+                f"features={features.name}: has no effect with trainer.eval_every=0; give a number of steps",
+            )
+        check_weights(features, self.inception_weights)
+        if features is not None and features.data is not None:
+            require(
+                data in (features.data, f"{features.data}_latents"),
+                f"features={features.name}: is the classifier of another data set than data={data}; choose other "
+                "features",
+            )
+            require(
+                reference is None,
+                f"reference={reference}: features={features.name} compares with the training images; leave it out",
+            )
+        if reference is not None:
+            check_reference_path(reference)
+
 
 @dataclasses.dataclass(frozen=True)
 class EstimateSettings:
@@ -338,6 +379,7 @@ class EstimateSettings:
             ("device", self.measured is None or self.device is None, both),
             ("share", self.measured is None or self.share is None, both),
             ("out", out is None or out.suffix == ".json", "give a .json file"),
+            ("measured", self.measured is None or Path(self.measured).is_file(), f"no such file; {MEASURED}"),
         ):
             require(valid, f"{key}={getattr(self, key)}: {message}")
         if out is not None:
@@ -365,6 +407,9 @@ class PosthocSettings:
     out: str
 
     def __post_init__(self) -> None:
+        require(
+            Path(self.run).is_dir(), f"run={self.run}: no such folder; give that of a run, such as runs/digits_nano"
+        )
         stds, decays = self.lengths()
         require(len(stds) + len(decays) > 0, "std: not set; give std= (such as 0.07), decay= (such as 0.9999), or both")
         for std in stds:

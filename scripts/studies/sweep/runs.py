@@ -121,9 +121,7 @@ def find_runs(sweep: list[str]) -> tuple[list[Run], dict[Path, str]]:
     runs: list[Run] = []
     unstarted: dict[Path, str] = {}
     seen: set[Path] = set()
-    require(len(sweep) > 0, "sweep=[]: name at least one folder")
     for root in map(Path, sweep):
-        require(root.is_dir(), f"sweep={root}: no such folder; give the folder of a sweep, such as runs/encoder_depth")
         files = [path for name in ("config.json", "status.json") for path in root.rglob(name)]
         inner = {path.relative_to(root).parent for path in files} - {Path()}
         # checkpoints have a config.json, too

@@ -19,6 +19,12 @@ class SweepSettings:
 
     def __post_init__(self) -> None:
         require(self.x != "seed", "x=seed: the means are over seeds; give another setting, such as model.encoder_depth")
+        require(len(self.request["sweep"]) > 0, "sweep=[]: name at least one folder")
+        for root in self.request["sweep"]:
+            require(
+                Path(root).is_dir(),
+                f"sweep={root}: no such folder; give the folder of a sweep, such as runs/encoder_depth",
+            )
         resume_study(Path(self.out), self.request, "report.json", "report")
         check_writable(Path(self.out))
 
