@@ -40,6 +40,14 @@ def is_run_name(name: str) -> bool:
     )
 
 
+def cache_folder(kind: str) -> Path:
+    """Return the folder of a kind of files that are made once on a machine: `kind` in DDT_CACHE, or
+    in ~/.cache/ddt.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return Path(os.environ.get("DDT_CACHE") or cache / "ddt").expanduser() / kind
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, as 64 hexadecimal digits."""
     with path.open("rb") as file:

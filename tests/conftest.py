@@ -85,6 +85,15 @@ def settings_are_parsed_once():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keep what is made once on a machine with this session, shared by its workers."""
+    base = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDT_CACHE", str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden():
     return json.loads((GOLDEN / "golden.json").read_text())

@@ -4,7 +4,6 @@ The folder is `models/NAME` of DDT_CACHE, or of ~/.cache/ddt.
 """
 
 import logging
-import os
 from pathlib import Path
 
 from filelock import FileLock
@@ -13,14 +12,9 @@ from ddt.checkpoint.convert import ConvertSettings, convert
 from ddt.checkpoint.models import PUBLISHED
 from ddt.checkpoint.published import find_released
 from ddt.errors import UserError
+from ddt.files import cache_folder
 
 log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Return where converted models lie."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return Path(os.environ.get("DDT_CACHE") or cache / "ddt").expanduser() / "models"
 
 
 def named_checkpoint(name: str) -> Path:
@@ -28,7 +22,7 @@ def named_checkpoint(name: str) -> Path:
 
     Raises UserError where the hub does not give its file, with what to do without the hub.
     """
-    folder = cache_folder() / name
+    folder = cache_folder("models") / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # of several processes the first converts
         if not (folder / "manifest.json").is_file():

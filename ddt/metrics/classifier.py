@@ -4,20 +4,31 @@ Inception never saw. A distance in them is never called FID.
 Shapes: B batch, C channels, H W pixels, F features, K classes.
 """
 
+import dataclasses
 import functools
+import hashlib
+import json
+import logging
 from typing import Any
 
 import torch
+from filelock import FileLock
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddt.autoencoder.base import from_uint8, weights_hash
 from ddt.data.images import Images
 from ddt.draws import Stream, random_generator
+from ddt.errors import UserError, first_line
+from ddt.files import atomic_file, cache_folder, check_writable, reset_permissions
 from ddt.logs import progress_bar
 from ddt.metrics.features import exact_arithmetic
 from ddt.metrics.settings import ClassifierSettings
+from ddt.tensor_files import read_state_dict
 
+log = logging.getLogger(__name__)
 NUM_FEATURES = 64
+VERSION = 1  # of the network and of its training: kept classifiers of others are not read
 
 
 class SmallClassifier(nn.Module):
@@ -45,11 +56,28 @@ class SmallClassifier(nn.Module):
         return features, self.head(features)
 
 
-def train_classifier(settings: ClassifierSettings, train: Images) -> SmallClassifier:
-    """Train a classifier from a fixed seed on the CPU, frozen; the global random state stays."""
+def new_classifier(train: Images) -> SmallClassifier:
+    """Return the untrained classifier of a data set, on the CPU; the global random state stays."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = SmallClassifier(train.channels, train.image_size, len(train.class_names))
+        return SmallClassifier(train.channels, train.image_size, len(train.class_names))
+
+
+def train_classifier(settings: ClassifierSettings, train: Images) -> SmallClassifier:
+    """Return a classifier trained on the CPU, by one thread: neither cores nor processes of the
+    machine change it.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train_by_one_thread(settings, train)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def train_by_one_thread(settings: ClassifierSettings, train: Images) -> SmallClassifier:
+    """See `train_classifier`."""
+    model = new_classifier(train)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     count, step = len(train.labels), 0
     num_steps = settings.epochs * -(-count // settings.batch_size)
@@ -67,7 +95,40 @@ def train_classifier(settings: ClassifierSettings, train: Images) -> SmallClassi
                 optimizer.step()
                 step += 1
                 progress.update(len(indices))
-    return model.eval().requires_grad_(False)
+    return model
+
+
+def kept_classifier(settings: ClassifierSettings, train: Images) -> SmallClassifier:
+    """Return a data set's classifier as `train_classifier` makes it, which happens once on a
+    machine: it is kept in the folder `classifiers` of the cache (`ddt.files.cache_folder`).
+
+    Raises UserError for a damaged file.
+    """
+    made_of = [
+        VERSION, dataclasses.asdict(settings), train.fingerprint, train.channels, train.image_size,
+        torch.__version__, torch.backends.cpu.get_cpu_capability(),
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    path = cache_folder("classifiers") / f"{settings.data}_{digest}.safetensors"
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(path, "DDT_CACHE")
+        except (OSError, UserError) as error:
+            log.warning(
+                "the classifier is not kept (%s); name a folder by DDT_CACHE, or each evaluation trains it",
+                first_line(error),
+            )
+            return train_classifier(settings, train)
+        with FileLock(f"{path}.lock"):  # of several processes the first trains
+            if not path.is_file():
+                trained = train_classifier(settings, train)
+                with atomic_file(path) as temporary:
+                    save_file(trained.state_dict(), temporary)
+                    reset_permissions(temporary)
+    model = new_classifier(train)
+    model.load_state_dict(read_state_dict(path, advice="remove it, and it is trained anew"))
+    return model
 
 
 class ClassifierFeatures:
@@ -90,16 +151,8 @@ class ClassifierFeatures:
 
     @functools.cached_property
     def model(self) -> SmallClassifier:
-        """The classifier, trained at its first use, after unsuitable samples were refused.
-
-        Trained with one thread, so that neither cores nor processes of the machine change it.
-        """
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return train_classifier(self.settings, self.train).to(self.device)
-        finally:
-            torch.set_num_threads(num_threads)
+        """The frozen classifier, made at its first use, after unsuitable samples were refused."""
+        return kept_classifier(self.settings, self.train).eval().requires_grad_(False).to(self.device)
 
     def identity(self) -> dict[str, Any]:
         """Return what its features depend on."""

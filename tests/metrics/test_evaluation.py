@@ -1,5 +1,6 @@
 """Whole evaluations: of samples against references of every kind, by every kind of features."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -12,11 +13,14 @@ import torch
 from conftest import GOLDEN, picture, refusal, succeed, thinned
 from PIL import Image
 
+from ddt.autoencoder.base import weights_hash
 from ddt.data.images import ArrayImages, Digits
 from ddt.data.photos import Photos
 from ddt.distributed.prepare import make_accelerator
 from ddt.errors import UserError
 from ddt.files import sha256
+from ddt.metrics import classifier
+from ddt.metrics.classifier import train_classifier
 from ddt.metrics.compare import numbers_of
 from ddt.metrics.evaluate import evaluate
 from ddt.metrics.features import extract
@@ -107,7 +111,7 @@ def test_memorised_samples(tmp_path):
 
 
 def test_samples_that_do_not_fit_are_refused_before_training(evaluated, tmp_path, monkeypatch):
-    monkeypatch.setattr("ddt.metrics.classifier.train_classifier", None)
+    monkeypatch.setattr("ddt.metrics.classifier.kept_classifier", None)
     images = np.zeros((3, 8, 8, 1), dtype=np.uint8)
     cases = {
         "class": (images, r"arr_1 holds classes outside of 0\.\.9"),
@@ -130,10 +134,38 @@ def test_threads_do_not_change_the_classifier():
     hashes = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        hashes.append(ClassifierSettings("digits", 1).extractor(CPU, train).identity()["weights"]["tensors_sha256"])
+        hashes.append(weights_hash(train_classifier(ClassifierSettings("digits", 1), train)))
         assert torch.get_num_threads() == threads
     torch.set_num_threads(1)
     assert hashes[0] == hashes[1]
+
+
+def test_a_classifier_is_trained_once_and_kept(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("DDT_CACHE", str(tmp_path))
+    trained = []
+    monkeypatch.setattr(
+        classifier, "train_classifier", lambda *given: [trained.append(given), train_classifier(*given)][1]
+    )
+
+    def weights(settings, train):
+        return settings.extractor(CPU, train).identity()["weights"]["tensors_sha256"]
+
+    train, settings = Digits("train"), ClassifierSettings("digits", 1)
+    expected = weights_hash(train_classifier(settings, train))
+    assert weights(settings, train) == weights(settings, train) == expected
+    assert len(trained) == 1
+    (kept,) = (tmp_path / "classifiers").glob("digits_*.safetensors")
+    others = [(dataclasses.replace(settings, learning_rate=1e-3), train), (settings, Digits("test"))]
+    assert len({expected, *(weights(*other) for other in others)}) == 3
+    assert len(trained) == 3
+    kept.write_bytes(kept.read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"^{kept}: .*remove it, and it is trained anew$"):
+        weights(settings, train)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DDT_CACHE", str(tmp_path / "file"))
+    assert weights(settings, train) == expected
+    assert len(trained) == 4
+    assert f"the classifier is not kept ([Errno 20] Not a directory: '{tmp_path}/file/classifiers')" in caplog.text
 
 
 def test_a_folder_of_images_is_not_written_to(tmp_path):
