@@ -46,7 +46,7 @@ from ddt.config import (
     missing_package,
     parse,
     parsed,
-)  # fmt: skip
+)
 from ddt.errors import STOPPED_STATUS, Stopped, UserError, first_line, os_error_line, require
 from ddt.files import is_run_name, write_text
 from ddt.logs import logging_setup
