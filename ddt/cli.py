@@ -63,7 +63,7 @@ PATHS = (
     "autoencoder.encoder_weights", "autoencoder.decoder", "autoencoder.statistics", "alignment.weights",
     "reconstruction.vgg_weights", "reconstruction.lpips_weights", "reconstruction.dino_weights",
 )  # fmt: skip
-CHOICE_FILES = ("data.labels", "data.class_names", "alignment.weights")  # of PATHS, that can only be local
+CHOICE_FILES = ("data.labels", "data.class_names", "alignment.weights")  # of PATHS: missed before torch is imported
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for each process
 WITH_VALUE = {  # options of Hydra that another word follows
     "-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir",
@@ -248,12 +248,15 @@ def check_inputs(cfg: DictConfig, settings: str) -> None:
     """Raise UserError for a `data.root`, or a file of a choice, where there is nothing: before the
     settings are compared with what they name, which imports torch.
     """
+    is_read = "data.root" not in getattr(locate(settings), "may_be_missing", ())
     for key in CHOICE_FILES:
-        path = expand_paths(OmegaConf.select(cfg, key), key)
-        missing = isinstance(path, str) and not Path(path).is_file()
-        require(not missing, f"{key}={path}: no such file; give the path of one, or leave it out")
+        group = key.partition(".")[0]
+        if OmegaConf.select(cfg, f"{group}._target_") is not None and (is_read or group != "data"):
+            path = expand_paths(OmegaConf.select(cfg, key), key)
+            missing = isinstance(path, str) and not Path(path).is_file()
+            require(not missing, f"{key}={path}: no such file; give the path of one, or leave it out")
     data = cfg.get("data")
-    if not isinstance(data, DictConfig) or "data.root" in getattr(locate(settings), "may_be_missing", ()):
+    if not isinstance(data, DictConfig) or not is_read:
         return
     root = None if OmegaConf.is_missing(data, "root") else expand_paths(data.get("root"), "data.root")
     if isinstance(root, str) and not set(root) & set("*?["):
@@ -302,24 +305,25 @@ def typed(cfg: DictConfig, settings: str) -> Any:
         }
     hints = typing.get_type_hints(kind)
     groups = [name for name in names if Choice in (hints[name], *typing.get_args(hints[name]))]
-    no_numbers = wrong_numbers(values, [key for key in given if key.partition(".")[0] in groups])
+    no_numbers = wrong_numbers(values, [key for key in dict.fromkeys(given) if key.partition(".")[0] in groups])
     if no_numbers:
         raise UserError("\n".join([*parsed(kind, values, "")[1], *no_numbers]))
     return parse(kind, values)
 
 
 def wrong_numbers(values: dict[str, Any], keys: Iterable[str]) -> list[str]:
-    """Return a line for each of some keys of choices that is no number where the chosen file has
-    one: told before the choice's class is imported, and torch with it.
+    """Return a line for each of some keys of choices that is no number where the chosen file of
+    `conf/` has one: told before the choice's class is imported, and torch with it.
     """
     problems = []
     for group, _, name in (key.partition(".") for key in keys):
-        settings = values.get(group)
-        if isinstance(settings, dict) and settings.get("_target_") and isinstance(settings.get(name), str):
-            file = group_values(group, HydraConfig.get().runtime.choices[group])
+        value = (values.get(group) or {}).get(name)
+        choice = str(HydraConfig.get().runtime.choices.get(group))
+        if isinstance(value, str) and (CONF / group / f"{choice}.yaml").is_file():  # not of another folder of settings
+            file = group_values(group, choice)
             usual = file.get(group, file).get(name)
             if isinstance(usual, int | float) and not isinstance(usual, bool):
-                problems += convert(settings[name], float, f"{group}.{name}")[1]
+                problems += convert(value, type(usual), f"{group}.{name}")[1]
     return problems
 
 

@@ -4,6 +4,7 @@ and the fix.
 
 import dataclasses
 import importlib.util
+import shutil
 from collections.abc import Sequence
 from typing import Literal
 
@@ -338,6 +339,24 @@ def test_all_mistakes_are_told_at_once_but_those_that_need_an_import_come_last()
     assert len(refusal("train", mistakes[0], "optimizer.lr=-1").splitlines()) == 2
 
 
+def test_files_of_another_folder_of_settings_may_be_chosen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    shutil.copy(CONF / "model" / "nano.yaml", tmp_path / "own" / "model" / "mine.yaml")
+    chosen = ["--config-dir", str(tmp_path / "own"), "model=mine"]
+    line = refusal("train", *chosen, "model.adaln_init=zero", "model.encoder_depth=99")
+    assert line.startswith("model.encoder_depth=99 leaves no encoder or no decoder")
+    assert refusal("train", *chosen, "model.depth=x") == "model.depth=x: give a whole number"
+
+
+def test_a_resumed_run_does_not_look_for_init_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="init_from=gone: no such file or folder"):
+        train_settings("init_from=gone", "name=x")
+    (tmp_path / "runs" / "x" / "checkpoints").mkdir(parents=True)
+    assert train_settings("init_from=gone", "name=x").init_from == "gone"
+
+
 def test_a_number_in_a_file_is_a_number_of_its_class():
     """So what `wrong_numbers` refuses before the class is imported, the class refuses, too."""
     checked = 0
@@ -346,8 +365,11 @@ def test_a_number_in_a_file_is_a_number_of_its_class():
         values = group_values(group, path.stem)
         settings = values.get(group, values)
         for key, value in settings.items() if isinstance(settings, dict) and settings.get("_target_") else ():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                assert check_arguments(locate(settings["_target_"]), {key: "x"}, group)[1], (path, key)
+            # the trainer is no choice: its numbers are compared with the light settings
+            if isinstance(value, int | float) and not isinstance(value, bool) and group != "trainer":
+                for text in ("x", "auto", "80epochs"):
+                    (line,) = check_arguments(locate(settings["_target_"]), {key: text}, group)[1]
+                    assert line.startswith(convert(text, type(value), f"{group}.{key}")[1][0]), (path, line)
                 checked += 1
     assert checked > 100
 

@@ -11,6 +11,7 @@ import json
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 from safetensors.torch import save_file
@@ -20,7 +21,7 @@ from ddt.autoencoder.base import from_uint8, weights_hash
 from ddt.data.images import Images
 from ddt.draws import Stream, random_generator
 from ddt.errors import UserError, first_line
-from ddt.files import atomic_file, cache_folder, check_writable, reset_permissions
+from ddt.files import atomic_file, cache_folder, reset_permissions
 from ddt.logs import progress_bar
 from ddt.metrics.features import exact_arithmetic
 from ddt.metrics.settings import ClassifierSettings
@@ -28,6 +29,7 @@ from ddt.tensor_files import read_state_dict
 
 log = logging.getLogger(__name__)
 NUM_FEATURES = 64
+NOT_KEPT = "the classifier is not kept (%s); name a folder by DDT_CACHE, or each evaluation trains it"
 VERSION = 1  # of the network and of its training: kept classifiers of others are not read
 
 
@@ -98,6 +100,14 @@ def train_by_one_thread(settings: ClassifierSettings, train: Images) -> SmallCla
     return model
 
 
+def pixels_hash(train: Images) -> str:
+    """Return a hash of a data set's images."""
+    digest, count = hashlib.sha256(), len(train.labels)
+    for start in range(0, count, 512):
+        digest.update(train.load(np.arange(start, min(start + 512, count))).tobytes())
+    return digest.hexdigest()
+
+
 def kept_classifier(settings: ClassifierSettings, train: Images) -> SmallClassifier:
     """Return a data set's classifier as `train_classifier` makes it, which happens once on a
     machine: it is kept in the folder `classifiers` of the cache (`ddt.files.cache_folder`).
@@ -105,7 +115,7 @@ def kept_classifier(settings: ClassifierSettings, train: Images) -> SmallClassif
     Raises UserError for a damaged file.
     """
     made_of = [
-        VERSION, dataclasses.asdict(settings), train.fingerprint, train.channels, train.image_size,
+        VERSION, dataclasses.asdict(settings), train.fingerprint, pixels_hash(train), train.channels, train.image_size,
         torch.__version__, torch.backends.cpu.get_cpu_capability(),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
@@ -113,21 +123,26 @@ def kept_classifier(settings: ClassifierSettings, train: Images) -> SmallClassif
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            check_writable(path, "DDT_CACHE")
-        except (OSError, UserError) as error:
-            log.warning(
-                "the classifier is not kept (%s); name a folder by DDT_CACHE, or each evaluation trains it",
-                first_line(error),
-            )
+            lock = FileLock(f"{path}.lock").acquire()  # of several processes the first trains
+        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+            log.warning(NOT_KEPT, first_line(error))
             return train_classifier(settings, train)
-        with FileLock(f"{path}.lock"):  # of several processes the first trains
+        with lock:
             if not path.is_file():
                 trained = train_classifier(settings, train)
-                with atomic_file(path) as temporary:
-                    save_file(trained.state_dict(), temporary)
-                    reset_permissions(temporary)
-    model = new_classifier(train)
-    model.load_state_dict(read_state_dict(path, advice="remove it, and it is trained anew"))
+                try:
+                    with atomic_file(path) as temporary:
+                        save_file(trained.state_dict(), temporary)
+                        reset_permissions(temporary)
+                except OSError as error:  # a full disk
+                    log.warning(NOT_KEPT, first_line(error))
+                    return trained
+    model, advice = new_classifier(train), "remove it, and it is trained anew"
+    weights = read_state_dict(path, advice=advice)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path}: is not this classifier; {advice}") from error
     return model
 
 

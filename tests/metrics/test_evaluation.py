@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import GOLDEN, picture, refusal, succeed, thinned
 from PIL import Image
@@ -155,17 +159,44 @@ def test_a_classifier_is_trained_once_and_kept(tmp_path, monkeypatch, caplog):
     assert weights(settings, train) == weights(settings, train) == expected
     assert len(trained) == 1
     (kept,) = (tmp_path / "classifiers").glob("digits_*.safetensors")
-    others = [(dataclasses.replace(settings, learning_rate=1e-3), train), (settings, Digits("test"))]
+    inverted = Digits("train")
+    inverted.images = 255 - inverted.images
+    others = [(dataclasses.replace(settings, learning_rate=1e-3), train), (settings, inverted)]
     assert len({expected, *(weights(*other) for other in others)}) == 3
     assert len(trained) == 3
-    kept.write_bytes(kept.read_bytes()[:-100])
-    with pytest.raises(UserError, match=rf"^{kept}: .*remove it, and it is trained anew$"):
-        weights(settings, train)
+    for content in (kept.read_bytes()[:-100], safetensors.torch.save({"head.bias": torch.zeros(10)})):
+        kept.write_bytes(content)
+        with pytest.raises(UserError, match=rf"^{kept}: .*remove it, and it is trained anew$"):
+            weights(settings, train)
     (tmp_path / "file").touch()
     monkeypatch.setenv("DDT_CACHE", str(tmp_path / "file"))
     assert weights(settings, train) == expected
     assert len(trained) == 4
+    monkeypatch.setenv("DDT_CACHE", str(tmp_path / "full"))
+    monkeypatch.setattr(classifier, "reset_permissions", lambda path: os.truncate(path.parent / "none", 0))
+    assert weights(settings, train) == expected
+    assert len(trained) == 5
+    assert caplog.text.count("name a folder by DDT_CACHE") == 2
     assert f"the classifier is not kept ([Errno 20] Not a directory: '{tmp_path}/file/classifiers')" in caplog.text
+
+
+def test_of_several_processes_the_first_trains_the_classifier(tmp_path, monkeypatch):
+    """Threads stand for processes: a lock of files holds between both."""
+    monkeypatch.setenv("DDT_CACHE", str(tmp_path))
+    trained = []
+
+    def train_slowly(settings, train):
+        trained.append(settings)
+        time.sleep(0.5)
+        return classifier.new_classifier(train)
+
+    monkeypatch.setattr(classifier, "train_classifier", train_slowly)
+    with ThreadPoolExecutor(3) as pool:
+        made = [
+            pool.submit(classifier.kept_classifier, ClassifierSettings("digits", 1), Digits("train")) for _ in "123"
+        ]
+    assert len({weights_hash(each.result()) for each in made}) == 1
+    assert len(trained) == 1
 
 
 def test_a_folder_of_images_is_not_written_to(tmp_path):
