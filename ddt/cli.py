@@ -63,7 +63,7 @@ PATHS = (
     "autoencoder.encoder_weights", "autoencoder.decoder", "autoencoder.statistics", "alignment.weights",
     "reconstruction.vgg_weights", "reconstruction.lpips_weights", "reconstruction.dino_weights",
 )  # fmt: skip
-CHOICE_FILES = ("data.labels", "data.class_names", "alignment.weights")  # of PATHS: missed before torch is imported
+CHOICE_FILES = ("data.labels", "data.class_names", "alignment.weights")  # of PATHS, looked for before torch is imported
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for each process
 WITH_VALUE = {  # options of Hydra that another word follows
     "-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir",
@@ -303,27 +303,28 @@ def typed(cfg: DictConfig, settings: str) -> Any:
         values["choices"] = {
             group: name for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group
         }
-    hints = typing.get_type_hints(kind)
-    groups = [name for name in names if Choice in (hints[name], *typing.get_args(hints[name]))]
-    no_numbers = wrong_numbers(values, [key for key in dict.fromkeys(given) if key.partition(".")[0] in groups])
+    no_numbers = wrong_numbers(kind, values, given)
     if no_numbers:
         raise UserError("\n".join([*parsed(kind, values, "")[1], *no_numbers]))
     return parse(kind, values)
 
 
-def wrong_numbers(values: dict[str, Any], keys: Iterable[str]) -> list[str]:
-    """Return a line for each of some keys of choices that is no number where the chosen file of
+def wrong_numbers(kind: Any, values: dict[str, Any], given: Iterable[str]) -> list[str]:
+    """Return a line for each given setting of a choice that is no number where the chosen file of
     `conf/` has one: told before the choice's class is imported, and torch with it.
     """
-    problems = []
-    for group, _, name in (key.partition(".") for key in keys):
+    problems, hints = [], typing.get_type_hints(kind)
+    for key in dict.fromkeys(given):
+        group, _, name = key.partition(".")
+        if Choice not in (hints.get(group), *typing.get_args(hints.get(group))):
+            continue
         value = (values.get(group) or {}).get(name)
         choice = str(HydraConfig.get().runtime.choices.get(group))
         if isinstance(value, str) and (CONF / group / f"{choice}.yaml").is_file():  # not of another folder of settings
             file = group_values(group, choice)
             usual = file.get(group, file).get(name)
             if isinstance(usual, int | float) and not isinstance(usual, bool):
-                problems += convert(value, type(usual), f"{group}.{name}")[1]
+                problems += convert(value, type(usual), key)[1]
     return problems
 
 

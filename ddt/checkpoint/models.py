@@ -52,12 +52,17 @@ def check_exist(*sources: str | None) -> None:
             raise no_checkpoint(source, "no such folder")
 
 
+def hub_file(source: str) -> tuple[str, str] | None:
+    """Return the hub id and the file of `owner/name:FILE`, None for any other source."""
+    repository, _, file = source.partition(":")
+    return (repository, file) if file and is_hub_id(repository) else None
+
+
 def check_released(source: str, key: str) -> None:
     """Raise UserError, naming `key`, where there can be no weights file of `source`: it is neither
     a path, nor a hub id, a file of one, or a name in `PUBLISHED`.
     """
-    repository, _, file = source.partition(":")
-    if source not in PUBLISHED and not (file and is_hub_id(repository)):
+    if source not in PUBLISHED and hub_file(source) is None:
         local_path(source, f"{key}={source}", ADVICE)
 
 

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ddt.autoencoder import part_of_autoencoder
-from ddt.checkpoint.models import ADVICE, PUBLISHED
+from ddt.checkpoint.models import ADVICE, PUBLISHED, hub_file
 from ddt.checkpoint.settings import SUFFIXES, Part
 from ddt.errors import UserError, require
 from ddt.files import atomic_file, reset_permissions
-from ddt.hub import fetch, is_hub_id, resolve
+from ddt.hub import fetch, resolve
 from ddt.model import NETWORKS, Denoiser, build_network, load_network, network_class
 from ddt.model.published_names import Release
 from ddt.tensor_files import read_tensors, state_dict
@@ -38,8 +38,9 @@ def find_released(source: str, key: str = "released") -> Path:
     label = f"{key}={source}"
     if not Path(source).exists():
         source = PUBLISHED[source].source if source in PUBLISHED else source
-        repository, _, file = source.partition(":")
-        if file and is_hub_id(repository):
+        named_file = hub_file(source)
+        if named_file is not None:
+            repository, file = named_file
 
             def named(names: list[str]) -> list[str]:
                 require(file in names, f"{label}: the hub's {repository} has no file {file}; give another")

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,23 +121,29 @@ def kept_classifier(settings: ClassifierSettings, train: Images) -> SmallClassif
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     path = cache_folder("classifiers") / f"{settings.data}_{digest}.safetensors"
-    if not path.is_file():
+    if path.is_file():
+        return read_classifier(path, train)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock").acquire()  # of several processes the first trains
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        log.warning(NOT_KEPT, first_line(error))
+        return train_classifier(settings, train)
+    with lock:
+        if path.is_file():
+            return read_classifier(path, train)
+        model = train_classifier(settings, train)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(f"{path}.lock").acquire()  # of several processes the first trains
-        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+            with atomic_file(path) as temporary:
+                save_file(model.state_dict(), temporary)
+                reset_permissions(temporary)
+        except OSError as error:  # a full disk
             log.warning(NOT_KEPT, first_line(error))
-            return train_classifier(settings, train)
-        with lock:
-            if not path.is_file():
-                trained = train_classifier(settings, train)
-                try:
-                    with atomic_file(path) as temporary:
-                        save_file(trained.state_dict(), temporary)
-                        reset_permissions(temporary)
-                except OSError as error:  # a full disk
-                    log.warning(NOT_KEPT, first_line(error))
-                    return trained
+        return model
+
+
+def read_classifier(path: Path, train: Images) -> SmallClassifier:
+    """Return the kept classifier of a data set; UserError for a damaged file."""
     model, advice = new_classifier(train), "remove it, and it is trained anew"
     weights = read_state_dict(path, advice=advice)
     try:
